@@ -1,0 +1,301 @@
+"""Configuration: four dataclasses, presets in TOML, and a command line made from them by tyro.
+
+Precedence, lowest first: the defaults below, the preset, a TOML file, flags. Every field is one flat flag
+(``optim.lr`` is ``--lr``). Config files are data: they are parsed, never executed. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
+
+from fastgpt.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Kernels = Literal["triton", "eager"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT-2. A checkpoint only loads into the very same shape."""
+
+    n_layer: int = 12
+    """Transformer blocks."""
+    n_head: int = 12
+    """Attention heads; n_embd must be a multiple of it."""
+    n_embd: int = 768
+    """Width C of the residual stream."""
+    block_size: int = 1024
+    """Context length T, in tokens."""
+    vocab_size: int = 50304
+    """Rows of the token embedding. GPT-2's 50257 padded to a multiple of 64; 256 for byte tokens."""
+    bias: bool = False
+    """Biases in linear layers and norms. GPT-2 has them; without is a little faster and no worse."""
+    dropout: float = 0.0
+    """0 is right for one pass over a large corpus."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.n_embd % self.n_head:
+            heads = ", ".join(str(h) for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and self.n_embd // h >= 16)
+            raise UserError(
+                f"n_embd is {self.n_embd}, which n_head {self.n_head} does not divide: n_head can be {heads or 1}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"dropout is {self.dropout}: it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from and how many make a micro-batch."""
+
+    data: str = "stdlib"
+    """'stdlib' (Python's own library sources: real text on every machine), a folder of token shards (nanoGPT's or
+    llm.c's .bin), or a text, jsonl or parquet file or folder."""
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    """GPT-2's BPE, or raw bytes (vocabulary 256)."""
+    batch_size: int = 8
+    """Sequences per micro-batch."""
+    grad_accum: int = 1
+    """Micro-batches per optimizer step; tokens per step = batch_size x block_size x grad_accum."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "grad_accum"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warmup and cosine decay. Norms and biases are not decayed."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    warmup_iters: int = 100
+    """Steps of linear warmup; step 0 already learns."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "grad_clip", "warmup_iters", "min_lr_ratio"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run: how long, on what, and what is written when."""
+
+    kernels: Kernels = "triton"
+    """The fused Triton kernels (interpreted, slowly, where there is no GPU), or plain PyTorch."""
+    precision: Precision = "auto"
+    """Dtype of matmul operands and activations; auto is fp32 on a CPU and bf16 on a GPU. Masters stay fp32."""
+    device: Device = "auto"
+    """auto takes a CUDA GPU if there is one."""
+    compile: bool = False
+    """Run the model under torch.compile (with either --kernels)."""
+    max_iters: int = 1000
+    """Optimizer steps."""
+    eval_interval: int = 250
+    """Steps between evaluations; 0 evaluates only at the end."""
+    eval_iters: int = 20
+    """Batches per evaluation, always the same ones."""
+    checkpoint_interval: int = 250
+    """Steps between checkpoints; 0 saves only at the end and on Ctrl-C."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay in --out."""
+    log_interval: int = 10
+    """Steps between log lines."""
+    seed: int = 1337
+    out: Path = Path("runs/default")
+    """Folder for checkpoints and metrics.jsonl."""
+    resume: str | None = None
+    """Continue a run: '--resume' takes the newest checkpoint in --out, '--resume PATH' that one."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_iters", "eval_iters", "keep_checkpoints", "log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("eval_interval", "checkpoint_interval"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative (0 turns it off)")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a GPT-2 on hand-written Triton kernels.
+
+    Examples:
+      python train.py                                    the demo, on whatever this machine has
+      python train.py --preset gpt2-124m --data fineweb  GPT-2 124M on a folder of token shards
+      python train.py configs/gpt2-40m.toml --lr 1e-3    a config file, one value changed
+      python train.py --preset gpt2-124m --resume        go on from the newest checkpoint in --out
+    """
+
+    config: Annotated[Path | None, tyro.conf.Positional] = None
+    """A TOML file with any of the sections [model], [data], [optim], [train]."""
+    preset: str | None = None
+    """demo (default), gpt2-40m, gpt2-124m or gpt2-350m."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens behind one optimizer step: micro-batch x accumulation x block size."""
+        return self.data.batch_size * self.data.grad_accum * self.model.block_size
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values only (safe to store in a checkpoint), by section."""
+        plain = {name: asdict(getattr(self, name)) for name in SECTIONS}
+        plain["train"]["out"] = str(self.train.out)
+        return plain
+
+
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
+
+
+def config_folder() -> Path:
+    """The folder with the presets: beside the package in a checkout, inside it in an installed wheel."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in config_folder().glob("*.toml"))
+
+
+def load_preset(name: str, device: str = "cpu") -> Config:
+    """The preset of that name, for a device type ("cpu" or "cuda"). Raises UserError for an unknown name."""
+    if name not in preset_names():
+        raise UserError(f"preset is {name!r}{_nearest(name, preset_names())}: it can be {', '.join(preset_names())}")
+    return replace(load_toml(config_folder() / f"{name}.toml", Config(), device), preset=name)
+
+
+def load_toml(path: Path, base: Config, device: str = "cpu") -> Config:
+    """``base`` overridden by a TOML file. Sections under [cuda] apply on a CUDA device only.
+
+    Raises UserError naming the file and the key for anything that is not a known field of the right type.
+    """
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"config file {path} is not valid TOML: {error}") from error
+    on_cuda = table.pop("cuda", {})
+    for sections in (table, on_cuda if device == "cuda" else {}):
+        for section, values in sections.items():
+            if section not in SECTIONS or not isinstance(values, dict):
+                raise UserError(
+                    f"config file {path} has [{section}]{_nearest(section, SECTIONS)}: sections are {', '.join(SECTIONS)}"
+                )
+            base = replace(base, **{section: _override(getattr(base, section), values, f"{path} [{section}]")})
+    return base
+
+
+def parse(args: Sequence[str], device_type: str) -> Config:
+    """The configuration that a command line asks for. ``device_type`` ("cpu" or "cuda") is what is present.
+
+    Raises UserError for bad values; tyro itself prints unknown flags and ``--help`` and exits (2 and 0).
+    """
+    args = _bare_resume(args)
+    if _value_of(args, "--device") == "cpu":
+        device_type = "cpu"
+    file = next((arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")), None)
+    base = load_preset(_value_of(args, "--preset") or "demo", device_type)
+    if file is not None:
+        base = load_toml(Path(file), base if _value_of(args, "--preset") else Config(), device_type)
+    return tyro.cli(
+        Config,
+        args=args,
+        default=base,
+        prog="train.py",
+        description=inspect.cleandoc(Config.__doc__ or ""),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Every key whose value differs, as "key: old -> new"."""
+    keys = sorted({*old, *new})
+    return [f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}" for k in keys if old.get(k) != new.get(k)]
+
+
+def _override(section: Any, values: Mapping[str, Any], where: str) -> Any:
+    hints = get_type_hints(type(section))
+    known = [f.name for f in fields(section)]
+    converted = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{where} has {key!r}{_nearest(key, known)}: fields are {', '.join(known)}")
+        converted[key] = _typed(value, hints[key], f"{where} {key}")
+    return replace(section, **converted)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """A TOML value as the field's type, or a UserError: TOML has no paths, and writes 1 for 1.0."""
+    if hint is Path:
+        hint, build = str, Path
+    else:
+        build = hint if hint in (float,) else lambda v: v
+    choices = get_args(hint)
+    if choices and not any(isinstance(choice, type) for choice in choices):
+        if value in choices:
+            return value
+        raise UserError(f"{where} is {value!r}: it can be {', '.join(map(str, choices))}")
+    accepted = tuple(c for c in choices if isinstance(c, type)) or ((int, float) if hint is float else (hint,))
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+        names = " or ".join(t.__name__ for t in accepted if t is not type(None))
+        raise UserError(f"{where} is {value!r}: it must be of type {names}")
+    return build(value)
+
+
+def _nearest(word: str, candidates: Any) -> str:
+    close = difflib.get_close_matches(word, list(candidates), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _value_of(args: Sequence[str], flag: str) -> str | None:
+    """The value that a flag has on a command line, before tyro parses it: presets decide tyro's defaults."""
+    for i, arg in enumerate(args):
+        if arg.startswith(flag + "="):
+            return arg.split("=", 1)[1]
+        if arg == flag and i + 1 < len(args):
+            return args[i + 1]
+    return None
+
+
+def _bare_resume(args: Sequence[str]) -> list[str]:
+    """``--resume`` without a value means the newest checkpoint."""
+    out: list[str] = []
+    for i, arg in enumerate(args):
+        out.append(arg)
+        if arg == "--resume" and (i + 1 == len(args) or args[i + 1].startswith("-")):
+            out.append("newest")
+    return out

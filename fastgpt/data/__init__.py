@@ -1,0 +1,29 @@
+"""Text to tokens to batches.
+
+``corpora`` finds documents, ``tokenizer`` turns them into ids, ``shards`` is the file format, ``prepare`` makes a
+folder of shards out of a corpus once, ``loader`` reads batches from it. ``resolve`` is what ``--data`` goes through.
+"""
+
+from __future__ import annotations
+
+from fastgpt.data.corpora import Corpus, documents, open_corpus
+from fastgpt.data.loader import TokenLoader
+from fastgpt.data.prepare import prepare
+from fastgpt.data.resolve import ResolvedData, resolve
+from fastgpt.data.shards import check_ids, open_shard, write_shard
+from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
+
+__all__ = [
+    "Corpus",
+    "ResolvedData",
+    "TokenLoader",
+    "Tokenizer",
+    "check_ids",
+    "documents",
+    "get_tokenizer",
+    "open_corpus",
+    "open_shard",
+    "prepare",
+    "resolve",
+    "write_shard",
+]

@@ -1,0 +1,86 @@
+"""What ``--data`` names becomes lists of shards, prepared first where it is text."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+from fastgpt.data.corpora import STDLIB, open_corpus
+from fastgpt.data.loader import TokenLoader
+from fastgpt.data.prepare import SHARD_TOKENS, VAL_FRACTION, prepare, read_manifest, recipe_of
+from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
+from fastgpt.errors import UserError
+
+
+class ResolvedData(NamedTuple):
+    train_paths: list[Path]
+    val_paths: list[Path]
+    tokenizer: Tokenizer
+
+
+def resolve(
+    data: str,
+    *,
+    tokenizer: str = "gpt2",
+    vocab_size: int | None = None,
+    block_size: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> ResolvedData:
+    """What the user calls data, as shards to train on.
+
+    Args:
+        data: ``"stdlib"``; a folder with ``*train*.bin`` and ``*val*.bin`` (llm.c shards or nanoGPT's headerless
+            files, read as they are); or any text that ``open_corpus`` knows, which is tokenised into the cache.
+        tokenizer: ``"gpt2"`` or ``"bytes"``; for shards, what they were made with.
+        vocab_size: of the model; it must have a row for every id of the tokenizer. (That files hold no other ids is
+            checked by TokenLoader, which reads them.)
+        block_size: if given, both splits must hold at least one window of block_size + 1 tokens.
+        cache_dir: default ``$XDG_CACHE_HOME/fastgpt`` or ``~/.cache/fastgpt``.
+
+    Raises:
+        UserError: the data is missing, empty, damaged, too short, or made with another tokenizer.
+    """
+    tok = get_tokenizer(tokenizer)
+    if vocab_size is not None and vocab_size < tok.vocab_size:
+        raise UserError(f"vocab_size is {vocab_size}: the {tok.name} tokenizer needs at least {tok.vocab_size}")
+    path = Path(data).expanduser()
+    if path.suffix == ".bin":
+        raise UserError(
+            f"data {data!r} is one token file: name the folder that holds train*.bin and val*.bin, so that there is "
+            "something to validate on"
+        )
+    train, val = _shards_in(path, "train"), _shards_in(path, "val")
+    if data == STDLIB or not (train or val):
+        folder = _prepare_in_cache(data, tok, cache_dir)
+        train, val = _shards_in(folder, "train"), _shards_in(folder, "val")
+    else:
+        for split, found in (("train", train), ("val", val)):
+            if not found:
+                raise UserError(f"data {data!r} holds token files but no *{split}*.bin: both train and val are needed")
+        made_with = (read_manifest(path) or {}).get("tokenizer", tok.name)
+        if made_with != tok.name:
+            raise UserError(f"data {data!r} was made with the {made_with} tokenizer: tokenizer is {tok.name!r}")
+    if block_size is not None:
+        for paths in (train, val):
+            TokenLoader(paths, block_size, 1)  # opens every file and finds a window, or says what is wrong
+    return ResolvedData(train, val, tok)
+
+
+def _prepare_in_cache(data: str, tok: Tokenizer, cache_dir: str | os.PathLike[str] | None) -> Path:
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
+    corpus = open_corpus(data)
+    recipe = recipe_of(corpus, tok, VAL_FRACTION, 0, SHARD_TOKENS)
+    label = f"{STDLIB}-py{platform.python_version()}" if data == STDLIB else Path(data).stem or "data"
+    key = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(cache_dir) / f"{label}-{tok.name}-{key}"
+    prepare(data, folder, tok)
+    return folder
+
+
+def _shards_in(folder: Path, side: str) -> list[Path]:
+    return sorted(folder.glob(f"*{side}*.bin")) if folder.is_dir() else []

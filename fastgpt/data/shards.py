@@ -1,0 +1,124 @@
+"""Token files: the shard format of llm.c and modded-nanogpt, written and read; nanoGPT's headerless one, read.
+
+A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros) and then the tokens as little-endian uint16.
+(The header is handled as unsigned, which is the same up to 2**31 tokens and serves files of 4 to 8 GiB too.)
+nanoGPT's ``train.bin`` is the tokens alone. The two cannot be mistaken for one another: the magic number read as two
+tokens begins with 55448, which is no GPT-2 id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastgpt.errors import UserError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+OTHER_MAGICS = {20240522: "an evaluation file of llm.c", 20240801: "a 32-bit token file of llm.c (Llama 3)"}
+CHUNK = 1 << 24
+"""Tokens looked at in one go: 32 MiB."""
+
+
+def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> str:
+    """Writes tokens (1-D integers in 0..65535) and returns the file's sha256.
+
+    The file appears under its name complete and on the disk, or not at all (temporary name, fsync, rename).
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
+        raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; a shard takes one dimension of integers")
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > 0xFFFF):
+        raise ValueError(f"tokens span {int(tokens.min())}..{int(tokens.max())}; a shard holds uint16, 0..65535")
+    header = np.zeros(256, "<u4")
+    header[:3] = MAGIC, VERSION, tokens.size
+    digest = hashlib.sha256()
+
+    def parts() -> Any:
+        yield header.tobytes()
+        for start in range(0, tokens.size, CHUNK):
+            yield tokens[start : start + CHUNK].astype("<u2").tobytes()
+
+    with atomic_file(Path(path)) as file:
+        for part in parts():
+            digest.update(part)
+            file.write(part)
+    return digest.hexdigest()
+
+
+class atomic_file:
+    """``with atomic_file(path) as f: f.write(bytes)``: path is replaced at the end, by all of it, or left as it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def __enter__(self) -> Any:
+        self.file = self.partial.open("wb")
+        return self.file
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            with self.file:
+                if kind is None:
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
+            if kind is None:
+                os.replace(self.partial, self.path)
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+
+def open_shard(path: str | os.PathLike[str]) -> np.memmap:
+    """The tokens of a shard or of a headerless file, uint16, memory-mapped read-only.
+
+    Raises:
+        UserError: the file is missing, empty, truncated, longer than it says, or of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"data file {str(path)!r} does not exist")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"data file {str(path)!r} is empty: it must hold uint16 tokens")
+    with path.open("rb") as file:
+        start = file.read(12)
+    magic, version, count = np.frombuffer(start.ljust(12, b"\0"), "<u4").tolist()
+    if magic in OTHER_MAGICS:
+        raise UserError(f"data file {str(path)!r} is {OTHER_MAGICS[magic]}: it must be a uint16 shard ({MAGIC})")
+    if magic != MAGIC:
+        if size % 2:
+            raise UserError(f"data file {str(path)!r} has {size} bytes, an odd number: uint16 tokens take two each")
+        return np.memmap(path, "<u2", mode="r")
+    if size < HEADER_BYTES:
+        raise UserError(f"data file {str(path)!r} is truncated: {size} bytes, and the header alone has {HEADER_BYTES}")
+    if version != VERSION:
+        raise UserError(f"data file {str(path)!r} has shard version {version}: it must be {VERSION}")
+    if size != HEADER_BYTES + 2 * count:
+        what = "truncated" if size < HEADER_BYTES + 2 * count else "too long"
+        raise UserError(
+            f"data file {str(path)!r} is {what}: its header says {count} tokens, {HEADER_BYTES + 2 * count} bytes, "
+            f"and it has {size} bytes"
+        )
+    if count == 0:
+        raise UserError(f"data file {str(path)!r} holds no tokens")
+    return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int, path: str | os.PathLike[str]) -> None:
+    """Raises UserError with the first id that the vocabulary does not have, and where it is."""
+    if vocab_size > 0xFFFF:
+        return  # every uint16 is an id
+    for start in range(0, len(tokens), CHUNK):
+        chunk = np.asarray(tokens[start : start + CHUNK])
+        if chunk.max() >= vocab_size:
+            at = int((chunk >= vocab_size).argmax())
+            raise UserError(
+                f"data file {str(path)!r} holds the id {int(chunk[at])} at token {start + at}, and vocab_size is "
+                f"{vocab_size}: every id must be below it (was it made with another tokenizer?)"
+            )

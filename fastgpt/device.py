@@ -1,0 +1,32 @@
+"""Where a run computes, decided before triton is imported (its interpreter is chosen by the environment at import)."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from fastgpt.errors import UserError
+
+
+def pick(device: str, kernels: str) -> torch.device:
+    """The torch device for ``--device`` (auto, cpu or cuda). With triton kernels on a CPU this switches Triton's
+    interpreter on for the whole process.
+
+    Raises UserError if CUDA is asked for and absent.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu or auto")
+    if device == "auto":
+        device = present()
+    if device == "cpu" and kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        if "triton" in sys.modules:
+            raise UserError("triton is already imported: set TRITON_INTERPRET=1 to run its kernels on a CPU")
+        os.environ["TRITON_INTERPRET"] = "1"
+    return torch.device(device)
+
+
+def present() -> str:
+    """ "cuda" if there is a CUDA GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,25 @@
+"""One file per fused operation. Importing this touches no GPU, and triton only with the first kernel asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from fastgpt.kernels import interpreter, runtime
+
+if runtime.INTERPRET:
+    interpreter.install()
+
+_PUBLIC = {
+    "attention": "fused_attn",
+    "qkv_attention": "fused_attn",
+    "layer_norm": "fused_layernorm",
+    "linear_cross_entropy": "fused_cross_entropy",
+}
+__all__ = ["attention", "layer_norm", "linear_cross_entropy", "qkv_attention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"fastgpt.kernels.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'fastgpt.kernels' has no attribute {name!r}")

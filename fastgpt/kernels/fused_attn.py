@@ -1,0 +1,351 @@
+"""Flash attention, forward and backward, over any strides: packed (B, T, 3C) projections are read where they lie.
+
+    S = scale Q K^T        P = softmax(S) over the keys a query sees        O = dropout(P) V
+
+Dao et al. 2022 and Dao 2023 (FlashAttention 1 and 2): no T x T matrix reaches memory. A program of ``forward`` owns a
+block of queries and walks over blocks of keys with a running maximum and sum per query, in base 2 (the scale is folded
+into one constant). Kept for backward: O and lse = log2(sum of 2^(scale S log2 e)), (B, H, T_q) in fp32; +inf for a query
+that sees nothing, which makes its P zero.
+
+Backward, with delta = rowsum(dO O), and P and dropout's mask recomputed:
+
+    dP = dropout(dO V^T)    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = dropout(P)^T dO
+
+``backward_q`` owns queries, writes dQ and, as it holds dO and O anyway, delta; ``backward_kv`` runs after it, owns keys,
+sums over the query heads that share them, writes dK and dV. Every result has one owner that adds in a fixed order: no
+atomics, bit-equal runs. Operands of dots have the inputs' dtype (P and dS are rounded to it), sums are fp32, and fp32
+inputs are multiplied in full fp32.
+
+Cost, causal, for T tokens of one head (without causal: twice that): forward 2 T^2 D FLOPs in 2 dots, backward 7 T^2 D in
+7 (both backward kernels compute S and dP: the price of no atomics; 5 would be the least). Bytes: forward reads q, k, v
+and writes O (4 T D elements) and lse; backward reads q, k, v, dO twice and O once and writes dq, dk, dv (12 T D), given
+that a head's K and V stay in L2 while its blocks of queries, neighbours in the grid, use them. At T = 1024, D = 64 in
+bf16 the forward does 256 FLOPs per byte: the tensor cores bind. A head dimension between powers of two is padded in
+registers to the next one (80 costs what 128 costs), not in memory.
+
+Tiles that no query sees (future, outside the window, other documents) are never visited, only tiles on an edge are
+masked, and the heaviest causal tiles of a head start first. The jit functions are in _attn_kernels.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastgpt.kernels import _attn_kernels as kernels
+from fastgpt.kernels import reference, runtime
+
+MAX_HEAD_DIM = 256
+LOG2E = math.log2(math.e)
+
+
+def config(kernel: str, dtype: torch.dtype, D: int, T_own: int) -> dict[str, int]:
+    """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D; ``T_own`` is the
+    length of the side that its programs own. Chosen by compiling for sm_89: no spills, at most 101,376 bytes."""
+    if runtime.INTERPRET:  # a block operation costs the same whatever its size
+        block = 64 if T_own <= 256 else 128
+        return {"BLOCK_M": block, "BLOCK_N": block}
+    width = max(64, _block_d(D))
+    if dtype == torch.float32:
+        block_m, block_n, warps, stages = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}[width]
+    elif kernel == "forward":
+        block_m, block_n, warps, stages = {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)}[width]
+        if T_own <= 16:  # decoding
+            block_m = 16
+    elif kernel == "backward_q":
+        block_m, block_n, warps, stages = {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1)}[width]
+    else:
+        block_m, block_n, warps, stages = {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1)}[width]
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+
+
+def _block_d(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
+
+
+# ---- Launchers ------------------------------------------------------------------------------------------------------
+
+
+def _columns_adjacent(x: Tensor) -> Tensor:
+    """x itself, or a copy if its last dimension is strided or expanded (dO from .sum()); all other strides are free."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _common(
+    q: Tensor, k: Tensor, docs: Tensor | None, kv_len: Tensor | None, window: int | None, dropout_p: float, causal: bool
+) -> dict[str, Any]:
+    """Arguments that all three kernels take alike."""
+    return {
+        "kv_len": kv_len,
+        "docs": None if docs is None else docs.contiguous(),
+        "H": q.shape[2],
+        "T_q": q.shape[1],
+        "T_k": k.shape[1],
+        "window": window,
+        "threshold": int(dropout_p * 2**31),
+        "inv_keep": 1.0 / (1.0 - dropout_p),
+        "D": q.shape[3],
+        "GROUP": q.shape[2] // k.shape[2],
+        "CAUSAL": causal,
+        "ALIGNED": causal or window is not None or docs is not None or kv_len is not None,
+        "BLOCK_D": _block_d(q.shape[3]),
+    }
+
+
+def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
+    return {f"{name}_strides": tensor.stride()[:3] for name, tensor in tensors.items()}
+
+
+def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p) -> Tensor:
+    """Write attention of q (B, T_q, H, D), k and v (B, T_k, H_kv, D) into ``out``; return lse (B, H, T_q)."""
+    B, T_q, H, D = q.shape
+    lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
+    q, k, v = map(_columns_adjacent, (q, k, v))
+    options = config("forward", q.dtype, D, T_q)
+    grid = (triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)
+    with runtime.device_guard(q):
+        kernels.forward[grid](
+            q, k, v, out, lse, seed=seed, c=abs(scale) * LOG2E, FLIP=scale < 0,
+            **_strides(q=q, k=k, v=v, out=out), **_common(q, k, docs, kv_len, window, dropout_p, causal), **options,
+        )  # fmt: skip
+    return lse
+
+
+def _launch_backward(
+    grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p
+) -> None:
+    """Write all of grad_q, grad_k and grad_v."""
+    B, T_q, H, D = q.shape
+    T_k, H_kv = k.shape[1:3]
+    q, k, v, grad_out = map(_columns_adjacent, (q, k, v, grad_out))
+    delta = torch.empty_like(lse)
+    common = {"seed": seed, "c": scale * LOG2E, "scale": scale, **_common(q, k, docs, kv_len, window, dropout_p, causal)}
+    with runtime.device_guard(q):
+        options = config("backward_q", q.dtype, D, T_q)
+        kernels.backward_q[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
+            q, k, v, out, grad_out, lse, delta, grad_q,
+            **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
+        )  # fmt: skip
+        options = config("backward_kv", q.dtype, D, T_k)
+        kernels.backward_kv[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
+            q, k, v, grad_out, lse, delta, grad_k, grad_v,
+            **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,
+        )  # fmt: skip
+
+
+def _unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (B, T, heads, D) of the queries, keys and values in (B, T, (n_head + 2 n_kv_head) D)."""
+    heads = packed.unflatten(-1, (n_head + 2 * n_kv_head, -1))
+    q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=2)
+    return q, k, v
+
+
+# ---- Operators ------------------------------------------------------------------------------------------------------
+
+_OPTIONS = "Tensor? doc_ids, {kv_len}Tensor? seed, bool causal, float scale, int? window, float dropout_p"
+_SEPARATE = _OPTIONS.format(kv_len="Tensor? kv_len, ")
+_PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
+
+
+@torch.library.custom_op(
+    "fastgpt::attention_fwd", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_SEPARATE}) -> (Tensor, Tensor)"
+)
+def _attention_fwd(q, k, v, doc_ids, kv_len, seed, causal, scale, window, dropout_p):
+    out = q.new_empty(q.shape)
+    return out, _launch_forward(q, k, v, out, doc_ids, kv_len, seed, causal, scale, window, dropout_p)
+
+
+@_attention_fwd.register_fake
+def _(q, k, v, *options):
+    B, T_q, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, T_q), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "fastgpt::attention_bwd",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SEPARATE}) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _attention_bwd(grad_out, q, k, v, out, lse, *options):
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    _launch_backward(grad_out, q, k, v, out, lse, *grads, *options)
+    return grads
+
+
+@_attention_bwd.register_fake
+def _(grad_out, q, k, v, out, lse, *options):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.custom_op(
+    "fastgpt::qkv_attention_fwd", mutates_args=(), schema=f"(Tensor qkv, {_PACKED}) -> (Tensor, Tensor)"
+)
+def _qkv_attention_fwd(qkv, n_head, n_kv_head, doc_ids, seed, causal, scale, window, dropout_p):
+    q, k, v = _unpack(qkv, n_head, n_kv_head)
+    out = qkv.new_empty(q.shape)
+    lse = _launch_forward(q, k, v, out, doc_ids, None, seed, causal, scale, window, dropout_p)
+    return out.flatten(2), lse
+
+
+@_qkv_attention_fwd.register_fake
+def _(qkv, n_head, n_kv_head, *options):
+    B, T, width = qkv.shape
+    C = width // (n_head + 2 * n_kv_head) * n_head
+    return qkv.new_empty((B, T, C)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "fastgpt::qkv_attention_bwd",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_PACKED}) -> Tensor",
+)
+def _qkv_attention_bwd(
+    grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, seed, causal, scale, window, dropout_p
+):
+    grad_qkv = qkv.new_empty(qkv.shape)
+    grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
+    inputs, grads = _unpack(qkv, n_head, n_kv_head), _unpack(grad_qkv, n_head, n_kv_head)
+    _launch_backward(
+        grad_out, *inputs, out, lse, *grads, doc_ids, None, seed, causal, scale, window, dropout_p
+    )
+    return grad_qkv
+
+
+@_qkv_attention_bwd.register_fake
+def _(grad_out, qkv, *rest):
+    return qkv.new_empty(qkv.shape)
+
+
+def _attention_setup(ctx, inputs, output):
+    q, k, v, doc_ids, kv_len, seed, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, doc_ids, kv_len, seed)
+
+
+def _attention_backward(ctx, grad_out, _):
+    return *_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 7
+
+
+def _qkv_attention_setup(ctx, inputs, output):
+    qkv, *ctx.heads, doc_ids, seed, causal, scale, window, dropout_p = inputs
+    ctx.options = causal, scale, window, dropout_p
+    ctx.save_for_backward(qkv, *output, doc_ids, seed)
+
+
+def _qkv_attention_backward(ctx, grad_out, _):
+    qkv, out, lse, doc_ids, seed = ctx.saved_tensors
+    return _qkv_attention_bwd(grad_out, qkv, out, lse, *ctx.heads, doc_ids, seed, *ctx.options), *[None] * 8
+
+
+_attention_fwd.register_autograd(_attention_backward, setup_context=_attention_setup)
+_qkv_attention_fwd.register_autograd(_qkv_attention_backward, setup_context=_qkv_attention_setup)
+
+
+# ---- Public functions -----------------------------------------------------------------------------------------------
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, in its dtype, as PyTorch's attention does (it leaves fp64 alone)."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check(x: Tensor, D: int, B: int, T_k: int, window: int | None, doc_ids: Tensor | None, dropout_p: float) -> None:
+    """Raise ValueError for options that no kernel takes."""
+    if runtime.runs_in_triton(x) and x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"attention is given {x.dtype}: use float32, float16 or bfloat16")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"the head dimension is {D}: use 1 to {MAX_HEAD_DIM}")
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: use 1 (a query sees itself) or more, or None")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}: use a probability in [0, 1)")
+    if doc_ids is not None and (doc_ids.shape != (B, T_k) or doc_ids.is_floating_point()):
+        raise ValueError(f"doc_ids is {doc_ids.dtype} {tuple(doc_ids.shape)}: use integers of shape {(B, T_k)}")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    doc_ids: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention. q (B, T_q, H, D), k and v (B, T_k, H_kv, D) -> (B, T_q, H, D), contiguous.
+
+    One dtype (fp32, fp16, bf16), any strides (a tensor whose last dimension is not adjacent is copied), H a multiple of
+    H_kv, D up to 256. ``scale`` defaults to 1/sqrt(D). A query stands at position kv_len - T_q + i (kv_len, (B,)
+    integers, defaults to T_k) and sees the keys before kv_len that are not after it (``causal``), fewer than ``window``
+    away, and of its own document (``doc_ids``, (B, T_k) integers); one that sees none gets zeros. Keys at or past
+    kv_len are never read. Saved for backward: q, k, v, the output, lse (B, H, T_q) and dropout's seed.
+    Raises ValueError for shapes, dtypes or options that do not fit.
+    """
+    if not (q.dim() == k.dim() == 4 and k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]):
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"attention is given {shapes}: use q (B, T_q, H, D), k and v (B, T_k, H_kv, D)")
+    B, T_q, H, D = q.shape
+    T_k, H_kv = k.shape[1:3]
+    if H_kv == 0 or H % H_kv:
+        raise ValueError(f"q has {H} heads and k has {H_kv}: use a number of query heads that k's divides")
+    q, k, v = _autocast(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention is given {q.dtype}, {k.dtype}, {v.dtype} for q, k, v: use one dtype")
+    _check(q, D, B, T_k, window, doc_ids, dropout_p)
+    if kv_len is not None and (kv_len.shape != (B,) or kv_len.is_floating_point()):
+        raise ValueError(f"kv_len is {kv_len.dtype} {tuple(kv_len.shape)}: use integers of shape {(B,)}")
+    if not runtime.runs_in_triton(q) or q.numel() == 0 or k.numel() == 0:
+        return reference.attention(
+            q, k, v, causal=causal, scale=scale, window=window, doc_ids=doc_ids, kv_len=kv_len, dropout_p=dropout_p
+        )
+    seed = runtime.draw_seed(q.device) if dropout_p else None
+    scale = D**-0.5 if scale is None else scale
+    return _attention_fwd(q, k, v, doc_ids, kv_len, seed, causal, scale, window, dropout_p)[0]
+
+
+def qkv_attention(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    n_kv_head: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    doc_ids: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Self-attention over packed projections: qkv (B, T, (H + 2 H_kv) D) -> (B, T, H D); (B, T, 3C) -> (B, T, C) when
+    H_kv = H, as GPT-2's c_attn packs them: all queries, all keys, all values.
+
+    ``attention`` without a transpose or a copy in either direction: q, k and v are read inside qkv, and the gradient is
+    written into one tensor of qkv's shape. Saved for backward: qkv, the output, lse and dropout's seed. Raises ValueError.
+    """
+    n_kv_head = n_kv_head or n_head
+    if qkv.dim() != 3 or n_head < 1 or n_head % n_kv_head or qkv.shape[-1] % (n_head + 2 * n_kv_head):
+        raise ValueError(
+            f"qkv is {tuple(qkv.shape)} for n_head={n_head}, n_kv_head={n_kv_head}: use (B, T, (n_head + 2 n_kv_head) D) "
+            "with n_head a multiple of n_kv_head"
+        )
+    B, T, width = qkv.shape
+    D = width // (n_head + 2 * n_kv_head)
+    (qkv,) = _autocast(qkv)
+    _check(qkv, D, B, T, window, doc_ids, dropout_p)
+    if not runtime.runs_in_triton(qkv) or qkv.numel() == 0:
+        return reference.qkv_attention(
+            qkv, n_head, n_kv_head=n_kv_head, causal=causal, scale=scale, window=window, doc_ids=doc_ids,
+            dropout_p=dropout_p,
+        )  # fmt: skip
+    seed = runtime.draw_seed(qkv.device) if dropout_p else None
+    scale = D**-0.5 if scale is None else scale
+    return _qkv_attention_fwd(qkv, n_head, n_kv_head, doc_ids, seed, causal, scale, window, dropout_p)[0]

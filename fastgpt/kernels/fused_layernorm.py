@@ -1,0 +1,556 @@
+"""Layer norm over the last dimension, with (dropout +) residual add before it in the same pass. Ba et al. 2016.
+
+    s    = dropout(x) + residual            (or dropout(x), or x), rounded to the residual's dtype
+    xhat = (s - mean) * rstd                mean and the centred variance over C in fp32, rstd = 1 / sqrt(var + eps)
+    y    = xhat * weight + bias
+
+Backward, with g = dy * weight and the means taken over C:
+
+    ds        = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum      dsum: upstream gradient of the returned s
+    dresidual = ds
+    dx        = ds * keep / (1 - p)
+    dweight   = sum over rows of dy * xhat,    dbias = sum over rows of dy
+
+Saved for backward: s (that is x itself without a residual), weight, mean and rstd (fp32, one each per row), the seed.
+
+Bytes that have to move, e = bytes per element: forward 2e C per row (read x, write y), with residual 4e C; backward 3e C
+(read s, dy, write ds), with dsum 4e C, with dropout one more. At 8192 x 768 in bf16: 25.2 MB and 37.7 MB. Weight and bias
+stay in cache; the backward's partial sums add 8 C bytes per program, 0.6 MB on 46 SMs, which do not leave L2.
+
+Backward is one persistent kernel. Each program walks over tiles of rows, keeps its share of dweight and dbias in
+registers, one fp32 accumulator per element of the tile, and writes them once to a (programs, C) buffer, which a second
+kernel adds up in a fixed order: deterministic, no atomics. Rows wider than MAX_BACKWARD_BLOCK do not leave enough
+registers for that, so several programs share a row: each forms the two row means over all of it but owns one chunk of columns.
+
+Dropout: Philox4x32 of (seed; column group, row), four columns per call, formed again in backward; nothing is stored.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, overload
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels import reference, runtime
+
+MAX_WIDTH = 16_384
+MAX_BACKWARD_BLOCK = 4_096
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Config(NamedTuple):
+    """Launch geometry of one kernel: tiles of ``rows`` x ``block`` elements."""
+
+    rows: int
+    block: int
+    num_warps: int
+    programs_per_sm: int = 0
+
+
+def config(kernel: str, C: int) -> Config:
+    """Geometry for rows of C elements. ``kernel``: "forward" or "backward".
+
+    A thread holds 32 elements of a tile in forward and 8 in backward, where s, dy, weight and two accumulators are alive at
+    once (16 in the widest rows): no spills, enough bytes in flight, and 128-bit loads of bf16.
+    It does not depend on the number of rows: a new batch size compiles nothing.
+    """
+    block = max(16, triton.next_power_of_2(C))
+    if kernel == "forward":
+        rows = min(64, max(1, 4096 // block))
+        cfg = Config(rows, block, num_warps=max(4, block // 1024))
+    else:
+        block = min(block, MAX_BACKWARD_BLOCK)
+        rows = min(64, max(1, 2048 // block))
+        num_warps = 8 if block <= 2048 else 16
+        cfg = Config(rows, block, num_warps, programs_per_sm=24 // num_warps)
+    # The interpreter's cost is per program, whatever its size.
+    return cfg._replace(rows=32) if runtime.INTERPRET else cfg
+
+
+@triton.jit
+def _dropout(value, SEED, rows, first_col, p, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Dropout of a (ROWS, BLOCK) fp32 tile that starts at column first_col, a multiple of 4."""
+    zero = tl.zeros((ROWS, BLOCK // 4), tl.int32)
+    group = zero + (first_col // 4 + tl.arange(0, BLOCK // 4))[None, :]
+    a, b, c, d = tl.philox(tl.load(SEED), group, zero + rows.to(tl.int32)[:, None], zero, zero)
+    a, b = tl.uint_to_uniform_float(a) >= p, tl.uint_to_uniform_float(b) >= p
+    c, d = tl.uint_to_uniform_float(c) >= p, tl.uint_to_uniform_float(d) >= p
+    # As bytes: what a bool is when it moves between threads.
+    keep = tl.join(tl.join(a.to(tl.int8), c.to(tl.int8)), tl.join(b.to(tl.int8), d.to(tl.int8)))
+    return tl.where(tl.reshape(keep, (ROWS, BLOCK)) != 0, value * (1.0 / (1.0 - p)), 0.0)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _forward_kernel(
+    X,
+    RESIDUAL,
+    WEIGHT,
+    BIAS,
+    SEED,
+    Y,
+    SUM,
+    MEAN,
+    RSTD,
+    n_rows,
+    x_stride,
+    residual_stride,
+    eps,
+    dropout_p,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: ROWS whole rows. RESIDUAL and SUM, BIAS, SEED may be None."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    row_mask = rows < n_rows
+    mask = row_mask[:, None] & (cols < C)[None, :]
+    out = (rows * C)[:, None] + cols[None, :]
+    s = tl.load(X + (rows * x_stride)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if SEED is not None:
+        s = _dropout(s, SEED, rows, 0, dropout_p, ROWS, BLOCK)
+        if RESIDUAL is None:
+            s = s.to(X.dtype.element_ty).to(tl.float32)
+    if RESIDUAL is not None:
+        residual = RESIDUAL + (rows * residual_stride)[:, None] + cols[None, :]
+        s += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+        # The norm reads the sum as backward will: rounded.
+        rounded = s.to(SUM.dtype.element_ty)
+        tl.store(SUM + out, rounded, mask=mask)
+        s = rounded.to(tl.float32)
+
+    mean = tl.sum(s, axis=1) / C
+    centred = tl.where((cols < C)[None, :], s - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
+    tl.store(MEAN + rows, mean, mask=row_mask)
+    tl.store(RSTD + rows, rstd, mask=row_mask)
+
+    y = centred * rstd[:, None] * tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    if BIAS is not None:
+        y += tl.load(BIAS + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(Y + out, y.to(Y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _xhat_and_dy(
+    s_row,
+    dy_row,
+    S_SEED,
+    mean,
+    rstd,
+    rows,
+    row_mask,
+    first_col,
+    dropout_p,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """xhat and dy of one tile, fp32; dy is 0 past the edges. s_row, dy_row: pointers to column 0, (ROWS,)."""
+    cols = first_col + tl.arange(0, BLOCK)
+    mask = row_mask[:, None] & (cols < C)[None, :]
+    s = tl.load(s_row[:, None] + cols[None, :], mask=mask, other=0.0)
+    dy = tl.load(dy_row[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if S_SEED is not None:
+        dropped = _dropout(s.to(tl.float32), S_SEED, rows, first_col, dropout_p, ROWS, BLOCK)
+        s = dropped.to(s.dtype)
+    return (s.to(tl.float32) - mean[:, None]) * rstd[:, None], dy
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _backward_kernel(
+    DY,
+    DSUM,
+    S,
+    WEIGHT,
+    MEAN,
+    RSTD,
+    SEED,
+    S_SEED,
+    DX,
+    DRESIDUAL,
+    DW_PARTIAL,
+    DB_PARTIAL,
+    n_rows,
+    dy_stride,
+    dsum_stride,
+    s_stride,
+    dropout_p,
+    C: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (i, j): tiles i, i + programs, ... of ROWS rows; columns [j BLOCK, (j + 1) BLOCK) of CHUNKS such.
+
+    S_SEED is SEED where S holds x before its dropout (there is no residual). None: DSUM if s got no gradient, DRESIDUAL if
+    it equals DX, the seeds without dropout, DW_PARTIAL and DB_PARTIAL if nobody asks for them.
+    """
+    chunk = tl.program_id(1)
+    first_col = chunk * BLOCK
+    cols = first_col + tl.arange(0, BLOCK)
+    weight = tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        row_mask = rows < n_rows
+        mask = row_mask[:, None] & (cols < C)[None, :]
+        out = (rows * C)[:, None] + cols[None, :]
+        mean = tl.load(MEAN + rows, mask=row_mask, other=0.0)
+        rstd = tl.load(RSTD + rows, mask=row_mask, other=0.0)
+        s_row, dy_row = S + rows * s_stride, DY + rows * dy_stride
+        xhat, dy = _xhat_and_dy(s_row, dy_row, S_SEED, mean, rstd, rows, row_mask, first_col, dropout_p, C, ROWS, BLOCK)
+        if DW_PARTIAL is not None:
+            dw += dy * xhat
+        if DB_PARTIAL is not None:
+            db += dy
+        g = dy * weight
+        mean_g = tl.sum(g, axis=1) / C
+        mean_g_xhat = tl.sum(g * xhat, axis=1) / C
+        for step in range(1, CHUNKS):  # the rest of these rows, which other programs own
+            other_first = (chunk + step) % CHUNKS * BLOCK
+            other_cols = other_first + tl.arange(0, BLOCK)
+            other_weight = tl.load(WEIGHT + other_cols, mask=other_cols < C, other=0.0).to(tl.float32)[None, :]
+            other_xhat, other_dy = _xhat_and_dy(
+                s_row, dy_row, S_SEED, mean, rstd, rows, row_mask, other_first, dropout_p, C, ROWS, BLOCK
+            )
+            mean_g += tl.sum(other_dy * other_weight, axis=1) / C
+            mean_g_xhat += tl.sum(other_dy * other_weight * other_xhat, axis=1) / C
+        ds = (g - mean_g[:, None] - xhat * mean_g_xhat[:, None]) * rstd[:, None]
+        if DSUM is not None:
+            dsum = DSUM + (rows * dsum_stride)[:, None] + cols[None, :]
+            ds += tl.load(dsum, mask=mask, other=0.0).to(tl.float32)
+        if DRESIDUAL is not None:
+            tl.store(DRESIDUAL + out, ds.to(DRESIDUAL.dtype.element_ty), mask=mask)
+        if SEED is not None:
+            ds = _dropout(ds, SEED, rows, first_col, dropout_p, ROWS, BLOCK)
+        tl.store(DX + out, ds.to(DX.dtype.element_ty), mask=mask)
+
+    partial = tl.program_id(0) * C + cols
+    if DW_PARTIAL is not None:
+        tl.store(DW_PARTIAL + partial, tl.sum(dw, axis=0), mask=cols < C)
+    if DB_PARTIAL is not None:
+        tl.store(DB_PARTIAL + partial, tl.sum(db, axis=0), mask=cols < C)
+
+
+@triton.jit
+def _sum_partials_kernel(DW_PARTIAL, DB_PARTIAL, DW, DB, programs, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program i: columns [i BLOCK, (i + 1) BLOCK) of dweight and dbias. Either pair may be None."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    dw = tl.zeros((ROWS, BLOCK), tl.float32)
+    db = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, programs, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        mask = (rows < programs)[:, None] & (cols < C)[None, :]
+        partial = rows[:, None] * C + cols[None, :]
+        if DW is not None:
+            dw += tl.load(DW_PARTIAL + partial, mask=mask, other=0.0)
+        if DB is not None:
+            db += tl.load(DB_PARTIAL + partial, mask=mask, other=0.0)
+    if DW is not None:
+        tl.store(DW + cols, tl.sum(dw, axis=0).to(DW.dtype.element_ty), mask=cols < C)
+    if DB is not None:
+        tl.store(DB + cols, tl.sum(db, axis=0).to(DB.dtype.element_ty), mask=cols < C)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (rows, C) with neighbouring columns adjacent: a view if its strides allow one, else a contiguous copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _forward_outputs(
+    x: Tensor, residual: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten y, s (empty without a residual: it never leaves the op's autograd formula), mean, rstd."""
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    if residual is None:
+        s = torch.empty(0, dtype=x.dtype, device=x.device)
+    else:
+        s = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    return y, s, mean, rstd
+
+
+@torch.library.custom_op(
+    "fastgpt::layer_norm_fwd",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, float dropout_p, float eps, "
+    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def layer_norm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, s, mean, rstd; s is an empty tensor without a residual. All contiguous."""
+    y, s, mean, rstd = outputs = _forward_outputs(x, residual, out_dtype)
+    if x.numel() == 0:
+        return outputs
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    n_rows, C = x.shape
+    cfg = config("forward", C)
+    with runtime.device_guard(x):
+        _forward_kernel[(triton.cdiv(n_rows, cfg.rows),)](
+            x,
+            residual,
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            seed,
+            y,
+            None if residual is None else s,
+            mean,
+            rstd,
+            n_rows,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            eps,
+            dropout_p,
+            C=C,
+            ROWS=cfg.rows,
+            BLOCK=cfg.block,
+            num_warps=cfg.num_warps,
+        )
+    return outputs
+
+
+@layer_norm_fwd.register_fake
+def _(x, weight, bias, residual, seed, dropout_p, eps, out_dtype):
+    return _forward_outputs(x, residual, out_dtype)
+
+
+def _backward_outputs(
+    s: Tensor,
+    weight: Tensor,
+    x_dtype: torch.dtype,
+    two_gradients: bool,
+    weight_grad: bool,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten dx, dresidual, dweight, dbias; those not asked for are empty."""
+    C = weight.shape[0]
+    return (
+        torch.empty(s.shape, dtype=x_dtype, device=s.device),
+        torch.empty(s.shape if two_gradients else 0, dtype=s.dtype, device=s.device),
+        torch.empty(C if weight_grad else 0, dtype=weight.dtype, device=s.device),
+        torch.empty(C if bias_dtype else 0, dtype=bias_dtype or weight.dtype, device=s.device),
+    )
+
+
+@torch.library.custom_op(
+    "fastgpt::layer_norm_bwd",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, float dropout_p, "
+    "ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def layer_norm_bwd(
+    dy: Tensor,
+    dsum: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    x_dtype: torch.dtype,
+    s_is_x: bool,
+    two_gradients: bool,
+    weight_grad: bool,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual (if ``two_gradients``: else dx serves both), dweight (if ``weight_grad``), dbias (if ``bias_dtype``)."""
+    dx, dresidual, dw, db = outputs = _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
+    if s.numel() == 0:
+        dw.zero_()
+        db.zero_()
+        return outputs
+    s, dy, dsum = _rows(s), _rows(dy), None if dsum is None else _rows(dsum)
+    n_rows, C = s.shape
+    cfg = config("backward", C)
+    programs = min(runtime.sm_count(s.device) * cfg.programs_per_sm, triton.cdiv(n_rows, cfg.rows))
+    chunks = triton.cdiv(C, cfg.block)
+    partial = {"dtype": torch.float32, "device": s.device}
+    dw_partial = torch.empty((programs, C), **partial) if weight_grad else None
+    db_partial = torch.empty((programs, C), **partial) if bias_dtype else None
+    with runtime.device_guard(s):
+        _backward_kernel[(programs, chunks)](
+            dy,
+            dsum,
+            s,
+            weight.contiguous(),
+            mean,
+            rstd,
+            seed,
+            seed if s_is_x else None,
+            dx,
+            dresidual if two_gradients else None,
+            dw_partial,
+            db_partial,
+            n_rows,
+            dy.stride(0),
+            0 if dsum is None else dsum.stride(0),
+            s.stride(0),
+            dropout_p,
+            C=C,
+            CHUNKS=chunks,
+            ROWS=cfg.rows,
+            BLOCK=cfg.block,
+            num_warps=cfg.num_warps,
+        )
+        if weight_grad or bias_dtype:
+            _sum_partials_kernel[(triton.cdiv(C, 32),)](
+                dw_partial,
+                db_partial,
+                dw if weight_grad else None,
+                db if bias_dtype else None,
+                programs,
+                C,
+                ROWS=64,
+                BLOCK=32,
+                num_warps=4,
+            )
+    return outputs
+
+
+@layer_norm_bwd.register_fake
+def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, weight_grad, bias_dtype):
+    return _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, residual, seed, dropout_p, _, _ = inputs
+    y, s, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x if residual is None else s, weight, mean, rstd, seed)
+    ctx.dropout_p, ctx.x_dtype, ctx.y_dtype = dropout_p, x.dtype, y.dtype
+    ctx.has_residual, ctx.bias_dtype = residual is not None, None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy, dsum, _dmean, _drstd):
+    s, weight, mean, rstd, seed = ctx.saved_tensors
+    if dy is None:  # only the sum was used
+        dy = torch.zeros(s.shape, dtype=ctx.y_dtype, device=s.device)
+    _, weight_grad, bias_grad, residual_grad, *_ = ctx.needs_input_grad
+    two_gradients = residual_grad and (seed is not None or s.dtype != ctx.x_dtype)
+    dx, dresidual, dw, db = torch.ops.fastgpt.layer_norm_bwd(
+        dy,
+        dsum if ctx.has_residual else None,
+        s,
+        weight,
+        mean,
+        rstd,
+        seed,
+        ctx.dropout_p,
+        ctx.x_dtype,
+        not ctx.has_residual,
+        two_gradients,
+        weight_grad,
+        ctx.bias_dtype if bias_grad else None,
+    )
+    if residual_grad and not two_gradients:
+        dresidual = dx
+    return dx, dw if weight_grad else None, db if bias_grad else None, dresidual if residual_grad else None, *[None] * 4
+
+
+layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _validate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dropout_p: float,
+    out_dtype: torch.dtype | None,
+) -> None:
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must have 1 to {MAX_WIDTH} elements")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1]")
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype is {out_dtype}: use float32, float16 or bfloat16")
+    C = x.shape[-1:]
+    for name, tensor, shape in (
+        ("x", x, x.shape),
+        ("weight", weight, C),
+        ("bias", bias, C),
+        ("residual", residual, x.shape),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}: for x of shape {tuple(x.shape)} it must be {tuple(shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}: use float32, float16 or bfloat16")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}: move it to {x.device}, where x is")
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm of ``dropout(x) + residual`` over the last dimension.
+
+    x (..., C) with C up to 16,384, of any rank from 1 and any strides: views whose rows lie a constant stride apart are read
+    in place, others copied first. weight, bias (C,). residual of x's shape. fp32, fp16 or bf16, each tensor its own.
+
+    Returns y in ``out_dtype`` (default: x's), and with a residual also the sum, in the residual's dtype. Results are
+    contiguous. Each gradient has its input's dtype. Autocast changes nothing: nothing is cast, statistics are fp32 anyway.
+    Raises ValueError for shapes, dtypes and devices that do not fit. CPU tensors outside Triton's interpreter are
+    computed by ``reference.layer_norm``.
+    """
+    if not runtime.runs_in_triton(x):
+        return reference.layer_norm(
+            x, weight, bias, residual=residual, dropout_p=dropout_p, eps=eps, out_dtype=out_dtype
+        )
+    _validate(x, weight, bias, residual, dropout_p, out_dtype)
+    seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
+    y, s, _, _ = torch.ops.fastgpt.layer_norm_fwd(x, weight, bias, residual, seed, dropout_p, eps, out_dtype or x.dtype)
+    return y if residual is None else (y, s)

@@ -1,0 +1,76 @@
+"""What Triton's CPU interpreter needs to be right.
+
+With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, one program after
+another, in NumPy. Two things in it need care:
+
+* bfloat16. NumPy has none, so the interpreter keeps the raw 16 bits and computes *on the bit patterns*
+  (triton-lang/triton#4972). ``install`` makes casts, dots and arithmetic go through fp32 with round-to-nearest-even.
+  Reductions of bf16 stay wrong: kernels upcast right after every load, which they want to do anyway.
+* NumPy >= 2.4 breaks loop bounds in the interpreter of triton 3.6.
+
+Neither matters for compiled kernels.
+"""
+
+from __future__ import annotations
+
+
+def install() -> None:
+    """Make bf16 right in the interpreter; idempotent. Called when fastgpt.kernels is imported under TRITON_INTERPRET=1."""
+    import numpy as np
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def version(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(".")[:2])
+
+    if version(triton.__version__) < (3, 7) and version(np.__version__) >= (2, 4):
+        raise ImportError(
+            f"the interpreter of triton {triton.__version__} computes wrong loop bounds with numpy {np.__version__}: "
+            "install 'numpy<2.4' or triton >= 3.7"
+        )
+    if getattr(InterpreterBuilder, "_fastgpt_bf16", False):
+        return
+
+    def is_bf16(handle: TensorHandle) -> bool:
+        return handle.dtype.scalar == tl.bfloat16
+
+    def to_fp32(handle: TensorHandle) -> TensorHandle:
+        if not is_bf16(handle):
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def to_bf16(values: np.ndarray) -> TensorHandle:
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return TensorHandle(np.where(np.isnan(values), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+    stock_cast, stock_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self, src, dst_type):
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == target or tl.bfloat16 not in (source, target):
+            return stock_cast(self, src, dst_type)
+        wide = to_fp32(src)
+        if target == tl.bfloat16:
+            return to_bf16(wide.data.astype(np.float32))
+        return wide if target == tl.float32 else stock_cast(self, wide, dst_type)
+
+    def create_dot(self, a, b, acc, *rest):
+        return stock_dot(self, to_fp32(a), to_fp32(b), acc, *rest)
+
+    def through_fp32(stock):
+        def op(self, *args):
+            *handles, function = args
+            if not is_bf16(handles[0]):
+                return stock(self, *args)
+            result = function(*[to_fp32(handle).data for handle in handles])
+            return TensorHandle(result, tl.int1) if result.dtype == np.bool_ else to_bf16(result)
+
+        return op
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.binary_op = through_fp32(InterpreterBuilder.binary_op)
+    InterpreterBuilder.unary_op = through_fp32(InterpreterBuilder.unary_op)
+    InterpreterBuilder._fastgpt_bf16 = True

@@ -1,0 +1,157 @@
+"""The launches that training and sampling a GPT make: every kernel, in every shipped launch config.
+
+``cases()`` lists (name, callable). Each callable runs one public operation forward and backward on CPU tensors; inside
+``offline.capture_launches`` its launches only compile. Tensors are then nothing but pointers, strides and dtypes
+(``torch.empty``, pages never touched), so shapes that decide a launch config are real ones; only sizes that plain
+PyTorch has to compute with inside an operation (the GEMMs of the loss) are kept small.
+
+What is varied is what makes another binary or another config: dtype, head dimension, width, and the options that are
+compiled in. The heaviest combination of options comes for every head dimension: that is the one that spills first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Case = tuple[str, Callable[[], None]]
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+WIDTHS = (384, 768, 1024, 1600, 4096, 16384)
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+BF16, FP16, FP32 = SHORT
+
+
+def cases() -> list[Case]:
+    return [*attention_cases(), *layer_norm_cases(), *cross_entropy_cases(), *adamw_cases()]
+
+
+def _backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
+    """A backward pass with contiguous upstream gradients, as autograd hands them over within a model."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+
+
+def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def _qkv(
+    dtype: torch.dtype, D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: bool = False, **options: Any
+) -> None:
+    from fastgpt.kernels.fused_attn import qkv_attention
+
+    qkv = _leaf(1, T, (H + 2 * kv) * D, dtype=dtype)
+    doc_ids = torch.empty(1, T, dtype=torch.int32) if docs else None
+    _backward(qkv_attention(qkv, H, n_kv_head=kv, doc_ids=doc_ids, **options))
+
+
+def _decode(dtype: torch.dtype, D: int, T_q: int) -> None:
+    """Sampling with a preallocated cache: T_q new tokens against up to 1024 keys, no backward."""
+    from fastgpt.kernels.fused_attn import attention
+
+    q = torch.empty(1, T_q, 2, D, dtype=dtype)
+    k, v = torch.empty(2, 1, 1024, 2, D, dtype=dtype)
+    with torch.no_grad():
+        attention(q, k, v, kv_len=torch.empty(1, dtype=torch.int32))
+
+
+def attention_cases() -> Iterator[Case]:
+    for D in HEAD_DIMS:
+        yield f"attention bf16 D{D}", partial(_qkv, BF16, D)
+        yield f"attention bf16 D{D} all options", partial(_qkv, BF16, D, H=4, docs=True, dropout_p=0.1, window=256)
+    for dtype in (FP16, FP32):
+        for D in (64, 128, 256):
+            yield f"attention {SHORT[dtype]} D{D}", partial(_qkv, dtype, D)
+    yield "attention bf16 D64 short", partial(_qkv, BF16, 64, T=64)
+    yield "attention bf16 D64 T1025", partial(_qkv, BF16, 64, T=1025)
+    yield "attention bf16 D64 not causal", partial(_qkv, BF16, 64, causal=False)
+    yield "attention bf16 D64 dropout", partial(_qkv, BF16, 64, dropout_p=0.1)
+    yield "attention bf16 D64 documents", partial(_qkv, BF16, 64, docs=True)
+    yield "attention bf16 D64 window", partial(_qkv, BF16, 64, window=256)
+    yield "attention bf16 D64 grouped queries", partial(_qkv, BF16, 64, H=4)
+    for D in (64, 128):
+        yield f"attention bf16 D{D} decode", partial(_decode, BF16, D, 1)
+        yield f"attention bf16 D{D} prefill", partial(_decode, BF16, D, 256)
+
+
+# ---------------------------------------------------------------- layer norm
+
+
+def _norm(
+    C: int,
+    x: torch.dtype,
+    residual: torch.dtype | None = None,
+    weight: torch.dtype = FP32,
+    bias: bool = False,
+    rows: int = 8192,
+    **options: Any,
+) -> None:
+    from fastgpt.kernels.fused_layernorm import layer_norm
+
+    rows = min(rows, 2**23 // C)  # the host code may touch its outputs
+    stream = None if residual is None else _leaf(rows, C, dtype=residual)
+    shift = _leaf(C, dtype=weight) if bias else None
+    _backward(layer_norm(_leaf(rows, C, dtype=x), _leaf(C, dtype=weight), shift, residual=stream, **options))
+
+
+def layer_norm_cases() -> Iterator[Case]:
+    for C in WIDTHS:
+        # A block's norms under bf16 autocast: bf16 branch, fp32 residual stream, bf16 output.
+        yield f"layer_norm C{C}", partial(_norm, C, BF16, FP32, out_dtype=BF16)
+        yield f"layer_norm C{C} all options", partial(_norm, C, BF16, FP32, bias=True, out_dtype=BF16, dropout_p=0.1)
+    for C in (768, 16384):
+        yield f"layer_norm C{C} first", partial(_norm, C, FP32, out_dtype=BF16)
+        for dtype in SHORT:
+            yield f"layer_norm {SHORT[dtype]} C{C}", partial(_norm, C, dtype, bias=True)
+            yield (
+                f"layer_norm {SHORT[dtype]} C{C} residual",
+                lambda C=C, dtype=dtype: _norm(C, dtype, dtype, dtype, bias=True),
+            )
+
+
+# ---------------------------------------------------------------- linear + cross-entropy
+
+
+def _loss(dtype: torch.dtype, V: int = 50304, C: int = 32, N: int = 256, bias: bool = False, **options: Any) -> None:
+    from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
+
+    x, weight = torch.zeros(N, C, dtype=dtype, requires_grad=True), torch.zeros(V, C, dtype=dtype, requires_grad=True)
+    shift = torch.zeros(V, dtype=dtype, requires_grad=True) if bias else None
+    _backward(linear_cross_entropy(x, weight, torch.zeros(N, dtype=torch.int64), bias=shift, **options))
+
+
+def cross_entropy_cases() -> Iterator[Case]:
+    everything: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-4, "logit_softcap": 30.0}
+    for dtype in SHORT:
+        yield f"linear_cross_entropy {SHORT[dtype]}", partial(_loss, dtype)
+    yield "linear_cross_entropy bf16 padded", partial(_loss, BF16, vocab_size=50257)
+    yield "linear_cross_entropy bf16 all options", partial(_loss, BF16, bias=True, vocab_size=50257, **everything)
+    yield "linear_cross_entropy bf16 none", partial(_loss, BF16, reduction="none", **everything)
+    yield "linear_cross_entropy fp32 bytes", partial(_loss, FP32, V=256)
+
+
+# ---------------------------------------------------------------- AdamW
+
+
+def _adamw(dtype: torch.dtype, max_grad_norm: float | None = 1.0, **options: Any) -> None:
+    from fastgpt.optim import FusedAdamW
+
+    shapes = ((768, 768), (768,), (50, 768), (3,))
+    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    FusedAdamW(params, max_grad_norm=max_grad_norm, **options).step()
+
+
+def adamw_cases() -> Iterator[Case]:
+    for dtype in SHORT:
+        yield f"adamw {SHORT[dtype]}", partial(_adamw, dtype)
+    yield "adamw fp32 no clip", partial(_adamw, FP32, max_grad_norm=None)

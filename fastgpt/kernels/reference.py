@@ -1,0 +1,182 @@
+"""The specification: every fused operation in plain PyTorch.
+
+These functions define what the kernels compute, in any floating dtype (tests run them in fp64), and are what CPU tensors
+get outside the interpreter. They are also the EAGER table of fastgpt/ops.py, and meant as a strong baseline: PyTorch's own
+fused attention, layer norm and cross-entropy are called wherever they can express the operation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm over the last dimension, optionally of ``dropout(x) + residual``, which is then returned too.
+
+    x (..., C), weight and bias (C,), residual of x's shape. Returns y, or (y, sum) with a residual. y has ``out_dtype``
+    (default x's); the sum keeps the residual's dtype and the norm reads the sum as rounded to it. Ba et al. 2016.
+    """
+    if residual is not None:
+        total = (F.dropout(x, dropout_p) + residual).to(residual.dtype)
+    else:
+        total = F.dropout(x, dropout_p) if dropout_p else x
+    y = F.layer_norm(
+        total,
+        (x.shape[-1],),
+        weight.to(total.dtype),
+        None if bias is None else bias.to(total.dtype),
+        eps,
+    ).to(out_dtype or x.dtype)
+    return y if residual is None else (y, total)
+
+
+def attention_mask(
+    T_q: int,
+    T_k: int,
+    device: torch.device,
+    *,
+    causal: bool,
+    window: int | None,
+    doc_ids: Tensor | None,
+    kv_len: Tensor | None,
+) -> Tensor | None:
+    """Which keys each query sees: a bool mask (B or 1, 1, T_q, T_k), or None when it is all of them.
+
+    Query i of batch b stands at position ``p = kv_len[b] - T_q + i`` (kv_len defaults to T_k): bottom-right alignment.
+    Causal: key <= p. Window W: key > p - W, and without causal also key < p + W. doc_ids (B, T_k): the ids of key and of
+    position p must be equal. Keys at or past kv_len do not exist; a query at a negative position sees nothing.
+    """
+    if not causal and window is None and doc_ids is None and kv_len is None:
+        return None
+    length = torch.full((1,), T_k, device=device) if kv_len is None else kv_len.to(torch.int64)
+    position = (length[:, None] - T_q + torch.arange(T_q, device=device))[:, :, None]  # (B, T_q, 1)
+    key = torch.arange(T_k, device=device)[None, None, :]
+    mask = (key < length[:, None, None]) & (position >= 0)
+    if causal:
+        mask = mask & (key <= position)
+    if window is not None:
+        mask = mask & (key > position - window) & (key < position + window)
+    if doc_ids is not None:
+        position = position.expand(doc_ids.shape[0], T_q, 1).squeeze(-1).clamp(min=0)
+        mask = mask & (doc_ids.gather(1, position)[:, :, None] == doc_ids[:, None, :])
+    return mask[:, None]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    doc_ids: Tensor | None = None,
+    kv_len: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Scaled dot-product attention. q (B, T_q, H, D), k and v (B, T_k, H_kv, D) -> (B, T_q, H, D).
+
+    Head h reads key/value head ``h // (H / H_kv)``. ``attention_mask`` says who sees whom; a query that sees nothing gets
+    zeros. ``scale`` defaults to 1/sqrt(D). Vaswani et al. 2017; grouped queries: Ainslie et al. 2023.
+    """
+    T_q, H, D = q.shape[1:]
+    T_k, H_kv = k.shape[1:3]
+    if q.numel() == 0 or k.numel() == 0:
+        return q.new_zeros(q.shape) + 0 * (q.sum() + k.sum() + v.sum())
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    grouped = H != H_kv
+    if causal and T_q == T_k and window is None and doc_ids is None and kv_len is None:
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p, enable_gqa=grouped
+        )
+        return out.transpose(1, 2)
+    mask = attention_mask(T_q, T_k, q.device, causal=causal, window=window, doc_ids=doc_ids, kv_len=kv_len)
+    if mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, enable_gqa=grouped)
+        return out.transpose(1, 2)
+    # A row with no key: let it see all of them and zero the output, so that no NaN is ever formed.
+    sees_any = mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask | ~sees_any, scale=scale, dropout_p=dropout_p, enable_gqa=grouped
+    )
+    return torch.where(sees_any, out, 0).transpose(1, 2)
+
+
+def qkv_attention(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    n_kv_head: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    doc_ids: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Self-attention over packed projections: qkv (B, T, (H + 2 H_kv) D) -> (B, T, H D); (B, T, 3C) -> (B, T, C) when
+    H_kv = H. The packing is all queries, then all keys, then all values, as nanoGPT's and GPT-2's c_attn writes it."""
+    n_kv_head = n_kv_head or n_head
+    B, T, width = qkv.shape
+    D = width // (n_head + 2 * n_kv_head)
+    q, k, v = qkv.split((n_head * D, n_kv_head * D, n_kv_head * D), dim=-1)
+    out = attention(
+        q.view(B, T, n_head, D),
+        k.view(B, T, n_kv_head, D),
+        v.view(B, T, n_kv_head, D),
+        causal=causal,
+        scale=scale,
+        window=window,
+        doc_ids=doc_ids,
+        dropout_p=dropout_p,
+    )
+    return out.reshape(B, T, n_head * D)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Cross-entropy of the classifier ``x @ weight.T + bias``. x (..., C), weight (V, C), target (...) of int64.
+
+    logits z are first capped, ``c * tanh(z / c)``, if ``logit_softcap`` is c; only the first ``vocab_size`` rows of a
+    padded weight take part. Each token's loss is cross-entropy with ``label_smoothing`` plus ``z_loss * lse(z)**2``
+    (PaLM, Chowdhery et al. 2022, section 5); 0 where target == ignore_index. mean divides by the number of tokens
+    that are not ignored (0 if there are none). Returns fp32 (fp64 for fp64 inputs): a scalar, or target's shape for "none".
+    """
+    V = weight.shape[0] if vocab_size is None else vocab_size
+    logits = F.linear(x, weight[:V].to(x.dtype), None if bias is None else bias[:V].to(x.dtype))
+    logits = logits.reshape(-1, V)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    flat = target.reshape(-1).to(torch.int64)
+    loss = F.cross_entropy(logits, flat, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none")
+    if z_loss:
+        loss = loss + z_loss * torch.where(flat != ignore_index, torch.logsumexp(logits, -1).square(), 0)
+    if reduction == "none":
+        return loss.view(target.shape)
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / (flat != ignore_index).sum().clamp(min=1)
+    raise ValueError(f"reduction is {reduction!r}: use 'none', 'mean' or 'sum'")

@@ -1,0 +1,57 @@
+"""What every launcher asks before it launches: does this tensor run in Triton, on what, and with which dropout seed.
+
+Nothing here touches CUDA at import.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+"""True when triton runs kernels in its CPU interpreter. Fixed for the life of the process, as triton's own switch is."""
+
+compile_only = False
+"""True while kernels/offline.py captures launches: CPU tensors then take the Triton path, and launches only compile."""
+
+INTERPRETER_SMS = 4
+"""Programs that a persistent kernel starts in the interpreter: enough to test the reduction over programs, few enough
+to be quick (a program costs 0.06 ms there)."""
+
+compile_only_sms = 46
+"""SM count that launchers see while ``compile_only``: the RTX 4070's."""
+
+
+def runs_in_triton(x: Tensor) -> bool:
+    """Whether launchers send this tensor to a Triton kernel. False (a CPU tensor and no interpreter): the PyTorch
+    reference computes instead, so that a model built on these ops runs on any machine."""
+    return x.is_cuda or (x.device.type == "cpu" and (INTERPRET or compile_only))
+
+
+def device_guard(x: Tensor) -> AbstractContextManager:
+    """Launch on the device that holds ``x``, whichever is current (Liger-Kernel#1303)."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@lru_cache
+def _cuda_sm_count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device``; what stands in for them in the interpreter and in compile-only runs."""
+    if device.type == "cuda":
+        return _cuda_sm_count(device.index if device.index is not None else torch.cuda.current_device())
+    return compile_only_sms if compile_only else INTERPRETER_SMS
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A one-element int64 dropout seed on ``device`` from torch's generator.
+
+    Drawn outside the custom op and saved for backward: activation checkpointing repeats it (it restores the RNG state),
+    CUDA graphs and torch.compile advance it."""
+    return torch.randint(0, 2**62, (1,), dtype=torch.int64, device=device)

@@ -1,0 +1,218 @@
+"""GPT-2, readable top to bottom: learned positions, pre-norm blocks, GELU (tanh), head tied to the token embedding.
+
+The residual add (and its dropout) belongs to the norm that follows it, so a block takes the residual stream and the branch
+that is still to be added: ``layer_norm(branch, residual=x)`` returns the normed sum and the sum in one pass.
+Parameter names are nanoGPT's. Radford et al. 2019; scaled initialisation from section 2.3 there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.config import ModelConfig
+from fastgpt.errors import UserError
+from fastgpt.ops import EAGER, Ops
+
+
+class LayerNorm(nn.Module):
+    """Weight and optional bias (C,) of a layer norm; ``residual`` and ``dropout_p`` as in ops.layer_norm."""
+
+    def __init__(self, width: int, bias: bool, ops: Ops):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.ops = ops
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0):
+        return self.ops.layer_norm(x, self.weight, self.bias, residual=residual, dropout_p=dropout_p)
+
+
+class KVCache:
+    """Keys and values of one sequence batch, preallocated: per layer k and v (B, block_size, H, D).
+
+    ``length`` (B,) int32 on the device counts the tokens in it, as ops.attention's kv_len wants it."""
+
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, batch, config.block_size, config.n_head, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(batch, device=device, dtype=torch.int32)
+        self.position = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, T, H, D) behind what is there; returns the layer's whole buffers."""
+        end = self.position + k.shape[1]
+        self.k[layer, :, self.position : end] = k
+        self.v[layer, :, self.position : end] = v
+        return self.k[layer], self.v[layer]
+
+    def advance(self, T: int) -> None:
+        self.position += T
+        self.length += T
+
+
+class Attention(nn.Module):
+    """Causal self-attention from one packed projection."""
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout, self.layer, self.ops = config.n_head, config.dropout, layer, ops
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        qkv = self.ops.linear(x, self.c_attn.weight, self.c_attn.bias)
+        if cache is None:
+            dropout_p = self.dropout if self.training else 0.0
+            y = self.ops.qkv_attention(qkv, self.n_head, dropout_p=dropout_p)
+        else:
+            B, T, C = x.shape
+            q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
+            k, v = cache.append(self.layer, k, v)
+            y = self.ops.attention(q, k, v, kv_len=cache.length + T).reshape(B, T, C)
+        return self.ops.linear(y, self.c_proj.weight, self.c_proj.bias)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias)
+        return self.ops.linear(x, self.c_proj.weight, self.c_proj.bias)
+
+
+class Block(nn.Module):
+    """residual stream x and pending branch (None before the first block) -> the same, one block later."""
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias, ops)
+        self.attn = Attention(config, layer, ops)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias, ops)
+        self.mlp = MLP(config, ops)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+        dropout_p = self.dropout if self.training else 0.0
+        h, x = (self.ln_1(x), x) if branch is None else self.ln_1(branch, x, dropout_p)
+        branch = self.attn(h, cache)
+        h, x = self.ln_2(branch, x, dropout_p)
+        return x, self.mlp(h)
+
+
+class GPT(nn.Module):
+    """``GPT(config, ops)``; ops is fastgpt.ops.EAGER (default) or TRITON."""
+
+    def __init__(self, config: ModelConfig, ops: Ops = EAGER):
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, layer, ops) for layer in range(config.n_layer)),
+                "ln_f": LayerNorm(config.n_embd, config.bias, ops),
+            }
+        )
+        self.apply(self._init)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # two of them add to the residual stream per block
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def head(self) -> Tensor:
+        """The classifier's weight (vocab_size, C): the token embedding."""
+        return self.transformer["wte"].weight
+
+    def n_params(self, positions: bool = False) -> int:
+        """Number of parameters, as GPT-2's are counted: without the position embedding unless asked."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total if positions else total - self.transformer["wpe"].weight.numel()
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> the final norm's output (B, T, C)."""
+        T, start = idx.shape[1], 0 if cache is None else cache.position
+        if start + T > self.config.block_size:
+            raise ValueError(f"sequence of {start + T} tokens is longer than block_size {self.config.block_size}")
+        position = torch.arange(start, start + T, device=idx.device)
+        x = self.transformer["wte"](idx) + self.transformer["wpe"](position)
+        x = F.dropout(x, self.config.dropout, self.training)
+        branch = None
+        for block in self.transformer["h"]:
+            x, branch = block(x, branch, cache)
+        if cache is not None:
+            cache.advance(T)
+        h, _ = self.transformer["ln_f"](branch, x, self.config.dropout if self.training else 0.0)
+        return h
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """idx, targets (B, T) int64 -> (logits (B, T, vocab_size), None) without targets, (None, mean loss fp32) with them.
+
+        With targets the logits are never formed as a whole; targets of -100 are ignored. Raises ValueError when T
+        exceeds block_size.
+        """
+        h = self.hidden(idx)
+        if targets is None:
+            return self.ops.linear(h, self.head), None
+        return None, self.ops.linear_cross_entropy(h, self.head, targets)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        vocab_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield one (B, 1) tensor of new ids after another, continuing the prompt idx (B, T), T >= 1.
+
+        temperature 0 is greedy; ``vocab_size`` excludes the padded rows. Keys and values are cached up to block_size;
+        past it the window slides, learned positions shift under every cached key, and each step encodes the last
+        block_size tokens anew, as without a cache.
+        """
+        if idx.shape[1] == 0:
+            raise UserError("the prompt is empty: give at least one token")
+        limit = self.config.block_size
+        sequence, pending, cache = idx, idx[:, -limit:], None
+        for _ in range(max_new_tokens):
+            if sequence.shape[1] <= limit:
+                if cache is None:
+                    dtype = torch.get_autocast_dtype(idx.device.type) if torch.is_autocast_enabled(idx.device.type) else None
+                    cache = KVCache(self.config, idx.shape[0], idx.device, dtype or self.head.dtype)
+                h = self.hidden(pending, cache)
+            else:
+                h = self.hidden(sequence[:, -limit:])
+            logits = self.ops.linear(h[:, -1], self.head).float()[:, :vocab_size]
+            pending = _sample(logits, temperature, top_k, generator)
+            sequence = torch.cat((sequence, pending), 1)
+            yield pending
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One id per row of logits (B, V): greedy at temperature 0, else from the softmax over the top_k."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        threshold = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, -math.inf)
+    return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)

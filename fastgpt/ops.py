@@ -1,0 +1,92 @@
+"""The operations that a GPT step is made of, as one table. The model calls an ``Ops`` and does not know which.
+
+EAGER is plain PyTorch (and the specification); TRITON is the fused kernels. Both follow torch.autocast: matmul operands and
+the outputs of norms take its dtype, while parameters, the residual stream and the loss stay fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.kernels import reference
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Signatures are those of fastgpt/kernels/reference.py; ``linear`` and ``linear_gelu`` take (x, weight, bias)."""
+
+    name: str
+    layer_norm: Callable[..., Any]
+    attention: Callable[..., Tensor]
+    qkv_attention: Callable[..., Tensor]
+    linear: Callable[..., Tensor]
+    linear_gelu: Callable[..., Tensor]
+    linear_cross_entropy: Callable[..., Tensor]
+
+    def __deepcopy__(self, memo: dict) -> Ops:
+        return self  # a table of functions: copies of a model share it
+
+
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+EAGER = Ops(
+    name="eager",
+    layer_norm=reference.layer_norm,
+    attention=reference.attention,
+    qkv_attention=reference.qkv_attention,
+    linear=F.linear,
+    linear_gelu=_linear_gelu,
+    linear_cross_entropy=reference.linear_cross_entropy,
+)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matmul operands for ``x``: autocast's where it is on, else x's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _triton() -> Ops:
+    from fastgpt.kernels.fused_attn import attention, qkv_attention
+    from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
+    from fastgpt.kernels.fused_layernorm import layer_norm
+    from fastgpt.kernels.working_copy import working_copy
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
+        options.setdefault("out_dtype", compute_dtype(x))
+        return layer_norm(x, weight, bias, **options)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        dtype = compute_dtype(x)
+        return F.linear(x.to(dtype), working_copy(weight, dtype), None if bias is None else working_copy(bias, dtype))
+
+    def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.gelu(linear(x, weight, bias), approximate="tanh")
+
+    def loss(x: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+        dtype = compute_dtype(x)
+        return linear_cross_entropy(x.to(dtype), working_copy(weight, dtype), target, **options)
+
+    return Ops("triton", norm, attention, qkv_attention, linear, linear_gelu, loss)
+
+
+def __getattr__(name: str) -> Ops:
+    """TRITON is built on first use, so that plain PyTorch never imports triton."""
+    if name == "TRITON":
+        globals()["TRITON"] = _triton()
+        return globals()["TRITON"]
+    raise AttributeError(name)
+
+
+def get(name: str) -> Ops:
+    """The table for ``--kernels triton|eager``."""
+    return EAGER if name == "eager" else globals().get("TRITON") or __getattr__("TRITON")

@@ -1,0 +1,192 @@
+"""Compile-only: what offline.py reports for kernels whose figures are known.
+
+A process either interprets kernels or compiles them, so this file runs itself as a child without TRITON_INTERPRET; the
+child compiles everything once and prints JSON, and the tests read it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastgpt.kernels import offline, runtime
+from fastgpt.kernels.offline import Resources, occupancy
+
+ROOT = Path(__file__).parents[2]
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, y_ptr, n, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m, j, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    a = tl.load(a_ptr + m[:, None] * K + k[None, :])
+    b = tl.load(b_ptr + k[:, None] * N + j[None, :])
+    tl.store(y_ptr + m[:, None] * N + j[None, :], tl.dot(a, b).to(y_ptr.dtype.element_ty), mask=m[:, None] < n)
+
+
+tuned_dot_kernel = triton.autotune([triton.Config({"N": N}, num_warps=w) for N in (32, 64) for w in (2, 4)], key=["n"])(
+    dot_kernel
+)
+
+
+@triton.jit
+def wrong_kernel(x_ptr, N: tl.constexpr):
+    tl.store(x_ptr + tl.arange(0, N), tl.zeros((2 * N,), tl.float32))  # shapes differ
+
+
+def child() -> None:
+    """Compile, and print the rows of each experiment."""
+    bf16, out = torch.empty(64 * 64, dtype=torch.bfloat16), {}
+    square = {"M": 64, "N": 64, "K": 64}
+
+    def rows(launches):
+        return [asdict(offline.row(launch)) for launch in offline.unique(launches)]
+
+    for arch in (80, 89, 90):
+        with offline.capture_launches(arch, case="square") as launches:
+            dot_kernel[(1,)](bf16, bf16, bf16, 64, **square)
+            dot_kernel[(1,)](bf16, bf16, bf16, 32, **square)  # the same binary
+            dot_kernel[(1,)](bf16, bf16, bf16, 64, **square, num_warps=8)
+            dot_kernel[(1,)](bf16[1:], bf16, bf16, 64, **square)  # not aligned: another binary
+        out[f"sm_{arch}"] = {"launches": len(launches), "rows": rows(launches)}
+    with offline.capture_launches(89) as launches:
+        tuned_dot_kernel[(1,)](bf16, bf16, bf16, 64, M=64, K=64)
+        tuned_dot_kernel[(1,)](bf16, bf16, bf16, 64, M=64, K=64)  # no winner is remembered
+    out["autotuned"] = {"launches": len(launches), "rows": rows(launches)}
+    with offline.capture_launches(89) as launches:
+        dot_kernel[(1,)](bf16, bf16, bf16, 64, M=64, N=128, K=64, num_warps=4, maxnreg=40)
+        dot_kernel[(1,)](bf16, bf16, bf16, 256, M=256, N=256, K=128, num_warps=8)
+    out["bad"] = {"rows": rows(launches)}
+    before = triton.runtime.driver._active, runtime.compile_only, runtime.compile_only_sms
+    try:
+        with offline.capture_launches(89, sms=128):
+            out["sms"] = runtime.sm_count(torch.device("cpu"))
+            wrong_kernel[(1,)](bf16, N=64)
+    except RuntimeError as error:
+        out["error"] = str(error)
+    out["restored"] = before == (triton.runtime.driver._active, runtime.compile_only, runtime.compile_only_sms)
+    out["launches run again"] = triton.runtime.jit.JITFunction.run.__qualname__ == "JITFunction.run"
+    print(json.dumps(out))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+def test_figures_of_a_64x64x64_dot(compiled, arch):
+    found = compiled[f"sm_{arch}"]["rows"][0]
+    assert (found["kernel"], found["dtype"], found["arch"], found["case"]) == ("dot_kernel", "bf16", arch, "square")
+    assert found["config"] == "M=64 N=64 K=64 w4 s3"
+    assert found["tensor_core"] > 0 and found["wide_share"] == 1.0
+    assert found["spills"] == found["local_accesses"] == 0
+    assert found["shared"] == 2 * 64 * 64 * 2, "two bf16 operands"
+    assert 32 <= found["registers"] <= 128 and found["blocks_per_sm"] >= 4
+
+
+def test_one_process_compiles_for_several_architectures(compiled):
+    keys = {row["key"] for arch in (80, 89, 90) for row in compiled[f"sm_{arch}"]["rows"]}
+    assert len(keys) == 9
+    wgmma, hmma = (compiled[arch]["rows"][0]["tensor_core"] for arch in ("sm_90", "sm_89"))
+    assert wgmma < hmma, "one HGMMA of sm_90 does the work of several HMMA"
+
+
+def test_equal_launches_are_one_binary_and_unaligned_pointers_another(compiled):
+    assert compiled["sm_89"]["launches"] == 4
+    aligned, eight_warps, unaligned = compiled["sm_89"]["rows"]
+    assert eight_warps["warps"] == 8
+    assert unaligned["wide_share"] < aligned["wide_share"]
+
+
+def test_every_config_of_an_autotuned_kernel_is_compiled(compiled):
+    assert compiled["autotuned"]["launches"] == 8
+    assert [row["config"] for row in compiled["autotuned"]["rows"]] == [
+        f"M=64 N={N} K=64 w{w} s3" for N in (32, 64) for w in (2, 4)
+    ]
+
+
+def test_spills_are_seen(compiled):
+    spilling = compiled["bad"]["rows"][0]
+    assert spilling["registers"] <= 40 and spilling["spills"] > 0 and spilling["local_accesses"] > 0
+
+
+def test_shared_memory_that_does_not_fit_is_seen(compiled):
+    large = compiled["bad"]["rows"][1]
+    assert large["shared"] == 2 * 256 * 128 * 2 > 101_376
+    assert (large["blocks_per_sm"], large["limiter"]) == (0, "shared")
+
+
+def test_a_kernel_that_does_not_compile_is_named(compiled):
+    assert compiled["error"].startswith("wrong_kernel does not compile for sm_89 with {'N': 64")
+
+
+def test_everything_is_restored_after_an_error(compiled):
+    assert compiled["sms"] == 128
+    assert compiled["restored"] and compiled["launches run again"]
+
+
+def test_the_interpreter_refuses_to_compile(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="unset it, or compile in a child process"), offline.compile_for(89):
+        pass
+    assert not runtime.compile_only
+
+
+@pytest.mark.parametrize(
+    "arch, registers, shared, warps, blocks, limiter",
+    [
+        (89, 128, 0, 4, 4, "registers"),
+        (89, 129, 0, 4, 3, "registers"),  # 136 per thread in units of 256 per warp
+        (89, 40, 0, 8, 6, "registers"),  # 48 warps fit the registers and the SM alike
+        (89, 32, 0, 8, 6, "warps"),
+        (80, 32, 0, 8, 8, "registers"),
+        (90, 24, 0, 8, 8, "warps"),
+        (86, 16, 0, 1, 16, "blocks"),
+        (89, 16, 0, 1, 24, "blocks"),
+        (89, 32, 48 * 1024, 4, 2, "shared"),  # 49 KiB with the reserved one
+        (89, 32, 101_376, 4, 1, "shared"),
+        (89, 32, 101_377, 4, 0, "shared"),
+        (90, 32, 101_377, 4, 2, "shared"),
+        (120, 255, 0, 8, 1, "registers"),
+    ],
+)
+def test_occupancy_is_that_of_cudas_calculator(arch, registers, shared, warps, blocks, limiter):
+    fit = occupancy(Resources(registers, 0, 0, shared, warps), arch)
+    assert (fit.blocks, fit.limiter, fit.warps) == (blocks, limiter, blocks * warps)
+    assert fit.fits == (blocks > 0)
+
+
+def test_occupancy_of_an_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match="arch is 70"):
+        occupancy(Resources(32, 0, 0, 0, 4), 70)
+
+
+def test_opcodes_are_counted_by_base_name_and_width():
+    ops = Counter(
+        {"HMMA.16816.F32.BF16": 8, "LDG.E.128": 3, "LDG.E.U16": 1, "LDGSTS.E.BYPASS.128": 2, "STG.E": 4, "LDS.128": 9}
+    )
+    assert offline.count(ops, "HMMA", "HGMMA") == 8
+    assert offline.count(ops, "LDG") == 4
+    assert offline.access_widths(ops) == {128: 5, 16: 1, 32: 4}
+
+
+def test_the_table_names_kernel_config_and_limiter(compiled, capsys):
+    offline.print_table([offline.Row(**row) for row in compiled["sm_89"]["rows"]], 89)
+    printed = capsys.readouterr().out
+    assert "dot_kernel" in printed and "w8" in printed and "registers" in printed and "sm_89" in printed
+
+
+if __name__ == "__main__":
+    child()

@@ -1,0 +1,84 @@
+"""The parity bound that every kernel meets, and a driver that applies it to an op's outputs and gradients.
+
+The allowed error follows Apple's cut-cross-entropy tests: that of the same operation in plain PyTorch in the same dtype.
+Both errors are measured against an fp64 run on the same (already rounded) inputs:
+
+    rms error / rms(reference)      <= 2 x PyTorch's + 4 eps(output dtype) [+ 2 eps(operand dtype)]
+    max |error| / max |reference|   <= 2 x PyTorch's + 4 eps(output dtype) [+ 2 eps(operand dtype)]
+
+The operand term is for intermediates that the kernel must quantise to feed a tensor core (attention's P, dS; dlogits).
+The bound is never widened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def errors(got: Tensor, ref: Tensor) -> tuple[float, float]:
+    """(rms error / rms of ref, max error / max of ref); absolute errors where ref is zero everywhere."""
+    if ref.numel() == 0:
+        return 0.0, 0.0
+    difference = got.detach().to(ref.device, torch.float64) - ref
+    rms, peak = ref.square().mean().sqrt().item(), ref.abs().max().item()
+    return difference.square().mean().sqrt().item() / (rms or 1.0), difference.abs().max().item() / (peak or 1.0)
+
+
+def assert_parity(
+    name: str, got: Tensor, ref64: Tensor, torch_same_dtype: Tensor, operand_dtype: torch.dtype | None = None
+) -> None:
+    """Assert the bound above for one tensor. ``ref64`` is fp64; ``torch_same_dtype`` is PyTorch's result in the dtype."""
+    assert got.shape == ref64.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(ref64.shape)}"
+    assert got.dtype == torch_same_dtype.dtype, f"{name}: dtype {got.dtype}, PyTorch gives {torch_same_dtype.dtype}"
+    assert torch.isfinite(got).all(), f"{name}: not finite"
+    ref64 = ref64.detach()
+    slack = 4 * torch.finfo(got.dtype).eps + (2 * torch.finfo(operand_dtype).eps if operand_dtype else 0)
+    for kind, mine, theirs in zip(("rms", "max"), errors(got, ref64), errors(torch_same_dtype, ref64)):
+        assert mine <= 2 * theirs + slack, f"{name}: {kind} error {mine:.3g}, PyTorch's {theirs:.3g}, slack {slack:.3g}"
+
+
+def run(op: Callable, inputs: dict[str, Any], upstream: tuple[Tensor, ...] | None) -> tuple[dict, tuple[Tensor, ...]]:
+    """Call ``op(**inputs)`` and its backward. Floating tensors in ``inputs`` become leaves. Returns outputs and gradients
+    by name, and the upstream gradients used (ones drawn from N(0, 1) if none were given)."""
+    leaves = {
+        key: value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    outputs = op(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    if upstream is None:
+        upstream = tuple(torch.randn_like(out, dtype=torch.float32).to(out.dtype) for out in outputs)
+    torch.autograd.backward(outputs, [grad.to(out.device, out.dtype) for grad, out in zip(upstream, outputs)])
+    results = {f"out{i}": out for i, out in enumerate(outputs)}
+    for key, leaf in leaves.items():
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            assert leaf.grad is not None, f"no gradient for {key}"
+            results[f"d{key}"] = leaf.grad
+    return results, upstream
+
+
+def check(
+    op: Callable,
+    reference: Callable,
+    inputs: dict[str, Any],
+    *,
+    upstream: tuple[Tensor, ...] | None = None,
+    operand_dtype: torch.dtype | None = None,
+    exact_operands: tuple[str, ...] = (),
+) -> None:
+    """Assert parity of every output and every gradient of ``op`` with ``reference``.
+
+    ``inputs`` are the keyword arguments of both (tensors in the dtypes and strides under test; strides are kept).
+    ``operand_dtype`` grants its 2 eps to all results but those named in ``exact_operands`` ("out0", "dx", ...).
+    """
+    got, upstream = run(op, inputs, upstream)
+    same_dtype, _ = run(reference, inputs, upstream)
+    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    ref64, _ = run(reference, wide, upstream)
+    for name, value in got.items():
+        granted = None if name in exact_operands else operand_dtype
+        assert_parity(name, value, ref64[name], same_dtype[name], granted)

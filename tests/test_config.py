@@ -1,0 +1,108 @@
+"""Presets, TOML and flags: precedence, and one clear sentence for everything that is wrong."""
+
+import pytest
+
+from fastgpt.config import Config, ModelConfig, differences, load_preset, load_toml, parse, preset_names
+from fastgpt.errors import UserError
+
+
+@pytest.mark.parametrize("name", ["demo", "gpt2-40m", "gpt2-124m", "gpt2-350m"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_load(name, device):
+    config = load_preset(name, device)
+    assert config.preset == name
+    assert config.model.n_embd % config.model.n_head == 0
+
+
+def test_preset_list_is_what_the_help_says():
+    assert preset_names() == ["demo", "gpt2-124m", "gpt2-350m", "gpt2-40m"]
+
+
+def test_the_gpt2_presets_take_524288_tokens_per_step():
+    for name in ("gpt2-40m", "gpt2-124m", "gpt2-350m"):
+        assert load_preset(name).tokens_per_step == 524_288
+
+
+def test_demo_is_larger_on_a_gpu():
+    assert load_preset("demo", "cuda").model.n_embd > load_preset("demo", "cpu").model.n_embd
+    assert parse(["--device", "cpu"], "cuda").model == load_preset("demo", "cpu").model
+
+
+def test_precedence_defaults_preset_file_flags(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("[optim]\nlr = 1\n[train]\nseed = 5\nout = 'runs/x'\n")
+    config = parse(["--preset", "gpt2-40m", str(file), "--seed", "7"], "cpu")
+    assert (config.model.n_embd, config.optim.lr, config.train.seed) == (384, 1.0, 7)
+    assert isinstance(config.optim.lr, float) and config.train.out.name == "x"
+    assert parse([str(file)], "cpu").model == ModelConfig()  # a file alone starts from the defaults, not from the demo
+
+
+def test_flat_flags_and_bare_resume():
+    args = "--kernels eager --precision bf16 --device cpu --batch-size 3 --block-size 32 --grad-accum 2 --max-iters 9"
+    args += " --eval-interval 4 --checkpoint-interval 5 --lr 0.1 --data x --out y --compile --resume"
+    config = parse(args.split(), "cpu")
+    assert (config.train.kernels, config.train.precision, config.train.compile) == ("eager", "bf16", True)
+    assert (config.data.batch_size, config.data.grad_accum, config.model.block_size) == (3, 2, 32)
+    assert config.train.resume == "newest"
+    assert parse(["--resume", "a.pt"], "cpu").train.resume == "a.pt"
+    assert parse(["--resume", "--seed", "3"], "cpu").train.resume == "newest"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--preset", "gpt2-124n"], ["preset", "gpt2-124n", "gpt2-124m"]),
+        (["--n-embd", "100", "--n-head", "3"], ["n_embd", "100", "n_head", "3"]),
+        (["--batch-size", "0"], ["batch_size", "0", "at least 1"]),
+        (["--dropout", "1"], ["dropout", "[0, 1)"]),
+        (["--lr", "-1"], ["lr", "-1", "negative"]),
+        (["--eval-interval", "-2"], ["eval_interval", "-2"]),
+        (["missing.toml"], ["missing.toml", "No such file"]),
+    ],
+)
+def test_bad_values_end_in_one_sentence(args, words):
+    with pytest.raises(UserError) as error:
+        parse(args, "cpu")
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("args", [["--learning-rate", "1"], ["--kernels", "cuda"], ["--lr", "fast"]])
+def test_unknown_flags_and_choices_exit_with_2(args, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(args, "cpu")
+    assert exit.value.code == 2
+    assert args[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[optim]\nlearning_rate = 1\n", ["[optim]", "learning_rate", "lr"]),
+        ("[optimiser]\nlr = 1\n", ["optimiser", "optim"]),
+        ("[optim]\nlr = 'high'\n", ["lr", "'high'", "float"]),
+        ("[optim]\nlr = true\n", ["lr", "True", "float"]),
+        ("[model]\nn_embd = 1.5\n", ["n_embd", "1.5", "int"]),
+        ("[train]\nkernels = 'cuda'\n", ["kernels", "'cuda'", "triton, eager"]),
+        ("lr = 1\n", ["[lr]", "sections"]),
+        ("[optim\n", ["not valid TOML"]),
+    ],
+)
+def test_bad_toml_ends_in_one_sentence(tmp_path, text, words):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_toml(file, Config())
+    assert all(word in str(error.value) for word in [str(file), *words])
+
+
+def test_a_config_file_is_never_executed(tmp_path):
+    file = tmp_path / "evil.toml"
+    file.write_text(f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    with pytest.raises(UserError):
+        load_toml(file, Config())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_differences_name_every_key():
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: 2 -> 3", "c: absent -> 4"]
