@@ -212,7 +212,7 @@ def _nvml() -> Any:
 
 
 def telemetry(index: int = 0) -> Telemetry | None:
-    """Clock, power, temperature and throttle reasons of CUDA device ``index`` now; None without nvidia-ml-py or driver."""
+    """Clock, power, temperature, throttle reasons of CUDA device ``index`` now; None without nvidia-ml-py or driver."""
     nvml = _nvml()
     if nvml is None:
         return None

@@ -52,7 +52,9 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_embd % self.n_head:
-            heads = ", ".join(str(h) for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and self.n_embd // h >= 16)
+            heads = ", ".join(
+                str(h) for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and self.n_embd // h >= 16
+            )
             raise UserError(
                 f"n_embd is {self.n_embd}, which n_head {self.n_head} does not divide: n_head can be {heads or 1}"
             )

@@ -342,7 +342,7 @@ def describe(gpu: Gpu) -> str:
 
 
 def show(
-    name: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")] = (),
+    name: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")] = (),
     /,
     json: bool = False,
 ) -> int:

@@ -1,15 +1,16 @@
 """Text to tokens to batches.
 
-``corpora`` finds documents, ``tokenizer`` turns them into ids, ``shards`` is the file format, ``prepare`` makes a
-folder of shards out of a corpus once, ``loader`` reads batches from it. ``resolve`` is what ``--data`` goes through.
+``corpora`` finds documents, ``tokenizer`` turns them into ids, ``shards`` is the file format, ``preparation`` makes a
+folder of shards out of a corpus once, ``loader`` reads batches from it. ``resolution`` puts them together: what
+``--data`` names becomes shards to train on.
 """
 
 from __future__ import annotations
 
 from fastgpt.data.corpora import Corpus, documents, open_corpus
 from fastgpt.data.loader import TokenLoader
-from fastgpt.data.prepare import prepare
-from fastgpt.data.resolve import ResolvedData, resolve
+from fastgpt.data.preparation import prepare
+from fastgpt.data.resolution import ResolvedData, resolve
 from fastgpt.data.shards import check_ids, open_shard, write_shard
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
 

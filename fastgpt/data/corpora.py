@@ -30,8 +30,7 @@ LONG_LINE = 1 << 16
 
 @dataclass
 class Corpus:
-    """Files to read documents from. ``skipped`` names the files that the last pass over ``documents()`` could not decode
-    (to the end)."""
+    """Files to read documents from. ``skipped`` names those that the last pass of ``documents()`` could not decode."""
 
     source: str
     root: Path

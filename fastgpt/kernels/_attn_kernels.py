@@ -164,23 +164,28 @@ def _matrix(tensor, strides, batch, head):
 @triton.jit
 def _load(base, stride, start, end, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
     """Rows start... of a (T, D) matrix; zeros past ``end`` (which only an EDGE tile reaches) and past D."""
-    row = tl.arange(0, ROWS)
-    col = tl.arange(0, COLS)
-    pointers = base + start * stride + (row[:, None] * stride + col[None, :])
-    if EDGE:
-        return tl.load(pointers, mask=(start + row < end)[:, None] & (col < D)[None, :], other=0.0)
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    pointers = base + start * stride + (row * stride + col)
+    if EDGE and D < COLS:
+        return tl.load(pointers, mask=(start + row < end) & (col < D), other=0.0)
+    elif EDGE:
+        return tl.load(pointers, mask=start + row < end, other=0.0)
     elif D < COLS:
-        return tl.load(pointers, mask=(col < D)[None, :], other=0.0)
+        return tl.load(pointers, mask=col < D, other=0.0)
     else:
         return tl.load(pointers)
 
 
 @triton.jit
 def _store(tile, base, stride, start, end, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    row = tl.arange(0, ROWS)
-    col = tl.arange(0, COLS)
-    pointers = base + start * stride + (row[:, None] * stride + col[None, :])
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(start + row < end)[:, None] & (col < D)[None, :])
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    pointers = base + start * stride + (row * stride + col)
+    if D < COLS:
+        tl.store(pointers, tile.to(base.dtype.element_ty), mask=(start + row < end) & (col < D))
+    else:
+        tl.store(pointers, tile.to(base.dtype.element_ty), mask=start + row < end)
 
 
 @triton.jit

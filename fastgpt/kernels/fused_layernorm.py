@@ -13,16 +13,17 @@ Backward, with g = dy * weight and the means taken over C:
 
 Saved for backward: s (that is x itself without a residual), weight, mean and rstd (fp32, one each per row), the seed.
 
-Bytes that have to move, e = bytes per element: forward 2e C per row (read x, write y), with residual 4e C; backward 3e C
-(read s, dy, write ds), with dsum 4e C, with dropout one more. At 8192 x 768 in bf16: 25.2 MB and 37.7 MB. Weight and bias
-stay in cache; the backward's partial sums add 8 C bytes per program, 0.6 MB on 46 SMs, which do not leave L2.
+Bytes that have to move, e = bytes per element: forward 2e per element (read x, write y), 4e with a residual; backward
+3e (read s and dy, write ds), one e more for dsum, one more for a second gradient. At 8192 x 768 in bf16: 25.2 MB and
+37.7 MB. Weight and bias stay in cache; so do the backward's partial sums, 8 C bytes per program, 0.8 MB on 46 SMs.
 
 Backward is one persistent kernel. Each program walks over tiles of rows, keeps its share of dweight and dbias in
-registers, one fp32 accumulator per element of the tile, and writes them once to a (programs, C) buffer, which a second
-kernel adds up in a fixed order: deterministic, no atomics. Rows wider than MAX_BACKWARD_BLOCK do not leave enough
-registers for that, so several programs share a row: each forms the two row means over all of it but owns one chunk of columns.
+registers, one fp32 accumulator per element of the tile, and writes it once to a (programs, C) buffer, which a second
+kernel adds up in a fixed order: deterministic, no atomics. Rows wider than MAX_BACKWARD_BLOCK leave too few registers
+for that: several programs then share a row. Each reads all of it for the two means, but owns one block of its columns.
 
-Dropout: Philox4x32 of (seed; column group, row), four columns per call, formed again in backward; nothing is stored.
+Dropout: Philox4x32 of (seed; column // 4, row), one call for four columns, repeated in backward: no mask is stored.
+Salmon et al. 2011.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ class Config(NamedTuple):
     block: int
     num_warps: int
     programs_per_sm: int = 0
+    num_stages: int = 1  # of the loop over tiles: 2 loads the next tile while this one is worked on
 
 
 def config(kernel: str, C: int) -> Config:
     """Geometry for rows of C elements. ``kernel``: "forward" or "backward".
 
-    A thread holds 32 elements of a tile in forward and 8 in backward, where s, dy, weight and two accumulators are alive at
-    once (16 in the widest rows): no spills, enough bytes in flight, and 128-bit loads of bf16.
-    It does not depend on the number of rows: a new batch size compiles nothing.
+    A thread holds 32 elements of a tile in forward and 8 in backward, where s, dy, weight and two accumulators are
+    alive at once: no spills, enough bytes in flight, 128-bit loads of bf16. Nothing here depends on the number of rows:
+    a new batch size compiles nothing.
     """
     block = max(16, triton.next_power_of_2(C))
     if kernel == "forward":
@@ -65,7 +67,7 @@ def config(kernel: str, C: int) -> Config:
         block = min(block, MAX_BACKWARD_BLOCK)
         rows = min(64, max(1, 2048 // block))
         num_warps = 8 if block <= 2048 else 16
-        cfg = Config(rows, block, num_warps, programs_per_sm=24 // num_warps)
+        cfg = Config(rows, block, num_warps, programs_per_sm=24 // num_warps, num_stages=2)
     # The interpreter's cost is per program, whatever its size.
     return cfg._replace(rows=32) if runtime.INTERPRET else cfg
 
@@ -80,29 +82,16 @@ def _dropout(value, SEED, rows, first_col, p, ROWS: tl.constexpr, BLOCK: tl.cons
     c, d = tl.uint_to_uniform_float(c) >= p, tl.uint_to_uniform_float(d) >= p
     # As bytes: what a bool is when it moves between threads.
     keep = tl.join(tl.join(a.to(tl.int8), c.to(tl.int8)), tl.join(b.to(tl.int8), d.to(tl.int8)))
-    return tl.where(tl.reshape(keep, (ROWS, BLOCK)) != 0, value * (1.0 / (1.0 - p)), 0.0)
+    scale = 1.0 / tl.maximum(1.0 - p, 1e-30)  # finite for p = 1, which keeps nothing
+    return tl.where(tl.reshape(keep, (ROWS, BLOCK)) != 0, value * scale, 0.0)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(
-    X,
-    RESIDUAL,
-    WEIGHT,
-    BIAS,
-    SEED,
-    Y,
-    SUM,
-    MEAN,
-    RSTD,
-    n_rows,
-    x_stride,
-    residual_stride,
-    eps,
-    dropout_p,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    X, RESIDUAL, WEIGHT, BIAS, SEED, Y, SUM, MEAN, RSTD,
+    n_rows, x_stride, residual_stride, eps, dropout_p,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program: ROWS whole rows. RESIDUAL and SUM, BIAS, SEED may be None."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
@@ -136,19 +125,9 @@ def _forward_kernel(
 
 @triton.jit
 def _xhat_and_dy(
-    s_row,
-    dy_row,
-    S_SEED,
-    mean,
-    rstd,
-    rows,
-    row_mask,
-    first_col,
-    dropout_p,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    s_row, dy_row, S_SEED, mean, rstd, rows, row_mask, first_col, dropout_p,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """xhat and dy of one tile, fp32; dy is 0 past the edges. s_row, dy_row: pointers to column 0, (ROWS,)."""
     cols = first_col + tl.arange(0, BLOCK)
     mask = row_mask[:, None] & (cols < C)[None, :]
@@ -162,32 +141,14 @@ def _xhat_and_dy(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
-    DY,
-    DSUM,
-    S,
-    WEIGHT,
-    MEAN,
-    RSTD,
-    SEED,
-    S_SEED,
-    DX,
-    DRESIDUAL,
-    DW_PARTIAL,
-    DB_PARTIAL,
-    n_rows,
-    dy_stride,
-    dsum_stride,
-    s_stride,
-    dropout_p,
-    C: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    DY, DSUM, S, WEIGHT, MEAN, RSTD, SEED, S_SEED, DX, DRESIDUAL, DW_PARTIAL, DB_PARTIAL,
+    n_rows, dy_stride, dsum_stride, s_stride, dropout_p,
+    C: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Program (i, j): tiles i, i + programs, ... of ROWS rows; columns [j BLOCK, (j + 1) BLOCK) of CHUNKS such.
 
-    S_SEED is SEED where S holds x before its dropout (there is no residual). None: DSUM if s got no gradient, DRESIDUAL if
-    it equals DX, the seeds without dropout, DW_PARTIAL and DB_PARTIAL if nobody asks for them.
+    S_SEED is SEED where S holds x before its dropout (no residual). May be None: DSUM (s got no gradient), DRESIDUAL
+    (it equals DX), the seeds (no dropout), DW_PARTIAL and DB_PARTIAL (nobody asks).
     """
     chunk = tl.program_id(1)
     first_col = chunk * BLOCK
@@ -195,7 +156,8 @@ def _backward_kernel(
     weight = tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    first_tile = tl.program_id(0).to(tl.int64)
+    for tile in tl.range(first_tile, tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         row_mask = rows < n_rows
         mask = row_mask[:, None] & (cols < C)[None, :]
@@ -284,15 +246,9 @@ def _forward_outputs(
     "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def layer_norm_fwd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    eps: float,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    dropout_p: float, eps: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, s, mean, rstd; s is an empty tensor without a residual. All contiguous."""
     y, s, mean, rstd = outputs = _forward_outputs(x, residual, out_dtype)
     if x.numel() == 0:
@@ -302,25 +258,11 @@ def layer_norm_fwd(
     cfg = config("forward", C)
     with runtime.device_guard(x):
         _forward_kernel[(triton.cdiv(n_rows, cfg.rows),)](
-            x,
-            residual,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            seed,
-            y,
-            None if residual is None else s,
-            mean,
-            rstd,
-            n_rows,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            eps,
-            dropout_p,
-            C=C,
-            ROWS=cfg.rows,
-            BLOCK=cfg.block,
-            num_warps=cfg.num_warps,
-        )
+            x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
+            y, None if residual is None else s, mean, rstd,
+            n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
+            C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=cfg.num_warps,
+        )  # fmt: skip
     return outputs
 
 
@@ -337,7 +279,7 @@ def _backward_outputs(
     weight_grad: bool,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten dx, dresidual, dweight, dbias; those not asked for are empty."""
+    """Unwritten dx, dresidual, dweight, dbias."""
     C = weight.shape[0]
     return (
         torch.empty(s.shape, dtype=x_dtype, device=s.device),
@@ -350,26 +292,17 @@ def _backward_outputs(
 @torch.library.custom_op(
     "fastgpt::layer_norm_bwd",
     mutates_args=(),
-    schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, float dropout_p, "
-    "ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
+    schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, "
+    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def layer_norm_bwd(
-    dy: Tensor,
-    dsum: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    x_dtype: torch.dtype,
-    s_is_x: bool,
-    two_gradients: bool,
-    weight_grad: bool,
+    dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
+    dropout_p: float, x_dtype: torch.dtype, s_is_x: bool, two_gradients: bool, weight_grad: bool,
     bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual (if ``two_gradients``: else dx serves both), dweight (if ``weight_grad``), dbias (if ``bias_dtype``)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dresidual (if ``two_gradients``: else dx serves both), dweight (if ``weight_grad``), dbias (if
+    ``bias_dtype``). Those not asked for are empty."""
     dx, dresidual, dw, db = outputs = _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
     if s.numel() == 0:
         dw.zero_()
@@ -380,46 +313,20 @@ def layer_norm_bwd(
     cfg = config("backward", C)
     programs = min(runtime.sm_count(s.device) * cfg.programs_per_sm, triton.cdiv(n_rows, cfg.rows))
     chunks = triton.cdiv(C, cfg.block)
-    partial = {"dtype": torch.float32, "device": s.device}
-    dw_partial = torch.empty((programs, C), **partial) if weight_grad else None
-    db_partial = torch.empty((programs, C), **partial) if bias_dtype else None
+    partials = torch.empty((2, programs, C), dtype=torch.float32, device=s.device)
+    dw_partial, db_partial = partials[0] if weight_grad else None, partials[1] if bias_dtype else None
     with runtime.device_guard(s):
         _backward_kernel[(programs, chunks)](
-            dy,
-            dsum,
-            s,
-            weight.contiguous(),
-            mean,
-            rstd,
-            seed,
-            seed if s_is_x else None,
-            dx,
-            dresidual if two_gradients else None,
-            dw_partial,
-            db_partial,
-            n_rows,
-            dy.stride(0),
-            0 if dsum is None else dsum.stride(0),
-            s.stride(0),
-            dropout_p,
-            C=C,
-            CHUNKS=chunks,
-            ROWS=cfg.rows,
-            BLOCK=cfg.block,
-            num_warps=cfg.num_warps,
-        )
+            dy, dsum, s, weight.contiguous(), mean, rstd, seed, seed if s_is_x else None,
+            dx, dresidual if two_gradients else None, dw_partial, db_partial,
+            n_rows, dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), dropout_p,
+            C=C, CHUNKS=chunks, ROWS=cfg.rows, BLOCK=cfg.block, STAGES=cfg.num_stages, num_warps=cfg.num_warps,
+        )  # fmt: skip
         if weight_grad or bias_dtype:
             _sum_partials_kernel[(triton.cdiv(C, 32),)](
-                dw_partial,
-                db_partial,
-                dw if weight_grad else None,
-                db if bias_dtype else None,
-                programs,
-                C,
-                ROWS=64,
-                BLOCK=32,
-                num_warps=4,
-            )
+                dw_partial, db_partial, dw if weight_grad else None, db if bias_dtype else None, programs, C,
+                ROWS=64, BLOCK=32, num_warps=4,
+            )  # fmt: skip
     return outputs
 
 
@@ -443,51 +350,32 @@ def _backward(ctx, dy, dsum, _dmean, _drstd):
     if dy is None:  # only the sum was used
         dy = torch.zeros(s.shape, dtype=ctx.y_dtype, device=s.device)
     _, weight_grad, bias_grad, residual_grad, *_ = ctx.needs_input_grad
+    # One gradient in one dtype: autograd may get the same tensor for both inputs, so it is written once.
     two_gradients = residual_grad and (seed is not None or s.dtype != ctx.x_dtype)
     dx, dresidual, dw, db = torch.ops.fastgpt.layer_norm_bwd(
-        dy,
-        dsum if ctx.has_residual else None,
-        s,
-        weight,
-        mean,
-        rstd,
-        seed,
-        ctx.dropout_p,
-        ctx.x_dtype,
-        not ctx.has_residual,
-        two_gradients,
-        weight_grad,
-        ctx.bias_dtype if bias_grad else None,
-    )
-    if residual_grad and not two_gradients:
-        dresidual = dx
-    return dx, dw if weight_grad else None, db if bias_grad else None, dresidual if residual_grad else None, *[None] * 4
+        dy, dsum if ctx.has_residual else None, s, weight, mean, rstd, seed, ctx.dropout_p, ctx.x_dtype,
+        not ctx.has_residual, two_gradients, weight_grad, ctx.bias_dtype if bias_grad else None,
+    )  # fmt: skip
+    if not two_gradients:
+        dresidual = dx if residual_grad else None
+    return dx, dw if weight_grad else None, db if bias_grad else None, dresidual, None, None, None, None
 
 
 layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _validate(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dropout_p: float,
-    out_dtype: torch.dtype | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, p: float, out_dtype: torch.dtype | None
 ) -> None:
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must have 1 to {MAX_WIDTH} elements")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1]")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_p is {p}: it must lie in [0, 1]")
     if out_dtype is not None and out_dtype not in DTYPES:
         raise ValueError(f"out_dtype is {out_dtype}: use float32, float16 or bfloat16")
     C = x.shape[-1:]
-    for name, tensor, shape in (
-        ("x", x, x.shape),
-        ("weight", weight, C),
-        ("bias", bias, C),
-        ("residual", residual, x.shape),
-    ):
+    expected = (("x", x, x.shape), ("weight", weight, C), ("bias", bias, C), ("residual", residual, x.shape))
+    for name, tensor, shape in expected:
         if tensor is None:
             continue
         if tensor.shape != shape:
@@ -502,30 +390,14 @@ def _validate(
 
 @overload
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: None = None,
-    dropout_p: float = 0.0,
-    eps: float = 1e-5,
-    out_dtype: torch.dtype | None = None,
-) -> Tensor: ...
-
-
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: None = None,
+    dropout_p: float = 0.0, eps: float = 1e-5, out_dtype: torch.dtype | None = None,
+) -> Tensor: ...  # fmt: skip
 @overload
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor,
-    dropout_p: float = 0.0,
-    eps: float = 1e-5,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor,
+    dropout_p: float = 0.0, eps: float = 1e-5, out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -538,11 +410,11 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer norm of ``dropout(x) + residual`` over the last dimension.
 
-    x (..., C) with C up to 16,384, of any rank from 1 and any strides: views whose rows lie a constant stride apart are read
-    in place, others copied first. weight, bias (C,). residual of x's shape. fp32, fp16 or bf16, each tensor its own.
+    x (..., C) with C up to 16,384, of any rank from 1 and any strides: views whose rows lie a constant stride apart are
+    read in place, others copied first. weight, bias (C,). residual of x's shape. Each tensor fp32, fp16 or bf16.
 
     Returns y in ``out_dtype`` (default: x's), and with a residual also the sum, in the residual's dtype. Results are
-    contiguous. Each gradient has its input's dtype. Autocast changes nothing: nothing is cast, statistics are fp32 anyway.
+    contiguous. Each gradient has its input's dtype. Autocast changes nothing: the arithmetic is fp32 anyway.
     Raises ValueError for shapes, dtypes and devices that do not fit. CPU tensors outside Triton's interpreter are
     computed by ``reference.layer_norm``.
     """

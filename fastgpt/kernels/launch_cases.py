@@ -109,12 +109,9 @@ def layer_norm_cases() -> Iterator[Case]:
         yield f"layer_norm C{C} all options", partial(_norm, C, BF16, FP32, bias=True, out_dtype=BF16, dropout_p=0.1)
     for C in (768, 16384):
         yield f"layer_norm C{C} first", partial(_norm, C, FP32, out_dtype=BF16)
-        for dtype in SHORT:
-            yield f"layer_norm {SHORT[dtype]} C{C}", partial(_norm, C, dtype, bias=True)
-            yield (
-                f"layer_norm {SHORT[dtype]} C{C} residual",
-                lambda C=C, dtype=dtype: _norm(C, dtype, dtype, dtype, bias=True),
-            )
+        for dtype, name in SHORT.items():
+            yield f"layer_norm {name} C{C}", partial(_norm, C, dtype, bias=True)
+            yield f"layer_norm {name} C{C} residual", partial(_norm, C, dtype, dtype, dtype, bias=True)
 
 
 # ---------------------------------------------------------------- linear + cross-entropy
@@ -130,8 +127,8 @@ def _loss(dtype: torch.dtype, V: int = 50304, C: int = 32, N: int = 256, bias: b
 
 def cross_entropy_cases() -> Iterator[Case]:
     everything: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-4, "logit_softcap": 30.0}
-    for dtype in SHORT:
-        yield f"linear_cross_entropy {SHORT[dtype]}", partial(_loss, dtype)
+    for dtype, name in SHORT.items():
+        yield f"linear_cross_entropy {name}", partial(_loss, dtype)
     yield "linear_cross_entropy bf16 padded", partial(_loss, BF16, vocab_size=50257)
     yield "linear_cross_entropy bf16 all options", partial(_loss, BF16, bias=True, vocab_size=50257, **everything)
     yield "linear_cross_entropy bf16 none", partial(_loss, BF16, reduction="none", **everything)
@@ -152,6 +149,6 @@ def _adamw(dtype: torch.dtype, max_grad_norm: float | None = 1.0, **options: Any
 
 
 def adamw_cases() -> Iterator[Case]:
-    for dtype in SHORT:
-        yield f"adamw {SHORT[dtype]}", partial(_adamw, dtype)
+    for dtype, name in SHORT.items():
+        yield f"adamw {name}", partial(_adamw, dtype)
     yield "adamw fp32 no clip", partial(_adamw, FP32, max_grad_norm=None)

@@ -40,6 +40,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from fastgpt.hardware import ARCHS
 from fastgpt.kernels import runtime
 
 
@@ -157,6 +158,13 @@ def _launch(function: JITFunction, arch: int, case: str, compiled: Any) -> Launc
     )
 
 
+def _innermost(error: BaseException) -> BaseException:
+    """The error inside the helper function that caused it; triton raises one more per call on the way out."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 @contextmanager
 def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> Iterator[list[Launch]]:
     """Turn every launch made inside into a compile for sm_``arch``, and list them in order.
@@ -172,7 +180,9 @@ def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> 
             compiled = run_jit(self, *args, grid=grid, warmup=True, **kwargs)
         except Exception as error:
             given = {key: value for key, value in kwargs.items() if isinstance(value, (int, float, str, type(None)))}
-            raise RuntimeError(f"{self.__name__} does not compile for sm_{arch} with {given}: {error}") from error
+            raise RuntimeError(
+                f"{self.__name__} does not compile for sm_{arch} with {given}: {_innermost(error)}"
+            ) from error
         launches.append(_launch(self, arch, case, compiled))
         return compiled
 
@@ -252,28 +262,6 @@ def resources(compiled: Any) -> Resources:
 
 
 @dataclass(frozen=True)
-class SMLimits:
-    """What one SM holds, and the largest shared memory of one block. Bytes, except counts."""
-
-    warps: int
-    blocks: int
-    shared: int
-    block_shared: int
-    registers: int = 65536
-
-
-KIB = 1024
-SM_LIMITS = {
-    80: SMLimits(warps=64, blocks=32, shared=164 * KIB, block_shared=163 * KIB),
-    86: SMLimits(warps=48, blocks=16, shared=100 * KIB, block_shared=99 * KIB),
-    89: SMLimits(warps=48, blocks=24, shared=100 * KIB, block_shared=99 * KIB),
-    90: SMLimits(warps=64, blocks=32, shared=228 * KIB, block_shared=227 * KIB),
-    120: SMLimits(warps=48, blocks=24, shared=100 * KIB, block_shared=99 * KIB),
-}
-"""CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"."""
-
-
-@dataclass(frozen=True)
 class Occupancy:
     blocks: int
     """Resident blocks per SM; 0 if one does not fit."""
@@ -290,19 +278,20 @@ def occupancy(used: Resources, arch: int) -> Occupancy:
     """Resident blocks per SM of sm_``arch``, as CUDA's occupancy calculator counts them for compute capability >= 8.0.
 
     Registers are handed out per warp in units of 256, to warps in groups of 4 (one per sub-partition); shared memory in
-    units of 128 bytes plus 1 KiB per block that the system keeps. Raises ValueError for an unknown architecture.
+    units of 128 bytes plus 1 KiB per block that the system keeps. The limits of an SM are hardware.ARCHS'. Raises
+    ValueError for an unknown architecture.
     """
-    if arch not in SM_LIMITS:
-        raise ValueError(f"arch is {arch}: the limits of sm_{', sm_'.join(map(str, SM_LIMITS))} are known")
-    limit = SM_LIMITS[arch]
+    if f"sm_{arch}" not in ARCHS:
+        raise ValueError(f"arch is {arch}: the limits of {', '.join(ARCHS)} are known")
+    limit = ARCHS[f"sm_{arch}"]
     registers_per_warp = _round_up(used.registers * 32, 256)
     warps_by_registers = limit.registers // registers_per_warp // 4 * 4
-    fits_block = used.shared <= limit.block_shared
+    fits_block = used.shared <= limit.shared_per_block
     candidates = {
         "registers": warps_by_registers // used.warps,
-        "shared": limit.shared // _round_up(used.shared + KIB, 128) if fits_block else 0,
-        "warps": limit.warps // used.warps,
-        "blocks": limit.blocks,
+        "shared": limit.shared_per_sm // _round_up(used.shared + 1024, 128) if fits_block else 0,
+        "warps": limit.max_warps // used.warps,
+        "blocks": limit.max_blocks,
     }
     limiter = min(candidates, key=candidates.__getitem__)
     return Occupancy(candidates[limiter], limiter, candidates[limiter] * used.warps)
@@ -327,12 +316,13 @@ def count(ops: Counter[str], *names: str) -> int:
     return sum(number for op, number in ops.items() if op.split(".")[0] in names)
 
 
-def access_widths(ops: Counter[str]) -> dict[int, int]:
-    """Global-memory instructions (LDG, STG, LDGSTS) by the bits that each thread moves: {128: 12, 32: 2}."""
+def access_widths(ops: Counter[str], *names: str) -> dict[int, int]:
+    """Global-memory instructions by the bits that each thread moves: {128: 12, 32: 2}. ``names``: default all three,
+    LDG, STG and LDGSTS."""
     widths: Counter[int] = Counter()
     for op, number in ops.items():
         base, *modifiers = op.split(".")
-        if base in ("LDG", "STG", "LDGSTS"):
+        if base in (names or ("LDG", "STG", "LDGSTS")):
             sizes = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
             widths[next((sizes[m] for m in modifiers if m in sizes), 32)] += number
     return dict(widths)
@@ -366,6 +356,9 @@ class Row:
     """HMMA and HGMMA instructions."""
     wide_share: float
     """Share of global-memory instructions that move 128 bits per thread."""
+    wide_loads: int
+    wide_stores: int
+    """LDG (or LDGSTS) and STG of 128 bits."""
     key: str
 
 
@@ -389,6 +382,8 @@ def row(launch: Launch) -> Row:
         dots=launch.compiled.asm["ttir"].count("tt.dot "),
         tensor_core=count(ops, "HMMA", "HGMMA"),
         wide_share=round(widths.get(128, 0) / max(sum(widths.values()), 1), 3),
+        wide_loads=access_widths(ops, "LDG", "LDGSTS").get(128, 0),
+        wide_stores=access_widths(ops, "STG").get(128, 0),
         key=launch.key,
     )
 
@@ -414,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     from fastgpt.kernels import launch_cases
 
     parser = argparse.ArgumentParser(prog="python -m fastgpt.kernels.offline", description=main.__doc__)
-    parser.add_argument("--arch", default="sm_89", choices=[f"sm_{arch}" for arch in SM_LIMITS])
+    parser.add_argument("--arch", default="sm_89", choices=[name for name in ARCHS if int(name[3:]) >= 80])
     parser.add_argument("--only", default="", metavar="REGEX", help="only the cases whose name matches this somewhere")
     parser.add_argument("--shard", default="1/1", metavar="K/N", help="every N-th case, from the K-th on")
     parser.add_argument("--json", action="store_true", help="print rows and errors as JSON")

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from fastgpt import flops, hardware
-from fastgpt.config import Config, differences
+from fastgpt import flops
+from fastgpt.config import SECTIONS, Config, differences
 from fastgpt.data import TokenLoader, resolve
 from fastgpt.errors import UserError
 from fastgpt.mfu import StepMeter
@@ -39,9 +40,9 @@ class Run:
     step: int = 0
     best_val_loss: float = math.inf
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: plain values and tensors."""
-        return {
+    def save(self) -> Path:
+        """Write a checkpoint of everything; only plain values and tensors."""
+        state = {
             "config": self.config.to_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.stepper.optimizer.state_dict(),
@@ -51,67 +52,82 @@ class Run:
             "best_val_loss": self.best_val_loss,
             "torch": str(torch.__version__),
         }
+        return checkpoint.save(self.config.train.out, self.step, state, self.config.train.keep_checkpoints)
 
 
 def build(config: Config, device: torch.device) -> Run:
-    """Model, optimizer and loaders of a run, restored from a checkpoint if ``--resume`` asks. Writes nothing (but may fill
-    the token cache). Raises UserError for anything that cannot work."""
-    resumed = _load_resumed(config) if config.train.resume else None
-    train_paths, val_paths, tokenizer = resolve(
-        config.data.data,
-        tokenizer=config.data.tokenizer,
-        vocab_size=config.model.vocab_size,
-        block_size=config.model.block_size,
+    """Model, optimizer and loaders of a new run. Writes nothing but tokens into the user's cache.
+
+    Raises UserError for anything that cannot work.
+    """
+    shape, data = config.model, config.data
+    train_paths, val_paths, _ = resolve(
+        data.data, tokenizer=data.tokenizer, vocab_size=shape.vocab_size, block_size=shape.block_size
     )
-    loaders = [
-        TokenLoader(
-            paths,
-            block_size=config.model.block_size,
-            batch_size=config.data.batch_size,
-            seed=config.train.seed,
-            vocab_size=config.model.vocab_size,
-        )
+    train_loader, val_loader = (
+        TokenLoader(paths, shape.block_size, data.batch_size, seed=config.train.seed, vocab_size=shape.vocab_size)
         for paths in (train_paths, val_paths)
-    ]
+    )
     torch.manual_seed(config.train.seed)
-    model = GPT(config.model, get_ops(config.train.kernels)).to(device)
+    model = GPT(shape, get_ops(config.train.kernels)).to(device)
     precision = precision_for(config.train.precision, device)
-    optimizer = build_optimizer(model, config.optim, config.train.kernels)
     stepper = Stepper(
         model=model,
         forward=torch.compile(model) if config.train.compile else model,
-        optimizer=optimizer,
+        optimizer=build_optimizer(model, config.optim, config.train.kernels),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         precision=precision,
         grad_clip=config.optim.grad_clip,
     )
-    run = Run(config, device, model, stepper, *loaders)
-    if resumed is not None:
-        _restore(run, resumed)
-    return run
+    return Run(config, device, model, stepper, train_loader, val_loader)
 
 
-def _load_resumed(config: Config) -> dict[str, Any]:
-    path = checkpoint.resolve(str(config.train.resume), config.train.out)
+def load_resumed(config: Config) -> dict[str, Any] | None:
+    """The checkpoint that ``--resume`` names, checked against the configuration; None for a new run.
+
+    Raises UserError if there is none, it is damaged, its model has another shape, or it has done all the steps.
+    """
+    if config.train.resume is None:
+        return None
+    where = config.train.out if config.train.resume == "newest" else Path(config.train.resume)
+    path = checkpoint.resolve(where)
     saved = checkpoint.load(path)
     checkpoint.check_shape(saved["config"], config.model, path)
     if saved["step"] >= config.train.max_iters:
-        raise UserError(f"max_iters is {config.train.max_iters}, but {path} has done {saved['step']} steps: raise --max-iters")
+        raise UserError(
+            f"max_iters is {config.train.max_iters} but checkpoint {path} has done {saved['step']} steps: raise --max-iters"
+        )
     return saved
 
 
-def _restore(run: Run, saved: dict[str, Any]) -> None:
+def restore(run: Run, saved: dict[str, Any]) -> None:
+    """Put a checkpoint's state into a freshly built run."""
     run.model.load_state_dict(saved["model"])
     run.stepper.optimizer.load_state_dict(saved["optimizer"])
+    # Hyperparameters are the configuration's, not the checkpoint's: a flag changed on resume takes effect.
+    fresh = build_optimizer(run.model, run.config.optim, run.config.train.kernels)
+    for group, wanted in zip(run.stepper.optimizer.param_groups, fresh.param_groups):
+        group.update({key: wanted[key] for key in ("betas", "eps", "weight_decay")})
     run.stepper.scaler.load_state_dict(saved["scaler"])
     run.train_loader.load_state_dict(saved["loader"])
     checkpoint.set_rng_state(saved["rng"])
     run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
 
 
+def changed_settings(saved: dict[str, Any], config: Config) -> list[str]:
+    """Settings that a resumed run changes: allowed, but said."""
+    now = config.to_dict()
+    return [
+        change
+        for section in SECTIONS
+        for change in differences(saved["config"][section], now[section])
+        if not change.startswith(("out:", "resume:"))
+    ]
+
+
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """Mean validation loss over the same ``eval_iters`` batches every time, in eval mode (no dropout)."""
+    """Mean validation loss in nats over the same ``eval_iters`` batches every time, in eval mode (no dropout)."""
     run.model.eval()
     losses = []
     for x, y in run.val_loader.eval_batches(run.config.train.eval_iters, run.device):
@@ -139,32 +155,90 @@ class StopRequest:
 
 def train(config: Config, device: torch.device, console: Console | None = None) -> tuple[Run, int]:
     """Train as configured. Returns the run and the exit code: 0, or 130 after Ctrl-C (the state is saved)."""
-    console = console or Console(soft_wrap=True)
+    console = console or Console(soft_wrap=True, highlight=False)
+    saved = load_resumed(config)
     run = build(config, device)
-    banner(console, run.config, run.model, device, run.stepper.precision, run.step)
-    for note in _changed_settings(config):
-        console.print(f"[yellow]resumed with {note}")
-    out = config.train.out
-    out.mkdir(parents=True, exist_ok=True)
-    model_shape = flops.Shape.of(config.model)
-    meter = StepMeter(device, flops.palm(model_shape), hardware.peak_flops(device, run.stepper.precision))
-    with StopRequest() as stop, open(out / "metrics.jsonl", "a") as metrics:
+    if saved is not None:
+        restore(run, saved)
+    banner(console, config, run.model, device, run.stepper.precision)
+    if saved is not None:
+        changes = changed_settings(saved, config)
+        console.print(f"resumed at step {run.step}" + (f", with {'; '.join(changes)}" if changes else ""), markup=False)
+    config.train.out.mkdir(parents=True, exist_ok=True)
+    meter = StepMeter.for_shape(flops.Shape.of(config.model), device, run.stepper.precision)
+    with StopRequest() as stop, open(config.train.out / "metrics.jsonl", "a") as metrics:
         for record in _steps(run, meter, stop, console):
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
     return run, 130 if stop.asked else 0
 
 
-def _changed_settings(config: Config) -> list[str]:
-    """Settings, other than the shape, that a resumed run changes: allowed, but said."""
-    if not config.train.resume:
-        return []
-    saved = checkpoint.load(checkpoint.resolve(config.train.resume, config.train.out))["config"]
-    now = config.to_dict()
-    ignored = ("out", "resume")
-    return [
-        change
-        for section in ("model", "data", "optim", "train")
-        for change in differences(saved[section], now[section])
-        if not change.startswith(ignored)
-    ]
+def _steps(run: Run, meter: StepMeter, stop: StopRequest, console: Console) -> Iterator[dict[str, Any]]:
+    """Run to the end or to Ctrl-C, evaluating, saving and printing on the way; yields what metrics.jsonl holds."""
+    settings = run.config.train
+    losses: list[Tensor] = []
+    if run.step == 0:
+        yield _evaluate(run, meter, console)
+    while run.step < settings.max_iters and not stop.asked:
+        lr = learning_rate(run.step, run.config.optim, settings.max_iters)
+        with meter.step(run.config.tokens_per_step):
+            loss, norm = run.stepper(_micro_batches(run, meter), run.config.data.grad_accum, lr)
+        losses.append(loss)
+        run.step += 1
+        last = run.step == settings.max_iters
+        if run.step % settings.log_interval == 0 or run.step == 1 or last or stop.asked:
+            line = _log_line(run, meter, losses, lr, norm)
+            losses.clear()
+            console.print(str(line), markup=False)
+            yield line.to_dict()
+            if not math.isfinite(line.loss):
+                raise UserError(_not_finite(run, line))
+        if last or _due(run.step, settings.eval_interval):
+            yield _evaluate(run, meter, console)
+        if last or stop.asked or _due(run.step, settings.checkpoint_interval):
+            with meter.excluded():
+                console.print(f"saved {run.save()}", markup=False)
+    if stop.asked:
+        console.print("stopped by Ctrl-C: continue with --resume")
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _micro_batches(run: Run, meter: StepMeter) -> Iterator[tuple[Tensor, Tensor]]:
+    for _ in range(run.config.data.grad_accum):
+        with meter.data_wait():
+            batch = run.train_loader.next_batch(run.device)
+        yield batch
+
+
+def _evaluate(run: Run, meter: StepMeter, console: Console) -> dict[str, Any]:
+    with meter.excluded():
+        loss = evaluate(run)
+    run.best_val_loss = min(run.best_val_loss, loss)
+    console.print(f"step {run.step:>6}/{run.config.train.max_iters}  val loss {loss:.4f}", markup=False)
+    return {"step": run.step, "val_loss": loss}
+
+
+def _log_line(run: Run, meter: StepMeter, losses: list[Tensor], lr: float, norm: Tensor) -> LogLine:
+    report = meter.report()  # waits for the device
+    return LogLine(
+        step=run.step,
+        max_iters=run.config.train.max_iters,
+        loss=torch.stack(losses).mean().item(),
+        lr=lr,
+        grad_norm=norm.item(),
+        ms=report.ms_per_step,
+        tokens_per_second=report.tokens_per_second,
+        memory_gb=peak_memory_gb(run.device),
+        mfu=report.mfu_nominal,
+        data_wait=report.data_wait,
+        skipped=run.stepper.skipped_steps(),
+    )
+
+
+def _not_finite(run: Run, line: LogLine) -> str:
+    good = checkpoint.existing(run.config.train.out)
+    resume = f"the last checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+    return f"loss is {line.loss} at step {run.step}: lower --lr or use --precision bf16 or fp32; {resume}"

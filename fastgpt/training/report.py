@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console
 
+from fastgpt import hardware
 from fastgpt.config import Config
 from fastgpt.model import GPT
 
@@ -21,11 +22,7 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def banner(console: Console, config: Config, model: GPT, device: torch.device, precision: str, step: int) -> None:
+def banner(console: Console, config: Config, model: GPT, device: torch.device, precision: str) -> None:
     """Say what will run, on what, and, without a GPU, what one would change."""
     shape = config.model
     console.print(
@@ -35,7 +32,7 @@ def banner(console: Console, config: Config, model: GPT, device: torch.device, p
     )
     console.print(
         f"kernels {config.train.kernels}{' + torch.compile' if config.train.compile else ''}  precision {precision}  "
-        f"device {device_name(device)}  data {config.data.data} ({config.data.tokenizer})  out {config.train.out}"
+        f"device {hardware.device_name(device)}  data {config.data.data} ({config.data.tokenizer})  out {config.train.out}"
     )
     if device.type == "cpu" and config.train.kernels == "triton":
         console.print(
@@ -43,29 +40,36 @@ def banner(console: Console, config: Config, model: GPT, device: torch.device, p
             "they compute the right thing, not how fast they are. On a CUDA GPU the same command compiles them and trains "
             "the larger demo: GPT-2's tokens, 6 layers of 384, bf16. --kernels eager trains this model in plain PyTorch."
         )
-    if step:
-        console.print(f"resumed at step {step}")
 
 
 @dataclass(frozen=True)
 class LogLine:
-    """One interval of a run. ``loss`` is the mean over all micro-batches of the interval's steps; ``mfu`` is already
-    formatted with its denominator, or 'n/a'."""
+    """One interval of a run. ``loss`` is the mean over all micro-batches of the interval's steps, in nats; ``mfu`` the
+    share of the nominal dense peak of this very card (None on one that is unknown, and before the first timed step)."""
 
     step: int
     max_iters: int
     loss: float
     lr: float
     grad_norm: float
-    ms: float
-    tokens_per_second: float
+    ms: float | None
+    tokens_per_second: float | None
     memory_gb: float
-    mfu: str
+    mfu: float | None
+    data_wait: float | None
     skipped: int = 0
 
     def __str__(self) -> str:
+        def or_na(value: float | None, form: str) -> str:
+            return "n/a" if value is None else form.format(value)
+
         skipped = f"  skipped {self.skipped}" if self.skipped else ""
         return (
             f"step {self.step:>6}/{self.max_iters}  loss {self.loss:.4f}  lr {self.lr:.2e}  norm {self.grad_norm:.3f}  "
-            f"{self.ms:,.1f} ms  {self.tokens_per_second:,.0f} tok/s  mem {self.memory_gb:.2f} GB  mfu {self.mfu}{skipped}"
+            f"{or_na(self.ms, '{:,.1f}')} ms  {or_na(self.tokens_per_second, '{:,.0f}')} tok/s  "
+            f"mem {self.memory_gb:.2f} GB  mfu {or_na(self.mfu, '{:.1%}')}  data {or_na(self.data_wait, '{:.1%}')}{skipped}"
         )
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The fields, as metrics.jsonl holds them."""
+        return asdict(self)

@@ -90,3 +90,8 @@ class Stepper:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         return norm
+
+    def skipped_steps(self) -> int:
+        """Steps that were skipped for a non-finite gradient, where the optimizer counts them. Waits for the device."""
+        counter = getattr(self.optimizer, "skipped_steps", None)
+        return 0 if counter is None else int(counter)

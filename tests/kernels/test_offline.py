@@ -169,8 +169,8 @@ def test_occupancy_is_that_of_cudas_calculator(arch, registers, shared, warps, b
 
 
 def test_occupancy_of_an_unknown_architecture_is_refused():
-    with pytest.raises(ValueError, match="arch is 70"):
-        occupancy(Resources(32, 0, 0, 0, 4), 70)
+    with pytest.raises(ValueError, match="arch is 61"):
+        occupancy(Resources(32, 0, 0, 0, 4), 61)
 
 
 def test_opcodes_are_counted_by_base_name_and_width():

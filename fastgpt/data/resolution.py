@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fastgpt.data.corpora import STDLIB, open_corpus
 from fastgpt.data.loader import TokenLoader
-from fastgpt.data.prepare import SHARD_TOKENS, VAL_FRACTION, prepare, read_manifest, recipe_of
+from fastgpt.data.preparation import SHARD_TOKENS, VAL_FRACTION, prepare, read_manifest, recipe_of
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
 from fastgpt.errors import UserError
 

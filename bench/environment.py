@@ -1,0 +1,74 @@
+"""Where a figure was measured: every results file carries this."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import hardware
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, driver, versions, commit, time: plain values. ``kernels`` says whether Triton compiled or interpreted."""
+    return {
+        "device": hardware.device_name(device),
+        **_device(device),
+        "kernels": "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled",
+        "torch": str(torch.__version__),
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"threads": torch.get_num_threads()}
+    props = torch.cuda.get_device_properties(device)
+    moment = hardware.telemetry(device.index or 0)
+    return {
+        "arch": f"sm_{props.major}{props.minor}",
+        "sms": props.multi_processor_count,
+        "memory_gib": round(props.total_memory / 2**30, 2),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or None,
+        "telemetry": None if moment is None else asdict(moment),
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in (package, f"{package}-windows"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            pass
+    return None
+
+
+def _commit() -> str | None:
+    """The commit, with "+" behind it if the checkout differs from it; None outside a checkout."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    return (
+        commit + ("+" if _output("git", "status", "--porcelain", "--", "fastgpt", "bench") else "") if commit else None
+    )
+
+
+def _output(*command: str) -> str:
+    """What a command prints; "" if it is not there or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,202 @@
+"""Results of bench.kernels and bench.gpu as Markdown, a terminal table and a plot. Reads plain dicts, measures nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "n/a" if value is None else format(value * scale, form)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
+
+
+def _where(environment: dict[str, Any]) -> str:
+    sms = f", {environment['sms']} SMs" if environment.get("sms") else ""
+    versions = (
+        f"torch {environment['torch']}, triton {environment['triton']}, driver {environment.get('driver') or 'n/a'}"
+    )
+    return (
+        f"Measured on {environment['device']}{sms} ({environment['kernels']} kernels), {versions}, "
+        f"commit {environment['commit'] or 'n/a'}, {environment['time']}."
+    )
+
+
+# ---------------------------------------------------------------- kernels
+
+KERNEL_HEADER = [
+    "operation",
+    "variant",
+    "ms",
+    "± IQR",
+    "GB/s",
+    "TFLOP/s",
+    "share of the binding roof",
+    "peak MiB",
+    "vs triton",
+]
+
+
+def kernel_rows(results: dict[str, Any]) -> list[list[str]]:
+    """One row per entry and variant; a failed parity or an error takes the place of the figures."""
+    rows = []
+    for entry in results["entries"]:
+        title = f"{entry['name']} {entry['shape']}"
+        if entry["parity"] != "passed":
+            rows.append(
+                [title, "triton", "no speed: parity " + entry["parity"][:200], *[""] * (len(KERNEL_HEADER) - 3)]
+            )
+        ours = entry["variants"].get("triton", {}).get("ms")
+        for name, v in entry["variants"].items():
+            if "ms" not in v:
+                rows.append(
+                    [title, name, "error: " + v.get("error", "not run")[:120], *[""] * (len(KERNEL_HEADER) - 3)]
+                )
+                continue
+            share = "n/a" if v["share"] is None else f"{v['share']:.0%} of {v['of']}"
+            rows.append(
+                [
+                    title,
+                    name,
+                    f"{v['ms']:.3f}",
+                    f"{v['iqr_ms']:.3f}",
+                    f"{v['gbs']:.0f}",
+                    f"{v['tflops']:.1f}" if v["tflops"] else "-",
+                    share,
+                    _figure(v.get("peak_memory"), ".0f", 2**-20),
+                    f"{v['ms'] / ours:.2f}x" if ours else "n/a",
+                ]
+            )
+    return rows
+
+
+def kernels_markdown(results: dict[str, Any]) -> str:
+    tflops = (results.get("matmul_tflops") or {}).get("bf16")
+    roofs = (
+        f"Roofs measured in the same run: copy {_figure(results.get('copy_gbs'), '.0f')} GB/s, "
+        f"bf16 matmul {_figure(tflops, '.1f')} TFLOP/s. Medians of interleaved runs with a cold L2; forward + backward."
+    )
+    return "\n\n".join(
+        ["## Kernels", _where(results["environment"]), roofs, _markdown(KERNEL_HEADER, kernel_rows(results))]
+    )
+
+
+def print_kernels(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=_where(results["environment"]))
+    for i, name in enumerate(KERNEL_HEADER):
+        table.add_column(name, justify="left" if i < 2 else "right")
+    for row in kernel_rows(results):
+        table.add_row(*row)
+    Console().print(table)
+
+
+# ---------------------------------------------------------------- the whole run of bench.gpu
+
+STEP_HEADER = [
+    "model",
+    "batch x accumulation",
+    "variant",
+    "tokens/s",
+    "ms/step",
+    "± IQR",
+    "MFU",
+    "peak GiB",
+    "vs eager",
+]
+
+
+def step_rows(steps: list[dict[str, Any]]) -> list[list[str]]:
+    """One row per training step measured; ratios are within the same model, batch and memory cap."""
+    rows = []
+    for step in steps:
+        model = step["preset"] + (f", {step['cap_gb']:g} GB cap" if step.get("cap_gb") else "")
+        geometry = f"{step['batch_size']} x {step['grad_accum']}"
+        if "tokens_per_second" not in step:
+            reason = step.get("error", "not run")[:160]
+            rows.append([model, geometry, step["variant"], reason, *[""] * (len(STEP_HEADER) - 4)])
+            continue
+        eager = [s for s in steps if s["variant"] == "eager" and _group(s) == _group(step) and "tokens_per_second" in s]
+        ratio = step["tokens_per_second"] / eager[0]["tokens_per_second"] if eager else None
+        rows.append(
+            [
+                model,
+                geometry,
+                step["variant"],
+                f"{step['tokens_per_second']:,.0f}",
+                f"{step['ms']:.1f}",
+                f"{step['iqr_ms']:.1f}",
+                _figure(step.get("mfu"), ".1%"),
+                _figure(step["peak_memory"], ".2f", 2**-30),
+                "n/a" if ratio is None else f"{ratio:.2f}x",
+            ]
+        )
+    return rows
+
+
+def _group(step: dict[str, Any]) -> tuple:
+    return step["preset"], step.get("cap_gb")
+
+
+def gpu_markdown(results: dict[str, Any]) -> str:
+    """All stages; those that have not run yet are left out."""
+    parts = ["# fastgpt on " + results["environment"]["device"], _where(results["environment"])]
+    if "tests" in results:
+        tests = results["tests"]
+        counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
+        end = "" if tests.get("finished", True) else " (cut off by the time budget)"
+        parts += ["## Parity tests on this GPU", f"{counts} in {tests['seconds']:.0f} s{end}."]
+        parts += ["Failed: " + ", ".join(tests["failures"][:20])] if tests.get("failures") else []
+    if results.get("kernels"):
+        parts.append(kernels_markdown(results["kernels"]))
+    if results.get("steps"):
+        about = (
+            "Whole optimizer steps on random tokens: bf16 autocast, dropout as in the preset. eager: SDPA, F.cross_entropy, "
+            "torch's fused AdamW and clip_grad_norm_; compile: the same under torch.compile; triton+compile: our kernels "
+            "under torch.compile. MFU: 6N + 12LCT over the card's nominal dense bf16 peak."
+        )
+        parts += ["## Training steps", about, _markdown(STEP_HEADER, step_rows(results["steps"]))]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot_steps(results: dict[str, Any], path: Path) -> bool:
+    """Tokens per second and peak memory, one group of bars per model and cap. False without matplotlib or figures."""
+    measured = [step for step in results.get("steps", []) if "tokens_per_second" in step]
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    if not measured:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys(_group(step) for step in measured))
+    variants = list(dict.fromkeys(step["variant"] for step in measured))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    quantities = (("tokens_per_second", 1.0, "tokens/s"), ("peak_memory", 2**-30, "peak memory, GiB"))
+    for ax, (key, scale, label) in zip(axes, quantities):
+        for i, variant in enumerate(variants):
+            bars = [
+                (groups.index(_group(s)) + i / (len(variants) + 1), s[key] * scale)
+                for s in measured
+                if s["variant"] == variant
+            ]
+            ax.bar([x for x, _ in bars], [y for _, y in bars], width=1 / (len(variants) + 1), label=variant)
+        ax.set_xticks([g + 0.4 * (len(variants) - 1) / len(variants) for g in range(len(groups))])
+        ax.set_xticklabels([preset + (f"\n{cap:g} GB cap" if cap else "") for preset, cap in groups])
+        ax.set_ylabel(label)
+    axes[0].legend()
+    figure.suptitle(f"Training step on {results['environment']['device']}, measured")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return True

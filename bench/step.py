@@ -1,0 +1,108 @@
+"""One training step of one preset, timed in a process of its own, so that running out of memory ends nothing else.
+
+    python -m bench.step --preset gpt2-124m --kernels triton --batch-size 8 --grad-accum 4 [--compile default] [--cap-gb 12]
+
+The last line printed is JSON: tokens per second, milliseconds per step, MFU, peak memory, loss of the first step; or "error".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+
+from bench.timing import Timing
+from fastgpt import flops, hardware, ops
+from fastgpt.config import Config, load_preset
+from fastgpt.model import GPT
+from fastgpt.training.step import Stepper, build_optimizer
+
+
+def measure(config: Config, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Time optimizer steps on random tokens: at least ``args.steps``, more while ``args.seconds`` last."""
+    torch.manual_seed(0)
+    model = GPT(config.model, ops.get(args.kernels)).to(device)
+    forward = model if args.compile == "none" else torch.compile(model, mode=args.compile)
+    optimizer = build_optimizer(model, config.optim, args.kernels)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    stepper = Stepper(
+        model, forward, optimizer, scaler, "bf16" if device.type == "cuda" else "fp32", config.optim.grad_clip
+    )
+    shape = (args.grad_accum, args.batch_size, config.model.block_size + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, device=device)
+    batches = [(chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()) for chunk in tokens]
+
+    def step() -> float:
+        return stepper(batches, args.grad_accum, 1e-4)[0]
+
+    first_loss = float(step())
+    for _ in range(2):
+        step()
+    _synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    marks = [time.perf_counter()]
+    while len(marks) <= args.steps or marks[-1] - marks[0] < args.seconds:
+        loss = step()
+        _synchronize(device)  # once per optimizer step: nothing beside its micro-batches
+        marks.append(time.perf_counter())
+    timing = Timing.of([1e3 * (end - start) for start, end in zip(marks, marks[1:])])
+    rate = math.prod(shape[:2]) * config.model.block_size / (timing.median_ms / 1e3)
+    per_token = flops.palm(flops.Shape.of(config.model))
+    peak = hardware.peak_flops(device, "bf16")
+    return {
+        "tokens_per_second": rate,
+        "ms": timing.median_ms,
+        "iqr_ms": timing.iqr_ms,
+        "steps": timing.runs,
+        "mfu": None if peak is None else rate * per_token / peak,
+        "tflops": rate * per_token / 1e12,
+        "formula": str(flops.FORMULAS["palm"]),
+        "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        "reserved_memory": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
+        "first_loss": first_loss,
+        "last_loss": float(loss),
+    }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Time a training step and print its figures as one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step", description=main.__doc__)
+    parser.add_argument("--preset", default="gpt2-124m")
+    parser.add_argument("--kernels", choices=("eager", "triton"), default="triton")
+    parser.add_argument(
+        "--compile", choices=("none", "default", "max-autotune", "max-autotune-no-cudagraphs"), default="none"
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--grad-accum", type=int, default=4)
+    parser.add_argument("--cap-gb", type=float, default=0.0, help="limit this process to so many GB (10^9 bytes)")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    if args.cap_gb:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap_gb * 1e9 / total))
+    try:
+        result = measure(load_preset(args.preset, args.device), args, device)
+    except torch.OutOfMemoryError:
+        result = {"error": "out of memory", "oom": True}
+    except Exception as error:
+        result = {"error": f"{type(error).__name__}: {error}"[:1000]}
+    print(json.dumps(result))
+    return 1 if "error" in result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Does a model trained on the kernels follow the one trained in plain PyTorch? ``python -m bench.training_parity``.
+
+A tiny GPT is trained for 200 steps from one seed, on real text, eager and triton. Two runs in floating point drift apart
+even when both are right, so the yardstick is eager against itself: the same run from initial weights perturbed by a
+relative 1e-7 (about the rounding of fp32), several times. The envelope at a step is the largest distance of any perturbed
+run up to that step, and triton has to stay within three times that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from fastgpt import cli, device, ops
+from fastgpt.config import Device, ModelConfig, OptimConfig
+from fastgpt.model import GPT
+from fastgpt.training.schedule import learning_rate
+from fastgpt.training.step import Stepper, build_optimizer
+
+# T and C of 32: one block per attention row and one per norm row, so that the interpreter needs a minute.
+MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=256, bias=True)
+OPTIM = OptimConfig(lr=3e-3, warmup_iters=10)
+ALLOWED = 3.0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Loss curves (steps,) in nats; ``perturbed`` (runs, steps); ``unmoved`` names parameters that triton left in place."""
+
+    eager: np.ndarray
+    triton: np.ndarray
+    perturbed: np.ndarray
+    unmoved: list[str]
+
+    @property
+    def envelope(self) -> np.ndarray:
+        """Largest distance of a perturbed run so far, never below the rounding of the loss itself (fp32)."""
+        distance = np.abs(self.perturbed - self.eager).max(0)
+        return np.maximum.accumulate(np.maximum(distance, np.finfo(np.float32).eps * self.eager))
+
+    @property
+    def ratio(self) -> float:
+        """The largest distance of triton from eager, in envelopes: at most ``ALLOWED``."""
+        return float((np.abs(self.triton - self.eager) / self.envelope).max())
+
+
+def batches(steps: int, where: torch.device, rows: int = 4) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows of this file's own text, as bytes, at seeded places."""
+    text = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8).long()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        starts = torch.randint(0, len(text) - MODEL.block_size - 1, (rows,), generator=generator)
+        window = torch.stack([text[i : i + MODEL.block_size + 1] for i in starts]).to(where)
+        yield window[:, :-1], window[:, 1:]
+
+
+def curve(kernels: str, steps: int, where: torch.device, perturb: int | None = None) -> tuple[np.ndarray, list[str]]:
+    """Losses of a run and the names of the parameters that did not move. ``perturb`` seeds the perturbation."""
+    torch.manual_seed(0)
+    model = GPT(MODEL, ops.get(kernels)).to(where)
+    if perturb is not None:
+        torch.manual_seed(1000 + perturb)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 1e-7 * torch.randn_like(parameter))
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    scaler = torch.amp.GradScaler(where.type, enabled=False)
+    stepper = Stepper(model, model, build_optimizer(model, OPTIM, kernels), scaler, "fp32", OPTIM.grad_clip)
+    losses = [
+        stepper([batch], 1, learning_rate(step, OPTIM, steps))[0] for step, batch in enumerate(batches(steps, where))
+    ]
+    unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, start[name])]
+    return torch.stack(losses).double().cpu().numpy(), unmoved
+
+
+def measure(steps: int, where: torch.device, runs: int = 8) -> Parity:
+    """Train eager, ``runs`` perturbed eager and triton."""
+    eager, _ = curve("eager", steps, where)
+    perturbed = np.stack([curve("eager", steps, where, perturb=run)[0] for run in range(runs)])
+    triton, unmoved = curve("triton", steps, where)
+    return Parity(eager, triton, perturbed, unmoved)
+
+
+def draw(parity: Parity, path: Path) -> None:
+    """Two panels: the curves, and the distances on a log scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(parity.eager, label="eager", linewidth=3, alpha=0.4)
+    left.plot(parity.triton, label="triton", linewidth=1)
+    left.set(xlabel="step", ylabel="training loss (nat)", title="Same seed, same batches")
+    right.semilogy(np.abs(parity.triton - parity.eager) + 1e-12, label="|triton - eager|", linewidth=1)
+    right.semilogy(parity.envelope, label="eager perturbed by 1e-7 (envelope)")
+    right.semilogy(ALLOWED * parity.envelope, "--", label=f"allowed: {ALLOWED:g} envelopes")
+    right.set(xlabel="step", ylabel="distance (nat)", title=f"Largest: {parity.ratio:.2f} envelopes", ylim=(1e-8, None))
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """Train a tiny GPT eager and triton, and compare their loss curves."""
+
+    steps: int = 200
+    device: Device = "auto"
+    out: Path | None = None
+    """A PNG to draw."""
+
+
+def main(args: list[str]) -> int:
+    config = tyro.cli(ParityConfig, args=args, prog="bench.training_parity")
+    parity = measure(config.steps, device.pick(config.device, "triton"))
+    print(
+        f"{config.steps} steps: final loss eager {parity.eager[-1]:.6f}, triton {parity.triton[-1]:.6f}; largest distance "
+        f"{np.abs(parity.triton - parity.eager).max():.2e} nat, {parity.ratio:.2f} envelopes (allowed {ALLOWED:g})"
+    )
+    if config.out:
+        draw(parity, config.out)
+    return int(parity.ratio > ALLOWED or bool(parity.unmoved))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,229 @@
+"""FLOPs per token of a GPT-2 training step, one function per named formula, and the least work of each operation.
+
+N counts parameters, L blocks, C the width, T the tokens of a sequence, V the vocabulary. A matmul weight costs 2 FLOP
+per token forward and 4 backward, hence the 6. Attention in one block is two T x T matmuls forward and four backward, 2C
+FLOP per query and key each, hence the 12; a causal query sees (T + 1) / 2 keys on average. Norms, GELU, softmax and the
+optimizer count for nothing here: their roof is memory. Plain integers, nothing imported from the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The integers that a GPT-2's FLOPs depend on; ``Shape.of`` takes them from any config with these names."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    bias: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
+        return cls(**{name: getattr(config, name) for name in names})
+
+
+GPT2_124M = Shape(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
+GPT2_40M = Shape(n_layer=12, n_head=6, n_embd=384, block_size=1024, vocab_size=50304)
+
+
+def n_params(shape: Shape, *, positions: bool = True) -> int:
+    """Every parameter once (the head shares the token embedding). ``positions=False`` is nanoGPT's N.
+
+    L (12 C^2 + 2C) + C + VC [+ TC]; with bias also L (11C) + C.
+    """
+    L, C = shape.n_layer, shape.n_embd
+    per_block = 12 * C * C + 2 * C + (11 * C if shape.bias else 0)  # 3C + C + 4C + C in the linears, 2C in the norms
+    final_norm = 2 * C if shape.bias else C
+    return L * per_block + final_norm + shape.vocab_size * C + (shape.block_size * C if positions else 0)
+
+
+def matmul_params(shape: Shape) -> int:
+    """Weights that each token is multiplied by: 12LC^2 + VC. The embedding counts once, as head; lookups are free."""
+    return 12 * shape.n_layer * shape.n_embd**2 + shape.vocab_size * shape.n_embd
+
+
+def attended_keys(T: int, *, causal: bool = True, tile: int = 1) -> float:
+    """Keys that a query is multiplied with, on average: T, or (T + 1) / 2 if causal.
+
+    A kernel computes whole ``tile`` x ``tile`` squares of scores: with n = ceil(T / tile), tile^2 n (n + 1) / 2 / T.
+    """
+    if not causal:
+        return float(T)
+    n = -(-T // tile)
+    return tile * tile * n * (n + 1) / 2 / T
+
+
+def palm(shape: Shape, T: int | None = None) -> float:
+    """6N + 12LCT per token, N without positions: nanoGPT's and PaLM's (Chowdhery et al. 2022, appendix B)."""
+    T = T or shape.block_size
+    return 6 * n_params(shape, positions=False) + 12 * shape.n_layer * shape.n_embd * T
+
+
+def causal(shape: Shape, T: int | None = None) -> float:
+    """6N + 6LCT per token: palm with half the attention. llm.c's, but for its N, which has the positions in it."""
+    T = T or shape.block_size
+    return 6 * n_params(shape, positions=False) + 6 * shape.n_layer * shape.n_embd * T
+
+
+def exact(shape: Shape, T: int | None = None, *, is_causal: bool = True) -> float:
+    """6 (12LC^2 + VC) + 6LC (T + 1) per token: every multiplication that the mathematics needs, none twice.
+
+    ``is_causal=False`` has 12LCT instead: what torch's FlopCounterMode counts for attention written as two matmuls.
+    """
+    keys = attended_keys(T or shape.block_size, causal=is_causal)
+    return 6 * matmul_params(shape) + 12 * shape.n_layer * shape.n_embd * keys
+
+
+def hardware(
+    shape: Shape,
+    T: int | None = None,
+    *,
+    is_causal: bool = True,
+    tile: int = 1,
+    split_backward: bool = True,
+    checkpoint: bool = False,
+    recompute_logits: bool = False,
+) -> float:
+    """What the chip is made to compute per token, recomputation included: never a numerator for MFU, the one for roofs.
+
+    6 (12LC^2 + VC) + L (2 + b) 2C keys, where flash attention's backward has b matmuls: 5 in one loop (scores again,
+    dP, dV, dQ, dK; Dao et al. 2022), 7 with one loop for dQ and one for dK and dV (scores and dP in both).
+    ``tile`` is the kernel's, see ``attended_keys``. ``checkpoint`` adds the forward pass of every block, 24LC^2 + L 4C
+    keys; ``recompute_logits`` adds 2VC, for a loss that does not keep them (Wijmans et al. 2024).
+    """
+    L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
+    keys = attended_keys(T or shape.block_size, causal=is_causal, tile=tile)
+    flops = 6 * matmul_params(shape) + L * (2 + (7 if split_backward else 5)) * 2 * C * keys
+    if checkpoint:
+        flops += 24 * L * C * C + L * 4 * C * keys
+    if recompute_logits:
+        flops += 2 * V * C
+    return flops
+
+
+class Formula(NamedTuple):
+    """A formula as a report names it."""
+
+    name: str
+    text: str
+    per_token: Callable[..., float]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}"
+
+
+FORMULAS = {
+    "palm": Formula("palm", "6N + 12LCT, N without positions", palm),
+    "causal": Formula("causal", "6N + 6LCT, N without positions", causal),
+    "exact": Formula("exact", "6(12LC^2 + VC) + 6LC(T + 1)", exact),
+    "hardware": Formula("hardware", "exact + recomputation", hardware),
+}
+
+
+# The least work of one operation -------------------------------------------------------------------------------------
+
+
+class Roof(NamedTuple):
+    seconds: float
+    bound: str  # "compute" or "memory"
+
+
+class Work(NamedTuple):
+    """Matmul FLOPs, and the bytes that cross the memory bus if each input is read once and each output written once."""
+
+    flops: int
+    bytes: int
+
+    def roof(self, peak_flops: float, bytes_per_second: float) -> Roof:
+        """Seconds below which this operation cannot go, and which of the two limits says so (Williams et al. 2009)."""
+        compute, memory = self.flops / peak_flops, self.bytes / bytes_per_second
+        return Roof(compute, "compute") if compute >= memory else Roof(memory, "memory")
+
+
+def attention_forward(B: int, T: int, H: int, D: int, size: int = 2, *, is_causal: bool = True, tile: int = 1) -> Work:
+    """Read q, k, v; write out, and the log-sum-exp (B, H, T) in fp32. Two matmuls of 2D FLOP per query and key.
+
+    ``size``: bytes of an element, here and below."""
+    pairs = round(B * H * T * attended_keys(T, causal=is_causal, tile=tile))
+    return Work(4 * D * pairs, 4 * B * T * H * D * size + 4 * B * H * T)
+
+
+def attention_backward(
+    B: int, T: int, H: int, D: int, size: int = 2, *, is_causal: bool = True, tile: int = 1, matmuls: int = 5
+) -> Work:
+    """Read q, k, v, out, dout and the log-sum-exp; write dq, dk, dv. ``matmuls``: 5, or 7 with separate loops."""
+    pairs = round(B * H * T * attended_keys(T, causal=is_causal, tile=tile))
+    return Work(2 * matmuls * D * pairs, 8 * B * T * H * D * size + 4 * B * H * T)
+
+
+def layer_norm_forward(rows: int, C: int, size: int = 2, *, residual: bool = False, bias: bool = False) -> Work:
+    """Read x and the fp32 weight (and bias); write y, and mean and 1/std in fp32. With ``residual`` also read it and
+    write the sum."""
+    return Work(0, rows * C * size * (4 if residual else 2) + 8 * rows + 4 * C * (2 if bias else 1))
+
+
+def layer_norm_backward(rows: int, C: int, size: int = 2, *, residual: bool = False, bias: bool = False) -> Work:
+    """Read dy, x, mean, 1/std, weight; write dx and the fp32 dweight (and dbias). With ``residual`` also read the sum's
+    gradient: dx then serves x and the residual."""
+    return Work(0, rows * C * size * (4 if residual else 3) + 8 * rows + 4 * C * (3 if bias else 2))
+
+
+def linear_forward(M: int, N: int, K: int, size: int = 2, *, bias: bool = False, residual: bool = False) -> Work:
+    """y (M, N) = x (M, K) w^T (N, K): read x and w (bias, residual), write y. 2MNK FLOP, as the next two."""
+    return Work(2 * M * N * K, size * (M * K + N * K + M * N * (2 if residual else 1) + (N if bias else 0)))
+
+
+def linear_input_grad(M: int, N: int, K: int, size: int = 2) -> Work:
+    """dx (M, K) = dy (M, N) w (N, K): read dy and w, write dx."""
+    return Work(2 * M * N * K, size * (M * N + N * K + M * K))
+
+
+def linear_weight_grad(M: int, N: int, K: int, size: int = 2, *, grad_size: int = 4, accumulate: bool = False) -> Work:
+    """dw (N, K) = dy^T x: read dy and x, write dw; ``accumulate`` also reads it."""
+    return Work(2 * M * N * K, size * (M * N + M * K) + grad_size * N * K * (2 if accumulate else 1))
+
+
+def linear_cross_entropy(
+    rows: int, C: int, V: int, size: int = 2, *, grad: bool = True, grad_size: int = 4, recompute: bool = False
+) -> Work:
+    """Head and loss in one, logits never in memory: read x (rows, C), w (V, C), int64 targets; write fp32 losses.
+
+    ``grad`` adds dx and dw, two more matmuls (three with ``recompute``)."""
+    product, data = 2 * rows * C * V, size * (rows * C + V * C) + 12 * rows
+    if not grad:
+        return Work(product, data)
+    return Work(product * (4 if recompute else 3), data + size * rows * C + grad_size * V * C)
+
+
+def cross_entropy(rows: int, V: int, size: int = 2, *, grad: bool = True) -> Work:
+    """Loss over logits that are in memory: read them and int64 targets, write fp32 losses. ``grad`` reads logits and
+    targets again, and fp32 log-sum-exps that forward then writes too; writes dlogits."""
+    forward = rows * V * size + 12 * rows
+    return Work(0, forward + (2 * rows * V * size + 16 * rows if grad else 0))
+
+
+def embedding_forward(rows: int, distinct: int, C: int, size: int = 2) -> Work:
+    """Read int64 tokens and the table's rows of the ``distinct`` tokens among them; write a row per token."""
+    return Work(0, 8 * rows + (distinct + rows) * C * size)
+
+
+def embedding_backward(rows: int, distinct: int, C: int, size: int = 2, *, grad_size: int = 4) -> Work:
+    """Read int64 tokens and dy; add into the rows of the ``distinct`` tokens among them."""
+    return Work(0, 8 * rows + rows * C * size + 2 * distinct * C * grad_size)
+
+
+def adamw(
+    params: int, *, param_size: int = 4, grad_size: int = 4, moment_size: int = 4, copy_size: int = 0, clip: bool = True
+) -> Work:
+    """Read and write the parameter and two moments, read the gradient. ``clip`` reads the gradient once more, before,
+    for its norm; ``copy_size`` writes a working copy (2 for bf16)."""
+    per_param = 2 * param_size + 4 * moment_size + grad_size * (2 if clip else 1) + copy_size
+    return Work(0, params * per_param)

@@ -1,0 +1,97 @@
+"""The low-precision working copy of an fp32 parameter: cast once per optimizer step, not once per use.
+
+Parameters stay fp32 masters; operations read a bf16 or fp16 copy of them. The copy is kept beside the parameter,
+outside the module and its state_dict, for as long as the parameter lives, and is valid for one value of
+``param._version`` at one address: every in-place write by PyTorch (load_state_dict, torch.optim, ``param.mul_`` under
+no_grad) raises the version, and the next use casts again. FusedAdamW writes the copy in the pass that updates the
+parameter and declares it fresh.
+
+What the version does not see: writes through ``param.data`` or by foreign kernels, and FSDP, which refills a
+parameter's storage behind the version's back. Call ``forget(param)`` after the former; set ``enabled = False`` under
+the latter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+enabled = True
+"""False: ``working_copy`` casts at every call and keeps nothing."""
+
+
+@dataclass
+class _Entry:
+    copy: Tensor
+    version: int
+    address: int
+
+
+# Not an attribute of the parameter: deepcopy and pickle of a module must neither carry the copy along nor share it.
+_entries = WeakTensorKeyDictionary()
+
+
+class _WorkingCopy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, param: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = param.dtype
+        return copy.detach()  # a tensor of its own: the cached one must not get a grad_fn
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return grads[0].to(ctx.dtype), None
+
+
+def working_copy(param: Tensor, dtype: torch.dtype) -> Tensor:
+    """``param`` in ``dtype``, differentiable: the gradient arrives at ``param`` in its own dtype.
+
+    Returns ``param`` itself if it has that dtype. The copy shares storage from call to call; do not write to it.
+    Tensors that are not plain leaf parameters (the arguments of functional_call, DTensors), and everything under
+    torch.compile, are cast with ``param.to(dtype)`` and not kept.
+    """
+    if param.dtype == dtype:
+        return param
+    # Order matters: dynamo folds is_compiling() and never looks at the rest.
+    if torch.compiler.is_compiling() or not enabled or not _cachable(param):
+        return param.to(dtype)
+    entry = _fresh(param)
+    if entry is None or entry.copy.dtype != dtype:
+        # Kept beyond this call, so no inference tensor, even if made in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            entry = _entries[param] = _Entry(param.detach().to(dtype), param._version, param.data_ptr())
+    if param.requires_grad and torch.is_grad_enabled():
+        return _WorkingCopy.apply(param, entry.copy)
+    return entry.copy.detach()
+
+
+def existing(param: Tensor) -> Tensor | None:
+    """The copy of ``param``, if there is one and it is up to date: what an optimizer writes together with ``param``."""
+    entry = _fresh(param)
+    return None if entry is None else entry.copy
+
+
+def mark_fresh(param: Tensor) -> None:
+    """Declare the copy of ``param`` up to date with its present version. For whoever has just written both."""
+    entry = _entries.get(param)
+    if entry is not None:
+        entry.version = param._version
+
+
+def forget(param: Tensor) -> None:
+    """Drop the copy of ``param``, after a write that ``param._version`` does not show. The next use casts again."""
+    _entries.pop(param, None)
+
+
+def _cachable(param: Tensor) -> bool:
+    return type(param) is nn.Parameter and param.is_leaf and not param.is_inference()
+
+
+def _fresh(param: Tensor) -> _Entry | None:
+    entry = _entries.get(param)
+    if entry is None or (entry.version, entry.address) != (param._version, param.data_ptr()):
+        return None
+    # ``param.data = other`` may change what lies at one address.
+    return entry if entry.copy.shape == param.shape and entry.copy.device == param.device else None

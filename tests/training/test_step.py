@@ -1,0 +1,72 @@
+"""One optimizer step: groups, accumulation, clipping, precision."""
+
+import pytest
+import torch
+
+from fastgpt import ops
+from fastgpt.config import ModelConfig, OptimConfig
+from fastgpt.model import GPT
+from fastgpt.training.step import Stepper, build_optimizer, parameter_groups, precision_for
+
+TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, bias=True)
+
+
+OPTIM = OptimConfig(lr=1e-2)
+
+
+def make(kernels, device, precision="fp32", optim=OPTIM):
+    torch.manual_seed(0)
+    model = GPT(TINY, ops.get(kernels)).to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return Stepper(model, model, build_optimizer(model, optim, kernels), scaler, precision, optim.grad_clip)
+
+
+def batch(device, rows):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(0, 64, (rows, 17), generator=generator).to(device)
+    return x[:, :-1], x[:, 1:]
+
+
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_eight_micro_batches_of_one_equal_one_of_eight(kernels, device):
+    x, y = batch(device, 8)
+    whole, parts = make(kernels, device), make(kernels, device)
+    loss, norm = whole([(x, y)], 1, 1e-3)
+    loss_parts, norm_parts = parts([(x[i : i + 1], y[i : i + 1]) for i in range(8)], 8, 1e-3)
+    torch.testing.assert_close(loss_parts, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm_parts, norm, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_triton_steps_as_eager_does(precision, device):
+    """Loss and gradient norm of three steps agree to the rounding of the precision."""
+    eps = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}[precision]
+    steppers = [make(kernels, device, precision) for kernels in ("eager", "triton")]
+    for _ in range(3):
+        (loss, norm), (loss_triton, norm_triton) = [stepper([batch(device, 4)], 1, 1e-2) for stepper in steppers]
+        assert loss_triton.dtype == torch.float32
+        torch.testing.assert_close(loss_triton, loss, rtol=eps, atol=0)
+        torch.testing.assert_close(norm_triton.reshape(()), norm.reshape(()), rtol=eps, atol=0)
+
+
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_clipping_reports_the_norm_before_it(kernels, device):
+    tight = make(kernels, device, optim=OptimConfig(grad_clip=1e-3))
+    _, norm = tight([batch(device, 2)], 1, 1e-3)
+    assert norm.item() > 1e-3
+    free = make(kernels, device, optim=OptimConfig(grad_clip=0))
+    _, unclipped = free([batch(device, 2)], 1, 1e-3)
+    torch.testing.assert_close(norm, unclipped, rtol=1e-5, atol=0)
+
+
+def test_norms_and_biases_do_not_decay():
+    decay, plain = parameter_groups(GPT(TINY), OptimConfig(weight_decay=0.1))
+    assert decay["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    assert all(p.dim() == 2 for p in decay["params"]) and all(p.dim() == 1 for p in plain["params"])
+    assert len(decay["params"]) + len(plain["params"]) == len(list(GPT(TINY).parameters()))
+
+
+def test_auto_precision_is_fp32_on_a_cpu_and_bf16_on_a_gpu():
+    assert precision_for("auto", torch.device("cpu")) == "fp32"
+    assert precision_for("auto", torch.device("cuda")) == "bf16"
+    assert precision_for("fp16", torch.device("cpu")) == "fp16"
