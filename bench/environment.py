@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from dataclasses import asdict
@@ -18,11 +17,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit, time: plain values. ``kernels`` says whether Triton compiled or interpreted."""
+    """Device, driver, versions, commit, time: plain values. ``kernels``: how Triton's kernels run in this process."""
+    from fastgpt.kernels import runtime
+
+    on_cpu = "interpreted" if runtime.INTERPRET else "replaced by PyTorch"
     return {
         "device": hardware.device_name(device),
         **_device(device),
-        "kernels": "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled",
+        "kernels": "compiled" if device.type == "cuda" else on_cpu,
         "torch": str(torch.__version__),
         "triton": _version("triton"),
         "cuda": torch.version.cuda,

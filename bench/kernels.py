@@ -17,275 +17,23 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
+from bench import report
 from bench.environment import environment
-from bench.timing import Timing, Work, interleave, peak_memory, rotating
+from bench.timing import Timing, Work, interleave, peak_memory
 from fastgpt import flops, hardware
-from fastgpt.kernels import reference
-from tests.parity import assert_parity, check
 
-OURS = "triton"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of the entries: GPT-2 124M's at a micro-batch of 8 x 1024 and, for attention, 16 x 1024."""
-
-    rows: int = 8192
-    C: int = 768
-    V: int = 50304
-    B: int = 16
-    T: int = 1024
-    H: int = 12
-    D: int = 64
-    n_layer: int = 12
-    dtype: torch.dtype = torch.bfloat16
-    parity_rows: int = 1024
-    """fp64 references are large: they get this many tokens, and one sequence."""
-
-
-TINY = Sizes(rows=64, C=64, V=256, B=1, T=64, H=2, D=32, n_layer=1, dtype=torch.float32, parity_rows=64)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One operation. ``parity`` raises AssertionError; ``variants`` makes what is timed, by name, ours first."""
-
-    name: str
-    shape: str
-    work: flops.Work
-    parity: Callable[[], None]
-    variants: Callable[[], dict[str, Work]]
-
-
-# ---------------------------------------------------------------- entries
-
-
-def forward_backward(op: Callable, device: torch.device, make: Callable[[], dict[str, Tensor]], sets: int = 2) -> Work:
-    """``op(**inputs)`` and the gradients of all its floating inputs, over ``sets`` sets of inputs in turn."""
-
-    def run(inputs: dict[str, Tensor], upstream: tuple[Tensor, ...]) -> Any:
-        outputs = op(**inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return torch.autograd.grad(outputs, [x for x in inputs.values() if x.requires_grad], upstream)
-
-    arguments = []
-    for _ in range(sets):
-        inputs = {key: x.requires_grad_(x.is_floating_point()) for key, x in make().items()}
-        with torch.no_grad():
-            outputs = op(**inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        arguments.append((inputs, tuple(torch.randn_like(out) for out in outputs)))
-    return rotating(run, arguments)
-
-
-def peers(eager: Callable, compiled: bool, **others: Callable | None) -> dict[str, Callable]:
-    """The functions to compare with: eager, torch.compile of it if asked, and whichever others are available."""
-    found = {"eager": eager}
-    if compiled:
-        found["compile"] = torch.compile(eager)
-    return found | {name: op for name, op in others.items() if op is not None}
-
-
-def layer_norm(size: Sizes, device: torch.device, compiled: bool) -> Entry:
-    """bf16 in and out, fp32 weight and bias."""
-    from fastgpt.kernels.fused_layernorm import layer_norm as ours
-
-    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
-        x = torch.randn(rows, size.C, device=device).to(size.dtype)
-        return {"x": x, "weight": torch.rand(size.C, device=device), "bias": torch.rand(size.C, device=device)}
-
-    liger = _liger("liger_layer_norm")
-    ops = peers(
-        reference.layer_norm,
-        compiled,
-        liger=liger and (lambda x, weight, bias: liger(x, weight.to(x.dtype), bias.to(x.dtype), 1e-5)),
-    )
-    e = size.dtype.itemsize
-    forward = flops.layer_norm_forward(size.rows, size.C, e, bias=True)
-    backward = flops.layer_norm_backward(size.rows, size.C, e, bias=True)
-    return Entry(
-        "layer_norm",
-        f"{size.rows} x {size.C}",
-        _sum(forward, backward),
-        lambda: check(ours, reference.layer_norm, inputs(size.parity_rows)),
-        lambda: {name: forward_backward(op, device, inputs) for name, op in ({OURS: ours} | ops).items()},
-    )
-
-
-def layer_norm_residual(size: Sizes, device: torch.device, compiled: bool) -> Entry:
-    """As in a block under autocast: low-precision branch, fp32 residual stream, both outputs with a gradient."""
-    from fastgpt.kernels.fused_layernorm import layer_norm as fused
-
-    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
-        x, residual = torch.randn(2, rows, size.C, device=device)
-        return {"x": x.to(size.dtype), "residual": residual, "weight": torch.rand(size.C, device=device)}
-
-    def ours(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
-        return fused(x, weight, residual=residual)
-
-    def eager(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
-        return reference.layer_norm(x, weight, residual=residual)
-
-    e, rows, C = size.dtype.itemsize, size.rows, size.C
-    # Forward reads x and residual, writes y and the sum; backward reads dy, dsum and the sum, writes dx and dresidual.
-    moved = rows * C * ((2 * e + 2 * 4) + (2 * e + 3 * 4)) + 2 * 8 * rows + 3 * 4 * C
-    return Entry(
-        "layer_norm + residual",
-        f"{rows} x {C}",
-        flops.Work(0, moved),
-        lambda: check(ours, eager, inputs(size.parity_rows)),
-        lambda: {
-            name: forward_backward(op, device, inputs) for name, op in ({OURS: ours} | peers(eager, compiled)).items()
-        },
-    )
-
-
-def attention(size: Sizes, device: torch.device, compiled: bool) -> Entry:
-    """Packed qkv to packed dqkv: the peers' transposes and copies are part of their time."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from fastgpt.kernels.fused_attn import qkv_attention as fused
-
-    def inputs(B: int = size.B) -> dict[str, Tensor]:
-        return {"qkv": torch.randn(B, size.T, 3 * size.H * size.D, device=device).to(size.dtype)}
-
-    def eager(qkv: Tensor) -> Tensor:
-        return reference.qkv_attention(qkv, size.H)
-
-    def backend(which: SDPBackend) -> Callable:
-        def op(qkv: Tensor) -> Tensor:
-            with sdpa_kernel(which):
-                return reference.qkv_attention(qkv, size.H)
-
-        return op
-
-    def ours(qkv: Tensor) -> Tensor:
-        return fused(qkv, size.H)
-
-    ops = peers(eager, compiled)
-    if device.type == "cuda":
-        names = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-        names["efficient"] = SDPBackend.EFFICIENT_ATTENTION
-        ops |= {f"sdpa {name}": backend(which) for name, which in names.items()}
-    shape = (size.B, size.T, size.H, size.D, size.dtype.itemsize)
-    return Entry(
-        "attention",
-        f"B={size.B} T={size.T} H={size.H} D={size.D}, causal",
-        _sum(flops.attention_forward(*shape), flops.attention_backward(*shape)),
-        lambda: check(ours, eager, inputs(1), operand_dtype=size.dtype),
-        lambda: {name: forward_backward(op, device, inputs) for name, op in ({OURS: ours} | ops).items()},
-    )
-
-
-def linear_cross_entropy(size: Sizes, device: torch.device, compiled: bool) -> Entry:
-    """Mean loss over the vocabulary; the peers hold the logits, in fp32 for the loss."""
-    from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy as ours
-
-    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
-        x = torch.randn(rows, size.C, device=device).to(size.dtype)
-        weight = (0.02 * torch.randn(size.V, size.C, device=device)).to(size.dtype)
-        return {"x": x, "weight": weight, "target": torch.randint(size.V, (rows,), device=device)}
-
-    liger = _liger("liger_fused_linear_cross_entropy")
-    ops = peers(
-        reference.linear_cross_entropy,
-        compiled,
-        liger=liger and (lambda x, weight, target: liger(x, weight, target)),
-    )
-    return Entry(
-        "linear_cross_entropy",
-        f"{size.rows} x {size.C} x {size.V}",
-        flops.linear_cross_entropy(size.rows, size.C, size.V, size.dtype.itemsize, grad_size=size.dtype.itemsize),
-        lambda: check(ours, reference.linear_cross_entropy, inputs(size.parity_rows), operand_dtype=size.dtype),
-        lambda: {name: forward_backward(op, device, inputs, sets=1) for name, op in ({OURS: ours} | ops).items()},
-    )
-
-
-def adamw(size: Sizes, device: torch.device, compiled: bool) -> Entry:
-    """Clip and update of all parameters of a GPT-2, fp32; the peer is torch's fused AdamW after clip_grad_norm_."""
-    from fastgpt.optim import FusedAdamW
-
-    C = size.C
-    block = [(C,), (3 * C, C), (C, C), (C,), (4 * C, C), (C, 4 * C)]
-    shapes = [(size.V, C), (size.T, C), *block * size.n_layer, (C,)]
-    options: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
-
-    def parameters(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
-        made = [torch.nn.Parameter(0.02 * torch.randn(shape, device=device)) for shape in shapes]
-        for p in made:
-            p.grad = torch.randn_like(p)
-        return made
-
-    def ours(params: list) -> Work:
-        return FusedAdamW(params, max_grad_norm=1.0, **options).step
-
-    def torchs(params: list) -> Work:
-        optimizer = torch.optim.AdamW(params, fused=True, **options)
-
-        def step() -> None:
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
-            optimizer.step()
-
-        return step
-
-    def parity() -> None:
-        start = parameters(block)
-        results = []
-        for make, dtype in ((ours, torch.float32), (torchs, torch.float32), (torchs, torch.float64)):
-            params = [torch.nn.Parameter(p.detach().to(dtype)) for p in start]
-            step = make(params)
-            for _ in range(3):
-                for p, q in zip(params, start):
-                    p.grad = q.grad.to(dtype)  # a new one: clip_grad_norm_ scales in place
-                step()
-            results.append(params)
-        for i, (mine, theirs, exact) in enumerate(zip(*results)):
-            assert_parity(f"parameter {i}", mine.detach(), exact, theirs)
-
-    count = sum(torch.Size(shape).numel() for shape in shapes)
-    return Entry(
-        "adamw + clip",
-        f"{count / 1e6:.1f} M parameters",
-        flops.adamw(count),
-        parity,
-        lambda: {OURS: ours(parameters(shapes)), "torch fused": torchs(parameters(shapes))},
-    )
-
-
-ENTRIES: tuple[Callable[[Sizes, torch.device, bool], Entry], ...] = (
-    layer_norm,
-    layer_norm_residual,
-    attention,
-    linear_cross_entropy,
-    adamw,
-)
-
-
-def _sum(*parts: flops.Work) -> flops.Work:
-    return flops.Work(sum(p.flops for p in parts), sum(p.bytes for p in parts))
-
-
-def _liger(name: str) -> Any:
-    """A function of Liger-Kernel, or None where it is not installed."""
-    try:
-        from liger_kernel.transformers import functional
-    except ImportError:
-        return None
-    return getattr(functional, name, None)
-
-
-# ---------------------------------------------------------------- running them
+if TYPE_CHECKING:
+    from bench.entries import Entry
 
 
 def measure(entry: Entry, device: torch.device, ceilings: hardware.Ceilings | None, rounds: int) -> dict[str, Any]:
     """Parity, then times: the entry's part of the results file."""
+    warmup = 3 if device.type == "cuda" else 1
     result: dict[str, Any] = {
         "name": entry.name,
         "shape": entry.shape,
@@ -302,14 +50,14 @@ def measure(entry: Entry, device: torch.device, ceilings: hardware.Ceilings | No
     ready: dict[str, Work] = {}
     for name, work in entry.variants().items() if result["parity"] == "passed" else ():
         try:
-            figures = {"peak_memory": peak_memory(work, device)}
+            figures: dict[str, Any] = {"peak_memory": peak_memory(work, device)}
             work()
         except Exception as error:
             figures = {"error": f"{type(error).__name__}: {error}"[:500]}
         else:
             ready[name] = work
         result["variants"][name] = figures
-    for name, timing in interleave(ready, device, rounds=rounds, budget_s=20).items() if ready else ():
+    for name, timing in interleave(ready, device, rounds=rounds, warmup=warmup, budget_s=20).items() if ready else ():
         result["variants"][name] |= rates(entry.work, timing, ceilings)
     return result
 
@@ -329,6 +77,8 @@ def rates(work: flops.Work, timing: Timing, ceilings: hardware.Ceilings | None) 
 
 def run(device: torch.device, *, quick: bool, only: str = "", report: Callable[[dict], None] = lambda _: None) -> dict:
     """All entries; ``report`` gets the results so far after each."""
+    from bench.entries import ENTRIES, TINY, Sizes  # imports fastgpt.kernels, which looks for the interpreter's switch
+
     cuda = device.type == "cuda"
     ceilings = hardware.measured_ceilings(device, refresh=True) if cuda else None
     results: dict[str, Any] = {
@@ -362,9 +112,8 @@ def main(argv: list[str] | None = None) -> int:
         print("bench.kernels --device cuda needs a CUDA GPU, and torch sees none here.", file=sys.stderr)
         return 2
     if args.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before the first entry imports triton
-
-    from bench import report
+        os.environ["TRITON_INTERPRET"] = "1"
+        torch.set_num_threads(1)
 
     def save(results: dict) -> None:
         if args.out:

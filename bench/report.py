@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def _where(environment: dict[str, Any]) -> str:
         f"torch {environment['torch']}, triton {environment['triton']}, driver {environment.get('driver') or 'n/a'}"
     )
     return (
-        f"Measured on {environment['device']}{sms} ({environment['kernels']} kernels), {versions}, "
+        f"Measured on {environment['device']}{sms} (kernels {environment['kernels']}), {versions}, "
         f"commit {environment['commit'] or 'n/a'}, {environment['time']}."
     )
 
@@ -96,7 +97,7 @@ def print_kernels(results: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if i < 2 else "right")
     for row in kernel_rows(results):
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
 # ---------------------------------------------------------------- the whole run of bench.gpu

@@ -8,6 +8,7 @@ The last line printed is JSON: tokens per second, milliseconds per step, MFU, pe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -37,7 +38,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
     tokens = torch.randint(config.model.vocab_size, shape, device=device)
     batches = [(chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()) for chunk in tokens]
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         return stepper(batches, args.grad_accum, 1e-4)[0]
 
     first_loss = float(step())
@@ -51,7 +52,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
         loss = step()
         _synchronize(device)  # once per optimizer step: nothing beside its micro-batches
         marks.append(time.perf_counter())
-    timing = Timing.of([1e3 * (end - start) for start, end in zip(marks, marks[1:])])
+    timing = Timing.of([1e3 * (end - start) for start, end in itertools.pairwise(marks)])
     rate = math.prod(shape[:2]) * config.model.block_size / (timing.median_ms / 1e3)
     per_token = flops.palm(flops.Shape.of(config.model))
     peak = hardware.peak_flops(device, "bf16")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -262,20 +262,15 @@ def _override(section: Any, values: Mapping[str, Any], where: str) -> Any:
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """A TOML value as the field's type, or a UserError: TOML has no paths, and writes 1 for 1.0."""
-    if hint is Path:
-        hint, build = str, Path
-    else:
-        build = hint if hint in (float,) else lambda v: v
-    choices = get_args(hint)
-    if choices and not any(isinstance(choice, type) for choice in choices):
-        if value in choices:
+    if get_origin(hint) is Literal:
+        if value in get_args(hint):
             return value
-        raise UserError(f"{where} is {value!r}: it can be {', '.join(map(str, choices))}")
-    accepted = tuple(c for c in choices if isinstance(c, type)) or ((int, float) if hint is float else (hint,))
+        raise UserError(f"{where} is {value!r}: it can be {', '.join(get_args(hint))}")
+    accepted = {float: (float, int), Path: (str,)}.get(hint) or get_args(hint) or (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
-        names = " or ".join(t.__name__ for t in accepted if t is not type(None))
+        names = " or ".join(kind.__name__ for kind in accepted if kind is not type(None))
         raise UserError(f"{where} is {value!r}: it must be of type {names}")
-    return build(value)
+    return hint(value) if hint in (float, Path) else value
 
 
 def _nearest(word: str, candidates: Any) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgpt.config import ModelConfig
 from fastgpt.errors import UserError
-from fastgpt.ops import EAGER, Ops
+from fastgpt.ops import EAGER, Ops, compute_dtype
 
 
 class LayerNorm(nn.Module):
@@ -110,20 +110,24 @@ class Block(nn.Module):
         return x, self.mlp(h)
 
 
+class Transformer(nn.Module):
+    """The parameters of GPT under nanoGPT's names."""
+
+    def __init__(self, config: ModelConfig, ops: Ops):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer, ops) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias, ops)
+
+
 class GPT(nn.Module):
     """``GPT(config, ops)``; ops is fastgpt.ops.EAGER (default) or TRITON."""
 
     def __init__(self, config: ModelConfig, ops: Ops = EAGER):
         super().__init__()
         self.config, self.ops = config, ops
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, layer, ops) for layer in range(config.n_layer)),
-                "ln_f": LayerNorm(config.n_embd, config.bias, ops),
-            }
-        )
+        self.transformer = Transformer(config, ops)
         self.apply(self._init)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # two of them add to the residual stream per block
@@ -139,12 +143,12 @@ class GPT(nn.Module):
     @property
     def head(self) -> Tensor:
         """The classifier's weight (vocab_size, C): the token embedding."""
-        return self.transformer["wte"].weight
+        return self.transformer.wte.weight
 
     def n_params(self, positions: bool = False) -> int:
         """Number of parameters, as GPT-2's are counted: without the position embedding unless asked."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        return total if positions else total - self.transformer["wpe"].weight.numel()
+        return total if positions else total - self.transformer.wpe.weight.numel()
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C)."""
@@ -152,14 +156,14 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"sequence of {start + T} tokens is longer than block_size {self.config.block_size}")
         position = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer["wte"](idx) + self.transformer["wpe"](position)
+        x = self.transformer.wte(idx) + self.transformer.wpe(position)
         x = F.dropout(x, self.config.dropout, self.training)
         branch = None
-        for block in self.transformer["h"]:
+        for block in self.transformer.h:
             x, branch = block(x, branch, cache)
         if cache is not None:
             cache.advance(T)
-        h, _ = self.transformer["ln_f"](branch, x, self.config.dropout if self.training else 0.0)
+        h, _ = self.transformer.ln_f(branch, x, self.config.dropout if self.training else 0.0)
         return h
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:

@@ -30,7 +30,7 @@ def test_parameter_counts_are_gpt2s(preset, millions):
 
 def test_scaled_initialisation():
     model = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=256, vocab_size=1024, block_size=64, bias=True))
-    block = model.transformer["h"][3]
+    block = model.transformer.h[3]
     assert block.mlp.c_fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert block.mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
     assert not block.attn.c_attn.bias.any()
@@ -40,7 +40,7 @@ def test_state_dict_is_fp32_masters_and_the_head_is_tied(table):
     model = GPT(TINY, table)
     state = model.state_dict()
     assert all(value.dtype == torch.float32 for value in state.values())
-    assert model.head is model.transformer["wte"].weight
+    assert model.head is model.transformer.wte.weight
     assert not any("head" in name for name in state)
 
 

@@ -67,17 +67,17 @@ class Stepper:
     grad_clip: float
 
     def __call__(self, batches: Iterable[tuple[Tensor, Tensor]], grad_accum: int, lr: float) -> tuple[Tensor, Tensor]:
-        total = None
+        losses = []
         for x, y in batches:
             with autocast(x.device, self.precision):
                 loss = self.forward(x, y)[1] / grad_accum
             self.scaler.scale(loss).backward()
-            total = loss.detach() if total is None else total + loss.detach()
+            losses.append(loss.detach())
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._update()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, norm
+        return torch.stack(losses).sum(), norm
 
     def _update(self) -> Tensor:
         if hasattr(self.optimizer, "grad_norm"):  # FusedAdamW unscales, measures and clips in its own launches
