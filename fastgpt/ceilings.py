@@ -137,7 +137,7 @@ def _matmul_tflops(arithmetic: str, device: torch.device) -> float | None:
                 best = max(best, 2 * n**3 / seconds / 1e12)
                 if seconds > long_enough_s:
                     break
-    except (RuntimeError, AttributeError):  # no such arithmetic, or no memory for the larger ones
+    except (RuntimeError, ValueError, AttributeError):  # no such arithmetic here, or no memory for a larger one
         pass
     return best or None
 

@@ -134,6 +134,7 @@ def _family(
 
 
 # Name, SMs, boost MHz, memory GB/s, VRAM GB, L2 MB, W. Products that share a name are told apart by SMs and VRAM.
+# Not told apart: boards of one name with slower or faster memory chips (an RTX 4070 with GDDR6 has 480 GB/s).
 GPUS: list[Gpu] = [
     *_family(
         "sm_89",

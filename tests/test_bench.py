@@ -263,7 +263,7 @@ def test_a_step_that_does_not_fit_is_tried_at_half_the_batch(tmp_path, monkeypat
     session = gpu.Session(tmp_path, time.monotonic() + 1000)
     found = gpu.run_step(session, "gpt2-124m", "eager", 12.0)
     assert (found["batch_size"], found["grad_accum"], found["tokens_per_second"]) == (4, 8, 5.0)
-    assert ["--compile", "none"] == list(commands[0][4:6]) and len(commands) == 3
+    assert list(commands[0][4:6]) == ["--compile", "none"] and len(commands) == 3
     assert "skipped" in gpu.run_step(gpu.Session(tmp_path, time.monotonic() + 5), "gpt2-124m", "eager", 0.0)["error"]
 
 

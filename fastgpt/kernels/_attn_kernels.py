@@ -313,7 +313,8 @@ def backward_q(
         if part > 0 or window is not None:
             for n in range(start, stop, BLOCK_N):
                 k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
-                v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                if q_tile.dtype == tl.float32:  # or q is read before a barrier and kept in registers across it: spills
+                    tl.debug_barrier()
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
                 p = tl.exp2(s * c - row_lse[:, None])
                 if part != 1:
@@ -322,6 +323,9 @@ def backward_q(
                         (query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED
                     )
                     p = tl.where(seen, p, 0.0)
+                v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                if q_tile.dtype == tl.float32:
+                    tl.debug_barrier()
                 dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
                 if seed is not None:
                     dp = tl.where(_kept(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N), dp * inv_keep, 0.0)

@@ -43,24 +43,36 @@ MAX_HEAD_DIM = 256
 LOG2E = math.log2(math.e)
 
 
-def config(kernel: str, dtype: torch.dtype, D: int, T_own: int) -> dict[str, int]:
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension. A tensor-core dot holds all of its second operand in
+# registers, hence the short second sides.
+_HALF = {
+    "forward": {64: (128, 32, 8, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+    "backward_q": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "backward_kv": {64: (32, 64, 4, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+}
+_FLOAT = {
+    "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "backward_q": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "backward_kv": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
+
+
+def config(kernel: str, dtype: torch.dtype, D: int, T_own: int, dropout: bool = False) -> dict[str, int]:
     """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D; ``T_own`` is the
-    length of the side that its programs own. Chosen by compiling for sm_89: no spills, at most 101,376 bytes."""
+    length of the side that its programs own. Chosen by compiling for sm_89: no spills, at most 101,376 bytes of shared
+    memory, and two blocks of 8 warps per SM for D <= 64 in the kernels that fit 128 registers (``maxnreg``)."""
     if runtime.INTERPRET:  # a block operation costs the same whatever its size
         block = 64 if T_own <= 256 else 128
         return {"BLOCK_M": block, "BLOCK_N": block}
     width = max(64, _block_d(D))
-    if dtype == torch.float32:
-        block_m, block_n, warps, stages = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}[width]
-    elif kernel == "forward":
-        block_m, block_n, warps, stages = {64: (128, 64, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 4, 2)}[width]
-        if T_own <= 16:  # decoding
-            block_m = 16
-    elif kernel == "backward_q":
-        block_m, block_n, warps, stages = {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1)}[width]
-    else:
-        block_m, block_n, warps, stages = {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 1)}[width]
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    half = dtype != torch.float32
+    block_m, block_n, warps, stages = (_HALF if half else _FLOAT)[kernel][width]
+    if half and kernel == "forward" and T_own <= 16:  # decoding
+        block_m, block_n, warps, stages = 16, 32, 4, 2
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    if half and width == 64 and block_m == 128 and not dropout:
+        options["maxnreg"] = 128
+    return options
 
 
 def _block_d(D: int) -> int:
@@ -105,7 +117,7 @@ def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dro
     B, T_q, H, D = q.shape
     lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     q, k, v = map(_columns_adjacent, (q, k, v))
-    options = config("forward", q.dtype, D, T_q)
+    options = config("forward", q.dtype, D, T_q, seed is not None)
     grid = (triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)
     with runtime.device_guard(q):
         kernels.forward[grid](
@@ -125,12 +137,12 @@ def _launch_backward(
     delta = torch.empty_like(lse)
     common = {"seed": seed, "c": scale * LOG2E, "scale": scale, **_common(q, k, docs, kv_len, window, dropout_p, causal)}
     with runtime.device_guard(q):
-        options = config("backward_q", q.dtype, D, T_q)
+        options = config("backward_q", q.dtype, D, T_q, seed is not None)
         kernels.backward_q[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, grad_out, lse, delta, grad_q,
             **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
         )  # fmt: skip
-        options = config("backward_kv", q.dtype, D, T_k)
+        options = config("backward_kv", q.dtype, D, T_k, seed is not None)
         kernels.backward_kv[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v,
             **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,

@@ -9,7 +9,7 @@ For token i with classifier row w_v and target t, and q the smoothed one-hot (1 
     dx_i = sum_v dz_v w_v,   dw_v = sum_i dz_v x_i,   db_v = sum_i dz_v
 
 Tokens are taken in chunks (``chunk_rows``). Per chunk, cuBLAS writes the logits in x's dtype into one reused buffer,
-one Triton program per row reads them (statistics in fp32) and overwrites them with dz, and two more GEMMs take dz to
+one Triton kernel reads them row by row (statistics in fp32) and overwrites them with dz, and two more GEMMs take dz to
 dx and, accumulated in fp32 over the chunks, to dW. Chunked classifiers: Hsu et al. 2024 (Liger-Kernel), Wijmans et al.
 2024 (Cut Cross-Entropy). No gradient is filtered.
 
@@ -66,12 +66,14 @@ def chunk_rows(rows: int, V: int, C: int, dtype: torch.dtype, sm_count: int) -> 
     return best
 
 
-def config(V: int, logit_softcap: float | None) -> dict[str, int]:
-    """Launch options of the row kernel: 16 logits a thread, two 128-bit accesses in bf16 and four in fp32; half of that
-    with a softcap, whose exponentials take registers."""
-    per_warp = 512 if logit_softcap is None else 256
-    block = min(max(triton.next_power_of_2(V), 64), 8 * per_warp)
-    return {"BLOCK": block, "num_warps": max(1, block // per_warp)}
+def config(rows: int, V: int, logit_softcap: float | None) -> dict[str, int]:
+    """Launch options of the row kernel. A program holds ROWS x BLOCK logits at a time: 16 a thread, two 128-bit accesses
+    in bf16 and four in fp32; half of that with a softcap, whose exponentials take registers."""
+    tile = 4096 if logit_softcap is None else 2048
+    block = min(max(triton.next_power_of_2(V), 64), tile)
+    # The interpreter pays per program and per operation, hardly per element.
+    rows_each = min(2**18 // block, triton.next_power_of_2(rows)) if runtime.INTERPRET else tile // block
+    return {"ROWS": rows_each, "BLOCK": block, "num_warps": 8}
 
 
 def grad_scale(dtype: torch.dtype, V: int, z_loss: float, logit_softcap: float | None) -> float:
@@ -112,9 +114,9 @@ def _rows_kernel(
     logits_ptr,  # (rows, stride) in x's dtype, columns [V, stride) are 0; overwritten by dz if GRAD
     target_ptr,  # (rows,) int32 or int64
     loss_ptr,  # (rows,) fp32, written if LOSS
-    max_ptr,  # (rows,) fp32: the largest logit; written if LOSS, else read
-    log_sum_ptr,  # (rows,) fp32: lse - max; written if LOSS, else read
+    stats_ptr,  # (rows, 2) fp32: the largest logit, and lse minus it; written if LOSS, else read
     row_scale_ptr,  # (rows,) fp32, read if PER_ROW
+    rows,
     V,
     stride,
     ignore_index,
@@ -127,81 +129,79 @@ def _rows_kernel(
     PER_ROW: tl.constexpr,
     SMOOTH: tl.constexpr,
     CAP: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: loss and statistics in a first pass over the vocabulary; dz, in place, in a second, which finds the row
-    in L2. A target outside [0, V) that is not ignored makes its row's loss and dz NaN, and reads nothing.
+    """ROWS rows: loss and statistics in a first pass over the vocabulary; dz, in place, in a second, which finds the rows
+    in L2. Logits of ignored rows are not read. A target outside [0, V) that is not ignored makes its row's loss and dz
+    NaN.
 
     Accesses are masked at ``stride``, a multiple of 64, and cut at V in registers: a mask at an odd V would break every
     one of them into single elements."""
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * stride
-    target = tl.load(target_ptr + row).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = row < rows
+    target = tl.load(target_ptr + row, mask=exists, other=0).to(tl.int64)
+    live = exists & (target != ignore_index)
+    in_range = (target >= 0) & (target < V)
+    row_ptr = logits_ptr + row * stride
     lanes = tl.arange(0, BLOCK)
-    if target == ignore_index:
-        if LOSS:
-            tl.store(loss_ptr + row, 0.0)
-            tl.store(max_ptr + row, 0.0)
-            tl.store(log_sum_ptr + row, 0.0)
-        if GRAD:
-            zeros = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
-            for start in range(0, V, BLOCK):
-                tl.store(logits_ptr + start + lanes, zeros, mask=start + lanes < stride)
-    else:
-        in_range = (target >= 0) & (target < V)
-        if LOSS:
-            z_target = tl.load(logits_ptr + target, mask=in_range, other=float("nan")).to(tl.float32)
+
+    if LOSS:
+        z_target = tl.load(row_ptr + target, mask=live & in_range, other=float("nan")).to(tl.float32)
+        if CAP:
+            z_target = _softcap(z_target, softcap)
+        z_max = tl.full((ROWS,), float("-inf"), tl.float32)
+        exp_sum = tl.full((ROWS,), 0.0, tl.float32)
+        z_sum = tl.full((ROWS,), 0.0, tl.float32)
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            mask = live[:, None] & (columns < stride)[None, :]
+            z = tl.load(row_ptr[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             if CAP:
-                z_target = _softcap(z_target, softcap)
-            z_max = tl.full((), float("-inf"), tl.float32)
-            exp_sum = tl.zeros((), tl.float32)
-            z_sum = tl.zeros((), tl.float32)
-            for start in range(0, V, BLOCK):
-                columns = start + lanes
-                z = tl.load(logits_ptr + columns, mask=columns < stride, other=0.0).to(tl.float32)
-                if CAP:
-                    z = _softcap(z, softcap)
-                if SMOOTH:
-                    z_sum += tl.sum(z, 0)
-                z = tl.where(columns < V, z, float("-inf"))
-                new_max = tl.maximum(z_max, tl.max(z, 0))
-                # While every logit so far is -inf, subtract 0 instead: -inf - -inf is NaN.
-                shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-                exp_sum = exp_sum * tl.exp(z_max - shift) + tl.sum(tl.exp(z - shift), 0)
-                z_max = new_max
-            log_sum = tl.log(exp_sum)
-            lse = z_max + log_sum
-            # z_max - z_target first: lse - z_target would cancel where the target is certain.
-            loss = log_sum + (z_max - z_target)
+                z = _softcap(z, softcap)
             if SMOOTH:
-                loss += smoothing * (z_target - z_sum / V)
-            tl.store(loss_ptr + row, loss + z_loss * lse * lse)
-            tl.store(max_ptr + row, z_max)
-            tl.store(log_sum_ptr + row, log_sum)
-        else:
-            z_max = tl.load(max_ptr + row)
-            log_sum = tl.load(log_sum_ptr + row)
-        if GRAD:
-            # Every thread has read the target's logit before any thread overwrites it.
-            tl.debug_barrier()
-            p_factor = 1 + 2 * z_loss * (z_max + log_sum)
-            if PER_ROW:
-                scale *= tl.load(row_scale_ptr + row)
-            scale = tl.where(in_range, scale, float("nan"))
-            for start in range(0, V, BLOCK):
-                columns = start + lanes
-                z = tl.load(logits_ptr + columns, mask=columns < stride, other=0.0).to(tl.float32)
-                factor = scale
-                if CAP:
-                    factor = scale * _softcap_slope(z, softcap)
-                    z = _softcap(z, softcap)
-                p = tl.exp(z - z_max - log_sum)
-                # In fp32 until the store: p - 1 of a certain target keeps its digits.
-                dz = p * p_factor - tl.where(columns == target, 1 - smoothing, 0.0)
-                if SMOOTH:
-                    dz -= smoothing / V
-                dz = tl.where(columns < V, dz * factor, 0.0)
-                tl.store(logits_ptr + columns, dz.to(logits_ptr.dtype.element_ty), mask=columns < stride)
+                z_sum += tl.sum(z, 1)
+            z = tl.where((columns < V)[None, :], z, float("-inf"))
+            new_max = tl.maximum(z_max, tl.max(z, 1))
+            # While every logit so far is -inf, subtract 0 instead: -inf - -inf is NaN.
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            exp_sum = exp_sum * tl.exp(z_max - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+            z_max = new_max
+        log_sum = tl.log(exp_sum)
+        lse = z_max + log_sum
+        # z_max - z_target first: lse - z_target would cancel where the target is certain.
+        loss = log_sum + (z_max - z_target) + z_loss * lse * lse
+        if SMOOTH:
+            loss += smoothing * (z_target - z_sum / V)
+        tl.store(loss_ptr + row, tl.where(live, loss, 0.0), mask=exists)
+        tl.store(stats_ptr + 2 * row, z_max, mask=exists)
+        tl.store(stats_ptr + 2 * row + 1, log_sum, mask=exists)
+    else:
+        z_max = tl.load(stats_ptr + 2 * row, mask=exists, other=0.0)
+        log_sum = tl.load(stats_ptr + 2 * row + 1, mask=exists, other=0.0)
+
+    if GRAD:
+        # Every thread has read its target's logit before any thread overwrites it.
+        tl.debug_barrier()
+        p_factor = 1 + 2 * z_loss * (z_max + log_sum)
+        if PER_ROW:
+            scale *= tl.load(row_scale_ptr + row, mask=exists, other=0.0)
+        row_scale = tl.where(in_range, scale, float("nan"))
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            inside = (columns < stride)[None, :]
+            z = tl.load(row_ptr[:, None] + columns[None, :], mask=live[:, None] & inside, other=0.0).to(tl.float32)
+            factor = row_scale[:, None]
+            if CAP:
+                factor *= _softcap_slope(z, softcap)
+                z = _softcap(z, softcap)
+            p = tl.exp(z - z_max[:, None] - log_sum[:, None])
+            # In fp32 until the store: p - 1 of a certain target keeps its digits.
+            dz = p * p_factor[:, None] - tl.where(columns[None, :] == target[:, None], 1 - smoothing, 0.0)
+            if SMOOTH:
+                dz -= smoothing / V
+            dz = tl.where(live[:, None] & (columns < V)[None, :], dz * factor, 0.0).to(logits_ptr.dtype.element_ty)
+            tl.store(row_ptr[:, None] + columns[None, :], dz, mask=exists[:, None] & inside)
 
 
 # ---------------------------------------------------------------- chunks
@@ -239,7 +239,7 @@ def _run_chunks(
     row_scale: Tensor | None = None,
     wants: Sequence[bool] = (False, False, False),
 ) -> list[Tensor]:
-    """Every chunk in turn. With ``losses`` (rows,), writes them and ``stats`` (2, rows); without, reads ``stats``.
+    """Every chunk in turn. With ``losses`` (rows,), writes them and ``stats`` (rows, 2); without, reads ``stats``.
 
     Returns [dx, dW, db] in fp32, those that ``wants`` does not ask for empty: of the sum of the losses times
     ``grad_scale``, or with ``row_scale`` (rows,), of the losses weighted by it.
@@ -260,21 +260,23 @@ def _run_chunks(
     size = min(rows, chunk_rows(rows, V, C, x.dtype, runtime.sm_count(x.device)))
     buffer = x.new_empty(size, _padded(V))
     buffer[:, V:].zero_()
+    launch = config(size, V, softcap)
     for start in range(0, rows, size):
         chunk = slice(start, min(start + size, rows))
-        logits = buffer[: chunk.stop - start, :V]
+        count = chunk.stop - start
+        logits = buffer[:count, :V]
         if bias is None:
             torch.mm(x[chunk], weight.t(), out=logits)
         else:
             torch.addmm(bias, x[chunk], weight.t(), out=logits)
         with runtime.device_guard(x):
-            _rows_kernel[(logits.shape[0],)](
+            _rows_kernel[(triton.cdiv(count, launch["ROWS"]),)](
                 logits,
                 target[chunk],
                 None if losses is None else losses[chunk],
-                stats[0, chunk],
-                stats[1, chunk],
+                stats[chunk],
                 None if row_scale is None else row_scale[chunk],
+                count,
                 V,
                 buffer.stride(0),
                 ignore_index,
@@ -287,7 +289,7 @@ def _run_chunks(
                 PER_ROW=row_scale is not None,
                 SMOOTH=smoothing != 0,
                 CAP=softcap is not None,
-                **config(V, softcap),
+                **launch,
             )
         if wants[0]:
             _matmul_fp32(dx[chunk], logits, weight, accumulate=False)
@@ -307,8 +309,8 @@ _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? logit_
 
 
 def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """losses (rows,) and stats (2, rows) in fp32."""
-    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(2, x.shape[0], dtype=torch.float32)
+    """losses (rows,) and stats (rows, 2) in fp32."""
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], 2, dtype=torch.float32)
 
 
 def _dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, ...]:
@@ -324,7 +326,7 @@ def _new_gradients(x: Tensor, weight: Tensor, wants: Sequence[bool], dtypes: Seq
     "fastgpt::linear_cross_entropy_fwd", mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)"
 )
 def _forward(x, weight, target, bias, *options):
-    """losses (rows,) fp32 and statistics (2, rows) fp32. No gradient is formed here."""
+    """losses (rows,) fp32 and statistics (rows, 2) fp32. No gradient is formed here."""
     losses, stats = _new_statistics(x)
     _run_chunks(x, weight, target, bias, options, stats, losses=losses)
     return losses, stats

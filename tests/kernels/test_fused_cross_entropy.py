@@ -86,6 +86,15 @@ def test_parity_at_block_edges_of_the_vocabulary(device, V, dtype):
     check(inputs, target, label_smoothing=0.1)
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("rows, block", [(1, 64), (4, 64), (4, 256)])
+def test_parity_with_other_rows_per_program(device, rows, block, reduction, monkeypatch):
+    # bug 4: a reduction broadcast along the wrong axis with several, unequal rows per program
+    monkeypatch.setattr(module, "config", lambda *_: {"ROWS": rows, "BLOCK": block, "num_warps": 2})
+    inputs, target = make(device, shape=(11,))
+    check({**inputs, "x": inputs["x"] * torch.arange(11, device=device)[:, None] / 4}, target, reduction=reduction)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (9,), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_any_rank(device, shape, reduction):
@@ -431,7 +440,7 @@ class Allocations(TorchDispatchMode):
 def test_no_tensor_is_larger_than_a_chunk_of_logits(device):
     inputs, target = make(device, shape=(40,), C=4, V=2000, bias=False)
     _, stats = module._new_statistics(inputs["x"])
-    losses = torch.empty_like(stats[0])
+    losses = torch.empty_like(stats[:, 0])
     with Allocations() as seen:
         options = -100, 0.0, 0.0, None, 2000
         arguments = inputs["x"], inputs["weight"], target, None, options, stats
@@ -479,15 +488,16 @@ def test_the_kernel_writes_nothing_outside_its_rows(device):
     logits = torch.full((rows + 2, stride), 77.0, device=device)
     logits[1:-1] = 0
     logits[1:-1, :V] = torch.randn(rows, V, device=device)
-    columns = torch.full((4, rows + 2), 77.0, device=device)
+    loss, stats = torch.full((rows + 2,), 77.0, device=device), torch.full((rows + 2, 2), 77.0, device=device)
     target = torch.tensor([5, -100, 202], device=device)
-    module._rows_kernel[(rows,)](
-        *(logits[1:-1], target, *columns[:3, 1:-1], columns[3, 1:-1]),
-        *(V, stride, -100, 1.0, 0.1, 0.0, 0.0),
+    module._rows_kernel[(2,)](
+        *(logits[1:-1], target, loss[1:-1], stats[1:-1], None),
+        *(rows, V, stride, -100, 1.0, 0.1, 0.0, 0.0),
         **{"LOSS": True, "GRAD": True, "PER_ROW": False, "SMOOTH": True, "CAP": False},
-        **module.config(V, None),
+        **{"ROWS": 2, "BLOCK": 64, "num_warps": 1},
     )
-    assert (logits[[0, -1]] == 77).all() and (columns[:, [0, -1]] == 77).all() and (columns[3] == 77).all()
+    for buffer in (logits, loss, stats):
+        assert (buffer[[0, -1]] == 77).all() and (buffer[1:-1] != 77).all()
     assert not logits[1:-1, V:].any() and not logits[2].any()
 
 

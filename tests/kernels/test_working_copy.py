@@ -1,0 +1,182 @@
+"""The cached low-precision copy of a parameter: when it is reused, when rebuilt, and that it leaves no trace in a module."""
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from fastgpt.kernels import working_copy as module
+from fastgpt.kernels.working_copy import existing, forget, mark_fresh, working_copy
+from fastgpt.optim import FusedAdamW
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def param(device):
+    return nn.Parameter(torch.randn(8, 6, device=device))
+
+
+def test_value_gradient_and_dtype(param):
+    out = working_copy(param, BF16)
+    assert out.dtype == BF16 and torch.equal(out, param.to(BF16))
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    assert param.grad.dtype == torch.float32 and torch.equal(param.grad, upstream.float())
+
+
+def test_the_parameter_itself_if_it_has_the_dtype(param):
+    assert working_copy(param, torch.float32) is param
+    assert existing(param) is None
+
+
+def test_micro_batches_share_one_cast_and_accumulate(param):
+    first = working_copy(param, BF16)
+    second = working_copy(param, BF16)
+    assert first.data_ptr() == second.data_ptr()
+    assert first.grad_fn is not second.grad_fn  # two graphs, so that both can run backward
+    first.sum().backward()
+    second.sum().backward()
+    assert torch.equal(param.grad, torch.full_like(param, 2.0))
+    assert not existing(param).requires_grad
+
+
+def test_without_grad_mode_no_graph(param):
+    with torch.no_grad():
+        assert not working_copy(param, BF16).requires_grad
+    with torch.inference_mode():
+        working_copy(param, BF16)
+    working_copy(param, BF16).sum().backward()  # what inference mode cached must be usable for training
+    assert param.grad is not None
+    param.requires_grad_(False)
+    assert not working_copy(param, BF16).requires_grad
+
+
+def writers():
+    def torch_optimizer(p):
+        p.grad = torch.ones_like(p)
+        torch.optim.AdamW([p], lr=0.1).step()
+
+    def in_place(p):
+        with torch.no_grad():
+            p.mul_(3)
+
+    def load_state_dict(p):
+        owner = nn.Module()
+        owner.p = p
+        owner.load_state_dict({"p": torch.randn_like(p)})
+
+    def init(p):
+        nn.init.normal_(p)
+
+    def other_storage(p):
+        p.data = torch.randn_like(p)
+
+    return [torch_optimizer, in_place, load_state_dict, init, other_storage]
+
+
+@pytest.mark.parametrize("write", writers(), ids=lambda f: f.__name__)
+def test_rebuilt_after_any_other_writer(param, write):
+    working_copy(param, BF16)
+    write(param)
+    assert existing(param) is None
+    assert torch.equal(working_copy(param, BF16), param.to(BF16))
+
+
+def test_mark_fresh_and_forget(param):
+    working_copy(param, BF16)
+    with torch.no_grad():
+        param.mul_(3)
+    mark_fresh(param)
+    assert existing(param) is not None  # the caller's word is taken
+    forget(param)
+    assert existing(param) is None
+    assert torch.equal(working_copy(param, BF16), param.to(BF16))
+    mark_fresh(nn.Parameter(torch.zeros(2)))  # nothing there: nothing to do
+
+
+def test_another_dtype_replaces_the_copy(param):
+    working_copy(param, BF16)
+    assert torch.equal(working_copy(param, torch.float16), param.to(torch.float16))
+    assert existing(param).dtype == torch.float16
+
+
+def test_strides_are_kept(device):
+    param = nn.Parameter(torch.randn(8, 6, device=device).t())
+    assert working_copy(param, BF16).stride() == param.stride()
+
+
+def test_no_trace_in_module_state_deepcopy_or_pickle(device):
+    layer = nn.Linear(4, 3).to(device)
+    working_copy(layer.weight, BF16)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    twin = copy.deepcopy(layer)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (twin, torch.load(buffer, weights_only=False)):
+        assert existing(other.weight) is None
+        assert working_copy(other.weight, BF16).data_ptr() != existing(layer.weight).data_ptr()
+
+
+def test_dies_with_its_parameter(device):
+    before = len(module._entries)
+    param = nn.Parameter(torch.randn(4, device=device))
+    working_copy(param, BF16)
+    assert len(module._entries) == before + 1
+    del param
+    gc.collect()
+    assert len(module._entries) == before
+
+
+def test_plain_casts_where_caching_would_be_wrong(param, monkeypatch):
+    doubled = param * 2  # not a leaf
+    assert torch.equal(working_copy(doubled, BF16), doubled.to(BF16)) and existing(doubled) is None
+    plain = torch.randn_like(param)
+    assert torch.equal(working_copy(plain, BF16), plain.to(BF16)) and existing(plain) is None
+    monkeypatch.setattr(module, "enabled", False)
+    assert torch.equal(working_copy(param, BF16), param.to(BF16)) and existing(param) is None
+
+
+class Cast(nn.Module):
+    def __init__(self, param):
+        super().__init__()
+        self.weight = param
+
+    def forward(self, x):
+        return x @ working_copy(self.weight, BF16).t()
+
+
+def test_functional_call(param):
+    layer, x = Cast(param), torch.randn(2, 6, device=param.device).to(BF16)
+    working_copy(param, BF16)
+    other = torch.randn_like(param)
+    out = torch.func.functional_call(layer, {"weight": other}, (x,))
+    assert torch.equal(out, x @ other.to(BF16).t())
+    gradient = torch.func.grad(lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)).float().sum())(other)
+    assert gradient.dtype == torch.float32 and gradient.shape == other.shape
+
+
+def test_compiled_equals_eager(param):
+    layer, x = Cast(param), torch.randn(2, 6, device=param.device).to(BF16)
+    layer(x).sum().backward()
+    eager, param.grad = param.grad, None
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    assert torch.equal(param.grad, eager)
+    with torch.no_grad():
+        param.mul_(2)
+    assert torch.equal(compiled(x), layer(x))  # the compiled graph has not kept a copy
+
+
+def test_backward_through_a_copy_that_a_step_has_overwritten_is_an_error(param):
+    x = torch.randn(2, 6, device=param.device).to(BF16).requires_grad_()
+    out = Cast(param)(x)
+    param.grad = torch.ones_like(param)
+    FusedAdamW([param]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
