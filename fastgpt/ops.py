@@ -73,8 +73,8 @@ def _triton() -> Ops:
         return F.gelu(linear(x, weight, bias), approximate="tanh")
 
     def loss(x: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
-        dtype = compute_dtype(x)
-        return linear_cross_entropy(x.to(dtype), working_copy(weight, dtype), target, **options)
+        # The master itself, not its working copy: the gradient, summed in fp32 over chunks, then stays fp32.
+        return linear_cross_entropy(x.to(compute_dtype(x)), weight, target, **options)
 
     return Ops("triton", norm, attention, qkv_attention, linear, linear_gelu, loss)
 

@@ -89,7 +89,7 @@ def test_state_dict_travels(device, direction):
     first = make[source](groups(params))
     train(first, params, 2)
     moved = parameters(device, seed=1)
-    second = make[target](moved)
+    second = make[target]([{"params": moved[:2]}, {"params": moved[2:]}])
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     with torch.no_grad():
         for p, q in zip(moved, params):

@@ -70,8 +70,8 @@ def _narrow(docs, own, others, lo, hi, T_k, BLOCK: tl.constexpr):
     stop = lo
     for n in range(lo, hi, BLOCK):
         position = n + others
-        ids = _documents(docs, position, T_k)
-        match = (position >= 0) & (position < T_k) & (ids >= first) & (ids <= last)
+        other = _documents(docs, position, T_k)
+        match = (position >= 0) & (position < T_k) & (other >= first) & (other <= last)
         found = tl.max(match.to(tl.int32)) > 0
         start = tl.minimum(start, tl.where(found, n, hi))
         stop = tl.maximum(stop, tl.where(found, n + BLOCK, lo))

@@ -55,14 +55,14 @@ class Config(NamedTuple):
 def config(kernel: str, C: int) -> Config:
     """Geometry for rows of C elements. ``kernel``: "forward" or "backward".
 
-    A thread holds 32 elements of a tile in forward and 8 in backward, where s, dy, weight and two accumulators are
+    A thread holds 16 or 32 elements of a tile in forward, 8 in backward, where s, dy, weight and two accumulators are
     alive at once: no spills, enough bytes in flight, 128-bit loads of bf16. Nothing here depends on the number of rows:
     a new batch size compiles nothing.
     """
     block = max(16, triton.next_power_of_2(C))
     if kernel == "forward":
         rows = min(64, max(1, 4096 // block))
-        cfg = Config(rows, block, num_warps=max(4, block // 1024))
+        cfg = Config(rows, block, num_warps=min(16, max(4, block // 512)))
     else:
         block = min(block, MAX_BACKWARD_BLOCK)
         rows = min(64, max(1, 2048 // block))

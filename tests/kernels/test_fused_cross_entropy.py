@@ -490,7 +490,7 @@ def test_the_kernel_writes_nothing_outside_its_rows(device):
     logits[1:-1, :V] = torch.randn(rows, V, device=device)
     loss, stats = torch.full((rows + 2,), 77.0, device=device), torch.full((rows + 2, 2), 77.0, device=device)
     target = torch.tensor([5, -100, 202], device=device)
-    module._rows_kernel[(2,)](
+    module.rows_kernel[(2,)](
         *(logits[1:-1], target, loss[1:-1], stats[1:-1], None),
         *(rows, V, stride, -100, 1.0, 0.1, 0.0, 0.0),
         **{"LOSS": True, "GRAD": True, "PER_ROW": False, "SMOOTH": True, "CAP": False},
