@@ -48,8 +48,9 @@ def measure(entry: Entry, device: torch.device, ceilings: hardware.Ceilings | No
     except Exception as error:  # also a kernel that crashes
         result["parity"] = f"failed: {type(error).__name__}: {error}"
     ready: dict[str, Work] = {}
-    for name, work in entry.variants().items() if result["parity"] == "passed" else ():
+    for name, make in entry.variants.items() if result["parity"] == "passed" else ():
         try:
+            work = make()
             figures: dict[str, Any] = {"peak_memory": peak_memory(work, device)}
             work()
         except Exception as error:
@@ -75,12 +76,19 @@ def rates(work: flops.Work, timing: Timing, ceilings: hardware.Ceilings | None) 
     return out | {"share": roof.seconds / seconds, "of": denominator}
 
 
-def run(device: torch.device, *, quick: bool, only: str = "", report: Callable[[dict], None] = lambda _: None) -> dict:
-    """All entries; ``report`` gets the results so far after each."""
+def run(
+    device: torch.device,
+    *,
+    quick: bool,
+    only: str = "",
+    keep_roofs: bool = False,
+    save: Callable[[dict], None] = lambda _: None,
+) -> dict[str, Any]:
+    """All entries; ``save`` gets the results so far after each."""
     from bench.entries import ENTRIES, TINY, Sizes  # imports fastgpt.kernels, which looks for the interpreter's switch
 
     cuda = device.type == "cuda"
-    ceilings = hardware.measured_ceilings(device, refresh=True) if cuda else None
+    ceilings = hardware.measured_ceilings(device, refresh=not keep_roofs) if cuda else None
     results: dict[str, Any] = {
         "environment": environment(device),
         "copy_gbs": ceilings and ceilings.copy_gbs,
@@ -88,7 +96,7 @@ def run(device: torch.device, *, quick: bool, only: str = "", report: Callable[[
         "entries": [],
     }
     for make in ENTRIES:
-        if only not in make.__name__:
+        if only not in ("", make.__name__):
             continue
         torch.manual_seed(0)
         with torch.cuda.device(device) if cuda else nullcontext():
@@ -96,7 +104,7 @@ def run(device: torch.device, *, quick: bool, only: str = "", report: Callable[[
             results["entries"].append(measure(entry, device, ceilings, rounds=(10 if quick else 40) if cuda else 3))
         if cuda:
             torch.cuda.empty_cache()
-        report(results)
+        save(results)
     return results
 
 
@@ -105,7 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=main.__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile")
-    parser.add_argument("--only", default="", help="only the entries whose function name contains this")
+    parser.add_argument("--only", default="", help="only the entry of this function in bench/entries.py")
+    parser.add_argument("--keep-roofs", action="store_true", help="do not measure copy and matmul rates again")
     parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -121,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
             (args.out / "kernels.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
             (args.out / "kernels.md").write_text(report.kernels_markdown(results), encoding="utf-8")
 
-    results = run(torch.device(args.device), quick=args.quick, only=args.only, report=save)
+    device = torch.device(args.device)
+    results = run(device, quick=args.quick, only=args.only, keep_roofs=args.keep_roofs, save=save)
     report.print_kernels(results)
     return 1 if any(entry["parity"] != "passed" for entry in results["entries"]) else 0
 

@@ -27,7 +27,9 @@ ENVIRONMENT = {
 
 
 def entry(parity=lambda: None, **variants):
-    return Entry("copy", "8", Work(flops=0, bytes=10**6), parity, lambda: variants)
+    """An operation whose variants are the given functions."""
+    makers = {name: lambda work=work: work for name, work in variants.items()}
+    return Entry("copy", "8", Work(flops=0, bytes=10**6), parity, makers)
 
 
 # ---- timing
@@ -249,6 +251,29 @@ def test_the_plan_starts_with_what_matters_and_caps_only_larger_cards():
     assert plan[:2] == [("gpt2-124m", "eager", 0.0), ("gpt2-124m", "triton", 0.0)]
     assert Counter(cap for _, _, cap in plan) == {0.0: 10, 12.0: 4}
     assert {cap for _, _, cap in gpu.step_plan(12 * 10**9)} == {0.0}
+
+
+def test_each_kernel_has_its_own_process_and_a_crash_costs_only_that_one(tmp_path, monkeypatch):
+    commands = []
+
+    def child(self, module, *args, log, limit):
+        commands.append((module, args))
+        name = args[args.index("--only") + 1]
+        if name != "attention":
+            folder = tmp_path / "kernels" / name
+            folder.mkdir(parents=True)
+            one = {"name": name, "shape": "", "parity": "passed", "variants": {}}
+            (folder / "kernels.json").write_text(json.dumps({"copy_gbs": 450.0, "entries": [one]}))
+        return "", True
+
+    monkeypatch.setattr(gpu.Session, "child", child)
+    session = gpu.Session(tmp_path, time.monotonic() + 1000, {"environment": ENVIRONMENT})
+    gpu.run_kernels(session, 300)
+    parity = {e["name"]: e["parity"] for e in session.results["kernels"]["entries"]}
+    assert parity.pop("attention") == "crashed: see kernels-attention.log" and set(parity.values()) == {"passed"}
+    assert [("--keep-roofs" in args) for _, args in commands] == [False] + [True] * (len(commands) - 1)
+    assert session.results["kernels"]["copy_gbs"] == 450.0
+    assert "no speed: crashed" in (tmp_path / "results.md").read_text()
 
 
 def test_a_step_that_does_not_fit_is_tried_at_half_the_batch(tmp_path, monkeypatch):

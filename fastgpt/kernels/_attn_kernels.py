@@ -225,9 +225,7 @@ def forward(
     if docs is not None:
         docs += batch.to(tl.int64) * T_k
     offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
-    lo, full_lo, full_hi, hi = _key_blocks(
-        m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N
-    )
+    lo, full_lo, full_hi, hi = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
     q_base, q_stride = _matrix(q, q_strides, batch, head)
     k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
     v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
@@ -249,9 +247,7 @@ def forward(
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
                 if part != 1:
                     key = n + tl.arange(0, BLOCK_N)
-                    seen = _visible(
-                        (query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED
-                    )
+                    seen = _visible((query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
                     s = tl.where(seen, s, HIDDEN)
                 new_peak = tl.maximum(peak, tl.max(s, 1) * c)
                 p = tl.exp2(s * c - new_peak[:, None])
@@ -288,9 +284,7 @@ def backward_q(
     if docs is not None:
         docs += batch.to(tl.int64) * T_k
     offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
-    lo, full_lo, full_hi, hi = _key_blocks(
-        m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N
-    )
+    lo, full_lo, full_hi, hi = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
     q_base, q_stride = _matrix(q, q_strides, batch, head)
     k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
     v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
@@ -319,9 +313,7 @@ def backward_q(
                 p = tl.exp2(s * c - row_lse[:, None])
                 if part != 1:
                     key = n + tl.arange(0, BLOCK_N)
-                    seen = _visible(
-                        (query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED
-                    )
+                    seen = _visible((query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
                     p = tl.where(seen, p, 0.0)
                 v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
                 if q_tile.dtype == tl.float32:
@@ -385,9 +377,7 @@ def backward_kv(
                 s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
                 p = tl.exp2(s * c - row_lse[None, :])
                 if part != 1:
-                    seen = _visible(
-                        (query + offset)[None, :], key[:, None], docs, n_keys, T_k, window, CAUSAL, ALIGNED
-                    )
+                    seen = _visible((query + offset)[None, :], key[:, None], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
                     p = tl.where(seen, p, 0.0)
                 dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
                 dropped = p

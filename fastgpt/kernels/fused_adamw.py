@@ -180,7 +180,7 @@ def _stochastic_bf16(x, seed, tensor, step, first, BLOCK: tl.constexpr):
     r0, r1, r2, r3 = tl.philox(seed, low, (quad >> 32).to(tl.uint32), zero + tensor.to(tl.uint32), zero + step)
     bits = tl.join(tl.join(r0, r2), tl.join(r1, r3)).reshape(BLOCK)
     rounded = (x.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)) & 0xFFFF0000
-    # Adding to the bits of an infinity would make a NaN.
+    # Not for NaN: a GPU's is 0x7FFFFFFF, and adding to those bits makes -0.
     return tl.where(tl.abs(x) < float("inf"), rounded.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
 
 

@@ -57,10 +57,14 @@ _FLOAT = {
 }
 
 
-def config(kernel: str, dtype: torch.dtype, D: int, T_own: int, dropout: bool = False) -> dict[str, int]:
+def config(
+    kernel: str, dtype: torch.dtype, D: int, T_own: int, *, dropout: bool = False, plain: bool = False
+) -> dict[str, int]:
     """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D; ``T_own`` is the
-    length of the side that its programs own. Chosen by compiling for sm_89: no spills, at most 101,376 bytes of shared
-    memory, and two blocks of 8 warps per SM for D <= 64 in the kernels that fit 128 registers (``maxnreg``)."""
+    length of the side that its programs own, ``plain`` is causal attention with no other option.
+
+    Chosen by compiling for sm_89: no spills, at most 101,376 bytes of shared memory. ``maxnreg`` makes room for two blocks
+    of 8 warps per SM in the kernels that fit 128 registers."""
     if runtime.INTERPRET:  # a block operation costs the same whatever its size
         block = 64 if T_own <= 256 else 128
         return {"BLOCK_M": block, "BLOCK_N": block}
@@ -69,8 +73,10 @@ def config(kernel: str, dtype: torch.dtype, D: int, T_own: int, dropout: bool = 
     block_m, block_n, warps, stages = (_HALF if half else _FLOAT)[kernel][width]
     if half and kernel == "forward" and T_own <= 16:  # decoding
         block_m, block_n, warps, stages = 16, 32, 4, 2
+    elif half and dropout:  # Philox needs registers
+        block_m, block_n = (16, block_n) if kernel == "backward_kv" else (block_m, 16)
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    if half and width == 64 and block_m == 128 and not dropout:
+    if half and plain and width == 64 and warps == 8:
         options["maxnreg"] = 128
     return options
 
@@ -88,12 +94,20 @@ def _columns_adjacent(x: Tensor) -> Tensor:
 
 
 def _common(
-    q: Tensor, k: Tensor, docs: Tensor | None, kv_len: Tensor | None, window: int | None, dropout_p: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    docs: Tensor | None,
+    kv_len: Tensor | None,
+    seed: Tensor | None,
+    window: int | None,
+    dropout_p: float,
+    causal: bool,
 ) -> dict[str, Any]:
     """Arguments that all three kernels take alike."""
     return {
-        "kv_len": kv_len,
+        "kv_len": None if kv_len is None else kv_len.contiguous(),
         "docs": None if docs is None else docs.contiguous(),
+        "seed": seed,
         "H": q.shape[2],
         "T_q": q.shape[1],
         "T_k": k.shape[1],
@@ -112,17 +126,23 @@ def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
     return {f"{name}_strides": tensor.stride()[:3] for name, tensor in tensors.items()}
 
 
+def _config(kernel: str, q: Tensor, T_own: int, common: dict[str, Any]) -> dict[str, int]:
+    dropout = common["seed"] is not None
+    options = (common[name] is not None for name in ("docs", "kv_len", "window", "seed"))
+    return config(kernel, q.dtype, q.shape[-1], T_own, dropout=dropout, plain=common["CAUSAL"] and not any(options))
+
+
 def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p) -> Tensor:
     """Write attention of q (B, T_q, H, D), k and v (B, T_k, H_kv, D) into ``out``; return lse (B, H, T_q)."""
-    B, T_q, H, D = q.shape
+    B, T_q, H, _ = q.shape
     lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     q, k, v = map(_columns_adjacent, (q, k, v))
-    options = config("forward", q.dtype, D, T_q, seed is not None)
-    grid = (triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)
+    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal)
+    options = _config("forward", q, T_q, common)
     with runtime.device_guard(q):
-        kernels.forward[grid](
-            q, k, v, out, lse, seed=seed, c=abs(scale) * LOG2E, FLIP=scale < 0,
-            **_strides(q=q, k=k, v=v, out=out), **_common(q, k, docs, kv_len, window, dropout_p, causal), **options,
+        kernels.forward[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
+            q, k, v, out, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
+            **_strides(q=q, k=k, v=v, out=out), **common, **options,
         )  # fmt: skip
     return lse
 
@@ -131,18 +151,19 @@ def _launch_backward(
     grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p
 ) -> None:
     """Write all of grad_q, grad_k and grad_v."""
-    B, T_q, H, D = q.shape
+    B, T_q, H, _ = q.shape
     T_k, H_kv = k.shape[1:3]
     q, k, v, grad_out = map(_columns_adjacent, (q, k, v, grad_out))
     delta = torch.empty_like(lse)
-    common = {"seed": seed, "c": scale * LOG2E, "scale": scale, **_common(q, k, docs, kv_len, window, dropout_p, causal)}
+    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal)
+    common = {"c": scale * LOG2E, "scale": scale, **common}
     with runtime.device_guard(q):
-        options = config("backward_q", q.dtype, D, T_q, seed is not None)
+        options = _config("backward_q", q, T_q, common)
         kernels.backward_q[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, grad_out, lse, delta, grad_q,
             **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
         )  # fmt: skip
-        options = config("backward_kv", q.dtype, D, T_k, seed is not None)
+        options = _config("backward_kv", q, T_k, common)
         kernels.backward_kv[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v,
             **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,
@@ -216,15 +237,11 @@ def _(qkv, n_head, n_kv_head, *options):
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_PACKED}) -> Tensor",
 )
-def _qkv_attention_bwd(
-    grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, seed, causal, scale, window, dropout_p
-):
+def _qkv_attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, seed, causal, scale, window, dropout_p):
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
     inputs, grads = _unpack(qkv, n_head, n_kv_head), _unpack(grad_qkv, n_head, n_kv_head)
-    _launch_backward(
-        grad_out, *inputs, out, lse, *grads, doc_ids, None, seed, causal, scale, window, dropout_p
-    )
+    _launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, seed, causal, scale, window, dropout_p)
     return grad_qkv
 
 

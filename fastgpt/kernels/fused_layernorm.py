@@ -62,7 +62,7 @@ def config(kernel: str, C: int) -> Config:
     block = max(16, triton.next_power_of_2(C))
     if kernel == "forward":
         rows = min(64, max(1, 4096 // block))
-        cfg = Config(rows, block, num_warps=min(16, max(4, block // 512)))
+        cfg = Config(rows, block, num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16)
     else:
         block = min(block, MAX_BACKWARD_BLOCK)
         rows = min(64, max(1, 2048 // block))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 Case = tuple[str, Callable[[], None]]
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 WIDTHS = (384, 768, 1024, 1600, 4096, 16384)
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 BF16, FP16, FP32 = SHORT
@@ -67,9 +67,10 @@ def attention_cases() -> Iterator[Case]:
     for D in HEAD_DIMS:
         yield f"attention bf16 D{D}", partial(_qkv, BF16, D)
         yield f"attention bf16 D{D} all options", partial(_qkv, BF16, D, H=4, docs=True, dropout_p=0.1, window=256)
-    for dtype in (FP16, FP32):
-        for D in (64, 128, 256):
-            yield f"attention {SHORT[dtype]} D{D}", partial(_qkv, dtype, D)
+    for D in (64, 128, 256):
+        yield f"attention fp16 D{D}", partial(_qkv, FP16, D)
+        yield f"attention fp32 D{D}", partial(_qkv, FP32, D)
+        yield f"attention bf16 D{D} decode", partial(_decode, BF16, D, 1)
     yield "attention bf16 D64 short", partial(_qkv, BF16, 64, T=64)
     yield "attention bf16 D64 T1025", partial(_qkv, BF16, 64, T=1025)
     yield "attention bf16 D64 not causal", partial(_qkv, BF16, 64, causal=False)
@@ -77,9 +78,8 @@ def attention_cases() -> Iterator[Case]:
     yield "attention bf16 D64 documents", partial(_qkv, BF16, 64, docs=True)
     yield "attention bf16 D64 window", partial(_qkv, BF16, 64, window=256)
     yield "attention bf16 D64 grouped queries", partial(_qkv, BF16, 64, H=4)
-    for D in (64, 128):
-        yield f"attention bf16 D{D} decode", partial(_decode, BF16, D, 1)
-        yield f"attention bf16 D{D} prefill", partial(_decode, BF16, D, 256)
+    yield "attention bf16 D64 prefill", partial(_decode, BF16, 64, 256)
+    yield "attention fp32 D64 dropout", partial(_qkv, FP32, 64, dropout_p=0.1)
 
 
 # ---------------------------------------------------------------- layer norm
@@ -107,11 +107,12 @@ def layer_norm_cases() -> Iterator[Case]:
         # A block's norms under bf16 autocast: bf16 branch, fp32 residual stream, bf16 output.
         yield f"layer_norm C{C}", partial(_norm, C, BF16, FP32, out_dtype=BF16)
         yield f"layer_norm C{C} all options", partial(_norm, C, BF16, FP32, bias=True, out_dtype=BF16, dropout_p=0.1)
-    for C in (768, 16384):
-        yield f"layer_norm C{C} first", partial(_norm, C, FP32, out_dtype=BF16)
-        for dtype, name in SHORT.items():
-            yield f"layer_norm {name} C{C}", partial(_norm, C, dtype, bias=True)
-            yield f"layer_norm {name} C{C} residual", partial(_norm, C, dtype, dtype, dtype, bias=True)
+    for dtype, name in SHORT.items():
+        yield f"layer_norm {name} C768", partial(_norm, 768, dtype, bias=True)
+        yield f"layer_norm {name} C768 residual", partial(_norm, 768, dtype, dtype, dtype, bias=True)
+    # The embedding's sum under autocast, before the first block has anything to add.
+    yield "layer_norm C768 first", partial(_norm, 768, FP32, out_dtype=BF16)
+    yield "layer_norm fp32 C16384 residual", partial(_norm, 16384, FP32, FP32, bias=True)
 
 
 # ---------------------------------------------------------------- linear + cross-entropy

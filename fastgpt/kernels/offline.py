@@ -308,7 +308,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z
 
 def sass(compiled: Any) -> Counter[str]:
     """How often each machine instruction stands in the kernel, with its modifiers: ``{"LDG.E.128": 8, ...}``."""
-    return Counter(_INSTRUCTION.findall(_tool("nvdisasm", compiled.asm["cubin"], "-c")))
+    return Counter(_INSTRUCTION.findall(_tool("nvdisasm", compiled.asm["cubin"], "-c", "-ndf")))
 
 
 def count(ops: Counter[str], *names: str) -> int:

@@ -266,11 +266,11 @@ def test_tiny_updates_move_bf16_weights(device, path):  # bug 22
     assert abs(params[0].float().mean().item() - (1 - 20e-5)) < 1e-4
 
 
-def test_infinite_and_unmoved_bf16_weights_stay(device, path):
-    values = torch.tensor([float("inf"), -float("inf"), 3e38, 0.1, -0.0], device=device).to(BF16)
+def test_infinite_nan_and_unmoved_bf16_weights_stay(device, path):
+    values = torch.tensor([float("inf"), -float("inf"), 3e38, 0.1, -0.0, float("nan")], device=device).to(BF16)
     params, grads = [values.clone()], [torch.ones_like(values)]
     adamw_(*make_step(params, grads, lr=0.0, decay=0.0))
-    assert torch.equal(params[0], values)
+    assert torch.equal(params[0][:-1], values[:-1]) and params[0][-1].isnan()
 
 
 # ---------------------------------------------------------------- launches

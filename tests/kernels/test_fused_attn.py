@@ -75,9 +75,14 @@ def test_grouped_queries_sum_gradients_over_their_group(device, n_kv_head):
     check_packed(packed(device, 40, n_head=4, n_kv_head=n_kv_head, B=2), 4, n_kv_head=n_kv_head)
 
 
-@pytest.mark.parametrize("scale", (0.7, 0.0))
-def test_any_scale(device, scale):
-    check(*inputs(device, 70), scale=scale)
+def test_scale(device):
+    check(*inputs(device, 70), scale=0.7)
+
+
+def test_scale_of_zero_is_the_mean_of_what_is_seen(device):
+    q, k, v = inputs(device, 70)
+    mean = v.cumsum(1) / torch.arange(1, 71, device=device)[None, :, None, None]
+    torch.testing.assert_close(attention(q, k, v, scale=0.0), mean)
 
 
 def test_negative_scale(device):
@@ -167,7 +172,7 @@ def test_unseen_tokens_change_nothing(device, other):
 
 def test_runs_are_bit_equal(device):
     # bug 18
-    qkv = packed(device, 150, n_head=4, n_kv_head=2, dtype=torch.float16)
+    qkv = packed(device, 100, n_head=4, n_kv_head=2, B=1, dtype=torch.float16)
     results = []
     for _ in range(2):
         torch.manual_seed(5)
@@ -314,7 +319,7 @@ def test_dropout_does_not_depend_on_the_blocks(device, monkeypatch):
     q, k, _ = inputs(device, 96)
     kept = dropped_probabilities(device, q, k, 0.5) > 0
     smaller = {"BLOCK_M": 16, "BLOCK_N": 32}
-    monkeypatch.setattr(fused_attn, "config", lambda *_: smaller)
+    monkeypatch.setattr(fused_attn, "config", lambda *_, **__: smaller)
     assert torch.equal(kept, dropped_probabilities(device, q, k, 0.5) > 0)
 
 
@@ -370,8 +375,8 @@ def test_compiled_equals_eager(device):
 
     def step(x):
         dropped = qkv_attention(x, 2, dropout_p=0.2)
-        q, k, v = x.detach().view(2, 40, 6, 16).split(2, dim=2)
-        return qkv_attention(x * 1.5, 2) + attention(q, k, v, causal=False), dropped
+        q, k, v = x.view(2, 40, 6, 16).split(2, dim=2)
+        return qkv_attention(x * 1.5, 2) + attention(q, k, v, causal=False).flatten(2), dropped
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     (eager, _), (got, dropped) = step(qkv), compiled(qkv)

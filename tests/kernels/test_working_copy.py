@@ -45,11 +45,12 @@ def test_micro_batches_share_one_cast_and_accumulate(param):
 
 
 def test_without_grad_mode_no_graph(param):
-    with torch.no_grad():
-        assert not working_copy(param, BF16).requires_grad
     with torch.inference_mode():
         working_copy(param, BF16)
-    working_copy(param, BF16).sum().backward()  # what inference mode cached must be usable for training
+    with torch.no_grad():
+        assert not working_copy(param, BF16).requires_grad
+    x = torch.randn(2, 6, device=param.device).to(BF16).requires_grad_()
+    (x @ working_copy(param, BF16).t()).sum().backward()  # saves the copy: no tensor of inference mode may be kept
     assert param.grad is not None
     param.requires_grad_(False)
     assert not working_copy(param, BF16).requires_grad
