@@ -155,9 +155,9 @@ def _query_blocks(
 @triton.jit
 def _matrix(tensor, strides, batch, head):
     """First element and row stride of one batch's and head's (T, D) matrix, in 64-bit arithmetic."""
-    b = tl.to_tensor(strides[0]).to(tl.int64)
-    t = tl.to_tensor(strides[1]).to(tl.int64)
-    h = tl.to_tensor(strides[2]).to(tl.int64)
+    b = tl.full([], strides[0], tl.int64)
+    t = tl.full([], strides[1], tl.int64)
+    h = tl.full([], strides[2], tl.int64)
     return tensor + (batch * b + head * h), t
 
 

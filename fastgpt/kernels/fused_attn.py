@@ -4,7 +4,7 @@
 
 Dao et al. 2022 and Dao 2023 (FlashAttention 1 and 2): no T x T matrix reaches memory. A program of ``forward`` owns a
 block of queries and walks over blocks of keys with a running maximum and sum per query, in base 2 (the scale is folded
-into one constant). Kept for backward: O and lse = log2(sum of 2^(scale S log2 e)), (B, H, T_q) in fp32; +inf for a query
+into one constant). Kept for backward: O and lse = log2(sum of 2^(S log2 e)), (B, H, T_q) in fp32; +inf for a query
 that sees nothing, which makes its P zero.
 
 Backward, with delta = rowsum(dO O), and P and dropout's mask recomputed:
@@ -50,6 +50,13 @@ _HALF = {
     "backward_q": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
     "backward_kv": {64: (32, 64, 4, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
+# Instead of the above where options take registers: anything but plain causal attention without groups.
+_HALF_OPTIONS = {
+    ("forward", 64): (64, 32, 4, 3),
+    ("backward_q", 256): (32, 16, 4, 1),
+    ("backward_kv", 64): (32, 64, 8, 2),
+    ("backward_kv", 128): (32, 32, 8, 2),
+}
 _FLOAT = {
     "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
     "backward_q": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
@@ -58,10 +65,10 @@ _FLOAT = {
 
 
 def config(
-    kernel: str, dtype: torch.dtype, D: int, T_own: int, *, dropout: bool = False, plain: bool = False
+    kernel: str, dtype: torch.dtype, D: int, T_own: int, *, dropout: bool = False, plain: bool = True
 ) -> dict[str, int]:
     """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D; ``T_own`` is the
-    length of the side that its programs own, ``plain`` is causal attention with no other option.
+    length of the side that its programs own, ``plain`` is causal attention with no option and no groups.
 
     Chosen by compiling for sm_89: no spills, at most 101,376 bytes of shared memory. ``maxnreg`` makes room for two blocks
     of 8 warps per SM in the kernels that fit 128 registers."""
@@ -69,14 +76,17 @@ def config(
         block = 64 if T_own <= 256 else 128
         return {"BLOCK_M": block, "BLOCK_N": block}
     width = max(64, _block_d(D))
-    half = dtype != torch.float32
-    block_m, block_n, warps, stages = (_HALF if half else _FLOAT)[kernel][width]
-    if half and kernel == "forward" and T_own <= 16:  # decoding
-        block_m, block_n, warps, stages = 16, 32, 4, 2
-    elif half and dropout:  # Philox needs registers
-        block_m, block_n = (16, block_n) if kernel == "backward_kv" else (block_m, 16)
+    if dtype == torch.float32:
+        block_m, block_n, warps, stages = _FLOAT[kernel][width]
+    else:
+        tile = _HALF[kernel][width]
+        block_m, block_n, warps, stages = tile if plain else _HALF_OPTIONS.get((kernel, width), tile)
+        if kernel == "forward" and T_own <= 16:  # decoding
+            block_m, block_n, warps, stages = 16, 32, 4, 2
+        elif dropout:  # Philox needs registers
+            block_m, block_n = (16, block_n) if kernel == "backward_kv" else (block_m, 16)
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    if half and plain and width == 64 and warps == 8:
+    if dtype != torch.float32 and plain and width == 64 and warps == 8:
         options["maxnreg"] = 128
     return options
 
@@ -127,9 +137,10 @@ def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
 
 
 def _config(kernel: str, q: Tensor, T_own: int, common: dict[str, Any]) -> dict[str, int]:
-    dropout = common["seed"] is not None
-    options = (common[name] is not None for name in ("docs", "kv_len", "window", "seed"))
-    return config(kernel, q.dtype, q.shape[-1], T_own, dropout=dropout, plain=common["CAUSAL"] and not any(options))
+    options = any(common[name] is not None for name in ("docs", "kv_len", "window", "seed"))
+    grouped = kernel == "backward_kv" and common["GROUP"] > 1  # adds a loop there, nothing elsewhere
+    plain = common["CAUSAL"] and not options and not grouped
+    return config(kernel, q.dtype, q.shape[-1], T_own, dropout=common["seed"] is not None, plain=plain)
 
 
 def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p) -> Tensor:

@@ -1,4 +1,4 @@
-"""bfloat16 in kernels equals bfloat16 in PyTorch. The stock interpreter computes on the raw bits: bug 24.
+"""bfloat16 in kernels equals bfloat16 in PyTorch.
 
 The same kernels run compiled with --device cuda, where the hardware gives these answers.
 """
@@ -11,6 +11,7 @@ import triton.language as tl
 from fastgpt.kernels import interpreter, runtime
 from tests.parity import assert_parity
 
+# bug 24: the stock interpreter computes bfloat16 on its raw bits.
 BF16 = torch.bfloat16
 
 
