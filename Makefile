@@ -13,7 +13,7 @@ train: install
 	$(BIN)/python train.py --kernels triton $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest tests -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -201,12 +201,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if sequence.shape[1] <= limit:
                 if cache is None:
-                    dtype = (
-                        torch.get_autocast_dtype(idx.device.type)
-                        if torch.is_autocast_enabled(idx.device.type)
-                        else None
-                    )
-                    cache = KVCache(self.config, idx.shape[0], idx.device, dtype or self.head.dtype)
+                    cache = KVCache(self.config, idx.shape[0], idx.device, compute_dtype(self.head))
                 h = self.hidden(pending, cache)
             else:
                 h = self.hidden(sequence[:, -limit:])

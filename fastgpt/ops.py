@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+@cache
 def _triton() -> Ops:
     from fastgpt.kernels.fused_attn import attention, qkv_attention
     from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
@@ -79,14 +81,17 @@ def _triton() -> Ops:
     return Ops("triton", norm, attention, qkv_attention, linear, linear_gelu, loss)
 
 
+def get(name: str) -> Ops:
+    """The table for ``--kernels triton|eager``. Raises ValueError for another name."""
+    if name == "eager":
+        return EAGER
+    if name == "triton":
+        return _triton()
+    raise ValueError(f"kernels is {name!r}: it can be 'triton' or 'eager'")
+
+
 def __getattr__(name: str) -> Ops:
     """TRITON is built on first use, so that plain PyTorch never imports triton."""
     if name == "TRITON":
-        globals()["TRITON"] = _triton()
-        return globals()["TRITON"]
-    raise AttributeError(name)
-
-
-def get(name: str) -> Ops:
-    """The table for ``--kernels triton|eager``."""
-    return EAGER if name == "eager" else globals().get("TRITON") or __getattr__("TRITON")
+        return _triton()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

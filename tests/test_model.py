@@ -78,6 +78,38 @@ def test_eval_mode_turns_dropout_off(table, device):
     assert torch.equal(model(x)[0], plain(x)[0])
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_compiles_without_a_graph_break_and_computes_the_same(table, device, precision):
+    model = GPT(TINY, table).to(device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = tokens(device)
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            loss = run(x, x.roll(-1, 1))[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for eager, traced in zip(*results):
+        torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_survives_activation_checkpointing_with_dropout(table, device):
+    """Recomputed dropout repeats its mask, so gradients are those of the plain run."""
+    from torch.utils.checkpoint import checkpoint
+
+    config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, dropout=0.3)
+    model = GPT(config, table).to(device)
+    x = tokens(device)
+    gradients = []
+    for run in (model, lambda *args: checkpoint(model, *args, use_reentrant=False)):
+        torch.manual_seed(5)
+        model.zero_grad()
+        run(x, x.roll(-1, 1))[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 def test_too_long_a_sequence_is_refused(table, device):
     with pytest.raises(ValueError, match="17 tokens is longer than block_size 16"):
         GPT(TINY, table).to(device)(tokens(device, T=17))

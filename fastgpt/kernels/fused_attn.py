@@ -54,7 +54,7 @@ _HALF = {
 _HALF_OPTIONS = {
     ("forward", 64): (64, 32, 4, 3),
     ("backward_q", 256): (32, 16, 4, 1),
-    ("backward_kv", 64): (32, 64, 8, 2),
+    ("backward_kv", 64): (32, 32, 8, 2),
     ("backward_kv", 128): (32, 32, 8, 2),
 }
 _FLOAT = {

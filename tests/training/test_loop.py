@@ -169,7 +169,7 @@ def test_resume_with_another_shape_is_refused_and_nothing_is_written(config, dev
 
 def test_resume_with_nothing_left_to_do_is_refused(config, device):
     train(with_train(config, max_iters=4), device, quiet())
-    with pytest.raises(UserError, match="max_iters is 4.*4 steps"):
+    with pytest.raises(UserError, match=r"max_iters is 4.*4 steps"):
         train(with_train(config, max_iters=4, resume="newest"), device, quiet())
 
 
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_checkpoint_named(c
     saved = checkpoint.load(checkpoint.resolve(config.train.out))
     saved["model"]["transformer.wte.weight"][0] = float("nan")
     checkpoint.save(config.train.out, 5, {k: v for k, v in saved.items() if k not in ("format", "step")}, keep=5)
-    with pytest.raises(UserError, match="loss is nan at step 6.*ckpt-00000005"):
+    with pytest.raises(UserError, match=r"loss is nan at step 6.*ckpt-00000005"):
         train(with_train(config, resume="newest"), device, quiet())
 
 
@@ -241,9 +241,9 @@ def test_bad_input_ends_in_one_sentence_exit_2_and_nothing_written(name, bad_dat
 def test_the_command_line_in_a_fresh_process(config, tmp_path):
     """``python train.py`` as a user calls it, interpreter and all, then ``python -m fastgpt.sample``."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    flags = "--n-embd 32 --n-layer 1 --block-size 16 --batch-size 2 --max-iters 3 --eval-iters 1 --device cpu".split()
-    command = [sys.executable, "train.py", *flags, "--data", config.data.data, "--out", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    command = f"{sys.executable} train.py --n-embd 32 --n-layer 1 --block-size 16 --batch-size 2 --max-iters 3"
+    command += f" --eval-iters 1 --device cpu --data {config.data.data} --out {tmp_path / 'out'}"
+    result = subprocess.run(command.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "interpreter" in result.stdout and "step      3/3" in result.stdout
     command = [sys.executable, "-m", "fastgpt.sample", str(tmp_path / "out"), "--prompt", "def", "--tokens", "5"]
