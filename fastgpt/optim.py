@@ -38,6 +38,10 @@ class FusedAdamW(Optimizer):
     that is a tensor is read by the captured step itself.
     """
 
+    grad_scale: Tensor
+    found_inf: Tensor
+    """Set by GradScaler around ``step``; absent otherwise."""
+
     def __init__(
         self,
         params: Iterable,
@@ -76,9 +80,8 @@ class FusedAdamW(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self.skipped_steps: Tensor = torch.zeros((), dtype=torch.int64)
-        self._step_supports_amp_scaling = (
-            True  # GradScaler then sets grad_scale and found_inf and leaves the rest to step
-        )
+        # GradScaler then sets grad_scale and found_inf and leaves the rest to step.
+        self._step_supports_amp_scaling = True
         self._hyper: Tensor | None = None
         self._hyper_values: list[list[float]] = []
         # Stochastic rounding is Philox of (seed, step, tensor, element): no generator state to save.

@@ -11,6 +11,7 @@ compiled in. The heaviest combination of options comes for every head dimension:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -139,17 +140,38 @@ def cross_entropy_cases() -> Iterator[Case]:
 # ---------------------------------------------------------------- AdamW
 
 
-def _adamw(dtype: torch.dtype, max_grad_norm: float | None = 1.0, **options: Any) -> None:
+def _adamw(
+    dtype: torch.dtype,
+    *,
+    max_grad_norm: float | None = 1.0,
+    copy: torch.dtype | None = None,
+    offset: int = 0,
+    scaled: bool = False,
+) -> None:
+    """A step over a few tensors: with a working copy, ``offset`` elements off alignment, or under a GradScaler."""
+    from fastgpt.kernels.working_copy import working_copy
     from fastgpt.optim import FusedAdamW
 
     shapes = ((768, 768), (768,), (50, 768), (3,))
-    params = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    params = [torch.nn.Parameter(_zeros(shape, dtype, offset)) for shape in shapes]
     for p in params:
-        p.grad = torch.zeros_like(p)
-    FusedAdamW(params, max_grad_norm=max_grad_norm, **options).step()
+        p.grad = _zeros(p.shape, dtype, offset)
+        if copy is not None:
+            working_copy(p, copy)
+    optimizer = FusedAdamW(params, max_grad_norm=max_grad_norm)
+    if scaled:  # as torch.amp.GradScaler hands them over
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+    optimizer.step()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+    return torch.zeros(offset + math.prod(shape), dtype=dtype)[offset:].view(shape)
 
 
 def adamw_cases() -> Iterator[Case]:
     for dtype, name in SHORT.items():
         yield f"adamw {name}", partial(_adamw, dtype)
+    yield "adamw fp32 bf16 copy", partial(_adamw, FP32, copy=BF16)
+    yield "adamw fp32 unaligned", partial(_adamw, FP32, offset=1)
+    yield "adamw fp32 scaled", partial(_adamw, FP32, scaled=True)
     yield "adamw fp32 no clip", partial(_adamw, FP32, max_grad_norm=None)
