@@ -99,9 +99,9 @@ def draw(parity: Parity, path: Path) -> None:
     right.semilogy(distance, ".", label=f"|triton - eager| (0 in {(distance == 0).sum()} of {len(distance)} steps)")
     right.semilogy(parity.envelope, label="eager perturbed by 1e-7 (envelope)")
     right.semilogy(ALLOWED * parity.envelope, "--", label=f"allowed: {ALLOWED:g} envelopes")
-    right.set(xlabel="step", ylabel="distance (nat)", title=f"Largest: {parity.ratio:.2f} envelopes", ylim=(1e-7, 1e-4))
-    for axes in (left, right):
-        axes.legend()
+    right.set(xlabel="step", ylabel="distance (nat)", title=f"Largest: {parity.ratio:.2f} envelopes", ylim=(1e-7, 1e-2))
+    for axes, corner in ((left, "upper right"), (right, "upper left")):
+        axes.legend(loc=corner)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

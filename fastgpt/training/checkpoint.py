@@ -46,6 +46,17 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
+def set_aside(folder: Path) -> Path | None:
+    """Rename a folder that holds an earlier run's checkpoints (to "name.1", "name.2", ...), so that a new run in its place
+    neither deletes nor resumes them. Returns the new name, or None if there was nothing to save."""
+    if not existing(folder):
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return folder.rename(target)
+
+
 def resolve(path: Path) -> Path:
     """A checkpoint file, given itself or the folder whose newest is meant. Raises UserError if there is none."""
     if path.is_dir():

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -164,13 +164,27 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
     if saved is not None:
         changes = changed_settings(saved, config)
         console.print(f"resumed at step {run.step}" + (f", with {'; '.join(changes)}" if changes else ""), markup=False)
+    elif (moved := checkpoint.set_aside(config.train.out)) is not None:
+        console.print(
+            f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)",
+            markup=False,
+        )
     config.train.out.mkdir(parents=True, exist_ok=True)
     meter = StepMeter.for_shape(flops.Shape.of(config.model), device, run.stepper.precision)
-    with StopRequest() as stop, open(config.train.out / "metrics.jsonl", "a") as metrics:
+    with StopRequest() as stop, _open_metrics(config.train.out) as metrics:
         for record in _steps(run, meter, stop, console):
             metrics.write(json.dumps(record) + "\n")
             metrics.flush()
     return run, 130 if stop.asked else 0
+
+
+def _open_metrics(out: Path) -> TextIO:
+    """The run's metrics file, for appending. Raises UserError for a folder that cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return open(out / "metrics.jsonl", "a")
+    except OSError as error:
+        raise UserError(f"out is {out}, which cannot be written ({error.strerror}): name another folder") from error
 
 
 def _steps(run: Run, meter: StepMeter, stop: StopRequest, console: Console) -> Iterator[dict[str, Any]]:

@@ -88,3 +88,13 @@ def test_rng_state_repeats(tmp_path):
     first = torch.rand(3)
     checkpoint.set_rng_state(state)
     assert torch.equal(first, torch.rand(3))
+
+
+def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
+    run = tmp_path / "run"
+    assert checkpoint.set_aside(run) is None
+    for number in (1, 2):
+        save(run, 900)
+        assert checkpoint.set_aside(run) == tmp_path / f"run.{number}"
+        assert not run.exists()
+    assert checkpoint.load(checkpoint.resolve(tmp_path / "run.1"))["step"] == 900

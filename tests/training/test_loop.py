@@ -149,6 +149,14 @@ def test_ctrl_c_saves_and_exits_130(config, device):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
 
 
+def test_a_new_run_in_the_place_of_an_old_one_loses_neither(config, device):
+    train(with_train(config, max_iters=8), device, quiet())
+    train(with_train(config, max_iters=4), device, quiet())
+    assert [p.name for p in checkpoint.existing(config.train.out)] == ["ckpt-00000004.pt"]
+    aside = config.train.out.with_name("run.1")
+    assert [p.name for p in checkpoint.existing(aside)] == ["ckpt-00000004.pt", "ckpt-00000008.pt"]
+
+
 def test_resume_says_what_changed_and_applies_it(config, device, capsys):
     train(with_train(config, max_iters=4), device, quiet())
     changed = replace(with_train(config, resume="newest"), optim=replace(config.optim, weight_decay=0.5))
@@ -202,6 +210,7 @@ BAD = {
     "ids past the vocabulary": (["--data", "{tmp}/ids"], ["id 256", "vocab_size is 256"]),
     "missing checkpoint": (["--resume", "{tmp}/none.pt"], ["none.pt", "does not exist"]),
     "nothing to resume": (["--resume", "--out", "{tmp}/fresh"], ["no"]),
+    "output on a file": (["--out", "{tmp}/short/train.bin"], ["out is", "train.bin", "cannot be written"]),
     "tokenizer larger than the model": (["--tokenizer", "gpt2"], ["vocab_size", "256", "50257"]),
 }
 
