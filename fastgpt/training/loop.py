@@ -169,7 +169,6 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
             f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)",
             markup=False,
         )
-    config.train.out.mkdir(parents=True, exist_ok=True)
     meter = StepMeter.for_shape(flops.Shape.of(config.model), device, run.stepper.precision)
     with StopRequest() as stop, _open_metrics(config.train.out) as metrics:
         for record in _steps(run, meter, stop, console):
