@@ -89,13 +89,14 @@ def kernels_markdown(results: dict[str, Any]) -> str:
 
 def print_kernels(results: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=_where(results["environment"]))
     for i, name in enumerate(KERNEL_HEADER):
         table.add_column(name, justify="left" if i < 2 else "right")
     for row in kernel_rows(results):
-        table.add_row(*row)
+        table.add_row(*map(escape, row))  # an error message may hold [brackets]
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
 
@@ -115,7 +116,8 @@ STEP_HEADER = [
 
 
 def step_rows(steps: list[dict[str, Any]]) -> list[list[str]]:
-    """One row per training step measured; ratios are within the same model, batch and memory cap."""
+    """One row per training step measured; ratios are within the same model, tokens per step and memory cap (where memory
+    runs out, a variant gets smaller micro-batches and more of them)."""
     rows = []
     for step in steps:
         model = step["preset"] + (f", {step['cap_gb']:g} GB cap" if step.get("cap_gb") else "")

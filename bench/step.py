@@ -68,6 +68,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
         "reserved_memory": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
         "first_loss": first_loss,
         "last_loss": float(loss),
+        "skipped_steps": stepper.skipped_steps(),
     }
 
 
@@ -101,6 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         result = {"error": "out of memory", "oom": True}
     except Exception as error:
         result = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        if "out of memory" in str(error):  # torch.compile wraps what its autotuning runs into
+            result["oom"] = True
     print(json.dumps(result))
     return 1 if "error" in result else 0
 

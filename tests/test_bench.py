@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import gpu, kernels, report, step, timing
+from bench import entries, gpu, kernels, report, step, timing
 from bench.entries import Entry
 from bench.environment import environment
 from fastgpt.flops import Work
@@ -226,12 +226,14 @@ def test_the_plot_is_written(results, tmp_path):
 
 XDIST = """
 [gw0] [  1%] PASSED tests/kernels/test_a.py::test_one[fp32]
-[gw1] [  2%] FAILED tests/kernels/test_a.py::test_two
+[gw1] [  2%] FAILED tests/kernels/test_a.py::test_two[columns of one]
+[gw1] [  2%] PASSED tests/kernels/test_a.py::test_two[columns of two]
 [gw1] [  3%] SKIPPED tests/kernels/test_b.py::test_three
 """
 PLAIN = """
 tests/kernels/test_a.py::test_one[fp32] PASSED          [ 33%]
-tests/kernels/test_a.py::test_two FAILED                [ 66%]
+tests/kernels/test_a.py::test_two[columns of one] FAILED [ 50%]
+tests/kernels/test_a.py::test_two[columns of two] PASSED [ 66%]
 tests/kernels/test_b.py::test_three SKIPPED (cpu)       [100%]
 tests/kernels/test_b.py::test_four """
 
@@ -239,10 +241,10 @@ tests/kernels/test_b.py::test_four """
 @pytest.mark.parametrize("output", [XDIST, PLAIN], ids=["xdist", "plain"])
 def test_a_test_run_is_read_even_if_cut_off(output):
     assert gpu.read_tests(output) == {
-        "passed": 1,
+        "passed": 2,
         "failed": 1,
         "skipped": 1,
-        "failures": ["tests/kernels/test_a.py::test_two"],
+        "failures": ["tests/kernels/test_a.py::test_two[columns of one]"],
     }
 
 
@@ -268,12 +270,29 @@ def test_each_kernel_has_its_own_process_and_a_crash_costs_only_that_one(tmp_pat
 
     monkeypatch.setattr(gpu.Session, "child", child)
     session = gpu.Session(tmp_path, time.monotonic() + 1000, {"environment": ENVIRONMENT})
+    (tmp_path / "kernels" / "attention").mkdir(parents=True)
+    (tmp_path / "kernels" / "attention" / "kernels.json").write_text('{"entries": []}')  # of an earlier run
     gpu.run_kernels(session, 300)
     parity = {e["name"]: e["parity"] for e in session.results["kernels"]["entries"]}
     assert parity.pop("attention") == "crashed: see kernels-attention.log" and set(parity.values()) == {"passed"}
     assert [("--keep-roofs" in args) for _, args in commands] == [False] + [True] * (len(commands) - 1)
     assert session.results["kernels"]["copy_gbs"] == 450.0
     assert "no speed: crashed" in (tmp_path / "results.md").read_text()
+
+
+def test_the_parity_check_of_adamw_compares_separate_parameters(device, monkeypatch):
+    from fastgpt import optim
+
+    adamw = entries.adamw(entries.TINY, device, False)
+    adamw.parity()
+
+    class HalfStep(optim.FusedAdamW):
+        def __init__(self, params, lr, **options):
+            super().__init__(params, lr=lr / 2, **options)
+
+    monkeypatch.setattr(optim, "FusedAdamW", HalfStep)
+    with pytest.raises(AssertionError, match="parameter 0"):
+        entries.adamw(entries.TINY, device, False).parity()
 
 
 def test_a_step_that_does_not_fit_is_tried_at_half_the_batch(tmp_path, monkeypatch):
@@ -294,7 +313,12 @@ def test_a_step_that_does_not_fit_is_tried_at_half_the_batch(tmp_path, monkeypat
 
 def test_a_step_with_another_loss_than_eager_gets_no_speed():
     steps = [step_result("eager", 1.0), step_result("triton", 9.0, first_loss=11.3), step_result("compile", 2.0)]
+    steps += [
+        step_result("triton", 9.0, cap_gb=12.0, first_loss=11.3),
+        step_result("triton", 9.0) | {"skipped_steps": 3},
+    ]
     gpu.withhold_wrong(steps)
+    assert not any("tokens_per_second" in step for step in steps[3:]) and "3 updates were skipped" in steps[4]["error"]
     assert "tokens_per_second" not in steps[1] and "no speed: first loss 11.3000" in steps[1]["error"]
     assert steps[2]["tokens_per_second"] == 2.0
 

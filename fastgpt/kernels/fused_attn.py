@@ -261,9 +261,16 @@ def _(grad_out, qkv, *rest):
     return qkv.new_empty(qkv.shape)
 
 
+def _without_grad_of(ctx, lse: Tensor) -> None:
+    """Nothing flows back through lse: spare backward a tensor of zeros for it."""
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
 def _attention_setup(ctx, inputs, output):
     q, k, v, doc_ids, kv_len, seed, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, doc_ids, kv_len, seed)
+    _without_grad_of(ctx, output[1])
 
 
 def _attention_backward(ctx, grad_out, _):
@@ -274,6 +281,7 @@ def _qkv_attention_setup(ctx, inputs, output):
     qkv, *ctx.heads, doc_ids, seed, causal, scale, window, dropout_p = inputs
     ctx.options = causal, scale, window, dropout_p
     ctx.save_for_backward(qkv, *output, doc_ids, seed)
+    _without_grad_of(ctx, output[1])
 
 
 def _qkv_attention_backward(ctx, grad_out, _):

@@ -149,6 +149,7 @@ def _run_chunks(
     ignore_index, smoothing, z_loss, softcap, V = options
     rows, C = x.shape
     _check_targets(target, ignore_index, V)
+    target = target.contiguous()  # a strided or expanded view: the kernel takes neighbours
     allocate = x.new_empty if rows else x.new_zeros
     dx = allocate(x.shape if wants[0] else 0, dtype=torch.float32)
     dw = allocate(weight.shape if wants[1] else 0, dtype=torch.float32)
@@ -256,7 +257,9 @@ def _backward(grad, stats, wants, x, weight, target, bias, *options):
         exponent = torch.frexp(grad.abs().amax()).exponent.clamp(-126, 126)
         scale = grad_scale(x.dtype, V, z_loss, softcap)
         row_scale = torch.ldexp(grad, -exponent) * scale
-        unscale = torch.ldexp(grad.new_tensor(1 / scale), exponent)
+        unscale = torch.ldexp(
+            torch.full_like(exponent, 1 / scale, dtype=torch.float32), exponent
+        )  # no copy from the host
     sums = _run_chunks(x, weight, target, bias, options, stats, row_scale=row_scale, wants=wants)
     return tuple((total * unscale).to(dtype) for total, dtype in zip(sums, _dtypes(x, weight, bias)))
 

@@ -50,12 +50,12 @@ def working_copy(param: Tensor, dtype: torch.dtype) -> Tensor:
 
     Returns ``param`` itself if it has that dtype. The copy shares storage from call to call; do not write to it.
     Tensors that are not plain leaf parameters (the arguments of functional_call, DTensors), and everything under
-    torch.compile, are cast with ``param.to(dtype)`` and not kept.
+    torch.compile or in the capture of a CUDA graph, are cast with ``param.to(dtype)`` and not kept.
     """
     if param.dtype == dtype:
         return param
     # Order matters: dynamo folds is_compiling() and never looks at the rest.
-    if torch.compiler.is_compiling() or not enabled or not _cachable(param):
+    if torch.compiler.is_compiling() or not enabled or not _cachable(param) or _capturing(param):
         return param.to(dtype)
     entry = _fresh(param)
     if entry is None or entry.copy.dtype != dtype:
@@ -83,6 +83,11 @@ def mark_fresh(param: Tensor) -> None:
 def forget(param: Tensor) -> None:
     """Drop the copy of ``param``, after a write that ``param._version`` does not show. The next use casts again."""
     _entries.pop(param, None)
+
+
+def _capturing(param: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: its replays would not look whether a cached copy is still up to date."""
+    return param.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _cachable(param: Tensor) -> bool:

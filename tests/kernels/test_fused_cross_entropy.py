@@ -76,6 +76,7 @@ def gradients(op, inputs, **kwargs) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parity(device, dtype, options, reduction):
     inputs, target = make(device, dtype)
+    target = target.clamp(max=200)  # a class past vocab_size would end the CUDA context in PyTorch's loss
     check(inputs, target, reduction=reduction, vocab_size=201, **options)
 
 
@@ -112,6 +113,10 @@ def test_any_strides(device, dtype, reduction):
     for weight in (wide[:, ::2], inputs["weight"].t().contiguous().t(), wide[:, 5:37]):
         check({**inputs, "weight": weight}, target.t(), reduction=reduction)
     check({**inputs, "x": inputs["x"][:1, :1].expand(4, 6, 32)}, target.t(), reduction=reduction)
+    spread = torch.stack([target, target.flip(0)], -1)
+    check(inputs, spread[..., 0].t(), reduction=reduction)
+    check({**inputs, "x": inputs["x"][0]}, spread[:, 0, 0], reduction=reduction)
+    check({**inputs, "x": inputs["x"][0]}, target[:1, 0].expand(6), reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
@@ -462,6 +467,7 @@ def test_chunks_stay_within_the_budget_and_fill_the_sms(V, C, dtype, sms, rows):
         assert tiles >= 0.65 * sms * math.ceil(tiles / sms)
 
 
+@pytest.mark.xdist_group("large")
 def test_peak_memory_is_at_most_a_quarter_of_eagers(device):
     N, C, V = 8192, 768, 50304
     chunk = chunk_rows(N, V, C, torch.bfloat16, 46)
@@ -507,6 +513,7 @@ def test_the_kernel_writes_nothing_outside_its_rows(device):
 def op_inputs(device, dtype=torch.float32):
     inputs, target = make(device, dtype, shape=(5,), C=16, V=67)
     inputs = leaves(inputs)
+    target = target.clamp(max=65)  # within the vocabulary below: past it a loss on a GPU is NaN
     return (inputs["x"], inputs["weight"], target, inputs["bias"]), (-100, 0.1, 1e-2, 5.0, 66)
 
 

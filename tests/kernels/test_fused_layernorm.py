@@ -210,6 +210,7 @@ def test_upstream_gradient_of_a_sum(device):
 
 
 # bug 1: 32-bit offsets wrap where row x stride passes 2**31
+@pytest.mark.xdist_group("large")
 def test_offsets_past_two_to_the_31(device):
     rows, C, stride = 3, 32, 2**30 + 64
     count = (rows - 1) * stride + C
