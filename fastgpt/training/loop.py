@@ -103,11 +103,12 @@ def load_resumed(config: Config) -> dict[str, Any] | None:
 def restore(run: Run, saved: dict[str, Any]) -> None:
     """Put a checkpoint's state into a freshly built run."""
     run.model.load_state_dict(saved["model"])
-    run.stepper.optimizer.load_state_dict(saved["optimizer"])
     # Hyperparameters are the configuration's, not the checkpoint's: a flag changed on resume takes effect.
-    fresh = build_optimizer(run.model, run.config.optim, run.config.train.kernels)
-    for group, wanted in zip(run.stepper.optimizer.param_groups, fresh.param_groups):
-        group.update({key: wanted[key] for key in ("betas", "eps", "weight_decay")})
+    groups = run.stepper.optimizer.param_groups
+    wanted = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in groups]
+    run.stepper.optimizer.load_state_dict(saved["optimizer"])
+    for group, values in zip(run.stepper.optimizer.param_groups, wanted):
+        group.update(values)
     run.stepper.scaler.load_state_dict(saved["scaler"])
     run.train_loader.load_state_dict(saved["loader"])
     checkpoint.set_rng_state(saved["rng"])
