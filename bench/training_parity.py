@@ -16,11 +16,9 @@ import numpy as np
 import torch
 import tyro
 
-from fastgpt import cli, device, ops
+from fastgpt import cli, device
 from fastgpt.config import Device, ModelConfig, OptimConfig
-from fastgpt.model import GPT
-from fastgpt.training.schedule import learning_rate
-from fastgpt.training.step import Stepper, build_optimizer
+from fastgpt.errors import UserError
 
 # T and C of 32: one block per attention row and one per norm row, so that the interpreter needs a minute.
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=256, bias=True)
@@ -62,6 +60,11 @@ def batches(steps: int, where: torch.device, rows: int = 4) -> Iterator[tuple[to
 
 def curve(kernels: str, steps: int, where: torch.device, perturb: int | None = None) -> tuple[np.ndarray, list[str]]:
     """Losses of a run and the names of the parameters that did not move. ``perturb`` seeds the perturbation."""
+    from fastgpt import ops  # after device.pick(): importing the kernels fixes whether they are interpreted
+    from fastgpt.model import GPT
+    from fastgpt.training.schedule import learning_rate
+    from fastgpt.training.step import Stepper, build_optimizer
+
     torch.manual_seed(0)
     model = GPT(MODEL, ops.get(kernels)).to(where)
     if perturb is not None:
@@ -80,7 +83,11 @@ def curve(kernels: str, steps: int, where: torch.device, perturb: int | None = N
 
 
 def measure(steps: int, where: torch.device, runs: int = 8) -> Parity:
-    """Train eager, ``runs`` perturbed eager and triton."""
+    """Train eager, ``runs`` perturbed eager and triton. Raises UserError where PyTorch would stand in for the kernels."""
+    from fastgpt.kernels import runtime
+
+    if not runtime.runs_in_triton(torch.empty(0, device=where)):
+        raise UserError("the kernels would not run here: set TRITON_INTERPRET=1 to run them on a CPU")
     eager, _ = curve("eager", steps, where)
     perturbed = np.stack([curve("eager", steps, where, perturb=run)[0] for run in range(runs)])
     triton, unmoved = curve("triton", steps, where)

@@ -21,8 +21,9 @@ def pick(device: str, kernels: str) -> torch.device:
     if device == "auto":
         device = present()
     if device == "cpu" and kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        if "triton" in sys.modules:
-            raise UserError("triton is already imported: set TRITON_INTERPRET=1 to run its kernels on a CPU")
+        # fastgpt.kernels looks at the environment once, when it is imported; later, PyTorch would compute in silence.
+        if "triton" in sys.modules or "fastgpt.kernels.runtime" in sys.modules:
+            raise UserError("the kernels are already imported: set TRITON_INTERPRET=1 to run them on a CPU")
         os.environ["TRITON_INTERPRET"] = "1"
     return torch.device(device)
 
