@@ -1,0 +1,151 @@
+"""What the doctor knows of a run: plain values, each with the file and line it comes from. No torch, no reading here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was seen. ``line`` counts from 1; None for a file as a whole (a checkpoint)."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of a config. ``text`` is its line as written, ``comment`` what follows the # on it."""
+
+    value: Any
+    place: Place
+    text: str = ""
+    comment: str = ""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Something that could not be read, and why, in one sentence."""
+
+    place: Place
+    text: str
+    why: str
+
+
+@dataclass
+class ConfigFacts:
+    """A run's settings under nanoGPT's names (learning_rate, batch_size, gradient_accumulation_steps, ...), whatever
+    they were read from; later settings win, as in nanoGPT: file, then overrides."""
+
+    kind: Literal["nanogpt", "fastgpt"]
+    settings: dict[str, Setting] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What the program takes for a name that is not set."""
+    comments: list[Setting] = field(default_factory=list)
+    """Every other comment line, its text in ``comment``: claims ("~125M parameters") are made in prose."""
+    unread: list[Unread] = field(default_factory=list)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value set, else the program's default, else ``default``."""
+        found = self.settings.get(name)
+        return found.value if found else self.defaults.get(name, default)
+
+    def is_set(self, name: str) -> bool:
+        return name in self.settings
+
+
+@dataclass
+class Steps:
+    """Training steps as logged: arrays of one length; NaN where a line did not say. A very long log is thinned evenly
+    (``thinned`` lines kept 1 of so many), the first and last line always kept."""
+
+    step: np.ndarray  # int64
+    loss: np.ndarray  # float64, nats
+    ms: np.ndarray  # float64, milliseconds per optimizer step
+    mfu: np.ndarray  # float64, as printed, in percent
+    tokens_per_second: np.ndarray  # float64, as printed
+    lr: np.ndarray  # float64
+    line: np.ndarray  # int64, line in the file
+    thinned: int = 1
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+@dataclass
+class Evals:
+    """Evaluations as logged: arrays of one length; ``train`` is NaN where only validation was logged."""
+
+    step: np.ndarray  # int64
+    train: np.ndarray  # float64, nats
+    val: np.ndarray  # float64, nats
+    line: np.ndarray  # int64
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line of a log that is neither step nor evaluation and says something.
+
+    ``kind``: "parameters" (value: count), "tokens_per_step" (value), "sm_gate", "oom", "nan", "resume", "checkpoint",
+    "device" (value: name), "traceback", "no_cuda", "no_triton", "vocab", "override" (value: (name, value)).
+    """
+
+    kind: str
+    place: Place
+    text: str
+    value: Any = None
+
+
+@dataclass
+class LogFacts:
+    """A run's log."""
+
+    kind: Literal["nanogpt", "nanochat", "llm.c", "fastgpt", "unknown"]
+    file: str
+    steps: Steps
+    evals: Evals
+    notes: list[Note] = field(default_factory=list)
+    lines: int = 0
+    """Lines in the file."""
+    unread: list[Unread] = field(default_factory=list)
+
+    def place(self, line: int) -> Place:
+        return Place(self.file, int(line))
+
+    def all(self, kind: str) -> list[Note]:
+        return [note for note in self.notes if note.kind == kind]
+
+
+@dataclass
+class CheckpointFacts:
+    """A checkpoint, from its metadata and tensor shapes; ``shape`` under nanoGPT's names (n_layer, n_head, ...)."""
+
+    kind: Literal["nanogpt", "fastgpt"]
+    file: str
+    shape: dict[str, Any]
+    step: int | None = None
+    best_val_loss: float | None = None
+    parameters: int | None = None
+    """Counted from the tensors, positions apart, tied head once."""
+    config: ConfigFacts | None = None
+    """The config stored in it."""
+    unread: list[Unread] = field(default_factory=list)
+
+
+@dataclass
+class Evidence:
+    """All that was given; what is None was not."""
+
+    config: ConfigFacts | None = None
+    log: LogFacts | None = None
+    checkpoint: CheckpointFacts | None = None
