@@ -31,7 +31,7 @@ class Shape:
 
 
 GPT2_124M = Shape(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
-GPT2_40M = Shape(n_layer=12, n_head=6, n_embd=384, block_size=1024, vocab_size=50304)
+GPT2_40M = Shape(n_layer=12, n_head=12, n_embd=384, block_size=1024, vocab_size=50304)
 
 
 def n_params(shape: Shape, *, positions: bool = True) -> int:

@@ -1,0 +1,147 @@
+"""What a GPU that is not here would do, for the report of bench.mfu: its step as projected, its kernels as compiled.
+
+Nothing here is a measurement. bench.project and bench.audit show the same at length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastgpt import hardware
+from fastgpt.config import load_preset, preset_names
+from fastgpt.errors import UserError
+from fastgpt.hardware import Gpu
+
+KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
+TOKENS_PER_STEP = 524288
+"""Of the two real runs; a step of about as many for other batch geometries."""
+AUDITED = "^step gpt2-124m bf16$"
+"""The step whose kernels are compiled: all of them take minutes (python -m bench.audit)."""
+
+
+def target(name: str) -> Gpu:
+    """The GPU of that name. Raises UserError with the nearest names for an unknown one."""
+    gpu = hardware.lookup(name)
+    if gpu is None:
+        raise UserError(f"gpu is {name!r}, which is not in the table: nearest are {', '.join(hardware.nearest(name))}")
+    return gpu
+
+
+def projection(model: str | None, gpu: Gpu) -> dict[str, Any]:
+    """One step of a preset (GPT-2 124M if ``model`` is none of them) on every kind of kernels, in bf16."""
+    from fastgpt.flops import Shape
+    from fastgpt.projection import project
+
+    name = model if model in preset_names() and model != "demo" else "gpt2-124m"
+    config = load_preset(name, "cuda")
+    batch, T = config.data.batch_size, config.model.block_size
+    tokens = max(1, round(TOKENS_PER_STEP / (batch * T))) * batch * T
+    shape = Shape.of(config.model)
+    variants: dict[str, Any] = {}
+    for kernels in KERNELS:
+        try:
+            found = project(
+                shape, gpu, kernels=kernels, micro_batch=batch, tokens_per_step=tokens, dropout=config.model.dropout
+            )
+            variants[kernels] = found.to_json()
+        except UserError as error:  # a card without bf16
+            variants[kernels] = {"error": str(error)}
+    return {
+        "gpu": gpu.name,
+        "model": name,
+        "batch_size": batch,
+        "seq": T,
+        "tokens_per_step": tokens,
+        "variants": variants,
+    }
+
+
+def audit(gpu: Gpu) -> dict[str, Any]:
+    """The kernels of a GPT-2 124M step, compiled for this GPU in a process of its own: rows of bench.audit."""
+    from bench import audit as auditor
+
+    found: dict[str, Any] = {"gpu": gpu.name, "arch": gpu.arch, "cases": AUDITED.strip("^$")}
+    try:
+        report = auditor.run(auditor.target(None, gpu.name), only=AUDITED, shard=None)
+    except (UserError, RuntimeError, OSError) as error:  # an architecture that Triton does not compile for, no ptxas
+        return found | {"error": str(error).splitlines()[0][:300]}
+    return found | {"triton": report.triton, "rows": report.rows, "failures": report.failures}
+
+
+# ---------------------------------------------------------------- tables
+
+
+def projection_notes(found: dict[str, Any]) -> list[str]:
+    """What the projection is, and how far off it was where it could be checked."""
+    known = [v for v in found["variants"].values() if "error" not in v]
+    notes = [
+        f"A projection of {found['model']} on {found['gpu']}, {found['batch_size']} x {found['seq']} tokens, "
+        f"{found['tokens_per_step']:,} per step: from compiled shapes, FLOPs and bytes, not from a run."
+    ]
+    if known:
+        notes.append(
+            f"Calibration error {100 * known[0]['calibration_error']:.1f}%: fitted on one of two real RTX 4070 runs, the other "
+            "one predicted (python -m bench.project). Low and high are an interval, not a guarantee."
+        )
+    return notes
+
+
+def projection_cells(found: dict[str, Any]) -> list[list[str]]:
+    """A row per kind of kernels: low, central, high."""
+    cells = [["kernels", "tokens/s, low", "central", "high", "ms/step", "MFU", "nanoGPT's", "what"]]
+    for name, v in found["variants"].items():
+        if "error" in v:
+            cells.append([name, *[""] * 6, v["error"]])
+            continue
+        rates = [f"{v[key]:,.0f}" for key in ("tokens_per_second_low", "tokens_per_second", "tokens_per_second_high")]
+        cells.append(
+            [name, *rates, f"{v['ms_per_step']:,.0f}", f"{v['mfu']:.1%}", f"{v['mfu_nanogpt']:.1%}", v["status"]]
+        )
+    return cells
+
+
+def projected_operation_cells(found: dict[str, Any]) -> list[list[str]]:
+    """Milliseconds per step by group of operations, one column per kind of kernels; longest first."""
+    known = {name: v for name, v in found["variants"].items() if "error" not in v}
+    sums: dict[str, dict[str, float]] = {}
+    for name, v in known.items():
+        for op in v["operations"]:
+            group = sums.setdefault(op["group"], dict.fromkeys(known, 0.0))
+            group[name] += op["ms"]
+    ordered = sorted(sums.items(), key=lambda item: -max(item[1].values()))
+    cells = [["operation", *(f"{name}, ms" for name in known)]]
+    cells += [[group, *(f"{ms:,.1f}" if ms else "-" for ms in by_kernels.values())] for group, by_kernels in ordered]
+    return [*cells, ["sum", *(f"{v['ms_per_step']:,.1f}" for v in known.values())]]
+
+
+def audit_note(found: dict[str, Any]) -> str:
+    """The audit in one sentence."""
+    gate = (
+        "; ".join(found["failures"])
+        if found["failures"]
+        else "no spills, shared memory within the limit, tensor cores where expected"
+    )
+    return f"Every kernel of a {found['cases'].removeprefix('step ')} step, compiled with triton {found['triton']}: {gate}."
+
+
+def audit_cells(found: dict[str, Any]) -> list[list[str]]:
+    """A row per kernel: what it takes of an SM, and how it fills the card."""
+    cells = [
+        ["kernel", "launches", "registers", "shared, bytes", "blocks/SM", "limit", "waves", "last full", "tensor cores"]
+    ]
+    for row in found["rows"]:
+        held = row["waves"] is not None
+        cells.append(
+            [
+                f"{row['module'].removeprefix('_').removeprefix('fused_')}: {row['kernel']}",
+                f"{row['launches']}",
+                f"{row['registers']}",
+                f"{row['shared']:,}",
+                f"{row['blocks_per_sm']}",
+                row["limiter"],
+                f"{row['waves']:.2f}" if held else "-",
+                f"{row['last_wave']:.0%}" if held else "-",
+                ", ".join(f"{count} {kind}" for kind, count in row["tensor_core"].items()) or "-",
+            ]
+        )
+    return cells

@@ -1,0 +1,118 @@
+"""Predicted memory (fastgpt/memory.py) beside what PyTorch's allocator counts on this machine's GPU:
+
+    python -m bench.memory [--out FILE.json] [--presets gpt2-40m gpt2-124m gpt2-350m] [--kernels eager compile triton]
+
+Each point is a training step with gradient accumulation (bench.step) in a process of its own: torch.cuda.max_memory_allocated
+against ``Memory.allocated``, max_memory_reserved against ``Memory.total``. A point that runs out of memory is a result too.
+nanoGPT's own model is not here to be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastgpt import hardware
+from fastgpt.config import load_preset
+from fastgpt.env import ROOT, environment
+from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, memory
+
+PRESETS = ("gpt2-40m", "gpt2-124m", "gpt2-350m")
+VARIANTS = {"eager": ("eager", "none"), "compile": ("eager", "default"), "triton": ("triton", "none")}
+"""Name in the model of memory -> bench.step's --kernels and --compile."""
+
+
+def predict(preset: str, kernels: str, micro_batch: int, arch: int) -> dict[str, Any]:
+    """Allocated and reserved bytes of a bf16 step, and their parts; ``arch``: the compute capability, as 89."""
+    workspace = CUBLAS_WORKSPACE_HOPPER if arch >= 90 else CUBLAS_WORKSPACE
+    found = memory(load_preset(preset, "cuda").model, micro_batch=micro_batch, kernels=kernels, workspace=workspace)
+    return {"allocated": found.allocated, "reserved": found.total, "parts": found.parts(), "peak": found.peak}
+
+
+def measure(preset: str, kernels: str, micro_batch: int, limit: float) -> dict[str, Any]:
+    """The last line of bench.step, or what went wrong. ``limit``: seconds."""
+    table, mode = VARIANTS[kernels]
+    command = [sys.executable, "-m", "bench.step", "--preset", preset, "--kernels", table, "--compile", mode]
+    command += ["--batch-size", str(micro_batch), "--grad-accum", "2", "--steps", "2", "--seconds", "0"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"error": f"stopped after {limit:.0f} seconds"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+
+
+def compare(point: dict[str, Any], predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """One row: both, and predicted over measured minus 1 where there is something to divide by."""
+    row = point | {"predicted": predicted, "measured": None, "error": measured.get("error"), "off": None}
+    if measured.get("peak_memory"):
+        row["measured"] = {"allocated": measured["peak_memory"], "reserved": measured["reserved_memory"]}
+        row["off"] = {key: predicted[key] / value - 1 for key, value in row["measured"].items()}
+    return row
+
+
+def table(rows: list[dict[str, Any]], device: str) -> Table:
+    view = Table(title=f"Peak memory of a step, GB (10^9 bytes), {device}", title_justify="left")
+    for name in (
+        "preset",
+        "kernels",
+        "micro-batch",
+        "predicted",
+        "measured",
+        "off",
+        "reserved: predicted",
+        "measured",
+        "off",
+    ):
+        view.add_column(name, justify="left" if name in ("preset", "kernels") else "right")
+    for row in rows:
+        cells = []
+        for key in ("allocated", "reserved"):
+            cells.append(f"{row['predicted'][key] / 1e9:.2f}")
+            if row["measured"]:
+                cells += [f"{row['measured'][key] / 1e9:.2f}", f"{row['off'][key]:+.1%}"]
+            else:
+                cells += [row["error"] or "-", "-"]
+        view.add_row(row["preset"], row["kernels"], str(row["micro_batch"]), *cells)
+    return view
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Predicted and measured peak memory of training steps on this machine's CUDA GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=main.__doc__)
+    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument("--kernels", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
+    parser.add_argument("--seconds", type=float, default=240.0, help="limit of one point; compiling takes a minute")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print(f"bench.memory needs a CUDA GPU, and torch {torch.__version__} sees none here.", file=sys.stderr)
+        return 2
+    device = torch.device("cuda")
+    major, minor = torch.cuda.get_device_capability(device)
+    found: dict[str, Any] = {"environment": environment(device), "rows": []}
+    for preset in args.presets:
+        usual = load_preset(preset, "cuda").data.batch_size
+        for kernels in args.kernels:
+            for micro_batch in (max(usual // 2, 1), usual):
+                point = {"preset": preset, "kernels": kernels, "micro_batch": micro_batch}
+                measured = measure(preset, kernels, micro_batch, args.seconds)
+                predicted = predict(preset, kernels, micro_batch, 10 * major + minor)
+                found["rows"].append(compare(point, predicted, measured))
+                if args.out:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    Console().print(table(found["rows"], hardware.device_name(device)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

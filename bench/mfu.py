@@ -1,0 +1,257 @@
+"""How fast a training step is, against which limit, where every microsecond goes, and what would make it faster.
+
+    python -m bench.mfu                                     GPT-2 124M on a GPU; without one a small step on the CPU,
+                                                            and what an RTX 4070 would do, as a projection
+    python -m bench.mfu --model gpt2-40m --batch 16         another preset, another micro-batch
+    python -m bench.mfu --model L6H6C384T256V50304          a shape: layers, heads, width, tokens, vocabulary
+    python -m bench.mfu --backends eager,triton --steps 20  only these, timed longer
+    python -m bench.mfu --json > step.json                  the figures for another program
+    python -m bench.mfu --from runs/mfu/mfu.json            draw the report of an earlier run again
+
+The folder given by --out gets mfu.json, report.html (all of it in one file), time.png, roofline-BACKEND.png and a Chrome
+trace per backend (open in ui.perfetto.dev).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgpt import cli, device, flops
+from fastgpt.config import ModelConfig, load_preset, preset_names
+from fastgpt.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.step_profile import Setup
+
+SCHEMA, SCHEMA_VERSION = "fastgpt.mfu", 1
+NAMES = ("eager", "compile", "compile-max-autotune", "triton", "triton+compile")
+SMALL = "L2H6C192T128V1024"
+"""What a CPU profiles: large enough that matmuls dominate, small enough for a step in a tenth of a second."""
+TINY = "L1H2C32T32V160"
+"""What the interpreter profiles."""
+SHAPE = re.compile(r"[LHCTV]\d+(?:[-_ ,]?[LHCTV]\d+){4}", re.IGNORECASE)
+
+
+def parser() -> argparse.ArgumentParser:
+    assert __doc__ is not None
+    out = argparse.ArgumentParser(
+        prog="python -m bench.mfu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument("--model", help=f"{', '.join(preset_names())}, or a shape (default: gpt2-124m; on a CPU {SMALL})")
+    out.add_argument("--batch", type=int, help="sequences per micro-batch (default: the preset's; on a CPU 4, or 1)")
+    out.add_argument("--seq", type=int, help="tokens per sequence (default: the model's)")
+    out.add_argument("--grad-accum", type=int, help="micro-batches per step (default: 4; on a CPU 1)")
+    out.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: fp32 on a CPU, bf16 on a GPU"
+    )
+    out.add_argument(
+        "--backends", help=f"comma-separated, of {', '.join(NAMES)} (default: all; on a CPU eager,compile,triton)"
+    )
+    out.add_argument("--steps", type=int, default=10, help="timed steps of each backend (default: 10)")
+    out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    out.add_argument("--out", type=Path, default=Path("runs/mfu"), help="folder for the report (default: runs/mfu)")
+    out.add_argument("--trace", type=Path, help="folder for the Chrome traces (default: the one of --out)")
+    out.add_argument("--json", action="store_true", help="print the figures as JSON instead of tables")
+    out.add_argument(
+        "--from", dest="saved", type=Path, metavar="FILE", help="measure nothing: show this mfu.json again"
+    )
+    out.add_argument("--gpu", default="rtx4070", help="the GPU to project where none is present (default: rtx4070)")
+    out.add_argument("--no-projection", action="store_true", help="without a GPU: leave out projection and audit")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure or read, then write the report and print it. Raises UserError for bad input."""
+    args = parser().parse_args(argv)
+    if args.saved:
+        result = load(args.saved)
+        check_writable(args.out)
+    else:
+        result = measure(args)
+    from bench import mfu_tables, page
+
+    if not args.saved:
+        (args.out / "mfu.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    page.write(result, args.out)
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        mfu_tables.show(result)
+        print(f"The report is {args.out / 'report.html'}; figures and traces are beside it.")
+    return 0 if any("ms" in backend for backend in result["backends"].values()) else 1
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def check_writable(folder: Path) -> None:
+    """Create the folder, or say in one sentence why it cannot hold anything: before minutes of measuring."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"folder {folder} cannot be written ({error.strerror}): give another --out or --trace"
+        ) from error
+
+
+def backends(text: str | None, device_type: str) -> list[str]:
+    """The backends of ``--backends``, in order, none twice. Raises UserError for an unknown one."""
+    if text is None:
+        return list(NAMES) if device_type == "cuda" else ["eager", "compile", "triton"]
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name not in NAMES:
+            raise UserError(f"backends has {name!r}: it can hold {', '.join(NAMES)}")
+    if not names:
+        raise UserError(f"backends is empty: name some of {', '.join(NAMES)}")
+    return names
+
+
+def model(text: str, device_type: str) -> tuple[ModelConfig, int]:
+    """A preset or a shape such as L6H6C384T256V50304, and its micro-batch. Raises UserError for anything else."""
+    if SHAPE.fullmatch(text):
+        found = {key.upper(): int(value) for key, value in re.findall(r"([A-Za-z])(\d+)", text)}
+        if len(found) == 5:
+            return ModelConfig(
+                found["L"], found["H"], found["C"], found["T"], found["V"]
+            ), 4 if device_type == "cpu" else 8
+    if text not in preset_names():
+        raise UserError(f"model is {text!r}: it can be {', '.join(preset_names())}, or a shape such as {SMALL}")
+    preset = load_preset(text, device_type)
+    return preset.model, preset.data.batch_size
+
+
+def setup_of(args: argparse.Namespace, where: torch.device) -> Setup:
+    from bench.step_profile import Setup
+    from fastgpt.training.step import precision_for
+
+    on_cpu = where.type == "cpu"
+    name = args.model or (SMALL if on_cpu else "gpt2-124m")
+    config, batch = model(name, where.type)
+    accum = args.grad_accum if args.grad_accum is not None else 1 if on_cpu else 4
+    if args.batch is not None:
+        batch = args.batch
+    elif on_cpu:
+        batch = 1 if flops.n_params(flops.Shape.of(config)) > 10**7 else min(batch, 4)
+    for flag, value in (("batch", batch), ("seq", args.seq), ("grad-accum", accum), ("steps", args.steps)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} is {value}: it must be at least 1")
+    if args.seq:
+        config = replace(config, block_size=args.seq)
+    if config.vocab_size > 2**16:
+        raise UserError(f"vocab_size is {config.vocab_size}: token files hold 16 bits, so it can be at most {2**16}")
+    return Setup(name, config, batch, accum, precision_for(args.precision, where))
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that ends up in mfu.json."""
+    # Checked before torch.compile or triton are imported: bad input costs no seconds.
+    present = device.present() if args.device == "auto" else args.device
+    names = backends(args.backends, present)
+    where = device.pick(args.device, "triton" if "triton" in names else "eager")
+    setup = setup_of(args, where)
+    if where.type == "cpu" and "triton+compile" in names:
+        raise UserError("backends has 'triton+compile', which needs a CUDA GPU: use triton (interpreted here)")
+
+    from bench import elsewhere, step_profile
+    from fastgpt import hardware
+    from fastgpt.env import environment
+
+    target = elsewhere.target(args.gpu)
+    traces = args.trace or args.out
+    for folder in (args.out, traces):
+        check_writable(folder)
+    say = _progress()
+    say("measuring what this machine reaches")
+    ceilings = hardware.measured_ceilings(where)
+    timed = [name for name in names if where.type == "cuda" or name != "triton"]
+    gpu = hardware.present(where)
+    result: dict[str, Any] = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "status": "measured",
+        "environment": environment(where),
+        "setup": setup.to_json(),
+        "ceilings": asdict(ceilings),
+        "nominal": None if gpu is None else gpu.to_json(),
+        "backends": step_profile.measure(
+            timed,
+            setup,
+            where,
+            ceilings,
+            steps=args.steps,
+            traces=traces,
+            say=say,
+            budget_s=60 if where.type == "cuda" else 20,
+        ),
+        "interpreted": None,
+        "projection": None,
+        "audit": None,
+    }
+    if where.type == "cpu" and "triton" in names:
+        say("triton: one step of a tiny model in the interpreter")
+        config, _ = model(TINY, "cpu")
+        tiny = step_profile.Setup(TINY, config, 2, 1, "fp32")
+        try:
+            result["interpreted"] = {"setup": tiny.to_json(), **step_profile.attribution(tiny, traces)}
+        except Exception as error:
+            result["interpreted"] = {"setup": tiny.to_json(), "error": f"{type(error).__name__}: {error}"[:300]}
+    if where.type == "cpu" and not args.no_projection:
+        say(f"compiling the kernels of a step for {target.name}")
+        result["audit"] = elsewhere.audit(target)
+        say(f"projecting a step on {target.name}")
+        result["projection"] = elsewhere.projection(args.model, target)
+    say("")
+    return result
+
+
+def _progress() -> Callable[[str], None]:
+    """Progress on standard error: what is being done, and since when."""
+    start = time.perf_counter()
+    return lambda text: print(f"[{time.perf_counter() - start:5.1f} s] {text}", file=sys.stderr) if text else None
+
+
+# ---------------------------------------------------------------- an earlier result
+
+
+def load(path: Path) -> dict[str, Any]:
+    """An mfu.json of an earlier run. Raises UserError if it is something else, damaged, or of another version."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"results file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"results file {path} is not JSON ({error}): measure again with python -m bench.mfu") from error
+    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+        raise UserError(f"results file {path} is not one of bench.mfu: it has no schema {SCHEMA!r}")
+    if result.get("schema_version") != SCHEMA_VERSION:
+        found = result.get("schema_version")
+        raise UserError(f"results file {path} has schema_version {found!r}, not {SCHEMA_VERSION}: measure again")
+    from bench import page
+
+    try:
+        page.render(result, {})  # looks at every part that is shown
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"results file {path} is damaged ({what}): measure again with python -m bench.mfu") from error
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main)

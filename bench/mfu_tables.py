@@ -1,0 +1,245 @@
+"""The result of bench.mfu on the terminal. Reads plain dicts, measures nothing; bench/page.py shows the same as HTML."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench import elsewhere
+from fastgpt.roofline import advice
+
+Cells = list[list[str]]
+
+TEXT_COLUMNS = frozenset(
+    {
+        "operation",
+        "backend",
+        "which roof",
+        "what would close it",
+        "kernels",
+        "kernel",
+        "limit",
+        "tensor cores",
+        "what",
+        "value",
+    }
+)
+"""Columns of words, which stand on the left; all others are figures."""
+
+INTERPRETED = (
+    "Triton's interpreter runs our kernels in Python, one program after the other: which operations the step consists of is "
+    "real, the time of each says nothing about a GPU."
+)
+CACHED = "above 100%: operands were still in a cache, while the roof takes every byte from memory"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "n/a" if value is None else f"{100 * value:.{digits}f}%"
+
+
+def mfu_percent(value: float | None) -> str:
+    """As ``percent``, but a CPU's share of an A100 is not 0.0%."""
+    return percent(value) if value is None or value >= 0.001 else f"{100 * value:.2g}%"
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits that matter, and no more than microseconds."""
+    if value is None:
+        return "n/a"
+    return f"{value:.1f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """1.2e9, "FLOP" -> 1.20 GFLOP; "-" for nothing."""
+    if not value:
+        return "-"
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def where(result: dict[str, Any]) -> str:
+    """The line that every table and picture carries."""
+    env = result["environment"]
+    threads = f", {_count(env['threads'], 'thread')}" if "threads" in env else ""
+    return f"measured on {env['device']}{threads}, torch {env['torch']}, commit {env['commit'] or 'n/a'}, {env['time'][:10]}"
+
+
+def what(setup: dict[str, Any]) -> str:
+    return (
+        f"{setup['model']}, {setup['parameters'] / 1e6:.2f}M parameters, {setup['batch_size']} x {setup['seq']} tokens x "
+        f"{_count(setup['grad_accum'], 'micro-batch', 'es')}, {setup['precision']}"
+    )
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
+# ---------------------------------------------------------------- tables as plain cells: header first
+
+
+def speed_cells(result: dict[str, Any]) -> Cells:
+    """A row per backend: time and spread, tokens/s, three MFUs, memory, launches; or why it has none."""
+    header = ["backend", "ms/step", "± IQR", "steps", "tokens/s", "vs eager"]
+    header += ["MFU, nominal", "MFU, measured", "nanoGPT's", "peak GiB", "launches/step"]
+    cells = [header]
+    eager = result["backends"].get("eager", {}).get("ms")
+    for name, b in result["backends"].items():
+        if "ms" not in b:
+            cells.append([name, "failed", *[""] * (len(header) - 2)])
+            continue
+        memory = b.get("peak_memory")
+        cells.append(
+            [
+                name,
+                milliseconds(b["ms"]),
+                milliseconds(b["iqr_ms"]),
+                str(b["runs"]),
+                f"{b['tokens_per_second']:,.0f}",
+                f"{eager / b['ms']:.2f}x" if eager else "n/a",
+                *(mfu_percent(figure["value"]) for figure in b["mfu"]),
+                "n/a" if memory is None else f"{memory / 2**30:.2f}",
+                "n/a" if b.get("launches") is None else f"{b['launches']:,}",
+            ]
+        )
+    return cells
+
+
+def mfu_notes(result: dict[str, Any]) -> list[str]:
+    """What each MFU divides by what."""
+    figures: list[dict[str, Any]] = next((b["mfu"] for b in result["backends"].values() if "ms" in b), [])
+    notes = []
+    for figure in figures:
+        limit = figure["denominator_tflops"]
+        of = f"{limit:.4g} TFLOP/s" if limit else "n/a"
+        notes.append(
+            f"MFU {figure['name']}: tokens/s x {figure['flops_per_token'] / 1e6:.4g} MFLOP ({figure['formula']}) / {of} "
+            f"({figure['denominator']})"
+        )
+    return notes
+
+
+ACCOUNTED = 0.97
+"""Share of a step's time that has to have a name."""
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """A sentence for each backend that could not be measured or profiled, or whose profile leaves too much unnamed."""
+    found = []
+    for name, b in result["backends"].items():
+        if "error" in b:
+            found.append(f"{name}: {b['error']}")
+        elif "profile_error" in b:
+            found.append(f"{name}: no profile, {b['profile_error']}")
+        elif "profile" in b and b["profile"]["accounted"] < ACCOUNTED:
+            unnamed = ", ".join(list(b["profile"]["unaccounted_ms"])[:3])
+            share = percent(b["profile"]["accounted"])
+            found.append(
+                f"{name}: only {share} of its profiled step has a name ({ACCOUNTED:.0%} is wanted); not {unnamed}"
+            )
+    return found
+
+
+def operation_cells(backend: dict[str, Any], *, roofs: bool = True) -> Cells:
+    """A row per operation of a profiled step, longest first; the last row adds them up."""
+    header = ["operation", "calls", "ms", "share"]
+    header += ["FLOPs", "bytes", "of its roof", "which roof", "gap, ms"] if roofs else []
+    cells = [header]
+    for row in backend["rows"]:
+        line = [row["name"], str(row["calls"] or "-"), milliseconds(row["ms"]), percent(row["share"])]
+        if roofs:
+            line += [quantity(row["flops"], "FLOP"), quantity(row["bytes"], "B")]
+            line += [percent(row["achieved"], 0) if row["achieved"] is not None else "-", row["bound"] or "-"]
+            line += [milliseconds(row["gap_ms"])]
+        cells.append(line)
+    found = backend["profile"]
+    total = ["sum", "", milliseconds(sum(row["ms"] for row in backend["rows"])), percent(found["accounted"]) + " named"]
+    return [*cells, total + [""] * (len(header) - len(total))]
+
+
+def help_cells(backend: dict[str, Any], count: int = 8) -> Cells:
+    """What would help: the operations furthest from their roof."""
+    rows = sorted((row for row in backend["rows"] if row["gap_ms"] > 0), key=lambda row: -row["gap_ms"])
+    return [["operation", "gap, ms per step", "what would close it"]] + [
+        [row["name"], milliseconds(row["gap_ms"]), advice(row["name"])] for row in rows[:count]
+    ]
+
+
+def overhead(backend: dict[str, Any]) -> str:
+    """How the profiled step compares with the timed one."""
+    wall = backend["profile"]["wall_ms"]
+    if "ms" not in backend:
+        return f"profiled step: {milliseconds(wall)} ms"
+    slower = f"{round(100 * (wall / backend['ms'] - 1)):+d}%"
+    return f"profiled step: {milliseconds(wall)} ms, {slower} beside the median without profiler"
+
+
+# ---------------------------------------------------------------- terminal
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print everything."""
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.print(f"\n[bold]{escape(what(result['setup']))}[/]\n{escape(where(result))}", soft_wrap=True)
+    _print(console, "Training step, backends in turns", speed_cells(result))
+    for note in mfu_notes(result):
+        console.print(escape(note), soft_wrap=True)
+    for failure in failures(result):
+        console.print(f"[yellow]failed[/] {escape(failure)}", soft_wrap=True)
+    for name, backend in result["backends"].items():
+        if "rows" not in backend:
+            continue
+        _print(console, f"{name}: where a step's time goes ({overhead(backend)})", operation_cells(backend))
+        _print(console, f"{name}: what would help", help_cells(backend))
+    roofs = result["ceilings"]
+    rate = roofs["matmul_tflops"].get(result["setup"]["precision"])
+    console.print(
+        f"Roofs measured here: {result['setup']['precision']} matmul {f'{rate:.3g}' if rate else 'n/a'} TFLOP/s, copy "
+        f"{roofs['copy_gbs']:.3g} GB/s. FLOPs and bytes are least figures (fastgpt/flops.py); {CACHED}.",
+        soft_wrap=True,
+    )
+    if result.get("interpreted"):
+        _show_interpreted(console, result["interpreted"])
+    if result.get("audit"):
+        _show_audit(console, result["audit"])
+    if result.get("projection"):
+        _show_projection(console, result["projection"])
+
+
+def _show_interpreted(console: Console, found: dict[str, Any]) -> None:
+    if "error" in found:
+        console.print(f"[yellow]failed[/] triton in the interpreter: {escape(found['error'])}", soft_wrap=True)
+        return
+    _print(console, f"triton, interpreted: {what(found['setup'])}", operation_cells(found, roofs=False))
+    console.print(INTERPRETED, soft_wrap=True)
+
+
+def _show_audit(console: Console, found: dict[str, Any]) -> None:
+    title = f"Compiled for {found['gpu']} ({found['arch']}), not run"
+    if "error" in found:
+        console.print(f"[yellow]failed[/] {escape(title)}: {escape(found['error'])}", soft_wrap=True)
+        return
+    _print(console, title, elsewhere.audit_cells(found))
+    console.print(escape(elsewhere.audit_note(found)), soft_wrap=True)
+
+
+def _show_projection(console: Console, found: dict[str, Any]) -> None:
+    _print(console, f"Projected, not measured: {found['model']} on {found['gpu']}", elsewhere.projection_cells(found))
+    for note in elsewhere.projection_notes(found):
+        console.print(escape(note), soft_wrap=True)
+
+
+def _print(console: Console, title: str, cells: Cells) -> None:
+    table = Table()
+    for i, name in enumerate(cells[0]):
+        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", no_wrap=i == 0)
+    for row in cells[1:]:
+        table.add_row(*map(escape, row), style="bold" if row[0] == "sum" else "")
+    console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
+    console.print(table)

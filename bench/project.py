@@ -1,0 +1,310 @@
+"""What a training step would take on a GPU that is not here, operation by operation: projected, never measured.
+
+    python -m bench.project --gpu rtx4070 --model gpt2-124m                    this repository's kernels, bf16
+    python -m bench.project --gpu rtx4070 --model gpt2-124m --kernels nanogpt-compile
+    python -m bench.project --gpu rtx4070 --model gpt2-124m --precision fp16-fast
+    python -m bench.project --gpu rtx4090 --model gpt2-350m --batch 8 --seq 512 --json
+    python -m bench.project --calibration                                      how far off the model is known to be
+    python -m bench.project --measured results.json                            beside what was measured on a GPU
+
+Figures are low / central / high. The model, its constants with their sources and its errors: docs/projection.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastgpt import cli, hardware
+from fastgpt.config import load_preset, preset_names
+from fastgpt.errors import UserError
+from fastgpt.flops import FORMULAS, Shape
+from fastgpt.hardware import Gpu
+from fastgpt.operations import KERNELS, PRECISIONS
+from fastgpt.projection import (
+    ANCHORS,
+    MEDIAN_MS,
+    RUN_40M,
+    RUN_124M,
+    Projection,
+    Sensitivity,
+    calibration_error,
+    cross_errors,
+    fit,
+    project,
+    refits,
+)
+from fastgpt.step_time import CONSTANTS, Constants
+
+Cells = list[list[str]]
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog="python -m bench.project", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument(
+        "--gpu", default="rtx4070", help="rtx4070 (default), rtx4090, h100 ...: python -m fastgpt.hardware NAME"
+    )
+    out.add_argument("--model", default="gpt2-124m", help="a preset (default: gpt2-124m)")
+    out.add_argument("--kernels", default="triton", help=f"{', '.join(KERNELS)} (default: triton)")
+    out.add_argument("--precision", default="bf16", help=f"{', '.join(PRECISIONS)} (default: bf16)")
+    out.add_argument("--batch", type=int, metavar="N", help="sequences per micro-batch (default: the preset's)")
+    out.add_argument("--seq", type=int, metavar="T", help="tokens per sequence (default: the preset's block size)")
+    out.add_argument(
+        "--tokens-per-step", type=int, metavar="N", help="default: as near to the preset's as N and T allow"
+    )
+    out.add_argument("--dropout", type=float, metavar="P", help="default: the preset's")
+    out.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    out.add_argument("--calibration", action="store_true", help="show the fits, every public figure, and the constants")
+    out.add_argument(
+        "--measured", type=Path, metavar="FILE", help="a results file of bench.mfu, bench.gpu or bench.kernels"
+    )
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Project, and print. Raises UserError for bad input."""
+    args = parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    if args.measured:
+        return _measured(args.measured, args.json, console)
+    if args.calibration:
+        if args.json:
+            print(json.dumps(calibration(), indent=1))
+        else:
+            show_calibration(console)
+        return 0
+    found = _project(args)
+    if args.json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        show(found, args.model, console)
+    return 0
+
+
+def _project(args: argparse.Namespace) -> Projection:
+    gpu = _gpu(args.gpu)
+    if args.model not in preset_names():
+        raise UserError(f"model is {args.model!r}: it can be {', '.join(preset_names())}")
+    preset = load_preset(args.model, "cuda")
+    shape, T = Shape.of(preset.model), preset.model.block_size if args.seq is None else args.seq
+    batch = preset.data.batch_size if args.batch is None else args.batch
+    dropout = preset.model.dropout if args.dropout is None else args.dropout
+    for flag, value in (("batch", batch), ("seq", T)):
+        if value < 1:
+            raise UserError(f"{flag} is {value}: it must be at least 1")
+    if T > shape.block_size:
+        raise UserError(f"seq is {T}: {args.model} has a block_size of {shape.block_size}, so give at most that")
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout is {dropout}: it must lie in [0, 1)")
+    tokens = args.tokens_per_step
+    if tokens is None:
+        tokens = max(1, round(preset.tokens_per_step / (batch * T))) * batch * T
+    return project(
+        shape,
+        gpu,
+        kernels=args.kernels,
+        precision=args.precision,
+        micro_batch=batch,
+        tokens_per_step=tokens,
+        T=T,
+        dropout=dropout,
+    )
+
+
+def _gpu(name: str) -> Gpu:
+    gpu = hardware.lookup(name)
+    if gpu is None:
+        raise UserError(f"gpu is {name!r}, which is not in the table: nearest are {', '.join(hardware.nearest(name))}")
+    return gpu
+
+
+# ---------------------------------------------------------------- a projection
+
+
+def show(found: Projection, model: str, console: Console) -> None:
+    """The step and every operation of it."""
+    console.print(
+        f"\n[bold]{escape(found.gpu)}[/], {escape(model)}, {found.kernels}, {found.precision}: [bold]{found.status}[/]\n"
+        f"{found.tokens_per_step:,} tokens per step: {found.grad_accum} micro-batches of {found.micro_batch} x {found.T}",
+        soft_wrap=True,
+    )
+    _print(console, f"The step ({found.status})", step_cells(found))
+    console.print(
+        f"MFU: {FORMULAS['palm']}, of the {found.mfu_of}; as nanoGPT prints it, of an A100's 312 TFLOP/s.",
+        soft_wrap=True,
+    )
+    _print(console, f"Operations of a step, projected ({found.status})", operation_cells(found))
+    for line in ("Assumed: " + "; ".join(found.assumptions) + ".", _most(found.sensitivities), INTERVAL):
+        console.print(escape(line), soft_wrap=True)
+
+
+INTERVAL = (
+    "low to high: the model's error in known cases and the effect of every fixed constant over its range, in quadrature. "
+    "python -m bench.project --calibration shows both."
+)
+
+
+def step_cells(found: Projection) -> Cells:
+    """Speed as low / central / high: the low speed is the high time."""
+    rates = (found.tokens_per_second_low, found.tokens_per_second, found.tokens_per_second_high)
+    times = (found.ms_per_step_high, found.ms_per_step, found.ms_per_step_low)
+
+    def shares(central: float) -> list[str]:
+        return [f"{central * rate / found.tokens_per_second:.1%}" for rate in rates]
+
+    return [
+        ["projected", "low", "central", "high"],
+        ["tokens/s", *(f"{rate:,.0f}" for rate in rates)],
+        ["ms per step", *(f"{ms:,.0f}" for ms in times)],
+        ["MFU", *shares(found.mfu)],
+        ["MFU as nanoGPT prints it", *shares(found.mfu_nanogpt)],
+    ]
+
+
+def operation_cells(found: Projection) -> Cells:
+    """Longest first; the gaps last, and their sum."""
+    gaps = [op for op in found.operations if op.bound == "launch"]
+    ops = sorted((op for op in found.operations if op.bound != "launch"), key=lambda op: -op.ms)
+    rows = [["operation", "ms", "share", "TFLOP", "GB", "kernels", "bound by"]]
+    for op in [*ops, *gaps]:
+        work = [f"{op.flops / 1e12:,.1f}" if op.flops else "-", f"{op.bytes / 1e9:,.1f}" if op.bytes else "-"]
+        launches = f"{op.launches:,}" if op.launches else "-"
+        rows.append([op.name, f"{op.ms:,.1f}", f"{op.ms / found.ms_per_step:.1%}", *work, launches, op.bound])
+    flops, moved, launches = (sum(getattr(op, key) for op in ops) for key in ("flops", "bytes", "launches"))
+    total = [f"{found.ms_per_step:,.1f}", "100.0%", f"{flops / 1e12:,.1f}", f"{moved / 1e9:,.1f}", f"{launches:,}", ""]
+    return [*rows, ["sum", *total]]
+
+
+def _most(varied: list[Sensitivity], count: int = 3) -> str:
+    parts = [f"{s.constant} ({_span(s)})" for s in varied[:count] if max(abs(s.at_low), abs(s.at_high)) > 5e-4]
+    return (
+        "Step time depends most on " + ", ".join(parts) + "." if parts else "No fixed constant moves this step's time."
+    )
+
+
+def _span(s: Sensitivity) -> str:
+    return f"{s.at_low:+.1%} at its low end, {s.at_high:+.1%} at its high end"
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def calibration() -> dict[str, Any]:
+    """Both fits, every anchor and every constant, as plain values."""
+    errors, runs = cross_errors(), (RUN_124M, RUN_40M)
+    return {
+        "projected": True,
+        "calibration_error": calibration_error(),
+        "fits": [
+            {
+                "fitted_on": on.name,
+                "clock": fit(on).clock,
+                "predicted": other.name,
+                "measured_ms": 1e3 * other.tokens_per_step / other.measured,
+                "projected_ms": 1e3 * other.tokens_per_step / other.predicted(fit(on)),
+                "error": errors[other.name],
+            }
+            for on, other in (runs, runs[::-1])
+        ],
+        "refits": [asdict(each) for each in refits()],
+        "anchors": [
+            {
+                "name": run.name,
+                "measured_tokens_per_second": [run.low, run.high],
+                "projected_tokens_per_second": run.predicted(),
+                "error": run.error(),
+                "micro_batch": run.micro_batch,
+                "note": run.note,
+            }
+            for run in ANCHORS
+        ],
+        "constants": [{"name": f.name, "value": getattr(CONSTANTS, f.name), **f.metadata} for f in fields(Constants)],
+    }
+
+
+def show_calibration(console: Console) -> None:
+    found = calibration()
+    title = "nanoGPT + torch.compile, bf16, RTX 4070: the clock is fitted on one run and predicts the other (projected)"
+    medians = ", ".join(f"{name} {ms:,.0f} ms" for name, ms in MEDIAN_MS.items())
+    rows = [["fitted on", "clock, of boost", "predicts", "measured ms", "projected ms", "error of step time"]]
+    for each in found["fits"]:
+        figures = [f"{each['measured_ms']:,.0f}", f"{each['projected_ms']:,.0f}", f"{each['error']:+.1%}"]
+        rows.append([each["fitted_on"], f"{each['clock']:.4f}", each["predicted"], *figures])
+    _print(console, title, rows)
+    console.print(
+        f"Medians of a step of 524,288 tokens: {medians}. Calibration error: {found['calibration_error']:.1%}. "
+        f"Used: {CONSTANTS.clock}, the fit on the 124M run, so that run itself is no test.\n",
+        soft_wrap=True,
+    )
+    rows = [["constant", "at", "clock fitted on 124M", "error of step time on 40M"]]
+    for each in found["refits"]:
+        rows.append([each["constant"], f"{each['value']:g}", f"{each['clock']:.4f}", f"{each['error']:+.1%}"])
+    _print(console, "The first fit again, with one fixed constant at an end of its range (projected)", rows)
+    rows = [["public figure", "measured tokens/s", "projected tokens/s", "error of step time", "note"]]
+    for each in found["anchors"]:
+        low, high = each["measured_tokens_per_second"]
+        measured = f"{low:,.0f}" + (f" to {high:,.0f}" if high > low else "")
+        note = f"micro-batch {each['micro_batch']} ({each['note'].replace('micro-batch ', '', 1)})"
+        rows.append(
+            [each["name"], measured, f"{each['projected_tokens_per_second']:,.0f}", f"{each['error']:+.1%}", note]
+        )
+    _print(console, "Public figures that nothing was fitted on (projected as nanogpt-compile, bf16)", rows)
+    rows = [["constant", "value", "range", "meaning", "source"]]
+    for each in found["constants"]:
+        span = f"{each['low']:g} to {each['high']:g}"
+        rows.append([each["name"], f"{each['value']:g}", span, each["meaning"], each["source"]])
+    _print(console, "Constants: one fitted (clock), all others fixed", rows)
+
+
+# ---------------------------------------------------------------- predicted beside measured
+
+
+def _measured(path: Path, as_json: bool, console: Console) -> int:
+    from bench.project_compare import read
+
+    gpu, pairs = read(path)
+    if as_json:
+        found = {"projected": True, "gpu": gpu.name, "calibration_error": calibration_error()}
+        print(json.dumps({**found, "pairs": [pair.to_json() for pair in pairs]}, indent=1))
+        return 0
+    rows = [["what", "variant", "measured ms", "projected ms", "error", "note"]]
+    for pair in pairs:
+        times = ["-" if ms is None else f"{ms:,.3f}" for ms in (pair.measured_ms, pair.projected_ms)]
+        error = "-" if pair.error is None else f"{pair.error:+.0%}"
+        note = pair.note or ("uncalibrated" if "uncalibrated" in pair.status else "calibrated")
+        rows.append([pair.what, pair.variant, *times, error, note])
+    _print(console, f"Measured on {gpu.name} beside projected (calibration error {calibration_error():.1%})", rows)
+    return 0
+
+
+def _print(console: Console, title: str, cells: Cells) -> None:
+    """A table whose first row is its head. Figures stand to the right and are never cut; text wraps where it is narrow."""
+    console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(cells[0]):
+        column = [row[i] for row in cells[1:]]
+        figures = all(cell[:1] in "-+0123456789" for cell in column)
+        table.add_column(
+            name,
+            justify="right" if figures else "left",
+            overflow="fold",
+            min_width=max(map(len, column)) if figures else None,
+        )
+    for row in cells[1:]:
+        table.add_row(*map(escape, row), style="bold" if row[0] == "sum" else None)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,311 @@
+"""One training step on several backends: timed in turns, then profiled. What ``python -m bench.mfu`` measures with.
+
+Every backend has its own model (same seed), optimizer and loader, and runs the step of the training loop. Turns are timed by
+the host's clock with the device synchronised: launch overhead and waiting count, as they do in training.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench import timing
+from fastgpt import flops, hardware, mfu, op_names, ops, profiling, roofline
+from fastgpt.config import ModelConfig, OptimConfig
+from fastgpt.data import TokenLoader
+from fastgpt.errors import UserError
+from fastgpt.flops import Shape
+from fastgpt.model import GPT
+from fastgpt.training.step import Stepper, build_optimizer
+
+BACKENDS = {
+    "eager": ("eager", "none", "PyTorch: SDPA, F.cross_entropy, fused AdamW and clip_grad_norm_"),
+    "compile": ("eager", "default", "the same under torch.compile"),
+    "compile-max-autotune": ("eager", "max-autotune-no-cudagraphs", "the same, GEMMs autotuned"),
+    "triton": ("triton", "none", "our kernels"),
+    "triton+compile": ("triton", "default", "our kernels under torch.compile"),
+}
+"""Name -> (--kernels, torch.compile's mode, in words)."""
+
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "fp16": 0.02}
+"""Largest difference between a backend's first loss and eager's, same weights and tokens."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured: model, batch geometry, precision."""
+
+    model: str
+    config: ModelConfig
+    batch_size: int
+    grad_accum: int
+    precision: str
+
+    @property
+    def shape(self) -> Shape:
+        return Shape.of(self.config)
+
+    @property
+    def seq(self) -> int:
+        return self.config.block_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq * self.grad_accum
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "shape": asdict(self.shape),
+            "parameters": flops.n_params(self.shape, positions=False),
+            "batch_size": self.batch_size,
+            "seq": self.seq,
+            "grad_accum": self.grad_accum,
+            "tokens_per_step": self.tokens_per_step,
+            "precision": self.precision,
+        }
+
+
+class MarkedStepper(Stepper):
+    """The training loop's step, its update marked in the trace."""
+
+    def _update(self) -> Tensor:
+        with record_function(op_names.OPTIMIZER):
+            return super()._update()
+
+
+class Runner:
+    """``runner()`` is one optimizer step of a backend, loading included, until the device has done it; returns its loss."""
+
+    def __init__(self, backend: str, setup: Setup, device: torch.device, tokens: Path):
+        kernels, mode, _ = BACKENDS[backend]
+        self.setup, self.device = setup, device
+        torch.manual_seed(0)
+        model = GPT(setup.config, ops.get(kernels)).to(device)
+        self.stepper = MarkedStepper(
+            model=model,
+            forward=model if mode == "none" else torch.compile(model, mode=mode),
+            optimizer=build_optimizer(model, OptimConfig(), kernels),
+            scaler=torch.amp.GradScaler(device.type, enabled=False),
+            precision=setup.precision,
+            grad_clip=1.0,
+        )
+        self.loader = TokenLoader([tokens], setup.seq, setup.batch_size)
+
+    def __call__(self) -> float:
+        loss = self.stepper(self._batches(), self.setup.grad_accum, 1e-4)[0]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return float(loss)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self.setup.grad_accum):
+            with record_function(op_names.DATA):
+                x, y = self.loader.next_batch(self.device)
+            yield x, y
+
+
+@contextmanager
+def random_tokens(setup: Setup) -> Iterator[Path]:
+    """A file of random tokens, as nanoGPT writes them: the real loader reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.bin"
+        count = max(64 * setup.batch_size, 256) * setup.seq + 1
+        np.random.default_rng(0).integers(setup.config.vocab_size, size=count).astype(np.uint16).tofile(path)
+        yield path
+
+
+@contextmanager
+def named_cpu_kernels() -> Iterator[None]:
+    """Inductor's C++ kernels appear in a trace only if they are compiled under this switch."""
+    import torch._inductor.config as inductor
+
+    before = inductor.cpp.enable_kernel_profile
+    inductor.cpp.enable_kernel_profile = True
+    try:
+        yield
+    finally:
+        inductor.cpp.enable_kernel_profile = before
+
+
+def measure(
+    names: list[str],
+    setup: Setup,
+    device: torch.device,
+    ceilings: hardware.Ceilings,
+    *,
+    steps: int,
+    traces: Path,
+    say: Any = lambda text: None,
+    budget_s: float | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Time the backends in turns, profile a step of each, and judge it: name -> figures, or {"error": sentence}.
+
+    A backend that fails is reported and the others go on. One whose first loss is not eager's gets no speed.
+    Chrome traces go to ``traces``/trace-NAME.json.gz.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    runners: dict[str, Runner] = {}
+    with random_tokens(setup) as tokens, named_cpu_kernels():
+        for name in names:
+            say(f"{name}: first steps")
+            try:
+                runners[name], results[name] = _start(name, setup, device, tokens)
+            except Exception as error:  # no compiler, no memory, an operation that this backend lacks
+                results[name] = {"error": _sentence(error)}
+        _withhold_wrong(results, runners, LOSS_TOLERANCE[setup.precision])
+        if runners:
+            say(f"timing {', '.join(runners)} in turns")
+            # With the CPU's timer: what counts is the host's clock around a whole step, synchronised at its end.
+            clock = torch.device("cpu")
+            try:
+                times = timing.interleave(runners, clock, rounds=steps, warmup=1, cold=False, budget_s=budget_s)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"batch is {setup.batch_size}: {len(runners)} backends side by side do not fit this GPU; give a smaller "
+                    "--batch or fewer --backends"
+                ) from error
+        for name, runner in runners.items():
+            say(f"{name}: profiling")
+            results[name] |= _speed(times[name], setup, device, ceilings)
+            try:
+                # A GPU's trace is large, and a step of seconds hardly varies.
+                repeats = 1 if times[name].median_ms > 2000 else 5 if device.type == "cpu" else 3
+                results[name] |= profiled(runner, name, ceilings, traces / f"trace-{name}.json.gz", repeats=repeats)
+            except RuntimeError as error:  # another profiler holds the device, or CUPTI is not permitted
+                results[name]["profile_error"] = _sentence(error)
+    return results
+
+
+def _start(name: str, setup: Setup, device: torch.device, tokens: Path) -> tuple[Runner, dict[str, Any]]:
+    """Build a backend and run it warm: its first loss, how long its first steps took, its peak memory."""
+    start, before = time.perf_counter(), _allocated(device)
+    runner = Runner(name, setup, device, tokens)
+    loss = runner()
+    runner()
+    seconds = time.perf_counter() - start
+    return runner, {"first_loss": loss, "start_s": seconds, "peak_memory": _peak_memory(runner, device, before)}
+
+
+def attribution(setup: Setup, traces: Path) -> dict[str, Any]:
+    """Which operations a step of our kernels consists of, in Triton's interpreter: no time in it says anything of a GPU."""
+    ceilings = hardware.Ceilings("interpreter", "", "", 0, copy_gbs=1.0, matmul_tflops={})
+    with random_tokens(setup) as tokens:
+        runner = Runner("triton", setup, torch.device("cpu"), tokens)
+        runner()
+        return profiled(runner, "triton", ceilings, traces / "trace-triton-interpreted.json.gz", repeats=1)
+
+
+def profiled(runner: Runner, backend: str, ceilings: hardware.Ceilings, trace: Path, *, repeats: int) -> dict[str, Any]:
+    """Profile steps, keep the trace, and return the one of median length as plain values: "profile" and "rows"."""
+    setup = runner.setup
+    record(runner, runner.device, trace, repeats)
+    step = profiling.attribute(profiling.read_trace(trace), setup.shape, setup.batch_size * setup.seq)
+    triton = BACKENDS[backend][0] == "triton"
+    work = roofline.step_work(
+        setup.shape,
+        setup.batch_size,
+        setup.seq,
+        grad_accum=setup.grad_accum,
+        size=4 if setup.precision == "fp32" else 2,
+        fused=backend != "eager",
+        one_pass_loss=triton,
+        distinct=int(runner.loader.next_batch("cpu")[0].unique().numel()),
+    )
+    rows = roofline.judge(step, work, roofline.Roofs.measured(ceilings, setup.precision))
+    return {
+        "profile": {
+            "wall_ms": step.wall_ms,
+            "accounted": step.accounted,
+            "unaccounted_ms": step.unaccounted,
+            "overlap_ms": step.overlap_ms,
+            "kernels": {op.name: op.kernels for op in step.operations},
+            "trace": trace.name,
+        },
+        "launches": step.launches,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def record(step: Any, device: torch.device, trace: Path, repeats: int) -> None:
+    """Run steps under torch.profiler and export a Chrome trace."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True) as recorder:
+        for _ in range(repeats):
+            with record_function(op_names.STEP):
+                step()
+    recorder.export_chrome_trace(str(trace))
+
+
+def _speed(found: timing.Timing, setup: Setup, device: torch.device, ceilings: hardware.Ceilings) -> dict[str, Any]:
+    rate = setup.tokens_per_step / (found.median_ms / 1e3)
+    return {
+        "ms": found.median_ms,
+        "iqr_ms": found.iqr_ms,
+        "runs": found.runs,
+        "tokens_per_second": rate,
+        "mfu": mfu_figures(rate, setup.shape, setup.precision, device, ceilings),
+    }
+
+
+def mfu_figures(
+    tokens_per_second: float, shape: Shape, precision: str, device: torch.device, ceilings: hardware.Ceilings
+) -> list[dict[str, Any]]:
+    """The same speed as a share of three limits; each names its formula and its denominator. None where one is not known."""
+    arithmetic = hardware.arithmetic_of(precision)
+    card = hardware.device_name(device)
+    limits = (
+        ("of the nominal peak", hardware.peak_flops(device, precision), f"nominal dense {arithmetic} peak of {card}"),
+        ("of the measured ceiling", ceilings.peak_flops(arithmetic), f"{arithmetic} matmul measured on {card}"),
+        ("nanoGPT's own", mfu.NANOGPT_PEAK, "an A100's dense bf16 peak, whatever the card"),
+    )
+    per_token = flops.palm(shape)
+    return [
+        {
+            "name": name,
+            "value": None if limit is None else tokens_per_second * per_token / limit,
+            "formula": str(flops.FORMULAS["palm"]),
+            "flops_per_token": per_token,
+            "denominator_tflops": None if limit is None else limit / 1e12,
+            "denominator": denominator,
+        }
+        for name, limit, denominator in limits
+    ]
+
+
+def _withhold_wrong(results: dict[str, dict[str, Any]], runners: dict[str, Runner], tolerance: float) -> None:
+    expected = results.get("eager", {}).get("first_loss")
+    for name in list(runners):
+        loss = results[name]["first_loss"]
+        if expected is not None and not abs(loss - expected) <= tolerance:
+            results[name] = {"error": f"no speed: its first loss is {loss:.4f}, eager's {expected:.4f}"}
+            del runners[name]
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _peak_memory(runner: Runner, device: torch.device, before: int) -> int | None:
+    """What this backend keeps between steps and what a step adds to it at its peak; None on a CPU."""
+    kept = _allocated(device) - before
+    step = timing.peak_memory(runner, device)
+    return None if step is None else kept + step
+
+
+def _sentence(error: Exception) -> str:
+    """An exception as one line: its type and the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

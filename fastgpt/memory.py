@@ -1,0 +1,181 @@
+"""GPU memory of one training step of a GPT-2, as a sum of named parts. Derived in docs/memory.md; nothing is fitted.
+
+A step holds its state (fp32 weights, 16-bit working copies, gradients, two moments) all the time, and on top of it whatever
+the worst moment of a micro-batch needs. ``memory`` writes the three candidates down and takes the largest:
+
+* ``loss``: every activation is saved, and the loss is at its peak;
+* ``backward starts``: the loss is gone, the head's gradient and the temporaries of the last block are there;
+* ``backward ends``: the activations are gone, gradients that autograd has not yet added to ``.grad`` are there.
+
+Letters as in flops.py, N = micro_batch x T tokens, s = bytes of the compute dtype. All sizes are bytes. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from fastgpt import flops
+from fastgpt.config import ModelConfig
+from fastgpt.errors import UserError
+
+KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
+"""nanoGPT under torch.compile; fastgpt's model in plain PyTorch, under torch.compile, and on the Triton kernels."""
+
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of the compute dtype per ``--precision``."""
+
+LOGITS_BUDGET = 256 * 2**20
+"""Most that the logits of one chunk take: fused_cross_entropy.LOGITS_BUDGET, repeated so that no kernel is imported."""
+
+CUBLAS_WORKSPACE = 8_519_680
+"""PyTorch's cuBLAS workspace before Hopper: 2 x 4096 KiB + 8 x 16 KiB per handle and stream (CUDABlas, seen as such in
+memory snapshots: discuss.pytorch.org/t/178671)."""
+CUBLAS_WORKSPACE_HOPPER = 32 * 2**20
+"""The same from sm_90 on (cuBLAS manual, cublasSetWorkspace: 32 MiB; pytorch#120925)."""
+CUBLAS_HANDLES = 2
+"""The main thread's, and that of autograd's backward thread."""
+
+FRAGMENTATION = 0.015
+"""Reserved by PyTorch's allocator beyond what is allocated: 5.25 over 5.17 GiB in a nanoGPT run (karpathy/nanoGPT#88). Other
+reports: 0.9% (nanoGPT#391), 0.4% (transformers#3360)."""
+
+
+class Saved(NamedTuple):
+    """What autograd keeps from the end of forward on, parameters and their working copies apart."""
+
+    activations: int  # embeddings, blocks, final norm
+    loss: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part at the worst moment of a step. ``allocated`` compares with torch.cuda.max_memory_allocated, ``total``
+    with max_memory_reserved; the CUDA context is in neither (plan.CUDA_CONTEXT)."""
+
+    weights: int
+    working_copies: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    backward: int
+    workspace: int
+    peak: str
+    """Which moment this is: "loss", "backward starts" or "backward ends"."""
+
+    @property
+    def allocated(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "peak")
+
+    @property
+    def fragmentation(self) -> int:
+        return round(FRAGMENTATION * self.allocated)
+
+    @property
+    def total(self) -> int:
+        return self.allocated + self.fragmentation
+
+    def parts(self) -> dict[str, int]:
+        """Every part by name; they add up to ``total``."""
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "peak"}
+        return {**named, "fragmentation": self.fragmentation}
+
+
+def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str = "bf16") -> Saved:
+    """Bytes that autograd saves in one forward pass on a GPU (docs/memory.md, 2 and 3). Dropout masks are bool there.
+
+    Raises UserError for kernels, precision or micro_batch that do not exist.
+    """
+    s = _compute_size(kernels, precision, micro_batch)
+    L, H, C, T, V = model.n_layer, model.n_head, model.n_embd, model.block_size, model.vocab_size
+    N = micro_batch * T
+    # Per norm: eager and the kernels keep its input, mean and 1/std; Inductor the normalised input and 1/(std C).
+    norm = 4 * C + (4 if _compiled(kernels) else 8)
+    # Norm output, q, k and v, attention output, log-sum-exp; norm output, input and output of the GELU.
+    block = 2 * norm + s * (C + 3 * C + C) + 4 * H + s * (C + 4 * C + 4 * C)
+    activations = N * (L * block + norm) + 8 * N + 8 * T  # token ids and positions
+    if model.dropout:
+        activations += N * C * (1 if kernels == "triton" else 1 + 2 * L)
+    if kernels == "triton":  # the kernels save seeds for masks, and the loss its gradients instead of its inputs
+        return Saved(activations, 4 * N * C + 4 * V * C)
+    activations += N * s * C  # the final norm's output: the head's operand
+    if kernels == "eager":  # log-probabilities in fp32, and targets
+        return Saved(activations, 4 * N * V + 8 * N)
+    return Saved(activations, s * N * V + 8 * N)  # logits; each row's largest and log-sum-exp
+
+
+def memory(
+    model: ModelConfig,
+    *,
+    micro_batch: int,
+    kernels: str,
+    precision: str = "bf16",
+    world_size: int = 1,
+    workspace: int = CUBLAS_WORKSPACE,
+) -> Memory:
+    """Peak memory of a training step with gradient accumulation, at ``micro_batch`` sequences of T = block_size.
+
+    ``kernels`` is one of KERNELS, ``precision`` fp32, bf16 or fp16; ``workspace``: cuBLAS's per handle. Counts
+    DistributedDataParallel's buckets for world_size > 1. Raises UserError for values that do not exist.
+    """
+    s = _compute_size(kernels, precision, micro_batch)
+    L, C, V, N = model.n_layer, model.n_embd, model.vocab_size, micro_batch * model.block_size
+    kept = saved(model, micro_batch=micro_batch, kernels=kernels, precision=precision)
+    params = flops.n_params(flops.Shape.of(model))
+
+    low = 0 if precision == "fp32" else s
+    in_blocks = L * (12 * C * C + (9 * C if model.bias else 0))
+    head_copy = low * V * C  # triton casts the head inside the loss, and frees the copy with it
+    copies = low * in_blocks + (0 if kernels == "triton" else head_copy)
+
+    head = 4 * V * C  # the head's gradient in fp32
+    if kernels == "eager":
+        loss = 12 * N * V + 8 * N  # log-probabilities, their gradient, that of the logits
+        last = 2 * head  # the embedding's gradient beside the head's: one parameter
+    elif kernels == "triton":
+        chunk = min(LOGITS_BUDGET, s * N * V)
+        forward = chunk + head_copy + head + 4 * N * C + s * N * C + 12 * N
+        backward = head + 4 * N * C + s * N * C + max(head, 4 * N * C)
+        loss, last = max(forward, backward), 2 * head
+    else:
+        # nanoGPT returns the logits: they outlive the graph, and their own gradient comes in as a tensor of zeros.
+        held = 1 if kernels == "nanogpt-compile" else 0
+        logits = s * N * V
+        loss = max((2 + held) * logits, (1 + held) * logits + head_copy + head + s * N * C) + 8 * N
+        last = 4 * params  # a compiled backward returns every gradient at once
+    # Gradients of the residual stream, of a branch, and of the GELU's output and input.
+    temporaries = N * (4 * C + s * (C + 8 * C))
+
+    moments = {
+        "loss": (kept.activations, loss, 0),
+        "backward starts": (kept.activations, 0, head + temporaries),
+        "backward ends": (0, 0, last),
+    }
+    peak = max(moments, key=lambda moment: sum(moments[moment]))
+    activations, loss, in_flight = moments[peak]
+    return Memory(
+        weights=4 * params,
+        working_copies=copies,
+        gradients=4 * params * (2 if world_size > 1 else 1),
+        optimizer=8 * params,
+        activations=activations,
+        loss=loss,
+        backward=in_flight,
+        workspace=CUBLAS_HANDLES * workspace,
+        peak=peak,
+    )
+
+
+def _compiled(kernels: str) -> bool:
+    return kernels in ("compile", "nanogpt-compile")
+
+
+def _compute_size(kernels: str, precision: str, micro_batch: int) -> int:
+    if kernels not in KERNELS:
+        raise UserError(f"kernels is {kernels!r}: it can be {', '.join(KERNELS)}")
+    if precision not in SIZES:
+        raise UserError(f"precision is {precision!r}: it can be {', '.join(SIZES)}")
+    if micro_batch < 1:
+        raise UserError(f"micro_batch is {micro_batch}: it must be at least 1")
+    return SIZES[precision]

@@ -1,0 +1,287 @@
+"""What ``python -m fastgpt.plan`` takes and prints: a table, nanoGPT config lines, a fastgpt preset, or JSON."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass, fields, replace
+from json import dumps
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastgpt import flops, hardware
+from fastgpt.config import Config, ModelConfig, load_preset, load_toml
+from fastgpt.errors import UserError
+from fastgpt.memory import KERNELS, Memory
+from fastgpt.plan import CUDA_CONTEXT, MARGIN, Plan, plan, usable_vram
+
+PARTS = {
+    "weights": "weights, fp32",
+    "working_copies": "working copies, 16 bit",
+    "gradients": "gradients, fp32",
+    "optimizer": "two moments, fp32",
+    "activations": "activations",
+    "loss": "logits and loss",
+    "backward": "backward's temporaries",
+    "workspace": "cuBLAS workspace",
+    "fragmentation": "fragmentation",
+}
+
+NANOGPT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Which batch geometry fits a GPU, exactly at the tokens per step asked for, and what the run then costs.
+
+    Examples:
+      python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288
+      python -m fastgpt.plan --gpu rtx4070 --n-layer 24 --n-head 16 --n-embd 1024 --tokens 2.5B
+      python -m fastgpt.plan --gpu 3060 --model my.toml --kernels eager --vram 8
+      python -m fastgpt.plan --json
+    """
+
+    gpu: str | None = None
+    """rtx4070, 3090, h100, ... Without it, the card in this machine."""
+    model: str = "gpt2-124m"
+    """A preset (gpt2-40m, gpt2-124m, gpt2-350m, demo) or a fastgpt TOML file; the flags below change it."""
+    tokens_per_step: str | None = None
+    """Tokens behind one optimizer step, on all GPUs: 524288, 0.5e6, ... Without it, the model file's own."""
+    tokens: str | None = None
+    """Token budget of the run: 2.5B, 300M, 1e9. Without it, Chinchilla's 20 per parameter."""
+    vram: float | None = None
+    """GB on the card's box, where it is not in the table or part of it is taken."""
+    kernels: Literal["nanogpt-compile", "eager", "compile", "triton"] | None = None
+    """One of them; without it, all are compared."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    world_size: int = 1
+    """GPUs of this kind that share a step (speed: no communication counted)."""
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    block_size: int | None = None
+    vocab_size: int | None = None
+    bias: bool | None = None
+    dropout: float | None = None
+    json: bool = False
+    """Print JSON: the plan for --kernels (triton without it), and under "plans" each of those compared."""
+
+
+def main(args: list[str]) -> int:
+    asked = tyro.cli(
+        PlanConfig,
+        args=args,
+        prog="python -m fastgpt.plan",
+        description=inspect.cleandoc(PlanConfig.__doc__ or ""),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    base = _base(asked)
+    card, vram_gb = _card(asked)
+    tokens_per_step = base.tokens_per_step
+    if asked.tokens_per_step is not None:
+        tokens_per_step = read_count("tokens_per_step", asked.tokens_per_step)
+    tokens = None if asked.tokens is None else read_count("tokens", asked.tokens)
+
+    plans: dict[str, Plan] = {}
+    refused: dict[str, UserError] = {}
+    for kernels in [asked.kernels] if asked.kernels else KERNELS:
+        try:
+            plans[kernels] = plan(
+                base.model,
+                card,
+                tokens_per_step=tokens_per_step,
+                kernels=kernels,
+                precision=asked.precision,
+                vram_gb=vram_gb,
+                tokens=tokens,
+                world_size=asked.world_size,
+            )
+        except UserError as error:
+            refused[kernels] = error
+    if not plans:
+        raise list(refused.values())[-1]  # triton's: it needs the least
+    best = plans.get("triton") or next(iter(plans.values()))
+    if asked.json:
+        print(dumps(best.to_json() | {"plans": {kernels: p.to_json() for kernels, p in plans.items()}}, indent=2))
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_head(best, card, vram_gb), markup=False)
+    console.print(_table(plans, refused))
+    for note in _notes(plans, refused):
+        console.print(note, markup=False)
+    if "nanogpt-compile" in plans:
+        console.print("\n[bold]nanoGPT config[/]\n")
+        console.print(nanogpt_lines(plans["nanogpt-compile"]), markup=False)
+    if best.kernels != "nanogpt-compile":
+        console.print("\n[bold]fastgpt preset[/] (python train.py FILE.toml --data FOLDER)\n")
+        console.print(preset(best, base), markup=False)
+    return 0
+
+
+def read_count(field: str, text: str) -> int:
+    """524288, 524,288, 2.5B, 300M, 1e9 as a whole number of at least 1. Raises UserError for anything else."""
+    match = re.fullmatch(
+        r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)\s*([kmbt]?)", text.strip().lower().replace(",", "").replace("_", "")
+    )
+    value = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]] if match else 0
+    if not 1 <= value <= 1e18:
+        raise UserError(f"{field} is {text!r}: give a number such as 524288, 300M or 2.5B")
+    return round(value)
+
+
+def _base(asked: PlanConfig) -> Config:
+    """The model's file or preset, as on a GPU, with the shape flags put in."""
+    from_file = asked.model.endswith(".toml")
+    base = load_toml(Path(asked.model), Config(), "cuda") if from_file else load_preset(asked.model, "cuda")
+    names = [field.name for field in fields(ModelConfig)]
+    changed = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    return replace(base, model=replace(base.model, **changed))
+
+
+def _card(asked: PlanConfig) -> tuple[hardware.Gpu | None, float | None]:
+    """The card named, or the one present, and its memory in GB (2**30 bytes) if that is not the table's."""
+    if asked.gpu is not None:
+        card = hardware.lookup(asked.gpu, vram_gb=asked.vram)
+        if card is None and asked.vram is None:
+            raise UserError(
+                f"gpu is {asked.gpu!r}, which is not in the table: name one of {', '.join(hardware.nearest(asked.gpu, 3))}, "
+                f"or give --vram"
+            )
+        return card, asked.vram
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return hardware.present(), asked.vram or total
+    if asked.vram is None:
+        raise UserError("gpu is not given and there is no CUDA GPU here: name one, such as --gpu rtx4070")
+    return None, asked.vram
+
+
+# ---------------------------------------------------------------- text
+
+
+def _head(best: Plan, card: hardware.Gpu | None, vram_gb: float | None) -> str:
+    model = best.model
+    parameters = flops.n_params(flops.Shape.of(model), positions=False)
+    on_box = vram_gb if vram_gb is not None else card.vram_gb if card else 0
+    total = on_box * 2**30
+    margin = MARGIN * total
+    desktop = total - CUDA_CONTEXT - margin - usable_vram(card, vram_gb)
+    gpus = f"{best.world_size} x " if best.world_size > 1 else ""
+    return (
+        f"{parameters / 1e6:.2f}M parameters (positions apart)  L{model.n_layer} H{model.n_head} C{model.n_embd} "
+        f"T{model.block_size} V{model.vocab_size}  {best.tokens_per_step:,} tokens per step  {best.precision}\n"
+        f"{gpus}{best.gpu}: {on_box:g} GB on the box are {total / 1e9:.2f} x 10^9 bytes; less CUDA context "
+        f"{CUDA_CONTEXT / 1e9:.2f}, desktop {desktop / 1e9:.2f}, margin {margin / 1e9:.2f}: {best.usable / 1e9:.2f} GB usable"
+    )
+
+
+def _table(plans: dict[str, Plan], refused: dict[str, UserError]) -> Table:
+    table = Table(title="Memory of one GPU, GB (10^9 bytes), counted", title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for kernels in KERNELS:
+        if kernels in plans or kernels in refused:
+            table.add_column(kernels, justify="right", no_wrap=True)
+    columns = [plans.get(kernels) for kernels in KERNELS if kernels in plans or kernels in refused]
+
+    def row(name: str, cell, **style) -> None:
+        table.add_row(name, *("-" if p is None else cell(p) for p in columns), **style)
+
+    row("micro-batch x accumulation", lambda p: f"{p.micro_batch} x {p.grad_accum}", style="bold", end_section=True)
+    for part, name in PARTS.items():
+        row(name, lambda p, part=part: _gb(p.memory, part))
+    row("needed", lambda p: f"{p.memory.total / 1e9:.2f}", style="bold")
+    row("with the CUDA context", lambda p: f"{p.vram_gb:.2f}", end_section=True)
+    row("tokens/s, projected", lambda p: _number(p.tokens_per_second), style="bold")
+    known = any(p is not None and p.tokens_per_second is not None for p in columns)
+    if known:
+        row("  low", lambda p: _number(p.tokens_per_second_low))
+        row("  high", lambda p: _number(p.tokens_per_second_high))
+        row("  calibrated on real runs", lambda p: {True: "yes", False: "no", None: "n/a"}[p.calibrated])
+    row("hours", lambda p: _number(p.hours, 1))
+    if known:
+        row("  at best", lambda p: _number(p.hours_low, 1))
+        row("  at worst", lambda p: _number(p.hours_high, 1))
+    row("kWh, at most", lambda p: _number(p.kwh, 1))
+    return table
+
+
+def _gb(memory: Memory, part: str) -> str:
+    size = memory.parts()[part] / 1e9
+    return f"{size:.2f}" if size else "."
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "n/a" if value is None else f"{value:,.{digits}f}"
+
+
+def _notes(plans: dict[str, Plan], refused: dict[str, UserError]) -> list[str]:
+    """What a reader has to know about the table's figures."""
+    some = next(iter(plans.values()))
+    per_parameter = some.tokens / flops.n_params(flops.Shape.of(some.model), positions=False)
+    notes = [f"Budget: {some.tokens / 1e9:.2f}B tokens, {per_parameter:.1f} per parameter, in {some.steps:,} steps."]
+    if some.tokens_per_second is None:
+        notes.append("Tokens/s: n/a, as there is no projection for this GPU at this precision.")
+    else:
+        notes.append(
+            "Tokens/s and hours are projections, not measurements. Evaluation and checkpoints take time on top."
+        )
+    if some.kwh is not None:
+        notes.append(
+            f"kWh: upper bound, the board's limit of {some.power_w} W all the time; the rest of the computer apart."
+        )
+    notes += [f"{kernels}: {p.hint}." for kernels, p in plans.items() if p.hint]
+    notes += [f"{kernels}: {error}." for kernels, error in refused.items()]
+    return notes
+
+
+def nanogpt_lines(p: Plan) -> str:
+    """The plan as lines of a nanoGPT config file. nanoGPT divides gradient_accumulation_steps by the number of GPUs."""
+    model, accumulation = p.model, p.grad_accum * p.world_size
+    return "\n".join(
+        [
+            f"# {p.micro_batch} x {accumulation} x {model.block_size} = {p.tokens_per_step:,} tokens per iteration",
+            f"gradient_accumulation_steps = {accumulation}",
+            f"batch_size = {p.micro_batch}",
+            f"block_size = {model.block_size}",
+            f"n_layer = {model.n_layer}",
+            f"n_head = {model.n_head}",
+            f"n_embd = {model.n_embd}",
+            f"bias = {model.bias}",
+            f"dropout = {model.dropout}",
+            f"max_iters = {p.steps}",
+            f"lr_decay_iters = {p.steps}",
+            f"dtype = {NANOGPT_DTYPES[p.precision]!r}",
+            "compile = True",
+        ]
+    )
+
+
+def preset(p: Plan, base: Config) -> str:
+    """The plan as a fastgpt TOML file, grad_accum over all GPUs; what the plan does not decide is ``base``'s."""
+    sections: dict[str, dict[str, object]] = {
+        "model": {field.name: getattr(p.model, field.name) for field in fields(ModelConfig)},
+        "data": {"batch_size": p.micro_batch, "grad_accum": p.grad_accum * p.world_size},
+        "optim": {"lr": base.optim.lr, "warmup_iters": base.optim.warmup_iters},
+        "train": {
+            "kernels": "triton" if p.kernels == "triton" else "eager",
+            "compile": p.kernels == "compile",
+            "precision": p.precision,
+            "max_iters": p.steps,
+        },
+    }
+    lines = [f"# {p.gpu}, {p.kernels}: {p.vram_gb:.1f} GB, {p.tokens_per_step:,} tokens per step"]
+    for name, values in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else repr(value)
