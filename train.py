@@ -9,9 +9,14 @@ from fastgpt.config import parse
 def main(args: list[str]) -> int:
     config = parse(args, device.present())
     where = device.pick(config.train.device, config.train.kernels)
-    from fastgpt.training.loop import train  # after pick(): Triton's interpreter is chosen before triton is imported
+    from fastgpt.training import (
+        distributed,
+        loop,
+    )  # after pick(): it chooses Triton's interpreter before triton is imported
 
-    return train(config, where)[1]
+    run, code = loop.train(config, where)
+    distributed.leave(run.world.size, code)
+    return code
 
 
 if __name__ == "__main__":

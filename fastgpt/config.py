@@ -26,6 +26,7 @@ else:
 Kernels = Literal["triton", "eager"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
+Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class DataConfig:
     batch_size: int = 8
     """Sequences per micro-batch."""
     grad_accum: int = 1
-    """Micro-batches per optimizer step; tokens per step = batch_size x block_size x grad_accum."""
+    """Micro-batches per optimizer step, over all GPUs together: tokens per step = batch_size x block_size x grad_accum,
+    on one GPU or on eight."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "grad_accum"):
@@ -84,10 +86,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warmup and cosine decay. Norms and biases are not decayed."""
+    """AdamW with warmup and a schedule. Norms and biases are not decayed."""
 
     lr: float = 6e-4
     """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """What follows the warmup: half a cosine, warmup-stable-decay, a straight line, or no decay."""
+    decay_share: float = 0.2
+    """Share of the run over which wsd decays, at its end."""
     min_lr_ratio: float = 0.1
     """Learning rate at the end, as a share of the peak."""
     warmup_iters: int = 100
@@ -102,6 +108,8 @@ class OptimConfig:
         for name in ("lr", "weight_decay", "grad_clip", "warmup_iters", "min_lr_ratio"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if not 0 <= self.decay_share <= 1:
+            raise UserError(f"decay_share is {self.decay_share}: it must lie in [0, 1]")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
@@ -128,21 +136,42 @@ class TrainConfig:
     checkpoint_interval: int = 250
     """Steps between checkpoints; 0 saves only at the end and on Ctrl-C."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay in --out."""
+    """How many of the newest checkpoints stay in --out; the one with the best validation loss stays as well."""
     log_interval: int = 10
-    """Steps between log lines."""
+    """Steps between log lines; metrics.jsonl has a line for every step."""
+    sample_interval: int = 0
+    """Steps between samples of text on the terminal; 0 prints none."""
+    sample_prompt: str = "\n"
+    """What the samples continue."""
+    hellaswag: str | None = None
+    """Score HellaSwag at the end: a local jsonl or parquet file, or 'hub'."""
+    spike_zscore: float = 6.0
+    """A loss this many standard deviations above the last 128 is called a spike; 0 looks for none."""
+    on_spike: Literal["log", "rollback"] = "log"
+    """What a spike does: a line in the log, or back to the newest checkpoint and on with the data that follow."""
+    max_skipped: int = 10
+    """Steps skipped in a row, for a loss or gradient that is not finite, before the run stops."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Under torchrun: a whole model on every GPU, or parameters, gradients and optimizer state in shards (FSDP2)."""
+    tensorboard: bool = True
+    """Write TensorBoard events into --out, where tensorboard is installed."""
+    wandb: str | None = None
+    """Send metrics to this Weights & Biases project."""
+    doctor: bool = True
+    """Look for what is known to go wrong before the first step."""
     seed: int = 1337
     out: Path = Path("runs/default")
-    """Folder for checkpoints and metrics.jsonl."""
+    """The run's folder: config, checkpoints, metrics.jsonl, TensorBoard events, environment."""
     resume: str | None = None
-    """Continue a run: '--resume' takes the newest checkpoint in --out, '--resume PATH' that one."""
+    """Continue a run: '--resume' takes the newest whole checkpoint in --out, '--resume PATH' that one; '--resume auto'
+    starts anew if there is none."""
 
     def __post_init__(self) -> None:
-        for name in ("max_iters", "eval_iters", "keep_checkpoints", "log_interval"):
+        for name in ("max_iters", "eval_iters", "keep_checkpoints", "log_interval", "max_skipped"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("eval_interval", "checkpoint_interval"):
-            if getattr(self, name) < 0:
+        for name in ("eval_interval", "checkpoint_interval", "sample_interval", "spike_zscore"):
+            if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}: it must not be negative (0 turns it off)")
 
 
@@ -168,7 +197,7 @@ class Config:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens behind one optimizer step: micro-batch x accumulation x block size."""
+        """Tokens behind one optimizer step of all GPUs together: micro-batch x accumulation x block size."""
         return self.data.batch_size * self.data.grad_accum * self.model.block_size
 
     def to_dict(self) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,13 @@
-"""Where a figure was measured: every results file carries this."""
+"""Where something ran: device, driver, versions, commit. Every run and every results file carries this, and so should a
+bug report.
+
+    python -m fastgpt.env [--json]
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 import subprocess
 from dataclasses import asdict
@@ -11,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fastgpt import hardware
+from fastgpt import cli, hardware
+from fastgpt.device import present
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "fastgpt": _version("fastgpt"),
         "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -74,3 +82,22 @@ def _output(*command: str) -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def main(args: list[str]) -> int:
+    """Print what a bug report needs."""
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.env", description=main.__doc__)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    asked = parser.parse_args(args)
+    found = environment(torch.device(present()))
+    if asked.json:
+        print(json.dumps(found))
+    else:
+        width = max(map(len, found))
+        for name, value in found.items():
+            print(f"{name:<{width}}  {'n/a' if value is None else value}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

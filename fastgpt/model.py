@@ -185,14 +185,16 @@ class GPT(nn.Module):
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
+        top_p: float | None = None,
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
         """Yield one (B, 1) tensor of new ids after another, continuing the prompt idx (B, T), T >= 1.
 
-        temperature 0 is greedy; ``vocab_size`` excludes the padded rows. Keys and values are cached up to block_size;
-        past it the window slides, learned positions shift under every cached key, and each step encodes the last
-        block_size tokens anew, as without a cache.
+        temperature 0 is greedy; ``top_k`` keeps the k likeliest tokens, ``top_p`` the fewest whose probabilities reach p
+        (nucleus sampling, Holtzman et al. 2020); ``vocab_size`` excludes the padded rows. Keys and values are cached up to
+        block_size; past it the window slides, learned positions shift under every cached key, and each step encodes the
+        last block_size tokens anew, as without a cache.
         """
         if idx.shape[1] == 0:
             raise UserError("the prompt is empty: give at least one token")
@@ -206,16 +208,23 @@ class GPT(nn.Module):
             else:
                 h = self.hidden(sequence[:, -limit:])
             logits = self.ops.linear(h[:, -1], self.head).float()[:, :vocab_size]
-            pending = _sample(logits, temperature, top_k, generator)
+            pending = _sample(logits, temperature, top_k, top_p, generator)
             sequence = torch.cat((sequence, pending), 1)
             yield pending
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One id per row of logits (B, V): greedy at temperature 0, else from the softmax over the top_k."""
+def _sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """One id per row of logits (B, V): greedy at temperature 0, else from the softmax over what top_k and top_p leave."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         threshold = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -math.inf)
-    return torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+    probabilities = F.softmax(logits / temperature, -1)
+    if top_p is not None:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered  # the likeliest token always stays
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(probabilities, 1, generator=generator)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fastgpt.kernels import _adamw_plan, fused_adamw, working_copy
@@ -26,6 +27,7 @@ class FusedAdamW(Optimizer):
       device) counts them.
     - fp32 moments whatever the parameters' dtype, bf16 parameters rounded stochastically, and the working copies of
       fp32 parameters (kernels/working_copy.py) written in the same pass.
+    - Sharded parameters (FSDP2's DTensors): each rank updates its shards, and clips by the norm over all ranks.
     - GradScaler: ``scaler.step(optimizer)`` unscales inside the kernel and does not wait for the GPU.
 
     Parameters are dense, real tensors on one device. Each one's state is ``step`` (fp32, 0-dim, on the device),
@@ -193,21 +195,23 @@ class FusedAdamW(Optimizer):
         self.sync_hyperparameters()
         states = [self._state(param) for param in params]
         copies = [working_copy.existing(param) for param in params]
+        grad_scale = _scalar(getattr(self, "grad_scale", None), device)
         fused_adamw.adamw_(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [_local(param) for param in params],
+            [_local(grad) for grad in grads],
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
             [state["step"] for state in states],
             [copy for copy in copies if copy is not None],
             [i for i, copy in enumerate(copies) if copy is not None],
             group_of,
             self._hyper,
-            _scalar(getattr(self, "grad_scale", None), device),
+            grad_scale,
             _scalar(getattr(self, "found_inf", None), device),
             grad_norm,
             self.skipped_steps,
             self._seed,
+            _total_over_ranks(grads, grad_scale),
         )
         for param, copy in zip(params, copies):
             if copy is not None:
@@ -234,6 +238,30 @@ class FusedAdamW(Optimizer):
                     f"{moment.stride()}: parameters must be dense and keep their strides, so make it .contiguous()"
                 )
         return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _total_over_ranks(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
+    """Sum of squares of all unscaled gradients, one fp32, the same on every rank; None if no gradient is sharded (the
+    kernel then sums itself)."""
+    layouts = {(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None for grad in grads}
+    if layouts == {None}:
+        return None
+    if len(layouts) > 1:
+        raise ValueError(
+            "parameters are sharded in different ways: shard all of them alike, or use one FusedAdamW each"
+        )
+    norm = torch.nn.utils.get_total_norm([_local(grad) for grad in grads]).float()
+    total = (norm if grad_scale is None else norm / grad_scale.squeeze()).square()
+    mesh, placements = next(iter(layouts))  # type: ignore[misc]
+    for dim, placement in enumerate(placements):
+        if placement.is_shard():
+            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
+    return total
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:

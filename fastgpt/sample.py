@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -16,10 +17,16 @@ from fastgpt.errors import UserError
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Print text from a checkpoint."""
+    """Print text from a checkpoint, token by token as it is made.
+
+    Examples:
+      python -m fastgpt.sample runs/demo --prompt "def "
+      python -m fastgpt.sample runs/gpt2-124m --temperature 0            greedy
+      python -m fastgpt.sample runs/gpt2-124m --top-p 0.9 --samples 3
+    """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A checkpoint file, or a run's folder (its newest checkpoint)."""
+    """A checkpoint, or a run's folder (its newest checkpoint)."""
     prompt: str = "\n"
     """The text to continue."""
     tokens: int = 200
@@ -30,6 +37,8 @@ class SampleConfig:
     """0 is greedy; 1 samples from the model's own distribution."""
     top_k: int | None = 200
     """Sample among the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample among the fewest tokens whose probabilities reach p (nucleus sampling)."""
     seed: int = 1337
     kernels: Kernels = "eager"
     device: Device = "auto"
@@ -42,36 +51,59 @@ class SampleConfig:
             raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}: it must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: it must lie in (0, 1]")
         if not self.prompt:
             raise UserError("prompt is empty: give at least one character")
 
 
-def main(args: list[str]) -> int:
-    config = tyro.cli(SampleConfig, args=args, prog="fastgpt.sample")
-    where = device.pick(config.device, config.kernels)
-    from fastgpt.data import get_tokenizer
+def load_model(path: Path, kernels: str, where: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The model of a checkpoint, in eval mode on ``where``, and the config it was trained with."""
     from fastgpt.model import GPT
     from fastgpt.ops import get as get_ops
     from fastgpt.training import checkpoint
 
-    saved = checkpoint.load(checkpoint.resolve(config.checkpoint))
-    model = GPT(ModelConfig(**saved["config"]["model"]), get_ops(config.kernels))
+    saved = checkpoint.load(checkpoint.resolve(path))
+    model = GPT(ModelConfig(**saved["config"]["model"]), get_ops(kernels))
     model.load_state_dict(saved["model"])
-    model.to(where).eval()
-    tokenizer = get_tokenizer(saved["config"]["data"]["tokenizer"])
+    return model.to(where).eval(), saved["config"]
+
+
+def pieces(tokenizer: Any, ids: list[int], new: Iterable[int]) -> Iterator[str]:
+    """The text of ``new`` ids after ``ids``, piece by piece; a character that needs several tokens comes when it is whole."""
+    ids, shown = list(ids), len(tokenizer.decode(ids))
+    for token in new:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[shown:]
+            shown = len(text)
+    yield tokenizer.decode(ids)[shown:]
+
+
+def main(args: list[str]) -> int:
+    config = tyro.cli(SampleConfig, args=args, prog="python -m fastgpt.sample")
+    where = device.pick(config.device, config.kernels)
+    from fastgpt.data import get_tokenizer
+
+    model, trained = load_model(config.checkpoint, config.kernels, where)
+    tokenizer = get_tokenizer(trained["data"]["tokenizer"])
     generator = torch.Generator(where).manual_seed(config.seed)
-    prompt = torch.as_tensor([list(tokenizer.encode(config.prompt))], dtype=torch.int64, device=where)
+    ids = list(tokenizer.encode(config.prompt))
     for _ in range(config.samples):
         new = model.generate(
-            prompt,
+            torch.as_tensor([ids], dtype=torch.int64, device=where),
             config.tokens,
             temperature=config.temperature,
             top_k=config.top_k,
+            top_p=config.top_p,
             vocab_size=tokenizer.vocab_size,
             generator=generator,
         )
-        print(tokenizer.decode(prompt[0].tolist() + [int(token) for token in new]))
-        print("-" * 80)
+        print(config.prompt, end="", flush=True)
+        for text in pieces(tokenizer, ids, map(int, new)):
+            print(text, end="", flush=True)
+        print("\n" + "-" * 80)
     return 0
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fastgpt import ops
 from fastgpt.config import ModelConfig, load_preset
-from fastgpt.model import GPT
+from fastgpt.model import GPT, _sample
 from tests.parity import assert_parity
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
@@ -139,6 +139,16 @@ def test_sampling_stays_inside_top_k_and_the_real_vocabulary(device):
     greedy = torch.cat(list(model.generate(x, 10, temperature=0)), 1)
     top1 = torch.cat(list(model.generate(x, 10, top_k=1)), 1)
     assert torch.equal(greedy, top1)
+    nucleus = torch.cat(list(model.generate(x, 10, top_p=1e-9)), 1)  # the likeliest token reaches it alone
+    assert torch.equal(greedy, nucleus)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_reach_it(device):
+    probabilities = torch.tensor([[0.1, 0.4, 0.3, 0.2]], device=device)
+    drawn = {
+        p: {int(_sample(probabilities.log(), 1.0, None, p, None)) for _ in range(200)} for p in (0.3, 0.5, 0.75, 1.0)
+    }
+    assert drawn == {0.3: {1}, 0.5: {1, 2}, 0.75: {1, 2, 3}, 1.0: {0, 1, 2, 3}}
 
 
 def hugging_face(config: ModelConfig, device, dtype):

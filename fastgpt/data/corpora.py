@@ -1,70 +1,90 @@
-"""Where text comes from: the standard library's sources, or files of the user's.
+"""Where text comes from: the standard library's sources, files of the user's, a dataset of the Hugging Face hub.
 
-A corpus is an ordered list of files, each a stream of (name, text) documents in an order that never changes: what
-``prepare`` makes of it can be repeated, and later continued, exactly.
+A corpus is a stream of documents in an order that never changes, and every point of it can be named: what ``prepare``
+makes of it can be repeated, and continued where it was left, exactly.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, NamedTuple, Protocol
 
+from fastgpt.data.readers import ALL_SUFFIXES, TABLE_SUFFIXES, Row, cut_position, first_line, read_cut_text, reader_of
 from fastgpt.errors import UserError
 
 STDLIB = "stdlib"
-TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".py"}
-ALL_SUFFIXES = TEXT_SUFFIXES | {".jsonl", ".parquet"}
+HUB = "hf:"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 NOT_IN_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-PIECE = 1 << 20
-"""Bytes after which a long text file goes on as another document, at the end of a line: no file is ever in memory
-whole, and a long file is spread over both sides of the split."""
-LONG_LINE = 1 << 16
+
+
+class Document(NamedTuple):
+    name: str
+    text: str
+    side: str | None = None
+    """``"train"`` or ``"val"`` where the corpus itself is split, by position; else the text's hash decides."""
+
+
+class Reading(Protocol):
+    """One pass over a corpus: an iterator that knows where it is."""
+
+    def __iter__(self) -> Iterator[Document]: ...
+
+    def position(self) -> dict[str, Any]:
+        """Just after the document last given, as JSON: ``corpus.read(position)`` goes on there."""
+
+    def done(self) -> float | None:
+        """The share of the corpus that is behind, 0..1, for a progress bar; None if unknown."""
+
+    def skipped(self) -> list[str]:
+        """Files that could not be decoded and were passed over."""
+
+
+class Corpus(Protocol):
+    @property
+    def source(self) -> str:
+        """What the user called it."""
+
+    @property
+    def size(self) -> int | None:
+        """Bytes on the disk, None if unknown."""
+
+    def recipe(self) -> dict[str, Any]:
+        """All that the documents are a function of, as JSON."""
+
+    def split_by_position(self, val_fraction: float) -> int | None:
+        """Where a corpus that is one single text is cut in two, in bytes; None for one of documents."""
+
+    def read(self, position: dict[str, Any] | None = None) -> Reading: ...
 
 
 @dataclass
-class Corpus:
-    """Files to read documents from. ``skipped`` names those that the last pass of ``documents()`` could not decode."""
+class Files:
+    """An ordered list of files as a corpus."""
 
     source: str
     root: Path
     files: list[Path]
+    text_column: str = "text"
     strict: bool = False
     """An undecodable file is an error, not skipped: it was named by the user himself."""
-    skipped: list[str] = field(default_factory=list)
-
-    def documents(self) -> Iterator[tuple[str, str]]:
-        """Every non-empty document with its name: ``file``, ``file#piece`` or ``file:row``."""
-        self.skipped.clear()
-        for path in self.files:
-            name = path.relative_to(self.root).as_posix()
-            try:
-                for at, text in _READERS.get(path.suffix, _read_text)(path):
-                    if text:
-                        yield name + at, text
-            except (UnicodeDecodeError, OSError) as error:
-                if self.strict:
-                    raise UserError(f"data {str(path)!r} cannot be read as UTF-8 text: {error}") from error
-                self.skipped.append(name)
+    cut: int | None = None
 
     @property
-    def single_text(self) -> Path | None:
-        """The file, where the whole corpus is one text file: it is split by position, not by document."""
-        only = self.files[0]
-        return only if len(self.files) == 1 and only.suffix not in _READERS else None
-
-    @property
-    def total_bytes(self) -> int | None:
-        """Bytes of text to come, for a progress bar; unknown where files are compressed."""
-        if any(f.suffix == ".parquet" for f in self.files):
-            return None
+    def size(self) -> int:
         return sum(f.stat().st_size for f in self.files)
+
+    def recipe(self) -> dict[str, Any]:
+        where = self.source if self.source == STDLIB else str(Path(self.source).expanduser().resolve())
+        return {"source": where, "source_digest": self.digest(), "text_column": self.text_column}
 
     def digest(self) -> str:
         """Changes when the files do. From names, sizes and times: hashing 100 GB of text at every start would not do.
@@ -76,120 +96,131 @@ class Corpus:
             known.update(f"{path.relative_to(self.root).as_posix()}\0{stat.st_size}\0{time}\n".encode())
         return known.hexdigest()
 
+    def split_by_position(self, val_fraction: float) -> int | None:
+        only = self.files[0]
+        if len(self.files) > 1 or only.name.endswith(TABLE_SUFFIXES):
+            return None
+        self.cut = cut_position(only, val_fraction)
+        return self.cut
 
-def open_corpus(source: str | os.PathLike[str]) -> Corpus:
-    """``"stdlib"``, a text, ``.jsonl`` (field ``text``) or ``.parquet`` (column ``text``) file, or a folder of those.
+    def read(self, position: dict[str, Any] | None = None) -> FileReading:
+        return FileReading(self, **(position or {}))
+
+
+@dataclass
+class FileReading:
+    """``row`` rows of file number ``file`` are behind, and all files before it."""
+
+    corpus: Files
+    file: int = 0
+    row: int = 0
+    undecoded: list[str] = field(default_factory=list)
+    _offset: int = 0
+
+    def __post_init__(self) -> None:
+        self._before = [0, *accumulate(f.stat().st_size for f in self.corpus.files)]
+        """Bytes of the files before each."""
+
+    def __iter__(self) -> Iterator[Document]:
+        files = self.corpus.files
+        while self.file < len(files):
+            path = files[self.file]
+            name = path.relative_to(self.corpus.root).as_posix()
+            try:
+                for side, row in self._rows(path):
+                    self.row += 1
+                    self._offset = row.offset
+                    if row.text:
+                        yield Document(name + row.at, row.text, side)
+            except (UnicodeDecodeError, OSError) as error:
+                if self.corpus.strict:
+                    raise UserError(f"data {str(path)!r} cannot be read as UTF-8 text: {first_line(error)}") from error
+                self.undecoded = [*self.undecoded, name]
+            self.file, self.row, self._offset = self.file + 1, 0, 0
+
+    def _rows(self, path: Path) -> Iterator[tuple[str | None, Row]]:
+        if self.corpus.cut is not None:
+            yield from read_cut_text(path, self.corpus.cut, self.row)
+        else:
+            yield from ((None, row) for row in reader_of(path)(path, self.corpus.text_column, self.row))
+
+    def position(self) -> dict[str, Any]:
+        return {"file": self.file, "row": self.row, "undecoded": self.undecoded}
+
+    def done(self) -> float:
+        return min(1.0, (self._before[self.file] + self._offset) / max(1, self._before[-1]))
+
+    def skipped(self) -> list[str]:
+        return self.undecoded
+
+
+def open_corpus(
+    source: str | os.PathLike[str],
+    *,
+    text_column: str = "text",
+    config_name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+) -> Corpus:
+    """``"stdlib"``; a text, ``.jsonl`` (also ``.gz``, ``.zst``) or ``.parquet`` file, or a folder of those; or, where
+    there is no such file, a dataset of the Hugging Face hub. ``hf:NAME`` is always one for the datasets library.
+
+    Args:
+        source: see above.
+        text_column: the field of a JSON line, or the column of a table, that holds the text.
+        config_name, split, revision: of a Hugging Face dataset.
 
     Raises:
         UserError: there is nothing there, or nothing in it.
     """
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = _walk(root, {".py"}, without=NOT_IN_STDLIB)
+        files = _walk(root, (".py",), without=NOT_IN_STDLIB)
         if not files:
             raise UserError(f"data 'stdlib': {root} holds no .py files; name a text file or a folder of your own")
-        return Corpus(STDLIB, root, files)
+        return Files(STDLIB, root, files)
     path = Path(source).expanduser()
+    if is_hub_name(source):
+        from fastgpt.data.hub import HubCorpus
+
+        return HubCorpus(str(source).removeprefix(HUB), config_name, split, text_column, revision)
+    if config_name is not None:
+        raise UserError(
+            f"config_name is {config_name!r}, and data {str(source)!r} is a file or folder here: leave it out"
+        )
     if path.is_dir():
         files = _walk(path, ALL_SUFFIXES)
         if not files:
-            wanted = " ".join(sorted(ALL_SUFFIXES))
-            raise UserError(f"data {str(source)!r} is a folder without text: it must hold files that end in {wanted}")
-        return Corpus(str(source), path, files)
+            raise UserError(
+                f"data {str(source)!r} is a folder without text: it must hold files that end in {' '.join(ALL_SUFFIXES)}"
+            )
+        return Files(str(source), path, files, text_column)
     if not path.is_file():
         raise UserError(f"data {str(source)!r} does not exist: it must be 'stdlib', or a file or folder of text")
     if path.stat().st_size == 0:
         raise UserError(f"data {str(source)!r} is empty: it must hold text")
-    return Corpus(str(source), path.parent, [path], strict=True)
+    return Files(str(source), path.parent, [path], text_column, strict=True)
 
 
-def documents(source: str | os.PathLike[str]) -> Iterator[tuple[str, str]]:
+def is_hub_name(source: str | os.PathLike[str]) -> bool:
+    """``hf:...``, or ``owner/name`` or ``name`` where no such file is and no ending says that one was meant."""
+    if not isinstance(source, str) or source == STDLIB:
+        return False
+    if source.startswith(HUB):
+        return True
+    looks_so = HUB_NAME.fullmatch(source) and not source.endswith((*ALL_SUFFIXES, ".bin", ".json"))
+    return bool(looks_so) and not Path(source).exists()
+
+
+def documents(source: str | os.PathLike[str], **options: Any) -> Iterator[tuple[str, str]]:
     """The (name, text) documents of a source, see ``open_corpus``."""
-    return open_corpus(source).documents()
+    return ((document.name, document.text) for document in open_corpus(source, **options).read())
 
 
-def read_pieces(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """Bytes start..stop of a text file as pieces of about ``PIECE`` bytes that end where a line does."""
-    with path.open("rb") as file:
-        file.seek(start)
-        left = (path.stat().st_size if stop is None else stop) - start
-        while left > 0:
-            data = file.read(min(PIECE, left))
-            if not data:
-                return
-            if len(data) < left:
-                data += _rest_of_line(file, min(LONG_LINE, left - len(data)))
-            left -= len(data)
-            yield data.decode("utf-8")
-
-
-def cut_position(path: Path, fraction: float) -> int:
-    """The byte offset, at the end of a line if one is near, that leaves about ``fraction`` of the file behind it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        target = file.seek(int(size * (1 - fraction)))
-        # Looks at half of the remainder at most: a file of one line must not lose all of it.
-        return target + len(_rest_of_line(file, min(LONG_LINE, (size - target) // 2)))
-
-
-def _rest_of_line(file: BinaryIO, limit: int) -> bytes:
-    """Up to and with the next newline; without one in ``limit`` bytes, to the end of a UTF-8 character."""
-    rest = file.readline(limit) if limit > 0 else b""
-    while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:
-        rest += byte
-    if byte:
-        file.seek(-1, os.SEEK_CUR)
-    return rest
-
-
-def _walk(root: Path, suffixes: set[str], without: frozenset[str] = frozenset()) -> list[Path]:
+def _walk(root: Path, suffixes: tuple[str, ...], without: frozenset[str] = frozenset()) -> list[Path]:
     """Files below root, sorted; folders named in ``without`` are not entered (site-packages can be huge)."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [s for s in subfolders if s not in without]
-        found += [Path(folder, name) for name in names if os.path.splitext(name)[1] in suffixes]
+        found += [Path(folder, name) for name in names if name.endswith(suffixes)]
     return sorted(f for f in found if f.is_file())
-
-
-def _read_text(path: Path) -> Iterator[tuple[str, str]]:
-    for i, text in enumerate(read_pieces(path)):
-        yield (f"#{i}" if i else ""), text
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        for i, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise UserError(f"data {str(path)!r} line {i}: each line must be a JSON object with a string 'text'")
-            yield f":{i}", text
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(f"data {str(path)!r} is parquet, which needs pyarrow: run `pip install pyarrow`") from None
-    try:
-        with pq.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if "text" not in names:
-                raise UserError(f"data {str(path)!r} has no column 'text', only {', '.join(names) or 'none'}")
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if text is not None and not isinstance(text, str):
-                        raise UserError(f"data {str(path)!r}: column 'text' must hold strings, not {type(text)}")
-                    yield f":{row}", text or ""
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data {str(path)!r} cannot be read as parquet: {str(error).splitlines()[0]}") from error
-
-
-_READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

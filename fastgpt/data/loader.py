@@ -1,28 +1,33 @@
-"""Batches from token shards: every window once per epoch, in an order that is one function of (seed, epoch).
-
-A window is block_size + 1 tokens, and the next begins block_size later, so that every token but a file's first is the
-target of exactly one window. A file of n tokens has w = (n - 1) // block_size windows; the r = n - 1 - w * block_size
-targets left over (always fewer than block_size) are dropped, at its start, its end or both: each epoch begins at
-another of the r + 1 offsets, so nothing is skipped for ever and the number of windows never changes.
+"""Batches from token files, prepared ahead by a thread: every window once per epoch, in an order that is one function
+of (seed, epoch). What a window is, and the order, is in ``windows``.
 
 All windows of all epochs form one endless sequence: epoch 0 shuffled, epoch 1 shuffled, ... Step s of a run on R ranks
-takes the next R * batch_size of it, and rank i its i-th part. So ranks never overlap, a batch at the end of an epoch
-goes on into the next rather than being cut or dropped, and the loader's whole state is how many windows were taken:
-it resumes at the very next one, on another number of ranks or another batch size too.
+takes the next R * batch_size of it, and rank i its i-th part. So ranks never overlap and always have equal batches, a
+batch at the end of an epoch goes on into the next rather than being cut or dropped, and the loader's whole state is
+how many windows were taken: it resumes at the very next one, on another number of ranks or another batch size too.
+
+Windows are fetched in blocks of many batches, since a batch of 4 x 32 tokens is not worth a call to NumPy; one thread
+makes the next blocks while the current one is used. The state counts what was handed out, not what is ready.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt.data.shards import check_ids, open_shard
+from fastgpt.data.verification import verify_files
+from fastgpt.data.windows import ORDER, Windows
 from fastgpt.errors import UserError
+
+BLOCK_TOKENS = 1 << 17
+"""Tokens per block, at least one batch: 2 MiB as two int64 tensors."""
 
 
 class TokenLoader:
@@ -32,7 +37,10 @@ class TokenLoader:
         paths: shards (llm.c) or headerless uint16 files (nanoGPT), memory-mapped.
         block_size: tokens per row, T.
         batch_size: rows per batch and rank, B.
-        vocab_size: if given, every id of every file is checked against it here.
+        vocab_size: if given, every id of every file is checked against it here, see ``verification``.
+        doc_ids: batches have a third part, the number of each token's document within its row.
+        eot: the id that documents begin with, for ``doc_ids``.
+        prefetch: blocks made ahead by a thread; 0 makes each when it is asked for, without a thread.
 
     Raises:
         UserError: a file is damaged or holds other ids, or all files together hold no window.
@@ -48,60 +56,59 @@ class TokenLoader:
         rank: int = 0,
         world_size: int = 1,
         vocab_size: int | None = None,
+        doc_ids: bool = False,
+        eot: int | None = None,
+        prefetch: int = 2,
     ) -> None:
         for name, value in (("block_size", block_size), ("batch_size", batch_size), ("world_size", world_size)):
             if value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
         if not 0 <= rank < world_size:
             raise UserError(f"rank is {rank}: it must be in 0..{world_size - 1}")
-        if seed < 0:
-            raise UserError(f"seed is {seed}: it must not be negative")
+        for name, value in (("seed", seed), ("prefetch", prefetch)):
+            if value < 0:
+                raise UserError(f"{name} is {value}: it must not be negative")
+        if doc_ids and eot is None:
+            raise UserError("doc_ids needs eot, the tokenizer's id between documents")
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.position = 0
         """Windows taken so far by all ranks together, over all epochs."""
 
-        # Plain views: indexing np.memmap itself costs a Python-level wrapper each time.
-        files = [np.asarray(open_shard(path)) for path in paths]
+        self._windows = Windows(paths, block_size)
         if vocab_size is not None:
-            for path, tokens in zip(paths, files):
-                check_ids(tokens, vocab_size, path)
-        targets = np.array([len(tokens) - 1 for tokens in files], dtype=np.int64)
-        counts = targets // block_size
-        self.windows = int(counts.sum())
-        """Windows per epoch."""
-        if self.windows == 0:
-            names = ", ".join(repr(str(path)) for path in paths[:3]) or "no file"
-            raise UserError(
-                f"data ({names}) holds {max((len(f) for f in files), default=0)} tokens, fewer than block_size + 1 = "
-                f"{block_size + 1}: use more text or a smaller block_size"
-            )
-        self.tokens = int(targets.sum() + len(files))
-        self._slack = np.where(counts > 0, targets % block_size, 0)
-        self._first = np.concatenate(([0], np.cumsum(counts)[:-1]))
-        self._views = [
-            np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1) if count else None
-            for tokens, count in zip(files, counts)
-        ]
-        self._order = lru_cache(maxsize=2)(self._make_order)
+            verify_files(paths, vocab_size)
+        self.windows, self.tokens = self._windows.count, self._windows.tokens
+        """Windows per epoch, and tokens of all files."""
+        self._eot = eot if doc_ids else None
+        self._step = world_size * batch_size
+        # Of little data an epoch at most, since each epoch has an order to draw.
+        self._batches_per_block = max(1, min(BLOCK_TOKENS // (batch_size * block_size), self.windows // self._step))
+        self._prefetch = prefetch
+        self._ready: deque[tuple[Tensor, ...]] = deque()
+        self._ahead: deque[Future[Tensor]] = deque()
+        self._thread: ThreadPoolExecutor | None = None
+        self._device = torch.device("cpu")
+        self._asked: torch.device | str = "cpu"
+        self._process = os.getpid()
 
     @property
     def epoch(self) -> int:
         """The epoch that the next window belongs to, from 0."""
         return self.position // self.windows
 
-    def next_batch(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Inputs x and targets y, int64 (batch_size, block_size); y is x one token later."""
-        mine = self.position + self.rank * self.batch_size + np.arange(self.batch_size)
-        batch = np.empty((self.batch_size, self.block_size + 1), np.uint16)
-        for epoch in range(int(mine[0]) // self.windows, int(mine[-1]) // self.windows + 1):
-            rows = mine // self.windows == epoch
-            order, offsets = self._order(epoch)
-            batch[rows] = self.read(order[mine[rows] % self.windows], offsets)
-        self.position += self.world_size * self.batch_size
-        return _to_tensors(batch, device)
+    def next_batch(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        """Inputs x and targets y, int64 (batch_size, block_size), on the device; y is x one token later.
 
-    def eval_batches(self, n: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+        With ``doc_ids`` also ids int32 (batch_size, block_size): 0 for what a row begins with, one more from each
+        end-of-text on. An exception of the thread that makes the batches is raised here; the position stays.
+        """
+        if not self._ready or device != self._asked:
+            self._next_block(device)
+        self.position += self._step
+        return self._ready.popleft()
+
+    def eval_batches(self, n: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, ...]]:
         """The same windows at every call, spread evenly over the data: at most n batches, all of one size, so that the
         mean of their losses is the mean over tokens. ``next_batch`` is not moved by it.
 
@@ -112,21 +119,8 @@ class TokenLoader:
         n = max(1, min(n, self.windows // step))
         chosen = np.arange(n * step, dtype=np.int64) * self.windows // (n * step)
         for ids in chosen.reshape(n, self.world_size, size)[:, self.rank]:
-            yield _to_tensors(self.read(ids), device)
-
-    def read(self, ids: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
-        """Windows by number, uint16 (len(ids), block_size + 1); ``offsets`` (one per file) shift where files begin."""
-        file = np.searchsorted(self._first, ids, side="right") - 1
-        start = (ids - self._first[file]) * self.block_size
-        if offsets is not None:
-            start += offsets[file]
-        if file[0] == file[-1] and (file == file[0]).all():
-            return self._views[file[0]][start]
-        out = np.empty((len(ids), self.block_size + 1), np.uint16)
-        for f in np.unique(file):
-            rows = file == f
-            out[rows] = self._views[f][start[rows]]
-        return out
+            block = _to_block(self._windows.read(ids), 1, torch.device(device))
+            yield _batches_of(block.to(device, non_blocking=True), self._eot)[0]
 
     def state_dict(self) -> dict[str, int]:
         return {
@@ -134,10 +128,13 @@ class TokenLoader:
             "seed": self.seed,
             "windows": self.windows,
             "block_size": self.block_size,
+            "order": ORDER,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on at the very next window, in the order of the seed that the state was made with.
+
+        A state from before ``ORDER`` 2 goes on at the same place of an epoch that is shuffled otherwise.
 
         Raises:
             UserError: the state belongs to other data or another block_size, where a position means nothing.
@@ -150,29 +147,77 @@ class TokenLoader:
         if wrong:
             raise UserError(f"the data is not what the checkpoint was trained on ({'; '.join(wrong)})")
         self.position, self.seed = state["position"], state["seed"]
-        self._order.cache_clear()
+        self._forget()
 
-    def _make_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the windows in an epoch, and where each file begins.
+    def close(self) -> None:
+        """Ends the thread, at once and for good. (``next_batch`` would start another.)"""
+        self._forget()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread = None
 
-        From raw PCG64 output and a stable sort, not Generator.permutation: NumPy promises the former never to change,
-        so a run resumed under another NumPy goes on in the same order.
-        """
-        files = len(self._slack)
-        raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(files + self.windows)
-        offsets = raw[:files] % (self._slack + 1).astype(np.uint64)
-        return np.argsort(raw[files:], kind="stable"), offsets.astype(np.int64)
+    def __enter__(self) -> TokenLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _forget(self) -> None:
+        """Drops what is ready or on its way: it no longer follows on ``position``."""
+        self._ready.clear()
+        for block in self._ahead:
+            block.cancel()
+        self._ahead.clear()
+
+    def _next_block(self, device: torch.device | str) -> None:
+        if device != self._asked:
+            self._asked, self._device = device, torch.device(device)
+            self._forget()
+        if os.getpid() != self._process:  # a forked child has the queue but not the thread
+            self._process, self._thread = os.getpid(), None
+            self._forget()
+        try:
+            block = self._from_thread() if self._prefetch else self._make_block(self.position)
+        except BaseException:
+            self._forget()
+            raise
+        self._ready.extend(_batches_of(block.to(self._device, non_blocking=True), self._eot))
+
+    def _from_thread(self) -> Tensor:
+        """The block at ``position``; the ones after it are on their way when this returns."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "tokens")
+        span = self._batches_per_block * self._step
+        while len(self._ahead) <= self._prefetch:
+            start = self.position + len(self._ahead) * span
+            self._ahead.append(self._thread.submit(self._make_block, start))
+        return self._ahead.popleft().result()
+
+    def _make_block(self, position: int) -> Tensor:
+        """The batches of this rank from a position on, as one tensor, see ``_to_block``."""
+        steps = np.arange(self._batches_per_block, dtype=np.int64)[:, None] * self._step
+        mine = position + self.rank * self.batch_size + steps + np.arange(self.batch_size)
+        # A thread starts on GPU 0, and pinned memory belongs to a GPU.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            return _to_block(self._windows.in_order(mine.ravel(), self.seed), len(steps), self._device)
 
 
-def _to_tensors(batch: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """uint16 (B, T + 1) -> x, y int64 (B, T), copied to a GPU without waiting for it.
+def _to_block(rows: np.ndarray, batches: int, device: torch.device) -> Tensor:
+    """uint16 (batches * B, T + 1) -> int64 (2, batches, B, T): all x, all y.
 
-    The pinned memory is new each time: PyTorch's allocator hands it out again only after the copy has happened.
+    The memory is pinned if it is to be copied to a GPU, and new each time: PyTorch's allocator hands it out again only
+    after the copy has happened.
     """
-    device = torch.device(device)
-    rows, width = batch.shape
-    both = torch.empty((2, rows, width - 1), dtype=torch.int64, pin_memory=device.type == "cuda")
-    x, y = both.numpy()
-    x[:], y[:] = batch[:, :-1], batch[:, 1:]
-    both = both.to(device, non_blocking=True)
-    return both[0], both[1]
+    block = torch.empty(
+        (2, batches, len(rows) // batches, rows.shape[1] - 1), dtype=torch.int64, pin_memory=device.type == "cuda"
+    )
+    x, y = block.numpy().reshape(2, len(rows), -1)
+    x[:], y[:] = rows[:, :-1], rows[:, 1:]
+    return block
+
+
+def _batches_of(block: Tensor, eot: int | None) -> list[tuple[Tensor, ...]]:
+    """(x, y) or (x, y, document ids) of each batch of a block, views of it."""
+    x, y = block
+    parts = (x, y) if eot is None else (x, y, (x == eot).cumsum(-1, dtype=torch.int32))
+    return list(zip(*(part.unbind(0) for part in parts)))

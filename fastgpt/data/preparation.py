@@ -1,39 +1,50 @@
-"""A corpus becomes a folder of shards, once.
+"""A corpus becomes a folder of shards, once, however often the process is killed on the way.
 
 ``prepare`` writes train_000000.bin, ..., val_000000.bin, ... and manifest.json. Each document is preceded by the
-end-of-text id (as llm.c and modded-nanogpt write it: the id counts as the first of its document). The folder is built
-under another name beside its place and renamed when all of it is on the disk: what bears the name is whole, whenever
-the process was killed.
+end-of-text id (as llm.c and modded-nanogpt write it: the id counts as the first of its document). The work happens in
+``OUT.partial``, which is renamed when all of it is on the disk: what bears the name is whole.
+
+``OUT.partial/progress.json`` says how far it is: the point of the corpus, and the sizes of the shards there. It is
+replaced, all at once, every few seconds, after the tokens that it counts are on the disk. Another process takes up
+from it, cuts off what came later and does that again. What is written depends on the corpus alone, not on where it was
+interrupted nor on how many cores worked: the shards and the manifest are the same byte for byte.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
-import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from hashlib import blake2b
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastgpt.data.corpora import STDLIB, Corpus, cut_position, open_corpus, read_pieces
-from fastgpt.data.shards import atomic_file, open_shard, write_shard
+from fastgpt import __version__
+from fastgpt.data import encoding
+from fastgpt.data.corpora import Corpus, open_corpus
+from fastgpt.data.encoding import Encoded, cores, encode_corpus
+from fastgpt.data.progress import ProgressReport
+from fastgpt.data.shards import atomic_file, open_shard
 from fastgpt.data.tokenizer import Tokenizer
+from fastgpt.data.writing import ShardWriter
 from fastgpt.errors import UserError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+PROGRESS = "progress.json"
+FORMAT = 2
 VAL_FRACTION = 0.05
 SHARD_TOKENS = 100_000_000
-BATCH_CHARS = 1 << 22
-"""Text tokenised in one go, on all cores: enough to keep them busy, little enough to forget."""
-STALE_SECONDS = 3600.0
+SIDES = ("train", "val")
+COMMIT_SECONDS = 5.0
+"""What a killed process loses at most, of work."""
 
 
 def prepare(
@@ -44,198 +55,289 @@ def prepare(
     val_fraction: float = VAL_FRACTION,
     seed: int = 0,
     shard_tokens: int = SHARD_TOKENS,
+    max_tokens: int | None = None,
+    text_column: str = "text",
+    config_name: str | None = None,
+    split: str = "train",
+    workers: int | None = None,
 ) -> dict[str, Any]:
-    """Tokenises a source into ``out_dir`` and returns the manifest; with the very same one there, just returns it.
+    """Tokenises a source into ``out_dir`` and returns the manifest; goes on where an earlier call with the same
+    arguments was interrupted; with the very same one there already, just returns it.
 
-    The split is a function of each document's content, salted with ``seed``: equal documents go to the same side, so
+    The split is a function of each document's text, salted with ``seed``: equal documents go to the same side, so
     nothing in validation was trained on. A source of one text file is split by position, its end for validation.
 
+    Args:
+        source, text_column, config_name, split: see ``corpora.open_corpus``.
+        val_fraction: the share of documents (of bytes, for one text) that is validation.
+        shard_tokens: tokens per shard.
+        max_tokens: stop with the document that reaches so many tokens of both sides together; None reads everything.
+        workers: default all cores. The result does not depend on it.
+
     Raises:
-        UserError: nothing to read, too little to split, or ``out_dir`` holds something else (it is never overwritten).
+        UserError: nothing to read, too little to split, ``out_dir`` or its ``.partial`` holds something else (it is
+            never overwritten), or the disk is full (what is there stays, and can be continued).
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}: it must lie between 0 and 1")
-    corpus = open_corpus(source)
-    recipe = recipe_of(corpus, tokenizer, val_fraction, seed, shard_tokens)
+    _check_options(val_fraction=val_fraction, shard_tokens=shard_tokens, max_tokens=max_tokens, workers=workers)
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError("prepare() was called while a worker imports the main script: guard it by __name__")
     out = Path(out_dir).expanduser()
+    work = out.with_name(out.name + ".partial")
+    corpus = open_corpus(
+        source,
+        text_column=text_column,
+        config_name=config_name,
+        split=split,
+        revision=_revision_of(out / MANIFEST) or _revision_of(work / PROGRESS),
+    )
+    recipe = recipe_of(corpus, tokenizer, val_fraction, seed, shard_tokens, max_tokens)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
     if (manifest := _whole(out, recipe)) is not None:
         return manifest
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{str(out)!r} already holds something else: delete it or name another folder")
-    work = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        work.mkdir()
-        try:
-            manifest = _fill(work, corpus, tokenizer, recipe)
-            return _publish(work, out, manifest)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+        with _lock(out, console):
+            if (manifest := _whole(out, recipe)) is not None:  # another process was faster
+                return manifest
+            manifest = _Preparation(work, corpus, tokenizer, recipe, workers or cores(), console).run()
+            _publish(work, out)
+            return manifest
     except OSError as error:
-        raise UserError(f"the prepared data cannot be written to {str(out)!r}: {error}") from error
+        raise UserError(_cannot_write(error, out, work)) from error
 
 
-def recipe_of(corpus: Corpus, tok: Tokenizer, val_fraction: float, seed: int, shard_tokens: int) -> dict[str, Any]:
+def recipe_of(
+    corpus: Corpus,
+    tok: Tokenizer,
+    val_fraction: float = VAL_FRACTION,
+    seed: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
     """All that the shards are a function of."""
-    source = corpus.source if corpus.source == STDLIB else str(Path(corpus.source).expanduser().resolve())
     return {
         "format": FORMAT,
-        "source": source,
-        "source_digest": corpus.digest(),
+        **corpus.recipe(),
         "tokenizer": tok.name,
         "val_fraction": val_fraction,
         "seed": seed,
         "shard_tokens": shard_tokens,
+        "max_tokens": max_tokens,
     }
 
 
-class _Split:
-    """Assigns documents by a hash of their text. ``limit`` is exclusive: hashes below it go to validation."""
-
-    def __init__(self, val_fraction: float, seed: int) -> None:
-        self.limit = int(val_fraction * 2**64)
-        self.salt = str(seed).encode()
-        self.smallest = self.largest = -1
-
-    def side(self, text: str) -> str:
-        digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=self.salt[:16]).digest()
-        h = int.from_bytes(digest, "big")
-        self.smallest = h if self.smallest < 0 else min(self.smallest, h)
-        self.largest = max(self.largest, h)
-        return "val" if h < self.limit else "train"
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a prepared folder says of itself; None for one without, or made by others."""
+    manifest = _read_json(folder / MANIFEST)
+    return manifest if manifest is not None and isinstance(manifest.get("shards"), list) else None
 
 
-def _fill(work: Path, corpus: Corpus, tok: Tokenizer, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Writes the shards and the manifest into ``work``."""
-    split = _Split(recipe["val_fraction"], recipe["seed"])
-    for _ in range(2):
-        if corpus.single_text is not None:
-            cut = cut_position(corpus.single_text, recipe["val_fraction"])
-            rule = f"by position: the bytes from {cut} on are validation"
-            sides = _by_position(corpus.single_text, cut)
-        else:
-            rule = f"by document: blake2b-64(text, salt=seed) < {split.limit} is validation"
-            sides = ((split.side(text), text) for _, text in corpus.documents())
-        writers = {side: _ShardWriter(work, side, recipe["shard_tokens"]) for side in ("train", "val")}
-        _tokenise(sides, writers, tok, corpus)
-        if all(w.documents for w in writers.values()):
-            break
-        if not any(w.documents for w in writers.values()):
-            raise UserError(f"data {corpus.source!r} holds no text ({len(corpus.skipped)} files were not UTF-8)")
-        if corpus.single_text is not None or split.smallest == split.largest:
+@dataclass
+class _Preparation:
+    """The work in ``OUT.partial``."""
+
+    work: Path
+    corpus: Corpus
+    tok: Tokenizer
+    recipe: dict[str, Any]
+    workers: int
+    console: Console
+    cut: int | None = None
+    """Where a single text is split, in bytes."""
+    # What progress.json holds besides the recipe:
+    limit: int = 0
+    """Documents whose hash is below it are validation."""
+    smallest: int | None = None
+    largest: int | None = None
+    position: dict[str, Any] | None = None
+    skipped: list[str] = field(default_factory=list)
+    writers: dict[str, ShardWriter] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Any]:
+        """Returns the manifest when it and all shards are on the disk in the work folder."""
+        if (manifest := _whole(self.work, self.recipe)) is not None:
+            return manifest  # killed just before it was renamed
+        self.cut = self.corpus.split_by_position(self.recipe["val_fraction"])
+        if self.cut is not None and (most := self.recipe["max_tokens"]) is not None:
             raise UserError(
-                f"data {corpus.source!r} holds one document: there must be two, to train and to validate on"
+                f"max_tokens is {most}, and data {self.corpus.source!r} is one text, whose end validates: shorten the file"
             )
-        # A small corpus, and chance left one side without any: its document of the smallest hash validates.
-        for writer in writers.values():
-            writer.discard()
-        split.limit = split.smallest + 1
-    manifest = {
-        **recipe,
-        "split": rule,
-        "vocab_size": tok.vocab_size,
-        "eot": tok.eot,
-        "eot_is": "the first token of every document",
-        "skipped_files": corpus.skipped,
-        "documents": {side: w.documents for side, w in writers.items()},
-        "tokens": {side: w.tokens for side, w in writers.items()},
-        "shards": [shard for w in writers.values() for shard in w.close()],
-    }
-    with atomic_file(work / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=2).encode())
-    return manifest
+        self._take_up()
+        try:
+            manifest = self._manifest(self._fill())
+        except UserError:
+            if self._tokens() == 0:  # nothing to go on with: leave nothing in the way
+                (self.work / PROGRESS).unlink()
+                with suppress(OSError):
+                    self.work.rmdir()
+            raise
+        finally:
+            for writer in self.writers.values():
+                writer.abandon()
+        _write_json(self.work / MANIFEST, manifest)
+        return manifest
+
+    def _manifest(self, rule: str) -> dict[str, Any]:
+        """Ends the shards."""
+        return {
+            **self.recipe,
+            "fastgpt": __version__,
+            "split": rule,
+            "vocab_size": self.tok.vocab_size,
+            "eot": self.tok.eot,
+            "eot_is": "the first token of every document",
+            "skipped_files": self.skipped,
+            "documents": {side: w.documents for side, w in self.writers.items()},
+            "tokens": {side: w.tokens for side, w in self.writers.items()},
+            "shards": [shard for w in self.writers.values() for shard in w.close()],
+        }
+
+    def _fill(self) -> str:
+        """Writes all tokens; returns the rule of the split, in words."""
+        self._pass()
+        documents = {side: w.documents for side, w in self.writers.items()}
+        if not all(documents.values()):
+            self._no_empty_side(documents)
+            self._pass()
+        if self.cut is not None:
+            return f"by position: the bytes from {self.cut} on are validation"
+        return f"by document: blake2b-64(text, salt=seed) < {self.limit} is validation"
+
+    def _no_empty_side(self, documents: dict[str, int]) -> None:
+        """A small corpus, and chance left one side without any: its document of the smallest hash validates."""
+        if not any(documents.values()):
+            self._start_over()
+            files = f" ({len(self.skipped)} files were not UTF-8)" if self.skipped else ""
+            raise UserError(f"data {self.corpus.source!r} holds no text{files}")
+        if self.cut is not None or self.smallest is None or self.smallest == self.largest:
+            self._start_over()
+            raise UserError(
+                f"data {self.corpus.source!r} holds one document: there must be two, to train and to validate on"
+            )
+        self.limit = self.smallest + 1
+        self._start_over()
+
+    def _pass(self) -> None:
+        """From where the corpus is to its end."""
+        reading = self.corpus.read(self.position)
+        size = self.corpus.size
+        processes = self.workers > 1 and (size is None or size >= encoding.SMALL)
+        report = ProgressReport(f"{self.corpus.source} ({self.tok.name})", self._tokens(), self.console)
+        encoded = encode_corpus(reading, self.tok, self.recipe["seed"], self.workers, processes)
+        max_tokens = self.recipe["max_tokens"]
+        committed = time.monotonic()
+        with report, closing(encoded):
+            for batch in encoded:
+                full = self._add(batch, max_tokens)
+                share = batch.done
+                if max_tokens is not None:
+                    share = max(share or 0.0, min(1.0, self._tokens() / max_tokens))
+                report.update(self._tokens(), share)
+                if full:
+                    break
+                if time.monotonic() - committed >= COMMIT_SECONDS:
+                    self._commit()
+                    committed = time.monotonic()
+            else:  # not if it stopped early: the reading is ahead of what was written
+                self.skipped = reading.skipped()
+
+    def _add(self, batch: Encoded, max_tokens: int | None) -> bool:
+        """Appends a batch; True if ``max_tokens`` is reached, which ends at the document that reaches it."""
+        keep = len(batch.lengths)
+        if max_tokens is not None:
+            keep = min(keep, 1 + int(np.searchsorted(np.cumsum(batch.lengths), max_tokens - self._tokens())))
+            if self._tokens() >= max_tokens:
+                return True
+        lengths, hashes = batch.lengths[:keep], batch.hashes[:keep]
+        ids = batch.ids[: int(lengths.sum())]
+        if batch.sides[0] is None:
+            val = hashes < np.uint64(self.limit) if self.limit < 2**64 else np.ones(keep, bool)
+        else:
+            val = np.array([side == "val" for side in batch.sides[:keep]])
+        tokens = np.repeat(val, lengths)
+        self.writers["train"].append(ids[~tokens], int((~val).sum()))
+        self.writers["val"].append(ids[tokens], int(val.sum()))
+        low, high = int(hashes.min()), int(hashes.max())
+        self.smallest = low if self.smallest is None else min(self.smallest, low)
+        self.largest = high if self.largest is None else max(self.largest, high)
+        self.position, self.skipped = batch.position, batch.skipped
+        return max_tokens is not None and self._tokens() >= max_tokens
+
+    def _tokens(self) -> int:
+        return sum(w.tokens for w in self.writers.values())
+
+    def _take_up(self) -> None:
+        """From progress.json if there is one, else from the beginning."""
+        self.limit = int(self.recipe["val_fraction"] * 2**64)
+        saved = _read_json(self.work / PROGRESS)
+        if saved is None:
+            if self.work.exists() and any(not p.name.startswith(".") for p in self.work.iterdir()):
+                raise UserError(f"{str(self.work)!r} is in the way and no preparation of this program: move it away")
+            self.work.mkdir(exist_ok=True)
+            self._start_over()
+            return
+        if saved.get("recipe") != self.recipe and not any(saved["sides"].values()):
+            self._start_over()  # begun, but nothing was written
+            return
+        if saved.get("recipe") != self.recipe:
+            then = saved.get("recipe") or {}
+            raise UserError(
+                f"{str(self.work)!r} holds an unfinished preparation of something else "
+                f"({differences(then, self.recipe)}): finish it as it was begun, delete it, or name another --out"
+            )
+        for key in ("limit", "smallest", "largest", "position", "skipped"):
+            setattr(self, key, saved[key])
+        self._open_writers(saved["sides"])
+        if self._tokens():
+            self.console.print(f"going on in {self.work} after {self._tokens():,} tokens", markup=False)
+
+    def _start_over(self) -> None:
+        self.smallest = self.largest = self.position = None
+        for writer in self.writers.values():
+            writer.abandon()
+        # First the note that nothing counts, then the files.
+        _write_json(self.work / PROGRESS, self._state({side: None for side in SIDES}))
+        self._open_writers({side: None for side in SIDES})
+
+    def _open_writers(self, states: dict[str, Any]) -> None:
+        self.writers = {side: ShardWriter(self.work, side, self.recipe["shard_tokens"], states[side]) for side in SIDES}
+
+    def _commit(self) -> None:
+        sides = {side: writer.commit() for side, writer in self.writers.items()}
+        _write_json(self.work / PROGRESS, self._state(sides))
+
+    def _state(self, sides: dict[str, Any]) -> dict[str, Any]:
+        kept = {key: getattr(self, key) for key in ("limit", "smallest", "largest", "position", "skipped")}
+        return {"recipe": self.recipe, **kept, "sides": sides}
 
 
-def _by_position(path: Path, cut: int) -> Iterator[tuple[str, str]]:
-    try:
-        for side, start, stop in (("train", 0, cut), ("val", cut, None)):
-            for text in read_pieces(path, start, stop):
-                yield side, text
-    except UnicodeDecodeError as error:
-        raise UserError(f"data {str(path)!r} cannot be read as UTF-8 text: {error}") from error
-
-
-def _tokenise(
-    sides: Iterable[tuple[str, str]], writers: dict[str, _ShardWriter], tok: Tokenizer, corpus: Corpus
-) -> None:
-    console = Console(stderr=True)
-    progress = Progress(
-        TextColumn("tokenising {task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with progress:
-        task = progress.add_task(f"{corpus.source} ({tok.name})", total=corpus.total_bytes, rate="")
-        begin = time.perf_counter()
-        for batch in _batches(sides):
-            texts = [text for _, text in batch]
-            for (side, _), ids in zip(batch, tok.encode_batch(texts)):
-                writers[side].add_document(tok.eot, ids)
-            done = sum(w.tokens for w in writers.values())
-            rate = f"{done / 1e6 / (time.perf_counter() - begin):.1f}M tokens/s"
-            progress.update(task, advance=sum(len(t.encode("utf-8", "surrogatepass")) for t in texts), rate=rate)
-
-
-def _batches(sides: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    batch: list[tuple[str, str]] = []
-    size = 0
-    for side, text in sides:
-        batch.append((side, text))
-        size += len(text)
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-class _ShardWriter:
-    """Documents of one side into shards of exactly ``shard_tokens`` (the last has the rest). Holds one shard in memory
-    at most."""
-
-    def __init__(self, folder: Path, side: str, shard_tokens: int) -> None:
-        self.folder, self.side, self.shard_tokens = folder, side, shard_tokens
-        self.documents = self.tokens = 0
-        self.shards: list[dict[str, Any]] = []
-        self._held: list[np.ndarray] = []
-        self._size = 0
-
-    def add_document(self, eot: int, ids: np.ndarray) -> None:
-        self.documents += 1
-        self.tokens += 1 + len(ids)
-        for part in (np.array([eot], np.uint16), ids):
-            self._held.append(part)
-            self._size += len(part)
-        while self._size >= self.shard_tokens:
-            self._flush(self.shard_tokens)
-
-    def close(self) -> list[dict[str, Any]]:
-        if self._size:
-            self._flush(self._size)
-        return self.shards
-
-    def discard(self) -> None:
-        for shard in self.shards:
-            (self.folder / shard["file"]).unlink()
-
-    def _flush(self, count: int) -> None:
-        held = np.concatenate(self._held)
-        name = f"{self.side}_{len(self.shards):06d}.bin"
-        digest = write_shard(self.folder / name, held[:count])
-        self.shards.append({"file": name, "tokens": count, "sha256": digest})
-        self._held, self._size = [held[count:].copy()], len(held) - count
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """``key A then, B now; ...``"""
+    if {**then, "source_digest": 0} == {**now, "source_digest": 0}:
+        return "the files of the source have changed since"
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key) and key != "source_digest"]
+    return "; ".join(f"{key} {then.get(key)!r} then, {now.get(key)!r} now" for key in changed)
 
 
 def _whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest, if the folder is what the recipe would make; a damaged shard there is an error, no silent redo."""
-    manifest = read_manifest(folder)
-    if manifest is None or any(manifest.get(key) != value for key, value in recipe.items()):
+    """The manifest, if the folder is what the recipe would make; None if there is nothing there.
+
+    Raises UserError for anything else: a damaged shard is no silent redo, and nothing is ever overwritten.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(p for p in folder.iterdir())):
         return None
+    manifest = read_manifest(folder)
+    if manifest is None and (folder / PROGRESS).exists():
+        return None
+    if manifest is None:
+        if folder.name.endswith(".partial"):
+            return None  # taken up, or refused, by its own rules
+        raise UserError(f"{str(folder)!r} already holds something else: name another folder, or move it away")
+    then = {key: manifest.get(key) for key in recipe}
+    if then != recipe:
+        raise UserError(
+            f"{str(folder)!r} already holds something else ({differences(then, recipe)}): name another folder, or delete it"
+        )
     for shard in manifest["shards"]:
         try:
             found = len(open_shard(folder / shard["file"]))
@@ -249,32 +351,77 @@ def _whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def _publish(work: Path, out: Path) -> None:
+    (work / PROGRESS).unlink(missing_ok=True)
+    for left in work.glob(".*.tmp"):  # of a process that was killed while it replaced a file
+        left.unlink()
+    if out.is_dir():
+        out.rmdir()  # an empty folder gives way
+    os.rename(work, out)
+    _sync_folder(out.parent)
+
+
+@contextmanager
+def _lock(out: Path, console: Console) -> Iterator[None]:
+    """One process at a time; the others wait and then find it done. The system frees the lock of a killed process."""
+    path = out.with_name(f".{out.name}.lock")
+    lock = FileLock(path)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        lock.acquire(timeout=0.1)
+    except Timeout:
+        console.print(f"another process prepares {out}: waiting for it", markup=False)
+        lock.acquire()
+    try:
+        yield
+        path.unlink(missing_ok=True)  # only after success: whoever still waits for it finds the folder whole
+    finally:
+        lock.release()
+
+
+def _check_options(*, val_fraction: float, **counts: int | None) -> None:
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction is {val_fraction}: it must lie between 0 and 1")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+
+
+def _cannot_write(error: OSError, out: Path, work: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk is full ({error.strerror}): what {str(work)!r} holds is whole; "
+            "free some space and give the same command again to go on from there"
+        )
+    return f"the prepared data cannot be written to {str(out)!r}: {error}"
+
+
+def _revision_of(path: Path) -> str | None:
+    """The revision of a hub dataset that an earlier call fixed."""
+    saved = _read_json(path) or {}
+    revision = saved.get("recipe", saved).get("revision")
+    return revision if isinstance(revision, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    return value if isinstance(value, dict) else None
 
 
-def _publish(work: Path, out: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    if out.is_dir():
-        with suppress(OSError):
-            out.rmdir()  # an empty folder gives way
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=2).encode())
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names are on the disk only when their folder is."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
     try:
-        os.rename(work, out)
-    except OSError:
-        # Another process was faster. If it made the same, all is well.
-        if (other := read_manifest(out)) == manifest:
-            return other
-        raise
-    return manifest
-
-
-def _sweep(out: Path) -> None:
-    """Removes what a killed process left half done, once nothing has written to it for an hour."""
-    for left in out.parent.glob(f".{out.name}.partial-*"):
-        with suppress(OSError):
-            newest = max(p.stat().st_mtime for p in (left, *left.iterdir()))
-            if time.time() - newest > STALE_SECONDS:
-                shutil.rmtree(left)
+        os.fsync(fd)
+    finally:
+        os.close(fd)

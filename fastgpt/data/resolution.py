@@ -9,10 +9,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgpt.data.corpora import STDLIB, open_corpus
-from fastgpt.data.loader import TokenLoader
-from fastgpt.data.preparation import SHARD_TOKENS, VAL_FRACTION, prepare, read_manifest, recipe_of
+from fastgpt.data.corpora import STDLIB, is_hub_name, open_corpus
+from fastgpt.data.preparation import PROGRESS, prepare, read_manifest, recipe_of
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
+from fastgpt.data.verification import cache_root
+from fastgpt.data.windows import Windows
 from fastgpt.errors import UserError
 
 
@@ -33,8 +34,9 @@ def resolve(
     """What the user calls data, as shards to train on.
 
     Args:
-        data: ``"stdlib"``; a folder with ``*train*.bin`` and ``*val*.bin`` (llm.c shards or nanoGPT's headerless
-            files, read as they are); or any text that ``open_corpus`` knows, which is tokenised into the cache.
+        data: ``"stdlib"``; a folder with ``*train*.bin`` and ``*val*.bin`` (what ``prepare`` made, llm.c shards, or
+            nanoGPT's headerless files, read as they are); or any file or folder of text that ``open_corpus`` knows,
+            which is tokenised into the cache, by one process while the others of a run wait for it.
         tokenizer: ``"gpt2"`` or ``"bytes"``; for shards, what they were made with.
         vocab_size: of the model; it must have a row for every id of the tokenizer. (That files hold no other ids is
             checked by TokenLoader, which reads them.)
@@ -42,7 +44,7 @@ def resolve(
         cache_dir: default ``$XDG_CACHE_HOME/fastgpt`` or ``~/.cache/fastgpt``.
 
     Raises:
-        UserError: the data is missing, empty, damaged, too short, or made with another tokenizer.
+        UserError: the data is missing, empty, damaged, unfinished, too short, or made with another tokenizer.
     """
     tok = get_tokenizer(tokenizer)
     if vocab_size is not None and vocab_size < tok.vocab_size:
@@ -53,6 +55,8 @@ def resolve(
             f"data {data!r} is one token file: name the folder that holds train*.bin and val*.bin, so that there is "
             "something to validate on"
         )
+    if (path / PROGRESS).exists() or (not path.exists() and (path.with_name(path.name + ".partial")).exists()):
+        raise UserError(f"data {data!r} is not finished: give the command that prepares it again to go on from there")
     train, val = _shards_in(path, "train"), _shards_in(path, "val")
     if data == STDLIB or not (train or val):
         folder = _prepare_in_cache(data, tok, cache_dir)
@@ -66,18 +70,22 @@ def resolve(
             raise UserError(f"data {data!r} was made with the {made_with} tokenizer: tokenizer is {tok.name!r}")
     if block_size is not None:
         for paths in (train, val):
-            TokenLoader(paths, block_size, 1)  # opens every file and finds a window, or says what is wrong
+            Windows(paths, block_size)  # opens every file and finds a window, or says what is wrong
     return ResolvedData(train, val, tok)
 
 
 def _prepare_in_cache(data: str, tok: Tokenizer, cache_dir: str | os.PathLike[str] | None) -> Path:
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
+    if is_hub_name(data):
+        name = data.rsplit("/", 1)[-1].removeprefix("hf:")
+        raise UserError(
+            f"data {data!r} does not exist here; if it is a Hugging Face dataset, first run "
+            f"`python -m fastgpt.data prepare {data} --out data/{name}`, then give data/{name}"
+        )
     corpus = open_corpus(data)
-    recipe = recipe_of(corpus, tok, VAL_FRACTION, 0, SHARD_TOKENS)
+    recipe = recipe_of(corpus, tok)
     label = f"{STDLIB}-py{platform.python_version()}" if data == STDLIB else Path(data).stem or "data"
     key = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(cache_dir) / f"{label}-{tok.name}-{key}"
+    folder = cache_root(cache_dir) / f"{label}-{tok.name}-{key}"
     prepare(data, folder, tok)
     return folder
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,10 @@ def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> str:
         raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; a shard takes one dimension of integers")
     if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > 0xFFFF):
         raise ValueError(f"tokens span {int(tokens.min())}..{int(tokens.max())}; a shard holds uint16, 0..65535")
-    header = np.zeros(256, "<u4")
-    header[:3] = MAGIC, VERSION, tokens.size
     digest = hashlib.sha256()
 
-    def parts() -> Any:
-        yield header.tobytes()
+    def parts() -> Iterator[bytes]:
+        yield header(tokens.size)
         for start in range(0, tokens.size, CHUNK):
             yield tokens[start : start + CHUNK].astype("<u2").tobytes()
 
@@ -49,6 +48,13 @@ def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> str:
             digest.update(part)
             file.write(part)
     return digest.hexdigest()
+
+
+def header(count: int) -> bytes:
+    """The 1024 bytes before ``count`` tokens."""
+    words = np.zeros(256, "<u4")
+    words[:3] = MAGIC, VERSION, count
+    return words.tobytes()
 
 
 class atomic_file:

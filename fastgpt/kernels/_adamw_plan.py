@@ -48,6 +48,7 @@ class Step(NamedTuple):
     grad_norm: Tensor
     skipped: Tensor
     seed: int
+    total: Tensor | None = None
 
 
 class Launch(NamedTuple):

@@ -286,7 +286,7 @@ def _launch(s: Step) -> None:
     settings = config()
     block, chunk, num_warps = settings["BLOCK"], settings["CHUNK"], settings["num_warps"]
     plan = plan_for(s, chunk)
-    for launch in plan.launches:
+    for launch in plan.launches if s.total is None else ():
         _sum_squares_kernel[(launch.n_chunks,)](
             plan.table,
             plan.chunks[launch.first :],
@@ -301,7 +301,7 @@ def _launch(s: Step) -> None:
         )
     _prepare_kernel[(1,)](
         plan.table,
-        plan.partials,
+        plan.partials if s.total is None else s.total,
         s.hyper,
         plan.coefficients,
         plan.control,
@@ -310,7 +310,7 @@ def _launch(s: Step) -> None:
         s.grad_scale,
         s.found_inf,
         plan.n_tensors,
-        plan.n_chunks,
+        plan.n_chunks if s.total is None else 1,
         BLOCK=1024,
         num_warps=8,
     )
@@ -337,7 +337,7 @@ def _reference(s: Step) -> None:
     kernel's."""
     inverse_scale = 1.0 if s.grad_scale is None else 1.0 / s.grad_scale.squeeze()
     grads = [g.to(m.dtype) * inverse_scale for g, m in zip(s.grads, s.exp_avgs)]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = torch.nn.utils.get_total_norm(grads) if s.total is None else s.total.squeeze().sqrt()
     happens = torch.isfinite(norm)
     if s.found_inf is not None:
         happens = happens & (s.found_inf.squeeze() == 0)
@@ -383,6 +383,7 @@ def adamw_(
     grad_norm: Tensor,
     skipped: Tensor,
     seed: int,
+    total: Optional[Tensor] = None,  # noqa: UP045
 ) -> None:
     """One AdamW step, in place, on all tensors together; they lie on one device and nothing is brought to the host.
 
@@ -398,10 +399,11 @@ def adamw_(
         finite, be it that it leaves fp32's range, skips it as well. A skipped step adds one to ``skipped`` (int64) and
         changes nothing else.
     grad_norm: fp32, receives the norm of the unscaled gradients before clipping. seed: of the stochastic rounding.
+    total: one fp32, the sum of squares of all unscaled gradients, where these here are only a rank's shards of them.
     """
     step = Step(
         params, grads, exp_avgs, exp_avg_sqs, steps, copies, copy_of, group_of, hyper, grad_scale, found_inf, grad_norm,
-        skipped, seed,
+        skipped, seed, total,
     )  # fmt: skip
     with torch.no_grad():
         if runtime.runs_in_triton(params[0]) and all(t.dtype in DTYPES for t in (*params, *grads)):

@@ -1,258 +1,324 @@
-"""The training loop: build everything, check everything, and only then write the first file."""
+"""The training loop: build everything, check everything, and only then write the first file.
+
+A step either happens as a whole or leaves no trace: when it is interrupted (a signal, memory that does not suffice), loader
+and random states go back to its start. Checkpoints are made between steps, so a resumed run repeats what an undisturbed one
+would have done, bit for bit on a CPU.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from contextlib import closing, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from fastgpt import flops
-from fastgpt.config import SECTIONS, Config, differences
-from fastgpt.data import TokenLoader, resolve
+from fastgpt.config import Config
+from fastgpt.env import environment
 from fastgpt.errors import UserError
-from fastgpt.mfu import StepMeter
-from fastgpt.model import GPT
-from fastgpt.ops import get as get_ops
-from fastgpt.training import checkpoint
-from fastgpt.training.report import LogLine, banner, peak_memory_gb
+from fastgpt.mfu import StepMeter, StepReport
+from fastgpt.training import checkpoint, distributed
+from fastgpt.training.distributed import World
+from fastgpt.training.evaluation import evaluate, sample
+from fastgpt.training.metrics import Metrics
+from fastgpt.training.report import LogLine, Progress, banner, describe_device, peak_memory_gb
+from fastgpt.training.run import Run, build, changed_settings, find_saved, restore, restore_weights, smaller
 from fastgpt.training.schedule import learning_rate
-from fastgpt.training.step import Stepper, autocast, build_optimizer, precision_for
+from fastgpt.training.signals import StopRequest
+
+MAX_ROLLBACKS = 3
 
 
-@dataclass
-class Run:
-    """All that a run consists of; ``step`` counts the optimizer steps done."""
-
-    config: Config
-    device: torch.device
-    model: GPT
-    stepper: Stepper
-    train_loader: TokenLoader
-    val_loader: TokenLoader
-    step: int = 0
-    best_val_loss: float = math.inf
-
-    def save(self) -> Path:
-        """Write a checkpoint of everything; only plain values and tensors."""
-        state = {
-            "config": self.config.to_dict(),
-            "model": self.model.state_dict(),
-            "optimizer": self.stepper.optimizer.state_dict(),
-            "scaler": self.stepper.scaler.state_dict(),
-            "loader": self.train_loader.state_dict(),
-            "rng": checkpoint.rng_state(),
-            "best_val_loss": self.best_val_loss,
-            "torch": str(torch.__version__),
-        }
-        return checkpoint.save(self.config.train.out, self.step, state, self.config.train.keep_checkpoints)
+class _Abandoned(Exception):
+    """The step was given up between two micro-batches: a stop was asked for."""
 
 
-def build(config: Config, device: torch.device) -> Run:
-    """Model, optimizer and loaders of a new run. Writes nothing but tokens into the user's cache.
+class _Pending(NamedTuple):
+    """A step whose loss has not been read from the device yet."""
 
-    Raises UserError for anything that cannot work.
-    """
-    shape, data = config.model, config.data
-    train_paths, val_paths, _ = resolve(
-        data.data, tokenizer=data.tokenizer, vocab_size=shape.vocab_size, block_size=shape.block_size
-    )
-    train_loader, val_loader = (
-        TokenLoader(paths, shape.block_size, data.batch_size, seed=config.train.seed, vocab_size=shape.vocab_size)
-        for paths in (train_paths, val_paths)
-    )
-    torch.manual_seed(config.train.seed)
-    model = GPT(shape, get_ops(config.train.kernels)).to(device)
-    precision = precision_for(config.train.precision, device)
-    stepper = Stepper(
-        model=model,
-        forward=torch.compile(model) if config.train.compile else model,
-        optimizer=build_optimizer(model, config.optim, config.train.kernels),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        precision=precision,
-        grad_clip=config.optim.grad_clip,
-    )
-    return Run(config, device, model, stepper, train_loader, val_loader)
-
-
-def load_resumed(config: Config) -> dict[str, Any] | None:
-    """The checkpoint that ``--resume`` names, checked against the configuration; None for a new run.
-
-    Raises UserError if there is none, it is damaged, its model has another shape, or it has done all the steps.
-    """
-    if config.train.resume is None:
-        return None
-    where = config.train.out if config.train.resume == "newest" else Path(config.train.resume)
-    path = checkpoint.resolve(where)
-    saved = checkpoint.load(path)
-    checkpoint.check_shape(saved["config"], config.model, path)
-    if saved["step"] >= config.train.max_iters:
-        raise UserError(
-            f"max_iters is {config.train.max_iters} but checkpoint {path} has done {saved['step']} steps: raise --max-iters"
-        )
-    return saved
-
-
-def restore(run: Run, saved: dict[str, Any]) -> None:
-    """Put a checkpoint's state into a freshly built run."""
-    run.model.load_state_dict(saved["model"])
-    # Hyperparameters are the configuration's, not the checkpoint's: a flag changed on resume takes effect.
-    groups = run.stepper.optimizer.param_groups
-    wanted = [{key: group[key] for key in ("betas", "eps", "weight_decay")} for group in groups]
-    run.stepper.optimizer.load_state_dict(saved["optimizer"])
-    for group, values in zip(run.stepper.optimizer.param_groups, wanted):
-        group.update(values)
-    run.stepper.scaler.load_state_dict(saved["scaler"])
-    run.train_loader.load_state_dict(saved["loader"])
-    checkpoint.set_rng_state(saved["rng"])
-    run.step, run.best_val_loss = saved["step"], saved["best_val_loss"]
-
-
-def changed_settings(saved: dict[str, Any], config: Config) -> list[str]:
-    """Settings that a resumed run changes: allowed, but said."""
-    now = config.to_dict()
-    return [
-        change
-        for section in SECTIONS
-        for change in differences(saved["config"][section], now[section])
-        if not change.startswith(("out:", "resume:"))
-    ]
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> float:
-    """Mean validation loss in nats over the same ``eval_iters`` batches every time, in eval mode (no dropout)."""
-    run.model.eval()
-    losses = []
-    for x, y in run.val_loader.eval_batches(run.config.train.eval_iters, run.device):
-        with autocast(run.device, run.stepper.precision):
-            losses.append(run.stepper.forward(x, y)[1])
-    run.model.train()
-    return torch.stack(losses).mean().item()
-
-
-class StopRequest:
-    """Ctrl-C asks the loop to finish its step and save; a second one leaves at once. Restores the handler on exit."""
-
-    def __enter__(self) -> StopRequest:
-        self.asked = False
-        self._previous = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def _ask(self, *_: object) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+    step: int
+    lr: float
+    loss: Tensor
+    norm: Tensor
 
 
 def train(config: Config, device: torch.device, console: Console | None = None) -> tuple[Run, int]:
-    """Train as configured. Returns the run and the exit code: 0, or 130 after Ctrl-C (the state is saved)."""
-    console = console or Console(soft_wrap=True, highlight=False)
-    saved = load_resumed(config)
-    run = build(config, device)
-    if saved is not None:
-        restore(run, saved)
-    banner(console, config, run.model, device, run.stepper.precision)
-    if saved is not None:
-        changes = changed_settings(saved, config)
-        console.print(f"resumed at step {run.step}" + (f", with {'; '.join(changes)}" if changes else ""), markup=False)
-    elif (moved := checkpoint.set_aside(config.train.out)) is not None:
-        console.print(
-            f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)",
-            markup=False,
+    """Train as configured, on all ranks that torchrun started. Returns the run and the exit code: 0, also after SIGTERM, or
+    130 after Ctrl-C; the state is saved either way.
+
+    Raises UserError for what cannot work, and when the run cannot go on (its last good checkpoint is named).
+    """
+    with distributed.connect(device) as (world, device):
+        quiet = Console(quiet=True)
+        console = (console or Console(soft_wrap=True, highlight=False)) if world.is_main else quiet
+        try:
+            return _Loop(config, device, world, console).run()
+        except RuntimeError as error:
+            if distributed.lost_rank(error, world):
+                raise UserError(
+                    f"another rank of this run is gone, so rank {world.rank} stops: start again with --resume "
+                    "(on any number of GPUs that divides grad_accum)"
+                ) from error
+            raise
+
+
+class _Loop:
+    """One call of ``train``: the run, and what is open while it goes on."""
+
+    def __init__(self, config: Config, device: torch.device, world: World, console: Console) -> None:
+        self.settings, self.world, self.console = config.train, world, console
+        saved = find_saved(config)
+        self.state = build(config, device, world)
+        if saved is not None:
+            restore(self.state, saved)
+        else:
+            self.state.id = world.broadcast(self.state.id)
+        banner(console, self.state)
+        if saved is not None:
+            for sentence in saved.damaged:
+                self.say(sentence)
+            changes = changed_settings(saved, config)
+            self.say(f"resumed from {saved.path}" + (f", with {'; '.join(changes)}" if changes else ""))
+        elif world.is_main and (moved := checkpoint.set_aside(config.train.out)) is not None:
+            self.say(f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)")
+        self.meter = StepMeter.for_shape(flops.Shape.of(config.model), device, self.state.stepper.precision)
+        self.pending: list[_Pending] = []
+        self.losses: list[float] = []  # since the last log line
+        self.skipped_in_a_row = 0
+        self.rollbacks = 0
+        self.spiked = False  # whether the losses read last had a spike
+
+    def say(self, text: str, markup: bool = False) -> None:
+        self.console.print(text, markup=markup)
+
+    def run(self) -> tuple[Run, int]:
+        run, out = self.state, self.settings.out
+        self.metrics = Metrics(out, run.id, run.step, run.config) if self.world.is_main else None
+        if self.world.is_main:
+            for name, content in (("config", run.config.to_dict()), ("environment", environment(run.device))):
+                (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        self.progress = Progress(self.console, run.step, self.settings.max_iters)
+        with (
+            closing(self.metrics) if self.metrics else nullcontext(),
+            closing(run),
+            checkpoint.AsyncSaver(out, self.settings.keep_checkpoints) as self.saver,
+            StopRequest() as self.stop,
+            self.progress,
+        ):
+            self._train()
+            self.saver.wait()
+            if self.world.any(
+                self.saver.last_error is not None, run.device
+            ):  # the last save of all: once more, then say it
+                self._tell()
+                self._save(False)
+                self.saver.wait()
+            self._tell()
+        if self.stop.asked:
+            self.say(f"stopped by {self.stop.asked} at step {run.step}: continue with --resume")
+        if self.saver.last_error:
+            raise UserError(self.saver.last_error)
+        return run, self.stop.exit_code
+
+    def _train(self) -> None:
+        """Run to the end, or until a stop is asked for on any rank."""
+        run, settings = self.state, self.settings
+        if run.step == 0:
+            self._evaluate()
+        while run.step < settings.max_iters and not self._stopping():
+            if not self._step():
+                continue
+            last = run.step == settings.max_iters
+            log = last or run.step == 1 or _due(run.step, settings.log_interval)
+            evaluation = last or _due(run.step, settings.eval_interval)
+            save = last or _due(run.step, settings.checkpoint_interval)
+            text = _due(run.step, settings.sample_interval)
+            report = self.meter.report() if log else None
+            # A step late, the device has the loss ready: no waiting. Whatever else is due needs all of them.
+            self._read_losses(0 if log or evaluation or save else 1, report)
+            if self.spiked and settings.on_spike == "rollback" and self._roll_back():
+                continue
+            is_best = self._evaluate() if evaluation else False
+            if text:
+                with self.meter.excluded():
+                    self.say(f"sample at step {run.step}: {sample(run)!r}")
+            # A save that failed is tried again at the next log line.
+            if save or (log and self.world.any(self.saver.last_error is not None, run.device)):
+                self._save(is_best)
+            self._tell()
+        self._read_losses(0)
+        if self.stop.asked and run.step and run.step < settings.max_iters:
+            self._save(False)
+
+    def _stopping(self) -> bool:
+        """Whether to stop before the next step; ranks agree, so that none waits for one that has left."""
+        return self.world.any(self.stop.asked is not None, self.state.device)
+
+    def _step(self) -> bool:
+        """One optimizer step. False if it was abandoned, or has to be tried again in smaller micro-batches."""
+        run = self.state
+        mark = run.mark()
+        lr = learning_rate(run.step, run.config.optim, self.settings.max_iters)
+        try:
+            with self.meter.step(run.config.tokens_per_step // self.world.size):
+                loss, norm = run.stepper(self._micro_batches(), run.grad_accum, lr)
+        except _Abandoned:
+            run.rewind(mark)
+            return False
+        except torch.cuda.OutOfMemoryError as error:
+            message = str(error).split(". ")[0]
+        else:
+            run.step += 1
+            self.pending.append(_Pending(run.step, lr, loss, norm))
+            return True
+        run.rewind(mark)  # outside the handler: the error's traceback holds the step's tensors
+        self._shrink(message)
+        return False
+
+    def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        run = self.state
+        for i in range(run.grad_accum):
+            # Alone, a rank stops between two micro-batches; several finish the step, to leave it together.
+            if i and self.stop.asked and self.world.size == 1:
+                raise _Abandoned
+            with self.meter.data_wait():
+                x, y = run.train_loader.next_batch(run.device)
+            yield x, y
+
+    def _shrink(self, message: str) -> None:
+        """Out of memory: go on with smaller micro-batches and more of them."""
+        run = self.state
+        geometry = smaller(run.micro_batch, run.grad_accum) if self.world.size == 1 else None
+        if geometry is None:
+            raise UserError(
+                f"micro-batches of {run.micro_batch} x {run.config.model.block_size} tokens do not fit the GPU ({message}): "
+                "use a smaller --batch-size with a larger --grad-accum, a smaller --block-size or a smaller model"
+            )
+        torch.cuda.empty_cache()
+        self.say(
+            f"[yellow]out of memory at step {run.step + 1}: micro-batches of {geometry[0]} instead of {run.micro_batch}, "
+            f"{geometry[1]} of them instead of {run.grad_accum}; tokens per step stay {run.config.tokens_per_step:,}",
+            markup=True,
         )
-    meter = StepMeter.for_shape(flops.Shape.of(config.model), device, run.stepper.precision)
-    with StopRequest() as stop, _open_metrics(config.train.out) as metrics:
-        for record in _steps(run, meter, stop, console):
-            metrics.write(json.dumps(record) + "\n")
-            metrics.flush()
-    return run, 130 if stop.asked else 0
+        run.set_geometry(*geometry)
+        self._write(
+            {"event": "out_of_memory", "at_step": run.step, "micro_batch": geometry[0], "grad_accum": geometry[1]}
+        )
 
+    def _read_losses(self, keep: int, report: StepReport | None = None) -> None:
+        """Read, check and record the losses of all steps but the newest ``keep``; the last one's record gets ``report``."""
+        self.spiked = False
+        while len(self.pending) > keep:
+            entry = self.pending.pop(0)
+            loss, norm = entry.loss.item(), entry.norm.item()
+            self.losses.append(loss)
+            record = {"step": entry.step, "loss": loss, "lr": entry.lr, "grad_norm": norm}
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+            if not finite:
+                record["skipped"] = True
+                self.say(f"step {entry.step}: loss {loss}, gradient norm {norm}: the step changed nothing")
+            if report is not None and not self.pending:
+                record |= self._log(report, entry.lr, norm)
+            self._write(record)
+            if finite:
+                self._watch_for_spikes(entry.step, loss)
+            elif self.skipped_in_a_row >= self.settings.max_skipped:
+                self.saver.wait()
+                raise UserError(
+                    f"{self.skipped_in_a_row} steps in a row, up to {entry.step}, had a loss or gradient that is not finite: "
+                    f"lower --lr or use --precision bf16 or fp32; {self._last_good()}"
+                )
 
-def _open_metrics(out: Path) -> TextIO:
-    """The run's metrics file, for appending. Raises UserError for a folder that cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        return open(out / "metrics.jsonl", "a")
-    except OSError as error:
-        raise UserError(f"out is {out}, which cannot be written ({error.strerror}): name another folder") from error
+    def _watch_for_spikes(self, step: int, loss: float) -> None:
+        zscore = self.state.spikes.zscore(loss)
+        if zscore is None or not self.settings.spike_zscore or zscore < self.settings.spike_zscore:
+            return
+        self.say(f"spike: the loss of step {step}, {loss:.4f}, is {zscore:.1f} standard deviations above the last 128")
+        self._write({"event": "spike", "at_step": step, "loss": loss, "zscore": zscore})
+        self.spiked = True
 
+    def _roll_back(self) -> bool:
+        """Back to the newest checkpoint's weights, on with the data that follow: the batches in between are skipped. False if
+        there is no checkpoint yet."""
+        run, step = self.state, self.state.step
+        self.saver.wait()
+        if not checkpoint.existing(self.settings.out):
+            self.say("there is no checkpoint to roll back to yet: the run goes on")
+            return False
+        self.rollbacks += 1
+        if self.rollbacks > MAX_ROLLBACKS:
+            raise UserError(
+                f"the run was rolled back {MAX_ROLLBACKS} times and the loss still spikes: lower --lr; {self._last_good()}"
+            )
+        path, _ = checkpoint.newest_valid(self.settings.out)
+        restore_weights(run, path)
+        self.pending.clear()
+        self.losses.clear()
+        self.say(f"rolled back from step {step} to {path}; the batches in between are not seen again")
+        self._write({"event": "rollback", "at_step": step, "to_step": run.step})
+        return True
 
-def _steps(run: Run, meter: StepMeter, stop: StopRequest, console: Console) -> Iterator[dict[str, Any]]:
-    """Run to the end or to Ctrl-C, evaluating, saving and printing on the way; yields what metrics.jsonl holds."""
-    settings = run.config.train
-    losses: list[Tensor] = []
-    if run.step == 0:
-        yield _evaluate(run, meter, console)
-    while run.step < settings.max_iters and not stop.asked:
-        lr = learning_rate(run.step, run.config.optim, settings.max_iters)
-        with meter.step(run.config.tokens_per_step):
-            loss, norm = run.stepper(_micro_batches(run, meter), run.config.data.grad_accum, lr)
-        losses.append(loss)
-        run.step += 1
-        last = run.step == settings.max_iters
-        if run.step % settings.log_interval == 0 or run.step == 1 or last or stop.asked:
-            line = _log_line(run, meter, losses, lr, norm)
-            losses.clear()
-            console.print(str(line), markup=False)
-            yield line.to_dict()
-            if not math.isfinite(line.loss):
-                raise UserError(_not_finite(run, line))
-        if last or _due(run.step, settings.eval_interval):
-            yield _evaluate(run, meter, console)
-        if last or stop.asked or _due(run.step, settings.checkpoint_interval):
-            with meter.excluded():
-                console.print(f"saved {run.save()}", markup=False)
-    if stop.asked:
-        console.print("stopped by Ctrl-C: continue with --resume")
+    def _log(self, report: StepReport, lr: float, norm: float) -> dict[str, Any]:
+        """Print the interval's line; returns what metrics.jsonl adds to its last step."""
+        run = self.state
+        rate = report.tokens_per_second
+        line = LogLine(
+            step=run.step,
+            max_iters=self.settings.max_iters,
+            loss=math.fsum(self.losses) / len(self.losses),
+            lr=lr,
+            grad_norm=norm,
+            ms=report.ms_per_step,
+            tokens_per_second=None if rate is None else rate * self.world.size,
+            memory_gb=peak_memory_gb(run.device),
+            mfu=report.mfu_nominal,
+            data_wait=report.data_wait,
+            skipped_steps=run.stepper.skipped_steps(),
+            eta_s=self.progress.seconds_left(run.step),
+            **describe_device(run.device),
+        )
+        self.losses.clear()
+        self.say(str(line))
+        self.progress.advance(run.step)
+        own = ("step", "loss", "lr", "grad_norm")
+        return {"interval_loss": line.loss, **{k: v for k, v in line.to_dict().items() if k not in own}}
+
+    def _evaluate(self) -> bool:
+        """Validation loss; whether it is the best so far."""
+        run = self.state
+        began = time.monotonic()
+        with self.meter.excluded():
+            loss = evaluate(run)
+        is_best = loss < run.best_val_loss
+        run.best_val_loss = min(run.best_val_loss, loss)
+        self.say(f"step {run.step}: val loss {loss:.4f}, best {run.best_val_loss:.4f}")
+        self._write({"step": run.step, "val_loss": loss, "eval_seconds": time.monotonic() - began})
+        return is_best
+
+    def _save(self, is_best: bool) -> None:
+        """Begin a checkpoint of the state as it is now; it is written while training goes on."""
+        with self.meter.excluded():
+            self.saver.save(self.state.step, self.state.state(), is_best=is_best)
+
+    def _tell(self) -> None:
+        for sentence in self.saver.news():
+            self.say(sentence)
+
+    def _last_good(self) -> str:
+        good = checkpoint.existing(self.settings.out)
+        return f"the last checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(record)
 
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-
-
-def _micro_batches(run: Run, meter: StepMeter) -> Iterator[tuple[Tensor, Tensor]]:
-    for _ in range(run.config.data.grad_accum):
-        with meter.data_wait():
-            batch = run.train_loader.next_batch(run.device)
-        yield batch
-
-
-def _evaluate(run: Run, meter: StepMeter, console: Console) -> dict[str, Any]:
-    with meter.excluded():
-        loss = evaluate(run)
-    run.best_val_loss = min(run.best_val_loss, loss)
-    console.print(f"step {run.step:>6}/{run.config.train.max_iters}  val loss {loss:.4f}", markup=False)
-    return {"step": run.step, "val_loss": loss}
-
-
-def _log_line(run: Run, meter: StepMeter, losses: list[Tensor], lr: float, norm: Tensor) -> LogLine:
-    report = meter.report()  # waits for the device
-    return LogLine(
-        step=run.step,
-        max_iters=run.config.train.max_iters,
-        loss=torch.stack(losses).mean().item(),
-        lr=lr,
-        grad_norm=norm.item(),
-        ms=report.ms_per_step,
-        tokens_per_second=report.tokens_per_second,
-        memory_gb=peak_memory_gb(run.device),
-        mfu=report.mfu_nominal,
-        data_wait=report.data_wait,
-        skipped=run.stepper.skipped_steps(),
-    )
-
-
-def _not_finite(run: Run, line: LogLine) -> str:
-    good = checkpoint.existing(run.config.train.out)
-    resume = f"the last checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-    return f"loss is {line.loss} at step {run.step}: lower --lr or use --precision bf16 or fp32; {resume}"

@@ -1,17 +1,22 @@
-"""What a run says on the terminal: the banner at the start, then one line per interval."""
+"""What a run says on the terminal: a table at the start, one line per interval, a progress bar where there is a terminal."""
 
 from __future__ import annotations
 
 import resource
 import sys
+import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
 
-from fastgpt import hardware
-from fastgpt.config import Config
-from fastgpt.model import GPT
+from fastgpt import flops, hardware
+from fastgpt.training.run import Run
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -22,19 +27,33 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def banner(console: Console, config: Config, model: GPT, device: torch.device, precision: str) -> None:
+def banner(console: Console, run: Run) -> None:
     """Say what will run, on what, and, without a GPU, what one would change."""
-    shape = config.model
-    console.print(
-        f"[bold]fastgpt[/]  {model.n_params() / 1e6:.2f}M parameters (positions apart)  "
-        f"L{shape.n_layer} H{shape.n_head} C{shape.n_embd} T{shape.block_size} V{shape.vocab_size}  "
-        f"{config.tokens_per_step:,} tokens per step"
-    )
-    console.print(
-        f"kernels {config.train.kernels}{' + torch.compile' if config.train.compile else ''}  precision {precision}  "
-        f"device {hardware.device_name(device)}  data {config.data.data} ({config.data.tokenizer})  out {config.train.out}"
-    )
-    if device.type == "cpu" and config.train.kernels == "triton":
+    config, shape = run.config, run.config.model
+    ranks = f" on {run.world.size} ranks ({config.train.parallel})" if run.world.size > 1 else ""
+    peak = hardware.peak_flops(run.device, run.stepper.precision)
+    arithmetic = hardware.arithmetic_of(run.stepper.precision)
+    rows = {
+        "model": f"{run.model.n_params() / 1e6:.2f}M parameters (positions apart): {shape.n_layer} layers, {shape.n_head} "
+        f"heads, width {shape.n_embd}, context {shape.block_size}, vocabulary {shape.vocab_size}",
+        "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}, "
+        f"{run.grad_accum} per rank and step{ranks}",
+        "run": f"{config.train.max_iters:,} steps, {config.train.max_iters * config.tokens_per_step / 1e6:,.1f}M tokens",
+        "kernels": f"{config.train.kernels}{' + torch.compile' if config.train.compile else ''}, {run.stepper.precision}",
+        "device": hardware.device_name(run.device),
+        "mfu": f"{flops.FORMULAS['palm']}, of "
+        + (
+            f"{peak / 1e12:.1f} TFLOP/s, its dense {arithmetic} peak"
+            if peak
+            else f"n/a (no {arithmetic} peak is known for it)"
+        ),
+        "data": f"{config.data.data} ({config.data.tokenizer})",
+        "out": str(config.train.out),
+    }
+    console.print("[bold]fastgpt")
+    for name, text in rows.items():
+        console.print(f"  [bold]{name:<8}[/] {escape(text)}")
+    if run.device.type == "cpu" and config.train.kernels == "triton":
         console.print(
             "[yellow]No GPU: the Triton kernels run in Triton's interpreter, one program at a time in NumPy. It shows that "
             "they compute the right thing, not how fast they are. On a CUDA GPU the same command compiles them and trains "
@@ -42,10 +61,25 @@ def banner(console: Console, config: Config, model: GPT, device: torch.device, p
         )
 
 
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Clock, power and temperature now, as LogLine's fields; none on a CPU, or without nvidia-ml-py."""
+    moment = hardware.telemetry(device.index or 0) if device.type == "cuda" else None
+    if moment is None:
+        return {}
+    held = ",".join(moment.throttle) if moment.throttle else None
+    return {
+        "clock_mhz": moment.clock_mhz,
+        "power_w": moment.power_w,
+        "temperature_c": moment.temperature_c,
+        "throttle": held,
+    }
+
+
 @dataclass(frozen=True)
 class LogLine:
-    """One interval of a run. ``loss`` is the mean over all micro-batches of the interval's steps, in nats; ``mfu`` the
-    share of the nominal dense peak of this very card (None on one that is unknown, and before the first timed step)."""
+    """One interval of a run, in the shape of nanoGPT's lines. ``loss`` is the mean over all micro-batches of the interval's
+    steps, in nats; ``mfu`` the share of the nominal dense peak of this very card (None on one that is unknown, and before
+    the first timed step)."""
 
     step: int
     max_iters: int
@@ -57,19 +91,70 @@ class LogLine:
     memory_gb: float
     mfu: float | None
     data_wait: float | None
-    skipped: int = 0
+    skipped_steps: int = 0
+    eta_s: float | None = None
+    clock_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+    throttle: str | None = None
 
     def __str__(self) -> str:
         def or_na(value: float | None, form: str) -> str:
             return "n/a" if value is None else form.format(value)
 
-        skipped = f"  skipped {self.skipped}" if self.skipped else ""
-        return (
-            f"step {self.step:>6}/{self.max_iters}  loss {self.loss:.4f}  lr {self.lr:.2e}  norm {self.grad_norm:.3f}  "
-            f"{or_na(self.ms, '{:,.1f}')} ms  {or_na(self.tokens_per_second, '{:,.0f}')} tok/s  "
-            f"mem {self.memory_gb:.2f} GB  mfu {or_na(self.mfu, '{:.1%}')}  data {or_na(self.data_wait, '{:.1%}')}{skipped}"
-        )
+        parts = [
+            f"iter {self.step}: loss {self.loss:.4f}",
+            f"time {or_na(self.ms, '{:.2f}ms')}",
+            f"mfu {or_na(self.mfu, '{:.2%}')}",
+            f"{or_na(self.tokens_per_second, '{:,.0f}')} tok/s",
+            f"lr {self.lr:.2e}",
+            f"norm {self.grad_norm:.3f}",
+            f"data {or_na(self.data_wait, '{:.1%}')}",
+            f"mem {self.memory_gb:.2f} GB",
+        ]
+        if self.clock_mhz is not None:
+            parts.append(f"{self.clock_mhz} MHz {or_na(self.power_w, '{:.0f}')} W {or_na(self.temperature_c, '{}')} C")
+        if self.throttle:
+            parts.append(f"held back by {self.throttle}")
+        if self.skipped_steps:
+            parts.append(f"skipped {self.skipped_steps}")
+        if self.eta_s is not None:
+            parts.append(f"eta {timedelta(seconds=round(self.eta_s))}")
+        return ", ".join(parts)
 
-    def to_dict(self) -> dict[str, float | int | None]:
+    def to_dict(self) -> dict[str, float | int | str | None]:
         """The fields, as metrics.jsonl holds them."""
         return asdict(self)
+
+
+class Progress:
+    """How far the run is: a bar at the foot of a terminal, nothing where output goes to a file; and the time left."""
+
+    def __init__(self, console: Console, step: int, max_iters: int) -> None:
+        self._first, self._max = step, max_iters
+        self._bar: RichProgress | None = None
+        if console.is_terminal and not console.quiet:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+            self._bar = RichProgress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("training", total=max_iters, completed=step, left="")
+
+    def __enter__(self) -> Progress:
+        self._began = time.monotonic()
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def seconds_left(self, step: int) -> float | None:
+        """At the pace since the start, evaluation and checkpoints included; None before there is a pace."""
+        done = step - self._first
+        return (time.monotonic() - self._began) / done * (self._max - step) if done > 1 else None
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            left = self.seconds_left(step)
+            text = "" if left is None else f"{timedelta(seconds=round(left))} left"
+            self._bar.update(self._task, completed=step, left=text)

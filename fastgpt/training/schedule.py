@@ -1,4 +1,4 @@
-"""Learning rate over a run: linear warmup, then cosine decay to a floor (Loshchilov and Hutter 2017; GPT-3's recipe)."""
+"""Learning rate over a run: linear warmup, then the shape that ``--schedule`` names, continuous and never negative."""
 
 from __future__ import annotations
 
@@ -10,13 +10,23 @@ from fastgpt.config import OptimConfig
 def learning_rate(step: int, optim: OptimConfig, max_iters: int) -> float:
     """Rate for optimizer step ``step`` (0-based) of ``max_iters``; steps, not micro-batches.
 
-    Step 0 already learns (lr / (warmup + 1)); the last step has ``lr * min_lr_ratio``; past the end it stays there.
+    Step 0 already learns (lr / (warmup + 1)). Then, down to the floor ``lr * min_lr_ratio`` at the last step and past it:
+
+    cosine    half a cosine from the end of the warmup (Loshchilov and Hutter 2017; GPT-3's recipe)
+    linear    a straight line from the end of the warmup (Bergsma et al. 2025 find it best at high tokens per parameter)
+    wsd       constant, then a straight line over the last ``decay_share`` of the run (Hu et al. 2024; Haegele et al. 2024)
+    constant  no decay: ``min_lr_ratio`` does not count
     """
     if step < optim.warmup_iters:
         return optim.lr * (step + 1) / (optim.warmup_iters + 1)
-    floor = optim.lr * optim.min_lr_ratio
-    span = max_iters - 1 - optim.warmup_iters
-    if step >= max_iters - 1 or span <= 0:
-        return floor if max_iters > 1 and step >= max_iters - 1 else optim.lr
-    progress = (step - optim.warmup_iters) / span
-    return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (optim.lr - floor)
+    if optim.schedule == "constant":
+        return optim.lr
+    floor, last = optim.lr * optim.min_lr_ratio, max_iters - 1
+    start = optim.warmup_iters
+    if optim.schedule == "wsd":
+        start = max(start, last - round(optim.decay_share * max_iters))
+    if step >= last or last <= start:
+        return floor if step >= last > 0 else optim.lr
+    progress = max(0.0, (step - start) / (last - start))
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
+    return floor + height * (optim.lr - floor)

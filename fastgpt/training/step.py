@@ -5,16 +5,18 @@ Nothing here waits for the device: loss and gradient norm come back as device te
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastgpt.config import OptimConfig
 from fastgpt.model import GPT
+from fastgpt.training.distributed import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,9 +56,11 @@ def build_optimizer(model: GPT, optim: OptimConfig, kernels: str) -> torch.optim
 
 @dataclass
 class Stepper:
-    """``stepper(batches, lr)`` -> (mean loss, gradient norm before clipping), both fp32 device scalars.
+    """``stepper(batches, grad_accum, lr)`` -> (mean loss, gradient norm before clipping), both fp32 device scalars, and
+    both over all ranks.
 
-    ``forward`` is the model or its compiled form; gradient accumulation averages, so 8 micro-batches of 1 equal 1 of 8.
+    ``forward`` is the model or its compiled or distributed form; gradient accumulation averages, so 8 micro-batches of 1
+    equal 1 of 8. A step whose gradient norm is inf or NaN changes nothing, on the device; ``skipped`` counts them.
     """
 
     model: GPT
@@ -65,10 +69,15 @@ class Stepper:
     scaler: torch.amp.GradScaler
     precision: str
     grad_clip: float
+    world: World = field(default_factory=World)
+    synchronize: Callable[[bool], None] = lambda last: None
+    """Called before each micro-batch: whether its backward pass exchanges gradients with the other ranks."""
+    _skipped: Tensor | None = None
 
     def __call__(self, batches: Iterable[tuple[Tensor, Tensor]], grad_accum: int, lr: float) -> tuple[Tensor, Tensor]:
         losses = []
-        for x, y in batches:
+        for i, (x, y) in enumerate(batches):
+            self.synchronize(i == grad_accum - 1)
             with autocast(x.device, self.precision):
                 loss = self.forward(x, y)[1] / grad_accum
             self.scaler.scale(loss).backward()
@@ -77,21 +86,34 @@ class Stepper:
             group["lr"] = lr
         norm = self._update()
         self.optimizer.zero_grad(set_to_none=True)
-        return torch.stack(losses).sum(), norm
+        return self.world.mean(torch.stack(losses).sum()), norm
 
     def _update(self) -> Tensor:
-        if hasattr(self.optimizer, "grad_norm"):  # FusedAdamW unscales, measures and clips in its own launches
-            self.scaler.step(self.optimizer)
-            norm = self.optimizer.grad_norm
-        else:
-            self.scaler.unscale_(self.optimizer)
-            limit = self.grad_clip or float("inf")
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-            self.scaler.step(self.optimizer)
+        if isinstance(self.optimizer, torch.optim.AdamW):
+            return self._update_torch()
+        self.scaler.step(self.optimizer)  # FusedAdamW unscales, measures, clips and skips in its own launches
         self.scaler.update()
+        return self.optimizer.grad_norm  # type: ignore[attr-defined]
+
+    def _update_torch(self) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or float("inf"))
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        bad = ~torch.isfinite(norm)
+        self._skipped = bad.long() if self._skipped is None else self._skipped + bad
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif norm.is_cuda:  # what GradScaler does: the fused kernel reads the flag, and the host need not wait
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bad:
+            self.optimizer.step()
         return norm
 
     def skipped_steps(self) -> int:
-        """Steps that were skipped for a non-finite gradient, where the optimizer counts them. Waits for the device."""
-        counter = getattr(self.optimizer, "skipped_steps", None)
+        """Steps that were skipped for a non-finite gradient. Waits for the device."""
+        counter = getattr(self.optimizer, "skipped_steps", self._skipped)
         return 0 if counter is None else int(counter)

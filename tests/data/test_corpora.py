@@ -1,5 +1,6 @@
 """Documents from every kind of source, in a fixed order; what cannot be read is said or counted."""
 
+import gzip
 import json
 import sys
 
@@ -9,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.data import corpora, documents, open_corpus
+from fastgpt.data import documents, open_corpus, readers
 from fastgpt.errors import UserError
 
 
 def test_stdlib_is_the_running_interpreters_sources():
     corpus = open_corpus("stdlib")
-    docs = dict(corpus.documents())
+    docs = {name: text for name, text, _ in corpus.read()}
     assert {"os.py", "asyncio/tasks.py", "json/decoder.py"} <= docs.keys()
     assert len(docs) > 300 and sum(map(len, docs.values())) > 5e6
     assert list(docs) == [name for name, _ in documents("stdlib")]
@@ -33,7 +34,8 @@ def test_a_folder_of_all_kinds(tmp_path):
     (tmp_path / "g.png").write_bytes(b"\x89PNG")
     (tmp_path / "h.txt").write_text("")
     corpus = open_corpus(tmp_path)
-    assert list(corpus.documents()) == [
+    reading = corpus.read()
+    assert [(document.name, document.text) for document in reading] == [
         ("a/c.md", "# mark\n"),
         ("b.txt", "text é\n"),
         ("d.jsonl:1", "one"),
@@ -41,7 +43,7 @@ def test_a_folder_of_all_kinds(tmp_path):
         ("e.parquet:1", "p"),
         ("e.parquet:3", "q"),
     ]
-    assert corpus.skipped == ["f.txt"]
+    assert reading.skipped() == ["f.txt"] and reading.done() == 1.0
     before = corpus.digest()
     (tmp_path / "b.txt").write_text("text e..\n")
     assert corpus.digest() != before
@@ -58,11 +60,17 @@ def test_long_files_in_pieces_lose_nothing(tmp_path_factory, text, piece, line, 
     path = tmp_path_factory.mktemp("pieces") / "x.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpora, "PIECE", piece)
-        patch.setattr(corpora, "LONG_LINE", line)
-        assert "".join(corpora.read_pieces(path)) == text
-        cut = corpora.cut_position(path, fraction)
-        assert "".join([*corpora.read_pieces(path, 0, cut), *corpora.read_pieces(path, cut)]) == text
+        patch.setattr(readers, "PIECE", piece)
+        patch.setattr(readers, "LONG_LINE", line)
+        pieces = [row.text for row in readers.read_text(path)]
+        assert "".join(pieces) == text
+        cut = readers.cut_position(path, fraction)
+        parts = [(side, row.text) for side, row in readers.read_cut_text(path, cut)]
+        assert "".join(piece for _, piece in parts) == text
+        assert "".join(piece for side, piece in parts if side == "train") == text.encode()[:cut].decode()
+        for skip in range(0, len(parts) + 1, 7):
+            assert [row.text for row in readers.read_text(path, skip=skip)] == pieces[skip:]
+            assert [(side, row.text) for side, row in readers.read_cut_text(path, cut, skip)] == parts[skip:]
 
 
 def _parquet(column):
@@ -85,7 +93,10 @@ def _parquet(column):
         ("d.jsonl", lambda p: p.write_text("[1]\n"), "line 1"),
         ("a.parquet", lambda p: p.write_text("not parquet"), "cannot be read as parquet"),
         ("b.parquet", _parquet({"body": ["x"], "n": [1]}), "no column 'text', only body, n"),
-        ("c.parquet", _parquet({"text": [1]}), "must hold strings"),
+        ("c.parquet", _parquet({"text": [1]}), "must hold strings, not int64"),
+        ("e.jsonl.gz", lambda p: p.write_bytes(b"not gzip"), "cannot be decompressed"),
+        ("f.jsonl.gz", lambda p: p.write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-9]), "cannot be decompressed"),
+        ("g.jsonl.zst", lambda p: p.write_bytes(b"not zstd"), "cannot be decompressed"),
     ],
 )
 def test_bad_sources_are_one_sentence(tmp_path, name, write, message):
@@ -95,6 +106,36 @@ def test_bad_sources_are_one_sentence(tmp_path, name, write, message):
     with pytest.raises(UserError, match=message) as error:
         list(documents(path))
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def _compressed(kind, data):
+    return gzip.compress(data) if kind == "gz" else pa.compress(data, codec="zstd", asbytes=True)
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_compressed_json_lines(tmp_path, kind):
+    lines = "".join(json.dumps({"body": f"té {i}", "text": "no"}) + "\n" for i in range(1000))
+    (tmp_path / f"x.jsonl.{kind}").write_bytes(_compressed(kind, lines.encode()))
+    found = list(documents(tmp_path / f"x.jsonl.{kind}", text_column="body"))
+    assert [text for _, text in found] == [f"té {i}" for i in range(1000)]
+    assert list(documents(tmp_path, text_column="body")) == found, "found in a folder too"
+
+
+def test_every_position_can_be_gone_on_from(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n{"text": "two"}\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff broken")
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(10)]}), tmp_path / "c.parquet", row_group_size=3)
+    (tmp_path / "d.jsonl.gz").write_bytes(_compressed("gz", b'{"text": "x"}\n{"text": "y"}\n'))
+    (tmp_path / "e.jsonl.zst").write_bytes(_compressed("zst", b'{"text": "x"}\n{"text": "y"}\n'))
+    (tmp_path / "f.txt").write_text("plain")
+    corpus = open_corpus(tmp_path)
+    everything = list(corpus.read())
+    assert len(everything) == 17
+    reading = corpus.read()
+    for i, _ in enumerate(reading, 1):
+        resumed = corpus.read(json.loads(json.dumps(reading.position())))
+        assert list(resumed) == everything[i:]
+        assert resumed.skipped() == ["b.txt"] and 0 < reading.done() <= 1
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):

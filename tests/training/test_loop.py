@@ -1,11 +1,12 @@
 """The loop, run for real: what it prints, what it writes and when, exact resume, Ctrl-C, and bad input."""
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,13 @@ import torch
 from rich.console import Console
 
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from fastgpt.data import write_shard
+from fastgpt.data import TokenLoader, write_shard
 from fastgpt.errors import UserError
-from fastgpt.training import checkpoint, loop
+from fastgpt.training import checkpoint
+from fastgpt.training.evaluation import evaluate
 from fastgpt.training.loop import train
+from fastgpt.training.run import build, smaller
+from fastgpt.training.step import Stepper
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +58,10 @@ def quiet():
     return Console(file=open(os.devnull, "w"))
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -66,21 +74,28 @@ def test_the_loss_falls_and_everything_is_written(config, device, kernels):
     records = metrics(config.train.out)
     losses = [r["loss"] for r in records if "loss" in r]
     assert losses[-1] < losses[0] - 0.2
-    assert [r["step"] for r in records if "loss" in r] == [1, 2, 4, 6, 8, 10, 12]  # not one step too many
+    assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))  # not one step too many
+    assert [r["step"] for r in records if "tokens_per_second" in r] == [1, 2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in records if "val_loss" in r] == [0, 4, 8, 12]
-    assert [p.name for p in checkpoint.existing(config.train.out)] == ["ckpt-00000008.pt", "ckpt-00000012.pt"]
+    assert [p.name for p in checkpoint.existing(config.train.out)] == ["step-00000008", "step-00000012"]
+    assert json.loads((config.train.out / "config.json").read_text())["train"]["max_iters"] == 12
+    assert json.loads((config.train.out / "environment.json").read_text())["torch"] == torch.__version__
+    assert list((config.train.out / "tensorboard").iterdir())
 
 
-def test_the_log_line_has_every_figure(config, device, capsys):
+def test_the_log_line_has_nanogpts_shape_and_every_figure(config, device, capsys):
     train(with_train(config, max_iters=2), device)
-    line = next(line for line in capsys.readouterr().out.splitlines() if "step      2/2  loss" in line)
-    for word in ("loss", "lr", "norm", " ms", "tok/s", "mem", "GB", "mfu", "data"):
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("iter 2: loss "))
+    assert re.match(r"iter 2: loss \d\.\d{4}, time [\d.]+ms, mfu ", line)
+    for word in ("lr", "norm", "tok/s", "mem", "GB", "data", "eta"):
         assert word in line
+    assert re.search(r"step 2: val loss \d\.\d{4}, best \d\.\d{4}", out)
 
 
 def test_logged_loss_is_the_mean_over_all_micro_batches(config, device, monkeypatch):
     seen = []
-    real = loop.Stepper.__call__
+    real = Stepper.__call__
 
     def record(self, batches, grad_accum, lr):
         batches = list(batches)
@@ -90,25 +105,26 @@ def test_logged_loss_is_the_mean_over_all_micro_batches(config, device, monkeypa
         self.model.train()
         return real(self, batches, grad_accum, lr)
 
-    monkeypatch.setattr(loop.Stepper, "__call__", record)
+    monkeypatch.setattr(Stepper, "__call__", record)
     config = with_train(config, precision="fp32")  # as ``record`` computes; auto is bf16 on a GPU
     train(replace(config, model=replace(config.model, dropout=0.0)), device, quiet())
-    logged = {r["step"]: r["loss"] for r in metrics(config.train.out) if "loss" in r}
-    assert logged[4] == pytest.approx((seen[2] + seen[3]) / 2, rel=1e-5)
+    records = {r["step"]: r for r in metrics(config.train.out) if "loss" in r}
+    assert [records[step]["loss"] for step in records] == pytest.approx(seen, rel=1e-5)
+    assert records[4]["interval_loss"] == pytest.approx((seen[2] + seen[3]) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("kernels", ["eager", "triton"])
 def test_2n_steps_equal_n_resume_n(config, device, kernels, tmp_path, monkeypatch):
     """Same batches, same losses, same weights, bit for bit, with dropout on."""
     hashes = []
-    real = loop.TokenLoader.next_batch
+    real = TokenLoader.next_batch
 
     def record(self, *args):
         x, y = real(self, *args)
         hashes.append(hash(x.cpu().numpy().tobytes()))
         return x, y
 
-    monkeypatch.setattr(loop.TokenLoader, "next_batch", record)
+    monkeypatch.setattr(TokenLoader, "next_batch", record)
     config = with_train(config, kernels=kernels, log_interval=1)
     whole, _ = train(with_train(config, out=tmp_path / "whole"), device, quiet())
     hashes_whole = hashes.copy()
@@ -116,16 +132,11 @@ def test_2n_steps_equal_n_resume_n(config, device, kernels, tmp_path, monkeypatc
     # The schedule's horizon stays max_iters: the first half is interrupted, not configured shorter.
     halves = with_train(config, out=tmp_path / "halves")
     with monkeypatch.context() as patch:
-        log_line = loop._log_line
-
-        def ctrl_c_at_4(run, *args):
-            if run.step == 4:
-                signal.raise_signal(signal.SIGINT)
-            return log_line(run, *args)
-
-        patch.setattr(loop, "_log_line", ctrl_c_at_4)
+        interrupt_at(4, patch)
         run, code = train(halves, device, quiet())
         assert run.step == 4 and code == 130
+    assert len(hashes) == 9  # the micro-batch of the step that was given up
+    hashes.pop()
     torch.rand(7)  # whatever happened to the generators in between
     resumed, code = train(with_train(halves, resume="newest"), device, quiet())
     assert code == 0 and resumed.step == 8
@@ -139,30 +150,51 @@ def test_2n_steps_equal_n_resume_n(config, device, kernels, tmp_path, monkeypatc
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_ctrl_c_saves_and_exits_130(config, device, monkeypatch):
-    config = with_train(config, max_iters=100_000, checkpoint_interval=0, eval_interval=0)
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
-    log_line = loop._log_line
+def interrupt_at(step, monkeypatch, signals=(signal.SIGINT,), micro_batch=0):
+    """Send signals to this process when the step after ``step`` asks for its ``micro_batch``-th micro-batch."""
+    real, asked = TokenLoader.next_batch, []
 
-    def start_timer(*args):  # from the first line on: a GPU may take longer than a second to come up
-        if not timer.ident:
-            timer.start()
-        return log_line(*args)
+    def next_batch(self, *args):
+        asked.append(args)
+        if len(asked) == 2 * step + micro_batch + 1:  # 2 micro-batches per step
+            for number in signals:
+                signal.raise_signal(number)
+        return real(self, *args)
 
-    monkeypatch.setattr(loop, "_log_line", start_timer)
-    run, code = train(config, device, quiet())
-    timer.join()
-    assert code == 130 and 0 < run.step < 100_000
-    assert checkpoint.load(checkpoint.resolve(config.train.out))["step"] == run.step
+    monkeypatch.setattr(TokenLoader, "next_batch", next_batch)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_signal_ends_the_run_after_the_micro_batch_and_the_step_leaves_no_trace(
+    config, device, monkeypatch, number, code, tmp_path
+):
+    whole, _ = train(with_train(config, out=tmp_path / "whole"), device, quiet())
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch, [number])
+        run, got = train(config, device, quiet())
+    assert (run.step, got) == (5, code)
+    assert checkpoint.load(checkpoint.resolve(config.train.out))["step"] == 5
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
+    resumed, got = train(with_train(config, resume="newest"), device, quiet())
+    assert got == 0
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_second_ctrl_c_leaves_at_once(config, device, monkeypatch):
+    interrupt_at(5, monkeypatch, [signal.SIGINT, signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        train(config, device, quiet())
+    assert {p.name for p in checkpoint.existing(config.train.out)} <= {"step-00000004"}  # maybe still being written
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_new_run_in_the_place_of_an_old_one_loses_neither(config, device):
     train(with_train(config, max_iters=8), device, quiet())
     train(with_train(config, max_iters=4), device, quiet())
-    assert [p.name for p in checkpoint.existing(config.train.out)] == ["ckpt-00000004.pt"]
+    assert [p.name for p in checkpoint.existing(config.train.out)] == ["step-00000004"]
     aside = config.train.out.with_name("run.1")
-    assert [p.name for p in checkpoint.existing(aside)] == ["ckpt-00000004.pt", "ckpt-00000008.pt"]
+    assert [p.name for p in checkpoint.existing(aside)] == ["step-00000004", "step-00000008"]
 
 
 def test_resume_says_what_changed_and_applies_it(config, device, capsys):
@@ -175,12 +207,12 @@ def test_resume_says_what_changed_and_applies_it(config, device, capsys):
 
 def test_resume_with_another_shape_is_refused_and_nothing_is_written(config, device):
     train(with_train(config, max_iters=4), device, quiet())
-    before = {path: path.read_bytes() for path in config.train.out.iterdir()}
+    before = contents(config.train.out)
     other = replace(with_train(config, resume="newest"), model=replace(config.model, n_embd=64, n_layer=2))
     with pytest.raises(UserError) as error:
         train(other, device, quiet())
     assert "n_embd: 32 -> 64" in str(error.value) and "n_layer: 1 -> 2" in str(error.value)
-    assert before == {path: path.read_bytes() for path in config.train.out.iterdir()}
+    assert before == contents(config.train.out)
 
 
 def test_resume_with_nothing_left_to_do_is_refused(config, device):
@@ -190,21 +222,192 @@ def test_resume_with_nothing_left_to_do_is_refused(config, device):
 
 
 def test_evaluation_has_no_dropout_repeats_and_leaves_training_alone(config, device):
-    run = loop.build(config, device)
+    run = build(config, device)
     before = run.train_loader.state_dict(), torch.get_rng_state()
-    first = loop.evaluate(run)
-    assert first == loop.evaluate(run)
+    first = evaluate(run)
+    assert first == evaluate(run)
     assert run.model.training
     assert run.train_loader.state_dict() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_last_checkpoint_named(config, device):
-    train(with_train(config, max_iters=4), device, quiet())
-    saved = checkpoint.load(checkpoint.resolve(config.train.out))
-    saved["model"]["transformer.wte.weight"][0] = float("nan")
-    checkpoint.save(config.train.out, 5, {k: v for k, v in saved.items() if k not in ("format", "step")}, keep=5)
-    with pytest.raises(UserError, match=r"loss is nan at step 6.*ckpt-00000005"):
-        train(with_train(config, resume="newest"), device, quiet())
+def test_a_step_that_is_not_finite_changes_nothing_is_counted_and_repeated_ones_stop_the_run(
+    config, device, monkeypatch, capsys
+):
+    """One poisoned step is skipped; when all are, the run ends with its last checkpoint named."""
+    for kernels in ("eager", "triton"):
+        weights = {}
+
+        def poison(first, last, weights=weights, real=Stepper.__call__):
+            steps = []
+
+            def step(self, batches, grad_accum, lr):
+                steps.append(lr)
+                bad = first <= len(steps) <= last
+                forward = self.forward
+                if bad:
+                    weights["before"] = [p.detach().clone() for p in self.model.parameters()]
+                    self.forward = lambda x, y: (None, forward(x, y)[1] * float("nan"))
+                try:
+                    return real(self, batches, grad_accum, lr)
+                finally:
+                    self.forward = forward
+                    if bad:
+                        weights["after"] = [p.detach().clone() for p in self.model.parameters()]
+
+            return step
+
+        settings = with_train(config, kernels=kernels, out=config.train.out / kernels)
+        with monkeypatch.context() as patch:
+            patch.setattr(Stepper, "__call__", poison(6, 6))
+            run, _ = train(settings, device, quiet())
+        assert run.step == 8 and run.stepper.skipped_steps() == 1
+        assert all(torch.equal(a, b) for a, b in zip(weights["before"], weights["after"]))
+        assert [r["step"] for r in metrics(settings.train.out) if r.get("skipped") is True] == [6]
+        with monkeypatch.context() as patch:
+            patch.setattr(Stepper, "__call__", poison(6, 99))
+            with pytest.raises(UserError, match=r"3 steps in a row, up to 8.*step-00000004"):
+                train(with_train(settings, max_iters=20, max_skipped=3), device, quiet())
+
+
+def spiky(monkeypatch, at):
+    """Losses are steady noise, and at the calls numbered ``at`` a spike."""
+    monkeypatch.setattr("fastgpt.training.spikes.WINDOW", 3)
+    monkeypatch.setattr(Stepper, "__call__", None)
+    calls = []
+
+    def step(self, batches, grad_accum, lr):
+        for _ in batches:
+            pass
+        calls.append(lr)
+        with torch.no_grad():
+            self.model.transformer.wte.weight[0, 0] = float(len(calls))  # which step wrote these weights
+        spikes = sum(call <= len(calls) for call in at)
+        loss = 0.9 * 10**spikes if len(calls) in at else 3.0 + 0.01 * (len(calls) % 3)
+        return torch.tensor(loss), torch.tensor(1.0)
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+
+
+def test_a_spike_is_logged_and_the_run_goes_on(config, device, monkeypatch, capsys):
+    spiky(monkeypatch, {6})
+    run, _ = train(config, device)
+    assert "spike: the loss of step 6, 9.0000" in capsys.readouterr().out
+    assert run.step == 8
+    assert [r["at_step"] for r in metrics(config.train.out) if r.get("event") == "spike"] == [6]
+
+
+def test_a_spike_rolls_back_if_asked_and_the_data_go_on(config, device, monkeypatch, capsys):
+    spiky(monkeypatch, {6})
+    run, _ = train(with_train(config, on_spike="rollback", log_interval=1), device)
+    assert "rolled back from step 6" in capsys.readouterr().out
+    steps = [r["step"] for r in metrics(config.train.out) if "step" in r and "loss" in r]
+    assert steps == [1, 2, 3, 4, 5, 6, 5, 6, 7, 8]
+    assert run.train_loader.position == 10 * 4  # ten steps of 2 x 2 windows: none was seen twice
+
+
+def test_a_run_that_spikes_for_ever_stops(config, device, monkeypatch):
+    spiky(monkeypatch, set(range(6, 200, 2)))
+    with pytest.raises(UserError, match=r"rolled back 3 times.*step-00000004"):
+        train(
+            with_train(config, on_spike="rollback", log_interval=1, max_iters=50, checkpoint_interval=4),
+            device,
+            quiet(),
+        )
+
+
+def test_out_of_memory_halves_the_micro_batch_at_the_same_tokens_per_step(
+    config, device, monkeypatch, capsys, tmp_path
+):
+    """Said, exact (no window is lost or seen twice), and remembered by the resumed run."""
+    shapes = []
+    real = Stepper.__call__
+
+    def step(self, batches, grad_accum, lr):
+        def limited():
+            for x, y in batches:
+                if len(x) > 1 and len(shapes) >= 6:
+                    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB. GPU 0 has ...")
+                shapes.append(tuple(x.shape))
+                yield x, y
+
+        return real(self, limited(), grad_accum, lr)
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    config = replace(config, model=replace(config.model, dropout=0.0))
+    config = with_train(config, max_iters=9)
+    run, _ = train(config, device)
+    assert "micro-batches of 1 instead of 2, 4 of them instead of 2; tokens per step stay 64" in capsys.readouterr().out
+    assert shapes == [(2, 16)] * 6 + [(1, 16)] * 4 * 6
+    assert run.step == 9 and run.train_loader.position == 9 * 4
+    monkeypatch.setattr(Stepper, "__call__", real)
+    undisturbed, _ = train(with_train(config, out=tmp_path / "other"), device, quiet())
+    expected = undisturbed.model.state_dict()
+    for name, value in run.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    resumed, _ = train(with_train(config, resume="newest", max_iters=10), device, quiet())
+    assert (resumed.micro_batch, resumed.grad_accum) == (1, 4)
+
+
+def test_a_single_sequence_that_does_not_fit_is_refused_with_what_would(config, device, monkeypatch):
+    def step(self, batches, grad_accum, lr):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with pytest.raises(UserError, match="micro-batches of 1 x 16 tokens do not fit"):
+        train(config, device, quiet())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((16, 32), (8, 64)), ((3, 4), (1, 12)), ((5, 6), (2, 15)), ((1, 8), None), ((9, 1), (3, 3))]
+)
+def test_smaller_geometry_keeps_the_sequences_per_step(before, after):
+    assert smaller(*before) == after
+
+
+def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(config, device, monkeypatch, capsys):
+    from fastgpt.training import checkpoint_write
+
+    real, calls = checkpoint_write.write, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(checkpoint_write, "write", full)
+    run, code = train(config, device)
+    out = capsys.readouterr().out
+    assert "was not saved: the disk of" in out and "step-00000004" in out
+    assert code == 0 and run.step == 8
+    # The save at step 8 failed at the end of the run: it is tried once more before the run gives up.
+    assert [p.name for p in checkpoint.existing(config.train.out)] == ["step-00000004", "step-00000008"]
+
+
+def test_the_best_checkpoint_stays_and_a_damaged_newest_is_passed_over(config, device, capsys):
+    train(with_train(config, max_iters=12, keep_checkpoints=1), device, quiet())
+    best = checkpoint.best(config.train.out)
+    assert best is not None
+    losses = {r["step"]: r["val_loss"] for r in metrics(config.train.out) if "val_loss" in r and r["step"]}
+    assert best[1] == min(losses.values())
+    train(with_train(config, max_iters=14, keep_checkpoints=2, resume="newest"), device, quiet())
+    newest = checkpoint.existing(config.train.out)[-1]
+    with open(newest / "state.json", "r+b") as file:
+        file.write(b"x")
+    run, _ = train(with_train(config, max_iters=16, resume="newest"), device)
+    out = capsys.readouterr().out
+    assert f"{newest.name} is damaged" in out.replace("\n", "") and "resumed from" in out
+    assert run.step == 16
+
+
+def test_samples_and_resume_auto(config, device, capsys):
+    auto = with_train(config, resume="auto", max_iters=4, sample_interval=2)
+    train(auto, device)
+    assert capsys.readouterr().out.count("sample at step") == 2
+    run, _ = train(with_train(auto, max_iters=6), device)
+    assert run.step == 6 and "resumed from" in capsys.readouterr().out
 
 
 BAD = {
@@ -263,7 +466,7 @@ def test_the_command_line_in_a_fresh_process(config, tmp_path):
     command += f" --eval-iters 1 --device cpu --data {config.data.data} --out {tmp_path / 'out'}"
     result = subprocess.run(command.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "interpreter" in result.stdout and "step      3/3" in result.stdout
+    assert "interpreter" in result.stdout and "iter 3: loss" in result.stdout
     command = [sys.executable, "-m", "fastgpt.sample", str(tmp_path / "out"), "--prompt", "def", "--tokens", "5"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -1,30 +1,65 @@
-"""Warmup and cosine, in optimizer steps."""
+"""Learning-rate schedules: where they begin, turn and end."""
+
+import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastgpt.config import OptimConfig
 from fastgpt.training.schedule import learning_rate
 
-OPTIM = OptimConfig(lr=1.0, min_lr_ratio=0.1, warmup_iters=10)
+SHAPES = ("cosine", "wsd", "linear", "constant")
 
 
-def test_step_0_already_learns_and_warmup_is_linear():
-    rates = [learning_rate(step, OPTIM, 100) for step in range(11)]
-    assert rates == pytest.approx([(step + 1) / 11 for step in range(11)])
+def rates(optim, max_iters):
+    return [learning_rate(step, optim, max_iters) for step in range(max_iters)]
 
 
-def test_decay_ends_at_the_floor_on_the_very_last_step_and_stays():
-    assert learning_rate(99, OPTIM, 100) == pytest.approx(0.1)
-    assert learning_rate(98, OPTIM, 100) > 0.1
-    assert learning_rate(150, OPTIM, 100) == pytest.approx(0.1)
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_warmup_rises_to_the_peak_and_step_0_already_learns(schedule):  # bug 13
+    optim = OptimConfig(lr=1.0, warmup_iters=4, min_lr_ratio=0.1, schedule=schedule)
+    assert rates(optim, 100)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
-def test_decay_is_monotone_and_halfway_in_the_middle():
-    rates = [learning_rate(step, OPTIM, 111) for step in range(10, 111)]
-    assert rates == sorted(rates, reverse=True)
-    assert learning_rate(60, OPTIM, 111) == pytest.approx(0.55)
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "linear"])
+def test_the_last_step_has_the_floor_and_it_stays_there(schedule):
+    optim = OptimConfig(lr=1.0, warmup_iters=4, min_lr_ratio=0.1, schedule=schedule)
+    assert learning_rate(99, optim, 100) == pytest.approx(0.1)
+    assert learning_rate(500, optim, 100) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("max_iters", [1, 2, 5, 11, 12])
-def test_runs_shorter_than_the_warmup(max_iters):
-    assert all(0 < learning_rate(step, OPTIM, max_iters) <= 1 for step in range(max_iters))
+def test_halfway_points():
+    make = lambda schedule: OptimConfig(lr=1.0, warmup_iters=0, min_lr_ratio=0.0, schedule=schedule)  # noqa: E731
+    assert learning_rate(50, make("cosine"), 101) == pytest.approx(0.5)
+    assert learning_rate(25, make("linear"), 101) == pytest.approx(0.75)
+    assert learning_rate(79, make("wsd"), 101) == 1.0  # stable until the last fifth
+    assert learning_rate(90, make("wsd"), 101) == pytest.approx(0.5)
+    assert learning_rate(100, make("constant"), 101) == 1.0
+
+
+@given(
+    schedule=st.sampled_from(SHAPES),
+    warmup=st.integers(0, 50),
+    max_iters=st.integers(1, 200),
+    ratio=st.floats(0, 1),
+    share=st.floats(0, 1),
+)
+def test_positive_at_first_never_negative_never_above_the_peak_and_continuous(
+    schedule, warmup, max_iters, ratio, share
+):
+    optim = OptimConfig(lr=1.0, warmup_iters=warmup, min_lr_ratio=ratio, schedule=schedule, decay_share=share)
+    values = rates(optim, max_iters)
+    assert all(0 <= value <= 1 for value in values)
+    assert values[0] > 0
+    falling = values[min(warmup, max_iters) :]
+    assert all(a >= b for a, b in itertools.pairwise(falling))
+    # No step is larger than the steepest shape needs: a cosine's middle, pi/2 times a straight line.
+    start = warmup if schedule != "wsd" else max(warmup, max_iters - 1 - round(share * max_iters))
+    steepest = 1.6 / max(1, max_iters - 1 - start)
+    assert all(a - b <= steepest + 1e-9 for a, b in itertools.pairwise(falling))
+
+
+def test_a_warmup_as_long_as_the_run_never_decays():
+    optim = OptimConfig(lr=1.0, warmup_iters=10, schedule="cosine")
+    assert rates(optim, 10) == pytest.approx([(i + 1) / 11 for i in range(10)])

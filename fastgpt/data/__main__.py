@@ -1,0 +1,150 @@
+"""``python -m fastgpt.data prepare SOURCE --out DIR``: text into token shards to train on; ``check DIR`` reads them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastgpt import cli
+from fastgpt.data.corpora import STDLIB
+from fastgpt.data.preparation import SHARD_TOKENS, VAL_FRACTION, prepare, read_manifest
+from fastgpt.data.progress import duration
+from fastgpt.data.tokenizer import get_tokenizer
+from fastgpt.data.verification import verify_files
+from fastgpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turn text into token shards (llm.c's format) and a manifest.
+
+    Interrupted at any point, the same command goes on where it was, and the shards come out the same, byte for byte.
+    Equal documents fall on the same side of the split: nothing in validation was trained on.
+
+    For example:
+
+    python -m fastgpt.data prepare stdlib --out data/stdlib
+
+    python -m fastgpt.data prepare ~/texts --out data/mine --text-column body
+
+    python -m fastgpt.data prepare roneneldan/TinyStories --out data/stories --max-tokens 100000000
+
+    python -m fastgpt.data prepare HuggingFaceFW/fineweb --config-name sample-10BT --val-fraction 0.005 --out data/fineweb
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """A text, .jsonl(.gz, .zst) or .parquet file, or a folder of them; stdlib; or a Hugging Face dataset (hf:NAME)."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """The folder to make. It appears when it is whole; until then the work is in DIR.partial."""
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    """GPT-2's BPE, or raw bytes (vocabulary 256)."""
+    config_name: str | None = None
+    """The configuration of a Hugging Face dataset, as sample-10BT."""
+    split: str = "train"
+    """Which split of a Hugging Face dataset to read (train and val of the result are both made from it)."""
+    text_column: str = "text"
+    """The column of a table, or the field of a JSON line, that holds the text."""
+    val_fraction: float = VAL_FRACTION
+    """The share of documents kept for validation."""
+    seed: int = 0
+    """Another seed validates on other documents."""
+    shard_tokens: int = SHARD_TOKENS
+    """Tokens per shard; two bytes each."""
+    max_tokens: int | None = None
+    """Stop at the document that reaches so many tokens."""
+    workers: int | None = None
+    """Cores to use (default: all). The result does not depend on it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read every token of a folder of shards: sha256 against its manifest, ids against the vocabulary.
+
+    For example: python -m fastgpt.data check data/fineweb
+    """
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """What prepare made, llm.c shards, or nanoGPT's train.bin and val.bin."""
+    vocab_size: int | None = None
+    """Every id must be below it (default: the manifest's, or GPT-2's 50257)."""
+
+
+def main(args: list[str]) -> int:
+    commands: dict[str, Callable[..., Any]] = {"prepare": Prepare, "check": Check}
+    options = tyro.extras.subcommand_cli_from_dict(
+        commands, args=args, prog="fastgpt.data", description=(__doc__ or "").replace("`", "")
+    )
+    return _prepare(options) if isinstance(options, Prepare) else _check(options)
+
+
+def _prepare(options: Prepare) -> int:
+    console = Console(soft_wrap=True, highlight=False)
+    begin = time.monotonic()
+    if options.source == STDLIB and options.config_name is not None:
+        raise UserError("config_name belongs to a Hugging Face dataset, and source is 'stdlib': leave it out")
+    try:
+        manifest = prepare(
+            options.source,
+            options.out,
+            get_tokenizer(options.tokenizer),
+            val_fraction=options.val_fraction,
+            seed=options.seed,
+            shard_tokens=options.shard_tokens,
+            max_tokens=options.max_tokens,
+            text_column=options.text_column,
+            config_name=options.config_name,
+            split=options.split,
+            workers=options.workers,
+        )
+    except KeyboardInterrupt:
+        print("stopped: give the same command again to go on from there", file=sys.stderr)
+        return 130
+    console.print(
+        f"{options.out} is ready ({duration(time.monotonic() - begin)}); train on it with --data {options.out}"
+    )
+    console.print(_table(manifest))
+    if manifest["skipped_files"]:
+        some = ", ".join(manifest["skipped_files"][:5])
+        console.print(
+            f"{len(manifest['skipped_files'])} files were not UTF-8 text and passed over: {some}", markup=False
+        )
+    return 0
+
+
+def _check(options: Check) -> int:
+    files = sorted(options.folder.glob("*.bin"))
+    if not files:
+        raise UserError(f"folder {str(options.folder)!r} holds no .bin files: name one that holds token shards")
+    manifest = read_manifest(options.folder)
+    vocab_size = options.vocab_size or (manifest or {}).get("vocab_size", 50257)
+    missing = {s["file"] for s in (manifest or {"shards": []})["shards"]} - {f.name for f in files}
+    if missing:
+        raise UserError(f"folder {str(options.folder)!r} lacks {', '.join(sorted(missing))}, which its manifest names")
+    verify_files(files, vocab_size)
+    against = "the manifest's sha256" if manifest else "no manifest here: sha256 not compared"
+    Console(soft_wrap=True, highlight=False).print(
+        f"{len(files)} files are whole ({against}), every id is below {vocab_size}", markup=False
+    )
+    return 0
+
+
+def _table(manifest: dict[str, Any]) -> Table:
+    table = Table("", "documents", "tokens", "shards", title=f"{manifest['source']}, tokenizer {manifest['tokenizer']}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for side in ("train", "val"):
+        shards = sum(s["file"].startswith(side) for s in manifest["shards"])
+        table.add_row(side, f"{manifest['documents'][side]:,}", f"{manifest['tokens'][side]:,}", str(shards))
+    return table
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,152 @@
+"""Documents to tokens on all cores, in the order of the corpus.
+
+Documents go to the workers in batches and come back in order, so that the result is the same with one worker and with
+sixty-four. A small corpus is tokenised by threads (tiktoken works outside the GIL), since starting a process takes
+longer than it needs; a large one by processes, which are not held up by the reading of the next documents.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from hashlib import blake2b
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+
+from fastgpt.data.corpora import Reading
+from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
+from fastgpt.errors import UserError
+
+BATCH_CHARS = 1 << 20
+"""Text that one worker takes at a time: some 30 ms of work, so that handing it over costs nothing beside it."""
+SMALL = 64 << 20
+"""Bytes of a corpus up to which threads do."""
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass
+class Encoded:
+    """A batch of documents in tokens, and the point of the corpus just after it."""
+
+    ids: np.ndarray
+    """uint16; each document is preceded by end-of-text."""
+    lengths: np.ndarray
+    """Tokens per document, end-of-text included; int64."""
+    hashes: np.ndarray
+    """A hash of each document's text, uint64."""
+    sides: list[str | None]
+    position: dict[str, Any]
+    done: float | None
+    skipped: list[str]
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_corpus(
+    reading: Reading, tok: Tokenizer, seed: int, workers: int, processes: bool
+) -> Generator[Encoded, None, None]:
+    """The corpus from where ``reading`` is, batch by batch, a few batches ahead of what is asked for."""
+    pool: Executor = (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tok.name,))
+        if processes
+        else ThreadPoolExecutor(workers, "tokenise")
+    )
+    ahead: deque[tuple[Future[Arrays], dict[str, Any]]] = deque()
+    batches = _batches(reading)
+    try:
+        with closing(batches):
+            for texts, about in batches:
+                task = (
+                    pool.submit(_in_worker, texts, seed) if processes else pool.submit(encode_texts, tok, texts, seed)
+                )
+                ahead.append((task, about))
+                if len(ahead) > 2 * workers:
+                    yield _finished(*ahead.popleft())
+            while ahead:
+                yield _finished(*ahead.popleft())
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a tokenising process died (was memory short, or is the calling script without "
+            "`if __name__ == '__main__':`?): try --workers 1"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(task: Future[Arrays], about: dict[str, Any]) -> Encoded:
+    ids, lengths, hashes = task.result()
+    return Encoded(ids, lengths, hashes, **about)
+
+
+def encode_texts(tok: Tokenizer, texts: list[str], seed: int) -> Arrays:
+    """ids, lengths and hashes as in ``Encoded``."""
+    eot = np.array([tok.eot], np.uint16)
+    documents = tok.encode_batch(texts)
+    ids = np.concatenate([part for ids in documents for part in (eot, ids)])
+    lengths = np.array([len(ids) + 1 for ids in documents], np.int64)
+    return ids, lengths, np.array([document_hash(text, seed) for text in texts], np.uint64)
+
+
+def document_hash(text: str, seed: int) -> int:
+    """64 bits of BLAKE2b of the text, salted with the seed: a function of nothing else."""
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=str(seed).encode()[:16]).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _batches(reading: Reading) -> Generator[tuple[list[str], dict[str, Any]], None, None]:
+    texts: list[str] = []
+    sides: list[str | None] = []
+    size = 0
+
+    def about() -> dict[str, Any]:
+        return {
+            "sides": sides,
+            "position": reading.position(),
+            "done": reading.done(),
+            "skipped": list(reading.skipped()),
+        }
+
+    for document in reading:
+        texts.append(document.text)
+        sides.append(document.side)
+        size += len(document.text)
+        if size >= BATCH_CHARS:
+            yield texts, about()
+            texts, sides, size = [], [], 0
+    if texts:
+        yield texts, about()
+
+
+_worker_tokenizer: Tokenizer
+
+
+def _start_worker(tokenizer: str) -> None:
+    """Runs first in each worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_the_parent() -> None:  # a killed parent cannot tell them, and they would wait for ever
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+    global _worker_tokenizer
+    _worker_tokenizer = get_tokenizer(tokenizer)
+
+
+def _in_worker(texts: list[str], seed: int) -> Arrays:
+    return encode_texts(_worker_tokenizer, texts, seed)

@@ -1,0 +1,79 @@
+"""How far a preparation is: a bar on a terminal, a line every half minute elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_SECONDS = 30.0
+
+
+class ProgressReport:
+    """``with ProgressReport(...) as report: report.update(tokens, share)``.
+
+    Args:
+        label: what is tokenised.
+        tokens: how many there are already, from an earlier process: not counted into the rate.
+    """
+
+    def __init__(self, label: str, tokens: int, console: Console) -> None:
+        self.label, self.console = label, console
+        self._first_tokens = tokens
+        self._first_share: float | None = None
+        self._begin = self._said = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(show_speed=False),
+            TextColumn("{task.fields[counts]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=None, counts="")
+
+    def __enter__(self) -> ProgressReport:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def update(self, tokens: int, share: float | None) -> None:
+        """``tokens`` written in all; ``share`` of the corpus read, None if unknown."""
+        now = time.monotonic()
+        if self._first_share is None:
+            self._first_share = share
+        counts = f"{_short(tokens)} tokens, {_short((tokens - self._first_tokens) / max(1e-9, now - self._begin))}/s"
+        self._bar.update(self._task, total=None if share is None else 1.0, completed=share or 0.0, counts=counts)
+        if not self.console.is_terminal and now - self._said >= LINE_SECONDS:
+            self._said = now
+            self.console.print(f"{self.label}: {counts}{self._outlook(share, now)}", markup=False)
+
+    def _outlook(self, share: float | None, now: float) -> str:
+        if share is None:
+            return ""
+        progress = share - (self._first_share or 0.0)
+        if progress <= 0:
+            return f", {share:.1%}"
+        return f", {share:.1%}, ETA {duration((now - self._begin) * (1 - share) / progress)}"
+
+
+def _short(number: float) -> str:
+    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.2f}{letter}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    minutes = int(seconds / 60 + 0.5)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

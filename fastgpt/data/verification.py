@@ -1,0 +1,124 @@
+"""Every id of every token file is looked at before it is trained on, once.
+
+An id past the vocabulary is an out-of-bounds read in the embedding: on a GPU at best a crash without a name, hours in.
+So no file is trusted, whoever made it. A file is read whole: its largest id is compared with the vocabulary, and its
+sha256 with that of the manifest beside it, if there is one. For a large file both are remembered in the user's cache,
+together with its size, inode and times; a file that has changed in any of these is read again. (The time of the last
+change of the inode is among them, which no program can set back.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from fastgpt.data.preparation import read_manifest
+from fastgpt.data.shards import CHUNK, atomic_file, check_ids, open_shard
+from fastgpt.errors import UserError
+
+CACHED_FROM = 32 << 20
+"""Bytes from which on remembering is worth a file: a smaller one is read in less than 20 ms."""
+SAID_FROM = 1 << 30
+THREADS = 8
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """``$XDG_CACHE_HOME/fastgpt`` or ``~/.cache/fastgpt``, unless another is given."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What reading a whole file tells."""
+
+    sha256: str
+    largest_id: int
+
+
+def verify_files(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> None:
+    """All ids of all files are below ``vocab_size``, and the files are what their manifests say.
+
+    Raises:
+        UserError: naming the file, and the first such id with its position.
+    """
+    files = [Path(path) for path in paths]
+    shas = {folder: _manifest_shas(folder) for folder in {path.parent for path in files}}
+    unknown = [path for path in files if _remembered(path) is None]
+    if (size := sum(path.stat().st_size for path in unknown)) >= SAID_FROM:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"checking {len(unknown)} token files, {size / 1e9:.1f} GB: done once, then remembered", markup=False
+        )
+    with ThreadPoolExecutor(min(THREADS, max(1, len(unknown)))) as pool:
+        for path, facts in zip(files, pool.map(examine, files)):
+            if facts.largest_id >= vocab_size:
+                check_ids(open_shard(path), vocab_size, path)
+            expected = shas[path.parent].get(path.name)
+            if expected is not None and facts.sha256 != expected:
+                raise UserError(
+                    f"data file {str(path)!r} is not what was prepared (sha256 {facts.sha256[:12]}..., its manifest says "
+                    f"{expected[:12]}...): delete {str(path.parent)!r} and prepare it again"
+                )
+
+
+def examine(path: Path) -> Facts:
+    """Reads the whole file, or remembers what it held.
+
+    Raises UserError as ``open_shard`` does.
+    """
+    tokens = open_shard(path)
+    if (facts := _remembered(path)) is not None:
+        return facts
+    state = _state_of(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(path.stat().st_size - 2 * len(tokens)))
+    largest = 0
+    for start in range(0, len(tokens), CHUNK):
+        chunk = np.asarray(tokens[start : start + CHUNK])
+        digest.update(chunk.data)
+        largest = max(largest, int(chunk.max()))
+    facts = Facts(digest.hexdigest(), largest)
+    if path.stat().st_size >= CACHED_FROM and _state_of(path) == state:
+        with suppress(OSError):  # a read-only home costs time, nothing else
+            memory = _memory_of(path)
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(memory) as file:
+                file.write(json.dumps({"state": state, **asdict(facts)}).encode())
+    return facts
+
+
+def _remembered(path: Path) -> Facts | None:
+    try:
+        if path.stat().st_size < CACHED_FROM:
+            return None
+        saved = json.loads(_memory_of(path).read_text())
+        return Facts(str(saved["sha256"]), int(saved["largest_id"])) if saved["state"] == _state_of(path) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _memory_of(path: Path) -> Path:
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    return cache_root() / "checked" / f"{name}.json"
+
+
+def _state_of(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _manifest_shas(folder: Path) -> dict[str, str]:
+    manifest = read_manifest(folder) or {}
+    shards = [shard for shard in manifest.get("shards", []) if isinstance(shard, dict)]
+    return {str(shard["file"]): str(shard["sha256"]) for shard in shards if {"file", "sha256"} <= shard.keys()}

@@ -1,0 +1,45 @@
+"""How good the model is by now: validation loss on fixed windows, and a sample of its text."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgpt.data import get_tokenizer
+from fastgpt.training.distributed import reshard
+from fastgpt.training.run import Run
+from fastgpt.training.step import autocast
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> float:
+    """Mean validation loss in nats over ``eval_iters`` x ``batch_size`` windows, the same ones every time, in every run and
+    on any number of ranks, in eval mode (no dropout)."""
+    run.model.eval()
+    losses = []
+    windows = run.config.train.eval_iters * run.config.data.batch_size
+    for x, y in run.val_loader.eval_batches(max(1, windows // (run.micro_batch * run.world.size)), run.device):
+        with autocast(run.device, run.stepper.precision):
+            losses.append(run.stepper.forward(x, y)[1])
+    reshard(run.model)
+    run.model.train()
+    return run.world.mean(torch.stack(losses).mean()).item()
+
+
+def sample(run: Run, tokens: int = 40) -> str:
+    """Text that continues ``sample_prompt``, from generators of its own: training's are left alone. Called by all ranks
+    (sharded parameters are gathered by all)."""
+    tokenizer = get_tokenizer(run.config.data.tokenizer)
+    ids = list(tokenizer.encode(run.config.train.sample_prompt)) or [0]
+    prompt = torch.as_tensor([ids], dtype=torch.int64, device=run.device)
+    generator = torch.Generator(run.device).manual_seed(run.config.train.seed)
+    run.model.eval()
+    with autocast(run.device, run.stepper.precision):
+        new = [
+            int(token)
+            for token in run.model.generate(
+                prompt, tokens, temperature=0.8, top_k=50, vocab_size=tokenizer.vocab_size, generator=generator
+            )
+        ]
+    reshard(run.model)
+    run.model.train()
+    return tokenizer.decode(ids + new)

@@ -1,0 +1,239 @@
+"""All that a run consists of: built from a configuration, put into a checkpoint, and restored from one."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.config import SECTIONS, Config, differences
+from fastgpt.data import TokenLoader, resolve
+from fastgpt.errors import UserError
+from fastgpt.model import GPT
+from fastgpt.ops import get as get_ops
+from fastgpt.training import checkpoint
+from fastgpt.training.distributed import World, parallelize
+from fastgpt.training.spikes import SpikeDetector
+from fastgpt.training.step import Stepper, build_optimizer, precision_for
+
+_WEIGHTS = ("model", "optimizer")
+
+
+@dataclass
+class Run:
+    """A run at ``step`` optimizer steps done. ``config`` says what was asked for; ``micro_batch`` and ``grad_accum`` what is
+    in force (smaller and more of them after the GPU ran out of memory)."""
+
+    config: Config
+    device: torch.device
+    world: World
+    model: GPT
+    stepper: Stepper
+    train_loader: TokenLoader
+    val_loader: TokenLoader
+    micro_batch: int
+    grad_accum: int
+    """Micro-batches per step of this rank."""
+    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    step: int = 0
+    best_val_loss: float = math.inf
+    spikes: SpikeDetector = field(default_factory=SpikeDetector)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: plain values, and tensors that training goes on to change. Called by all ranks."""
+        data = self.config.data
+        return {
+            "run": self.id,
+            "config": self.config.to_dict(),
+            **checkpoint.state_of(self.model, self.stepper.optimizer),
+            "scaler": self.stepper.scaler.state_dict(),
+            "loader": self.train_loader.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "best_val_loss": self.best_val_loss,
+            "spikes": self.spikes.state,
+            "geometry": {
+                "asked": [data.batch_size, data.grad_accum],
+                "used": [self.micro_batch, self.grad_accum * self.world.size],
+            },
+        }
+
+    def mark(self) -> dict[str, Any]:
+        """What a step changes before its update: kept at its start, so that an abandoned step leaves no trace."""
+        return {"loader": self.train_loader.state_dict(), "rng": checkpoint.rng_state()}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """Back to the start of a step whose gradients were not applied."""
+        self.stepper.optimizer.zero_grad(set_to_none=True)
+        self.train_loader.load_state_dict(mark["loader"])
+        checkpoint.set_rng_state(mark["rng"])
+
+    def set_geometry(self, micro_batch: int, grad_accum: int) -> None:
+        """Go on with other micro-batches at the same tokens per step, at the very next window. ``grad_accum`` counts those
+        of all ranks."""
+        position = self.train_loader.state_dict()
+        for loader in (self.train_loader, self.val_loader):
+            loader.close()
+        self.micro_batch, self.grad_accum = micro_batch, grad_accum // self.world.size
+        self.train_loader, self.val_loader = build_loaders(self.config, self.world, micro_batch)
+        self.train_loader.load_state_dict(position)
+
+    def close(self) -> None:
+        for loader in (self.train_loader, self.val_loader):
+            loader.close()
+
+
+def build(config: Config, device: torch.device, world: World | None = None) -> Run:
+    """Model, optimizer and loaders of a new run. Writes nothing but tokens into the user's cache.
+
+    Raises UserError for anything that cannot work.
+    """
+    world = world or World()
+    shape, seed = config.model, config.train.seed
+    if config.data.grad_accum % world.size:
+        raise UserError(
+            f"grad_accum is {config.data.grad_accum}, which {world.size} GPUs do not divide: the micro-batches of a step are "
+            f"shared between them, so make it a multiple of {world.size}"
+        )
+    train_loader, val_loader = build_loaders(config, world, config.data.batch_size)
+    torch.manual_seed(seed)
+    model = GPT(shape, get_ops(config.train.kernels)).to(device)
+    if world.rank:  # the weights are the same on every rank, dropout is not
+        torch.manual_seed(seed + 1_000_003 * world.rank)
+    forward, synchronize = _forward(model, config, world)
+    precision = precision_for(config.train.precision, device)
+    stepper = Stepper(
+        model=model,
+        forward=forward,
+        optimizer=build_optimizer(model, config.optim, config.train.kernels),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        precision=precision,
+        grad_clip=config.optim.grad_clip,
+        world=world,
+        synchronize=synchronize,
+    )
+    return Run(
+        config,
+        device,
+        world,
+        model,
+        stepper,
+        train_loader,
+        val_loader,
+        config.data.batch_size,
+        config.data.grad_accum // world.size,
+    )
+
+
+def _forward(model: GPT, config: Config, world: World) -> tuple[Any, Callable[[bool], None]]:
+    """What to call for the forward pass (compiled, spread over ranks), and the switch for gradient synchronisation."""
+    if (
+        config.train.compile
+    ):  # in place, so that parameters keep their names; FSDP has to stay outside of what is compiled
+        sharded = world.size > 1 and config.train.parallel == "fsdp"
+        for module in model.transformer.h if sharded else [model]:
+            module.compile()
+    return parallelize(model, model.transformer.h, config.train.parallel, world)
+
+
+def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[TokenLoader, TokenLoader]:
+    """Training and validation batches of this rank."""
+    shape, data = config.model, config.data
+    train_paths, val_paths, _ = resolve(
+        data.data, tokenizer=data.tokenizer, vocab_size=shape.vocab_size, block_size=shape.block_size
+    )
+    train, val = (
+        TokenLoader(
+            paths,
+            shape.block_size,
+            micro_batch,
+            seed=config.train.seed,
+            vocab_size=shape.vocab_size,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        for paths in (train_paths, val_paths)
+    )
+    return train, val
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint to go on from: where it lies, and its plain values (the weights are read when the model is there)."""
+
+    path: Path
+    values: dict[str, Any]
+    damaged: list[str]
+    """Newer ones that were passed over, and why, in a sentence each."""
+
+
+def find_saved(config: Config) -> Saved | None:
+    """The checkpoint that ``--resume`` asks for, checked against the configuration; None for a new run.
+
+    Raises UserError if there is none, it is damaged, its model has another shape, or it has done all the steps.
+    """
+    asked, out = config.train.resume, config.train.out
+    if asked is None or (asked == "auto" and not checkpoint.existing(out)):
+        return None
+    where = out if asked in ("newest", "auto") else Path(asked)
+    damaged: list[str] = []
+    if where.is_dir() and checkpoint.step_of(where) < 0:
+        path, damaged = checkpoint.newest_valid(where)
+        values = checkpoint.load(path, without=_WEIGHTS, verify=False)
+    else:
+        path = checkpoint.resolve(where)
+        values = checkpoint.load(path, without=_WEIGHTS)
+    checkpoint.check_shape(values["config"], config.model, path)
+    if values["step"] >= config.train.max_iters:
+        raise UserError(
+            f"max_iters is {config.train.max_iters} but checkpoint {path} has done {values['step']} steps: raise --max-iters"
+        )
+    return Saved(path, values, damaged)
+
+
+def restore(run: Run, saved: Saved) -> None:
+    """Put a checkpoint into a freshly built run."""
+    restore_weights(run, saved.path)
+    values, data = saved.values, run.config.data
+    run.id = values.get("run", run.id)
+    run.best_val_loss = values["best_val_loss"]
+    run.spikes = SpikeDetector(values.get("spikes", ()))
+    geometry = values.get("geometry")
+    if geometry and geometry["asked"] == [data.batch_size, data.grad_accum] != geometry["used"]:
+        micro_batch, grad_accum = geometry["used"]
+        if grad_accum % run.world.size == 0:
+            run.set_geometry(micro_batch, grad_accum)
+    run.train_loader.load_state_dict(values["loader"])
+    if "rng" in values:  # absent on ranks that were not there then: they keep the seeds they were built with
+        checkpoint.set_rng_state(values["rng"])
+
+
+def restore_weights(run: Run, path: Path) -> None:
+    """Model, optimizer and loss scale of a checkpoint that has been verified, and the steps it has done. Hyperparameters stay
+    the configuration's: a flag changed on resume takes effect."""
+    values = checkpoint.load(path, only=("scaler",), verify=False)
+    checkpoint.load_into(path, run.model, run.stepper.optimizer)
+    run.stepper.scaler.load_state_dict(values["scaler"])
+    run.step = values["step"]
+
+
+def changed_settings(saved: Saved, config: Config) -> list[str]:
+    """Settings that a resumed run changes: allowed, but said."""
+    now = config.to_dict()
+    return [
+        change
+        for section in SECTIONS
+        for change in differences(saved.values["config"].get(section, {}), now[section])
+        if not change.startswith(("out:", "resume:"))
+    ]
+
+
+def smaller(micro_batch: int, grad_accum: int) -> tuple[int, int] | None:
+    """The geometry to try when a micro-batch does not fit: half of it or less, at the same sequences per step. None for 1."""
+    total = micro_batch * grad_accum
+    half = next((size for size in range(micro_batch // 2, 0, -1) if total % size == 0), None)
+    return None if half is None else (half, total // half)

@@ -1,0 +1,171 @@
+"""The command: what it prints, and that bad input is one sentence, exit code 2 and no file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import fastgpt
+from fastgpt.data import __main__ as command
+from fastgpt.data import progress
+from fastgpt.data.progress import ProgressReport, duration
+from fastgpt.errors import UserError
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(50)))
+    return str(path)
+
+
+def test_prepare_then_check(tmp_path, texts, capsys):
+    out = str(tmp_path / "out")
+    assert command.main(["prepare", texts, "--out", out, "--tokenizer", "bytes", "--shard-tokens", "100"]) == 0
+    printed = capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert f"train on it with --data {out}" in " ".join(printed.split())
+    for side in ("train", "val"):
+        assert f"{manifest['documents'][side]:,}" in printed and f"{manifest['tokens'][side]:,}" in printed
+    assert manifest["tokenizer"] == "bytes" and manifest["fastgpt"] == fastgpt.__version__
+    assert sum(manifest["documents"].values()) == 50
+    assert command.main(["check", out]) == 0
+    assert "files are whole (the manifest's sha256), every id is below 256" in capsys.readouterr().out
+    with pytest.raises(UserError, match="every id must be below it"):
+        command.main(["check", out, "--vocab-size", "100"])
+    (tmp_path / "out" / manifest["shards"][0]["file"]).unlink()
+    with pytest.raises(UserError, match=r"lacks train_000000\.bin, which its manifest names"):
+        command.main(["check", out])
+
+
+def test_check_of_nanogpts_files(tmp_path, capsys):
+    for name in ("train.bin", "val.bin"):
+        np.arange(1000, dtype=np.uint16).tofile(tmp_path / name)
+    assert command.main(["check", str(tmp_path)]) == 0
+    assert "2 files are whole (no manifest here" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no \.bin files"):
+        command.main(["check", str(tmp_path / "empty")])
+
+
+def test_skipped_files_are_said(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text(name)
+    (tmp_path / "in" / "c.txt").write_bytes(b"\xff")
+    command.main(["prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
+    assert "1 files were not UTF-8 text and passed over: c.txt" in capsys.readouterr().out
+
+
+def _parquet(column, values):
+    def write(folder):
+        pq.write_table(pa.table({column: values}), folder / "x.parquet")
+        return "x.parquet"
+
+    return write
+
+
+def _file(name, content):
+    def write(folder):
+        (folder / name).write_bytes(content)
+        return name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "write, options, message",
+    [
+        (_file("x.parquet", b"PAR1 nothing"), [], "cannot be read as parquet"),
+        (_parquet("body", ["a"]), [], "no column 'text', only body"),
+        (_parquet("text", ["", None]), [], "holds no text"),
+        (_parquet("text", ["one"]), [], "holds one document"),
+        (_file("x.txt", b""), [], "is empty"),
+        (lambda folder: "none.txt", [], "does not exist"),
+        (_file("x.txt", b"text"), ["--val-fraction", "0"], "val_fraction is 0.0"),
+        (_file("x.txt", b"text"), ["--max-tokens", "-5"], "max_tokens is -5"),
+        (_file("x.txt", b"text"), ["--workers", "0"], "workers is 0"),
+        (_file("x.txt", b"text"), ["--config-name", "sample-10BT"], "config_name is 'sample-10BT'"),
+        (lambda folder: "stdlib", ["--config-name", "sample-10BT"], "config_name"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_no_folder(tmp_path, monkeypatch, write, options, message):
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        command.main(["prepare", source, "--out", "out", "--tokenizer", "bytes", *options])
+    assert "\n" not in str(error.value) and not list(Path().glob("out*"))
+
+
+def test_the_exit_code_is_2_and_there_is_no_traceback(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").write_text("mine")
+    (tmp_path / "x.txt").write_text("text\n" * 100)
+    env = {**os.environ, "PYTHONPATH": str(Path(fastgpt.__file__).parents[1])}
+    arguments = ["prepare", "x.txt", "--out", "data", "--tokenizer", "bytes"]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgpt.data", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: 'data' already holds something else: name another folder, or move it away\n"
+    assert (tmp_path / "data" / "mine.txt").read_text() == "mine"
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, texts, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "prepare", interrupted)
+    assert command.main(["prepare", texts, "--out", str(tmp_path / "out"), "--tokenizer", "bytes"]) == 130
+    assert "same command again" in capsys.readouterr().err
+
+
+def test_log_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    from rich.console import Console
+
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = Console(stderr=True, soft_wrap=True, force_terminal=False)
+    with ProgressReport("corpus (gpt2)", 1_000_000, console) as report:
+        for now[0], tokens, share in (
+            (1.0, 2_000_000, 0.1),
+            (40.0, 41_000_000, 0.2),
+            (50.0, 5e7, 0.3),
+            (80.0, 8.1e7, 0.5),
+        ):
+            report.update(int(tokens), share)
+        now[0] = 120.0
+        report.update(121_000_000, None)
+    assert capsys.readouterr().err.splitlines() == [
+        "corpus (gpt2): 41.00M tokens, 1.00M/s, 20.0%, ETA 5 min",
+        "corpus (gpt2): 81.00M tokens, 1.00M/s, 50.0%, ETA 2 min",
+        "corpus (gpt2): 121.00M tokens, 1.00M/s",
+    ]
+
+
+def test_a_bar_on_a_terminal():
+    import io
+
+    from rich.console import Console
+
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120)
+    with ProgressReport("corpus (gpt2)", 0, console) as report:
+        report.update(5_000_000, 0.25)
+        report._bar.refresh()
+        line = report._bar.get_renderable()
+    assert "corpus (gpt2)" in screen.getvalue() and "25%" in screen.getvalue() and "5.00M tokens" in screen.getvalue()
+    assert "ETA" in screen.getvalue() and line is not None
+
+
+@pytest.mark.parametrize(
+    "seconds, said", [(5, "5 s"), (59, "1 min"), (100, "2 min"), (7000, "117 min"), (7500, "2 h 5 min")]
+)
+def test_durations(seconds, said):
+    assert duration(seconds) == said

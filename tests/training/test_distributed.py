@@ -1,0 +1,132 @@
+"""Two ranks (gloo, on the CPU) are one run: the same losses as one rank, checkpoints that move between them, and an end in one
+sentence when a rank dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.training import checkpoint
+
+ROOT = Path(__file__).parents[2]
+SHAPE = "--n-embd 32 --n-head 2 --n-layer 2 --block-size 16 --batch-size 2 --grad-accum 4 --lr 1e-3 --warmup-iters 2"
+QUIET = "--eval-iters 2 --eval-interval 10 --log-interval 1 --no-tensorboard --no-doctor --device cpu --data stdlib"
+
+
+def command(ranks, out, *flags):
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*start, "train.py", "--kernels", "eager", *SHAPE.split(), *QUIET.split(), "--out", str(out), *flags]
+
+
+def environment():
+    # One thread per rank, and a port of the system's choice: other tests run beside this one.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def train(ranks, out, *flags):
+    result = subprocess.run(
+        command(ranks, out, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def losses(out):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    train = {r["step"]: r["loss"] for r in records if "step" in r and "loss" in r}
+    val = {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+    return train, val
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Twenty steps on one rank."""
+    out = tmp_path_factory.mktemp("ranks") / "alone"
+    train(1, out, "--max-iters", "20", "--checkpoint-interval", "10")
+    return out
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_equal_one_and_their_checkpoints_move_between_them(alone, tmp_path, parallel):  # bugs 10, 12
+    stdout = train(2, tmp_path / "two", "--max-iters", "20", "--checkpoint-interval", "10", "--parallel", parallel)
+    assert stdout.count("iter 20: loss") == 1  # rank 1 is silent
+    expected, expected_val = losses(alone)
+    got, got_val = losses(tmp_path / "two")
+    assert list(got) == list(range(1, 21))
+    for step in expected:
+        assert got[step] == pytest.approx(expected[step], rel=1e-6), step
+    assert got_val == pytest.approx(expected_val, rel=1e-6)
+
+    one, two = (checkpoint.load(checkpoint.resolve(path)) for path in (alone, tmp_path / "two"))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["loader"] == two["loader"]  # the same windows were taken
+    for name, weight in one["model"].items():
+        torch.testing.assert_close(two["model"][name], weight, rtol=1e-4, atol=1e-6)
+
+    # On: the pair's run on one rank, and the single rank's run on the pair.
+    train(1, tmp_path / "two", "--max-iters", "22", "--resume")
+    train(2, tmp_path / "one", "--max-iters", "22", "--parallel", parallel, "--resume", str(alone / "step-00000020"))
+    a, b = losses(tmp_path / "two")[0], losses(tmp_path / "one")[0]
+    assert [a[21], a[22]] == pytest.approx([b[21], b[22]], rel=1e-5)
+
+
+def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(tmp_path):
+    out = tmp_path / "run"
+    flags = ("--max-iters", "100000", "--checkpoint-interval", "5", "--eval-interval", "0")
+    process = subprocess.Popen(
+        command(2, out, *flags),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint.existing(out) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        victim = next(pid for pid in children(process.pid) if rank_of(pid) == "1")
+        os.kill(victim, signal.SIGKILL)
+        killed = time.monotonic()
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode != 0 and time.monotonic() - killed < 60
+    finally:
+        process.kill()
+    assert "another rank of this run is gone" in output and "--resume" in output
+    step = checkpoint.load(checkpoint.newest_valid(out)[0])["step"]
+    train(1, out, "--max-iters", str(step + 1), "--resume")
+    assert checkpoint.load(checkpoint.resolve(out))["step"] == step + 1
+
+
+def children(pid):
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
+def rank_of(pid):
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((v[5:].decode() for v in variables if v.startswith(b"RANK=")), None)
+
+
+def test_micro_batches_that_do_not_divide_are_refused_in_one_sentence(tmp_path):
+    result = subprocess.run(
+        command(2, tmp_path / "run", "--grad-accum", "3"),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert "grad_accum is 3, which 2 GPUs do not divide" in result.stderr
+    assert f"{ROOT}/fastgpt/" not in result.stderr  # torchrun's own traceback is there, ours is not
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,76 @@
+"""metrics.jsonl: every step exactly once across crashes and resumes, and never another run's file."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fastgpt.config import Config, TrainConfig
+from fastgpt.errors import UserError
+from fastgpt.training import metrics
+from fastgpt.training.metrics import Metrics
+
+CONFIG = Config(train=TrainConfig(tensorboard=False))
+
+
+def written(folder, run="a", step=0, upto=5):
+    file = Metrics(folder, run, step, CONFIG)
+    for i in range(step + 1, upto + 1):
+        file.write({"step": i, "loss": 1.0 / i})
+    file.close()
+
+
+def steps(folder):
+    return [record["step"] for record in metrics.read(folder) if "step" in record]
+
+
+def test_the_first_line_names_the_run_and_its_config(tmp_path):
+    written(tmp_path)
+    first = metrics.read(tmp_path)[0]
+    assert first["run"] == "a" and first["config"]["optim"]["lr"] == CONFIG.optim.lr
+    assert steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_resumed_run_writes_no_step_twice(tmp_path):
+    written(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # what a crash leaves
+    written(tmp_path, step=3, upto=7)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+    assert sum("run" in record for record in metrics.read(tmp_path)) == 1
+
+
+def test_another_runs_file_is_refused_and_left_alone(tmp_path):
+    written(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"another run \(a, the checkpoint is of b\)"):
+        Metrics(tmp_path, "b", 3, CONFIG)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_file_and_a_missing_one_end_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        metrics.read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"run": "a"}\nnoise\n{"step": 1}\n')
+    with pytest.raises(UserError, match="damaged: line 2"):
+        metrics.read(tmp_path)
+
+
+def test_tensorboard_has_the_numbers_of_every_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    file = Metrics(tmp_path, "a", 0, replace(CONFIG, train=TrainConfig()))
+    for step in (1, 2):
+        file.write({"step": step, "loss": 3.0 / step, "note": "text", "mfu": None})
+    file.write({"event": "spike", "loss": 9.0})
+    file.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
+
+
+def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        Metrics(tmp_path, "a", 0, replace(CONFIG, train=TrainConfig(wandb="project", tensorboard=False)))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["run"] == "a"
