@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.timing import Work, rotating
+from bench.timing import Work
 from fastgpt import flops
 from fastgpt.kernels import reference
 from tests.parity import assert_parity, check
@@ -20,7 +20,7 @@ OURS = "triton"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Shapes of the entries: GPT-2 124M's at a micro-batch of 8 x 1024 and, for attention, 16 x 1024."""
+    """Shapes of the entries: GPT-2 124M's at a micro-batch of 8 x 1024 and, for attention, 16 x 1024. SWEEPS has more."""
 
     rows: int = 8192
     C: int = 768
@@ -49,21 +49,17 @@ class Entry:
     variants: dict[str, Callable[[], Work]]
 
 
-def forward_backward(op: Callable, device: torch.device, make: Callable[[], dict[str, Tensor]], sets: int = 2) -> Work:
-    """``op(**inputs)`` and the gradients of all its floating inputs, over ``sets`` sets of inputs in turn."""
+def forward_backward(op: Callable, device: torch.device, make: Callable[[], dict[str, Tensor]]) -> Work:
+    """``op(**inputs)`` and the gradients of all its floating inputs."""
+    inputs = {key: x.requires_grad_(x.is_floating_point()) for key, x in make().items()}
+    wanted = [x for x in inputs.values() if x.requires_grad]
 
-    def run(inputs: dict[str, Tensor], upstream: tuple[Tensor, ...]) -> Any:
+    def forward() -> tuple[Tensor, ...]:
         outputs = op(**inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return torch.autograd.grad(outputs, [x for x in inputs.values() if x.requires_grad], upstream)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    arguments = []
-    for _ in range(sets):
-        inputs = {key: x.requires_grad_(x.is_floating_point()) for key, x in make().items()}
-        outputs = op(**inputs)  # with gradients, as when timed: torch.compile then compiles once
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        arguments.append((inputs, tuple(torch.randn_like(out) for out in outputs)))
-    return rotating(run, arguments)
+    upstream = tuple(torch.randn_like(out) for out in forward())  # with gradients: torch.compile then compiles once
+    return lambda: torch.autograd.grad(forward(), wanted, upstream)
 
 
 def peers(eager: Callable, compiled: bool, **others: Callable | None) -> dict[str, Callable]:
@@ -141,11 +137,11 @@ def attention(size: Sizes, device: torch.device, compiled: bool) -> Entry:
 
     from fastgpt.kernels.fused_attn import qkv_attention as fused
 
-    def inputs(B: int = size.B) -> dict[str, Tensor]:
-        return {"qkv": torch.randn(B, size.T, 3 * size.H * size.D, device=device).to(size.dtype)}
+    def inputs(B: int = size.B, H: int = size.H) -> dict[str, Tensor]:
+        return {"qkv": torch.randn(B, size.T, 3 * H * size.D, device=device).to(size.dtype)}
 
     def eager(qkv: Tensor) -> Tensor:
-        return reference.qkv_attention(qkv, size.H)
+        return reference.qkv_attention(qkv, qkv.shape[-1] // (3 * size.D))
 
     def backend(which: SDPBackend) -> Callable:
         def op(qkv: Tensor) -> Tensor:
@@ -155,7 +151,7 @@ def attention(size: Sizes, device: torch.device, compiled: bool) -> Entry:
         return op
 
     def ours(qkv: Tensor) -> Tensor:
-        return fused(qkv, size.H)
+        return fused(qkv, qkv.shape[-1] // (3 * size.D))
 
     ops = peers(eager, compiled)
     if device.type == "cuda":
@@ -167,7 +163,10 @@ def attention(size: Sizes, device: torch.device, compiled: bool) -> Entry:
         "attention",
         f"B={size.B} T={size.T} H={size.H} D={size.D}, causal",
         _sum(flops.attention_forward(*shape), flops.attention_backward(*shape)),
-        lambda: check(ours, eager, inputs(1), operand_dtype=size.dtype),
+        # Scores in fp64 are 100 MB a head at T = 4096, several times over: fewer heads where sequences are long.
+        lambda: check(
+            ours, eager, inputs(1, max(1, size.H * 1024**2 // max(size.T, 1024) ** 2)), operand_dtype=size.dtype
+        ),
         {name: partial(forward_backward, op, device, inputs) for name, op in ({OURS: ours} | ops).items()},
     )
 
@@ -185,6 +184,7 @@ def linear_cross_entropy(size: Sizes, device: torch.device, compiled: bool) -> E
     ops = peers(
         reference.linear_cross_entropy,
         compiled,
+        **_torch_linear_cross_entropy(),
         liger=liger and (lambda x, weight, target: liger(x, weight, target)),
     )
     return Entry(
@@ -192,7 +192,7 @@ def linear_cross_entropy(size: Sizes, device: torch.device, compiled: bool) -> E
         f"{size.rows} x {size.C} x {size.V}",
         flops.linear_cross_entropy(size.rows, size.C, size.V, size.dtype.itemsize, grad_size=size.dtype.itemsize),
         lambda: check(ours, reference.linear_cross_entropy, inputs(size.parity_rows), operand_dtype=size.dtype),
-        {name: partial(forward_backward, op, device, inputs, sets=1) for name, op in ({OURS: ours} | ops).items()},
+        {name: partial(forward_backward, op, device, inputs) for name, op in ({OURS: ours} | ops).items()},
     )
 
 
@@ -257,8 +257,40 @@ ENTRIES: tuple[Callable[[Sizes, torch.device, bool], Entry], ...] = (
 )
 
 
+def shapes(make: Callable, base: Sizes) -> list[Sizes]:
+    """The sweep of one of ENTRIES around ``base``, which comes first, and each shape once."""
+    return list(dict.fromkeys([base, *(replace(base, **changed) for changed in SWEEPS[make.__name__])]))
+
+
+_ROWS_AND_WIDTHS: list[dict[str, Any]] = [{"C": C} for C in (384, 768, 1024, 1600)] + [{"rows": 1024}, {"rows": 32768}]
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "layer_norm": _ROWS_AND_WIDTHS,
+    "layer_norm_residual": _ROWS_AND_WIDTHS,
+    # 16,384 tokens and a width of 768 throughout.
+    "attention": [
+        *({"T": T, "B": 16384 // T} for T in (512, 1024, 2048, 4096)),
+        *({"D": D, "H": 768 // D} for D in (32, 64, 128)),
+    ],
+    "linear_cross_entropy": [{"C": C} for C in (384, 768, 1024, 1600)] + [{"rows": 2048}, {"rows": 16384}],
+    "adamw": [{"C": 384}, {"C": 768}, {"C": 1024, "n_layer": 24}],  # GPT-2 40M, 124M, 350M
+}
+"""What differs from the base, by entry."""
+
+
 def _sum(*parts: flops.Work) -> flops.Work:
     return flops.Work(sum(p.flops for p in parts), sum(p.bytes for p in parts))
+
+
+def _torch_linear_cross_entropy() -> dict[str, Callable]:
+    """PyTorch's own fused loss, whole and in chunks, where this PyTorch has it."""
+    op = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if op is None:
+        return {}
+    found = {"torch linear_ce": lambda x, weight, target: op(x, weight, target)}
+    if options is not None:
+        found["torch linear_ce chunked"] = lambda x, weight, target: op(x, weight, target, options=options())
+    return found
 
 
 def _liger(name: str) -> Any:

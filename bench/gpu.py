@@ -1,36 +1,38 @@
 """Everything that a machine with a CUDA GPU can tell, in one command that fits its time:
 
-    python -m bench.gpu --out DIR [--minutes 8]
+    python -m bench.gpu --out runs/gpu                       # 8 minutes
+    python -m bench.gpu --out runs/gpu --minutes 20 --label before
 
 Most important first: the parity tests on the GPU; each kernel beside its peers; whole training steps of GPT-2 124M and 40M,
-eager, compiled and triton, also under a 12 GB cap. Each runs in a process of its own, with a share of the time; results.json,
-results.md and steps.png in DIR are rewritten after every one, so whatever cuts the run short costs only what was running.
+eager, compiled and triton, also under a 12 GB cap; the profile of a step, operation by operation (bench.mfu); peak memory,
+predicted and measured (bench.memory); and every time beside what the projection says of it (bench.project).
+
+Each runs in processes of its own, with a share of the time; results.json, results.md and steps.png in DIR are rewritten
+after every one, so whatever cuts the run short costs only what was running. The times also go to bench/results/.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import report
+from bench import report, results
 from bench.entries import ENTRIES
-from bench.environment import ROOT, environment
+from bench.session import Session, json_in, last_json, read_json
+from fastgpt import cli
 from fastgpt.config import load_preset
+from fastgpt.env import environment
+from fastgpt.errors import UserError
 
 CAP_GB = 12.0
 STEP_TOLERANCE = 0.02
@@ -48,67 +50,6 @@ VARIANTS = {
     "compile max-autotune": ("eager", "max-autotune-no-cudagraphs"),
 }
 """Name -> (--kernels, --compile mode)."""
-
-
-@dataclass
-class Session:
-    """The results so far, where they go, and how long there is."""
-
-    out: Path
-    deadline: float
-    results: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def save(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        _replace(self.out / "results.json", json.dumps(self.results, indent=1))
-        _replace(self.out / "results.md", report.gpu_markdown(self.results))
-        try:
-            report.plot_steps(self.results, self.out / "steps.png")
-        except Exception as error:  # a picture is not worth the stages that are still to come
-            print(f"steps.png is not drawn: {type(error).__name__}: {error}", file=sys.stderr)
-
-    def child(self, module: str, *args: str, log: str, limit: float) -> tuple[str, bool]:
-        """Run ``python -m module``: its standard output, which is also kept in a file, and whether it ended in time.
-
-        It gets a process group of its own, which is ended as a whole: a pytest-xdist worker that outlives its controller
-        would keep the GPU busy while the next stage is timed.
-        """
-        env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        env["PYTHONUNBUFFERED"] = "1"  # what was printed before a child is stopped counts
-        path = self.out / log
-        with open(path, "w", encoding="utf-8") as file:
-            command = [sys.executable, "-m", module, *args]
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                process.wait(timeout=max(limit, 1))
-                finished = True
-            except subprocess.TimeoutExpired:
-                finished = False
-            finally:  # also on Ctrl-C, which a group of its own does not get
-                _end(process)
-        return path.read_text(encoding="utf-8", errors="replace"), finished
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End a child with everything that it has started."""
-    if hasattr(os, "killpg"):
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-    elif process.poll() is None:
-        process.kill()
-    process.wait()
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 # ---------------------------------------------------------------- stages
@@ -148,7 +89,7 @@ def run_kernels(session: Session, limit: float) -> None:
     deadline = time.monotonic() + limit
     for entry in ENTRIES:
         name, folder = entry.__name__, session.out / "kernels" / entry.__name__
-        arguments = ["--device", "cuda", "--out", str(folder), "--only", name]
+        arguments = ["--device", "cuda", "--no-sweep", "--no-store", "--out", str(folder), "--only", name]
         arguments += ["--quick"] if limit < 90 else []
         arguments += ["--keep-roofs"] if "kernels" in session.results else []
         log, left = f"kernels-{name}.log", deadline - time.monotonic()
@@ -158,7 +99,7 @@ def run_kernels(session: Session, limit: float) -> None:
             (folder / "kernels.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
             _, finished = session.child("bench.kernels", *arguments, log=log, limit=left)
             reason = "crashed: see " + log if finished else "stopped: took longer than its share of the time"
-            found = _read(folder / "kernels.json") or _unfinished(name, reason)
+            found = read_json(folder / "kernels.json") or _unfinished(name, reason)
         kernels = session.results.setdefault("kernels", {"environment": session.results["environment"], "entries": []})
         kernels |= {key: found[key] for key in ("copy_gbs", "matmul_tflops") if found.get(key)}
         kernels["entries"] += found["entries"]
@@ -167,13 +108,6 @@ def run_kernels(session: Session, limit: float) -> None:
 
 def _unfinished(name: str, reason: str) -> dict[str, Any]:
     return {"entries": [{"name": name, "shape": "", "parity": reason, "variants": {}}]}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def step_plan(total_memory: int) -> Iterator[tuple[str, str, float]]:
@@ -201,7 +135,7 @@ def run_step(session: Session, preset: str, variant: str, cap_gb: float) -> dict
         arguments += ["--batch-size", str(batch_size), "--grad-accum", str(grad_accum), "--seconds", "4"]
         log = f"step-{preset}-{variant.replace(' ', '-')}-{cap_gb:g}.log"
         output, finished = session.child("bench.step", *arguments, log=log, limit=min(session.left - 10, 180))
-        found = _last_json(output)
+        found = last_json(output)
         if found is None:
             return step | {
                 "error": "crashed: see " + log if finished else "stopped: took longer than its share of the time"
@@ -209,16 +143,6 @@ def run_step(session: Session, preset: str, variant: str, cap_gb: float) -> dict
         if not (found.get("oom") and batch_size > 1):
             return step | found
         batch_size, grad_accum = batch_size // 2, grad_accum * 2
-
-
-def _last_json(output: str) -> dict[str, Any] | None:
-    for line in reversed(output.splitlines()):
-        if line.startswith("{"):
-            try:
-                return json.loads(line)
-            except ValueError:
-                continue
-    return None
 
 
 def withhold_wrong(steps: list[dict[str, Any]]) -> None:
@@ -239,35 +163,145 @@ def withhold_wrong(steps: list[dict[str, Any]]) -> None:
             del step["tokens_per_second"]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parity tests, kernel benchmarks and training steps on this machine's GPU, within a time budget."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=main.__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for results.json, results.md, steps.png and logs"
-    )
-    parser.add_argument("--minutes", type=float, default=8.0, help="time budget")
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print(f"bench.gpu needs a CUDA GPU, and torch {torch.__version__} sees none here.", file=sys.stderr)
-        return 2
-    budget = 60 * args.minutes
-    session = Session(args.out.resolve(), time.monotonic() + budget)  # children run in the repository's root
-    session.results["environment"] = environment(torch.device("cuda"))
-    session.save()
-    run_tests(session, 0.3 * budget)
-    session.save()
-    run_kernels(session, min(0.3 * budget, session.left - 30))
-    session.save()
+def run_steps(session: Session, limit: float) -> None:
+    """Whole training steps, each in a process of its own."""
     steps = session.results["steps"] = []
     for preset, variant, cap_gb in step_plan(torch.cuda.get_device_properties(0).total_memory):
         steps.append(run_step(session, preset, variant, cap_gb))
         withhold_wrong(steps)
         session.save()
+
+
+def run_profile(session: Session, limit: float) -> None:
+    """bench.mfu: where the time of a GPT-2 124M step goes. Its report stays in DIR/profile."""
+    folder = session.out / "profile"
+    (folder / "mfu.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
+    arguments = ["--model", "gpt2-124m", "--backends", "eager,compile,triton", "--steps", "5", "--device", "cuda"]
+    _, finished = session.child("bench.mfu", *arguments, "--out", str(folder), log="profile.log", limit=limit)
+    found = read_json(folder / "mfu.json")
+    if found is None:
+        session.results["profile"] = {"error": _reason("profile.log", finished)}
+        return
+    session.results["profile"] = {
+        "file": "profile/mfu.json",
+        "report": "profile/report.html",
+        "backends": {
+            name: {key: backend[key] for key in ("ms", "iqr_ms", "error") if key in backend}
+            for name, backend in found["backends"].items()
+        },
+    }
+
+
+def run_memory(session: Session, limit: float) -> None:
+    """bench.memory: predicted and measured peak memory; what is there when the time is up counts."""
+    path = session.out / "memory.json"
+    path.unlink(missing_ok=True)
+    arguments = ["--presets", "gpt2-124m", "--kernels", "triton", "eager", "--out", str(path)]
+    _, finished = session.child("bench.memory", *arguments, log="memory.log", limit=limit)
+    found = read_json(path)
+    session.results["memory"] = {"error": _reason("memory.log", finished)} if found is None else {"rows": found["rows"]}
+
+
+def run_projection(session: Session, limit: float) -> None:
+    """bench.project on what was just measured: the steps and kernels, and the profile's operations."""
+    found: dict[str, Any] = {"pairs": []}
+    session.save()
+    for name in ("results.json", "profile/mfu.json"):
+        if not (session.out / name).exists():
+            continue
+        log = f"projection-{Path(name).stem}.log"
+        arguments = ("--measured", str(session.out / name), "--json")
+        output, finished = session.child("bench.project", *arguments, log=log, limit=limit / 2)
+        answer = json_in(output)
+        if answer is None:
+            last = output.strip().splitlines()[-1:]
+            found.setdefault("errors", []).append(f"{name}: {last[0] if last else _reason(log, finished)}")
+        else:
+            found["calibration_error"] = answer.get("calibration_error")
+            found["pairs"] += [pair for pair in answer["pairs"] if pair not in found["pairs"]]
+    session.results["projection"] = found
+
+
+def _reason(log: str, finished: bool) -> str:
+    return f"failed: see {log}" if finished else "stopped: took longer than its share of the time"
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    run: Callable[[Session, float], None]
+    share: float
+    """Of the time. What a stage leaves over goes to the next."""
+    module: str
+    """What it runs: a stage whose module is not here is skipped."""
+
+
+STAGES = (
+    Stage("tests", run_tests, 0.24, "pytest"),
+    Stage("kernels", run_kernels, 0.20, "bench.kernels"),
+    Stage("steps", run_steps, 0.30, "bench.step"),
+    Stage("profile", run_profile, 0.15, "bench.mfu"),
+    Stage("memory", run_memory, 0.06, "bench.memory"),
+    Stage("projection", run_projection, 0.05, "bench.project"),
+)
+SHORTEST = 8.0
+"""Seconds that no stage is worth starting in less than."""
+
+
+def run_stages(session: Session, stages: Sequence[Stage], budget: float) -> None:
+    """One after the other; each may take what is left beyond the shares of those behind it. A stage that cannot run, or
+    fails, is a reason in the results, and no more."""
+    for i, stage in enumerate(stages):
+        session.reserved = budget * sum(later.share for later in stages[i + 1 :])
+        if find_spec(stage.module) is None:
+            session.results[stage.name] = {"error": f"skipped: {stage.module} is not here"}
+        elif session.left < SHORTEST:
+            session.results[stage.name] = {"error": "skipped: the time budget is used up"}
+        else:
+            try:
+                stage.run(session, session.left)
+            except Exception as error:
+                session.results[stage.name] = {"error": f"failed: {type(error).__name__}: {error}"[:500]}
+        session.save()
+
+
+def main(argv: list[str]) -> int:
+    """Run all stages. Exit code 1 if a parity test failed or none ran. Raises UserError without a GPU or a folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for results, reports, pictures and logs")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time budget (default: %(default)g)")
+    parser.add_argument("--label", help="a name under which bench.compare finds this run")
+    parser.add_argument("--no-store", action="store_true", help="do not keep the results in bench/results/")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise UserError(f"bench.gpu needs a CUDA GPU, and torch {torch.__version__} sees none here")
+    if not args.minutes > 0:
+        raise UserError(f"minutes is {args.minutes:g}: it must be above 0, and 8 is what all stages need")
+    budget = 60 * args.minutes
+    session = Session(args.out.resolve(), time.monotonic() + budget)  # children run in the repository's root
+    session.results["environment"] = environment(torch.device("cuda"))
+    try:
+        session.save()
+    except OSError as error:
+        raise UserError(f"out is {args.out}, which cannot be written ({error.strerror}): name another") from None
+    run_stages(session, STAGES, budget)
     print(report.gpu_markdown(session.results))
     print(f"Results are in {args.out}.")
+    if not args.no_store:
+        print(f"Kept in {keep(session.results, args.label)}.")
     tests = session.results["tests"]
-    return 1 if tests["failed"] or not tests["passed"] else 0  # none passed: pytest itself did not come up
+    return 1 if tests.get("failed") or not tests.get("passed") else 0  # none passed: pytest itself did not come up
+
+
+def keep(found: dict[str, Any], label: str | None) -> Path:
+    """Put the times into bench/results/."""
+    kernels, steps = found["kernels"], found["steps"]
+    entries = results.kernel_entries(kernels) if "entries" in kernels else {}
+    entries |= results.step_entries(steps) if isinstance(steps, list) else {}
+    return results.store("gpu", found["environment"], entries, label)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

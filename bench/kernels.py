@@ -1,12 +1,19 @@
-"""Every kernel beside its peers: PyTorch eager, torch.compile, SDPA's backends, torch's fused AdamW, Liger-Kernel.
+"""Every kernel beside its peers, over a sweep of shapes: PyTorch eager, torch.compile, SDPA's backends, torch's fused
+AdamW with clip, torch's linear_cross_entropy where it has one, Liger-Kernel where it is installed.
 
-    python -m bench.kernels [--device cpu|cuda] [--quick] [--only NAME] [--out DIR]
+    python -m bench.kernels                            # on a GPU: every kernel, every shape
+    python -m bench.kernels --only attention           # one kernel
+    python -m bench.kernels --quick --out runs/kernels # one shape each, fewer rounds; also as JSON and Markdown
+    python -m bench.kernels --label before             # a name for bench.compare
 
 Each entry runs forward and backward (AdamW: clip and update). Before any clock starts, the kernel has to pass its parity
-check against fp64 in this same run; one that fails gets no speed. Bytes and FLOPs come from fastgpt/flops.py: the least
-that the operation can move and compute. Shares are of what this device was just measured to reach (copy bandwidth, bf16
-matmul rate), never of a data sheet. On a CPU the kernels run in Triton's interpreter: that shows that everything works,
-and the times mean nothing.
+check against fp64 in this same run, at that very shape; one that fails gets no speed. Times are with a cold L2 cache (it
+is overwritten before each run, as in training) and with a warm one (the run before left in it what fits).
+
+Bytes and FLOPs come from fastgpt/flops.py: the least that the operation can move and compute. Shares are of what this
+device was just measured to reach (copy bandwidth, bf16 matmul rate), never of a data sheet. Results on a GPU are kept in
+bench/results/. On a CPU the kernels run in Triton's interpreter on tiny shapes: that shows that everything works; the
+times mean nothing and are not kept.
 """
 
 from __future__ import annotations
@@ -14,25 +21,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench import report
-from bench.environment import environment
+from bench import report, results
 from bench.timing import Timing, Work, interleave, peak_memory
-from fastgpt import flops, hardware
+from fastgpt import cli, flops, hardware
+from fastgpt.env import environment
+from fastgpt.errors import UserError
 
 if TYPE_CHECKING:
     from bench.entries import Entry
 
 
-def measure(entry: Entry, device: torch.device, ceilings: hardware.Ceilings | None, rounds: int) -> dict[str, Any]:
-    """Parity, then times: the entry's part of the results file."""
+def measure(
+    entry: Entry, device: torch.device, ceilings: hardware.Ceilings | None, rounds: int, budget_s: float = 20.0
+) -> dict[str, Any]:
+    """Parity, then times, at most about ``budget_s`` seconds of them: the entry's part of the results file."""
     warmup = 3 if device.type == "cuda" else 1
     result: dict[str, Any] = {
         "name": entry.name,
@@ -58,16 +68,27 @@ def measure(entry: Entry, device: torch.device, ceilings: hardware.Ceilings | No
         else:
             ready[name] = work
         result["variants"][name] = figures
-    for name, timing in interleave(ready, device, rounds=rounds, warmup=warmup, budget_s=20).items() if ready else ():
+    if not ready:
+        return result
+    limits: dict[str, Any] = {"rounds": rounds, "warmup": warmup, "budget_s": budget_s / 2}
+    for name, timing in interleave(ready, device, **limits).items():
         result["variants"][name] |= rates(entry.work, timing, ceilings)
+    if device.type == "cuda":
+        for name, timing in interleave(ready, device, cold=False, **limits).items():
+            # No share: what comes from the L2 cache is not under the memory's roof.
+            result["variants"][name]["warm"] = rates(entry.work, timing, None, share=False)
     return result
 
 
-def rates(work: flops.Work, timing: Timing, ceilings: hardware.Ceilings | None) -> dict[str, Any]:
+def rates(
+    work: flops.Work, timing: Timing, ceilings: hardware.Ceilings | None, *, share: bool = True
+) -> dict[str, Any]:
     """What a time means: bytes and FLOPs per second, and the share of the measured roof that binds."""
     seconds = timing.median_ms / 1e3
     out: dict[str, Any] = {"ms": timing.median_ms, "iqr_ms": timing.iqr_ms, "runs": timing.runs}
     out |= {"gbs": work.bytes / seconds / 1e9, "tflops": work.flops / seconds / 1e12}
+    if not share:
+        return out
     peak = None if ceilings is None else ceilings.peak_flops("bf16")
     if ceilings is None or peak is None:
         return out | {"share": None, "of": "n/a"}
@@ -80,14 +101,18 @@ def run(
     device: torch.device,
     *,
     quick: bool,
+    sweep: bool = False,
     only: str = "",
     keep_roofs: bool = False,
     save: Callable[[dict], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """All entries; ``save`` gets the results so far after each."""
-    from bench.entries import ENTRIES, TINY, Sizes  # imports fastgpt.kernels, which looks for the interpreter's switch
+    """All entries, or the one named ``only``; ``save`` gets the results so far after each shape."""
+    from bench.entries import ENTRIES, TINY, Sizes, shapes  # imports fastgpt.kernels, which looks for the interpreter
 
     cuda = device.type == "cuda"
+    names = [make.__name__ for make in ENTRIES]
+    if only and only not in names:
+        raise UserError(f"only is {only!r}: it must be one of {', '.join(names)}")
     ceilings = hardware.measured_ceilings(device, refresh=not keep_roofs) if cuda else None
     results: dict[str, Any] = {
         "environment": environment(device),
@@ -95,46 +120,68 @@ def run(
         "matmul_tflops": ceilings and ceilings.matmul_tflops,
         "entries": [],
     }
+    rounds = (10 if quick else 40) if cuda else 3
     for make in ENTRIES:
         if only not in ("", make.__name__):
             continue
-        torch.manual_seed(0)
-        with torch.cuda.device(device) if cuda else nullcontext():
-            entry = make(Sizes() if cuda else TINY, device, cuda and not quick)
-            results["entries"].append(measure(entry, device, ceilings, rounds=(10 if quick else 40) if cuda else 3))
-        if cuda:
-            torch.cuda.empty_cache()
-        save(results)
+        base = Sizes() if cuda else TINY
+        sizes = [base] if not sweep else shapes(make, base) if cuda else [base, replace(base, rows=32, C=128, T=32)]
+        for size in sizes:
+            torch.manual_seed(0)
+            with torch.cuda.device(device) if cuda else nullcontext():
+                entry = make(size, device, cuda and not quick)
+                results["entries"].append(measure(entry, device, ceilings, rounds, budget_s=10 if sweep else 20))
+            del entry
+            if cuda:
+                torch.cuda.empty_cache()
+            save(results)
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Time every kernel beside its peers, after a parity check."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=main.__doc__)
+def main(argv: list[str]) -> int:
+    """Parse, run, keep. Exit code 1 if a kernel failed its parity check. Raises UserError for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile")
-    parser.add_argument("--only", default="", help="only the entry of this function in bench/entries.py")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds, no torch.compile, no sweep unless asked for"
+    )
+    parser.add_argument(
+        "--sweep",
+        action=argparse.BooleanOptionalAction,
+        help="many shapes of each kernel, or GPT-2 124M's only (default: a sweep on a GPU without --quick)",
+    )
+    parser.add_argument("--only", default="", help="only the entry of this name in bench/entries.py")
     parser.add_argument("--keep-roofs", action="store_true", help="do not measure copy and matmul rates again")
     parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
+    parser.add_argument("--label", help="a name under which bench.compare finds this run")
+    parser.add_argument("--no-store", action="store_true", help="do not keep the results in bench/results/")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("bench.kernels --device cuda needs a CUDA GPU, and torch sees none here.", file=sys.stderr)
-        return 2
+        raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu")
+    if args.out:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out is {args.out}, which cannot be written ({error.strerror}): name another") from None
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)
 
-    def save(results: dict) -> None:
+    def save(found: dict) -> None:
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "kernels.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-            (args.out / "kernels.md").write_text(report.kernels_markdown(results), encoding="utf-8")
+            (args.out / "kernels.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+            (args.out / "kernels.md").write_text(report.kernels_markdown(found), encoding="utf-8")
 
     device = torch.device(args.device)
-    results = run(device, quick=args.quick, only=args.only, keep_roofs=args.keep_roofs, save=save)
-    report.print_kernels(results)
-    return 1 if any(entry["parity"] != "passed" for entry in results["entries"]) else 0
+    sweep = args.sweep if args.sweep is not None else args.device == "cuda" and not args.quick
+    found = run(device, quick=args.quick, sweep=sweep, only=args.only, keep_roofs=args.keep_roofs, save=save)
+    report.print_kernels(found)
+    if args.device == "cuda" and not args.no_store:
+        print(f"Kept in {results.store('kernels', found['environment'], results.kernel_entries(found), args.label)}.")
+    return 1 if any(entry["parity"] != "passed" for entry in found["entries"]) else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

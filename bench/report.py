@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ KERNEL_HEADER = [
     "variant",
     "ms",
     "± IQR",
+    "ms, warm L2",
     "GB/s",
     "TFLOP/s",
     "share of the binding roof",
@@ -66,6 +68,7 @@ def kernel_rows(results: dict[str, Any]) -> list[list[str]]:
                     name,
                     f"{v['ms']:.3f}",
                     f"{v['iqr_ms']:.3f}",
+                    _figure((v.get("warm") or {}).get("ms"), ".3f"),
                     f"{v['gbs']:.0f}",
                     f"{v['tflops']:.1f}" if v["tflops"] else "-",
                     share,
@@ -80,7 +83,8 @@ def kernels_markdown(results: dict[str, Any]) -> str:
     tflops = (results.get("matmul_tflops") or {}).get("bf16")
     roofs = (
         f"Roofs measured in the same run: copy {_figure(results.get('copy_gbs'), '.0f')} GB/s, "
-        f"bf16 matmul {_figure(tflops, '.1f')} TFLOP/s. Medians of interleaved runs with a cold L2; forward + backward."
+        f"bf16 matmul {_figure(tflops, '.1f')} TFLOP/s. Medians of interleaved runs, forward + backward; with a cold L2 cache "
+        "but for the column that says otherwise, rates and shares included."
     )
     return "\n\n".join(
         ["## Kernels", _where(results["environment"]), roofs, _markdown(KERNEL_HEADER, kernel_rows(results))]
@@ -97,7 +101,10 @@ def print_kernels(results: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if i < 2 else "right")
     for row in kernel_rows(results):
         table.add_row(*map(escape, row))  # an error message may hold [brackets]
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(table)
+    if results["environment"]["kernels"] == "interpreted":
+        console.print("Interpreted on a CPU: parity is real, the times say nothing about speed.", style="yellow")
 
 
 # ---------------------------------------------------------------- the whole run of bench.gpu
@@ -149,29 +156,92 @@ def _group(step: dict[str, Any]) -> tuple:
 
 
 def gpu_markdown(results: dict[str, Any]) -> str:
-    """All stages; those that have not run yet are left out."""
+    """All stages; those that have not run yet are left out, and those that could not say why."""
     parts = ["# fastgpt on " + results["environment"]["device"], _where(results["environment"])]
-    if "tests" in results:
-        tests = results["tests"]
-        counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
-        end = "" if tests.get("finished", True) else " (cut off by the time budget)"
-        parts += ["## Parity tests on this GPU", f"{counts} in {tests['seconds']:.0f} s{end}."]
-        parts += ["Failed: " + ", ".join(tests["failures"][:20])] if tests.get("failures") else []
-    if results.get("kernels"):
-        parts.append(kernels_markdown(results["kernels"]))
-    if results.get("steps"):
-        about = (
-            "Whole optimizer steps on random tokens: bf16 autocast, dropout as in the preset. eager: SDPA, F.cross_entropy, "
-            "torch's fused AdamW and clip_grad_norm_; compile: the same under torch.compile; triton+compile: our kernels "
-            "under torch.compile. MFU: 6N + 12LCT over the card's nominal dense bf16 peak."
-        )
-        parts += ["## Training steps", about, _markdown(STEP_HEADER, step_rows(results["steps"]))]
+    for name, (title, section) in SECTIONS.items():
+        found = results.get(name)
+        if isinstance(found, dict) and "error" in found:
+            parts += [f"## {title}", f"No figures: {found['error']}"]
+        elif found:
+            parts += section(found)
     return "\n\n".join(parts) + "\n"
+
+
+def _tests(tests: dict[str, Any]) -> list[str]:
+    counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
+    end = "" if tests.get("finished", True) else " (cut off by the time budget)"
+    parts = ["## Parity tests on this GPU", f"{counts} in {tests['seconds']:.0f} s{end}."]
+    return parts + (["Failed: " + ", ".join(tests["failures"][:20])] if tests.get("failures") else [])
+
+
+def _steps(steps: list[dict[str, Any]]) -> list[str]:
+    about = (
+        "Whole optimizer steps on random tokens: bf16 autocast, dropout as in the preset. eager: SDPA, F.cross_entropy, "
+        "torch's fused AdamW and clip_grad_norm_; compile: the same under torch.compile; triton+compile: our kernels "
+        "under torch.compile. MFU: 6N + 12LCT over the card's nominal dense bf16 peak."
+    )
+    return ["## Training steps", about, _markdown(STEP_HEADER, step_rows(steps))]
+
+
+def _profile(profile: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, f"{b['ms']:.1f}" if "ms" in b else "error: " + b.get("error", "not run")[:160]]
+        for name, b in profile["backends"].items()
+    ]
+    about = f"A step of GPT-2 124M, operation by operation: {profile['report']} (figures: {profile['file']})."
+    return ["## Where the time goes", about, _markdown(["backend", "ms/step"], rows)]
+
+
+def _memory(memory: dict[str, Any]) -> list[str]:
+    rows = []
+    for row in memory["rows"]:
+        measured, off = row["measured"], row["off"]
+        cells = [f"{row['predicted']['allocated'] / 2**30:.2f}"]
+        cells += (
+            [f"{measured['allocated'] / 2**30:.2f}", f"{off['allocated']:+.1%}"] if measured else [row["error"], ""]
+        )
+        rows.append([f"{row['preset']}, {row['kernels']}, micro-batch {row['micro_batch']}", *cells])
+    header = ["step", "predicted GiB", "measured GiB", "prediction is off by"]
+    return ["## Peak memory", "Allocated at the peak.", _markdown(header, rows)]
+
+
+def _projection(projection: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            pair["what"],
+            pair["variant"],
+            f"{pair['measured_ms']:.3f}",
+            _figure(pair["projected_ms"], ".3f"),
+            _figure(pair["error"], "+.0%"),
+            pair["note"] or pair["status"],
+        ]
+        for pair in projection["pairs"]
+    ]
+    about = "Projected by bench.project with its committed constants, without this measurement."
+    if projection.get("calibration_error") is not None:
+        about += f" Error of its calibration: {projection['calibration_error']:.1%}."
+    header = ["what", "variant", "measured ms", "projected ms", "projection is off by", "note"]
+    parts = (
+        ["## Predicted beside measured", about, _markdown(header, rows)] if rows else ["## Predicted beside measured"]
+    )
+    return parts + [f"Not projected: {error}" for error in projection.get("errors", [])]
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
+    "tests": ("Parity tests on this GPU", _tests),
+    "kernels": ("Kernels", lambda found: [kernels_markdown(found)]),
+    "steps": ("Training steps", _steps),
+    "profile": ("Where the time goes", _profile),
+    "memory": ("Peak memory", _memory),
+    "projection": ("Predicted beside measured", _projection),
+}
+"""By the name of the stage, in the order of the report."""
 
 
 def plot_steps(results: dict[str, Any], path: Path) -> bool:
     """Tokens per second and peak memory, one group of bars per model and cap. False without matplotlib or figures."""
-    measured = [step for step in results.get("steps", []) if "tokens_per_second" in step]
+    steps = results.get("steps", [])
+    measured = [step for step in steps if "tokens_per_second" in step] if isinstance(steps, list) else []
     try:
         import matplotlib
     except ImportError:

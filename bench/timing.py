@@ -11,7 +11,6 @@ between two uses of an operation; 8192 x 768 in bf16 is 12.6 MB and would otherw
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -36,12 +35,6 @@ class Timing:
     def of(cls, samples: list[float]) -> Timing:
         quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [0.0, 0.0, 0.0]
         return cls(statistics.median(samples), quartiles[2] - quartiles[0], len(samples))
-
-
-def rotating(function: Callable[..., Any], argument_sets: list[tuple]) -> Work:
-    """``function`` on one set of arguments after another: no run finds the last one's inputs in a cache."""
-    sets = itertools.cycle(argument_sets)
-    return lambda: function(*next(sets))
 
 
 def interleave(

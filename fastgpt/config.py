@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -68,12 +69,15 @@ class DataConfig:
     """Where tokens come from and how many make a micro-batch."""
 
     data: str = "stdlib"
-    """'stdlib' (Python's own library sources: real text on every machine), a folder of token shards (nanoGPT's or
-    llm.c's .bin), or a text, jsonl or parquet file or folder."""
+    """'stdlib' (Python's own library sources: real text on every machine), a folder of token shards (python -m fastgpt.data
+    prepare, llm.c's, or nanoGPT's .bin), or a text, jsonl(.gz, .zst) or parquet file or folder."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """GPT-2's BPE, or raw bytes (vocabulary 256)."""
     batch_size: int = 8
-    """Sequences per micro-batch."""
+    """Sequences per micro-batch; '--batch-size auto' (or --batch auto) takes the most that fit."""
+    auto_batch: bool = False
+    """What '--batch-size auto' sets: batch_size and grad_accum are chosen at the start, so that the largest micro-batch
+    that fits is used at the same tokens per step."""
     grad_accum: int = 1
     """Micro-batches per optimizer step, over all GPUs together: tokens per step = batch_size x block_size x grad_accum,
     on one GPU or on eight."""
@@ -255,7 +259,7 @@ def parse(args: Sequence[str], device_type: str) -> Config:
 
     Raises UserError for bad values; tyro itself prints unknown flags and ``--help`` and exits (2 and 0).
     """
-    args = _bare_resume(args)
+    args = _automatic_batch(_bare_resume(args))
     if _value_of(args, "--device") == "cpu":
         device_type = "cpu"
     file = next((arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")), None)
@@ -325,3 +329,10 @@ def _bare_resume(args: Sequence[str]) -> list[str]:
         if arg == "--resume" and (i + 1 == len(args) or args[i + 1].startswith("-")):
             out.append("newest")
     return out
+
+
+def _automatic_batch(args: Sequence[str]) -> list[str]:
+    """``--batch-size auto`` is a switch; ``--batch`` is ``--batch-size``."""
+    text = "\0".join(re.sub(r"^--batch(?=$|=)", "--batch-size", arg) for arg in args)
+    text = re.sub(r"(^|\0)--batch[-_]size[=\0]auto(?=$|\0)", r"\1--auto-batch", text)
+    return text.split("\0") if args else []

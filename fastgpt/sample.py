@@ -63,7 +63,7 @@ def load_model(path: Path, kernels: str, where: torch.device) -> tuple[Any, dict
     from fastgpt.ops import get as get_ops
     from fastgpt.training import checkpoint
 
-    saved = checkpoint.load(checkpoint.resolve(path))
+    saved = checkpoint.load(checkpoint.resolve(path), only=("config", "model"))
     model = GPT(ModelConfig(**saved["config"]["model"]), get_ops(kernels))
     model.load_state_dict(saved["model"])
     return model.to(where).eval(), saved["config"]

@@ -106,3 +106,16 @@ def test_a_config_file_is_never_executed(tmp_path):
 
 def test_differences_name_every_key():
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: 2 -> 3", "c: absent -> 4"]
+
+
+@pytest.mark.parametrize(
+    "args", [["--batch-size", "auto"], ["--batch", "auto"], ["--batch-size=auto"], ["--batch=auto"], ["--auto-batch"]]
+)
+def test_an_automatic_batch_is_asked_for_in_any_spelling(args):
+    config = parse(["--lr", "0.5", *args, "--seed", "3"], "cpu")
+    assert config.data.auto_batch and (config.optim.lr, config.train.seed) == (0.5, 3)
+    assert config.data.batch_size == load_preset("demo").data.batch_size  # with grad_accum: the tokens per step to keep
+
+
+def test_batch_is_batch_size():
+    assert parse(["--batch", "3"], "cpu").data.batch_size == 3 and not parse(["--batch", "3"], "cpu").data.auto_batch

@@ -175,8 +175,3 @@ def test_a_step_of_tiny_kernels_waits_for_the_host():
     assert times[-1].name == "waiting for the host" and times[-1].bound == "launch"
     launches = sum(op.launches for op in times)
     assert sum(op.ms for op in times) == pytest.approx(1e-3 * CONSTANTS.host_launch_us * launches)
-
-
-def test_group_names_are_those_of_the_profiler():
-    from fastgpt import profiling
-

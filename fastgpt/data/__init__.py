@@ -2,7 +2,7 @@
 
 ``corpora`` finds documents (``readers``: in files, ``hub``: of Hugging Face datasets), ``tokenizer`` turns them into
 ids, ``encoding`` does so on all cores, ``shards`` is the file format, ``preparation`` makes a folder of shards out of a
-corpus once (``writing``, ``progress``); ``loader`` reads batches from it (``windows``: which and in what order,
+corpus once (``manifest``, ``writing``, ``progress``); ``loader`` reads batches from it (``windows``: which and in what order,
 ``verification``: that no id is past the vocabulary). ``resolution`` puts them together: what ``--data`` names becomes
 shards to train on. ``python -m fastgpt.data --help`` is the command.
 """

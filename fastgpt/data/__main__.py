@@ -15,7 +15,8 @@ from rich.table import Table
 
 from fastgpt import cli
 from fastgpt.data.corpora import STDLIB
-from fastgpt.data.preparation import SHARD_TOKENS, VAL_FRACTION, prepare, read_manifest
+from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, read_manifest
+from fastgpt.data.preparation import prepare
 from fastgpt.data.progress import duration
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.data.verification import verify_files

@@ -66,17 +66,25 @@ def encode_corpus(
     )
     ahead: deque[tuple[Future[Arrays], dict[str, Any]]] = deque()
     batches = _batches(reading)
+    broken: UserError | None = None
     try:
-        with closing(batches):
-            for texts, about in batches:
-                task = (
-                    pool.submit(_in_worker, texts, seed) if processes else pool.submit(encode_texts, tok, texts, seed)
-                )
-                ahead.append((task, about))
-                if len(ahead) > 2 * workers:
-                    yield _finished(*ahead.popleft())
-            while ahead:
-                yield _finished(*ahead.popleft())
+        try:
+            with closing(batches):
+                for texts, about in batches:
+                    task = (
+                        pool.submit(_in_worker, texts, seed)
+                        if processes
+                        else pool.submit(encode_texts, tok, texts, seed)
+                    )
+                    ahead.append((task, about))
+                    if len(ahead) > 2 * workers:
+                        yield _finished(*ahead.popleft())
+        except UserError as error:  # a stream that broke, a bad line: what was read before it is not lost
+            broken = error
+        while ahead:
+            yield _finished(*ahead.popleft())
+        if broken is not None:
+            raise broken
     except BrokenProcessPool as error:
         raise UserError(
             "a tokenising process died (was memory short, or is the calling script without "

@@ -13,7 +13,6 @@ interrupted nor on how many cores worked: the shards and the manifest are the sa
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 import time
@@ -29,19 +28,25 @@ from rich.console import Console
 
 from fastgpt import __version__
 from fastgpt.data import encoding
-from fastgpt.data.corpora import Corpus, open_corpus
+from fastgpt.data.corpora import HUB, Corpus, open_corpus
 from fastgpt.data.encoding import Encoded, cores, encode_corpus
+from fastgpt.data.manifest import (
+    MANIFEST,
+    PROGRESS,
+    SHARD_TOKENS,
+    VAL_FRACTION,
+    differences,
+    read_json,
+    recipe_of,
+    sync_folder,
+    whole,
+    write_json,
+)
 from fastgpt.data.progress import ProgressReport
-from fastgpt.data.shards import atomic_file, open_shard
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.data.writing import ShardWriter
 from fastgpt.errors import UserError
 
-MANIFEST = "manifest.json"
-PROGRESS = "progress.json"
-FORMAT = 2
-VAL_FRACTION = 0.05
-SHARD_TOKENS = 100_000_000
 SIDES = ("train", "val")
 COMMIT_SECONDS = 5.0
 """What a killed process loses at most, of work."""
@@ -88,48 +93,22 @@ def prepare(
         text_column=text_column,
         config_name=config_name,
         split=split,
-        revision=_revision_of(out / MANIFEST) or _revision_of(work / PROGRESS),
+        revision=_known_revision(source, out / MANIFEST, work / PROGRESS),
     )
     recipe = recipe_of(corpus, tokenizer, val_fraction, seed, shard_tokens, max_tokens)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    if (manifest := _whole(out, recipe)) is not None:
+    if (manifest := whole(out, recipe)) is not None:
         return manifest
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _lock(out, console):
-            if (manifest := _whole(out, recipe)) is not None:  # another process was faster
+            if (manifest := whole(out, recipe)) is not None:  # another process was faster
                 return manifest
             manifest = _Preparation(work, corpus, tokenizer, recipe, workers or cores(), console).run()
             _publish(work, out)
             return manifest
     except OSError as error:
         raise UserError(_cannot_write(error, out, work)) from error
-
-
-def recipe_of(
-    corpus: Corpus,
-    tok: Tokenizer,
-    val_fraction: float = VAL_FRACTION,
-    seed: int = 0,
-    shard_tokens: int = SHARD_TOKENS,
-    max_tokens: int | None = None,
-) -> dict[str, Any]:
-    """All that the shards are a function of."""
-    return {
-        "format": FORMAT,
-        **corpus.recipe(),
-        "tokenizer": tok.name,
-        "val_fraction": val_fraction,
-        "seed": seed,
-        "shard_tokens": shard_tokens,
-        "max_tokens": max_tokens,
-    }
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a prepared folder says of itself; None for one without, or made by others."""
-    manifest = _read_json(folder / MANIFEST)
-    return manifest if manifest is not None and isinstance(manifest.get("shards"), list) else None
 
 
 @dataclass
@@ -155,7 +134,7 @@ class _Preparation:
 
     def run(self) -> dict[str, Any]:
         """Returns the manifest when it and all shards are on the disk in the work folder."""
-        if (manifest := _whole(self.work, self.recipe)) is not None:
+        if (manifest := whole(self.work, self.recipe)) is not None:
             return manifest  # killed just before it was renamed
         self.cut = self.corpus.split_by_position(self.recipe["val_fraction"])
         if self.cut is not None and (most := self.recipe["max_tokens"]) is not None:
@@ -166,7 +145,9 @@ class _Preparation:
         try:
             manifest = self._manifest(self._fill())
         except UserError:
-            if self._tokens() == 0:  # nothing to go on with: leave nothing in the way
+            if self._tokens():
+                self._commit()
+            else:  # nothing to go on with: leave nothing in the way
                 (self.work / PROGRESS).unlink()
                 with suppress(OSError):
                     self.work.rmdir()
@@ -174,7 +155,7 @@ class _Preparation:
         finally:
             for writer in self.writers.values():
                 writer.abandon()
-        _write_json(self.work / MANIFEST, manifest)
+        write_json(self.work / MANIFEST, manifest)
         return manifest
 
     def _manifest(self, rule: str) -> dict[str, Any]:
@@ -269,8 +250,8 @@ class _Preparation:
     def _take_up(self) -> None:
         """From progress.json if there is one, else from the beginning."""
         self.limit = int(self.recipe["val_fraction"] * 2**64)
-        saved = _read_json(self.work / PROGRESS)
-        if saved is None:
+        saved = read_json(self.work / PROGRESS)
+        if saved is None or not isinstance(saved.get("sides"), dict):
             if self.work.exists() and any(not p.name.startswith(".") for p in self.work.iterdir()):
                 raise UserError(f"{str(self.work)!r} is in the way and no preparation of this program: move it away")
             self.work.mkdir(exist_ok=True)
@@ -296,7 +277,7 @@ class _Preparation:
         for writer in self.writers.values():
             writer.abandon()
         # First the note that nothing counts, then the files.
-        _write_json(self.work / PROGRESS, self._state({side: None for side in SIDES}))
+        write_json(self.work / PROGRESS, self._state({side: None for side in SIDES}))
         self._open_writers({side: None for side in SIDES})
 
     def _open_writers(self, states: dict[str, Any]) -> None:
@@ -304,51 +285,11 @@ class _Preparation:
 
     def _commit(self) -> None:
         sides = {side: writer.commit() for side, writer in self.writers.items()}
-        _write_json(self.work / PROGRESS, self._state(sides))
+        write_json(self.work / PROGRESS, self._state(sides))
 
     def _state(self, sides: dict[str, Any]) -> dict[str, Any]:
         kept = {key: getattr(self, key) for key in ("limit", "smallest", "largest", "position", "skipped")}
         return {"recipe": self.recipe, **kept, "sides": sides}
-
-
-def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """``key A then, B now; ...``"""
-    if {**then, "source_digest": 0} == {**now, "source_digest": 0}:
-        return "the files of the source have changed since"
-    changed = [key for key in {**then, **now} if then.get(key) != now.get(key) and key != "source_digest"]
-    return "; ".join(f"{key} {then.get(key)!r} then, {now.get(key)!r} now" for key in changed)
-
-
-def _whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest, if the folder is what the recipe would make; None if there is nothing there.
-
-    Raises UserError for anything else: a damaged shard is no silent redo, and nothing is ever overwritten.
-    """
-    if not folder.exists() or (folder.is_dir() and not any(p for p in folder.iterdir())):
-        return None
-    manifest = read_manifest(folder)
-    if manifest is None and (folder / PROGRESS).exists():
-        return None
-    if manifest is None:
-        if folder.name.endswith(".partial"):
-            return None  # taken up, or refused, by its own rules
-        raise UserError(f"{str(folder)!r} already holds something else: name another folder, or move it away")
-    then = {key: manifest.get(key) for key in recipe}
-    if then != recipe:
-        raise UserError(
-            f"{str(folder)!r} already holds something else ({differences(then, recipe)}): name another folder, or delete it"
-        )
-    for shard in manifest["shards"]:
-        try:
-            found = len(open_shard(folder / shard["file"]))
-        except UserError as error:
-            raise UserError(f"{error}; delete {str(folder)!r} to prepare it again") from error
-        if found != shard["tokens"]:
-            raise UserError(
-                f"data file {str(folder / shard['file'])!r} holds {found} tokens and its manifest says "
-                f"{shard['tokens']}; delete {str(folder)!r} to prepare it again"
-            )
-    return manifest
 
 
 def _publish(work: Path, out: Path) -> None:
@@ -358,7 +299,7 @@ def _publish(work: Path, out: Path) -> None:
     if out.is_dir():
         out.rmdir()  # an empty folder gives way
     os.rename(work, out)
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
 
 
 @contextmanager
@@ -395,33 +336,11 @@ def _cannot_write(error: OSError, out: Path, work: Path) -> str:
     return f"the prepared data cannot be written to {str(out)!r}: {error}"
 
 
-def _revision_of(path: Path) -> str | None:
-    """The revision of a hub dataset that an earlier call fixed."""
-    saved = _read_json(path) or {}
-    revision = saved.get("recipe", saved).get("revision")
-    return revision if isinstance(revision, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=2).encode())
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names are on the disk only when their folder is."""
-    if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _known_revision(source: str | os.PathLike[str], *notes: Path) -> str | None:
+    """The revision of this hub dataset that an earlier call fixed."""
+    for note in notes:
+        saved = read_json(note) or {}
+        saved = saved.get("recipe", saved)
+        if saved.get("source") == HUB + str(source).removeprefix(HUB) and isinstance(saved.get("revision"), str):
+            return str(saved["revision"])
+    return None

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from fastgpt.data.preparation import read_manifest
+from fastgpt.data.manifest import read_manifest
 from fastgpt.data.shards import CHUNK, atomic_file, check_ids, open_shard
 from fastgpt.errors import UserError
 

@@ -99,7 +99,7 @@ def _sha256(path: Path) -> str:
 
 
 class Reader(StorageReader):
-    """DCP's storage interface for a checkpoint's directory. ``shapes`` and ``dtypes`` are known without reading a tensor."""
+    """DCP's storage interface for a checkpoint's directory. ``tensors`` (dtype, shape, parts) is known without reading one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

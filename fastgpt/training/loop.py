@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastgpt import flops
 from fastgpt.config import Config
+from fastgpt.doctor.preflight import announce, preflight
 from fastgpt.env import environment
 from fastgpt.errors import UserError
 from fastgpt.mfu import StepMeter, StepReport
@@ -28,7 +29,16 @@ from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, sample
 from fastgpt.training.metrics import Metrics
 from fastgpt.training.report import LogLine, Progress, banner, describe_device, peak_memory_gb
-from fastgpt.training.run import Run, build, changed_settings, find_saved, restore, restore_weights, smaller
+from fastgpt.training.run import (
+    Run,
+    build,
+    changed_settings,
+    choose_geometry,
+    find_saved,
+    restore,
+    restore_weights,
+    smaller,
+)
 from fastgpt.training.schedule import learning_rate
 from fastgpt.training.signals import StopRequest
 
@@ -72,6 +82,7 @@ class _Loop:
     """One call of ``train``: the run, and what is open while it goes on."""
 
     def __init__(self, config: Config, device: torch.device, world: World, console: Console) -> None:
+        config = choose_geometry(config, device, world)
         self.settings, self.world, self.console = config.train, world, console
         saved = find_saved(config)
         self.state = build(config, device, world)
@@ -80,6 +91,8 @@ class _Loop:
         else:
             self.state.id = world.broadcast(self.state.id)
         banner(console, self.state)
+        if self.settings.doctor and world.is_main:
+            announce(preflight(config, device), console)
         if saved is not None:
             for sentence in saved.damaged:
                 self.say(sentence)

@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from fastgpt import flops, hardware
+from fastgpt.errors import UserError
+from fastgpt.memory import memory
+from fastgpt.projection import project
 from fastgpt.training.run import Run
 
 
@@ -38,9 +41,11 @@ def banner(console: Console, run: Run) -> None:
         f"heads, width {shape.n_embd}, context {shape.block_size}, vocabulary {shape.vocab_size}",
         "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}, "
         f"{run.grad_accum} per rank and step{ranks}",
-        "run": f"{config.train.max_iters:,} steps, {config.train.max_iters * config.tokens_per_step / 1e6:,.1f}M tokens",
+        "run": f"{config.train.max_iters:,} steps, {config.train.max_iters * config.tokens_per_step / 1e6:,.1f}M tokens"
+        + _projected(run),
         "kernels": f"{config.train.kernels}{' + torch.compile' if config.train.compile else ''}, {run.stepper.precision}",
         "device": hardware.device_name(run.device),
+        "memory": _memory(run),
         "mfu": f"{flops.FORMULAS['palm']}, of "
         + (
             f"{peak / 1e12:.1f} TFLOP/s, its dense {arithmetic} peak"
@@ -52,13 +57,56 @@ def banner(console: Console, run: Run) -> None:
     }
     console.print("[bold]fastgpt")
     for name, text in rows.items():
-        console.print(f"  [bold]{name:<8}[/] {escape(text)}")
+        console.print(f"[bold]{name:<8}[/] {escape(text)}")
     if run.device.type == "cpu" and config.train.kernels == "triton":
         console.print(
             "[yellow]No GPU: the Triton kernels run in Triton's interpreter, one program at a time in NumPy. It shows that "
             "they compute the right thing, not how fast they are. On a CUDA GPU the same command compiles them and trains "
             "the larger demo: GPT-2's tokens, 6 layers of 384, bf16. --kernels eager trains this model in plain PyTorch."
         )
+
+
+def _memory(run: Run) -> str:
+    """What the step needs, by the VRAM model, and what a GPU has."""
+    kernels = (
+        "compile" if run.config.train.compile and run.config.train.kernels == "eager" else run.config.train.kernels
+    )
+    needed = memory(
+        run.config.model,
+        micro_batch=run.micro_batch,
+        kernels=kernels,
+        precision=run.stepper.precision,
+        world_size=run.world.size,
+    ).total
+    if run.device.type != "cuda":
+        return f"{needed / 1e9:.2f} GB predicted for weights, optimizer, gradients and activations"
+    return (
+        f"{needed / 1e9:.2f} GB predicted, of {torch.cuda.get_device_properties(run.device).total_memory / 1e9:.1f} GB"
+    )
+
+
+def _projected(run: Run) -> str:
+    """How long the run may take on a card that the projection knows; "" elsewhere."""
+    gpu, config = hardware.present(run.device), run.config
+    if gpu is None or run.world.size > 1:
+        return ""
+    try:
+        step = project(
+            flops.Shape.of(config.model),
+            gpu,
+            kernels="compile" if config.train.compile and config.train.kernels == "eager" else config.train.kernels,
+            precision=run.stepper.precision,
+            micro_batch=run.micro_batch,
+            tokens_per_step=config.tokens_per_step,
+            dropout=config.model.dropout,
+        )
+    except UserError:  # no projection for this precision
+        return ""
+    hours = [
+        (config.train.max_iters - run.step) * config.tokens_per_step / rate / 3600
+        for rate in (step.tokens_per_second_high, step.tokens_per_second_low)
+    ]
+    return f"; projected {hours[0]:,.1f} to {hours[1]:,.1f} hours at {step.tokens_per_second:,.0f} tok/s"
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

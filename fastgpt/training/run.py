@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastgpt.data import TokenLoader, resolve
 from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
+from fastgpt.plan import check_fits, fit_batch, free_bytes
 from fastgpt.training import checkpoint
 from fastgpt.training.distributed import World, parallelize
 from fastgpt.training.spikes import SpikeDetector
@@ -87,6 +88,20 @@ class Run:
             loader.close()
 
 
+def choose_geometry(config: Config, device: torch.device, world: World) -> Config:
+    """The configuration with its micro-batch decided: ``--batch-size auto`` takes the largest that fits.
+
+    Raises UserError for a micro-batch that cannot fit a GPU (unless the doctor is off), naming what does.
+    """
+    room = int(world.broadcast(str(free_bytes(device.type))))  # ranks have to agree
+    if config.data.auto_batch:
+        micro_batch, grad_accum = fit_batch(config, room, world.size, device=device.type)
+        return replace(config, data=replace(config.data, batch_size=micro_batch, grad_accum=grad_accum))
+    if device.type == "cuda" and config.train.doctor:
+        check_fits(config, room, world.size)
+    return config
+
+
 def build(config: Config, device: torch.device, world: World | None = None) -> Run:
     """Model, optimizer and loaders of a new run. Writes nothing but tokens into the user's cache.
 
@@ -100,10 +115,10 @@ def build(config: Config, device: torch.device, world: World | None = None) -> R
             f"shared between them, so make it a multiple of {world.size}"
         )
     train_loader, val_loader = build_loaders(config, world, config.data.batch_size)
-    torch.manual_seed(seed)
+    checkpoint.seed_all(seed)
     model = GPT(shape, get_ops(config.train.kernels)).to(device)
     if world.rank:  # the weights are the same on every rank, dropout is not
-        torch.manual_seed(seed + 1_000_003 * world.rank)
+        checkpoint.seed_all(seed + 1_000_003 * world.rank)
     forward, synchronize = _forward(model, config, world)
     precision = precision_for(config.train.precision, device)
     stepper = Stepper(

@@ -96,7 +96,6 @@ def test_max_tokens_ends_a_stream(dataset, tmp_path):
 
 def test_a_stream_that_breaks_says_so_and_can_be_gone_on_with(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_CHARS", 150)
-    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
     prepare(f"hf:{dataset}", tmp_path / "want", BYTES, workers=1)
     opened = hub.HubCorpus._open
 
@@ -116,6 +115,8 @@ def test_a_stream_that_breaks_says_so_and_can_be_gone_on_with(dataset, tmp_path,
         patch.setattr(hub.HubCorpus, "_open", lambda self: Breaks(opened(self)))
         with pytest.raises(UserError, match=r"broke after 70 rows \(ConnectionResetError.*same command again"):
             prepare(f"hf:{dataset}", tmp_path / "out", BYTES, workers=1)
+    saved = json.loads((tmp_path / "out.partial" / "progress.json").read_text())
+    assert 50 < saved["position"]["row"] < 70, "what came before is kept at once"
     prepare(f"hf:{dataset}", tmp_path / "out", BYTES, workers=1)
     assert _files(tmp_path / "out") == _files(tmp_path / "want")
 
@@ -190,6 +191,10 @@ def test_the_revision_is_fixed_when_a_preparation_begins(dataset, tmp_path, monk
     assert prepare("some/name", tmp_path / "out", BYTES, workers=1)["revision"] == "abc123"
     assert prepare("some/name", tmp_path / "out", BYTES, workers=1)["revision"] == "abc123", "and is found again"
     assert revisions == ["abc123", "abc123"] and asked == ["some/name"]
+    with pytest.raises(
+        UserError, match=r"source 'hf:some/name' then, 'hf:other/name' now; revision 'abc123' then, 'def"
+    ):
+        prepare("other/name", tmp_path / "out", BYTES, workers=1)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A prepared folder is whole or absent, a function of its source, and never shares a document between its sides."""
 
+import concurrent.futures
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +197,26 @@ def test_worker_processes_give_what_threads_give(tmp_path, monkeypatch):
     assert _files(tmp_path / "threads") == _files(tmp_path / "processes")
 
 
+def test_a_script_without_a_main_guard_ends_in_one_sentence(tmp_path):
+    """A worker process imports the script, which calls prepare() again: it must neither hang nor start more of them."""
+    source = _write_docs(tmp_path / "in", ["a", "b", "c"])
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from fastgpt.data import encoding, get_tokenizer, prepare\n"
+        "from fastgpt.errors import UserError\n"
+        "encoding.SMALL = 0\n"
+        "try:\n"
+        "    prepare(*sys.argv[1:], get_tokenizer('bytes'), workers=2)\n"
+        "except UserError as error:\n"
+        "    sys.exit(str(error))\n"
+    )
+    command = [sys.executable, script, source, tmp_path / "out"]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "a tokenising process died" in done.stderr and "__main__" in done.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
 class _Interrupted(BytesTokenizer):
     calls = 0
 
@@ -338,7 +360,7 @@ def test_two_processes_at_once_do_the_work_once(tmp_path, capsys):
         first = pool.submit(prepare, source, tmp_path / "out", Slow())
         assert entered.wait(30)
         second = pool.submit(prepare, source, tmp_path / "out", BYTES)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(concurrent.futures.TimeoutError):
             second.result(0.4)
         go_on.set()
         assert first.result(30) == second.result(30)
@@ -368,7 +390,7 @@ def test_what_progress_counts_is_on_the_disk_first(tmp_path, monkeypatch):
     assert events[-1] == ("sync", tmp_path.name), "the last rename too"
     commits = [i for i, event in enumerate(events) if event == ("name", "progress.json")]
     assert len(commits) > 3
-    for before, at in zip(commits[1:], commits[2:]):
+    for before, at in pairwise(commits[1:]):
         between = events[before + 1 : at]
         assert between[0] == ("sync", "out.partial"), "the name before"
         assert any(kind == "sync" and name.endswith(".bin") for kind, name in between)
@@ -384,7 +406,7 @@ def test_a_full_disk_ends_in_one_sentence_and_can_be_gone_on_from(tmp_path, monk
     holder, name = {
         "write": (writing.ShardWriter, "append"),
         "fsync": (writing.os, "fsync"),
-        "progress": (module, "_write_json"),
+        "progress": (module, "write_json"),
     }[where]
     real, calls = getattr(holder, name), []
 

@@ -1,27 +1,24 @@
-"""The compile gate: every kernel of a GPT step, in every shipped launch config, compiled with no GPU.
+"""The compile gate: every kernel of a GPT step, in every shipped launch config, compiled with no GPU by bench.audit.
 
-For sm_89 (RTX 4070) all launch cases, for sm_80 and sm_90 a subset. Child processes compile, since this one interprets;
-each test then judges one kernel, and a failure names the case, the config and the figure.
+For sm_89 (RTX 4070) all steps and launch cases, for sm_80 and sm_90 a subset. Child processes compile, since this one
+interprets; each test then judges one kernel, and a failure names the case, the config and the figure.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from bench import audit
+from fastgpt import flops
+from fastgpt.config import load_preset
+
 ROOT = Path(__file__).parents[2]
 SM_89_SHARED_LIMIT = 101_376
-SUBSET = r"^attention bf16 D(64|128)$|^layer_norm C768( all options)?$|^linear_cross_entropy bf16|^adamw (bf16|fp32)"
-JOBS = (
-    ("sm_89", "--shard=1/2"),
-    ("sm_89", "--shard=2/2"),
-    ("sm_80", f"--only={SUBSET}"),
-    ("sm_90", f"--only={SUBSET}"),
+SUBSET = (
+    r"^step gpt2-124m bf16|^attention bf16 D(64|128)$|^layer_norm C768( all options)?$"
+    r"|^linear_cross_entropy bf16|^adamw (bf16|fp32)"
 )
 
 
@@ -44,24 +41,13 @@ each_kernel = pytest.mark.parametrize("module, kernel", KERNELS, ids=[f"{m}.{k}"
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """(rows of offline.py by architecture, each binary once; errors of cases that do not compile)."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def run(job):
-        arch, selection = job
-        command = [sys.executable, "-m", "fastgpt.kernels.offline", "--json", "--arch", arch, selection]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-        assert done.stdout, done.stderr
-        return arch, json.loads(done.stdout.splitlines()[-1])
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, JOBS))
-    rows: dict[str, dict] = {}
-    errors = [f"{arch} {case}: {error}" for arch, result in results for case, error in result["errors"].items()]
-    for arch, result in results:
-        rows.setdefault(arch, {}).update({row["key"]: row for row in result["rows"]})
-    return {arch: list(found.values()) for arch, found in rows.items()}, errors
+    """(rows of bench.audit by architecture; errors of cases that do not compile)."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        results = [audit.run(audit.target("sm_89", None), shard=(1, 1), jobs=2)]  # all of it
+        results += pool.map(lambda arch: audit.run(audit.target(arch, None), only=SUBSET), ("sm_80", "sm_90"))
+    errors = [f"{result.gpu.arch} {case}: {error}" for result in results for case, error in result.errors.items()]
+    return {result.gpu.arch: result.rows for result in results}, errors
 
 
 def of_kernel(rows, module, kernel):
@@ -93,8 +79,8 @@ def test_is_launched_by_a_case(compiled, module, kernel):
 @each_kernel
 def test_spills_nothing(compiled, module, kernel, arch):
     rows = of_kernel(compiled[0][arch], module, kernel)
-    require(rows, "spills", lambda size: size == 0)
-    require(rows, "local_accesses", lambda number: number == 0)
+    for figure in ("stack", "spill_loads", "spill_stores"):
+        require(rows, figure, lambda number: number == 0)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
@@ -111,9 +97,50 @@ def test_fits_an_sm(compiled, module, kernel, arch):
 def test_dots_of_16_bit_operands_use_tensor_cores_and_fp32_ones_do_not(compiled, module, kernel, arch):
     rows = [row for row in of_kernel(compiled[0][arch], module, kernel) if row["dots"]]
     require(rows, "dtype", lambda dtype: dtype in ("bf16", "fp16", "fp32"))
-    require([r for r in rows if r["dtype"] != "fp32"], "tensor_core", lambda n: n > 0)
-    # HMMA on fp32 operands would be tf32, which parity at fp32 rules out.
-    require([r for r in rows if r["dtype"] == "fp32"], "tensor_core", lambda n: n == 0)
+    require([r for r in rows if r["dtype"] != "fp32"], "tensor_core", lambda kinds: bool(kinds))
+    # On fp32 operands tensor cores would compute in tf32, which parity at fp32 rules out.
+    require([r for r in rows if r["dtype"] == "fp32"], "tensor_core", lambda kinds: not kinds)
+
+
+def test_the_gate_of_bench_audit_lets_every_kernel_pass(compiled):
+    require([row for rows in compiled[0].values() for row in rows], "problems", lambda problems: not problems)
+
+
+def step_of(compiled, preset):
+    return [row for row in compiled[0]["sm_89"] if row["case"] == f"step {preset} bf16"]
+
+
+@each_kernel
+def test_a_training_step_launches_it(compiled, module, kernel):
+    assert of_kernel(step_of(compiled, "gpt2-124m"), module, kernel), "no step of GPT-2 124M launches it"
+
+
+@pytest.mark.parametrize("preset", ["gpt2-124m", "gpt2-40m", "gpt2-350m", "demo"])
+def test_every_launch_of_a_step_is_found(compiled, preset):
+    rows, layers, micro_batches = step_of(compiled, preset), load_preset(preset, "cuda").model.n_layer, 2
+
+    def launches(kernel):
+        return sum(row["launches"] for row in rows if row["kernel"] == kernel)
+
+    norms = 2 * layers + 1
+    assert launches("_forward_kernel") == launches("_backward_kernel") == micro_batches * norms
+    assert {launches(name) for name in ("forward", "backward_q", "backward_kv")} == {micro_batches * layers}
+    assert launches("rows_kernel") >= micro_batches and launches("_adamw_kernel") == 1
+
+
+def test_the_grids_of_a_step_are_those_of_its_real_shapes(compiled):
+    rows, config = step_of(compiled, "gpt2-124m"), load_preset("gpt2-124m", "cuda")
+    forward = next(row for row in rows if row["kernel"] == "forward")
+    blocks_of_queries = config.model.block_size // option(forward, "BLOCK_M")
+    assert forward["grid"] == [blocks_of_queries * config.model.n_head * config.data.batch_size]
+    assert forward["waves"] == pytest.approx(forward["grid"][0] / (46 * forward["blocks_per_sm"]))
+    adamw = next(row for row in rows if row["kernel"] == "_adamw_kernel")
+    chunks = flops.n_params(flops.Shape.of(config.model), positions=True) / option(adamw, "CHUNK")
+    assert chunks <= adamw["grid"][0] <= chunks + 100, "a chunk is of one parameter"
+
+
+def option(row, name):
+    return next(int(word.split("=")[1]) for word in row["config"].split() if word.startswith(name + "="))
 
 
 def test_attention_computes_with_dots(compiled):
@@ -121,18 +148,20 @@ def test_attention_computes_with_dots(compiled):
     assert len(with_dots) >= 3, f"forward, dQ and dK/dV should each have dots, but only {with_dots} do"
 
 
-@pytest.mark.parametrize("case", ["layer_norm C768", "layer_norm C4096", "linear_cross_entropy bf16"])
-def test_row_kernels_move_128_bits_at_a_time(compiled, case):
-    rows = [row for row in compiled[0]["sm_89"] if row["case"].startswith(case)]
+@pytest.mark.parametrize("module, shape", [("fused_layernorm", "C=768"), ("fused_layernorm", "C=4096"), ("_cross", "")])
+def test_row_kernels_move_128_bits_at_a_time(compiled, module, shape):
+    rows = [r for r in compiled[0]["sm_89"] if r["module"].startswith(module) and shape in r["config"].split() + [""]]
+    rows = [r for r in rows if r["dtype"] == "bf16"]
     assert rows
     require(rows, "wide_loads", lambda number: number >= 1)
-    if case.startswith("layer_norm"):
+    if module == "fused_layernorm":
         require(rows, "wide_share", lambda share: share >= 0.5)
 
 
 def test_adamw_moves_128_bits_at_a_time(compiled):
     # Most of its instructions read tables; what counts is parameter, gradient, moments in, and all but the gradient out.
-    rows = [row for row in compiled[0]["sm_89"] if row["case"].startswith("adamw fp32")]
-    update = max(rows, key=lambda row: row["wide_stores"])
-    require([update], "wide_loads", lambda number: number >= 4)
-    require([update], "wide_stores", lambda number: number >= 3)
+    rows = [
+        row for row in compiled[0]["sm_89"] if row["case"].startswith("step") and "PARAM_DTYPE=fp32" in row["config"]
+    ]
+    require(rows, "wide_loads", lambda number: number >= 4)
+    require(rows, "wide_stores", lambda number: number >= 3)

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import triton
 import triton.language as tl
 
 from fastgpt.kernels import offline, runtime
-from fastgpt.kernels.offline import Resources, occupancy
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +35,13 @@ tuned_dot_kernel = triton.autotune([triton.Config({"N": N}, num_warps=w) for N i
 
 
 @triton.jit
+def fp32_dot_kernel(a_ptr, y_ptr, N: tl.constexpr, PRECISION: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    a = tl.load(a_ptr + at)
+    tl.store(y_ptr + at, tl.dot(a, a, input_precision=PRECISION))
+
+
+@triton.jit
 def wrong_kernel(x_ptr, N: tl.constexpr):
     tl.store(x_ptr + tl.arange(0, N), tl.zeros((2 * N,), tl.float32))  # shapes differ
 
@@ -47,7 +52,7 @@ def child() -> None:
     square = {"M": 64, "N": 64, "K": 64}
 
     def rows(launches):
-        return [asdict(offline.row(launch)) for launch in offline.unique(launches)]
+        return [asdict(row) for row in offline.rows(launches)]
 
     for arch in (80, 89, 90):
         with offline.capture_launches(arch, case="square") as launches:
@@ -64,6 +69,14 @@ def child() -> None:
         dot_kernel[(1,)](bf16, bf16, bf16, 64, M=64, N=128, K=64, num_warps=4, maxnreg=40)
         dot_kernel[(1,)](bf16, bf16, bf16, 256, M=256, N=256, K=128, num_warps=8)
     out["bad"] = {"rows": rows(launches)}
+    with offline.capture_launches(89) as launches:
+        for precision in ("ieee", "tf32"):
+            fp32_dot_kernel[(1,)](bf16.float(), torch.empty(64 * 64), 16, precision)
+    out["precision"] = {"rows": rows(launches)}
+    with offline.capture_launches(89) as launches:
+        for n in (128, 128, 256):
+            dot_kernel[lambda given: (triton.cdiv(given["n"], given["M"]), 3)](bf16, bf16, bf16, n, **square)
+    out["grids"] = {"rows": rows(launches)}
     before = triton.runtime.driver._active, runtime.compile_only, runtime.compile_only_sms
     try:
         with offline.capture_launches(89, sms=128):
@@ -90,8 +103,10 @@ def test_figures_of_a_64x64x64_dot(compiled, arch):
     found = compiled[f"sm_{arch}"]["rows"][0]
     assert (found["kernel"], found["dtype"], found["arch"], found["case"]) == ("dot_kernel", "bf16", arch, "square")
     assert found["config"] == "M=64 N=64 K=64 w4 s3"
-    assert found["tensor_core"] > 0 and found["wide_share"] == 1.0
-    assert found["spills"] == found["local_accesses"] == 0
+    kind = "HGMMA.64x64x16.F32.BF16" if arch == 90 else "HMMA.16816.F32.BF16"
+    assert list(found["tensor_core"]) == [kind] and found["dots"] == found["tensor_dots"] == 1
+    assert found["wide_share"] == 1.0
+    assert found["stack"] == found["spill_loads"] == found["spill_stores"] == 0
     assert found["shared"] == 2 * 64 * 64 * 2, "two bf16 operands"
     assert 32 <= found["registers"] <= 128 and found["blocks_per_sm"] >= 4
 
@@ -99,7 +114,7 @@ def test_figures_of_a_64x64x64_dot(compiled, arch):
 def test_one_process_compiles_for_several_architectures(compiled):
     keys = {row["key"] for arch in (80, 89, 90) for row in compiled[f"sm_{arch}"]["rows"]}
     assert len(keys) == 9
-    wgmma, hmma = (compiled[arch]["rows"][0]["tensor_core"] for arch in ("sm_90", "sm_89"))
+    wgmma, hmma = (sum(compiled[arch]["rows"][0]["tensor_core"].values()) for arch in ("sm_90", "sm_89"))
     assert wgmma < hmma, "one HGMMA of sm_90 does the work of several HMMA"
 
 
@@ -119,7 +134,18 @@ def test_every_config_of_an_autotuned_kernel_is_compiled(compiled):
 
 def test_spills_are_seen(compiled):
     spilling = compiled["bad"]["rows"][0]
-    assert spilling["registers"] <= 40 and spilling["spills"] > 0 and spilling["local_accesses"] > 0
+    assert spilling["registers"] <= 40
+    assert spilling["stack"] > 0 and spilling["spill_loads"] > 0 and spilling["spill_stores"] > 0
+
+
+def test_fp32_products_run_on_tensor_cores_only_where_tf32_is_asked_for(compiled):
+    exact, tf32 = compiled["precision"]["rows"]
+    assert (exact["dots"], exact["tensor_dots"], exact["tensor_core"]) == (1, 0, {})
+    assert tf32["tensor_dots"] == 1 and list(tf32["tensor_core"]) == ["HMMA.1688.F32.TF32"]
+
+
+def test_a_grid_may_be_a_function_and_launches_are_counted_per_grid(compiled):
+    assert [(row["grid"], row["launches"]) for row in compiled["grids"]["rows"]] == [([2, 3], 2), ([4, 3], 1)]
 
 
 def test_shared_memory_that_does_not_fit_is_seen(compiled):
@@ -142,50 +168,6 @@ def test_the_interpreter_refuses_to_compile(monkeypatch):
     with pytest.raises(RuntimeError, match="unset it, or compile in a child process"), offline.compile_for(89):
         pass
     assert not runtime.compile_only
-
-
-@pytest.mark.parametrize(
-    "arch, registers, shared, warps, blocks, limiter",
-    [
-        (89, 128, 0, 4, 4, "registers"),
-        (89, 129, 0, 4, 3, "registers"),  # 136 per thread in units of 256 per warp
-        (89, 40, 0, 8, 6, "registers"),  # 48 warps fit the registers and the SM alike
-        (89, 32, 0, 8, 6, "warps"),
-        (80, 32, 0, 8, 8, "registers"),
-        (90, 24, 0, 8, 8, "warps"),
-        (86, 16, 0, 1, 16, "blocks"),
-        (89, 16, 0, 1, 24, "blocks"),
-        (89, 32, 48 * 1024, 4, 2, "shared"),  # 49 KiB with the reserved one
-        (89, 32, 101_376, 4, 1, "shared"),
-        (89, 32, 101_377, 4, 0, "shared"),
-        (90, 32, 101_377, 4, 2, "shared"),
-        (120, 255, 0, 8, 1, "registers"),
-    ],
-)
-def test_occupancy_is_that_of_cudas_calculator(arch, registers, shared, warps, blocks, limiter):
-    fit = occupancy(Resources(registers, 0, 0, shared, warps), arch)
-    assert (fit.blocks, fit.limiter, fit.warps) == (blocks, limiter, blocks * warps)
-    assert fit.fits == (blocks > 0)
-
-
-def test_occupancy_of_an_unknown_architecture_is_refused():
-    with pytest.raises(ValueError, match="arch is 61"):
-        occupancy(Resources(32, 0, 0, 0, 4), 61)
-
-
-def test_opcodes_are_counted_by_base_name_and_width():
-    ops = Counter(
-        {"HMMA.16816.F32.BF16": 8, "LDG.E.128": 3, "LDG.E.U16": 1, "LDGSTS.E.BYPASS.128": 2, "STG.E": 4, "LDS.128": 9}
-    )
-    assert offline.count(ops, "HMMA", "HGMMA") == 8
-    assert offline.count(ops, "LDG") == 4
-    assert offline.access_widths(ops) == {128: 5, 16: 1, 32: 4}
-
-
-def test_the_table_names_kernel_config_and_limiter(compiled, capsys):
-    offline.print_table([offline.Row(**row) for row in compiled["sm_89"]["rows"]], 89)
-    printed = capsys.readouterr().out
-    assert "dot_kernel" in printed and "w8" in printed and "registers" in printed and "sm_89" in printed
 
 
 if __name__ == "__main__":

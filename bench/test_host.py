@@ -1,0 +1,82 @@
+"""What the CPU does for a training step: read tokens, make them, and submit kernels."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastgpt.config import load_preset
+from fastgpt.data.loader import TokenLoader
+from fastgpt.data.shards import write_shard
+from fastgpt.data.tokenizer import get_tokenizer
+from fastgpt.errors import UserError
+from fastgpt.kernels import offline, runtime
+from fastgpt.training.schedule import learning_rate
+
+TEXT = Path(argparse.__file__).read_text(encoding="utf-8")  # 100 kB of what the stdlib corpus holds
+
+
+@pytest.mark.parametrize("B", [8, 16])
+def test_loader(measure, tmp_path, B):
+    """256 batches of 1024-token rows, as GPT-2 124M and 40M take them: one alone would be a slice of a block read ahead."""
+    write_shard(tmp_path / "train.bin", np.arange(2**23, dtype=np.uint64).astype(np.uint16))
+    with TokenLoader([tmp_path / "train.bin"], 1024, B) as loader:
+        measure(lambda: [loader.next_batch() for _ in range(256)], tokens=256 * B * 1024)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_tokenizer(measure, name):
+    try:
+        tokenizer = get_tokenizer(name)
+    except UserError as error:
+        pytest.skip(f"no vocabulary here: {error}")
+    measure(lambda: tokenizer.encode(TEXT), tokens=len(tokenizer.encode(TEXT)))
+
+
+def test_learning_rate(measure):
+    optim = load_preset("gpt2-124m", "cuda").optim
+    measure(lambda: [learning_rate(step, optim, 19000) for step in range(0, 19000, 19)])
+
+
+# ---- the host's share of a launch: everything from the call to handing a compiled kernel to the driver, which is not there
+
+
+@pytest.fixture
+def no_driver(monkeypatch):
+    """Inside, launches end where the driver would begin: arguments are bound, the compiled kernel is looked up."""
+    if runtime.INTERPRET:
+        pytest.skip("this process interprets kernels (TRITON_INTERPRET was set before it started)")
+    run = offline.JITFunction.run
+    monkeypatch.setattr(
+        offline.JITFunction, "run", lambda *args, warmup=False, **options: run(*args, warmup=True, **options)
+    )
+    with offline.compile_for(89), torch.no_grad():
+        yield
+
+
+def test_launch_layer_norm(measure, no_driver):
+    from fastgpt.kernels import layer_norm
+
+    x, weight = torch.empty(64, 768, dtype=torch.bfloat16), torch.empty(768)
+    measure(lambda: layer_norm(x, weight))
+
+
+def test_launch_attention(measure, no_driver):
+    from fastgpt.kernels import qkv_attention
+
+    qkv = torch.empty(1, 128, 3 * 768, dtype=torch.bfloat16)
+    measure(lambda: qkv_attention(qkv, 12))
+
+
+def test_launch_adamw(measure, no_driver):
+    """One step over the 148 tensors of GPT-2 124M, small ones: the kernels do not run."""
+    from fastgpt.optim import FusedAdamW
+
+    parameters = [torch.nn.Parameter(torch.zeros(16)) for _ in range(148)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros(16)
+    measure(FusedAdamW(parameters, max_grad_norm=1.0).step)

@@ -1,0 +1,116 @@
+"""What a folder of prepared tokens says of itself: manifest.json in a finished one, progress.json in one on its way.
+
+A manifest is the recipe (all that the shards are a function of) and what came of it: counts, the rule of the split, and
+each shard's sha256.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fastgpt.data.corpora import Corpus
+from fastgpt.data.shards import atomic_file, open_shard
+from fastgpt.data.tokenizer import Tokenizer
+from fastgpt.errors import UserError
+
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+FORMAT = 2
+VAL_FRACTION = 0.05
+SHARD_TOKENS = 100_000_000
+
+
+def recipe_of(
+    corpus: Corpus,
+    tok: Tokenizer,
+    val_fraction: float = VAL_FRACTION,
+    seed: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
+    """All that the shards are a function of."""
+    return {
+        "format": FORMAT,
+        **corpus.recipe(),
+        "tokenizer": tok.name,
+        "val_fraction": val_fraction,
+        "seed": seed,
+        "shard_tokens": shard_tokens,
+        "max_tokens": max_tokens,
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a prepared folder says of itself; None for one without, or made by others."""
+    manifest = read_json(folder / MANIFEST)
+    return manifest if manifest is not None and isinstance(manifest.get("shards"), list) else None
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """``key A then, B now; ...``"""
+    if {**then, "source_digest": 0} == {**now, "source_digest": 0}:
+        return "the files of the source have changed since"
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key) and key != "source_digest"]
+    return "; ".join(f"{key} {then.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+
+
+def whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest, if the folder is what the recipe would make; None if there is nothing there.
+
+    Raises UserError for anything else: a damaged shard is no silent redo, and nothing is ever overwritten.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(p for p in folder.iterdir())):
+        return None
+    manifest = read_manifest(folder)
+    if manifest is None and (folder / PROGRESS).exists():
+        return None
+    if manifest is None:
+        if folder.name.endswith(".partial"):
+            return None  # taken up, or refused, by its own rules
+        raise UserError(f"{str(folder)!r} already holds something else: name another folder, or move it away")
+    then = {key: manifest.get(key) for key in recipe}
+    if then != recipe:
+        raise UserError(
+            f"{str(folder)!r} already holds something else ({differences(then, recipe)}): name another folder, or delete it"
+        )
+    for shard in manifest["shards"]:
+        try:
+            found = len(open_shard(folder / shard["file"]))
+        except UserError as error:
+            raise UserError(f"{error}; delete {str(folder)!r} to prepare it again") from error
+        if found != shard["tokens"]:
+            raise UserError(
+                f"data file {str(folder / shard['file'])!r} holds {found} tokens and its manifest says "
+                f"{shard['tokens']}; delete {str(folder)!r} to prepare it again"
+            )
+    return manifest
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if there is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replaces a file by all of it, on the disk when this returns."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(value, indent=2).encode())
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names are on the disk only when their folder is."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,384 @@
+"""bench.gpu: what its stages run and read, and results that survive being cut off. No GPU needed."""
+
+import json
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from bench import gpu, kernels, report, results, session, timing
+from bench.session import Session
+from fastgpt.errors import UserError
+from fastgpt.flops import Work
+from fastgpt.hardware import Ceilings
+
+ENVIRONMENT = {
+    "device": "NVIDIA GeForce RTX 4070",
+    "sms": 46,
+    "kernels": "compiled",
+    "torch": "2.13.0",
+    "triton": "3.7.1",
+    "driver": "580.1",
+    "commit": "abc123",
+    "time": "2026-01-01T00:00:00+00:00",
+}
+
+
+def step_result(variant, rate, preset="gpt2-124m", cap_gb=0.0, first_loss=10.9):
+    return {
+        "preset": preset,
+        "variant": variant,
+        "cap_gb": cap_gb,
+        "batch_size": 8,
+        "grad_accum": 4,
+        "tokens_per_second": rate,
+        "ms": 32768e3 / rate,
+        "iqr_ms": 0.5,
+        "mfu": rate * 855e6 / 58.3e12,
+        "peak_memory": 6 * 2**30,
+        "first_loss": first_loss,
+    }
+
+
+@pytest.fixture
+def found():
+    """What a run on a GPU would leave behind, invented."""
+    made_up = kernels.rates(
+        Work(0, 10**8), timing.Timing(0.3, 0.01, 40), Ceilings("c", "h", "t", 0, 450.0, {"bf16": 55.0})
+    )
+    one = {
+        "name": "layer_norm",
+        "shape": "8192 x 768",
+        "parity": "passed",
+        "variants": {"triton": made_up | {"peak_memory": 2**24}, "eager": made_up | {"ms": 0.6, "peak_memory": 2**25}},
+    }
+    return {
+        "environment": ENVIRONMENT,
+        "tests": {"passed": 300, "failed": 1, "skipped": 2, "failures": ["test_x"], "seconds": 61.0, "finished": False},
+        "kernels": {"environment": ENVIRONMENT, "copy_gbs": 450.0, "matmul_tflops": {"bf16": 55.0}, "entries": [one]},
+        "steps": [
+            step_result("eager", 40_000.0),
+            step_result("triton", 56_000.0),
+            step_result("triton", 50_000.0, cap_gb=12.0),
+            {
+                "preset": "gpt2-124m",
+                "variant": "compile",
+                "cap_gb": 12.0,
+                "batch_size": 1,
+                "grad_accum": 32,
+                "error": "oom",
+            },
+        ],
+    }
+
+
+def test_without_a_gpu_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^bench[.]gpu needs a CUDA GPU, and torch .* sees none here"):
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_markdown_names_device_parity_ratios_and_errors(found):
+    text = report.gpu_markdown(found)
+    assert "NVIDIA GeForce RTX 4070, 46 SMs" in text
+    assert "300 passed, 1 failed, 2 skipped in 61 s (cut off by the time budget)" in text and "Failed: test_x" in text
+    assert "| gpt2-124m | 8 x 4 | triton | 56,000 |" in text and "| 1.40x |" in text
+    assert "gpt2-124m, 12 GB cap" in text and "| oom |" in text
+    assert "2.00x" in text and "74% of measured copy bandwidth" in text
+
+
+def test_results_are_written_after_every_stage_and_whole(found, tmp_path):
+    run = Session(tmp_path, deadline=time.monotonic() + 10)
+    for stage in ("environment", "tests", "kernels", "steps"):
+        run.results[stage] = found[stage]
+        run.save()
+        assert json.loads((tmp_path / "results.json").read_text()) == run.results
+    assert (tmp_path / "results.md").read_text().startswith("# fastgpt on NVIDIA GeForce RTX 4070")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_plot_is_written(found, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert report.plot_steps(found, tmp_path / "steps.png") and (tmp_path / "steps.png").stat().st_size > 10_000
+    assert not report.plot_steps({"environment": ENVIRONMENT}, tmp_path / "none.png")
+
+
+XDIST = """
+[gw0] [  1%] PASSED tests/kernels/test_a.py::test_one[fp32]
+[gw1] [  2%] FAILED tests/kernels/test_a.py::test_two[columns of one]
+[gw1] [  2%] PASSED tests/kernels/test_a.py::test_two[columns of two]
+[gw1] [  3%] SKIPPED tests/kernels/test_b.py::test_three
+"""
+PLAIN = """
+tests/kernels/test_a.py::test_one[fp32] PASSED          [ 33%]
+tests/kernels/test_a.py::test_two[columns of one] FAILED [ 50%]
+tests/kernels/test_a.py::test_two[columns of two] PASSED [ 66%]
+tests/kernels/test_b.py::test_three SKIPPED (cpu)       [100%]
+tests/kernels/test_b.py::test_four """
+
+
+@pytest.mark.parametrize("output", [XDIST, PLAIN], ids=["xdist", "plain"])
+def test_a_test_run_is_read_even_if_cut_off(output):
+    assert gpu.read_tests(output) == {
+        "passed": 2,
+        "failed": 1,
+        "skipped": 1,
+        "failures": ["tests/kernels/test_a.py::test_two[columns of one]"],
+    }
+
+
+def test_the_plan_starts_with_what_matters_and_caps_only_larger_cards():
+    plan = list(gpu.step_plan(80 * 10**9))
+    assert plan[:2] == [("gpt2-124m", "eager", 0.0), ("gpt2-124m", "triton", 0.0)]
+    assert Counter(cap for _, _, cap in plan) == {0.0: 10, 12.0: 4}
+    assert {cap for _, _, cap in gpu.step_plan(12 * 10**9)} == {0.0}
+
+
+def test_each_kernel_has_its_own_process_and_a_crash_costs_only_that_one(tmp_path, monkeypatch):
+    commands = []
+
+    def child(self, module, *args, log, limit):
+        commands.append((module, args))
+        name = args[args.index("--only") + 1]
+        if name != "attention":
+            folder = tmp_path / "kernels" / name
+            folder.mkdir(parents=True)
+            one = {"name": name, "shape": "", "parity": "passed", "variants": {}}
+            (folder / "kernels.json").write_text(json.dumps({"copy_gbs": 450.0, "entries": [one]}))
+        return "", True
+
+    monkeypatch.setattr(Session, "child", child)
+    run = Session(tmp_path, time.monotonic() + 1000, {"environment": ENVIRONMENT})
+    (tmp_path / "kernels" / "attention").mkdir(parents=True)
+    (tmp_path / "kernels" / "attention" / "kernels.json").write_text('{"entries": []}')  # of an earlier run
+    gpu.run_kernels(run, 300)
+    parity = {e["name"]: e["parity"] for e in run.results["kernels"]["entries"]}
+    assert parity.pop("attention") == "crashed: see kernels-attention.log" and set(parity.values()) == {"passed"}
+    assert [("--keep-roofs" in args) for _, args in commands] == [False] + [True] * (len(commands) - 1)
+    assert run.results["kernels"]["copy_gbs"] == 450.0
+    assert "no speed: crashed" in (tmp_path / "results.md").read_text()
+
+
+def test_a_step_that_does_not_fit_is_tried_at_half_the_batch(tmp_path, monkeypatch):
+    answers = ['{"error": "out of memory", "oom": true}'] * 2 + ['noise\n{"tokens_per_second": 5.0}\nmore noise']
+    commands = []
+
+    def child(self, module, *args, log, limit):
+        commands.append(args)
+        return answers.pop(0), True
+
+    monkeypatch.setattr(Session, "child", child)
+    run = Session(tmp_path, time.monotonic() + 1000)
+    found = gpu.run_step(run, "gpt2-124m", "eager", 12.0)
+    assert (found["batch_size"], found["grad_accum"], found["tokens_per_second"]) == (4, 8, 5.0)
+    assert list(commands[0][4:6]) == ["--compile", "none"] and len(commands) == 3
+    assert "skipped" in gpu.run_step(Session(tmp_path, time.monotonic() + 5), "gpt2-124m", "eager", 0.0)["error"]
+
+
+def test_a_step_with_another_loss_than_eager_gets_no_speed():
+    steps = [step_result("eager", 1.0), step_result("triton", 9.0, first_loss=11.3), step_result("compile", 2.0)]
+    steps += [
+        step_result("triton", 9.0, cap_gb=12.0, first_loss=11.3),
+        step_result("triton", 9.0) | {"skipped_steps": 3},
+    ]
+    gpu.withhold_wrong(steps)
+    assert not any("tokens_per_second" in step for step in steps[3:]) and "3 updates were skipped" in steps[4]["error"]
+    assert "tokens_per_second" not in steps[1] and "no speed: first loss 11.3000" in steps[1]["error"]
+    assert steps[2]["tokens_per_second"] == 2.0
+
+
+def test_a_child_that_takes_too_long_is_stopped(tmp_path):
+    run = Session(tmp_path, time.monotonic() + 100)
+    sleep = ("-n", "1", "-r", "1", "print('begun', flush=True)\nimport time\ntime.sleep(60)")
+    output, finished = run.child("timeit", *sleep, log="sleep.log", limit=2)
+    assert not finished and output == (tmp_path / "sleep.log").read_text() and "begun" in output
+    assert run.child("timeit", "-n", "1", "pass", log="fast.log", limit=60)[1]
+
+
+# ---- profile, memory, projection
+
+
+def children(monkeypatch, answers):
+    """Stand-ins for the child processes: module -> function of its arguments, which returns what it prints."""
+    commands = []
+
+    def child(self, module, *args, log, limit):
+        commands.append((module, args))
+        return answers[module](args), True
+
+    monkeypatch.setattr(Session, "child", child)
+    return commands
+
+
+def after(args, flag):
+    return args[args.index(flag) + 1]
+
+
+def test_the_profile_is_read_from_its_folder(tmp_path, monkeypatch):
+    def mfu(args):
+        (tmp_path / "profile").mkdir(exist_ok=True)
+        backends = {"triton": {"ms": 61.5, "iqr_ms": 0.2, "rows": []}, "compile": {"error": "out of memory"}}
+        (tmp_path / "profile" / "mfu.json").write_text(json.dumps({"backends": backends}))
+
+    commands = children(monkeypatch, {"bench.mfu": mfu})
+    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
+    gpu.run_profile(run, 60)
+    assert after(commands[0][1], "--out") == str(tmp_path / "profile")
+    assert run.results["profile"]["backends"] == {
+        "triton": {"ms": 61.5, "iqr_ms": 0.2},
+        "compile": {"error": "out of memory"},
+    }
+    text = report.gpu_markdown(run.results)
+    assert "| triton | 61.5 |" in text and "error: out of memory" in text and "profile/report.html" in text
+
+
+def test_an_earlier_runs_profile_does_not_pass_for_this_ones(tmp_path, monkeypatch):
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "mfu.json").write_text('{"backends": {}}')
+    children(monkeypatch, {"bench.mfu": lambda args: "Traceback"})
+    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
+    gpu.run_profile(run, 60)
+    assert run.results["profile"] == {"error": "failed: see profile.log"}
+    assert "No figures: failed: see profile.log" in report.gpu_markdown(run.results)
+
+
+def test_memory_is_read_even_if_its_run_was_cut_short(tmp_path, monkeypatch):
+    point = {"preset": "gpt2-124m", "kernels": "triton", "micro_batch": 8, "predicted": {"allocated": 6 * 2**30}}
+    rows = [
+        point | {"measured": {"allocated": 5 * 2**30}, "off": {"allocated": 0.2}, "error": None},
+        point | {"kernels": "eager", "measured": None, "off": None, "error": "out of memory"},
+    ]
+
+    def child(self, module, *args, log, limit):
+        (tmp_path / "memory.json").write_text(json.dumps({"rows": rows}))
+        return "", False
+
+    monkeypatch.setattr(Session, "child", child)
+    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
+    gpu.run_memory(run, 60)
+    text = report.gpu_markdown(run.results)
+    assert "| gpt2-124m, triton, micro-batch 8 | 6.00 | 5.00 | +20.0% |" in text and "| 6.00 | out of memory |" in text
+
+
+def test_the_projection_stands_beside_every_time_and_comes_last(found, tmp_path, monkeypatch):
+    pair = {"what": "step", "variant": "triton", "measured_ms": 60.0, "projected_ms": 66.0, "error": 0.1}
+    pair |= {"note": "", "status": "calibrated"}
+
+    def project(args):
+        if "mfu.json" in after(args, "--measured"):
+            return "error: measured file holds no time"
+        return "a warning\n" + json.dumps({"calibration_error": 0.034, "pairs": [pair]}, indent=1) + "\nmore"
+
+    children(monkeypatch, {"bench.project": project})
+    (tmp_path / "profile").mkdir()
+    (tmp_path / "profile" / "mfu.json").write_text("{}")
+    run = Session(tmp_path, time.monotonic() + 100, found)
+    gpu.run_projection(run, 60)
+    assert json.loads((tmp_path / "results.json").read_text())["steps"], "bench.project reads what is written"
+    text = report.gpu_markdown(run.results)
+    last = text[text.index("## Predicted beside measured") :]
+    assert (
+        "| step | triton | 60.000 | 66.000 | +10% | calibrated |" in last and "Error of its calibration: 3.4%" in last
+    )
+    assert "Not projected: profile/mfu.json: error: measured file holds no time" in last
+
+
+# ---- all stages
+
+
+def stage(name, share, run, module="json"):
+    return gpu.Stage(name, run, share, module)
+
+
+def test_each_stage_leaves_the_later_ones_their_share_and_gets_what_earlier_ones_left(tmp_path):
+    limits = []
+    stages = [
+        stage(name, share, lambda run, limit: limits.append(limit)) for name, share in zip("abc", (0.5, 0.3, 0.2))
+    ]
+    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
+    gpu.run_stages(run, stages, 100.0)
+    assert limits == [pytest.approx(50, abs=2), pytest.approx(80, abs=2), pytest.approx(100, abs=2)]
+
+
+def test_a_stage_that_cannot_run_costs_only_itself(tmp_path):
+    def fail(run, limit):
+        raise RuntimeError("CUDA error")
+
+    def work(run, limit):
+        run.results["memory"] = {"rows": []}
+
+    stages = [stage("tests", 0.1, fail), stage("profile", 0.1, work, "bench.no_such"), stage("memory", 0.8, work)]
+    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
+    gpu.run_stages(run, stages, 100.0)
+    assert run.results["tests"] == {"error": "failed: RuntimeError: CUDA error"}
+    assert run.results["profile"] == {"error": "skipped: bench.no_such is not here"}
+    assert run.results["memory"] == {"rows": []}
+    assert json.loads((tmp_path / "results.json").read_text()) == run.results
+    assert "No figures: skipped: bench.no_such is not here" in (tmp_path / "results.md").read_text()
+
+
+def test_out_of_time_is_a_reason(tmp_path):
+    run = Session(tmp_path, time.monotonic() + 5, {"environment": ENVIRONMENT})
+    gpu.run_stages(run, [stage("memory", 1.0, lambda run, limit: pytest.fail("ran"))], 480.0)
+    assert run.results["memory"] == {"error": "skipped: the time budget is used up"}
+
+
+def test_the_stages_are_all_there_in_order_and_share_the_whole_time():
+    assert [s.name for s in gpu.STAGES] == ["tests", "kernels", "steps", "profile", "memory", "projection"]
+    assert sum(s.share for s in gpu.STAGES) == pytest.approx(1) and list(report.SECTIONS) == [
+        s.name for s in gpu.STAGES
+    ]
+
+
+def test_times_are_kept_in_the_store_and_a_failed_stage_has_none(found, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTGPT_RESULTS", str(tmp_path))
+    kept = results.load(gpu.keep(found, "mine"))
+    assert kept["kind"] == "gpu" and kept["label"] == "mine"
+    assert kept["entries"]["layer_norm 8192 x 768 | triton"]["ms"] == 0.3
+    assert kept["entries"]["step gpt2-124m 8 x 4 | triton"]["tokens_per_second"] == 56_000.0
+    assert kept["entries"]["step gpt2-124m 1 x 32 | compile | 12 GB cap"] == {"error": "oom"}
+    failed = {"environment": ENVIRONMENT, "kernels": {"error": "x"}, "steps": {"error": "y"}}
+    assert results.load(gpu.keep(failed, None))["entries"] == {}
+
+
+def test_the_command_runs_all_stages_reports_and_keeps_the_times(found, tmp_path, monkeypatch, capsys):
+    def copies(name):
+        return lambda run, limit: run.results.update({name: found[name]})
+
+    stages = [stage(name, 0.3, copies(name)) for name in ("tests", "kernels", "steps")]
+    monkeypatch.setattr(gpu, "STAGES", [*stages, stage("memory", 0.1, copies("memory"), "bench.no_such")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda device: ENVIRONMENT)
+    monkeypatch.setenv("FASTGPT_RESULTS", str(tmp_path / "kept"))
+    assert gpu.main(["--out", str(tmp_path / "out"), "--label", "mine"]) == 1, "a parity test failed"
+    printed = capsys.readouterr().out
+    assert "Failed: test_x" in printed and "skipped: bench.no_such is not here" in printed and "Kept in" in printed
+    assert results.find("mine")[0][1]["environment"] == ENVIRONMENT
+    found["tests"] |= {"failed": 0}
+    assert gpu.main(["--out", str(tmp_path / "out"), "--no-store"]) == 0
+    assert len(results.find("mine")) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--minutes", "0"], "minutes is 0: it must be above 0"),
+        (["--minutes", "-1"], "minutes is -1"),
+        (["--minutes", "nan"], "minutes is nan"),
+        (["--out", "{file}/x"], "which cannot be written [(]Not a directory[)]: name another"),
+    ],
+)
+def test_bad_input_is_one_sentence(monkeypatch, tmp_path, arguments, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda device: ENVIRONMENT)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=sentence):
+        gpu.main(["--out", str(tmp_path / "out"), *(a.format(file=tmp_path / "file") for a in arguments)])
+
+
+def test_json_is_found_between_other_lines():
+    assert session.json_in('warning {x}\n{\n "a": [1,\n 2]}\nend') == {"a": [1, 2]}
+    assert session.json_in('{"a": 1}') == {"a": 1} and session.json_in("Traceback") is None
+    assert session.last_json('{"a": 1}\n{"b": 2}\n{broken') == {"b": 2}
