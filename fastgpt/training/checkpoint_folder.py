@@ -20,6 +20,7 @@ _DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _FILE = re.compile(r"ckpt-(\d{8})\.pt")
 _LEFTOVER = re.compile(r"(step-\d{8,}(\.\d+)?\.(partial|deleted)|best\.json\.partial|ckpt-\d{8}\.tmp)")
 BEST = "best.json"
+METRICS = "metrics.jsonl"
 
 
 def partial_path(folder: Path, step: int) -> Path:
@@ -88,9 +89,9 @@ def clean(folder: Path) -> list[Path]:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Rename a folder that holds an earlier run's checkpoints (to "name.1", "name.2", ...), so that a new run in its place
-    neither deletes nor resumes them. Returns the new name, or None if there was nothing to save."""
-    if not existing(folder):
+    """Rename a folder that holds an earlier run's checkpoints or metrics (to "name.1", "name.2", ...), so that a new run in
+    its place neither deletes nor resumes them. Returns the new name, or None if there was nothing to save."""
+    if not existing(folder) and not (folder / METRICS).exists():
         return None
     number = 1
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():

@@ -14,8 +14,7 @@ from typing import Any
 
 from fastgpt.config import Config
 from fastgpt.errors import UserError
-
-NAME = "metrics.jsonl"
+from fastgpt.training.checkpoint_folder import METRICS as NAME
 
 
 class Metrics:

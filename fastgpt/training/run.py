@@ -189,7 +189,8 @@ class Saved:
 def find_saved(config: Config) -> Saved | None:
     """The checkpoint that ``--resume`` asks for, checked against the configuration; None for a new run.
 
-    Raises UserError if there is none, it is damaged, its model has another shape, or it has done all the steps.
+    Raises UserError if there is none, it is damaged, its model has another shape, or it has done all the steps ("auto" lets
+    that pass).
     """
     asked, out = config.train.resume, config.train.out
     if asked is None or (asked == "auto" and not checkpoint.existing(out)):
@@ -203,7 +204,7 @@ def find_saved(config: Config) -> Saved | None:
         path = checkpoint.resolve(where)
         values = checkpoint.load(path, without=_WEIGHTS)
     checkpoint.check_shape(values["config"], config.model, path)
-    if values["step"] >= config.train.max_iters:
+    if values["step"] >= config.train.max_iters and asked != "auto":  # a script that restarts until all is done must stop
         raise UserError(
             f"max_iters is {config.train.max_iters} but checkpoint {path} has done {values['step']} steps: raise --max-iters"
         )

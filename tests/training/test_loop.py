@@ -197,6 +197,16 @@ def test_a_new_run_in_the_place_of_an_old_one_loses_neither(config, device):
     assert [p.name for p in checkpoint.existing(aside)] == ["step-00000004", "step-00000008"]
 
 
+def test_metrics_of_a_run_that_never_saved_are_set_aside_too(config, device, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch, [signal.SIGINT, signal.SIGINT])
+        with pytest.raises(KeyboardInterrupt):
+            train(config, device, quiet())
+    train(with_train(config, max_iters=1), device, quiet())
+    assert [r["step"] for r in metrics(config.train.out) if "loss" in r] == [1]
+    assert [r["step"] for r in metrics(config.train.out.with_name("run.1")) if "loss" in r] == [1, 2]
+
+
 def test_resume_says_what_changed_and_applies_it(config, device, capsys):
     train(with_train(config, max_iters=4), device, quiet())
     changed = replace(with_train(config, resume="newest"), optim=replace(config.optim, weight_decay=0.5))
@@ -408,6 +418,9 @@ def test_samples_and_resume_auto(config, device, capsys):
     assert capsys.readouterr().out.count("sample at step") == 2
     run, _ = train(with_train(auto, max_iters=6), device)
     assert run.step == 6 and "resumed from" in capsys.readouterr().out
+    before = contents(config.train.out / "step-00000006")
+    run, code = train(with_train(auto, max_iters=6), device)  # nothing left to do: a script that restarts it stops
+    assert (run.step, code) == (6, 0) and before == contents(config.train.out / "step-00000006")
 
 
 BAD = {
