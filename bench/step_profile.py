@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import timing
-from fastgpt import flops, hardware, mfu, op_names, ops, profiling, roofline
+from fastgpt import flops, hardware, op_names, ops, profiling, roofline
 from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.data import TokenLoader
 from fastgpt.errors import UserError
@@ -269,7 +269,7 @@ def mfu_figures(
     limits = (
         ("of the nominal peak", hardware.peak_flops(device, precision), f"nominal dense {arithmetic} peak of {card}"),
         ("of the measured ceiling", ceilings.peak_flops(arithmetic), f"{arithmetic} matmul measured on {card}"),
-        ("nanoGPT's own", mfu.NANOGPT_PEAK, "an A100's dense bf16 peak, whatever the card"),
+        ("nanoGPT's own", hardware.NANOGPT_PEAK, "an A100's dense bf16 peak, whatever the card"),
     )
     per_token = flops.palm(shape)
     return [

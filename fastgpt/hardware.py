@@ -43,6 +43,9 @@ __all__ = [
     "telemetry",
 ]
 
+NANOGPT_PEAK = 312e12
+"""What nanoGPT's mfu divides by, whatever the card: an A100's dense bf16 peak, FLOP per second."""
+
 HALVED = frozenset({"bf16", "fp16", "fp8", "tf32"})
 """What a GeForce card does at half the architecture's rate: tensor-core arithmetic that accumulates in fp32."""
 
@@ -346,13 +349,18 @@ def show(
     name: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")] = (),
     /,
     json: bool = False,
+    nanogpt_mfu: float | None = None,
 ) -> int:
     """What a GPU can do: dense peak per arithmetic, memory, limits.
 
     Args:
         name: torch's device name or a short form such as rtx4070 or h100. Without it, the card in this machine.
         json: Print JSON.
+        nanogpt_mfu: An mfu as nanoGPT prints it, in percent of an A100, translated into this card's own peak.
     """
+    if nanogpt_mfu is not None and not nanogpt_mfu > 0:
+        print(f"nanogpt_mfu is {nanogpt_mfu}: it must be positive, in percent (12.9)", file=sys.stderr)
+        return 2
     wanted = " ".join(name)
     gpu = lookup(wanted) if wanted else present()
     if gpu is None and wanted:
@@ -362,9 +370,18 @@ def show(
         print(_nothing_to_show(), file=sys.stderr if json else sys.stdout)
     if json:
         print(dumps(gpu.to_json() if gpu else None, indent=2))
+    elif gpu and nanogpt_mfu is not None:
+        print(translate(gpu, nanogpt_mfu))
     elif gpu:
         print(describe(gpu))
     return 0
+
+
+def translate(gpu: Gpu, percent: float) -> str:
+    """What an mfu printed by nanoGPT, whose denominator is an A100 on every card, means on ``gpu``."""
+    flops, peak = percent / 100 * NANOGPT_PEAK, gpu.peak_flops("bf16")
+    own = "n/a (no bf16)" if peak is None else f"{flops / peak:.1%} of its dense bf16 peak, {peak / 1e12:.1f} TFLOP/s"
+    return f"nanoGPT's mfu of {percent:g}% is {flops / 1e12:.1f} TFLOP/s; on the {gpu.name} that is {own}"
 
 
 def _nothing_to_show() -> str:

@@ -16,9 +16,6 @@ import torch
 
 from fastgpt import flops, hardware
 
-NANOGPT_PEAK = 312e12
-"""nanoGPT's denominator on every card: an A100's dense bf16 peak."""
-
 
 @dataclass(frozen=True)
 class StepReport:
@@ -280,7 +277,7 @@ class StepMeter:
             tokens_per_second=rate,
             mfu_nominal=share(self.flops_per_token, self.peak_flops),
             mfu_measured=share(self.flops_per_token, self.measured_flops),
-            mfu_nanogpt=share(self.palm_flops_per_token, NANOGPT_PEAK),
+            mfu_nanogpt=share(self.palm_flops_per_token, hardware.NANOGPT_PEAK),
             formula=self.formula,
             denominator=self.denominator,
             measured_denominator=self.measured_denominator,

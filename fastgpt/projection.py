@@ -17,8 +17,7 @@ from typing import Any
 from fastgpt import flops, hardware
 from fastgpt.errors import UserError
 from fastgpt.flops import GPT2_124M, Shape
-from fastgpt.hardware import Gpu
-from fastgpt.mfu import NANOGPT_PEAK
+from fastgpt.hardware import NANOGPT_PEAK, Gpu
 from fastgpt.operations import operations
 from fastgpt.step_time import CONSTANTS, Constants, OperationTime, step_ms, step_times
 

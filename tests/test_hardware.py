@@ -343,3 +343,12 @@ def test_telemetry_without_the_package_is_none(monkeypatch):
     ceilings._nvml.cache_clear()
     assert hardware.telemetry() is None
     ceilings._nvml.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("printed", "share"), [("12.9", "69.0%"), ("15.4", "82.4%"), ("30", "160.6%"), ("18.7", "100.1%")]
+)
+def test_nanogpts_mfu_in_the_cards_own_unit(capsys, printed, share):
+    assert hardware.main(["rtx4070", "--nanogpt-mfu", printed]) == 0
+    assert f"that is {share} of its dense bf16 peak, 58.3 TFLOP/s" in capsys.readouterr().out
+    assert hardware.main(["rtx4070", "--nanogpt-mfu", "-1"]) == 2
