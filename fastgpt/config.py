@@ -73,6 +73,8 @@ class DataConfig:
     prepare, llm.c's, or nanoGPT's .bin), or a text, jsonl(.gz, .zst) or parquet file or folder."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """GPT-2's BPE, or raw bytes (vocabulary 256)."""
+    mask_documents: bool = False
+    """Let tokens attend within their own document only, not to the one that happens to stand before it in the window."""
     batch_size: int = 8
     """Sequences per micro-batch; '--batch-size auto' (or --batch auto) takes the most that fit."""
     auto_batch: bool = False

@@ -66,11 +66,11 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.layer, self.ops = config.n_head, config.dropout, layer, ops
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, doc_ids: Tensor | None = None) -> Tensor:
         qkv = self.ops.linear(x, self.c_attn.weight, self.c_attn.bias)
         if cache is None:
             dropout_p = self.dropout if self.training else 0.0
-            y = self.ops.qkv_attention(qkv, self.n_head, dropout_p=dropout_p)
+            y = self.ops.qkv_attention(qkv, self.n_head, doc_ids=doc_ids, dropout_p=dropout_p)
         else:
             B, T, C = x.shape
             q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
@@ -102,10 +102,12 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None, doc_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         dropout_p = self.dropout if self.training else 0.0
         h, x = (self.ln_1(x), x) if branch is None else self.ln_1(branch, x, dropout_p)
-        branch = self.attn(h, cache)
+        branch = self.attn(h, cache, doc_ids)
         h, x = self.ln_2(branch, x, dropout_p)
         return x, self.mlp(h)
 
@@ -133,6 +135,18 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):  # two of them add to the residual stream per block
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
+    @classmethod
+    def from_pretrained(cls, source: str, ops: Ops = EAGER) -> GPT:
+        """A trained model, on the CPU in fp32: ``source`` is any checkpoint that fastgpt.convert reads (nanoGPT's ckpt.pt, a
+        fastgpt run, a Hugging Face folder) or a name on the Hugging Face hub such as "gpt2". Raises UserError."""
+        from fastgpt.convert import load_weights
+
+        config, weights = load_weights(str(source))
+        with torch.device("meta"):
+            model = cls(config, ops)
+        model.load_state_dict(weights, assign=True)
+        return model
+
     @staticmethod
     def _init(module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -150,7 +164,7 @@ class GPT(nn.Module):
         total = sum(parameter.numel() for parameter in self.parameters())
         return total if positions else total - self.transformer.wpe.weight.numel()
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, doc_ids: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C)."""
         T, start = idx.shape[1], 0 if cache is None else cache.position
         if start + T > self.config.block_size:
@@ -160,19 +174,21 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         branch = None
         for block in self.transformer.h:
-            x, branch = block(x, branch, cache)
+            x, branch = block(x, branch, cache, doc_ids)
         if cache is not None:
             cache.advance(T)
         h, _ = self.transformer.ln_f(branch, x, self.config.dropout if self.training else 0.0)
         return h
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """idx, targets (B, T) int64 -> (logits (B, T, vocab_size), None) without targets, (None, mean loss fp32) with them.
 
-        With targets the logits are never formed as a whole; targets of -100 are ignored. Raises ValueError when T
-        exceeds block_size.
+        With targets the logits are never formed as a whole; targets of -100 are ignored. ``doc_ids`` (B, T) int32: tokens
+        attend within their own document only. Raises ValueError when T exceeds block_size.
         """
-        h = self.hidden(idx)
+        h = self.hidden(idx, doc_ids=doc_ids)
         if targets is None:
             return self.ops.linear(h, self.head), None
         return None, self.ops.linear_cross_entropy(h, self.head, targets)

@@ -207,3 +207,14 @@ def test_logits_loss_and_gradients_equal_hugging_faces(table, device):
     assert mine.keys() == results["fp64"].keys()
     for name, value in mine.items():
         assert_parity(name, value, results["fp64"][name], results["theirs"][name])
+
+
+def test_with_document_ids_another_document_never_shows(table, device):  # bug 9
+    model = GPT(TINY, table).to(device).eval()
+    x = tokens(device, B=2, T=16)
+    doc_ids = (torch.arange(16, device=device) >= 7).int().expand(2, 16)
+    other = x.clone()
+    other[:, :7] = (other[:, :7] + 1) % TINY.vocab_size
+    a, b = (model(ids, doc_ids=doc_ids)[0][:, 7:] for ids in (x, other))
+    assert torch.equal(a, b)
+    assert not torch.equal(*(model(ids)[0][:, 7:] for ids in (x, other)))

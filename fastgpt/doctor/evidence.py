@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,6 +60,12 @@ class ConfigFacts:
     def is_set(self, name: str) -> bool:
         return name in self.settings
 
+    def forget(self, names: Iterable[str]) -> None:
+        """What set these names could not be read: neither an earlier value nor the default holds."""
+        gone = set(names)
+        self.settings = {name: setting for name, setting in self.settings.items() if name not in gone}
+        self.defaults = {name: value for name, value in self.defaults.items() if name not in gone}
+
 
 @dataclass
 class Steps:
@@ -96,8 +102,10 @@ class Evals:
 class Note:
     """A line of a log that is neither step nor evaluation and says something.
 
-    ``kind``: "parameters" (value: count), "tokens_per_step" (value), "sm_gate", "oom", "nan", "resume", "checkpoint",
-    "device" (value: name), "traceback", "no_cuda", "no_triton", "vocab", "override" (value: (name, value)).
+    ``kind``: "parameters" (value: count), "tokens_per_step" (value), "no_decay" (tensors without weight decay),
+    "sm_gate", "oom", "nan", "resume", "checkpoint", "device" (value: name), "traceback" (value: its last line,
+    "KeyboardInterrupt" for Ctrl-C), "no_cuda", "no_triton", "no_bf16", "vocab" (value), "override" (value: (name,
+    value)), "val_bpb" (nanochat; value: (step, bits per byte)).
     """
 
     kind: str
@@ -118,6 +126,8 @@ class LogFacts:
     lines: int = 0
     """Lines in the file."""
     unread: list[Unread] = field(default_factory=list)
+    config: ConfigFacts | None = None
+    """The config that the log repeats (nanoGPT prints it, metrics.jsonl begins with it)."""
 
     def place(self, line: int) -> Place:
         return Place(self.file, int(line))
@@ -149,3 +159,5 @@ class Evidence:
     config: ConfigFacts | None = None
     log: LogFacts | None = None
     checkpoint: CheckpointFacts | None = None
+    unread: list[Unread] = field(default_factory=list)
+    """Files that lay in a folder that was given, and were not read."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from fastgpt import hellaswag
 from fastgpt.data import get_tokenizer
 from fastgpt.training.distributed import reshard
 from fastgpt.training.run import Run
@@ -17,9 +20,9 @@ def evaluate(run: Run) -> float:
     run.model.eval()
     losses = []
     windows = run.config.train.eval_iters * run.config.data.batch_size
-    for x, y in run.val_loader.eval_batches(max(1, windows // (run.micro_batch * run.world.size)), run.device):
+    for batch in run.val_loader.eval_batches(max(1, windows // (run.micro_batch * run.world.size)), run.device):
         with autocast(run.device, run.stepper.precision):
-            losses.append(run.stepper.forward(x, y)[1])
+            losses.append(run.stepper.forward(*batch)[1])
     reshard(run.model)
     run.model.train()
     return run.world.mean(torch.stack(losses).mean()).item()
@@ -43,3 +46,13 @@ def sample(run: Run, tokens: int = 40) -> str:
     reshard(run.model)
     run.model.train()
     return tokenizer.decode(ids + new)
+
+
+def score_hellaswag(run: Run, examples: Sequence[hellaswag.Example]) -> hellaswag.Score:
+    """HellaSwag with the model as it is now. Called by all ranks."""
+    run.model.eval()
+    with autocast(run.device, run.stepper.precision):
+        score = hellaswag.evaluate(run.model, get_tokenizer(run.config.data.tokenizer), examples, run.device)
+    reshard(run.model)
+    run.model.train()
+    return score

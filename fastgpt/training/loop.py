@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import flops
+from fastgpt import flops, hellaswag
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
 from fastgpt.env import environment
@@ -26,7 +26,7 @@ from fastgpt.errors import UserError
 from fastgpt.mfu import StepMeter, StepReport
 from fastgpt.training import checkpoint, distributed
 from fastgpt.training.distributed import World
-from fastgpt.training.evaluation import evaluate, sample
+from fastgpt.training.evaluation import evaluate, sample, score_hellaswag
 from fastgpt.training.metrics import Metrics
 from fastgpt.training.report import LogLine, Progress, banner, describe_device, peak_memory_gb
 from fastgpt.training.run import (
@@ -100,6 +100,8 @@ class _Loop:
             self.say(f"resumed from {saved.path}" + (f", with {'; '.join(changes)}" if changes else ""))
         elif world.is_main and (moved := checkpoint.set_aside(config.train.out)) is not None:
             self.say(f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)")
+        # Read now: a file that cannot be read must not be found out after three days.
+        self.hellaswag = hellaswag.load(self.settings.hellaswag) if self.settings.hellaswag else None
         self.meter = StepMeter.for_shape(flops.Shape.of(config.model), device, self.state.stepper.precision)
         self.pending: list[_Pending] = []
         self.losses: list[float] = []  # since the last log line
@@ -166,6 +168,10 @@ class _Loop:
                 self._save(is_best)
             self._tell()
         self._read_losses(0)
+        if self.hellaswag is not None and run.step == settings.max_iters and not self.stop.asked:
+            score = score_hellaswag(run, self.hellaswag)
+            self.say(str(score))
+            self._write({"step": run.step, "hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm})
         if self.stop.asked and run.step and run.step < settings.max_iters:
             self._save(False)
 
@@ -194,15 +200,15 @@ class _Loop:
         self._shrink(message)
         return False
 
-    def _micro_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _micro_batches(self) -> Iterator[tuple[Tensor, ...]]:
         run = self.state
         for i in range(run.grad_accum):
             # Alone, a rank stops between two micro-batches; several finish the step, to leave it together.
             if i and self.stop.asked and self.world.size == 1:
                 raise _Abandoned
             with self.meter.data_wait():
-                x, y = run.train_loader.next_batch(run.device)
-            yield x, y
+                batch = run.train_loader.next_batch(run.device)
+            yield batch
 
     def _shrink(self, message: str) -> None:
         """Out of memory: go on with smaller micro-batches and more of them."""

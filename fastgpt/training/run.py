@@ -158,7 +158,7 @@ def _forward(model: GPT, config: Config, world: World) -> tuple[Any, Callable[[b
 def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[TokenLoader, TokenLoader]:
     """Training and validation batches of this rank."""
     shape, data = config.model, config.data
-    train_paths, val_paths, _ = resolve(
+    train_paths, val_paths, tokenizer = resolve(
         data.data, tokenizer=data.tokenizer, vocab_size=shape.vocab_size, block_size=shape.block_size
     )
     train, val = (
@@ -170,6 +170,8 @@ def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[Token
             vocab_size=shape.vocab_size,
             rank=world.rank,
             world_size=world.size,
+            doc_ids=data.mask_documents,
+            eot=tokenizer.eot,
         )
         for paths in (train_paths, val_paths)
     )
@@ -204,7 +206,9 @@ def find_saved(config: Config) -> Saved | None:
         path = checkpoint.resolve(where)
         values = checkpoint.load(path, without=_WEIGHTS)
     checkpoint.check_shape(values["config"], config.model, path)
-    if values["step"] >= config.train.max_iters and asked != "auto":  # a script that restarts until all is done must stop
+    if (
+        values["step"] >= config.train.max_iters and asked != "auto"
+    ):  # a script that restarts until all is done must stop
         raise UserError(
             f"max_iters is {config.train.max_iters} but checkpoint {path} has done {values['step']} steps: raise --max-iters"
         )

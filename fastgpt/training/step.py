@@ -74,12 +74,12 @@ class Stepper:
     """Called before each micro-batch: whether its backward pass exchanges gradients with the other ranks."""
     _skipped: Tensor | None = None
 
-    def __call__(self, batches: Iterable[tuple[Tensor, Tensor]], grad_accum: int, lr: float) -> tuple[Tensor, Tensor]:
+    def __call__(self, batches: Iterable[tuple[Tensor, ...]], grad_accum: int, lr: float) -> tuple[Tensor, Tensor]:
         losses = []
-        for i, (x, y) in enumerate(batches):
+        for i, batch in enumerate(batches):  # (x, y), or (x, y, document ids)
             self.synchronize(i == grad_accum - 1)
-            with autocast(x.device, self.precision):
-                loss = self.forward(x, y)[1] / grad_accum
+            with autocast(batch[0].device, self.precision):
+                loss = self.forward(*batch)[1] / grad_accum
             self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         for group in self.optimizer.param_groups:

@@ -78,6 +78,32 @@ def test_two_ranks_equal_one_and_their_checkpoints_move_between_them(alone, tmp_
     assert [a[21], a[22]] == pytest.approx([b[21], b[22]], rel=1e-5)
 
 
+def test_fused_adamw_on_shards_equals_fused_adamw_on_whole_parameters():
+    """Uneven shards, clipping by the global norm, and a gradient that is not finite on one rank: skipped on all."""
+    results = []
+    for ranks in (1, 2):
+        start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        flags = [] if ranks == 1 else ["--nproc-per-node", "2"]
+        run = subprocess.run(
+            [*start, *flags, "tests/training/sharded_steps.py"],
+            cwd=ROOT,
+            env={**environment(), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
+        assert run.returncode == 0 and line, run.stdout + run.stderr
+        results.append(json.loads(line.removeprefix("RESULT ")))
+    one, two = results
+    assert (one["sharded"], two["sharded"]) == (False, True)
+    assert one["skipped"] == two["skipped"] == 1
+    for step, (a, b) in enumerate(zip(one["steps"], two["steps"])):
+        assert a == pytest.approx(b, rel=1e-6, nan_ok=True), step
+    assert two["moments"] == pytest.approx(one["moments"], rel=1e-5)
+    assert two["weights"] == pytest.approx(one["weights"], rel=2e-5)
+
+
 def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(tmp_path):
     out = tmp_path / "run"
     flags = ("--max-iters", "100000", "--checkpoint-interval", "5", "--eval-interval", "0")

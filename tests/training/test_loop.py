@@ -207,6 +207,48 @@ def test_metrics_of_a_run_that_never_saved_are_set_aside_too(config, device, mon
     assert [r["step"] for r in metrics(config.train.out.with_name("run.1")) if "loss" in r] == [1, 2]
 
 
+def test_documents_are_masked_where_asked(config, device, monkeypatch):
+    seen = []
+    real = Stepper.__call__
+
+    def record(self, batches, grad_accum, lr):
+        batches = list(batches)
+        seen.extend(batches)
+        return real(self, batches, grad_accum, lr)
+
+    monkeypatch.setattr(Stepper, "__call__", record)
+    plain, _ = train(with_train(config, out=config.train.out / "plain"), device, quiet())
+    assert all(len(batch) == 2 for batch in seen)
+    seen.clear()
+    # Byte 0 begins a document; this text has none, so let "e" do.
+    monkeypatch.setattr("fastgpt.data.tokenizer.BytesTokenizer.eot", ord("e"))
+    masked, _ = train(replace(config, data=replace(config.data, mask_documents=True)), device, quiet())
+    assert all(torch.equal(ids, (x == ord("e")).cumsum(-1)) for x, _, ids in seen)
+    assert any(ids.max() > 0 for _, _, ids in seen)
+    a, b = plain.model.state_dict(), masked.model.state_dict()
+    assert not all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_hellaswag_is_scored_at_the_end_and_a_bad_file_is_found_out_before_the_start(config, device, tmp_path, capsys):
+    row = {"ctx": "def f", "endings": ["(x):", "qqq", "zz", "##"], "label": 0}
+    (tmp_path / "hs.jsonl").write_text("\n".join(json.dumps(row) for _ in range(3)))
+    train(with_train(config, max_iters=2, hellaswag=str(tmp_path / "hs.jsonl")), device)
+    assert re.search(r"HellaSwag acc [01]\.\d{4}, acc_norm [01]\.\d{4} over 3 examples", capsys.readouterr().out)
+    assert [r["step"] for r in metrics(config.train.out) if "hellaswag_acc_norm" in r] == [2]
+    out = tmp_path / "other"
+    with pytest.raises(UserError, match="cannot be read"):
+        train(with_train(config, hellaswag=str(tmp_path / "none.jsonl"), out=out), device, quiet())
+    assert not out.exists()
+
+
+def test_the_schedule_counts_steps_not_micro_batches(config, device):  # bug 14
+    from fastgpt.training.schedule import learning_rate
+
+    train(config, device, quiet())
+    logged = [r["lr"] for r in metrics(config.train.out) if "step" in r and "loss" in r]
+    assert logged == [learning_rate(step, config.optim, 8) for step in range(8)]
+
+
 def test_resume_says_what_changed_and_applies_it(config, device, capsys):
     train(with_train(config, max_iters=4), device, quiet())
     changed = replace(with_train(config, resume="newest"), optim=replace(config.optim, weight_decay=0.5))

@@ -1,0 +1,154 @@
+"""What the lines of a log look like: nanoGPT, nanochat, llm.c and fastgpt. Regular expressions over bytes, and nothing else.
+
+Each kind of step line has a strict form, the whole line, and a loose one: as much as a line that was cut short still says
+for certain. A number counts only when what follows it shows where it ends.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+Kind = Literal["nanogpt", "nanochat", "llm.c", "fastgpt", "unknown"]
+
+_N = rb"[-+]?(?:\d+(?:,\d{3})*(?:\.\d*)?(?:[eE][-+]?\d+)?|nan|NaN|inf)"
+_NA = rb"(?:" + _N + rb"|n/a)"
+_STEP = rb"(?P<step>\d{1,12})"
+_LOSS = rb"(?P<loss>" + _N + rb")"
+
+
+class StepForm(NamedTuple):
+    """A step line. Groups: step, loss and, where the form has them, ms, mfu (percent), rate (tokens per second), lr."""
+
+    kind: Kind
+    mark: bytes
+    """Bytes that every line of this form contains: cheap to look for."""
+    strict: re.Pattern[bytes]
+    loose: re.Pattern[bytes]
+
+
+def _form(kind: Kind, mark: bytes, strict: bytes, loose: bytes) -> StepForm:
+    return StepForm(kind, mark, re.compile(strict), re.compile(loose))
+
+
+STEPS = (
+    # iter 200: loss 6.2977, time 3917.80ms, mfu 12.87%, 134,060 tok/s, lr 6.00e-04, ...
+    _form(
+        "fastgpt",
+        b"tok/s",
+        rb"iter\s+%b:\s*loss\s+%b,\s*time\s+(?P<ms>%b)(?:ms)?,\s*mfu\s+(?P<mfu>%b)%%?,\s*(?P<rate>%b)\s*tok/s,\s*lr\s+(?P<lr>%b),"
+        % (_STEP, _LOSS, _NA, _NA, _NA, _N),
+        rb"iter\s+%b:\s*loss\s+%b,\s*time\s+(?P<ms>%b)(?:ms)?,\s*mfu\s+(?P<mfu>%b)%%?,\s*(?P<rate>%b)\s*tok/s"
+        % (_STEP, _LOSS, _NA, _NA, _NA),
+    ),
+    # iter 200: loss 6.2977, time 3917.80ms, mfu 12.87%
+    _form(
+        "nanogpt",
+        b"iter",
+        rb"iter\s+%b:\s*loss\s+%b,\s*time\s+(?P<ms>%b)ms,\s*mfu\s+(?P<mfu>%b)%%" % (_STEP, _LOSS, _N, _N),
+        rb"iter\s+%b:\s*loss\s+%b,(?:\s*time\s+(?P<ms>%b)ms)?" % (_STEP, _LOSS, _N),
+    ),
+    # step 00010/21400 (0.05%) | loss: 9.1 | lrm: 1.00 | dt: 412.08ms | tok/sec: 1,272,310 | bf16_mfu: 48.20 | ...
+    _form(
+        "nanochat",
+        b"tok/sec",
+        rb"step\s+%b/\d+\s+\([\d.]+%%\)\s*\|\s*loss:\s*%b\s*\|(?:[^|\n]{0,40}\|){0,4}?\s*dt:\s*(?P<ms>%b)ms\s*\|"
+        rb"\s*tok/sec:\s*(?P<rate>%b)\s*\|\s*\w{0,8}mfu:\s*(?P<mfu>%b)(?=\s*(?:\||$))" % (_STEP, _LOSS, _N, _N, _N),
+        rb"step\s+%b/\d+\s+\([\d.]+%%\)\s*\|\s*loss:\s*%b\s*\|" % (_STEP, _LOSS),
+    ),
+    # step    1/19560 | loss 11.009 (+nanz)| norm 15.4 (+nanz)| lr 8.57e-07 | 3056.36 ms | 42.6% bf16 MFU | 171535 tok/s
+    _form(
+        "llm.c",
+        b"tok/s",
+        rb"step\s+%b/\d+\s*\|\s*(?:train\s+)?loss\s+%b[^|\n]{0,20}\|\s*norm\s[^|\n]{0,40}\|\s*lr\s+(?P<lr>%b)\s*\|"
+        rb"\s*\(?(?P<ms>%b)\s*ms\s*\|(?:\s*(?P<mfu>%b)%%[^|\n]{0,30}\|)?\s*(?P<rate>%b)\s*tok/s"
+        % (_STEP, _LOSS, _N, _N, _N, _N),
+        rb"step\s+%b/\d+\s*\|\s*(?:train\s+)?loss\s+%b\s*[(|]" % (_STEP, _LOSS),
+    ),
+    # llm.c's main.log: s:0 trl:10.9851 lr:0.000001 norm:15.32
+    _form(
+        "llm.c",
+        b"trl:",
+        rb"\bs:%b trl:%b lr:(?P<lr>%b)\s" % (_STEP, _LOSS, _N),
+        rb"\bs:%b trl:%b\s" % (_STEP, _LOSS),
+    ),
+)
+
+_D = rb"(?:\d+\.\d{2,12}|nan|inf)(?!\d)"
+_D4 = rb"(?:\d+\.\d{4,12}|nan|inf)(?!\d)"  # fewer decimals: shortened by a cut or a wrap
+EVALS: tuple[tuple[Kind, re.Pattern[bytes]], ...] = (
+    # step 500: train loss 5.4383, val loss 5.5055
+    (
+        "nanogpt",
+        re.compile(rb"step\s+%b:\s*train\s+loss\s+(?P<train>%b),\s*val\s+loss\s+(?P<val>%b)" % (_STEP, _D, _D)),
+    ),
+    # step 500: val loss 5.5055
+    ("fastgpt", re.compile(rb"step\s+%b(?:/\d+)?:?\s+val\s+loss\s+(?P<val>%b)" % (_STEP, _D4))),
+    # s:250 tel:6.4731
+    ("llm.c", re.compile(rb"\bs:%b tel:(?P<val>%b)" % (_STEP, _D4))),
+    # val loss 11.009360: of the step last seen
+    ("llm.c", re.compile(rb"^\s*val loss\s+(?P<val>(?:\d+\.\d+|nan|inf))\s*$")),
+)
+
+START = re.compile(rb"(?:iter|step)\s+\d{1,12}\s*[:/]")
+"""Where a step or evaluation line begins."""
+VAL_LOSS = re.compile(rb"val\s+loss")
+"""What an evaluation line contains."""
+
+NOTES: tuple[tuple[str, Kind | None, bytes], ...] = (
+    ("parameters", "nanogpt", rb"number of parameters: ([\d.]{1,12}M)"),
+    ("no_decay", "nanogpt", rb"num non-decayed parameter tensors: (\d{1,6})"),
+    ("parameters", "fastgpt", rb"([\d.]{1,12}M) parameters \(positions apart\)"),
+    ("parameters", "nanochat", rb"Number of parameters: ([\d,]{1,20})"),
+    ("parameters", "nanochat", rb"^total {1,30}: ([\d,]{1,20})"),
+    ("parameters", "llm.c", rb"\| num_parameters {1,60}\| (\d{1,15})"),
+    ("tokens_per_step", "nanogpt", rb"tokens per iteration will be: ([\d,]{1,20})"),
+    ("tokens_per_step", "fastgpt", rb"([\d,]{1,20}) tokens: micro-batches of"),
+    ("tokens_per_step", "nanochat", rb"[Tt]otal batch size ([\d,]{1,20})"),
+    ("tokens_per_step", "llm.c", rb"\| total batch size {1,60}\| (\d{1,15})"),
+    ("tokens_per_step", "llm.c", rb"total desired batch size: (\d{1,15})"),
+    ("vocab", "nanogpt", rb"vocab_size of GPT-2 to (\d{1,9})"),
+    ("vocab", "nanogpt", rb"found vocab_size = (\d{1,9})"),
+    ("vocab", "nanochat", rb"Vocab size: ([\d,]{1,12})"),
+    ("vocab", "llm.c", rb"\| padded_vocab_size Vp {1,60}\| (\d{1,9})"),
+    ("device", "llm.c", rb"\| device {1,60}\| (\S[^|\n]{0,80}?) *\|"),
+    ("device", "llm.c", rb"^Device \d+: (\S.{0,80})"),
+    ("device", "nanochat", rb"GPU: (\S[^|\n]{0,80}?) \| Peak FLOPS"),
+    ("device", "fastgpt", rb"^device {2,}(\S.{0,80})"),
+    ("override", "nanogpt", rb"Overriding: (\w{1,60} = .{0,200})"),
+    ("sm_gate", None, rb"(Not enough SMs to use max_autotune_gemm)"),
+    ("oom", None, rb"(CUDA out of memory|OutOfMemoryError|\bout of memory)"),
+    (
+        "no_cuda",
+        None,
+        rb"(Torch not compiled with CUDA|[Nn]o CUDA GPUs are avail|Found no NVIDIA driver|No GPU: the Triton)",
+    ),
+    ("no_triton", None, rb"(No module named '?triton|Cannot find a working triton|TritonMissing|[Tt]riton not found)"),
+    ("no_bf16", None, rb"((?:bfloat16|BFloat16|bf16) (?:is )?(?:not supported|only supported))"),
+    ("no_bf16", None, rb"(does not support (?:bfloat16|bf16))"),
+    ("nan", "fastgpt", rb"(step \d{1,12}: loss [^:\n]{1,80}: the step changed nothing)"),
+    ("resume", None, rb"(Resuming training from|Resuming optimization from step \d{1,12}|resumed at step \d{1,12})"),
+    ("checkpoint", None, rb"(saving checkpoint to|Writing checkpoint at step \d{1,12}|^saved \S+)"),
+    ("traceback", None, rb"(Traceback \(most recent call last\))"),
+    ("val_bpb", "nanochat", rb"Step (\d{1,12} \| Validation bpb: \d+\.\d{4,})"),
+)
+"""Lines that say something else: kind, whose log it shows, pattern with the value in its first group."""
+
+RECORD_WORDS = (b"iter ", b"step ", b'"step"', b"val loss", b"trl:", b"tel:")
+NOTE_WORDS = tuple(
+    b"Validation|enough SMs|emory|Traceback|esum|checkpoint|saved |Overriding|changed nothing".split(b"|")
+)
+START_WORDS = tuple(
+    b'arameters|tokens|batch size|ocab|evice|GPU|CUDA|NVIDIA|riton|loat16|bf16|total |"config"'.split(b"|")
+)
+"""Every record contains one of RECORD_WORDS, every note one of NOTE_WORDS or, of what a program says when it starts, of
+START_WORDS: looking for words, in a block and then in its lines, is what most of a long log costs."""
+
+ECHO_START = re.compile(rb"Overriding config with .{1,300}:?\s?$")
+ECHO_END = re.compile(
+    rb"\s*(?:tokens per iteration|Overriding|found vocab_size|Initializing |Resuming |defaulting to |number of param|Traceback"
+    rb"|iter \d|step \d)"
+)
+"""What nanoGPT prints before and after it repeats a config file."""
+
+LAST_OF_TRACEBACK = re.compile(rb"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.{0,280})")

@@ -1,0 +1,54 @@
+"""What can be known before the first step, in well under a second: train.py asks this before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from fastgpt import hardware
+from fastgpt.config import Config
+from fastgpt.doctor import configs_fastgpt, corpus, environment
+from fastgpt.doctor.evidence import Evidence, Place
+from fastgpt.doctor.findings import Finding, diagnose, rank
+from fastgpt.doctor.report import COLOURS, is_code
+
+if TYPE_CHECKING:
+    import torch
+
+
+SHORT = 50e6
+"""Tokens of a run that is over in minutes: no words about compute that could be spent better."""
+
+
+def preflight(config: Config, device: torch.device, machine: environment.Machine | None = None) -> list[Finding]:
+    """Findings on a run that is about to start: costliest first, empty when clean. Opens no data and makes no CUDA context
+    of its own. ``machine``: for tests."""
+    place = Place(str(config.config) if config.config else f"preset {config.preset}" if config.preset else "the flags")
+    evidence = Evidence(config=configs_fastgpt.of_config(config, place))
+    gpu = hardware.present(device)
+    found = diagnose(evidence, gpu, corpus.in_folder(Path(config.data.data))).findings
+    it = machine or environment.Machine.here()
+    lacks = environment.machine(
+        it,
+        wants_cuda=config.train.device == "cuda",
+        wants_triton=config.train.kernels == "triton" or config.train.compile,
+    )
+    if config.train.max_iters * config.tokens_per_step < SHORT:
+        found = [f for f in found if f.check not in ("few", "evaluation_time")]
+    return rank([*lacks, *found])
+
+
+def announce(findings: list[Finding], console: Console) -> None:
+    """One line when clean, else one per finding and its config line."""
+    if not findings:
+        console.print("[dim]preflight: nothing found (python -m fastgpt.doctor says more once there is a log)")
+        return
+    for finding in findings:
+        line = next((line for line in finding.advice.split("\n") if is_code(line)), "")
+        console.print(
+            f"[{COLOURS[finding.severity]}]preflight {finding.severity}[/]: {escape(finding.title)}"
+            + (f" [dim]-> {escape(line)}[/]" if line else "")
+        )

@@ -1,0 +1,56 @@
+"""How much memory a micro-batch takes, and which one fits: fastgpt.plan's prediction, asked for a run's own settings."""
+
+from __future__ import annotations
+
+import math
+
+from fastgpt.config import ModelConfig
+from fastgpt.doctor.figures import Figures
+from fastgpt.errors import UserError
+from fastgpt.flops import Shape
+from fastgpt.hardware import Gpu
+
+
+def kernels(figures: Figures) -> str:
+    """Which of the planner's kernels the run uses: nanoGPT compiles unless told not to."""
+    if figures.config.kind == "fastgpt":
+        name = str(figures.config.get("kernels", "triton"))
+        return "compile" if name == "eager" and figures.config.get("compile") else name
+    return "nanogpt-compile" if figures.config.get("compile", True) else "eager"
+
+
+def needed(shape: Shape, micro_batch: int, figures: Figures) -> int | None:
+    """Bytes of a training step, predicted; None for a shape or kernels that the planner has no answer for."""
+    from fastgpt import plan
+
+    dropout = figures.config.get("dropout") or 0.0
+    size = (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size, shape.bias)
+    precision = figures.arithmetic if figures.arithmetic != "tf32" else "fp32"
+    try:
+        model = ModelConfig(*size, dropout if dropout < 1 else 0.0)
+        return plan.memory(model, micro_batch=micro_batch, kernels=kernels(figures), precision=precision).total
+    except UserError:
+        return None
+
+
+def room(gpu: Gpu) -> int:
+    """Bytes that a run can have on this card."""
+    from fastgpt import plan
+
+    return plan.usable_vram(gpu)
+
+
+def fitting(shape: Shape, figures: Figures, gpu: Gpu) -> tuple[int, int] | None:
+    """The largest micro-batch up to the present one that fits, and the accumulation that keeps the tokens per step.
+
+    None if the batch is not known, or one sequence does not fit."""
+    batch, accumulate = figures.config.get("batch_size"), figures.config.get("gradient_accumulation_steps") or 1
+    if batch is None:
+        return None
+    sizes = (size for size in range(batch, 0, -1) if batch * accumulate % size == 0)
+    found = next((size for size in sizes if (needed(shape, size, figures) or math.inf) <= room(gpu)), None)
+    return (found, batch * accumulate // found) if found else None
+
+
+def lines(geometry: tuple[int, int]) -> str:
+    return f"batch_size = {geometry[0]}\ngradient_accumulation_steps = {geometry[1]}"
