@@ -248,7 +248,7 @@ def changed_settings(saved: Saved, config: Config) -> list[str]:
         change
         for section in SECTIONS
         for change in differences(saved.values["config"].get(section, {}), now[section])
-        if not change.startswith(("out:", "resume:"))
+        if not change.startswith(("out:", "resume:")) and ": absent -> " not in change  # an older version's checkpoint
     ]
 
 
