@@ -17,7 +17,12 @@ def run(main: Callable[[list[str]], int]) -> None:
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
+        report(error)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def report(error: UserError) -> None:
+    """Print the one sentence."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")

@@ -66,12 +66,10 @@ def _of_records(folder: Path, records: Sequence[dict[str, Any]]) -> Curves:
     def column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
         return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
 
+    names = ("step", "loss", "lr", "grad_norm", "tokens_per_second")
+    step, loss, lr, grad_norm, rate = (column(steps, name) for name in names)
     return Curves(
-        folder.resolve().name,
-        column(steps, "step"),
-        *(column(steps, key) for key in ("loss", "lr", "grad_norm", "tokens_per_second")),
-        column(evals, "step"),
-        column(evals, "val_loss"),
+        folder.resolve().name, step, loss, lr, grad_norm, rate, column(evals, "step"), column(evals, "val_loss")
     )
 
 

@@ -40,11 +40,9 @@ class World:
         dist.all_reduce(total)
         return total / self.size
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up on any rank. Waits for the device."""
-        if self.size == 1:
-            return flag
-        return self.mean(torch.tensor(float(flag), device=device)).item() > 0
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank. Goes over the CPU's group: does not wait for a GPU."""
+        return flag if self.size == 1 else self.mean(torch.tensor(float(flag))).item() > 0
 
     def broadcast(self, text: str) -> str:
         """Rank 0's text, on every rank."""
@@ -73,7 +71,7 @@ def connect(device: torch.device) -> Iterator[tuple[World, torch.device]]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    # gloo as well on a GPU: checkpoints are planned and written over it, in the background.
+    # gloo as well on a GPU: for flags, and for checkpoints, which are planned and written over it in the background.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size()), device

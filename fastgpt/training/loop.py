@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import flops, hellaswag
+from fastgpt import cli, flops, hellaswag
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
 from fastgpt.env import environment
@@ -71,10 +71,13 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
             return _Loop(config, device, world, console).run()
         except RuntimeError as error:
             if distributed.lost_rank(error, world):
-                raise UserError(
-                    f"another rank of this run is gone, so rank {world.rank} stops: start again with --resume "
-                    "(on any number of GPUs that divides grad_accum)"
-                ) from error
+                cli.report(
+                    UserError(
+                        f"another rank of this run is gone, so rank {world.rank} stops: start again with --resume "
+                        "(on any number of GPUs that divides grad_accum)"
+                    )
+                )
+                distributed.leave(world.size, 2)  # an orderly end would wait for the rank that is gone
             raise
 
 
@@ -128,9 +131,7 @@ class _Loop:
         ):
             self._train()
             self.saver.wait()
-            if self.world.any(
-                self.saver.last_error is not None, run.device
-            ):  # the last save of all: once more, then say it
+            if self.world.any(self.saver.last_error is not None):  # the last save of all: once more, then give up
                 self._tell()
                 self._save(False)
                 self.saver.wait()
@@ -164,7 +165,7 @@ class _Loop:
                 with self.meter.excluded():
                     self.say(f"sample at step {run.step}: {sample(run)!r}")
             # A save that failed is tried again at the next log line.
-            if save or (log and self.world.any(self.saver.last_error is not None, run.device)):
+            if save or (log and self.world.any(self.saver.last_error is not None)):
                 self._save(is_best)
             self._tell()
         self._read_losses(0)
@@ -177,7 +178,10 @@ class _Loop:
 
     def _stopping(self) -> bool:
         """Whether to stop before the next step; ranks agree, so that none waits for one that has left."""
-        return self.world.any(self.stop.asked is not None, self.state.device)
+        stop = self.world.any(self.stop.asked is not None)
+        if stop and self.stop.asked is None:
+            self.stop.asked = "a signal to another rank"
+        return stop
 
     def _step(self) -> bool:
         """One optimizer step. False if it was abandoned, or has to be tried again in smaller micro-batches."""

@@ -126,10 +126,35 @@ def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(t
         assert process.returncode != 0 and time.monotonic() - killed < 60
     finally:
         process.kill()
-    assert "another rank of this run is gone" in output and "--resume" in output
+    assert "another rank of this run is gone" in output and "--resume" in output, output
     step = checkpoint.load(checkpoint.newest_valid(out)[0])["step"]
     train(1, out, "--max-iters", str(step + 1), "--resume")
     assert checkpoint.load(checkpoint.resolve(out))["step"] == step + 1
+
+
+def test_a_signal_to_one_rank_stops_and_saves_on_all(tmp_path):
+    out = tmp_path / "run"
+    flags = ("--max-iters", "100000", "--checkpoint-interval", "0", "--eval-interval", "0")
+    process = subprocess.Popen(
+        command(2, out, *flags),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while (not (out / "metrics.jsonl").exists() or len(losses(out)[0]) < 3) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.kill(next(pid for pid in children(process.pid) if rank_of(pid) == "1"), signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "stopped by a signal to another rank" in output
+    saved = checkpoint.load(checkpoint.resolve(out))
+    assert saved["world_size"] == 2 and saved["step"] == max(losses(out)[0])
 
 
 def children(pid):
