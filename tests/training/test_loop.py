@@ -168,13 +168,14 @@ def interrupt_at(step, monkeypatch, signals=(signal.SIGINT,), micro_batch=0):
 def test_a_signal_ends_the_run_after_the_micro_batch_and_the_step_leaves_no_trace(
     config, device, monkeypatch, number, code, tmp_path
 ):
+    before = signal.getsignal(signal.SIGINT)
     whole, _ = train(with_train(config, out=tmp_path / "whole"), device, quiet())
     with monkeypatch.context() as patch:
         interrupt_at(5, patch, [number])
         run, got = train(config, device, quiet())
     assert (run.step, got) == (5, code)
     assert checkpoint.load(checkpoint.resolve(config.train.out))["step"] == 5
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
+    assert signal.getsignal(signal.SIGINT) is before
     resumed, got = train(with_train(config, resume="newest"), device, quiet())
     assert got == 0
     for name, value in whole.model.state_dict().items():
@@ -182,11 +183,12 @@ def test_a_signal_ends_the_run_after_the_micro_batch_and_the_step_leaves_no_trac
 
 
 def test_a_second_ctrl_c_leaves_at_once(config, device, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
     interrupt_at(5, monkeypatch, [signal.SIGINT, signal.SIGINT])
     with pytest.raises(KeyboardInterrupt):
         train(config, device, quiet())
     assert {p.name for p in checkpoint.existing(config.train.out)} <= {"step-00000004"}  # maybe still being written
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_new_run_in_the_place_of_an_old_one_loses_neither(config, device):
