@@ -104,11 +104,10 @@ def test_fused_adamw_on_shards_equals_fused_adamw_on_whole_parameters():
     assert two["weights"] == pytest.approx(one["weights"], rel=2e-5)
 
 
-def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(tmp_path):
-    out = tmp_path / "run"
-    flags = ("--max-iters", "100000", "--checkpoint-interval", "5", "--eval-interval", "0")
+def interrupted(out, ready, number, *flags):
+    """A run on two ranks without end; rank 1 gets a signal once ``ready()``. Returns its exit code and output."""
     process = subprocess.Popen(
-        command(2, out, *flags),
+        command(2, out, "--max-iters", "100000", "--eval-interval", "0", *flags),
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -117,15 +116,19 @@ def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(t
     )
     try:
         deadline = time.monotonic() + 120
-        while not checkpoint.existing(out) and time.monotonic() < deadline:
+        while not ready() and time.monotonic() < deadline:
             time.sleep(0.2)
-        victim = next(pid for pid in children(process.pid) if rank_of(pid) == "1")
-        os.kill(victim, signal.SIGKILL)
-        killed = time.monotonic()
+        os.kill(next(pid for pid in children(process.pid) if rank_of(pid) == "1"), number)
         output, _ = process.communicate(timeout=60)
-        assert process.returncode != 0 and time.monotonic() - killed < 60
+        return process.returncode, output
     finally:
         process.kill()
+
+
+def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(tmp_path):
+    out = tmp_path / "run"
+    code, output = interrupted(out, lambda: checkpoint.existing(out), signal.SIGKILL, "--checkpoint-interval", "5")
+    assert code != 0
     assert "another rank of this run is gone" in output and "--resume" in output, output
     step = checkpoint.load(checkpoint.newest_valid(out)[0])["step"]
     train(1, out, "--max-iters", str(step + 1), "--resume")
@@ -134,24 +137,11 @@ def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(t
 
 def test_a_signal_to_one_rank_stops_and_saves_on_all(tmp_path):
     out = tmp_path / "run"
-    flags = ("--max-iters", "100000", "--checkpoint-interval", "0", "--eval-interval", "0")
-    process = subprocess.Popen(
-        command(2, out, *flags),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    metrics = out / "metrics.jsonl"
+    code, output = interrupted(
+        out, lambda: metrics.exists() and len(losses(out)[0]) >= 3, signal.SIGTERM, "--checkpoint-interval", "0"
     )
-    try:
-        deadline = time.monotonic() + 120
-        while (not (out / "metrics.jsonl").exists() or len(losses(out)[0]) < 3) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        os.kill(next(pid for pid in children(process.pid) if rank_of(pid) == "1"), signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
+    assert code == 0, output
     assert "stopped by a signal to another rank" in output
     saved = checkpoint.load(checkpoint.resolve(out))
     assert saved["world_size"] == 2 and saved["step"] == max(losses(out)[0])
