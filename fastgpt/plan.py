@@ -1,354 +1,287 @@
-"""The batch geometry that fits a GPU, exactly at the tokens per step asked for, and what the run then costs.
-
-    python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288    (plan_cli.py)
-
-Memory is counted (memory.py, docs/memory.md), speed is projected (projection.py), and energy is an upper bound: the board's
-power limit for as long as the run takes. ``fit_batch`` and ``check_fits`` are the same planner for train.py.
-"""
+"""What ``python -m fastgpt.plan`` takes and prints: a table, nanoGPT config lines, a fastgpt preset, or JSON."""
 
 from __future__ import annotations
 
-import math
-import os
-from dataclasses import dataclass, replace
-from typing import Any
+import inspect
+import re
+from dataclasses import dataclass, fields, replace
+from json import dumps
+from pathlib import Path
+from typing import Literal
 
-from fastgpt import cli, flops, hardware
-from fastgpt.config import Config, ModelConfig
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fastgpt import flops, hardware
+from fastgpt.config import Config, ModelConfig, load_preset, load_toml
 from fastgpt.errors import UserError
-from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, KERNELS, Memory, memory
+from fastgpt.memory import KERNELS, Memory
+from fastgpt.plan import CUDA_CONTEXT, MARGIN, Plan, plan, usable_vram
 
-__all__ = ["KERNELS", "Memory", "Plan", "check_fits", "fit_batch", "free_bytes", "memory", "plan", "usable_vram"]
+PARTS = {
+    "weights": "weights, fp32",
+    "working_copies": "working copies, 16 bit",
+    "gradients": "gradients, fp32",
+    "optimizer": "two moments, fp32",
+    "activations": "activations",
+    "loss": "logits and loss",
+    "backward": "backward's temporaries",
+    "workspace": "cuBLAS workspace",
+    "fragmentation": "fragmentation",
+}
 
-CUDA_CONTEXT = 426 * 2**20
-"""What a process holds before its first tensor: measured with PyTorch 2.10 and CUDA 13 on an sm_89 card
-(unslothai/unsloth-zoo#1053). Kernels are loaded lazily since CUDA 11.7; before, it was over 1 GB (pytorch#107667)."""
-
-DESKTOP = 400 * 2**20
-"""What a desktop session holds on a GeForce card: an assumption, about what users report after login; a browser that plays
-video takes more (mylinuxforwork/dotfiles#93: 400 MiB, 1000 MiB with video). Data-centre cards: 0."""
-
-MARGIN = 0.05
-"""Share of VRAM left free: a choice, the size of the model's error at the two points known from outside, read as GB
-(docs/memory.md, 7)."""
-
-CHINCHILLA = 20
-"""Tokens per parameter at which compute is spent best (Hoffmann et al. 2022, table 3), parameters without positions."""
-
-CPU_SHARE = 0.25
-"""Share of a computer's free memory that a run on the CPU plans with: others work there too."""
+NANOGPT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run that fits. Bytes in ``memory`` and ``usable``; ``vram_gb`` in 1e9 bytes, with the CUDA context.
+class PlanConfig:
+    """Which batch geometry fits a GPU, exactly at the tokens per step asked for, and what the run then costs.
 
-    ``grad_accum`` is one GPU's: micro_batch x grad_accum x T x world_size = tokens_per_step. Speed, hours and kWh are
-    projections for all GPUs together, and None where there is none.
+    Examples:
+      python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288
+      python -m fastgpt.plan --gpu rtx4070 --n-layer 24 --n-head 16 --n-embd 1024 --tokens 2.5B
+      python -m fastgpt.plan --gpu 3060 --model my.toml --kernels eager --vram 8
+      python -m fastgpt.plan --json
     """
 
-    model: ModelConfig
-    gpu: str
-    kernels: str
-    precision: str
-    micro_batch: int
-    grad_accum: int
-    world_size: int
-    tokens: int
-    memory: Memory
-    usable: int
-    hint: str | None = None
-    power_w: int | None = None
-    tokens_per_second: float | None = None
-    tokens_per_second_low: float | None = None
-    tokens_per_second_high: float | None = None
-    calibrated: bool | None = None
-    """Whether the projection is calibrated on real runs like this one."""
-    calibration_error: float | None = None
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.micro_batch * self.grad_accum * self.model.block_size * self.world_size
-
-    @property
-    def steps(self) -> int:
-        return math.ceil(self.tokens / self.tokens_per_step)
-
-    @property
-    def vram_gb(self) -> float:
-        return (self.memory.total + CUDA_CONTEXT) / 1e9
-
-    @property
-    def hours(self) -> float | None:
-        return self._hours(self.tokens_per_second)
-
-    @property
-    def hours_low(self) -> float | None:
-        return self._hours(self.tokens_per_second_high)
-
-    @property
-    def hours_high(self) -> float | None:
-        return self._hours(self.tokens_per_second_low)
-
-    @property
-    def kwh(self) -> float | None:
-        """At most: every board at its limit all the time, the rest of the computer not counted."""
-        if self.hours is None or self.power_w is None:
-            return None
-        return self.hours * self.power_w * self.world_size / 1000
-
-    def _hours(self, rate: float | None) -> float | None:
-        return None if not rate else self.steps * self.tokens_per_step / rate / 3600
-
-    def to_json(self) -> dict[str, Any]:
-        names = (
-            "kernels precision gpu micro_batch grad_accum world_size tokens_per_step tokens steps vram_gb "
-            "tokens_per_second tokens_per_second_low tokens_per_second_high calibrated calibration_error "
-            "hours hours_low hours_high kwh hint"
-        )
-        parts = {"memory_bytes": self.memory.parts(), "peak": self.memory.peak, "usable_bytes": self.usable}
-        return {name: getattr(self, name) for name in names.split()} | parts
-
-
-def usable_vram(gpu: hardware.Gpu | None, vram_gb: float | None = None) -> int:
-    """Bytes that PyTorch's allocator can plan with: VRAM less CUDA context, desktop and margin.
-
-    ``vram_gb`` replaces the card's own; GB as on the box, 2**30 bytes. Raises UserError where neither is known.
-    """
-    total = _vram(gpu, vram_gb)
-    return total - CUDA_CONTEXT - _desktop(gpu) - round(MARGIN * total)
-
-
-def plan(
-    model: ModelConfig,
-    gpu: hardware.Gpu | None,
-    *,
-    tokens_per_step: int,
-    kernels: str = "triton",
-    precision: str = "bf16",
-    vram_gb: float | None = None,
-    tokens: int | None = None,
-    world_size: int = 1,
-) -> Plan:
-    """The largest micro-batch that fits ``gpu`` and divides ``tokens_per_step`` (of all ``world_size`` GPUs) exactly.
-
-    ``tokens`` is the run's budget, Chinchilla's 20 per parameter by default. ``gpu`` None: a card that is not in the table;
-    then ``vram_gb`` is needed and speed is unknown. Raises UserError for tokens_per_step that T x world_size does not
-    divide, naming the nearest that work, and when not even one sequence fits, naming what would.
-    """
-    if tokens is None:
-        tokens = CHINCHILLA * flops.n_params(flops.Shape.of(model), positions=False)
-    if tokens < 1:
-        raise UserError(f"tokens is {tokens}: it must be at least 1")
-    usable = usable_vram(gpu, vram_gb)
-    hopper = gpu is not None and int(gpu.arch.removeprefix("sm_")) >= 90
-    workspace = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
-    job = _Job(model, kernels, precision, world_size, workspace)
-    name = gpu.name if gpu else f"a card with {vram_gb:g} GB"
-    micro_batch, grad_accum, hint = job.geometry(tokens_per_step, usable, name)
-    speed = _projected(model, gpu, kernels, precision, micro_batch, micro_batch * grad_accum * model.block_size)
-    return Plan(
-        model=model,
-        gpu=name,
-        kernels=kernels,
-        precision=precision,
-        micro_batch=micro_batch,
-        grad_accum=grad_accum,
-        world_size=world_size,
-        tokens=tokens,
-        memory=job.memory(micro_batch),
-        usable=usable,
-        hint=hint,
-        power_w=gpu.power_w if gpu else None,
-        tokens_per_second=speed and speed.tokens_per_second * world_size,
-        tokens_per_second_low=speed and speed.tokens_per_second_low * world_size,
-        tokens_per_second_high=speed and speed.tokens_per_second_high * world_size,
-        calibrated=speed and speed.calibrated,
-        calibration_error=speed and speed.calibration_error,
-    )
-
-
-def fit_batch(
-    config: Config, room: hardware.Gpu | int, world_size: int = 1, *, device: str = "cuda"
-) -> tuple[int, int]:
-    """(micro_batch, grad_accum) that fit and keep ``config.tokens_per_step``: ``--batch-size auto``.
-
-    grad_accum as the configuration counts it, over all GPUs together. ``room``: a card, or the bytes that ``free_bytes``
-    gives before the model is built. Raises UserError as ``plan`` does.
-    """
-    job = _Job.of(config, world_size, device)
-    micro_batch, per_gpu, _ = job.geometry(config.tokens_per_step, _budget(room), _described(room))
-    return micro_batch, per_gpu * world_size
-
-
-def check_fits(config: Config, room: hardware.Gpu | int, world_size: int = 1, *, device: str = "cuda") -> Memory:
-    """What the configured micro-batch needs. Raises UserError, naming what would fit, where it cannot fit: even with the
-    model's error taken off, and no margin."""
-    job = _Job.of(config, world_size, device)
-    needed = job.memory(config.data.batch_size)
-    available = usable_vram(room) + round(MARGIN * _vram(room)) if isinstance(room, hardware.Gpu) else room
-    if needed.allocated * (1 - MARGIN) <= available:
-        return needed
-    micro_batch, grad_accum, _ = job.geometry(config.tokens_per_step, _budget(room), _described(room))
-    raise UserError(
-        f"batch_size is {config.data.batch_size}: it needs about {needed.total / 1e9:.1f} GB ({job.kernels}, "
-        f"{job.precision}) of the {max(available, 0) / 1e9:.1f} GB free: --batch-size {micro_batch} --grad-accum "
-        f"{grad_accum * world_size} fits, at the same {config.tokens_per_step:,} tokens per step"
-    )
-
-
-def free_bytes(device: str) -> int:
-    """Free memory where a run will be: of the current CUDA device, or ``CPU_SHARE`` of what the computer has free."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info()[0]
-    try:
-        return int(CPU_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):  # no such question on Windows and macOS
-        return 2 * 2**30
-
-
-# ---------------------------------------------------------------- geometry
-
-
-@dataclass(frozen=True)
-class _Job:
-    """All that decides how much memory a micro-batch takes."""
-
-    model: ModelConfig
-    kernels: str
-    precision: str
-    world_size: int
-    workspace: int = CUBLAS_WORKSPACE
-
-    @classmethod
-    def of(cls, config: Config, world_size: int, device: str) -> _Job:
-        kernels = "compile" if config.train.compile and config.train.kernels == "eager" else config.train.kernels
-        auto = "bf16" if device == "cuda" else "fp32"
-        precision = auto if config.train.precision == "auto" else config.train.precision
-        return cls(config.model, kernels, precision, world_size)
-
-    def memory(self, micro_batch: int) -> Memory:
-        return memory(
-            self.model,
-            micro_batch=micro_batch,
-            kernels=self.kernels,
-            precision=self.precision,
-            world_size=self.world_size,
-            workspace=self.workspace,
-        )
-
-    def fits(self, micro_batch: int, usable: int) -> bool:
-        return self.memory(micro_batch).total <= usable
-
-    def geometry(self, tokens_per_step: int, usable: int, where: str) -> tuple[int, int, str | None]:
-        """micro_batch, grad_accum, and a hint where other tokens per step would allow a much larger micro-batch."""
-        if self.world_size < 1:
-            raise UserError(f"world_size is {self.world_size}: it must be at least 1")
-        unit = self.model.block_size * self.world_size
-        if tokens_per_step < 1 or tokens_per_step % unit:
-            below = tokens_per_step // unit * unit
-            near = " or ".join(f"{n:,}" for n in (below, below + unit) if n > 0)
-            each = f"block_size {self.model.block_size}" + (f" x {self.world_size} GPUs" if self.world_size > 1 else "")
-            raise UserError(
-                f"tokens_per_step is {tokens_per_step:,}: {each} needs a multiple of {unit:,}; the nearest: {near}"
-            )
-        sequences = tokens_per_step // unit
-        if not self.fits(1, usable):
-            raise UserError(self._nothing_fits(usable, where))
-        micro_batch = next(n for n in _divisors(sequences) if self.fits(n, usable))
-        largest = micro_batch
-        while largest < 2 * micro_batch and largest < sequences and self.fits(largest + 1, usable):
-            largest += 1
-        hint = None
-        if largest >= 2 * micro_batch:
-            other = max(1, round(sequences / largest)) * largest * unit
-            hint = f"{tokens_per_step:,} tokens per step allow a micro-batch of {micro_batch}; {other:,} would allow {largest}"
-        return micro_batch, sequences // micro_batch, hint
-
-    def _nothing_fits(self, usable: int, where: str) -> str:
-        """What one sequence needs, and everything that would help."""
-        ways = []
-        if self.kernels != "triton":
-            lean = replace(self, kernels="triton")
-            if lean.fits(1, usable):
-                ways.append(f"--kernels triton needs {lean.memory(1).total / 1e9:.1f} GB")
-        shorter = self.model.block_size // 2
-        while shorter >= 64:
-            job = replace(self, model=replace(self.model, block_size=shorter))
-            if job.fits(1, usable):
-                ways.append(f"--block-size {shorter} fits")
-                break
-            shorter //= 2
-        needed = self.memory(1).total
-        card = next((gpu for gpu in sorted(hardware.GPUS, key=lambda g: g.vram_gb) if usable_vram(gpu) >= needed), None)
-        if card:
-            ways.append(f"a card with {card.vram_gb} GB fits it")
-        millions = flops.n_params(flops.Shape.of(self.model), positions=False) / 1e6
-        return (
-            f"micro_batch is 1 and does not fit: one sequence of {self.model.block_size} tokens through {millions:,.0f}M "
-            f"parameters ({self.kernels}, {self.precision}) needs {needed / 1e9:.1f} GB, and {where} has "
-            f"{max(usable, 0) / 1e9:.1f} GB usable: {'; '.join(ways) or 'use a smaller model'}"
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    """All of them, largest first."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)}, reverse=True)
-
-
-def _vram(gpu: hardware.Gpu | None, vram_gb: float | None = None) -> int:
-    if vram_gb is not None and not 0 < vram_gb < 10_000:
-        raise UserError(f"vram is {vram_gb:g}: give the GB on the box, such as 12")
-    gigabytes = gpu.vram_gb if vram_gb is None and gpu else vram_gb
-    if gigabytes is None:
-        raise UserError("vram is not known for this card: give the GB on its box, such as --vram 12")
-    return round(gigabytes * 2**30)
-
-
-def _desktop(gpu: hardware.Gpu | None) -> int:
-    return 0 if gpu is not None and gpu.full_rate else DESKTOP
-
-
-def _budget(room: hardware.Gpu | int) -> int:
-    return usable_vram(room) if isinstance(room, hardware.Gpu) else round((1 - MARGIN) * room)
-
-
-def _described(room: hardware.Gpu | int) -> str:
-    return room.name if isinstance(room, hardware.Gpu) else "this machine"
-
-
-def _projected(
-    model: ModelConfig, gpu: hardware.Gpu | None, kernels: str, precision: str, micro_batch: int, tokens_per_step: int
-) -> Any:
-    """The projection for one GPU, or None where there is none."""
-    if gpu is None:
-        return None
-    try:
-        from fastgpt.projection import project
-    except ImportError:
-        return None
-    try:
-        return project(
-            flops.Shape.of(model),
-            gpu,
-            kernels=kernels,
-            precision=precision,
-            micro_batch=micro_batch,
-            tokens_per_step=tokens_per_step,
-            dropout=model.dropout,
-        )
-    except UserError:  # a card or an arithmetic that it has no figures for
-        return None
+    gpu: str | None = None
+    """rtx4070, 3090, h100, ... Without it, the card in this machine."""
+    model: str = "gpt2-124m"
+    """A preset (gpt2-40m, gpt2-124m, gpt2-350m, demo) or a fastgpt TOML file; the flags below change it."""
+    tokens_per_step: str | None = None
+    """Tokens behind one optimizer step, on all GPUs: 524288, 0.5e6, ... Without it, the model file's own."""
+    tokens: str | None = None
+    """Token budget of the run: 2.5B, 300M, 1e9. Without it, Chinchilla's 20 per parameter."""
+    vram: float | None = None
+    """GB on the card's box, where it is not in the table or part of it is taken."""
+    kernels: Literal["nanogpt-compile", "eager", "compile", "triton"] | None = None
+    """One of them; without it, all are compared."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    world_size: int = 1
+    """GPUs of this kind that share a step (speed: no communication counted)."""
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    block_size: int | None = None
+    vocab_size: int | None = None
+    bias: bool | None = None
+    dropout: float | None = None
+    json: bool = False
+    """Print JSON: the plan for --kernels (triton without it), and under "plans" each of those compared."""
 
 
 def main(args: list[str]) -> int:
-    from fastgpt import plan_cli
+    asked = tyro.cli(
+        PlanConfig,
+        args=args,
+        prog="python -m fastgpt.plan",
+        description=inspect.cleandoc(PlanConfig.__doc__ or ""),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    base = _base(asked)
+    card, vram_gb = _card(asked)
+    tokens_per_step = base.tokens_per_step
+    if asked.tokens_per_step is not None:
+        tokens_per_step = read_count("tokens_per_step", asked.tokens_per_step)
+    tokens = None if asked.tokens is None else read_count("tokens", asked.tokens)
 
-    return plan_cli.main(args)
+    plans: dict[str, Plan] = {}
+    refused: dict[str, UserError] = {}
+    for kernels in [asked.kernels] if asked.kernels else KERNELS:
+        try:
+            plans[kernels] = plan(
+                base.model,
+                card,
+                tokens_per_step=tokens_per_step,
+                kernels=kernels,
+                precision=asked.precision,
+                vram_gb=vram_gb,
+                tokens=tokens,
+                world_size=asked.world_size,
+            )
+        except UserError as error:
+            refused[kernels] = error
+    if not plans:
+        raise list(refused.values())[-1]  # triton's: it needs the least
+    best = plans.get("triton") or next(iter(plans.values()))
+    if asked.json:
+        print(dumps(best.to_json() | {"plans": {kernels: p.to_json() for kernels, p in plans.items()}}, indent=2))
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_head(best, card, vram_gb), markup=False)
+    console.print(_table(plans, refused))
+    for note in _notes(plans, refused):
+        console.print(note, markup=False)
+    if "nanogpt-compile" in plans:
+        console.print("\n[bold]nanoGPT config[/]\n")
+        console.print(nanogpt_lines(plans["nanogpt-compile"]), markup=False)
+    if best.kernels != "nanogpt-compile":
+        console.print("\n[bold]fastgpt preset[/] (python train.py FILE.toml --data FOLDER)\n")
+        console.print(preset(best, base), markup=False)
+    return 0
 
 
-if __name__ == "__main__":
-    cli.run(main)
+def read_count(field: str, text: str) -> int:
+    """524288, 524,288, 2.5B, 300M, 1e9 as a whole number of at least 1. Raises UserError for anything else."""
+    match = re.fullmatch(
+        r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)\s*([kmbt]?)", text.strip().lower().replace(",", "").replace("_", "")
+    )
+    value = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]] if match else 0
+    if not 1 <= value <= 1e18:
+        raise UserError(f"{field} is {text!r}: give a number such as 524288, 300M or 2.5B")
+    return round(value)
+
+
+def _base(asked: PlanConfig) -> Config:
+    """The model's file or preset, as on a GPU, with the shape flags put in."""
+    from_file = asked.model.endswith(".toml")
+    base = load_toml(Path(asked.model), Config(), "cuda") if from_file else load_preset(asked.model, "cuda")
+    names = [field.name for field in fields(ModelConfig)]
+    changed = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    return replace(base, model=replace(base.model, **changed))
+
+
+def _card(asked: PlanConfig) -> tuple[hardware.Gpu | None, float | None]:
+    """The card named, or the one present, and its memory in GB (2**30 bytes) if that is not the table's."""
+    if asked.gpu is not None:
+        card = hardware.lookup(asked.gpu, vram_gb=asked.vram)
+        if card is None and asked.vram is None:
+            raise UserError(
+                f"gpu is {asked.gpu!r}, which is not in the table: name one of {', '.join(hardware.nearest(asked.gpu, 3))}, "
+                f"or give --vram"
+            )
+        return card, asked.vram
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return hardware.present(), asked.vram or total
+    if asked.vram is None:
+        raise UserError("gpu is not given and there is no CUDA GPU here: name one, such as --gpu rtx4070")
+    return None, asked.vram
+
+
+# ---------------------------------------------------------------- text
+
+
+def _head(best: Plan, card: hardware.Gpu | None, vram_gb: float | None) -> str:
+    model = best.model
+    parameters = flops.n_params(flops.Shape.of(model), positions=False)
+    on_box = vram_gb if vram_gb is not None else card.vram_gb if card else 0
+    total = on_box * 2**30
+    margin = MARGIN * total
+    desktop = total - CUDA_CONTEXT - margin - usable_vram(card, vram_gb)
+    gpus = f"{best.world_size} x " if best.world_size > 1 else ""
+    return (
+        f"{parameters / 1e6:.2f}M parameters (positions apart)  L{model.n_layer} H{model.n_head} C{model.n_embd} "
+        f"T{model.block_size} V{model.vocab_size}  {best.tokens_per_step:,} tokens per step  {best.precision}\n"
+        f"{gpus}{best.gpu}: {on_box:g} GB on the box are {total / 1e9:.2f} x 10^9 bytes; less CUDA context "
+        f"{CUDA_CONTEXT / 1e9:.2f}, desktop {desktop / 1e9:.2f}, margin {margin / 1e9:.2f}: {best.usable / 1e9:.2f} GB usable"
+    )
+
+
+def _table(plans: dict[str, Plan], refused: dict[str, UserError]) -> Table:
+    table = Table(title="Memory of one GPU, GB (10^9 bytes), counted", title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for kernels in KERNELS:
+        if kernels in plans or kernels in refused:
+            table.add_column(kernels, justify="right", no_wrap=True)
+    columns = [plans.get(kernels) for kernels in KERNELS if kernels in plans or kernels in refused]
+
+    def row(name: str, cell, **style) -> None:
+        table.add_row(name, *("-" if p is None else cell(p) for p in columns), **style)
+
+    row("micro-batch x accumulation", lambda p: f"{p.micro_batch} x {p.grad_accum}", style="bold", end_section=True)
+    for part, name in PARTS.items():
+        row(name, lambda p, part=part: _gb(p.memory, part))
+    row("needed", lambda p: f"{p.memory.total / 1e9:.2f}", style="bold")
+    row("with the CUDA context", lambda p: f"{p.vram_gb:.2f}", end_section=True)
+    row("tokens/s, projected", lambda p: _number(p.tokens_per_second), style="bold")
+    known = any(p is not None and p.tokens_per_second is not None for p in columns)
+    if known:
+        row("  low", lambda p: _number(p.tokens_per_second_low))
+        row("  high", lambda p: _number(p.tokens_per_second_high))
+        row("  calibrated on real runs", lambda p: {True: "yes", False: "no", None: "n/a"}[p.calibrated])
+    row("hours", lambda p: _number(p.hours, 1))
+    if known:
+        row("  at best", lambda p: _number(p.hours_low, 1))
+        row("  at worst", lambda p: _number(p.hours_high, 1))
+    row("kWh, at most", lambda p: _number(p.kwh, 1))
+    return table
+
+
+def _gb(memory: Memory, part: str) -> str:
+    size = memory.parts()[part] / 1e9
+    return f"{size:.2f}" if size else "."
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "n/a" if value is None else f"{value:,.{digits}f}"
+
+
+def _notes(plans: dict[str, Plan], refused: dict[str, UserError]) -> list[str]:
+    """What a reader has to know about the table's figures."""
+    some = next(iter(plans.values()))
+    per_parameter = some.tokens / flops.n_params(flops.Shape.of(some.model), positions=False)
+    notes = [f"Budget: {some.tokens / 1e9:.2f}B tokens, {per_parameter:.1f} per parameter, in {some.steps:,} steps."]
+    if some.tokens_per_second is None:
+        notes.append("Tokens/s: n/a, as there is no projection for this GPU at this precision.")
+    else:
+        notes.append(
+            "Tokens/s and hours are projections, not measurements. Evaluation and checkpoints take time on top."
+        )
+    if some.kwh is not None:
+        notes.append(
+            f"kWh: upper bound, the board's limit of {some.power_w} W all the time; the rest of the computer apart."
+        )
+    notes += [f"{kernels}: {p.hint}." for kernels, p in plans.items() if p.hint]
+    notes += [f"{kernels}: {error}." for kernels, error in refused.items()]
+    return notes
+
+
+def nanogpt_lines(p: Plan) -> str:
+    """The plan as lines of a nanoGPT config file. nanoGPT divides gradient_accumulation_steps by the number of GPUs."""
+    model, accumulation = p.model, p.grad_accum * p.world_size
+    return "\n".join(
+        [
+            f"# {p.micro_batch} x {accumulation} x {model.block_size} = {p.tokens_per_step:,} tokens per iteration",
+            f"gradient_accumulation_steps = {accumulation}",
+            f"batch_size = {p.micro_batch}",
+            f"block_size = {model.block_size}",
+            f"n_layer = {model.n_layer}",
+            f"n_head = {model.n_head}",
+            f"n_embd = {model.n_embd}",
+            f"bias = {model.bias}",
+            f"dropout = {model.dropout}",
+            f"max_iters = {p.steps}",
+            f"lr_decay_iters = {p.steps}",
+            f"dtype = {NANOGPT_DTYPES[p.precision]!r}",
+            "compile = True",
+        ]
+    )
+
+
+def preset(p: Plan, base: Config) -> str:
+    """The plan as a fastgpt TOML file, grad_accum over all GPUs; what the plan does not decide is ``base``'s."""
+    sections: dict[str, dict[str, object]] = {
+        "model": {field.name: getattr(p.model, field.name) for field in fields(ModelConfig)},
+        "data": {"batch_size": p.micro_batch, "grad_accum": p.grad_accum * p.world_size},
+        "optim": {"lr": base.optim.lr, "warmup_iters": base.optim.warmup_iters},
+        "train": {
+            "kernels": "triton" if p.kernels == "triton" else "eager",
+            "compile": p.kernels == "compile",
+            "precision": p.precision,
+            "max_iters": p.steps,
+        },
+    }
+    lines = [f"# {p.gpu}, {p.kernels}: {p.vram_gb:.1f} GB, {p.tokens_per_step:,} tokens per step"]
+    for name, values in sections.items():
+        lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else repr(value)
