@@ -1,7 +1,5 @@
 """The batch geometry that fits a GPU, exactly at the tokens per step asked for, and what the run then costs.
 
-    python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288    (plan_cli.py)
-
 Memory is counted (memory.py, docs/memory.md), speed is projected (projection.py), and energy is an upper bound: the board's
 power limit for as long as the run takes. ``fit_batch`` and ``check_fits`` are the same planner for train.py.
 """
@@ -13,7 +11,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastgpt import cli, flops, hardware
+from fastgpt import flops, hardware
 from fastgpt.config import Config, ModelConfig
 from fastgpt.errors import UserError
 from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, KERNELS, Memory, memory
@@ -342,13 +340,3 @@ def _projected(
         )
     except UserError:  # a card or an arithmetic that it has no figures for
         return None
-
-
-def main(args: list[str]) -> int:
-    from fastgpt import plan_cli
-
-    return plan_cli.main(args)
-
-
-if __name__ == "__main__":
-    cli.run(main)

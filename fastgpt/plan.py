@@ -1,4 +1,7 @@
-"""What ``python -m fastgpt.plan`` takes and prints: a table, nanoGPT config lines, a fastgpt preset, or JSON."""
+"""The planner's command: a table of what fits, nanoGPT config lines, a fastgpt preset, or JSON (geometry.py does the sums).
+
+python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import flops, hardware
+from fastgpt import cli, flops, hardware
 from fastgpt.config import Config, ModelConfig, load_preset, load_toml
 from fastgpt.errors import UserError
+from fastgpt.geometry import CUDA_CONTEXT, MARGIN, Plan, plan, usable_vram
 from fastgpt.memory import KERNELS, Memory
-from fastgpt.plan import CUDA_CONTEXT, MARGIN, Plan, plan, usable_vram
 
 PARTS = {
     "weights": "weights, fp32",
@@ -285,3 +288,7 @@ def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

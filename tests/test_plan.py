@@ -13,21 +13,22 @@ from dataclasses import replace
 
 import pytest
 
-from fastgpt import cli, hardware, plan_cli
+from fastgpt import cli, hardware
+from fastgpt import plan as plan_command
 from fastgpt.config import Config, ModelConfig, load_preset, load_toml
 from fastgpt.errors import UserError
-from fastgpt.memory import KERNELS, memory
-from fastgpt.plan import (
+from fastgpt.geometry import (
     CUDA_CONTEXT,
     DESKTOP,
     MARGIN,
     check_fits,
     fit_batch,
     free_bytes,
-    main,
     plan,
     usable_vram,
 )
+from fastgpt.memory import KERNELS, memory
+from fastgpt.plan import main
 
 RTX4070, H100 = hardware.lookup("rtx4070"), hardware.lookup("h100")
 M124 = load_preset("gpt2-124m").model
@@ -365,7 +366,7 @@ def nanogpt_config(text: str) -> dict:
 def test_nanogpt_lines_are_a_nanogpt_config(world_size):
     model = replace(M124, bias=True, dropout=0.1)
     found = plan(model, RTX4070, tokens_per_step=HALF_MILLION, kernels="nanogpt-compile", world_size=world_size)
-    config = nanogpt_config(plan_cli.nanogpt_lines(found))
+    config = nanogpt_config(plan_command.nanogpt_lines(found))
     # nanoGPT divides the accumulation by the number of GPUs.
     assert config["gradient_accumulation_steps"] * config["batch_size"] * config["block_size"] == HALF_MILLION
     assert config["gradient_accumulation_steps"] == found.grad_accum * world_size
@@ -383,7 +384,7 @@ def test_the_preset_loads_and_is_the_plan(kernels, world_size, tmp_path):
     model = replace(M124, bias=True)
     found = plan(model, RTX4070, tokens_per_step=HALF_MILLION, kernels=kernels, world_size=world_size)
     path = tmp_path / "planned.toml"
-    path.write_text(plan_cli.preset(found, base))
+    path.write_text(plan_command.preset(found, base))
     config = load_toml(path, Config(), "cuda")
     assert config.model == found.model
     assert (config.data.batch_size, config.data.grad_accum) == (found.micro_batch, found.grad_accum * world_size)
@@ -462,13 +463,13 @@ def test_the_card_present_is_the_default(monkeypatch, capsys):
      ("10k", 10_000), ("1T", 10**12), (" 7 ", 7)],
 )  # fmt: skip
 def test_counts_as_people_write_them(text, count):
-    assert plan_cli.read_count("tokens", text) == count
+    assert plan_command.read_count("tokens", text) == count
 
 
 @pytest.mark.parametrize("text", ["", "0", "B", "2.5X", "1e99", "nan", "inf", "-1", "0.2", "1 2"])
 def test_counts_that_are_none(text):
     with pytest.raises(UserError, match=r"^tokens is "):
-        plan_cli.read_count("tokens", text)
+        plan_command.read_count("tokens", text)
 
 
 def test_the_command_ends_with_2_and_one_line_for_bad_input():

@@ -15,22 +15,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from fastgpt.data.readers import ALL_SUFFIXES, TABLE_SUFFIXES, Row, cut_position, first_line, read_cut_text, reader_of
+from fastgpt.data.hub import HUB, HubCorpus
+from fastgpt.data.readers import (
+    ALL_SUFFIXES,
+    TABLE_SUFFIXES,
+    Document,
+    Row,
+    cut_position,
+    first_line,
+    read_cut_text,
+    reader_of,
+)
 from fastgpt.errors import UserError
 
 STDLIB = "stdlib"
-HUB = "hf:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 NOT_IN_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-
-
-class Document(NamedTuple):
-    name: str
-    text: str
-    side: str | None = None
-    """``"train"`` or ``"val"`` where the corpus itself is split, by position; else the text's hash decides."""
 
 
 class Reading(Protocol):
@@ -181,8 +183,6 @@ def open_corpus(
         return Files(STDLIB, root, files)
     path = Path(source).expanduser()
     if is_hub_name(source):
-        from fastgpt.data.hub import HubCorpus
-
         return HubCorpus(str(source).removeprefix(HUB), config_name, split, text_column, revision)
     if config_name is not None:
         raise UserError(

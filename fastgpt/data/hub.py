@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.data.corpora import HUB, Document
-from fastgpt.data.readers import first_line
+from fastgpt.data.readers import Document, first_line
 from fastgpt.errors import UserError
+
+HUB = "hf:"
 
 
 @dataclass

@@ -28,8 +28,9 @@ from rich.console import Console
 
 from fastgpt import __version__
 from fastgpt.data import encoding
-from fastgpt.data.corpora import HUB, Corpus, open_corpus
+from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encoding import Encoded, cores, encode_corpus
+from fastgpt.data.hub import HUB
 from fastgpt.data.manifest import (
     MANIFEST,
     PROGRESS,

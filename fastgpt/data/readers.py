@@ -25,6 +25,13 @@ whole, and a long file is spread over both sides of the split."""
 LONG_LINE = 1 << 16
 
 
+class Document(NamedTuple):
+    name: str
+    text: str
+    side: str | None = None
+    """``"train"`` or ``"val"`` where the corpus itself is split, by position; else the text's hash decides."""
+
+
 class Row(NamedTuple):
     at: str
     """Where in the file, for names and messages: ``""``, ``"#piece"`` or ``":line"``."""

@@ -22,8 +22,9 @@ from rich.console import Console
 
 from fastgpt import cli, hardware
 from fastgpt.doctor import corpus, environment, page, report
+from fastgpt.doctor.diagnosis import Report, diagnose
 from fastgpt.doctor.evidence import Evidence
-from fastgpt.doctor.findings import Report, diagnose, rank
+from fastgpt.doctor.findings import rank
 from fastgpt.doctor.reading import read
 from fastgpt.errors import UserError
 from fastgpt.hardware import Gpu

@@ -11,8 +11,9 @@ from rich.markup import escape
 from fastgpt import hardware
 from fastgpt.config import Config
 from fastgpt.doctor import configs_fastgpt, corpus, environment
+from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence, Place
-from fastgpt.doctor.findings import Finding, diagnose, rank
+from fastgpt.doctor.findings import Finding, rank
 from fastgpt.doctor.report import COLOURS, is_code
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from fastgpt.doctor.diagnosis import Report
 from fastgpt.doctor.figures import Figures, units
-from fastgpt.doctor.findings import Finding, Report
+from fastgpt.doctor.findings import Finding
 from fastgpt.hardware import Gpu
 
 COLOURS = {"critical": "bold red", "warning": "yellow", "info": "cyan"}

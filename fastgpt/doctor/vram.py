@@ -21,23 +21,23 @@ def kernels(figures: Figures) -> str:
 
 def needed(shape: Shape, micro_batch: int, figures: Figures) -> int | None:
     """Bytes of a training step, predicted; None for a shape or kernels that the planner has no answer for."""
-    from fastgpt import plan
+    from fastgpt import geometry
 
     dropout = figures.config.get("dropout") or 0.0
     size = (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size, shape.bias)
     precision = figures.arithmetic if figures.arithmetic != "tf32" else "fp32"
     try:
         model = ModelConfig(*size, dropout if dropout < 1 else 0.0)
-        return plan.memory(model, micro_batch=micro_batch, kernels=kernels(figures), precision=precision).total
+        return geometry.memory(model, micro_batch=micro_batch, kernels=kernels(figures), precision=precision).total
     except UserError:
         return None
 
 
 def room(gpu: Gpu) -> int:
     """Bytes that a run can have on this card."""
-    from fastgpt import plan
+    from fastgpt import geometry
 
-    return plan.usable_vram(gpu)
+    return geometry.usable_vram(gpu)
 
 
 def fitting(shape: Shape, figures: Figures, gpu: Gpu) -> tuple[int, int] | None:

@@ -14,9 +14,9 @@ import torch
 from fastgpt.config import SECTIONS, Config, differences
 from fastgpt.data import TokenLoader, resolve
 from fastgpt.errors import UserError
+from fastgpt.geometry import check_fits, fit_batch, free_bytes
 from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
-from fastgpt.plan import check_fits, fit_batch, free_bytes
 from fastgpt.training import checkpoint
 from fastgpt.training.distributed import World, parallelize
 from fastgpt.training.spikes import SpikeDetector

@@ -9,8 +9,9 @@ import numpy as np
 
 from fastgpt import hardware
 from fastgpt.doctor.configs import parse_nanogpt
+from fastgpt.doctor.diagnosis import Report, diagnose
 from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Evals, Evidence, LogFacts, Note, Place, Steps
-from fastgpt.doctor.findings import Finding, Report, diagnose
+from fastgpt.doctor.findings import Finding
 from fastgpt.doctor.logs import read_log
 
 REAL = Path(__file__).parents[2] / "docs" / "rtx4070-runs"

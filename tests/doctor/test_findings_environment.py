@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgpt import hardware, plan
+from fastgpt import geometry, hardware
 from fastgpt.config import ModelConfig
 from fastgpt.doctor.environment import Machine, machine
 from tests.doctor.runs import RTX4070, curve, examine, log, names, note, only, real_report
@@ -100,9 +100,9 @@ def test_too_little_memory_is_answered_with_what_fits_at_the_same_tokens():
     lines = dict(line.split(" = ") for line in finding.advice.split("\n")[:2])
     batch, accumulate = int(lines["batch_size"]), int(lines["gradient_accumulation_steps"])
     assert batch * accumulate == 512 and batch < 64
-    usable = plan.usable_vram(RTX4070)
-    assert plan.memory(ModelConfig(), micro_batch=batch, kernels="nanogpt-compile").total <= usable
-    assert plan.memory(ModelConfig(), micro_batch=2 * batch, kernels="nanogpt-compile").total > usable
+    usable = geometry.usable_vram(RTX4070)
+    assert geometry.memory(ModelConfig(), micro_batch=batch, kernels="nanogpt-compile").total <= usable
+    assert geometry.memory(ModelConfig(), micro_batch=2 * batch, kernels="nanogpt-compile").total > usable
 
 
 def test_what_fits_or_has_run_stays_silent():

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgpt.doctor.configs import DEFAULTS
+from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place, Setting
-from fastgpt.doctor.findings import diagnose
 from fastgpt.doctor.page import render
 from fastgpt.doctor.report import to_json
 from tests.doctor.runs import RTX4070, checkpoint, config, log, note

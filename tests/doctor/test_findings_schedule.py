@@ -2,8 +2,8 @@
 
 import pytest
 
+from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
-from fastgpt.doctor.findings import diagnose
 from tests.doctor.runs import config, curve, examine, log, names, note, only, real_report
 
 

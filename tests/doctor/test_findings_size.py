@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgpt import flops, plan
+from fastgpt import flops
 from fastgpt.config import ModelConfig
 from fastgpt.doctor import scaling
 from fastgpt.doctor.comments import agrees
@@ -35,7 +35,7 @@ def test_its_evidence_is_the_comment_the_run_name_and_the_log():
 def test_it_says_what_the_change_does_to_memory_and_time():
     text = only(real_report("40m").findings, "param_count_mismatch").explanation
     assert "0.65 to 1.98 GB" in text and "2.85 times the FLOPs per token" in text and "9.35 s" in text
-    need = plan.memory(ModelConfig(n_embd=768, dropout=0.1), micro_batch=16, kernels="nanogpt-compile").total
+    need = geometry.memory(ModelConfig(n_embd=768, dropout=0.1), micro_batch=16, kernels="nanogpt-compile").total
     assert f"to {need / 1e9:.1f} GB at micro-batch 16" in text
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from fastgpt import hardware
+from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.figures import compute
-from fastgpt.doctor.findings import diagnose
 from fastgpt.flops import GPT2_124M, palm
 from tests.doctor.runs import RTX4070, config, curve, examine, log, names, note, only, real, real_report
 

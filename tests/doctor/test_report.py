@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fastgpt.doctor.diagnosis import diagnose, in_fastgpts_names
 from fastgpt.doctor.evidence import Evidence, Place, Unread
-from fastgpt.doctor.findings import diagnose, in_fastgpts_names, rank
+from fastgpt.doctor.findings import rank
 from fastgpt.doctor.report import counts, is_code, print_report, to_json
 from tests.doctor.runs import RTX4070, checkpoint, config, curve, log, note, real, real_report
 

@@ -1,0 +1,101 @@
+"""The list of all checks: ``diagnose`` runs them and puts the costliest finding first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from fastgpt.doctor import comments, curve, environment, figures, loss, resume, schedule, size, speed, unknowns
+from fastgpt.doctor.evidence import Evidence, Place
+from fastgpt.doctor.figures import Figures
+from fastgpt.doctor.findings import Finding, rank
+from fastgpt.hardware import Gpu
+
+Check = Callable[[Evidence, Figures, "Gpu | None"], Iterator[Finding]]
+
+
+@dataclass
+class Report:
+    """All that the doctor has to say about a run."""
+
+    findings: list[Finding]
+    figures: Figures
+    not_checked: list[str] = field(default_factory=list)
+    """What could not be known, and which file would tell."""
+    unread: list[tuple[Place, str]] = field(default_factory=list)
+    """What was there and could not be read, and why."""
+
+    @property
+    def clean(self) -> bool:
+        return not self.findings
+
+
+def checks() -> tuple[Check, ...]:
+    """Every check, in the order of docs/doctor.md."""
+    return (
+        size.param_count_mismatch,
+        size.tokens_per_parameter,
+        loss.val_below_train,
+        loss.dropout_on_large_corpus,
+        speed.mfu_denominator,
+        speed.mfu_other_card,
+        speed.mfu_includes_eval,
+        speed.sm_gate,
+        resume.shape_mismatch,
+        resume.schedule_after_resume,
+        resume.best_val_loss,
+        resume.config_is_not_the_logs,
+        schedule.warmup,
+        schedule.floor,
+        schedule.decay,
+        schedule.ranks,
+        schedule.beta2,
+        schedule.weight_decay,
+        schedule.vocabulary,
+        schedule.head_dimension,
+        schedule.block_size,
+        comments.tokens_per_step,
+        comments.token_budget,
+        curve.not_a_number,
+        curve.start,
+        curve.divergence,
+        curve.spikes,
+        curve.plateau,
+        curve.overfitting,
+        curve.throughput_drift,
+        curve.evaluation_time,
+        environment.from_log,
+        environment.precision,
+        environment.memory,
+    )
+
+
+FASTGPT_NAMES = {"gradient_accumulation_steps": "grad_accum", "learning_rate": "lr", "dtype": "precision"}
+
+
+def in_fastgpts_names(advice: str) -> str:
+    """Config lines under nanoGPT's names as lines of a fastgpt TOML, where the decay ends with the run and the floor is
+    a share."""
+    lines = []
+    for line in advice.split("\n"):
+        name, equals, value = line.partition(" = ")
+        if equals and name == "lr_decay_iters":
+            continue
+        if equals and name == "min_lr":
+            name, value = "min_lr_ratio", "0.1"
+        lines.append(f"{FASTGPT_NAMES.get(name, name)}{equals}{value}")
+    return "\n".join(lines)
+
+
+def diagnose(evidence: Evidence, gpu: Gpu | None = None, corpus_tokens: int | None = None) -> Report:
+    """Run every check. ``gpu``: the card of the run, None if it is not known. ``corpus_tokens``: of the training data."""
+    numbers = figures.compute(evidence, gpu, corpus_tokens)
+    found = [finding for check in checks() for finding in check(evidence, numbers, gpu)]
+    if numbers.config.kind == "fastgpt":
+        found = [replace(finding, advice=in_fastgpts_names(finding.advice)) for finding in found]
+    return Report(
+        rank(found),
+        numbers,
+        unknowns.not_checked(evidence, numbers, gpu),
+        unknowns.unread(evidence) + numbers.impossible,
+    )
