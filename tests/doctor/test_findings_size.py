@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgpt import flops
+from fastgpt import flops, geometry
 from fastgpt.config import ModelConfig
 from fastgpt.doctor import scaling
 from fastgpt.doctor.comments import agrees
