@@ -67,7 +67,9 @@ def config(kernel: str, C: int) -> Config:
         block = min(block, MAX_BACKWARD_BLOCK)
         rows = min(64, max(1, 2048 // block))
         num_warps = 8 if block <= 2048 else 16
-        cfg = Config(rows, block, num_warps, programs_per_sm=24 // num_warps, num_stages=2)
+        # As many as fit at once with a residual (101 to 120 registers a thread): a third block per SM would wait for the
+        # other two and then run alone, on a half empty card.
+        cfg = Config(rows, block, num_warps, programs_per_sm=16 // num_warps, num_stages=2)
     # The interpreter's cost is per program, whatever its size.
     return cfg._replace(rows=32) if runtime.INTERPRET else cfg
 
