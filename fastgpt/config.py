@@ -159,6 +159,9 @@ class TrainConfig:
     """Steps skipped in a row, for a loss or gradient that is not finite, before the run stops."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole model on every GPU, or parameters, gradients and optimizer state in shards (FSDP2)."""
+    init_from: str | None = None
+    """Begin with the weights (and the shape) of a checkpoint: nanoGPT's ckpt.pt, a run of this package, a Hugging Face folder,
+    or a name on its hub such as gpt2. A resumed run goes on with its own."""
     tensorboard: bool = True
     """Write TensorBoard events into --out, where tensorboard is installed."""
     wandb: str | None = None

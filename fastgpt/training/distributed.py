@@ -110,12 +110,21 @@ def parallelize(
     return model, sharded.set_requires_gradient_sync
 
 
-def reshard(model: nn.Module) -> None:
-    """After forward passes with no backward: FSDP keeps the outermost parameters gathered for one that does not come."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and for FSDP the outermost parameters gathered: methods other than ``forward`` find them, and after forward
+    passes with no backward nobody else would let them go."""
     from torch.distributed.fsdp import FSDPModule
 
+    model.eval()
     if isinstance(model, FSDPModule):
-        model.reshard()
+        model.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(model, FSDPModule):
+            model.reshard()
+        model.train()
 
 
 def leave(world_size: int, code: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from fastgpt import hellaswag
 from fastgpt.data import get_tokenizer
-from fastgpt.training.distributed import reshard
+from fastgpt.training.distributed import evaluating
 from fastgpt.training.run import Run
 from fastgpt.training.step import autocast
 
@@ -17,14 +17,13 @@ from fastgpt.training.step import autocast
 def evaluate(run: Run) -> float:
     """Mean validation loss in nats over ``eval_iters`` x ``batch_size`` windows, the same ones every time, in every run and
     on any number of ranks, in eval mode (no dropout)."""
-    run.model.eval()
-    losses = []
     windows = run.config.train.eval_iters * run.config.data.batch_size
-    for batch in run.val_loader.eval_batches(max(1, windows // (run.micro_batch * run.world.size)), run.device):
-        with autocast(run.device, run.stepper.precision):
-            losses.append(run.stepper.forward(*batch)[1])
-    reshard(run.model)
-    run.model.train()
+    batches = max(1, windows // (run.micro_batch * run.world.size))
+    losses = []
+    with evaluating(run.model):
+        for batch in run.val_loader.eval_batches(batches, run.device):
+            with autocast(run.device, run.stepper.precision):
+                losses.append(run.stepper.forward(*batch)[1])
     return run.world.mean(torch.stack(losses).mean()).item()
 
 
@@ -35,24 +34,14 @@ def sample(run: Run, tokens: int = 40) -> str:
     ids = list(tokenizer.encode(run.config.train.sample_prompt)) or [0]
     prompt = torch.as_tensor([ids], dtype=torch.int64, device=run.device)
     generator = torch.Generator(run.device).manual_seed(run.config.train.seed)
-    run.model.eval()
-    with autocast(run.device, run.stepper.precision):
-        new = [
-            int(token)
-            for token in run.model.generate(
-                prompt, tokens, temperature=0.8, top_k=50, vocab_size=tokenizer.vocab_size, generator=generator
-            )
-        ]
-    reshard(run.model)
-    run.model.train()
-    return tokenizer.decode(ids + new)
+    with evaluating(run.model), autocast(run.device, run.stepper.precision):
+        new = run.model.generate(
+            prompt, tokens, temperature=0.8, top_k=50, vocab_size=tokenizer.vocab_size, generator=generator
+        )
+        return tokenizer.decode(ids + [int(token) for token in new])
 
 
 def score_hellaswag(run: Run, examples: Sequence[hellaswag.Example]) -> hellaswag.Score:
     """HellaSwag with the model as it is now. Called by all ranks."""
-    run.model.eval()
-    with autocast(run.device, run.stepper.precision):
-        score = hellaswag.evaluate(run.model, get_tokenizer(run.config.data.tokenizer), examples, run.device)
-    reshard(run.model)
-    run.model.train()
-    return score
+    with evaluating(run.model), autocast(run.device, run.stepper.precision):
+        return hellaswag.evaluate(run.model, get_tokenizer(run.config.data.tokenizer), examples, run.device)

@@ -35,6 +35,7 @@ from fastgpt.training.run import (
     changed_settings,
     choose_geometry,
     find_saved,
+    initial_weights,
     restore,
     restore_weights,
     smaller,
@@ -85,10 +86,11 @@ class _Loop:
     """One call of ``train``: the run, and what is open while it goes on."""
 
     def __init__(self, config: Config, device: torch.device, world: World, console: Console) -> None:
+        config, weights = initial_weights(config)
         config = choose_geometry(config, device, world)
         self.settings, self.world, self.console = config.train, world, console
         saved = find_saved(config)
-        self.state = build(config, device, world)
+        self.state = build(config, device, world, None if saved else weights)
         if saved is not None:
             restore(self.state, saved)
         else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgpt.config import SECTIONS, Config, differences
 from fastgpt.data import TokenLoader, resolve
@@ -102,8 +103,29 @@ def choose_geometry(config: Config, device: torch.device, world: World) -> Confi
     return config
 
 
-def build(config: Config, device: torch.device, world: World | None = None) -> Run:
-    """Model, optimizer and loaders of a new run. Writes nothing but tokens into the user's cache.
+def initial_weights(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
+    """``--init-from``: the configuration with the shape of that checkpoint (dropout stays), and its weights; None without.
+
+    Raises UserError for what is no checkpoint of a GPT-2, and for a tokenizer that its vocabulary is not made of.
+    """
+    if config.train.init_from is None:
+        return config, None
+    from fastgpt.convert import load_weights
+
+    shape, weights = load_weights(config.train.init_from)
+    if config.data.tokenizer == "bytes" and shape.vocab_size > 256:
+        raise UserError(
+            f"tokenizer is 'bytes' but init_from {config.train.init_from} has a vocabulary of {shape.vocab_size}: "
+            "use --tokenizer gpt2"
+        )
+    return replace(config, model=replace(shape, dropout=config.model.dropout)), weights
+
+
+def build(
+    config: Config, device: torch.device, world: World | None = None, weights: dict[str, Tensor] | None = None
+) -> Run:
+    """Model (with ``weights``, or random ones), optimizer and loaders of a new run. Writes nothing but tokens into the
+    user's cache.
 
     Raises UserError for anything that cannot work.
     """
@@ -116,7 +138,10 @@ def build(config: Config, device: torch.device, world: World | None = None) -> R
         )
     train_loader, val_loader = build_loaders(config, world, config.data.batch_size)
     checkpoint.seed_all(seed)
-    model = GPT(shape, get_ops(config.train.kernels)).to(device)
+    model = GPT(shape, get_ops(config.train.kernels))
+    if weights is not None:
+        model.load_state_dict(weights)
+    model = model.to(device)
     if world.rank:  # the weights are the same on every rank, dropout is not
         checkpoint.seed_all(seed + 1_000_003 * world.rank)
     forward, synchronize = _forward(model, config, world)

@@ -105,7 +105,9 @@ class Stepper:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif norm.is_cuda:  # what GradScaler does: the fused kernel reads the flag, and the host need not wait
+        elif norm.is_cuda and not isinstance(
+            next(self.model.parameters()), DTensor
+        ):  # what GradScaler does: the fused kernel reads the flag, and the host need not wait
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.step()

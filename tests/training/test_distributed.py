@@ -56,8 +56,9 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_ranks_equal_one_and_their_checkpoints_move_between_them(alone, tmp_path, parallel):  # bugs 10, 12
-    stdout = train(2, tmp_path / "two", "--max-iters", "20", "--checkpoint-interval", "10", "--parallel", parallel)
-    assert stdout.count("iter 20: loss") == 1  # rank 1 is silent
+    flags = ("--max-iters", "20", "--checkpoint-interval", "10", "--sample-interval", "20", "--parallel", parallel)
+    stdout = train(2, tmp_path / "two", *flags)
+    assert stdout.count("iter 20: loss") == 1 and stdout.count("sample at step 20") == 1  # rank 1 is silent
     expected, expected_val = losses(alone)
     got, got_val = losses(tmp_path / "two")
     assert list(got) == list(range(1, 21))

@@ -251,6 +251,26 @@ def test_the_schedule_counts_steps_not_micro_batches(config, device):  # bug 14
     assert logged == [learning_rate(step, config.optim, 8) for step in range(8)]
 
 
+def test_init_from_begins_with_the_weights_and_the_shape_of_a_checkpoint(config, device, tmp_path):
+    first, _ = train(with_train(config, max_iters=4), device, quiet())
+    other = replace(
+        with_train(config, max_iters=2, out=tmp_path / "tuned", init_from=str(config.train.out)),
+        model=replace(config.model, n_embd=64, n_layer=3, dropout=0.0),
+        optim=replace(config.optim, lr=0.0),
+    )
+    tuned, _ = train(other, device, quiet())
+    assert (tuned.config.model.n_embd, tuned.config.model.n_layer, tuned.config.model.dropout) == (32, 1, 0.0)
+    assert tuned.step == 2
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, tuned.model.state_dict()[name]), name
+    # Resumed, it goes on with its own.
+    again, _ = train(with_train(other, max_iters=3, resume="newest"), device, quiet())
+    assert again.step == 3
+    with pytest.raises(UserError, match="does not exist"):
+        train(with_train(config, init_from=str(tmp_path / "nothing"), out=tmp_path / "x"), device, quiet())
+    assert not (tmp_path / "x").exists()
+
+
 def test_resume_says_what_changed_and_applies_it(config, device, capsys):
     train(with_train(config, max_iters=4), device, quiet())
     changed = replace(with_train(config, resume="newest"), optim=replace(config.optim, weight_decay=0.5))
