@@ -7,8 +7,14 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {"GPT": "fastgpt.model", "ModelConfig": "fastgpt.config", "FusedAdamW": "fastgpt.optim"}
-__all__ = ["GPT", "FusedAdamW", "ModelConfig", "__version__"]
+_PUBLIC = {
+    "GPT": "fastgpt.model",
+    "ModelConfig": "fastgpt.config",
+    "FusedAdamW": "fastgpt.optim",
+    "patch": "fastgpt.patching",
+    "unpatch": "fastgpt.patching",
+}
+__all__ = ["GPT", "FusedAdamW", "ModelConfig", "__version__", "patch", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -245,14 +245,15 @@ def restore(run: Run, saved: Saved) -> None:
     restore_weights(run, saved.path)
     values, data = saved.values, run.config.data
     run.id = values.get("run", run.id)
-    run.best_val_loss = values["best_val_loss"]
+    run.best_val_loss = values.get("best_val_loss", math.inf)
     run.spikes = SpikeDetector(values.get("spikes", ()))
     geometry = values.get("geometry")
     if geometry and geometry["asked"] == [data.batch_size, data.grad_accum] != geometry["used"]:
         micro_batch, grad_accum = geometry["used"]
         if grad_accum % run.world.size == 0:
             run.set_geometry(micro_batch, grad_accum)
-    run.train_loader.load_state_dict(values["loader"])
+    if "loader" in values:  # a converted checkpoint has weights and optimizer state, and begins with the first window
+        run.train_loader.load_state_dict(values["loader"])
     if "rng" in values:  # absent on ranks that were not there then: they keep the seeds they were built with
         checkpoint.set_rng_state(values["rng"])
 
@@ -262,7 +263,8 @@ def restore_weights(run: Run, path: Path) -> None:
     the configuration's: a flag changed on resume takes effect."""
     values = checkpoint.load(path, only=("scaler",), verify=False)
     checkpoint.load_into(path, run.model, run.stepper.optimizer)
-    run.stepper.scaler.load_state_dict(values["scaler"])
+    if "scaler" in values:
+        run.stepper.scaler.load_state_dict(values["scaler"])
     run.step = values["step"]
 
 

@@ -251,6 +251,21 @@ def test_the_schedule_counts_steps_not_micro_batches(config, device):  # bug 14
     assert logged == [learning_rate(step, config.optim, 8) for step in range(8)]
 
 
+def test_a_converted_nanogpt_checkpoint_is_resumed(config, device, tmp_path):
+    from fastgpt import convert
+
+    train(with_train(config, max_iters=4), device, quiet())
+    convert.main([str(config.train.out), str(tmp_path / "ckpt.pt")])
+    nanogpts = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    del nanogpts["fastgpt"]  # what it would have written itself
+    torch.save(nanogpts, tmp_path / "ckpt.pt")
+    convert.main([str(tmp_path / "ckpt.pt"), str(tmp_path / "back"), "--to", "fastgpt"])
+    resumed, _ = train(with_train(config, max_iters=5, out=tmp_path / "back", resume="newest"), device, quiet())
+    moments = [state["step"].item() for state in resumed.stepper.optimizer.state.values()]
+    assert resumed.step == 5 and set(moments) == {5.0}  # step 4's, and one more
+    assert resumed.train_loader.position == 4  # nanoGPT does not know which windows were seen: from the first one on
+
+
 def test_init_from_begins_with_the_weights_and_the_shape_of_a_checkpoint(config, device, tmp_path):
     first, _ = train(with_train(config, max_iters=4), device, quiet())
     other = replace(

@@ -1,0 +1,1 @@
+"""Checkpoints of nanoGPT, fastgpt and Hugging Face, each read into and written from one form: portable.Portable."""

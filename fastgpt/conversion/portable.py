@@ -1,0 +1,100 @@
+"""What every checkpoint format is read into: a GPT-2 under fastgpt's names, whole, on the CPU, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.config import ModelConfig
+from fastgpt.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Portable:
+    """A model, and what its checkpoint says besides."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    """By fastgpt's names, which are nanoGPT's; the head is transformer.wte.weight."""
+    step: int = 0
+    optimizer: dict[str, Any] | None = None
+    """{"state": {name: {step, exp_avg, exp_avg_sq}}, "param_groups": [{..., "params": [names]}]}."""
+    exact_gelu: bool = False
+    """Trained with the exact GELU (erf); False: with its tanh form, as GPT-2 was and fastgpt computes."""
+    extras: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """{format: what only that format knows}, kept so that the way back restores it."""
+    notes: list[str] = field(default_factory=list)
+    """What does not survive, a sentence each."""
+
+    @property
+    def n_params(self) -> int:
+        return sum(tensor.numel() for tensor in self.weights.values())
+
+
+def expected(config: ModelConfig) -> dict[str, torch.Size]:
+    """{name: shape} of every weight of a model, in the order of its parameters. Allocates nothing."""
+    from fastgpt.model import GPT
+
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
+
+
+def check(source: str, weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The weights in the order of the model's parameters. Raises UserError unless they are exactly the model's: no name too
+    few, none too many, every shape right."""
+    shapes = expected(config)
+    wrong = [f"{name} is missing" for name in shapes if name not in weights]
+    wrong += [f"{name} is not GPT-2's" for name in weights if name not in shapes]
+    for name in shapes.keys() & weights.keys():
+        if weights[name].shape != shapes[name]:
+            wrong.append(f"{name} is {tuple(weights[name].shape)} instead of {tuple(shapes[name])}")
+        elif not weights[name].is_floating_point():
+            wrong.append(f"{name} is {str(weights[name].dtype)[6:]}")
+    if wrong:
+        shown = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        raise UserError(f"{source} does not hold the GPT-2 that its configuration describes ({shown})")
+    return {name: weights[name] for name in shapes}
+
+
+def check_optimizer(source: str, optimizer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless every moment has its weight's shape."""
+    for name, state in optimizer["state"].items():
+        for key in MOMENTS:
+            moment = state.get(key) if isinstance(state, dict) else None
+            if name not in weights or not isinstance(moment, Tensor) or moment.shape != weights[name].shape:
+                raise UserError(f"{source} has an optimizer state that does not fit its weights ({key} of {name})")
+
+
+def in_fp32(weights: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """The weights as fp32 masters; exact for fp16 and bf16."""
+    narrow = {str(w.dtype)[6:] for w in weights.values()} - {"float32"}
+    if narrow:
+        notes.append(f"the weights were {' and '.join(sorted(narrow))} and are float32 now")
+    return {name: w.to(torch.float32) for name, w in weights.items()}
+
+
+def model_config(source: str, values: Mapping[str, Any]) -> ModelConfig:
+    """A ModelConfig of plain values. Raises UserError for one that is missing or of another type."""
+    kinds = {"bias": bool, "dropout": (float, int)}
+    fields = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
+    for name in fields:
+        value = values.get(name)
+        kind: Any = kinds.get(name, int)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{source} says that {name} is {value!r}: it is no configuration of a GPT-2")
+    return ModelConfig(**{name: values[name] for name in fields})
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise UserError if there is something at ``path`` that writing would replace."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        raise UserError(f"{path} exists: name another output, or remove it")

@@ -1,0 +1,126 @@
+"""Checkpoints of nanoGPT, fastgpt and Hugging Face into each other: ``python -m fastgpt.convert ckpt.pt runs/mine``."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from torch import Tensor
+
+from fastgpt import cli
+from fastgpt.config import ModelConfig
+from fastgpt.conversion import huggingface, nanogpt, own
+from fastgpt.conversion.portable import Portable, refuse_existing
+from fastgpt.errors import UserError
+from fastgpt.training import checkpoint
+
+Format = Literal["nanogpt", "fastgpt", "hf"]
+_NAMES = {"nanogpt": "nanoGPT checkpoint", "fastgpt": "fastgpt run", "hf": "Hugging Face folder"}
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert a GPT-2 checkpoint: nanoGPT's ckpt.pt, a fastgpt run or checkpoint, a Hugging Face folder, any into any.
+
+    What comes in is recognised. What goes out is nanoGPT's if OUT ends in .pt, else what --to says. Weights arrive bit for
+    bit, and so does the optimizer's state between nanoGPT and fastgpt. Nothing is written unless everything fits.
+
+    Examples:
+      python -m fastgpt.convert out/ckpt.pt runs/mine --to fastgpt    then: python train.py --init-from runs/mine
+      python -m fastgpt.convert runs/mine my-gpt2 --to hf             then: GPT2LMHeadModel.from_pretrained("my-gpt2")
+      python -m fastgpt.convert runs/mine out/ckpt.pt                 then: nanoGPT's sample.py or --init_from=resume
+      python -m fastgpt.convert gpt2 runs/gpt2                        OpenAI's weights, from the hub
+    """
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    """A file, a folder, or a model on the Hugging Face hub (gpt2, gpt2-medium, owner/name)."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """A file that ends in .pt, or a folder; it must not exist yet."""
+    to: Format | None = None
+    """What OUT is to be. Left out: nanogpt for .pt, fastgpt for what came from Hugging Face, hf for what came from fastgpt."""
+
+
+def main(args: list[str]) -> int:
+    config = tyro.cli(
+        ConvertConfig,
+        args=args,
+        prog="python -m fastgpt.convert",
+        description=inspect.cleandoc(ConvertConfig.__doc__ or ""),
+    )
+    refuse_existing(config.out)
+    kind, portable = read(config.source)
+    to = config.to or _target(kind, config.out)
+    if to == "nanogpt" and config.out.suffix != ".pt":
+        raise UserError(f"out is {config.out}: nanoGPT's checkpoint is a file that ends in .pt")
+    if to != "nanogpt" and config.out.suffix == ".pt":
+        raise UserError(f"out is {config.out}: a {_NAMES[to]} is a folder, so leave .pt out")
+    try:
+        {"nanogpt": nanogpt, "fastgpt": own, "hf": huggingface}[to].write(config.out, portable)
+    except OSError as error:
+        raise UserError(f"{error.filename or config.out} cannot be written: {error.strerror or error}") from error
+    notes = list(portable.notes)
+    if portable.exact_gelu and to == "fastgpt":
+        notes.append("trained with the exact GELU; fastgpt computes its tanh form, which differs by up to 0.0005")
+    elif not portable.exact_gelu and to == "nanogpt":
+        notes.append("trained with GELU's tanh form; nanoGPT computes the exact one, which differs by up to 0.0005")
+    _print(kind, to, config, portable, notes)
+    return 0
+
+
+def read(source: str) -> tuple[Format, Portable]:
+    """What ``source`` is, and its content. A name that is no file or folder here is looked up on the Hugging Face hub.
+
+    Raises UserError, in one sentence, for what is no checkpoint of a GPT-2 or does not hold together."""
+    path = Path(source)
+    if path.is_file():
+        saved = nanogpt.load_file(path)
+        if isinstance(saved, dict) and "format" in saved:  # fastgpt 0.1
+            return "fastgpt", own.read(path)
+        return "nanogpt", nanogpt.read(path, saved)
+    if path.is_dir():
+        if (path / "manifest.json").exists() or checkpoint.existing(path):
+            return "fastgpt", own.read(path)
+        if (path / "config.json").exists():
+            return "hf", huggingface.read(path)
+        raise UserError(
+            f"{path} is no checkpoint: a Hugging Face folder has a config.json, a fastgpt run has step-... folders, "
+            "and of nanoGPT name the ckpt.pt itself"
+        )
+    if huggingface.looks_like_hub_name(source):
+        return "hf", huggingface.read(huggingface.download(source))
+    raise UserError(f"{source} does not exist: name a checkpoint, or a model on the hub such as gpt2")
+
+
+def load_weights(source: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Shape and fp32 weights (a state_dict of fastgpt.GPT) of any checkpoint that ``convert`` reads: a path, or a name on
+    the Hugging Face hub. Raises UserError."""
+    portable = read(source)[1]
+    return portable.config, portable.weights
+
+
+def _target(kind: Format, out: Path) -> Format:
+    if out.suffix == ".pt":
+        return "nanogpt"
+    if kind == "nanogpt":
+        raise UserError(f"out is {out}: say --to fastgpt or --to hf")
+    return "fastgpt" if kind == "hf" else "hf"
+
+
+def _print(kind: Format, to: Format, config: ConvertConfig, portable: Portable, notes: list[str]) -> None:
+    moved = f"{portable.n_params / 1e6:.2f}M parameters"
+    if portable.optimizer is not None and portable.optimizer["state"] and to != "hf":
+        moved += ", optimizer state"
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{_NAMES[kind]} {config.source} -> {_NAMES[to]} {config.out}")
+    console.print(f"  {moved}, step {portable.step}, L{portable.config.n_layer} H{portable.config.n_head} "
+                  f"C{portable.config.n_embd} T{portable.config.block_size} V{portable.config.vocab_size}")  # fmt: skip
+    for note in notes:
+        console.print(f"  note: {note}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,244 @@
+"""Hugging Face's GPT2LMHeadModel and GPT2Model, transformers >= 4.45.
+
+How a block is called and what it returns has changed over the versions:
+
+    to 4.52       attn(h, layer_past=(k, v))        -> (y, (k, v) or None, ...)    block -> (x, (k, v), ...)   (to 4.47 a
+                  class for each attn_implementation; GPT2SdpaAttention always returns three)
+    4.53 - 4.57   attn(h, past_key_values=Cache)    -> (y, weights)                block -> (x, ...)
+    5             attn(h, past_key_values=Cache)    -> (y, weights)                block -> x
+
+The names of the parameters tell which; what does not fit any of them is left alone, as probe.py finds out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt.errors import UserError
+from fastgpt.ops import compute_dtype
+from fastgpt.patching.modules import LayerNorm, supported
+from fastgpt.patching.plan import Plan, blocker, plan_blocks, unknown_children
+from fastgpt.patching.swap import Fused, base_class, is_fused, parameters
+
+OLDEST = (4, 45)
+
+
+def notes() -> list[str]:
+    """Which calls go the model's own way although its attention is replaced."""
+    found = ["padding masks, cached decoding steps, head masks and output_attentions take the model's own attention"]
+    if (4, 53) <= _version() < (5, 0):
+        found.append(
+            "this transformers hands over a mask where none is needed: pass attention_mask, or use transformers 5"
+        )
+    return found
+
+
+def _version() -> tuple[int, ...]:
+    import transformers
+
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+_CACHES = ("layer_past", "past_key_value", "past_key_values")
+
+
+def _cache_in(call: dict[str, Any]) -> Any:
+    return next((call[name] for name in _CACHES if call.get(name) is not None), None)
+
+
+class Attention(Fused):
+    """c_attn -> causal flash attention on its packed output -> c_proj -> dropout."""
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, defer_dropout: bool = False, **kwargs: Any) -> Any:
+        """``defer_dropout``: the caller applies the dropout after c_proj. Ask ``fusable`` first."""
+        call = self.named((hidden_states, *args), kwargs)
+        if not self.fusable(call):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        qkv = self.c_attn(hidden_states)
+        present = self._remember(qkv, call)
+        y = self.ops.qkv_attention(
+            qkv,
+            self.num_heads,
+            scale=getattr(self, "scaling", None),  # 4.x: always 1 / sqrt(D) in SDPA
+            dropout_p=self.attn_dropout.p if self.training else 0.0,
+        )
+        y = self.c_proj(y)
+        y = y if defer_dropout else self.resid_dropout(y)
+        return (y, present, None) if self._fastgpt_base.__name__ == "GPT2SdpaAttention" else (y, present)
+
+    def fusable(self: Any, call: dict[str, Any]) -> bool:
+        """Whether these arguments of forward ask for nothing but causal attention from the first token on."""
+        if call.get("attention_mask") is not None or call.get("head_mask") is not None or call.get("output_attentions"):
+            return False
+        if call.get("encoder_hidden_states") is not None or self.config._attn_implementation != "sdpa":
+            return False
+        cache = _cache_in(call)
+        if cache is not None and (type(cache).__name__ != "DynamicCache" or cache.get_seq_length(self.layer_idx)):
+            return False
+        return supported(call["hidden_states"])
+
+    def _remember(self: Any, qkv: Tensor, call: dict[str, Any]) -> Any:
+        """Put keys and values into the cache that the call brings. Returns them where that is how they are handed on."""
+        cache = _cache_in(call)
+        old_style = "layer_past" in self.names
+        if cache is None and not (old_style and call.get("use_cache")):
+            return None
+        k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1)[1:])
+        if old_style:
+            return k, v
+        extra = {"cache_position": call["cache_position"]} if call.get("cache_position") is not None else None
+        cache.update(k, v, self.layer_idx, extra) if extra else cache.update(k, v, self.layer_idx)
+        return None
+
+
+class Block(Fused):
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x)): the first sum, with the dropout before it, is formed inside ln_2."""
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = self.named((hidden_states, *args), kwargs)
+        if call.get("encoder_hidden_states") is not None or not supported(hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        x = hidden_states
+        # Norms inside a block come out as the matrix multiplication after them wants them.
+        h = self.ln_1(x, dtype=compute_dtype(x)) if is_fused(self.ln_1) else self.ln_1(x)
+        own = ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")
+        options = {name: value for name, value in call.items() if name not in own}
+        dropout_p = 0.0
+        if is_fused(self.attn) and self.attn.fusable({**options, "hidden_states": h}):
+            outputs = self.attn(h, defer_dropout=True, **options)
+            dropout_p = self.attn.resid_dropout.p if self.training else 0.0
+        else:
+            outputs = self.attn(h, **options)
+        branch = outputs[0]
+        h, x = self.ln_2(branch, residual=x, dropout_p=dropout_p, dtype=compute_dtype(branch))
+        x = self.mlp(h, residual=x) if is_fused(self.mlp) else x + self.mlp(h)
+        if "layer_past" in self.names:
+            return (x, *outputs[1:]) if call.get("use_cache") else (x, *outputs[2:])
+        if "output_attentions" in self.names:
+            return (x, outputs[1]) if call.get("output_attentions") else (x,)
+        return x
+
+
+class LMHeadModel(Fused):
+    """In training with labels: the fused loss, and None for the logits. Otherwise the model's own forward."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = self.named(args, kwargs)
+        if not self._wants_fused_loss(call):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+        labels = call.pop("labels")
+        call.pop("logits_to_keep", None)
+        options = {name: call[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in call}
+        passed_on = call if self._fastgpt_passes_on else {n: call[n] for n in call if n in self.names}
+        outputs = self.transformer(**passed_on)
+        loss = self._loss(outputs[0], labels, **options)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=None,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    def _wants_fused_loss(self: Any, call: dict[str, Any]) -> bool:
+        if call.get("labels") is None or not self.training or self._fastgpt_keep_logits:
+            return False
+        returns_tuple = not getattr(self.config, "return_dict", True)
+        if call.get("return_dict") is not None:
+            returns_tuple = not call["return_dict"]
+        keep = call.get("logits_to_keep", 0)
+        all_logits = isinstance(keep, int) and keep == 0
+        known = self.takes_more or all(name in self.names for name in call)
+        return known and all_logits and not returns_tuple and type(self.lm_head) is nn.Linear and self._own_loss()
+
+    def _own_loss(self: Any) -> bool:
+        """Whether the loss is the shifted cross-entropy (a user may have set another)."""
+        return getattr(getattr(self, "loss_function", None), "__name__", "ForCausalLMLoss") == "ForCausalLMLoss"
+
+    def _loss(
+        self: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of token i + 1 given those up to i: the mean, or the sum over ``num_items_in_batch``."""
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        loss = self.ops.linear_cross_entropy(
+            hidden,
+            self.lm_head.weight,
+            shift_labels.to(hidden.device).reshape(hidden.shape[:-1]),
+            bias=self.lm_head.bias,
+            ignore_index=ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )
+        if num_items_in_batch is None:
+            return loss
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+
+def matches(model: nn.Module) -> bool:
+    """Whether this is one of transformers' two classes (or a subclass)."""
+    return any(
+        cls.__module__ == "transformers.models.gpt2.modeling_gpt2" and cls.__name__ in ("GPT2LMHeadModel", "GPT2Model")
+        for cls in type(model).__mro__
+    )
+
+
+def plan(model: Any, plan: Plan) -> None:
+    """Decide what of ``model`` is replaced. Changes nothing. Raises UserError for a transformers that is too old."""
+    if _version() < OLDEST:
+        raise UserError(f"transformers is {'.'.join(map(str, _version()))}: patch knows 4.45 and later, so upgrade it")
+    base = getattr(model, "transformer", model)
+    prefix = "" if base is model else "transformer."
+    C = base.wte.weight.shape[1]
+    plan_blocks(
+        plan,
+        {f"{prefix}h.{i}": block for i, block in enumerate(base.h)},
+        norm=LayerNorm,
+        attention=Attention,
+        block=Block,
+        attention_blocker=_attention_blocker,
+        calls={"attention": lambda x: lambda module: module.attn(x)[0], "block": lambda x: lambda module: module(x)},
+        shape=(2, min(base.wpe.weight.shape[0], 64), C),
+    )
+    plan.norm(f"{prefix}ln_f", base.ln_f, LayerNorm, (2, 3, C))
+    if base is model:
+        plan.keep("loss", "a GPT2Model has none")
+    else:
+        _plan_loss(model, plan)
+
+
+def _attention_blocker(attention: Any) -> str | None:
+    how = attention.config._attn_implementation
+    if how != "sdpa":
+        return f"attn_implementation is {how!r}: load the model with attn_implementation='sdpa'"
+    unknown = unknown_children(attention, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"})
+    if unknown:
+        return f"it has a part that GPT-2's has not ({unknown})"
+    return None
+
+
+def _plan_loss(model: Any, plan: Plan) -> None:
+    head = model.lm_head
+    if base_class(model).forward.__qualname__ != "GPT2LMHeadModel.forward":  # type: ignore[attr-defined]
+        plan.keep("loss", f"{type(model).__name__} has a forward of its own")
+    elif type(head) is not nn.Linear:
+        plan.keep("loss", f"its lm_head is a {type(head).__name__}")
+    elif (why := blocker(model)) is not None:
+        plan.keep("loss", why)
+    elif not LMHeadModel._own_loss(model):
+        plan.keep("loss", "it has a loss function of its own")
+    else:
+        plan.change("loss", "", model, LMHeadModel)
+        plan.attributes = {"_fastgpt_passes_on": parameters(type(model.transformer).forward)[1]}

@@ -1,0 +1,120 @@
+"""What nanoGPT's and Hugging Face's blocks have in common: the layer norm and the MLP."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt.ops import EAGER, Ops
+from fastgpt.patching.swap import Fused
+
+# The kernels' limits; theirs cannot be imported where triton is not installed.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_WIDTH = 16_384
+MAX_HEAD_DIM = 256
+
+
+def supported(x: Tensor) -> bool:
+    """Whether the kernels take this tensor; others go the model's own way."""
+    return x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_WIDTH and x.numel() > 0
+
+
+def stream_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that F.layer_norm gives for ``x``: on CUDA, autocast computes norms in fp32."""
+    return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+
+
+class LayerNorm(Fused):
+    """nn.LayerNorm, or any module with ``weight`` (C,), ``bias`` (C,) or None, and eps 1e-5 unless it says otherwise."""
+
+    def forward(
+        self: Any, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0, dtype: torch.dtype | None = None
+    ) -> Any:
+        """x -> norm(x); or (norm(s), s) with s = dropout(x) + residual, in the dtype that x + residual has. ``dtype`` is
+        the norm's (default: PyTorch's)."""
+        if not supported(x):
+            if residual is None:
+                return super().forward(x)  # type: ignore[misc]
+            total = F.dropout(x, dropout_p) + residual
+            return super().forward(total), total  # type: ignore[misc]
+        if residual is not None:
+            residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
+        dtype = dtype or stream_dtype(x if residual is None else residual)
+        return self.ops.layer_norm(
+            x, self.weight, self.bias,
+            residual=residual, dropout_p=dropout_p, eps=getattr(self, "eps", 1e-5), out_dtype=dtype,
+        )  # fmt: skip
+
+
+# ---- MLP: the one place that knows whether there is a fused linear ------------------------------------------------------
+
+NO_FUSED_LINEAR = "this version of fastgpt has no fused linear kernel"
+
+
+@cache
+def fused_linear() -> Any:
+    """fastgpt.kernels.fused_linear (``linear`` and ``linear_gelu``), or None where it is not."""
+    return import_module("fastgpt.kernels.fused_linear") if find_spec("fastgpt.kernels.fused_linear") else None
+
+
+def gelu_kind(activation: Any) -> str | None:
+    """ "tanh" or "none" (as F.gelu's ``approximate``) if ``activation`` is a GELU, else None."""
+    if isinstance(activation, nn.GELU):
+        return activation.approximate
+    name = type(activation).__name__  # transformers.activations
+    if name in ("NewGELUActivation", "PytorchGELUTanh", "GELUTanh"):
+        return "tanh"
+    return "none" if name == "GELUActivation" and getattr(activation, "act", F.gelu) is F.gelu else None
+
+
+class MLP(Fused):
+    """c_fc -> GELU -> c_proj -> dropout. c_fc and c_proj are nn.Linear, or Conv1D whose (in, out) weight is read as the
+    strided view (out, in): its gradient arrives in its own layout."""
+
+    def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """With a residual, returns residual + MLP(x), in the dtype that this sum has; without dropout it is formed inside
+        c_proj."""
+        kind = gelu_kind(self.act if hasattr(self, "act") else self.gelu)
+        plain = is_plain(self.c_fc) and is_plain(self.c_proj) and kind is not None and supported(x)
+        if not plain:
+            y = super().forward(x)  # type: ignore[misc]
+            return y if residual is None else residual + y
+        linear, linear_gelu = _linears(self.ops)
+        h = linear_gelu(x, weight_of(self.c_fc), self.c_fc.bias, approximate=kind)
+        dropout_p = self.dropout.p if self.training else 0.0
+        if residual is not None and dropout_p == 0:
+            residual = residual.to(torch.promote_types(h.dtype, residual.dtype))
+            return linear(h, weight_of(self.c_proj), self.c_proj.bias, residual=residual)
+        y = F.dropout(linear(h, weight_of(self.c_proj), self.c_proj.bias), dropout_p, self.training)
+        return y if residual is None else residual + y
+
+
+def _linears(ops: Ops) -> Any:
+    kernels = fused_linear()
+    return (_eager_linear, _eager_linear_gelu) if ops is EAGER else (kernels.linear, kernels.linear_gelu)
+
+
+def _eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return y if residual is None else y + residual
+
+
+def _eager_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """An nn.Linear or Conv1D as they come: no subclass (LoRA, quantised), no hook that has to see its input."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+    return (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and not hooks
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight as (out, in): a view."""
+    return module.weight if isinstance(module, nn.Linear) else module.weight.t()

@@ -1,0 +1,115 @@
+"""A module's class is exchanged in place for a subclass that computes differently; everything else about it stays.
+
+``fuse(module, Mixin, ops)`` makes ``class GPT2Block(Mixin, GPT2Block)`` and assigns it to ``module.__class__``. Parameters,
+buffers, names, hooks, training flag and isinstance tests are untouched, ``super().forward`` is the module's own forward, and
+``restore`` puts the old class back. Unlike a function assigned to ``module.forward``, this survives deepcopy and pickle, and
+leaves wrappers of the class (gradient checkpointing in transformers) in effect.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cache, update_wrapper
+from typing import Any
+
+from torch import nn
+
+from fastgpt import ops as operations
+from fastgpt.errors import UserError
+from fastgpt.ops import Ops
+
+_PREFIX = "_fastgpt_"  # of attributes that a patch adds to an instance
+
+
+class Fused:
+    """Base of the mixins."""
+
+    ops: Ops
+    """The table of operations that they call."""
+    names: tuple[str, ...]
+    """The own forward's parameters after self."""
+    takes_more: bool
+    """Whether the own forward takes any other keyword."""
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of forward by name."""
+        return {**dict(zip(self.names, args)), **kwargs}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        cls: Any = type(self)
+        _, _, *state = tuple(super().__reduce_ex__(protocol))
+        return (_new, (cls._fastgpt_base, cls._fastgpt_mixin, cls.ops.name), *state)
+
+
+def parameters(forward: Any) -> tuple[tuple[str, ...], bool]:
+    """(names of a method's parameters after self, whether it takes any other keyword)."""
+    found = list(inspect.signature(forward).parameters.values())[1:]
+    kinds = inspect.Parameter
+    names = tuple(p.name for p in found if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY))
+    return names, any(p.kind is kinds.VAR_KEYWORD for p in found)
+
+
+@cache
+def _fused_class(base: Any, mixin: Any, ops_name: str) -> type:
+    own = base.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)
+
+    # Others look at the signature: a Trainer decides by it which columns and arguments to pass. Not at __wrapped__, which
+    # Accelerate follows to the end when it unwraps a model, past this function.
+    update_wrapper(forward, own)
+    del forward.__wrapped__  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+
+    names, takes_more = parameters(own)
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "forward": forward,
+        "ops": operations.get(ops_name),
+        "names": names,
+        "takes_more": takes_more,
+        "_fastgpt_base": base,
+        "_fastgpt_mixin": mixin,
+    }
+    return type(base.__name__, (mixin, base), namespace)
+
+
+def _new(base: type, mixin: type, ops_name: str) -> nn.Module:
+    cls: Any = _fused_class(base, mixin, ops_name)
+    return cls.__new__(cls)
+
+
+def fuse(module: nn.Module, mixin: type[Fused], ops: Ops) -> None:
+    """Give ``module`` the forward pass of ``mixin``, computed with ``ops``. It must not have one already."""
+    base: Any = type(module)
+    added: Any = mixin
+    module.__class__ = _fused_class(base, added, ops.name)
+
+
+def is_fused(module: nn.Module) -> bool:
+    return isinstance(module, Fused)
+
+
+def base_class(module: nn.Module) -> type:
+    """The class that the module has, or had before ``fuse``."""
+    return getattr(type(module), "_fastgpt_base", type(module))
+
+
+def restore(module: nn.Module) -> None:
+    """Undo ``fuse``. Raises UserError if something has subclassed the module's class since (FSDP2 does)."""
+    cls = type(module)
+    if "_fastgpt_base" not in vars(cls):
+        raise UserError(f"a {cls.__name__} was wrapped after patch: it cannot be unpatched until it is unwrapped")
+    if getattr(vars(module).get("forward"), "__func__", None) is vars(cls)["forward"]:
+        del module.forward  # Accelerate's unwrap_model leaves the class's forward on the instance
+    module.__class__ = cls._fastgpt_base  # type: ignore[attr-defined]
+    for name in [name for name in vars(module) if name.startswith(_PREFIX)]:
+        delattr(module, name)
+
+
+def fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if is_fused(module))

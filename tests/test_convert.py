@@ -1,0 +1,489 @@
+"""fastgpt.convert: round trips bit for bit, the same function on both sides, and one sentence for what does not fit."""
+
+import copy
+import json
+import math
+import pickle
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+from fastgpt import convert
+from fastgpt.config import Config, ModelConfig
+from fastgpt.conversion import huggingface
+from fastgpt.errors import UserError
+from fastgpt.model import GPT
+from fastgpt.training import checkpoint
+from tests import nanogpt_model
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "block_size": 16}
+
+
+def batch():
+    return torch.randint(0, 40, (2, 9))
+
+
+@pytest.fixture(params=[True, False], ids=["bias", "no bias"])
+def bias(request):
+    return request.param
+
+
+def nanogpt_checkpoint(path, bias=True, steps=2, prefix=""):
+    """A ckpt.pt as nanoGPT's train.py writes it, and the model."""
+    args = {**SHAPE, "bias": bias, "dropout": 0.1}
+    model = nanogpt_model.GPT(nanogpt_model.GPTConfig(**args))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    for _ in range(steps):
+        model(batch(), batch())[1].backward()
+        optimizer.step()
+    saved = {
+        "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "model_args": args,
+        "iter_num": steps,
+        "best_val_loss": torch.tensor(3.25),
+        "config": {"dataset": "shakespeare", "learning_rate": 1e-3},
+    }
+    torch.save(saved, path)
+    return saved, model.eval()
+
+
+def fastgpt_run(folder, bias=True, steps=2):
+    """A run's folder with a checkpoint of a few steps, and the model."""
+    shape = ModelConfig(**SHAPE, bias=bias)
+    model = GPT(shape)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    for _ in range(steps):
+        model(batch(), batch())[1].backward()
+        optimizer.step()
+    state = {
+        "config": {
+            **Config().to_dict(),
+            "model": vars(shape),
+            "data": {**Config().to_dict()["data"], "tokenizer": "bytes"},
+        },
+        **checkpoint.state_of(model, optimizer),
+        "rng": checkpoint.rng_state(),
+        "best_val_loss": 2.5,
+        "loader": {"epoch": 1},
+    }
+    folder.mkdir(exist_ok=True)
+    checkpoint.save(folder, steps, state)
+    return model.eval()
+
+
+def huggingface_folder(folder, **changes):
+    config = GPT2Config(
+        **{
+            **{"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 16},
+            **{"bos_token_id": 0, "eos_token_id": 0, **changes},
+        }
+    )
+    model = GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # biases too
+    model.save_pretrained(folder)
+    return model
+
+
+def run(*args):
+    return convert.main([str(arg) for arg in args])
+
+
+def same(a, b):
+    """Bit for bit, in values, dtypes and keys."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class TestRoundTrips:
+    def test_nanogpt_through_fastgpt(self, tmp_path, bias):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt", bias)
+        run(tmp_path / "ckpt.pt", tmp_path / "run", "--to", "fastgpt")
+        run(tmp_path / "run", tmp_path / "back.pt")
+        back = torch.load(tmp_path / "back.pt", weights_only=True)
+        back.pop("fastgpt")
+        assert same(back, saved)
+
+    def test_fastgpt_through_nanogpt(self, tmp_path, bias):
+        fastgpt_run(tmp_path / "run", bias)
+        run(tmp_path / "run", tmp_path / "ckpt.pt")
+        run(tmp_path / "ckpt.pt", tmp_path / "back", "--to", "fastgpt")
+        before, after = (checkpoint.load(checkpoint.resolve(tmp_path / name)) for name in ("run", "back"))
+        after.pop("nanogpt"), after.pop("exact_gelu")
+        assert same(after, before)
+
+    def test_fastgpt_through_hugging_face(self, tmp_path, bias):
+        fastgpt_run(tmp_path / "run", bias)
+        run(tmp_path / "run", tmp_path / "hf")
+        run(tmp_path / "hf", tmp_path / "back")
+        before, after = (checkpoint.load(checkpoint.resolve(tmp_path / name)) for name in ("run", "back"))
+        assert same(after["model"], before["model"])
+        assert same(after["config"]["model"], before["config"]["model"])
+        assert after["config"]["data"]["tokenizer"] == "bytes"
+        assert after["step"] == before["step"]
+
+    def test_a_folder_to_publish_names_no_path_of_this_machine(self, tmp_path):
+        fastgpt_run(tmp_path / "run")
+        run(tmp_path / "run", tmp_path / "hf")
+        assert json.loads((tmp_path / "hf" / "config.json").read_text())["fastgpt"].keys() == {
+            "bias",
+            "step",
+            "tokenizer",
+        }
+
+    def test_hugging_face_through_fastgpt_and_nanogpt(self, tmp_path):
+        huggingface_folder(tmp_path / "hf")
+        run(tmp_path / "hf", tmp_path / "run")
+        run(tmp_path / "run", tmp_path / "ckpt.pt")
+        run(tmp_path / "ckpt.pt", tmp_path / "back", "--to", "hf")
+        before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+        assert same(after, before)
+
+    def test_an_optimizer_goes_on_where_it_was(self, tmp_path):
+        """One more step from the converted state equals one more step of the original."""
+        saved, model = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        run(tmp_path / "ckpt.pt", tmp_path / "run", "--to", "fastgpt")
+        ours = GPT(ModelConfig(**SHAPE, bias=True, dropout=0.0))
+        groups = [[p for p in ours.parameters() if p.dim() >= 2], [p for p in ours.parameters() if p.dim() < 2]]
+        decays = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.1, 0.0))]
+        optimizer = torch.optim.AdamW(decays, lr=1e-3, betas=(0.9, 0.95))
+        checkpoint.load_into(checkpoint.resolve(tmp_path / "run"), ours, optimizer)
+        theirs = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        theirs.load_state_dict(saved["optimizer"])
+        theirs_by_name = dict(model.named_parameters())
+        for name, parameter in ours.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            theirs_by_name[name].grad = parameter.grad.clone()
+        optimizer.step()
+        theirs.step()
+        assert same(dict(ours.named_parameters()), theirs_by_name)
+
+
+class TestSameFunction:
+    def test_hugging_face_computes_what_nanogpt_did(self, tmp_path, bias):
+        """Exact GELU on both sides."""
+        _, model = nanogpt_checkpoint(tmp_path / "ckpt.pt", bias)
+        run(tmp_path / "ckpt.pt", tmp_path / "hf", "--to", "hf")
+        theirs, ids = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval(), batch()
+        torch.testing.assert_close(theirs(ids).logits, model(ids, ids)[0], atol=1e-5, rtol=1e-4)
+
+    def test_hugging_face_computes_what_fastgpt_did(self, tmp_path, bias):
+        model, ids = fastgpt_run(tmp_path / "run", bias), batch()
+        run(tmp_path / "run", tmp_path / "hf")
+        theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+        torch.testing.assert_close(theirs(ids).logits, model(ids)[0], atol=1e-5, rtol=1e-4)
+
+    def test_from_pretrained_reads_a_local_folder(self, tmp_path):
+        theirs, ids = huggingface_folder(tmp_path / "hf"), batch()
+        ours = GPT.from_pretrained(str(tmp_path / "hf")).eval()
+        assert ours.config.dropout == 0.1
+        torch.testing.assert_close(ours(ids)[0], theirs(ids).logits, atol=1e-5, rtol=1e-4)
+
+    def test_from_pretrained_reads_the_hub(self, tmp_path, monkeypatch):
+        theirs, ids = huggingface_folder(tmp_path / "hf"), batch()
+        asked = []
+        monkeypatch.setattr(
+            "huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "hf")
+        )
+        monkeypatch.chdir(tmp_path)
+        ours = GPT.from_pretrained("gpt2").eval()
+        torch.testing.assert_close(ours(ids)[0], theirs(ids).logits, atol=1e-5, rtol=1e-4)
+        assert asked == ["gpt2"]
+
+    def test_nanogpt_loads_what_fastgpt_trained(self, tmp_path):
+        ours, ids = fastgpt_run(tmp_path / "run"), batch()
+        run(tmp_path / "run", tmp_path / "ckpt.pt")
+        saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+        theirs = nanogpt_model.GPT(nanogpt_model.GPTConfig(**saved["model_args"])).eval()
+        theirs.load_state_dict(saved["model"])
+        optimizer = theirs.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+        optimizer.load_state_dict(saved["optimizer"])
+        for block in theirs.transformer.h:
+            block.mlp.gelu = torch.nn.GELU(approximate="tanh")
+        torch.testing.assert_close(theirs(ids, ids)[0], ours(ids)[0], atol=1e-5, rtol=1e-4)
+        assert saved["iter_num"] == 2 and saved["best_val_loss"] == 2.5
+
+
+class TestReading:
+    def test_load_weights_gives_shape_and_state_dict(self, tmp_path):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        config, weights = convert.load_weights(str(tmp_path / "ckpt.pt"))
+        assert config == ModelConfig(**SHAPE, bias=True, dropout=0.1)
+        GPT(config).load_state_dict(weights)
+        assert weights["transformer.wte.weight"].equal(saved["model"]["lm_head.weight"])
+
+    def test_a_compiled_nanogpt_models_prefix_is_dropped(self, tmp_path):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt", prefix="_orig_mod.")
+        weights = convert.load_weights(str(tmp_path / "ckpt.pt"))[1]
+        assert weights["transformer.ln_f.weight"].equal(saved["model"]["_orig_mod.transformer.ln_f.weight"])
+
+    def test_mask_buffers_of_old_checkpoints_are_dropped(self, tmp_path):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        saved["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+        torch.save(saved, tmp_path / "ckpt.pt")
+        assert "transformer.h.0.attn.bias" not in convert.load_weights(str(tmp_path / "ckpt.pt"))[1]
+
+    def test_shards_half_precision_and_names_without_prefix(self, tmp_path):
+        """As OpenAI's weights lie on the hub, and as large models are saved."""
+        model = huggingface_folder(tmp_path / "hf")
+        tensors = {
+            k.removeprefix("transformer."): v for k, v in load_file(tmp_path / "hf" / "model.safetensors").items()
+        }
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 16, 16)
+        names = sorted(tensors)
+        parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+        for file, held in parts.items():
+            save_file({name: tensors[name] for name in held}, tmp_path / "hf" / file)
+        (tmp_path / "hf" / "model.safetensors").unlink()
+        index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+        (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights = convert.load_weights(str(tmp_path / "hf"))[1]
+        want = model.transformer.h[0].attn.c_attn.weight.to(torch.bfloat16).float().t()
+        assert weights["transformer.h.0.attn.c_attn.weight"].equal(want)
+
+    def test_pytorch_model_bin(self, tmp_path):
+        model = huggingface_folder(tmp_path / "hf")
+        torch.save(model.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
+        (tmp_path / "hf" / "model.safetensors").unlink()
+        weights = convert.load_weights(str(tmp_path / "hf"))[1]
+        assert weights["transformer.wte.weight"].equal(model.lm_head.weight)
+
+    def test_an_untrained_run_has_no_optimizer_state(self, tmp_path, capsys):
+        fastgpt_run(tmp_path / "run", steps=0)
+        run(tmp_path / "run", tmp_path / "ckpt.pt")
+        assert "optimizer state" not in capsys.readouterr().out
+
+
+class TestWriting:
+    def test_the_tokenizer_comes_along(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(SHAPE, "vocab_size", 50304)
+        model = GPT(ModelConfig(**{**SHAPE, "n_layer": 1, "n_embd": 4}))
+        optimizer = torch.optim.AdamW(model.parameters())
+        state = {"config": {**Config().to_dict(), "model": vars(model.config)}, **checkpoint.state_of(model, optimizer)}
+        state["config"]["data"]["tokenizer"] = "gpt2"
+        (tmp_path / "run").mkdir()
+        checkpoint.save(tmp_path / "run", 0, {**state, "best_val_loss": math.inf})
+        run(tmp_path / "run", tmp_path / "hf")
+        tokenizer = GPT2Tokenizer.from_pretrained(tmp_path / "hf")
+        assert tokenizer("Hello world").input_ids == [15496, 995]
+        assert tokenizer.eos_token_id == 50256
+
+    def test_what_was_done_is_said(self, tmp_path, capsys):
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        run(tmp_path / "ckpt.pt", tmp_path / "run", "--to", "fastgpt")
+        out = capsys.readouterr().out
+        assert "0.01M parameters, optimizer state, step 2, L2 H2 C16 T16 V40" in out
+        assert "note: trained with the exact GELU" in out
+
+    def test_what_stays_behind_is_said(self, tmp_path, capsys):
+        fastgpt_run(tmp_path / "run")
+        run(tmp_path / "run", tmp_path / "hf")
+        assert "no place for the optimizer's state" in capsys.readouterr().out
+
+    def test_an_empty_output_folder_may_exist(self, tmp_path):
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        for to in ("fastgpt", "hf"):
+            (tmp_path / to).mkdir()
+            run(tmp_path / "ckpt.pt", tmp_path / to, "--to", to)
+            assert convert.load_weights(str(tmp_path / to))
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("this code ran",))
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+class TestRefused:
+    """One sentence, exit code 2, nothing written."""
+
+    @pytest.fixture
+    def fails(self, tmp_path, monkeypatch, capsys):
+        def check(source, message, out="out", to="fastgpt"):
+            monkeypatch.setattr(sys, "argv", ["convert", str(source), str(tmp_path / out), "--to", to])
+            before = sorted(tmp_path.rglob("*"))
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stop:
+                convert.cli.run(convert.main)
+            printed = capsys.readouterr()
+            assert stop.value.code == 2
+            assert message in printed.err, printed.err
+            assert len(printed.err.strip().splitlines()) == 1 and "this code ran" not in printed.out
+            assert sorted(tmp_path.rglob("*")) == before
+
+        return check
+
+    def test_a_pickle_that_names_code(self, tmp_path, fails):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        torch.save({**saved, "config": Hostile()}, tmp_path / "ckpt.pt")
+        fails(tmp_path / "ckpt.pt", "more than tensors and plain values, and a pickle can run code: it is refused")
+
+    def test_a_bare_pickle(self, tmp_path, fails):
+        (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(Hostile()))
+        fails(tmp_path / "ckpt.pt", "is not a checkpoint that torch.load reads")
+
+    def test_a_hostile_pytorch_model_bin(self, tmp_path, fails):
+        huggingface_folder(tmp_path / "hf")
+        (tmp_path / "hf" / "model.safetensors").unlink()
+        torch.save({"a": Hostile()}, tmp_path / "hf" / "pytorch_model.bin")
+        fails(tmp_path / "hf", "a pickle can run code")
+
+    def test_a_truncated_file(self, tmp_path, fails):
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        content = (tmp_path / "ckpt.pt").read_bytes()
+        (tmp_path / "ckpt.pt").write_bytes(content[: len(content) // 2])
+        fails(tmp_path / "ckpt.pt", "is not a checkpoint that torch.load reads")
+
+    def test_another_torch_file(self, tmp_path, fails):
+        torch.save([1, 2], tmp_path / "other.pt")
+        fails(tmp_path / "other.pt", "is not nanoGPT's")
+
+    @pytest.mark.parametrize(
+        "edit, message",
+        [
+            (lambda s: s["model"].pop("transformer.ln_f.weight"), "transformer.ln_f.weight is missing"),
+            (lambda s: s["model"].update({"transformer.rope": torch.ones(2)}), "transformer.rope is not GPT-2's"),
+            (lambda s: s["model"].update({"transformer.ln_f.weight": torch.ones(5)}), "is (5,) instead of (16,)"),
+            (lambda s: s["model_args"].update(n_layer=3), "transformer.h.2.attn.c_attn.bias is missing"),
+            (lambda s: s["model_args"].update(n_layer="two"), "n_layer is 'two'"),
+            (lambda s: s["model_args"].update(n_head=3), "n_head 3 does not divide"),
+            (lambda s: s["model"].update({"lm_head.weight": torch.ones(40, 16)}), "head that is not tied"),
+            (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.ones(3)), "optimizer state that does not fit"),
+            (lambda s: s["optimizer"]["param_groups"][0]["params"].pop(), "an optimizer"),
+            (lambda s: s.update(optimizer=[1]), "not torch.optim.AdamW's"),
+        ],
+    )
+    def test_a_nanogpt_checkpoint_that_does_not_hold_together(self, tmp_path, fails, edit, message):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        saved = copy.deepcopy(saved)
+        edit(saved)
+        torch.save(saved, tmp_path / "ckpt.pt")
+        fails(tmp_path / "ckpt.pt", message)
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"model_type": "bert"}, "is a 'bert': only 'gpt2' is converted"),
+            ({"activation_function": "relu"}, "has activation_function 'relu': fastgpt's GPT-2 has 'gelu'"),
+            ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06"),
+            ({"n_inner": 32}, "n_inner 32: fastgpt's GPT-2 has None or 64"),
+            ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+            ({"add_cross_attention": True}, "add_cross_attention True"),
+            ({"n_embd": "wide"}, "n_embd is 'wide'"),
+            ({"vocab_size": 41}, "wte.weight is (40, 16) instead of (41, 16)"),
+        ],
+    )
+    def test_a_hugging_face_folder_of_another_model(self, tmp_path, fails, changes, message):
+        huggingface_folder(tmp_path / "hf")
+        edit_config(tmp_path / "hf", **changes)
+        fails(tmp_path / "hf", message)
+
+    @pytest.mark.parametrize(
+        "edit, message",
+        [
+            (lambda t: t.pop("transformer.wpe.weight"), "transformer.wpe.weight is missing"),
+            (lambda t: t.update({"transformer.extra": torch.ones(1)}), "transformer.extra is not GPT-2's"),
+            (lambda t: t.update({"transformer.wpe.weight": torch.ones(16, 16, dtype=torch.int32)}), "is int32"),
+        ],
+    )
+    def test_a_hugging_face_folder_with_other_keys(self, tmp_path, fails, edit, message):
+        huggingface_folder(tmp_path / "hf")
+        edit_tensors(tmp_path / "hf", edit)
+        fails(tmp_path / "hf", message)
+
+    def test_many_wrong_keys_are_counted(self, tmp_path, fails):
+        huggingface_folder(tmp_path / "hf")
+        edit_tensors(tmp_path / "hf", lambda t: [t.pop(name) for name in list(t) if ".h.1." in name])
+        fails(tmp_path / "hf", "and 8 more")
+
+    def test_damaged_hugging_face_folders(self, tmp_path, fails):
+        huggingface_folder(tmp_path / "hf")
+        (tmp_path / "hf" / "model.safetensors").write_bytes(b"\xff" * 30)
+        fails(tmp_path / "hf", "model.safetensors cannot be read")
+        (tmp_path / "hf" / "model.safetensors").unlink()
+        fails(tmp_path / "hf", "model.safetensors is missing")
+        (tmp_path / "hf" / "config.json").write_text("{")
+        fails(tmp_path / "hf", "config.json is not JSON")
+        (tmp_path / "hf" / "config.json").write_text("[]")
+        fails(tmp_path / "hf", "it should be an object")
+
+    def test_a_damaged_fastgpt_checkpoint(self, tmp_path, fails):
+        fastgpt_run(tmp_path / "run")
+        (tmp_path / "run" / "step-00000002" / "state.json").write_text("{}")
+        fails(tmp_path / "run", "there is no whole checkpoint", to="hf")
+
+    def test_a_folder_that_is_no_checkpoint(self, tmp_path, fails):
+        (tmp_path / "folder").mkdir()
+        fails(tmp_path / "folder", "folder is no checkpoint: a Hugging Face folder has a config.json")
+
+    def test_nothing_there(self, tmp_path, fails):
+        fails(tmp_path / "absent.pt", "absent.pt does not exist: name a checkpoint, or a model on the hub such as gpt2")
+
+    def test_a_hub_that_does_not_answer(self, tmp_path, fails, monkeypatch):
+        def offline(*_, **__):
+            raise OSError("no network\nat all")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+        monkeypatch.chdir(tmp_path)
+        fails("gpt2", "gpt2 is no file or folder here, and the Hugging Face hub does not give it (OSError: no network)")
+
+    def test_without_huggingface_hub(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(UserError, match="run `pip install huggingface_hub`"):
+            huggingface.download("gpt2")
+
+    def test_an_output_that_exists(self, tmp_path, fails):
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        fails(tmp_path / "ckpt.pt", "ckpt.pt exists: name another output", out="ckpt.pt", to="nanogpt")
+
+    def test_an_output_of_the_wrong_kind(self, tmp_path, fails):
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        fails(tmp_path / "ckpt.pt", "a file that ends in .pt", to="nanogpt")
+        fails(tmp_path / "ckpt.pt", "is a folder, so leave .pt out", out="x.pt", to="hf")
+
+    def test_no_kind_of_output_for_nanogpt(self, tmp_path):
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        with pytest.raises(UserError, match="say --to fastgpt or --to hf"):
+            run(tmp_path / "ckpt.pt", tmp_path / "out")
+
+    @pytest.mark.parametrize("to, out", [("fastgpt", "file/run"), ("hf", "file/hf"), ("nanogpt", "file/ckpt.pt")])
+    def test_an_output_that_cannot_be_written(self, tmp_path, fails, to, out):
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        (tmp_path / "file").write_text("")
+        fails(tmp_path / "ckpt.pt", "cannot be written", out=out, to=to)
+
+
+def test_nothing_half_written_stays(tmp_path, monkeypatch):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run(tmp_path / "ckpt.pt", tmp_path / "hf", "--to", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
