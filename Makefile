@@ -1,4 +1,4 @@
-# make train: an environment, then the main job. make test: the same environment, then every test.
+# make train: an environment, then the main job. make test: the same environment, then every test. make audit, make lint.
 PYTHON ?= python3
 VENV   ?= .venv
 # The build of torch that this machine's pip offers: CUDA where it finds one, CPU where that is what there is.
@@ -7,7 +7,7 @@ ARGS   ?=
 JOBS   ?= 2
 BIN     = $(VENV)/bin
 
-.PHONY: train test lint install clean
+.PHONY: train test lint audit install clean
 
 train: install
 	$(BIN)/python train.py --kernels triton $(ARGS)
@@ -19,6 +19,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every kernel compiled for an RTX 4070, which need not be here; fails on spills.
+audit: install
+	$(BIN)/python -m bench.audit --arch sm_89 $(ARGS)
 
 install: $(VENV)/.installed
 

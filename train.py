@@ -1,23 +1,7 @@
 """Train a GPT-2: ``python train.py --kernels triton``. See ``python train.py --help``."""
 
-from __future__ import annotations
-
-from fastgpt import cli, device
-from fastgpt.config import parse
-
-
-def main(args: list[str]) -> int:
-    config = parse(args, device.present())
-    where = device.pick(config.train.device, config.train.kernels)
-    from fastgpt.training import (
-        distributed,
-        loop,
-    )  # after pick(): it chooses Triton's interpreter before triton is imported
-
-    run, code = loop.train(config, where)
-    distributed.leave(run.world.size, code)
-    return code
-
+from fastgpt import cli
+from fastgpt.train import main
 
 if __name__ == "__main__":
     cli.run(main)

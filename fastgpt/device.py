@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 
 import torch
 
@@ -14,8 +15,13 @@ def pick(device: str, kernels: str) -> torch.device:
     """The torch device for ``--device`` (auto, cpu or cuda). With triton kernels on a CPU this switches Triton's
     interpreter on for the whole process.
 
-    Raises UserError if CUDA is asked for and absent.
+    Raises UserError if CUDA or triton is asked for and absent.
     """
+    if kernels == "triton" and find_spec("triton") is None:
+        raise UserError(
+            "kernels is 'triton' but triton is not installed: use --kernels eager (plain PyTorch), or pip install triton "
+            "on Linux and triton-windows on Windows; macOS has neither"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu or auto")
     if device == "auto":

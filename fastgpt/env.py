@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastgpt import cli, hardware
+from fastgpt import __version__, cli, hardware
 from fastgpt.device import present
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "fastgpt": _version("fastgpt"),
+        "fastgpt": __version__,
         "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -69,7 +69,10 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit, with "+" behind it if the checkout differs from it; None outside a checkout."""
+    """The commit, with "+" behind it if the checkout differs from it; None outside a checkout, as in an environment that
+    lies in somebody else's."""
+    if not (ROOT / "pyproject.toml").exists():
+        return None
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     return (
         commit + ("+" if _output("git", "status", "--porcelain", "--", "fastgpt", "bench") else "") if commit else None

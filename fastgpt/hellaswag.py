@@ -71,7 +71,7 @@ def load(source: str) -> list[Example]:
     except (KeyError, TypeError) as error:
         raise UserError(f"hellaswag file {source} has not the columns ctx, endings and label ({error})") from error
     except Exception as error:  # of the libraries that read it, each with its own classes
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"hellaswag is {source!r}, which cannot be read ({reason}): give its jsonl or parquet file"
         ) from error

@@ -1,0 +1,155 @@
+"""The ``fastgpt`` command: one word for each of the package's entries, ``fastgpt train`` for ``python -m fastgpt.train``.
+
+Nothing is imported but the entry that is asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import sys
+import textwrap
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+from fastgpt import __version__, cli
+from fastgpt.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+_FOOTER = """fastgpt COMMAND --help has the options and more examples. What help calls python train.py or python -m fastgpt.NAME
+is the same as fastgpt train or fastgpt NAME."""
+
+
+class Command(NamedTuple):
+    module: str
+    """What holds ``main(args) -> exit code``."""
+    summary: str
+    example: str
+
+
+COMMANDS = {
+    "train": Command(
+        "fastgpt.train",
+        "train a GPT-2, or go on with a run",
+        "fastgpt train --preset gpt2-124m --data data/fineweb",
+    ),
+    "sample": Command(
+        "fastgpt.sample", "print text from a checkpoint", 'fastgpt sample runs/demo --prompt "def " --top-p 0.9'
+    ),
+    "doctor": Command(
+        "fastgpt.doctor.__main__",
+        "what is wrong with a run, from its config, log and checkpoint",
+        "fastgpt doctor config/train_gpt2.py train.log --gpu rtx4070",
+    ),
+    "plan": Command(
+        "fastgpt.plan",
+        "which batch fits a GPU, how fast, how many hours",
+        "fastgpt plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288",
+    ),
+    "prepare": Command(
+        "fastgpt.data.__main__",
+        "text into token shards to train on",
+        "fastgpt prepare HuggingFaceFW/fineweb --config-name sample-10BT --out data/fineweb",
+    ),
+    "convert": Command(
+        "fastgpt.convert",
+        "checkpoints of nanoGPT, fastgpt and Hugging Face into each other",
+        "fastgpt convert out/ckpt.pt runs/mine --to fastgpt",
+    ),
+    "plot": Command("fastgpt.plot", "pictures of runs", "fastgpt plot runs/demo old-nanogpt.log --out both.png"),
+    "hellaswag": Command(
+        "fastgpt.hellaswag", "score a checkpoint on HellaSwag", "fastgpt hellaswag runs/gpt2-124m --data hub"
+    ),
+    "nanogpt": Command(
+        "fastgpt.nanogpt",
+        "run an unmodified nanoGPT train.py on the kernels",
+        "fastgpt nanogpt train.py config/train_gpt2.py",
+    ),
+    "hardware": Command(
+        "fastgpt.hardware",
+        "what a GPU can do, and what an MFU means on it",
+        "fastgpt hardware rtx4070 --nanogpt-mfu 12.9",
+    ),
+    "bench": Command(
+        "", "the benchmarks of a checkout: mfu, kernels, project, audit, ...", "fastgpt bench mfu --device cpu"
+    ),
+    "env": Command("fastgpt.env", "device, driver and versions, for a bug report", "fastgpt env"),
+}
+
+
+def main(args: list[str]) -> int:
+    """Run one command on the arguments behind it; its exit code. Raises UserError for a command that does not exist."""
+    if not args:
+        print(usage())
+        return 2
+    name, *rest = args
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"fastgpt {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(unknown("command", name, COMMANDS))
+    if name == "bench":
+        return bench(rest)
+    if name == "prepare":
+        rest = ["prepare", *rest]
+    return import_module(COMMANDS[name].module).main(rest)
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = ["usage: fastgpt COMMAND ...", "", "Train GPT-2 on hand-written Triton kernels.", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<{width}}  {command.summary}", f"  {'':<{width}}  $ {command.example}"]
+    return "\n".join([*lines, "", _FOOTER])
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """A sentence for a name that does not exist: the one that was probably meant, and all there are."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"{what} is {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}: it can be {', '.join(names)}"
+
+
+def bench(args: list[str], root: Path = ROOT) -> int:
+    """``python -m bench.NAME`` of the checkout that this package lies in. Raises UserError where there is none: the
+    benchmarks compare with what the package does not depend on, and are not installed with it."""
+    entries = {name: summary for path in sorted(root.glob("bench/*.py")) for name, summary in _bench_entry(path)}
+    if not entries or not (root / "pyproject.toml").exists():
+        raise UserError(
+            "bench is not part of the installed package: clone fastgpt's repository and run fastgpt bench, or "
+            "python -m bench.NAME, in it"
+        )
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, entries))
+        print("usage: fastgpt bench NAME ...   (the same as python -m bench.NAME in the checkout)\n")
+        print("\n".join(f"  {name:<{width}}  {summary}" for name, summary in entries.items()))
+        print("\nfastgpt bench NAME --help has the options.")
+        return 0 if args else 2
+    name, *rest = args
+    if name not in entries:
+        raise UserError(unknown("bench", name, entries))
+    sys.path.insert(0, str(root))  # an installed command starts with its own folder there
+    return import_module(f"bench.{name}").main(rest)
+
+
+def _bench_entry(path: Path) -> list[tuple[str, str]]:
+    """Name and summary of a benchmark that users call, as it says itself; nothing for another file."""
+    source = path.read_text(encoding="utf-8")
+    if f"python -m bench.{path.stem}" not in source:
+        return []
+    text = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
+    return [(path.stem, textwrap.shorten(text.split(" ``")[0].rstrip(":."), 96, placeholder=" ..."))]
+
+
+def entry() -> None:
+    """What the installed ``fastgpt`` calls."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,21 @@
+"""Train a GPT-2: ``python train.py`` in a checkout, ``fastgpt train`` or ``python -m fastgpt.train`` everywhere."""
+
+from __future__ import annotations
+
+from fastgpt import cli, device
+from fastgpt.config import parse
+
+
+def main(args: list[str]) -> int:
+    config = parse(args, device.present())
+    where = device.pick(config.train.device, config.train.kernels)
+    # After pick(): it chooses Triton's interpreter before triton is imported.
+    from fastgpt.training import distributed, loop
+
+    run, code = loop.train(config, where)
+    distributed.leave(run.world.size, code)
+    return code
+
+
+if __name__ == "__main__":
+    cli.run(main)

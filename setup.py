@@ -1,0 +1,9 @@
+"""What pyproject.toml cannot say: every subpackage, and the presets, which lie beside the package, as one more of them."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.configs"],
+    package_dir={"fastgpt.configs": "configs"},
+    package_data={"fastgpt.configs": ["*.toml"], "fastgpt.kernels": ["tables/*.json"]},
+)

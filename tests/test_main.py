@@ -1,0 +1,138 @@
+"""The ``fastgpt`` command: the same code as the module entries, found by one word."""
+
+import importlib
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fastgpt import __main__ as command
+from fastgpt import cli
+from fastgpt.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+ENTRIES = [name for name in command.COMMANDS if name != "bench"]
+ASKED = ("train", "sample", "doctor", "plan", "prepare", "convert", "plot", "bench", "env")
+
+
+def test_help_lists_every_command_with_a_line_and_an_example(capsys):
+    assert command.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert set(ASKED) <= set(command.COMMANDS)
+    for name, entry in command.COMMANDS.items():
+        at = next(i for i, line in enumerate(lines) if line.split()[:1] == [name])
+        assert lines[at].endswith(entry.summary)
+        assert lines[at + 1].strip() == f"$ {entry.example}"
+        assert shlex.split(entry.example)[:2] == ["fastgpt", name]
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_without_a_command_help_is_shown_and_the_exit_code_is_2(capsys):
+    assert command.main([]) == 2
+    assert "usage: fastgpt COMMAND" in capsys.readouterr().out
+
+
+def test_help_imports_neither_torch_nor_triton():
+    code = "from fastgpt.__main__ import main; main(['--help']); import sys; sys.exit(any(x in sys.modules for x in "
+    result = subprocess.run([sys.executable, "-c", code + "('torch', 'triton', 'tyro')))"], cwd=ROOT, timeout=60)
+    assert result.returncode == 0
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_each_command_is_its_module_entry(name, monkeypatch):
+    module = command.COMMANDS[name].module
+    seen = []
+    monkeypatch.setattr(importlib.import_module(module), "main", lambda args: seen.append(args) or 7)
+    assert command.main([name, "a", "--b"]) == 7
+    assert seen == [["prepare", "a", "--b"] if name == "prepare" else ["a", "--b"]]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_each_commands_help_ends_well(name, capsys):
+    try:
+        code = command.main([name, "--help"])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_train_py_is_the_installed_train():
+    import train
+    from fastgpt import train as installed
+
+    assert train.main is installed.main
+
+
+@pytest.mark.parametrize("wrong, meant", [("trian", "train"), ("docter", "doctor"), ("benchmark", "bench")])
+def test_an_unknown_command_names_the_nearest(wrong, meant):
+    with pytest.raises(
+        UserError, match=f"command is '{wrong}' \\(did you mean '{meant}'\\?\\): it can be train, sample"
+    ):
+        command.main([wrong])
+
+
+def test_bad_input_ends_in_one_line_and_exit_code_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fastgpt", "xyzzy"])
+    with pytest.raises(SystemExit) as exit:
+        command.entry()
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: command is 'xyzzy': it can be ") and message.count("\n") == 1
+
+
+def test_the_version(capsys):
+    import fastgpt
+
+    assert command.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastgpt {fastgpt.__version__}\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """``fastgpt hardware | head -1``."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastgpt", "hardware"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
+
+
+def test_an_entrys_exit_code_is_the_commands(monkeypatch):
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda args: 1)
+    assert exit.value.code == 1
+
+
+class TestBench:
+    def test_lists_what_there_is(self, capsys):
+        assert command.main(["bench"]) == 2
+        assert command.main(["bench", "--help"]) == 0
+        shown = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+        assert {"mfu", "kernels", "project", "audit", "gpu", "compare"} <= shown
+        for name in shown:
+            assert callable(importlib.import_module(f"bench.{name}").main)
+        assert "audit_child" not in shown  # bench.audit's own
+
+    def test_runs_one_from_any_folder(self, monkeypatch, tmp_path):
+        seen = []
+        monkeypatch.setitem(sys.modules, "bench.mfu", SimpleNamespace(main=lambda args: seen.append(args) or 0))
+        monkeypatch.setattr(sys, "path", sys.path[:])
+        monkeypatch.chdir(tmp_path)
+        assert command.main(["bench", "mfu", "--device", "cpu"]) == 0
+        assert seen == [["--device", "cpu"]]
+
+    def test_an_unknown_one_names_the_nearest(self):
+        with pytest.raises(UserError, match=r"bench is 'mfuu' \(did you mean 'mfu'\?\): it can be audit"):
+            command.main(["bench", "mfuu"])
+
+    def test_outside_a_checkout_it_says_what_to_do(self, tmp_path):
+        with pytest.raises(UserError, match="bench is not part of the installed package: clone"):
+            command.bench(["mfu"], root=tmp_path)

@@ -1,0 +1,174 @@
+"""The package as it is installed: what the wheel holds, and what it does where there is no checkout and no triton."""
+
+import configparser
+import os
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from pathlib import Path
+from shutil import copy, copytree, ignore_patterns
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--n-embd 32 --n-layer 1 --block-size 16 --batch-size 2 --max-iters 2 --eval-iters 1 --device cpu --no-tensorboard"
+)
+
+
+def python(*args, path=ROOT, cwd=None, **environment):
+    """A fresh Python on ``args``, which finds what is in ``path`` and was told nothing about the interpreter."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    environment = {**inherited, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd or path, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built with no network from what a source distribution holds."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("fastgpt", "configs"):
+        copytree(ROOT / name, source / name, ignore=ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    result = subprocess.run(
+        [*build, "--wheel-dir", str(folder), str(source)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel):
+    """A folder with the unpacked wheel and nothing else."""
+    folder = wheel.parent / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def metadata(installed, name):
+    return next(installed.glob(f"fastgpt-*.dist-info/{name}")).read_text(encoding="utf-8")
+
+
+class TestWheel:
+    def test_holds_every_module_every_preset_and_every_table(self, wheel):
+        with zipfile.ZipFile(wheel) as archive:
+            held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastgpt").rglob("*") if path.is_file()}
+        expected = {name for name in files if "__pycache__" not in name}
+        presets = {f"fastgpt/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
+        assert held == expected | presets
+        assert len(presets) >= 4 and "fastgpt/training/loop.py" in held
+
+    def test_every_folder_of_the_package_is_a_package(self):
+        folders = {path.parent for path in (ROOT / "fastgpt").rglob("*.py")}
+        assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+    def test_installs_the_command(self, installed):
+        entries = configparser.ConfigParser()
+        entries.read_string(metadata(installed, "entry_points.txt"))
+        module, _, function = entries["console_scripts"]["fastgpt"].partition(":")
+        assert (module, function) == ("fastgpt.__main__", "entry")
+
+    def test_its_version_is_the_packages(self, installed):
+        import fastgpt
+
+        assert message_from_string(metadata(installed, "METADATA"))["Version"] == fastgpt.__version__
+
+    @pytest.mark.parametrize("system, wanted", [("Linux", "triton"), ("Windows", "triton-windows"), ("Darwin", None)])
+    def test_triton_is_what_the_system_has(self, installed, system, wanted):
+        listed = message_from_string(metadata(installed, "METADATA")).get_all("Requires-Dist")
+        needed = {
+            requirement.name
+            for requirement in map(Requirement, listed)
+            if requirement.marker is None
+            or requirement.marker.evaluate({"platform_system": system, "python_version": "3.12", "extra": ""})
+        }
+        assert {name for name in needed if "triton" in name} == ({wanted} if wanted else set())
+        assert {"torch", "numpy", "safetensors", "filelock", "tiktoken", "tyro", "rich"} <= needed
+        assert "matplotlib" not in needed and "pytest" not in needed
+
+    def test_runs_away_from_the_checkout(self, installed, tmp_path):
+        args = f"-m fastgpt train --kernels eager {TINY} --out {tmp_path / 'run'}".split()
+        result = python(*args, path=installed, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "iter 2: loss" in result.stdout
+        assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+    def test_the_benchmarks_stay_in_the_checkout(self, installed, tmp_path):
+        result = python("-m", "fastgpt", "bench", "mfu", path=installed, cwd=tmp_path)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: bench is not part of the installed package: clone fastgpt's repository")
+
+
+class TestWithoutTriton:
+    """macOS, or a CPU-only PyTorch that came without it."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        """A path where ``import triton`` fails."""
+        (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
+        return f"{tmp_path}{os.pathsep}{ROOT}"
+
+    def test_the_eager_model_trains(self, path, tmp_path):
+        code = (
+            "import torch, fastgpt\n"
+            "from fastgpt.ops import EAGER\n"
+            "shape = fastgpt.ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64)\n"
+            "model = fastgpt.GPT(shape, EAGER)\n"
+            "idx = torch.randint(0, 64, (2, 16))\n"
+            "model(idx, idx)[1].backward()\n"
+            "assert all(p.grad is not None for p in model.parameters())\n"
+        )
+        result = python("-c", code, path=path, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+
+    def test_train_py_runs_eager(self, path, tmp_path):
+        args = f"{ROOT / 'train.py'} --kernels eager {TINY} --out {tmp_path / 'run'}".split()
+        result = python(*args, path=path, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "iter 2: loss" in result.stdout
+
+    def test_train_py_says_what_kernels_triton_needs(self, path, tmp_path):
+        result = python(str(ROOT / "train.py"), "--kernels", "triton", path=path, cwd=tmp_path)
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: kernels is 'triton' but triton is not installed: use --kernels eager")
+        assert result.stderr.count("\n") == 1
+        assert {p.name for p in tmp_path.iterdir()} <= {"sitecustomize.py", "__pycache__"}
+
+
+class TestImport:
+    SECONDS = 1.5
+
+    def test_takes_little_beyond_torchs_own_and_touches_no_gpu(self):
+        code = (
+            "import time, torch\n"
+            "start = time.process_time()\n"  # not the wall clock: the machine may be busy
+            "import fastgpt\n"
+            "for name in fastgpt.__all__: getattr(fastgpt, name)\n"
+            "print(time.process_time() - start)\n"
+            "assert not torch.cuda.is_initialized()\n"
+        )
+        seconds = []
+        while not seconds or (seconds[-1] > self.SECONDS and len(seconds) < 3):  # the first one compiles
+            result = python("-c", code)
+            assert result.returncode == 0, result.stderr
+            seconds.append(float(result.stdout))
+        assert min(seconds) < self.SECONDS
+
+    def test_of_an_eager_model_loads_no_kernel(self):
+        code = (
+            "import sys, fastgpt, fastgpt.ops\n"
+            "fastgpt.GPT, fastgpt.ops.EAGER\n"
+            "sys.exit(any(name.startswith('fastgpt.kernels.fused') for name in sys.modules))\n"
+        )
+        assert python("-c", code).returncode == 0
