@@ -8,6 +8,7 @@ entry's own argument parser and stops there, so that a flag, a preset or a choic
 import argparse
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -175,7 +176,9 @@ def pytest_accepts(words, **_):
     for path in (arg for arg in args if "/" in arg or arg in ("tests", "bench")):
         assert (ROOT / path.split("::")[0]).exists(), path
     command = [sys.executable, "-m", "pytest", *args, "--help", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    # Not a worker of the xdist that may run this test: pytest-benchmark would refuse its own option.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
 
 
