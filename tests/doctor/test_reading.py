@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -253,8 +254,8 @@ def test_a_folder_with_nothing_in_it(tmp_path, write):
 
 def test_a_pickle_that_would_run_code(tmp_path):
     torch.save(nanogpt() | {"optimizer": Code(tmp_path / "canary")}, tmp_path / "ckpt.pt")
-    assert "is refused: loading it would run io.open" in sentence(tmp_path / "ckpt.pt")
-    assert "would run io.open" in sentence(tmp_path), "in a folder as well"
+    for path in (tmp_path / "ckpt.pt", tmp_path):  # in a folder as well
+        assert re.search(r"would run _?io\.open", sentence(path))  # with the underscore from Python 3.12 on
     assert not (tmp_path / "canary").exists()
 
 

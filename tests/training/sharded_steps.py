@@ -20,7 +20,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with distributed.connect(where) as (world, where):
         torch.manual_seed(0)
-        model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=17, block_size=8, vocab_size=33, bias=True), ops.EAGER)
+        model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=17, block_size=8, vocab_size=33), ops.EAGER)
         forward, synchronize = distributed.parallelize(model, model.transformer.h, "fsdp", world)
         optimizer = build_optimizer(model, OptimConfig(), "triton")
         scaler = torch.amp.GradScaler("cpu", enabled=False)
