@@ -74,3 +74,30 @@ def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install wandb"):
         Metrics(tmp_path, "a", 0, replace(CONFIG, train=TrainConfig(wandb="project", tensorboard=False)))
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["run"] == "a"
+
+
+def test_wandb_gets_the_numbers_of_every_step_and_goes_on_with_a_resumed_run(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, numbers, step):
+            calls.append((step, numbers))
+
+        def finish(self):
+            calls.append("finished")
+
+    fake = type("wandb", (), {"init": staticmethod(lambda **kwargs: calls.append(kwargs) or Run())})
+    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
+    file = Metrics(
+        tmp_path / "mine",
+        "a",
+        0,
+        replace(CONFIG, train=TrainConfig(wandb="p", tensorboard=False, out=tmp_path / "mine")),
+    )
+    file.write({"step": 1, "loss": 2.0, "note": "text"})
+    file.write({"event": "spike", "loss": 9.0})
+    file.close()
+    begun, logged, finished = calls
+    assert (begun["project"], begun["name"], begun["id"], begun["resume"]) == ("p", "mine", "a", "allow")
+    assert begun["config"]["train"]["wandb"] == "p"
+    assert logged == (1, {"loss": 2.0}) and finished == "finished"
