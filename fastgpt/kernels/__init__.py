@@ -14,9 +14,12 @@ _PUBLIC = {
     "attention": "fused_attn",
     "qkv_attention": "fused_attn",
     "layer_norm": "fused_layernorm",
+    "linear": "fused_linear",
     "linear_cross_entropy": "fused_cross_entropy",
+    "linear_gelu": "fused_linear",
+    "mlp": "fused_linear",
 }
-__all__ = ["attention", "layer_norm", "linear_cross_entropy", "qkv_attention"]
+__all__ = ["attention", "layer_norm", "linear", "linear_cross_entropy", "linear_gelu", "mlp", "qkv_attention"]
 
 
 def __getattr__(name: str) -> Any:

@@ -100,7 +100,7 @@ def linear_kernel(
     """C = epilogue(A B), C and PRE (M, N) contiguous. EPILOGUE, on the fp32 tile z of A B (+ BIAS):
 
     "none": z, then dropout with SEED, then + RESIDUAL, each if given
-    "gelu": PRE = z (if PRE is given), C = gelu of z as PRE holds it
+    "gelu": PRE = z (if PRE is given), C = gelu(z), from z in fp32
     "dgelu": C = z gelu'(PRE)
     """
     pid_m, pid_n = _tile(tl.program_id(0), M, N, BM, BN, GROUP)
@@ -114,10 +114,9 @@ def linear_kernel(
     if BIAS is not None:
         z += tl.load(BIAS + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == "gelu":
-        rounded = z.to(C.dtype.element_ty)
         if PRE is not None:
-            tl.store(PRE + out, rounded, mask=mask)
-        z = _gelu(rounded.to(tl.float32), ERF)
+            tl.store(PRE + out, z.to(PRE.dtype.element_ty), mask=mask)
+        z = _gelu(z, ERF)
     elif EPILOGUE == "dgelu":
         z *= _gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
     if SEED is not None:

@@ -28,7 +28,7 @@ BF16, FP16, FP32 = SHORT
 
 
 def cases() -> list[Case]:
-    return [*attention_cases(), *layer_norm_cases(), *cross_entropy_cases(), *adamw_cases()]
+    return [*attention_cases(), *layer_norm_cases(), *cross_entropy_cases(), *linear_cases(), *adamw_cases()]
 
 
 def _backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
@@ -135,6 +135,39 @@ def cross_entropy_cases() -> Iterator[Case]:
     yield "linear_cross_entropy bf16 all options", partial(_loss, BF16, bias=True, vocab_size=50257, **everything)
     yield "linear_cross_entropy bf16 none", partial(_loss, BF16, reduction="none", **everything)
     yield "linear_cross_entropy fp32 bytes", partial(_loss, FP32, V=256)
+
+
+# ---------------------------------------------------------------- linear layers
+
+
+def _mlp(dtype: torch.dtype, *, approximate: str = "tanh", bias: bool = True, width: int = 256, **options: Any) -> None:
+    """An MLP with all its epilogues; sizes that 16 does not divide are read element by element, in tiles of their own."""
+    from fastgpt.kernels.fused_linear import mlp
+
+    C, H = width, 2 * width
+    shifts = [torch.zeros(n, dtype=dtype, requires_grad=True) if bias else None for n in (H, C)]
+    weights = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((H, C), (C, H))]
+    x, residual = (torch.zeros(256, C, dtype=dtype, requires_grad=True) for _ in range(2))
+    _backward(
+        mlp(x, weights[0], shifts[0], weights[1], shifts[1], residual=residual, approximate=approximate, **options)
+    )
+
+
+def _linear(dtype: torch.dtype, op: str, **options: Any) -> None:
+    from fastgpt.kernels import fused_linear
+
+    x, weight = (torch.zeros(n, 256, dtype=dtype, requires_grad=True) for n in (256, 512))
+    _backward(getattr(fused_linear, op)(x, weight, **options))
+
+
+def linear_cases() -> Iterator[Case]:
+    for dtype, name in SHORT.items():
+        yield f"mlp {name}", partial(_mlp, dtype)
+        yield f"linear_gelu {name}", partial(_linear, dtype, "linear_gelu")
+    yield "mlp bf16 erf dropout no bias", partial(_mlp, BF16, approximate="none", bias=False, dropout_p=0.1)
+    yield "mlp bf16 odd width", partial(_mlp, BF16, width=250)
+    yield "mlp fp16 fp16acc", partial(_mlp, FP16, accumulate="fp16")
+    yield "linear fp16 fp16acc", partial(_linear, FP16, "linear", accumulate="fp16")
 
 
 # ---------------------------------------------------------------- AdamW

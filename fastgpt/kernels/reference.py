@@ -143,6 +143,53 @@ def qkv_attention(
     return out.reshape(B, T, n_head * D)
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    accumulate: str = "fp32",
+) -> Tensor:
+    """dropout(x @ weight.T + bias) + residual. x (..., in), weight (out, in), bias (out,), residual (..., out).
+
+    The result has x's dtype (under autocast, autocast's), or with a residual the residual's. ``accumulate`` ("fp32",
+    "fp16") is how a kernel sums; it does not change what is meant."""
+    mixed = any(t is not None and t.dtype != x.dtype for t in (weight, bias))
+    if mixed and not torch.is_autocast_enabled(
+        x.device.type
+    ):  # which casts by itself, each weight once per forward pass
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    y = F.linear(x, weight, bias)
+    y = F.dropout(y, dropout_p) if dropout_p else y
+    return y if residual is None else (y + residual).to(residual.dtype)
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh", accumulate: str = "fp32"
+) -> Tensor:
+    """gelu(x @ weight.T + bias), with the tanh approximation or ("none") without. Hendrycks & Gimpel 2016."""
+    return F.gelu(linear(x, weight, bias), approximate=approximate)
+
+
+def mlp(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    approximate: str = "tanh",
+    accumulate: str = "fp32",
+) -> Tensor:
+    """``linear`` of ``linear_gelu``: GPT-2's MLP. w_fc (H, C), w_proj (out, H)."""
+    hidden = linear_gelu(x, w_fc, b_fc, approximate=approximate)
+    return linear(hidden, w_proj, b_proj, residual=residual, dropout_p=dropout_p)
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

@@ -1,0 +1,352 @@
+"""Linear layers whose bias, GELU, dropout and residual cost no pass over memory of their own.
+
+For x (M, K), weight W (N, K) and bias b (N,), with sums in fp32 and one rounding when a result is written::
+
+    linear        y = dropout(x W^T + b) + residual
+    linear_gelu   z = x W^T + b,  a = gelu(z)          one kernel writes both
+    mlp           y = dropout(gelu(x W1^T + b1) W2^T + b2) + residual
+
+    backward      dz = dy, or dy through the same dropout
+                  dx = dz W,   dW = dz^T x,   db = column sums of dz
+    of mlp        dz1 = (dz2 W2) gelu'(z1)             in the epilogue of that product: gelu(z1)'s gradient is never stored
+
+Saved for backward: x and z in the dtype of the operands, and in mlp also a, since dW2 = dz2^T a.
+
+Bytes per MLP in units of e, one (M, 4C) tensor (50.3 MB at 8192 x 768 in bf16). Its six matmuls write or read one such
+tensor each, 6e, whatever is done about the GELU. On top of that:
+
+    PyTorch         5e   forward reads z and writes a; backward reads da and z, writes dz
+    mlp             2e   forward writes z beside a; backward reads z in the product that gives da, and writes dz for da
+    prologues       3e   gelu' where dz is read: both of these matmuls read z beside da, and evaluate it in every column of
+                         tiles, 6 times at C = 768
+    no a            1e   gelu where a is read: evaluated 6 times in forward, 24 times in dW2
+
+dW is formed in the dtype of ``weight`` itself: the fp32 master is an input of the op, beside its 16-bit working copy, so
+its gradient never goes through 16 bits. Where its tiles leave SMs idle the tokens are split, and partial sums added up in
+a fixed order by a second kernel; db comes from the tiles of dz that dW reads. No atomics: repeat runs are bit-equal.
+Within ``gradients_in_place`` dW is added to ``weight.grad`` by the kernel that forms it.
+
+``accumulate="fp16"`` (fp16 operands): products are summed in fp16 over 128 of K (64 with a bias gradient), and these
+sums in fp32, in all three matmuls. _linear_launch.py chooses between cuBLAS and Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt.kernels import _linear_launch as launch
+from fastgpt.kernels import reference, runtime
+from fastgpt.kernels._linear_grads import _bwd_input, _bwd_weight, _bwd_weight_add, _dropout_bwd, _gelu_bwd, _rows
+from fastgpt.kernels.working_copy import working_copy
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_in_place = False
+
+
+@contextmanager
+def gradients_in_place() -> Iterator[None]:
+    """Forward passes made inside add their fp32 weight gradients to ``weight.grad`` in backward, where there is one, and
+    hand none to autograd: 8 bytes per weight and micro-batch instead of 16.
+
+    For a loop that calls ``loss.backward()`` and nothing else: hooks on parameters, torch.autograd.grad, DDP and FSDP
+    would not see these gradients. Only leaf parameters of fp32; without effect under torch.compile.
+    """
+    global _in_place
+    before, _in_place = _in_place, True
+    try:
+        yield
+    finally:
+        _in_place = before
+
+
+# ---------------------------------------------------------------- forward ops
+#
+# ``copy``: weight in x's dtype, where weight has another. It gets no gradient; weight, the master, gets it.
+
+
+@torch.library.custom_op(
+    "fastgpt::linear_fwd",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? copy, Tensor? bias, Tensor? residual, Tensor? seed, Tensor? pre, "
+    "float dropout_p, bool erf, bool fp16, bool in_place) -> Tensor",
+)
+def _linear_fwd(
+    x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    pre: Tensor | None, dropout_p: float, erf: bool, fp16: bool, in_place: bool,
+) -> Tensor:  # fmt: skip
+    """y (..., N) in the residual's dtype, else x's. With ``pre``, x is gelu(pre), and pre gets the gradient instead."""
+    residual = None if residual is None else _rows(residual)
+    y = launch.matmul(_rows(x), (weight if copy is None else copy).t(), bias, residual, seed, dropout_p, fp16)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@_linear_fwd.register_fake
+def _(x, weight, copy, bias, residual, seed, pre, dropout_p, erf, fp16, in_place):
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype if residual is None else residual.dtype)
+
+
+@torch.library.custom_op(
+    "fastgpt::linear_gelu_fwd",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? copy, Tensor? bias, bool erf, bool fp16, bool save, bool in_place) "
+    "-> (Tensor, Tensor)",
+)
+def _linear_gelu_fwd(
+    x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, erf: bool, fp16: bool, save: bool,
+    in_place: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """gelu(z) and z (empty if not ``save``), (..., N) in x's dtype."""
+    a, z = launch.matmul_gelu(_rows(x), (weight if copy is None else copy).t(), bias, erf, fp16, save)
+    shape = *x.shape[:-1], weight.shape[0]
+    return a.view(shape), z.view(shape) if save else z
+
+
+@_linear_gelu_fwd.register_fake
+def _(x, weight, copy, bias, erf, fp16, save, in_place):
+    shape = *x.shape[:-1], weight.shape[0]
+    return x.new_empty(shape), x.new_empty(shape if save else 0)
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _weight_and_bias(ctx, dz, x, weight, wants_weight, bias_dtype, db) -> tuple[Tensor | None, Tensor | None]:
+    """(dW, db), None where not wanted or, in place, where done already. ``db``: if the pass that formed dz has it."""
+    ask = bias_dtype if db is None else None
+    dw: Tensor | None = None
+    if wants_weight:
+        if ctx.in_place and not torch.is_grad_enabled() and launch.adds_in_place(weight.grad, weight):
+            summed = _bwd_weight_add(weight.grad, dz, x, ask, ctx.fp16)
+        else:
+            dw, summed = _bwd_weight(dz, x, weight, ask, ctx.fp16)
+        return dw, summed if ask else db
+    return None, _rows(dz).sum(0, dtype=torch.float32).to(ask) if ask else db
+
+
+def _save_linear(ctx, inputs, output):
+    x, weight, copy, bias, residual, seed, pre, ctx.dropout_p, ctx.erf, ctx.fp16, ctx.in_place = inputs
+    wants = ctx.needs_input_grad
+    ctx.dtype, ctx.bias_dtype = x.dtype, bias.dtype if bias is not None and wants[3] else None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if wants[1] else None, weight if wants[1] else None, weight if copy is None else copy, seed, pre
+    )
+
+
+def _linear_backward(ctx, dy):
+    if dy is None:
+        return (None,) * 11
+    x, weight, operand, seed, pre = ctx.saved_tensors
+    wants, db = ctx.needs_input_grad, None
+    if seed is not None:
+        dz, db = _dropout_bwd(dy, seed, ctx.dropout_p, ctx.dtype, ctx.bias_dtype)
+        db = db if ctx.bias_dtype else None
+    else:
+        dz = dy.to(ctx.dtype)
+    dx = _bwd_input(dz, operand, pre, ctx.erf, ctx.fp16) if wants[0] or wants[6] else None
+    dw, db = _weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
+    dresidual = dy if wants[4] else None
+    return (dx, dw, None, db, dresidual, None, None, *[None] * 4) if pre is None else (
+        None, dw, None, db, dresidual, None, dx, *[None] * 4
+    )  # fmt: skip
+
+
+def _save_gelu(ctx, inputs, output):
+    x, weight, copy, bias, ctx.erf, ctx.fp16, _, ctx.in_place = inputs
+    wants = ctx.needs_input_grad
+    ctx.bias_dtype = bias.dtype if bias is not None and wants[3] else None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if wants[1] else None, weight if wants[1] else None, weight if copy is None else copy, output[1]
+    )
+
+
+def _gelu_backward(ctx, da, dpre):
+    """``dpre``: from mlp's second matmul, which has applied gelu' already; ``da``: from any other use of gelu(z)."""
+    x, weight, operand, pre = ctx.saved_tensors
+    wants, db = ctx.needs_input_grad, None
+    if da is not None:
+        dz, db = _gelu_bwd(da, pre, ctx.erf, pre.dtype, ctx.bias_dtype)
+        db = db if ctx.bias_dtype else None
+        if dpre is not None:
+            dz, db = dz + dpre, None
+    elif dpre is not None:
+        dz = dpre
+    else:
+        return (None,) * 8
+    dx = _bwd_input(dz, operand, None, False, ctx.fp16) if wants[0] else None
+    dw, db = _weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
+    return dx, dw, None, db, None, None, None, None
+
+
+_linear_fwd.register_autograd(_linear_backward, setup_context=_save_linear)
+_linear_gelu_fwd.register_autograd(_gelu_backward, setup_context=_save_gelu)
+
+
+# ---------------------------------------------------------------- public
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    accumulate: str = "fp32",
+) -> Tensor:
+    """dropout(x @ weight.T + bias) + residual.
+
+    x (..., in) of any rank from 1, weight (out, in), bias (out,), residual (..., out), any strides, each fp32, fp16 or
+    bf16 (a transposed (in, out) weight is read in place). The matmul runs in x's dtype (under autocast, in autocast's);
+    the result has that dtype, or the residual's. Each gradient has its input's dtype, that of an fp32 weight without
+    going through 16 bits. ``dropout_p`` > 0 draws a seed from torch's generator. ``accumulate="fp16"``: see above.
+
+    Raises ValueError for arguments that do not fit. CPU tensors outside Triton's interpreter are computed by
+    ``reference.linear``.
+    """
+    dtype = _check(x, weight, bias, accumulate, residual, dropout_p)
+    if not runtime.runs_in_triton(x):
+        return reference.linear(x, weight, bias, residual=residual, dropout_p=dropout_p, accumulate=accumulate)
+    return _linear(x.to(dtype), None, weight, bias, residual, dropout_p, False, accumulate)
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh", accumulate: str = "fp32"
+) -> Tensor:
+    """gelu(x @ weight.T + bias), ``approximate`` as in torch.nn.functional.gelu: "tanh" or "none". The rest is as in
+    ``linear``. Where a linear layer follows, ``mlp`` moves fewer bytes in backward."""
+    dtype = _check(x, weight, bias, accumulate)
+    _check_approximate(approximate)
+    if not runtime.runs_in_triton(x):
+        return reference.linear_gelu(x, weight, bias, approximate=approximate, accumulate=accumulate)
+    return _gelu(x.to(dtype), weight, bias, approximate, accumulate)[0]
+
+
+def mlp(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    approximate: str = "tanh",
+    accumulate: str = "fp32",
+) -> Tensor:
+    """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual: ``linear`` of ``linear_gelu``, whose backward has
+    no pass for the GELU. x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in those two."""
+    dtype = _check(x, w_fc, b_fc, accumulate, names=("x", "w_fc", "b_fc"))
+    _check_approximate(approximate)
+    hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
+    _check(hidden, w_proj, b_proj, accumulate, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
+    if not runtime.runs_in_triton(x):
+        return reference.mlp(
+            x, w_fc, b_fc, w_proj, b_proj,
+            residual=residual, dropout_p=dropout_p, approximate=approximate, accumulate=accumulate,
+        )  # fmt: skip
+    a, pre = _gelu(x.to(dtype), w_fc, b_fc, approximate, accumulate)
+    return _linear(a, pre, w_proj, b_proj, residual, dropout_p, approximate == "none", accumulate)
+
+
+def _gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, accumulate: str
+) -> tuple[Tensor, Tensor | None]:
+    """gelu(z), and z or None where no gradient is wanted."""
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    copy, erf, fp16 = _copy(weight, x.dtype), approximate == "none", accumulate == "fp16"
+    a, pre = _linear_gelu_fwd(x, weight, copy, bias, erf, fp16, save, _adds_to(weight))
+    return a, pre if save else None
+
+
+def _linear(
+    x: Tensor, pre: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dropout_p: float,
+    erf: bool, accumulate: str,
+) -> Tensor:  # fmt: skip
+    copy = _copy(weight, x.dtype)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if not wanted and residual is None and dropout_p == 0 and accumulate == "fp32":
+        # Plain PyTorch where it would be cuBLAS anyway: an op costs the host more, which sampling feels.
+        operand, (N, K) = weight if copy is None else copy, weight.shape
+        kind = "none" if bias is None else "bias"
+        if launch.engine(math.prod(x.shape[:-1]), N, K, x.dtype, kind, x.device) == "cublas":
+            return F.linear(x, operand, None if bias is None else working_copy(bias, x.dtype))
+    seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
+    fp16 = accumulate == "fp16"
+    return _linear_fwd(x, weight, copy, bias, residual, seed, pre, dropout_p, erf, fp16, _adds_to(weight))
+
+
+def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The working copy of ``weight`` in ``dtype``, also of a parameter's transposed view; None if it has that dtype."""
+    if weight.dtype == dtype:
+        return None
+    with torch.no_grad():
+        if not torch.compiler.is_compiling():
+            base = weight._base
+            if isinstance(base, nn.Parameter) and base.dim() == 2 and _is_transpose(weight, base):
+                return working_copy(base, dtype).t()
+        return working_copy(weight, dtype)
+
+
+def _is_transpose(view: Tensor, base: Tensor) -> bool:
+    return (view.shape, view.stride(), view.storage_offset()) == (
+        base.shape[::-1],
+        base.stride()[::-1],
+        base.storage_offset(),
+    )
+
+
+def _adds_to(weight: Tensor) -> bool:
+    """Whether backward may add to ``weight.grad``."""
+    return _in_place and not torch.compiler.is_compiling() and type(weight) is nn.Parameter and weight.is_leaf
+
+
+def _check_approximate(approximate: str) -> None:
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"approximate is {approximate!r}: use 'tanh' or 'none'")
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    accumulate: str,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    names: tuple[str, str, str] = ("x", "weight", "bias"),
+) -> torch.dtype:
+    """Raise ValueError unless all fit together. Returns the dtype of the matmul's operands."""
+    x_name, w_name, b_name = names
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{x_name} is {tuple(x.shape)} and {w_name} {tuple(weight.shape)}: they have to be (..., in) and (out, in)"
+        )
+    out = (*x.shape[:-1], weight.shape[0])
+    for name, tensor, shape in ((b_name, bias, weight.shape[:1]), ("residual", residual, out)):
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}: the result of {out} needs {tuple(shape)}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1]")
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    if accumulate not in ("fp32", "fp16"):
+        raise ValueError(f"accumulate is {accumulate!r}: use 'fp32' or 'fp16'")
+    if accumulate == "fp16" and dtype != torch.float16 and x_name == "x":
+        raise ValueError(f"accumulate is 'fp16', but the operands are {dtype}: use float16 ones, or 'fp32'")
+    for name, tensor in ((x_name, x), (w_name, weight), (b_name, bias), ("residual", residual)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}: move it to {x.device}, where {x_name} is")
+        if tensor.dtype not in DTYPES and runtime.runs_in_triton(x):
+            raise ValueError(f"{name} is {tensor.dtype}: the kernel takes float32, float16 and bfloat16")
+    return dtype

@@ -1,0 +1,614 @@
+"""Linear layers against the plain PyTorch reference. Every matmul is made to run in Triton unless a test says otherwise, in
+tiles of 16 x 32 x 16, so that small odd shapes have several tiles, several splits and ragged edges."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgpt.kernels import _linear_launch as launch
+from fastgpt.kernels import fused_linear as module
+from fastgpt.kernels import reference, runtime, working_copy
+from fastgpt.kernels.fused_linear import gradients_in_place, linear, linear_gelu, mlp
+from tests import parity
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+engine, config = launch.engine, launch.config
+
+
+def in_tiles(monkeypatch, block_m: int, block_n: int, block_k: int, splits: int = 3) -> None:
+    def small(kernel, M, N, K, dtype, accumulate="fp32", sms=46, wide=True):
+        chunk = 2 if accumulate == "fp16" else 0
+        cfg = launch.Config(block_m, block_n, block_k, group=2, num_warps=4, num_stages=2, chunk=chunk)
+        return cfg if kernel == "linear" else cfg._replace(splits=splits)
+
+    monkeypatch.setattr(launch, "config", small)
+
+
+def run_by(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(launch, "engine", lambda *_: name)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles_in_triton(monkeypatch):
+    in_tiles(monkeypatch, 16, 32, 16)
+    run_by(monkeypatch, "triton")
+
+
+def make(device, dtype=torch.float32, shape=(3, 7), K=40, N=50, bias=True) -> dict[str, Tensor]:
+    inputs = {"x": torch.randn(*shape, K, device=device).to(dtype)}
+    inputs["weight"] = (torch.randn(N, K, device=device) / max(K, 1) ** 0.5).to(dtype)
+    if bias:
+        inputs["bias"] = torch.randn(N, device=device).to(dtype)
+    return inputs
+
+
+def make_mlp(device, dtype=torch.float32, shape=(3, 7), C=40, H=50, out=33, bias=True) -> dict[str, Tensor | None]:
+    inputs = {"x": torch.randn(*shape, C, device=device).to(dtype)}
+    inputs["w_fc"] = (2 * torch.randn(H, C, device=device) / C**0.5).to(dtype)
+    inputs["w_proj"] = (torch.randn(out, H, device=device) / H**0.5).to(dtype)
+    inputs["b_fc"] = torch.randn(H, device=device).to(dtype) if bias else None
+    inputs["b_proj"] = torch.randn(out, device=device).to(dtype) if bias else None
+    return inputs
+
+
+def check(op, inputs, **options):
+    """Parity with the reference of the same name."""
+    parity.check(partial(op, **options), partial(getattr(reference, op.__name__), **options), inputs)
+
+
+def gradients(op, inputs, **options) -> list[Tensor]:
+    leaves = [v.requires_grad_() for v in (v.detach() for v in inputs.values() if v is not None)]
+    named = dict(zip((k for k, v in inputs.items() if v is not None), leaves))
+    out = op(**{**inputs, **named}, **options)
+    upstream = torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+# ---------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear(device, dtype, name, monkeypatch):
+    run_by(monkeypatch, name)
+    check(linear, make(device, dtype))
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+def test_linear_without_a_bias(device, name, monkeypatch):
+    run_by(monkeypatch, name)
+    check(linear, make(device, bias=False))
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_residual_keeps_its_dtype_and_gets_its_own_gradient(device, dtype, name, monkeypatch):
+    run_by(monkeypatch, name)
+    check(linear, {**make(device, dtype), "residual": torch.randn(3, 7, 50, device=device).to(dtype)})
+    check(linear, {**make(device, dtype), "residual": torch.randn(3, 7, 50, device=device)})
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_gelu(device, dtype, approximate, name, monkeypatch):
+    run_by(monkeypatch, name)
+    check(linear_gelu, make(device, dtype), approximate=approximate)
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mlp(device, dtype, approximate, name, monkeypatch):
+    run_by(monkeypatch, name)
+    check_mlp(make_mlp(device, dtype), approximate=approximate)
+
+
+def check_mlp(inputs, **options):
+    given = {key: value for key, value in inputs.items() if value is not None}
+    rest = {key: None for key, value in inputs.items() if value is None}
+    check(mlp, given, **rest, **options)
+
+
+def test_mlp_without_biases_and_with_a_residual(device):
+    residual = torch.randn(3, 7, 33, device=device)
+    check_mlp({**make_mlp(device, torch.bfloat16, bias=False), "residual": residual})
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's; the sigmoid of what overflows is 0
+@pytest.mark.parametrize("values", [[-1e4, -50.0, -12.0, -5.5, -0.5, -1e-6, 0.0, 1e-6, 0.5, 5.5, 50.0, 1e4]])
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gelu_in_its_tails(device, values, approximate):
+    x = torch.tensor(values, device=device)[:, None]
+    check(linear_gelu, {"x": x, "weight": torch.ones(1, 1, device=device)}, approximate=approximate)
+
+
+@pytest.mark.parametrize("op", [linear, linear_gelu, mlp], ids=lambda op: op.__name__)
+def test_fp16_accumulation(device, op):
+    # The interpreter rounds once per block, not per 16 of K as tensor cores do: this shows the sums, not their error.
+    if op is mlp:
+        check_mlp(make_mlp(device, torch.float16, C=72, H=100), accumulate="fp16")
+    else:
+        check(op, make(device, torch.float16, K=72), accumulate="fp16")
+
+
+@pytest.mark.parametrize("accumulate", ["fp32", "fp16"])
+@pytest.mark.parametrize("K", [1, 15, 16, 17, 31, 33, 48, 64, 80])
+def test_sums_of_any_length(device, K, accumulate):
+    # Whole blocks of K or not, whole chunks of two blocks or not; the weight gradient's sums are over 19 rows.
+    check(linear, make(device, torch.float16, shape=(19,), K=K, N=20), accumulate=accumulate)
+
+
+def test_fp16_sums_are_rounded_once_per_chunk_and_added_in_fp32(device, monkeypatch):
+    # 2049 is no fp16 number: a chunk of 2048 + 1 loses its 1, but the sum of chunks keeps every 2048.
+    x = torch.zeros(1, 96, device=device, dtype=torch.float16)
+    x[0, ::32] = 2048  # one in each chunk of 2 x 16
+    weight = torch.ones(1, 96, device=device, dtype=torch.float16)
+    residual = torch.zeros(1, 1, device=device)
+    in_tiles(monkeypatch, 16, 16, 16)
+    assert linear(x, weight, residual=residual, accumulate="fp16").item() == 3 * 2048
+    x[0, 1::32] = 1
+    assert linear(x, weight, residual=residual, accumulate="fp16").item() == 3 * 2048
+    assert linear(x, weight, residual=residual).item() == 3 * 2049
+
+
+# ---------------------------------------------------------------- shapes and strides
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (17,), (2, 3, 4)], ids=str)
+def test_any_rank(device, shape):
+    check(linear, make(device, shape=shape))
+    check_mlp(make_mlp(device, shape=shape))
+
+
+@pytest.mark.parametrize("N", [1, 2, 31, 33, 64])
+def test_any_number_of_columns(device, N):
+    check(linear, make(device, N=N))
+    check(linear_gelu, make(device, N=N))
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+@pytest.mark.parametrize("shape, K, N", [((0,), 40, 50), ((2, 0), 40, 50), ((3,), 0, 50), ((3,), 40, 0)], ids=str)
+def test_empty(device, shape, K, N, name, monkeypatch):
+    run_by(monkeypatch, name)
+    inputs = make(device, shape=shape, K=K, N=N)
+    check(linear, {**inputs, "residual": torch.randn(*shape, N, device=device)})
+    check(linear_gelu, inputs)
+    if K and N:
+        check_mlp(make_mlp(device, shape=shape))
+
+
+def test_more_rows_than_a_program_of_each_kernel_takes(device, monkeypatch):
+    # bug 3: a partial-sum buffer of floor instead of ceil
+    monkeypatch.setattr(launch, "config", config)
+    for op in (linear, linear_gelu):
+        check(op, make(device, torch.float16, shape=(1030,), K=16, N=24))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "slice", "every_other", "expanded"])
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+def test_any_strides_of_the_weight(device, layout, name, monkeypatch):
+    run_by(monkeypatch, name)
+    inputs = make(device, K=40, N=40)
+    wide = torch.randn(40, 90, device=device) / 6
+    weight = {
+        "transposed": inputs["weight"].t(),
+        "slice": wide[:, 5:45],
+        "every_other": wide[:, :80:2],
+        "expanded": wide[:1, :40].expand(40, 40),
+    }
+    check(linear, {**inputs, "weight": weight[layout]})
+    check(linear_gelu, {**inputs, "weight": weight[layout]})
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+def test_any_strides_of_x_bias_and_residual(device, name, monkeypatch):
+    run_by(monkeypatch, name)
+    inputs = {**make(device, shape=(7, 4)), "residual": torch.randn(4, 50, 7, device=device).permute(2, 0, 1)}
+    inputs["bias"] = torch.randn(50, 3, device=device)[:, 1]
+    wide = torch.randn(4, 7, 90, device=device)
+    for x in (wide[..., 3:43].transpose(0, 1), wide[:, :, :80:2].transpose(0, 1), wide[:1, :1, :40].expand(7, 4, 40)):
+        check(linear, {**inputs, "x": x})
+
+
+@pytest.mark.parametrize("op", [linear, linear_gelu], ids=lambda op: op.__name__)
+def test_any_strides_of_the_upstream_gradient(device, op):
+    # bug 5: dy from .sum() has stride 0
+    ones, permuted = (
+        torch.ones(1, device=device).expand(3, 7, 50),
+        torch.randn(50, 7, 3, device=device).permute(2, 1, 0),
+    )
+    for upstream in (ones, permuted):
+        parity.check(op, getattr(reference, op.__name__), make(device), upstream=(upstream,))
+
+
+def test_a_transposed_views_gradient_has_its_bases_layout(device):
+    # Conv1D's weight (in, out), read as a view
+    base = nn.Parameter(torch.randn(40, 50, device=device))
+    linear(make(device)["x"], base.t()).square().sum().backward()
+    assert base.grad is not None and base.grad.is_contiguous() and base.grad.shape == (40, 50)
+
+
+@pytest.mark.xdist_group("large")
+def test_offsets_past_2_to_the_31(device):
+    # bug 1: row strides whose product with the row passes int32; memory that is never touched otherwise
+    rows, stride = 3, 2**30 + 8
+    buffer = torch.empty(rows * stride, dtype=torch.float16, device=device)
+    x = buffer.as_strided((rows, 16), (stride, 1))
+    x.copy_(torch.randn(rows, 16, device=device))
+    weight = torch.randn(24, 16, device=device, dtype=torch.float16)
+    assert torch.equal(linear(x, weight), linear(x.clone(), weight))
+    assert torch.equal(linear(weight, x), linear(weight, x.clone()))
+
+
+def test_nothing_is_written_outside_the_result(device):
+    # bug 2: unmasked stores; guard bands of 77 on both sides of each result
+    x, dz = torch.randn(19, 21, device=device), torch.randn(19, 23, device=device)
+    buffers = {size: torch.full((size + 200,), 77.0, device=device) for size in (19 * 23, 23 * 21, 23)}
+    y, dw, db = (buffers[size][100:-100] for size in (19 * 23, 23 * 21, 23))
+    weight = torch.randn(23, 21, device=device)
+    launch._launch(x, weight.t(), y.view(19, 23), "none", fp16=False)
+    launch.weight_grad(dz, x, dw.view(23, 21), db, False)
+    for buffer, inside in zip(buffers.values(), (y, dw, db)):
+        assert (buffer[:100] == 77).all() and (buffer[-100:] == 77).all() and (inside != 77).all()
+    torch.testing.assert_close(dw.view(23, 21), dz.t() @ x, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------- dtypes
+
+
+def test_an_fp32_weights_gradient_never_goes_through_16_bits(device):
+    inputs = make(device, shape=(64,))
+    x, weight = inputs["x"].bfloat16(), inputs["weight"].requires_grad_()
+    dy = torch.randn(64, 50, device=device).bfloat16()
+    linear(x, weight, inputs["bias"]).backward(dy)
+    exact = dy.double().t() @ x.double()
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_computes_in_its_dtype_from_the_working_copy(device, dtype):
+    inputs = make_mlp(device)
+    weights = {key: nn.Parameter(value) for key, value in inputs.items() if key != "x"}
+    with torch.autocast(device.type, dtype):
+        out = mlp(inputs["x"], **weights)
+    out.sum().backward()
+    assert out.dtype == dtype
+    assert torch.equal(out, mlp(inputs["x"].to(dtype), **weights))
+    assert {p.grad.dtype for p in weights.values()} == {torch.float32}
+    assert working_copy.existing(weights["w_fc"]).dtype == dtype
+    assert working_copy.existing(weights["b_fc"]) is None, "the kernel reads a bias in its own dtype"
+
+
+def test_a_transposed_parameter_is_cast_once(device):
+    base, x = nn.Parameter(torch.randn(40, 50, device=device)), make(device, torch.bfloat16)["x"]
+    first = linear(x, base.t())
+    copy = working_copy.existing(base)
+    assert copy is not None and copy.dtype == torch.bfloat16
+    assert torch.equal(first, linear(x, base.detach().t()))
+    linear(x, base.t())
+    assert working_copy.existing(base) is copy
+
+
+def test_parity_under_autocast(device):
+    def autocast(op, x, **kwargs):
+        with torch.autocast(device.type, torch.bfloat16, enabled=x.dtype == torch.float32):
+            return op(x, **kwargs)
+
+    parity.check(partial(autocast, mlp), partial(autocast, reference.mlp), make_mlp(device))
+
+
+# ---------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+def test_dropout_comes_before_the_residual_and_is_repeated_in_backward(device, name, monkeypatch):
+    run_by(monkeypatch, name)
+    p, x, weight = 0.4, torch.ones(60, 16, device=device), torch.zeros(70, 16, device=device).requires_grad_()
+    bias, residual = torch.ones(70, device=device).requires_grad_(), torch.full((60, 70), 2.0, device=device)
+    y = linear(x, weight, bias, residual=residual.requires_grad_(), dropout_p=p)
+    kept = y > 2
+    assert y.unique().tolist() == pytest.approx([2, 2 + 1 / (1 - p)])
+    assert kept.float().mean().item() == pytest.approx(1 - p, abs=0.03)
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(bias.grad, kept.sum(0) / (1 - p))
+    torch.testing.assert_close(weight.grad, (kept.sum(0) / (1 - p))[:, None].expand(70, 16))
+    assert torch.equal(residual.grad, torch.ones_like(residual))
+
+
+def test_dropout_follows_torchs_generator(device):
+    # bug 19: a constant seed
+    inputs = make(device)
+    draws = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws.append([linear(**inputs, dropout_p=0.5) for _ in range(2)])
+    assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[0][1], draws[1][1])
+    assert not torch.equal(draws[0][0], draws[0][1]) and not torch.equal(draws[0][0], draws[2][0])
+    assert not linear(**inputs, dropout_p=1.0).any()
+    torch.testing.assert_close(linear(**inputs, dropout_p=0.0), reference.linear(**inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_activation_checkpointing_repeats_the_mask(device):
+    inputs = make_mlp(device)
+
+    def checkpointed(**kwargs):
+        op = partial(mlp, dropout_p=0.3)
+        return torch.utils.checkpoint.checkpoint(op, use_reentrant=False, **kwargs)
+
+    torch.manual_seed(5)
+    plain = gradients(mlp, inputs, dropout_p=0.3)
+    torch.manual_seed(5)
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(checkpointed, inputs)))
+
+
+# ---------------------------------------------------------------- backward
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_repeat_runs_are_bit_equal_and_change_no_input(device, dtype):
+    # bugs 13 and 18
+    inputs = make_mlp(device, dtype, shape=(40,))
+    before = {key: value.clone() for key, value in inputs.items()}
+    first, second = gradients(mlp, inputs), gradients(mlp, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(before[key], value) for key, value in inputs.items())
+
+
+@pytest.mark.parametrize("wanted", ["x", "w_fc", "b_fc", "w_proj", "b_proj"])
+def test_only_wanted_gradients_are_formed(device, wanted, monkeypatch):
+    inputs = make_mlp(device)
+    names = ["out", *inputs]
+    everything = dict(zip(names, gradients(mlp, inputs)))
+    formed = []
+    for op in ("_bwd_input", "_bwd_weight"):
+        original = getattr(module, op)
+        monkeypatch.setattr(module, op, lambda *a, f=original, op=op: (formed.append(op), f(*a))[1])
+    leaf = inputs[wanted].clone().requires_grad_()
+    out = mlp(**{**inputs, wanted: leaf})
+    upstream = torch.linspace(-1, 2, out.numel(), device=device).view(out.shape)
+    out.backward(upstream)
+    torch.testing.assert_close(leaf.grad, everything[wanted], rtol=1e-6, atol=1e-6)
+    products = {"x": 2 * ["_bwd_input"], "w_fc": ["_bwd_input", "_bwd_weight"], "b_fc": ["_bwd_input"]}
+    assert formed == {**products, "w_proj": ["_bwd_weight"], "b_proj": []}[wanted]
+    assert all(value.grad is None for key, value in inputs.items() if key != wanted)
+
+
+def test_no_gradient_wanted_saves_no_pre_activation(device, monkeypatch):
+    saved = []
+    original = launch.matmul_gelu
+    monkeypatch.setattr(launch, "matmul_gelu", lambda *a: (saved.append(a[-1]), original(*a))[1])
+    inputs = make_mlp(device)
+    assert mlp(**inputs).grad_fn is None
+    with torch.no_grad():
+        mlp(**{**inputs, "w_fc": inputs["w_fc"].clone().requires_grad_()})
+    assert saved == [False, False]
+
+
+def test_gelu_used_twice_sums_both_gradients(device):
+    inputs = make(device)
+
+    def twice(op, **kwargs):
+        a = op(**kwargs)
+        return a * a.sin()
+
+    parity.check(partial(twice, linear_gelu), partial(twice, reference.linear_gelu), inputs)
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_in_place_are_those_that_autograd_adds(device, name, splits, transposed, monkeypatch):
+    run_by(monkeypatch, name)
+    in_tiles(monkeypatch, 32, 32, 16, splits)
+    inputs = make_mlp(device, torch.bfloat16, shape=(40,))
+    x = inputs.pop("x")
+
+    def accumulated(context) -> tuple[list[Tensor], int]:
+        params = {
+            key: nn.Parameter(value.float().t().contiguous().t() if transposed and value.dim() == 2 else value.float())
+            for key, value in inputs.items()
+        }
+        addresses = set()
+        for micro_batch in (x, x.sin()):
+            with context():
+                mlp(micro_batch, **params).float().square().sum().backward()
+            addresses |= {p.grad.data_ptr() for p in params.values() if p.dim() == 2}
+        return [p.grad for p in params.values()], len(addresses)
+
+    plain, _ = accumulated(torch.enable_grad)
+    added, buffers = accumulated(gradients_in_place)
+    assert buffers == 2, "the gradients of two matrices stay where they are"
+    for a, b in zip(plain, added):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_in_place_reach_leaf_parameters_of_fp32_only(device):
+    def second_gradient(weight) -> Tensor:
+        seen = []
+        weight.register_hook(lambda grad: seen.append(grad))  # autograd's own way
+        with gradients_in_place():
+            for _ in range(2):
+                linear(x.to(weight.dtype), weight).sum().backward()
+        return len([grad for grad in seen if grad is not None])
+
+    x = make(device)["x"]
+    assert second_gradient(nn.Parameter(torch.randn(50, 40, device=device))) == 1
+    assert second_gradient(nn.Parameter(torch.randn(50, 40, device=device, dtype=torch.bfloat16))) == 2
+    assert second_gradient(torch.randn(50, 40, device=device).requires_grad_()) == 2
+    assert not module._in_place
+
+
+# ---------------------------------------------------------------- torch.library, torch.compile
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(device, dtype):
+    m = make_mlp(device, dtype, shape=(2, 3), C=16, H=20, out=18)
+    m = {key: value.requires_grad_() for key, value in m.items()}
+    residual = torch.randn(2, 3, 18, device=device, requires_grad=True)
+    seed = torch.ones(1, dtype=torch.int64, device=device)
+    forward = (m["x"], m["w_fc"], None, m["b_fc"], False, False)
+    torch.library.opcheck(module._linear_gelu_fwd, (*forward, True, False))
+    a, z = (t.detach() for t in module._linear_gelu_fwd(*forward, True, False))
+    w_proj, end = m["w_proj"].detach(), (m["w_proj"], None, m["b_proj"])
+    pre = z.clone().requires_grad_()
+    torch.library.opcheck(module._linear_fwd, (a, *end, residual, seed, pre, 0.5, False, False, False))
+    torch.library.opcheck(module._linear_fwd, (m["x"], m["w_fc"], *[None] * 5, 0.0, False, False, False))
+    dz = torch.randn(2, 3, 18, device=device).to(dtype)
+    for given in (None, z):
+        torch.library.opcheck(module._bwd_input, (dz, w_proj, given, False, False))
+    for bias_dtype in (None, torch.float32):
+        torch.library.opcheck(module._bwd_weight, (dz, a, w_proj.float().t().contiguous().t(), bias_dtype, False))
+        torch.library.opcheck(module._bwd_weight_add, (torch.zeros(18, 20, device=device), dz, a, bias_dtype, False))
+        torch.library.opcheck(module._gelu_bwd, (a, z, True, dtype, bias_dtype))
+        torch.library.opcheck(module._dropout_bwd, (dz, seed, 0.5, dtype, bias_dtype))
+
+
+@pytest.mark.parametrize("op", [linear, linear_gelu, mlp], ids=lambda op: op.__name__)
+def test_compiled_equals_eager(device, op):
+    inputs = make_mlp(device) if op is mlp else make(device)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(gradients(op, inputs), gradients(compiled, inputs)))
+    with torch.no_grad():
+        assert torch.equal(compiled(**inputs), op(**inputs))
+
+
+def test_compiled_under_autocast_with_dropout_and_in_place_asked_for(device):
+    weight, x = nn.Parameter(torch.randn(50, 40, device=device)), make(device)["x"]
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16):
+            return linear(x, weight, residual=residual, dropout_p=0.5)
+
+    residual = torch.zeros(3, 7, 50, device=device)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with gradients_in_place():
+        first, second = compiled(), compiled()
+    assert not torch.equal(first, second), "each call draws its own mask"
+    first.sum().backward()
+    before = weight.grad.clone()
+    second.sum().backward()
+    x16, upstream = x.bfloat16().reshape(-1, 40).float(), (second != 0).float().reshape(-1, 50) * 2
+    torch.testing.assert_close(weight.grad - before, upstream.t() @ x16, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_sizes_share_one_compiled_graph(device):
+    # bug 27: recompiles per batch size
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mlp, fullgraph=True, backend=counter)
+    for rows in (3, 5, 9, 12):
+        inputs = make_mlp(device, shape=(rows,))
+        assert all(torch.equal(a, b) for a, b in zip(gradients(compiled, inputs), gradients(mlp, inputs)))
+    assert counter.frame_count <= 2  # the second one takes any size
+
+
+# ---------------------------------------------------------------- who runs what
+
+
+@pytest.fixture
+def compiled_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(runtime, "INTERPRET", False)
+
+
+@pytest.mark.parametrize(
+    "epilogue, dtype, M, accumulate, expected",
+    [
+        ("none", torch.bfloat16, 8192, "fp32", "cublas"),
+        ("bias", torch.bfloat16, 8192, "fp32", "cublas"),
+        ("weight_grad", torch.bfloat16, 768, "fp32", "cublas"),
+        ("gelu", torch.bfloat16, 8192, "fp32", "triton"),
+        ("dgelu", torch.float16, 8192, "fp32", "triton"),
+        ("residual", torch.bfloat16, 8192, "fp32", "triton"),
+        ("weight_grad_bias", torch.bfloat16, 64, "fp32", "triton"),
+        ("gelu", torch.bfloat16, 1, "fp32", "cublas"),
+        ("gelu", torch.float32, 8192, "fp32", "cublas"),
+        ("none", torch.float16, 8192, "fp16", "triton"),
+        ("weight_grad", torch.float16, 768, "fp16", "triton"),
+    ],
+)
+def test_plain_matmuls_are_cublas_and_fused_ones_triton(epilogue, dtype, M, accumulate, expected, compiled_for_a_gpu):
+    assert engine(M, 768, 3072, dtype, epilogue, torch.device("cuda"), accumulate) == expected
+
+
+@pytest.mark.parametrize("M, N, ways", [(768, 768, 5), (2304, 768, 2), (3072, 768, 2), (384, 384, 5), (50304, 768, 1)])
+def test_a_weight_gradient_is_split_where_its_tiles_leave_sms_idle(M, N, ways, compiled_for_a_gpu):
+    assert config("weight_grad", M, N, 8192, torch.bfloat16, sms=46).splits == ways
+
+
+@pytest.mark.parametrize("K, ways", [(0, 1), (1, 1), (1000, 1), (1024, 2), (4096, 8)])
+def test_few_tokens_are_not_split(K, ways):
+    assert launch.splits(1024, 256, K, 128, 128, sms=46) == ways
+
+
+@pytest.mark.parametrize("kernel, chunk", [("linear", 2), ("weight_grad", 2), ("weight_grad_bias", 1)])
+def test_fp16_sums_are_of_64_to_256_products(kernel, chunk, compiled_for_a_gpu):
+    cfg = config(kernel, 8192, 3072, 768, torch.float16, "fp16")
+    assert cfg.chunk == chunk and 64 <= cfg.chunk * cfg.block_k <= 256
+    narrow = config(kernel, 8192, 3072, 768, torch.float16, "fp16", wide=False)
+    assert 64 <= narrow.chunk * narrow.block_k <= 256
+    assert config(kernel, 8192, 3072, 768, torch.float16).chunk == 0
+
+
+@pytest.mark.parametrize("rows, columns, wide", [(32, 48, True), (33, 48, True), (32, 40, False), (48, 1, False)])
+def test_what_can_be_read_128_bits_at_a_time(device, rows, columns, wide):
+    buffer = torch.empty(rows + 1, columns, device=device, dtype=torch.bfloat16)
+    assert launch._wide(buffer[1:]) == wide
+    assert launch._wide(buffer[1:].t()) == wide
+    assert not launch._wide(buffer.view(-1)[1 : 1 + rows * columns].view(rows, columns)), "off alignment"
+    assert not launch._wide(buffer.view(-1)[: rows * columns].view(rows, columns)[::2, ::2])
+
+
+def test_plain_pytorch_for_cpu_tensors_outside_the_interpreter(monkeypatch):
+    monkeypatch.setattr(runtime, "INTERPRET", False)
+    cpu = torch.device("cpu")
+    for op, inputs in ((linear, make(cpu, torch.float64)), (linear_gelu, make(cpu)), (mlp, make_mlp(cpu))):
+        got, want = gradients(op, inputs), gradients(getattr(reference, op.__name__), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert linear(**make(cpu, torch.float16), accumulate="fp16").dtype == torch.float16
+    with pytest.raises(ValueError, match="approximate is 'erf'"):
+        linear_gelu(**make(cpu), approximate="erf")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"x": torch.zeros(5, 31)},
+            r"x is \(5, 31\) and weight \(67, 16\): they have to be \(..., in\) and \(out, in\)",
+        ),
+        ({"x": torch.zeros(())}, r"x is \(\) and weight"),
+        ({"weight": torch.zeros(16)}, r"weight \(16,\)"),
+        ({"bias": torch.zeros(66)}, r"bias is \(66,\): the result of \(5, 67\) needs \(67,\)"),
+        ({"residual": torch.zeros(67)}, r"residual is \(67,\): the result of \(5, 67\) needs \(5, 67\)"),
+        ({"dropout_p": 1.5}, r"dropout_p is 1.5: it must lie in \[0, 1\]"),
+        ({"accumulate": "bf16"}, "accumulate is 'bf16': use 'fp32' or 'fp16'"),
+        (
+            {"accumulate": "fp16"},
+            "accumulate is 'fp16', but the operands are torch.float32: use float16 ones, or 'fp32'",
+        ),
+        ({"weight": torch.zeros(67, 16, dtype=torch.float64)}, "weight is torch.float64: the kernel takes float32"),
+        ({"weight": torch.zeros(67, 16, device="meta")}, "weight is on meta: move it to"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_arguments_that_do_not_fit(device, change, message):
+    arguments = {
+        key: value.to(device) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+        for key, value in {"x": torch.zeros(5, 16), "weight": torch.zeros(67, 16), **change}.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        linear(**arguments)
+
+
+def test_mlps_second_matrix_has_to_fit_the_first(device):
+    inputs = make_mlp(device)
+    with pytest.raises(ValueError, match=r"gelu's output is \(3, 7, 50\) and w_proj \(33, 49\)"):
+        mlp(**{**inputs, "w_proj": inputs["w_proj"][:, 1:]})
+    with pytest.raises(ValueError, match=r"b_fc is \(49,\)"):
+        mlp(**{**inputs, "b_fc": inputs["b_fc"][1:]})
