@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -140,34 +141,52 @@ def cross_entropy_cases() -> Iterator[Case]:
 # ---------------------------------------------------------------- linear layers
 
 
-def _mlp(dtype: torch.dtype, *, approximate: str = "tanh", bias: bool = True, width: int = 256, **options: Any) -> None:
-    """An MLP with all its epilogues; sizes that 16 does not divide are read element by element, in tiles of their own."""
-    from fastgpt.kernels.fused_linear import mlp
+def _mlp(
+    dtype: torch.dtype,
+    *,
+    C: int = 128,
+    rows: int = 2048,
+    bias: bool = True,
+    conv1d: bool = False,
+    stream: torch.dtype | None = None,
+    in_place: bool = False,
+    **options: Any,
+) -> None:
+    """An MLP with fp32 masters. Few columns, as PyTorch computes what is cuBLAS's; the tokens are enough to be split."""
+    from fastgpt.kernels.fused_linear import gradients_in_place, mlp
 
-    C, H = width, 2 * width
-    shifts = [torch.zeros(n, dtype=dtype, requires_grad=True) if bias else None for n in (H, C)]
-    weights = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in ((H, C), (C, H))]
-    x, residual = (torch.zeros(256, C, dtype=dtype, requires_grad=True) for _ in range(2))
-    _backward(
-        mlp(x, weights[0], shifts[0], weights[1], shifts[1], residual=residual, approximate=approximate, **options)
-    )
+    def weight(out: int, into: int) -> Tensor:
+        return _leaf(into, out, dtype=FP32).t() if conv1d else torch.nn.Parameter(torch.zeros(out, into))
+
+    w_fc, w_proj = weight(2 * C, C), weight(C, 2 * C)
+    b_fc, b_proj = (_leaf(size, dtype=FP32) if bias else None for size in (2 * C, C))
+    residual = None if stream is None else _leaf(rows, C, dtype=stream)
+    if in_place:
+        w_fc.grad, w_proj.grad = torch.zeros(2 * C, C), torch.zeros(C, 2 * C)
+    with gradients_in_place() if in_place else nullcontext():
+        _backward(mlp(_leaf(rows, C, dtype=dtype), w_fc, b_fc, w_proj, b_proj, residual=residual, **options))
 
 
-def _linear(dtype: torch.dtype, op: str, **options: Any) -> None:
-    from fastgpt.kernels import fused_linear
+def _gelu(dtype: torch.dtype, **options: Any) -> None:
+    from fastgpt.kernels.fused_linear import linear_gelu
 
-    x, weight = (torch.zeros(n, 256, dtype=dtype, requires_grad=True) for n in (256, 512))
-    _backward(getattr(fused_linear, op)(x, weight, **options))
+    _backward(linear_gelu(_leaf(256, 128, dtype=dtype), _leaf(256, 128, dtype=FP32), _leaf(256, dtype=FP32), **options))
 
 
 def linear_cases() -> Iterator[Case]:
-    for dtype, name in SHORT.items():
-        yield f"mlp {name}", partial(_mlp, dtype)
-        yield f"linear_gelu {name}", partial(_linear, dtype, "linear_gelu")
-    yield "mlp bf16 erf dropout no bias", partial(_mlp, BF16, approximate="none", bias=False, dropout_p=0.1)
-    yield "mlp bf16 odd width", partial(_mlp, BF16, width=250)
-    yield "mlp fp16 fp16acc", partial(_mlp, FP16, accumulate="fp16")
-    yield "linear fp16 fp16acc", partial(_linear, FP16, "linear", accumulate="fp16")
+    everything: dict[str, Any] = {"stream": FP32, "dropout_p": 0.1, "approximate": "none"}
+    for dtype, name in ((BF16, "bf16"), (FP16, "fp16")):
+        yield f"linear {name} mlp", partial(_mlp, dtype, bias=False)
+        yield f"linear {name} mlp bias", partial(_mlp, dtype)
+        yield f"linear {name} mlp conv1d all options", partial(_mlp, dtype, conv1d=True, **everything)
+        yield f"linear {name} mlp odd", partial(_mlp, dtype, C=99, rows=1999, **everything)
+        yield f"linear {name} gelu alone", partial(_gelu, dtype, approximate="none")
+    yield "linear bf16 mlp in place", partial(_mlp, BF16, rows=512, in_place=True)
+    fast: dict[str, Any] = {"accumulate": "fp16"}
+    yield "linear fp16-fast mlp", partial(_mlp, FP16, bias=False, in_place=True, **fast)
+    yield "linear fp16-fast mlp bias", partial(_mlp, FP16, stream=FP32, **fast)
+    yield "linear fp16-fast mlp conv1d all options", partial(_mlp, FP16, conv1d=True, **everything, **fast)
+    yield "linear fp16-fast mlp odd", partial(_mlp, FP16, C=99, rows=1999, in_place=True, **everything, **fast)
 
 
 # ---------------------------------------------------------------- AdamW
