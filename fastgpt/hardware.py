@@ -35,6 +35,7 @@ __all__ = [
     "arithmetic_of",
     "cache_dir",
     "device_name",
+    "gains",
     "lookup",
     "measured_ceilings",
     "nearest",
@@ -321,6 +322,19 @@ def arithmetic_of(precision: str) -> str:
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"precision is {precision!r}: it must be one of fp32, tf32, bf16, fp16, fp16-fast, fp8")
     return arithmetic
+
+
+def gains(precision: str, gpu: Gpu | None) -> bool:
+    """Whether a --precision computes faster on ``gpu`` than its plain 16-bit arithmetic, by nominal peaks.
+
+    "fp16-fast" does on GeForce, whose tensor cores accumulate in fp16 at twice the rate, and on no other card; "fp8" from Ada
+    and Hopper on. False for a card that is not in the table, or does not have the arithmetic. Raises ValueError for a
+    precision that ``arithmetic_of`` does not know."""
+    arithmetic = arithmetic_of(precision)
+    if gpu is None:
+        return False
+    plain, peak = gpu.peak_flops("bf16") or gpu.peak_flops("fp16"), gpu.peak_flops(arithmetic)
+    return peak is not None and plain is not None and peak > plain
 
 
 def peak_flops(device: torch.device | str, precision: str) -> float | None:

@@ -352,3 +352,35 @@ def test_nanogpts_mfu_in_the_cards_own_unit(capsys, printed, share):
     assert hardware.main(["rtx4070", "--nanogpt-mfu", printed]) == 0
     assert f"that is {share} of its dense bf16 peak, 58.3 TFLOP/s" in capsys.readouterr().out
     assert hardware.main(["rtx4070", "--nanogpt-mfu", "-1"]) == 2
+
+
+# Which precisions pay on which card
+
+
+@pytest.mark.parametrize(
+    ("card", "fast", "fp8"),
+    [
+        ("rtx4070", True, True),
+        ("rtx4060 laptop gpu", True, True),
+        ("rtx3090", True, False),
+        ("rtx5090", True, True),
+        ("a6000", False, False),
+        ("rtx6000ada", False, True),
+        ("l40s", False, True),
+        ("a100", False, False),
+        ("h100", False, True),
+        ("h200", False, True),
+        ("v100", False, False),
+        ("t4", False, False),
+    ],
+)
+def test_which_precisions_gain(card, fast, fp8):
+    gpu = lookup(card)
+    assert (hardware.gains("fp16-fast", gpu), hardware.gains("fp8", gpu)) == (fast, fp8)
+    assert not any(hardware.gains(precision, gpu) for precision in ("fp32", "tf32", "bf16", "fp16"))
+
+
+def test_an_unknown_card_gains_nothing_and_an_unknown_precision_is_refused():
+    assert not hardware.gains("fp16-fast", None) and not hardware.gains("fp8", lookup("NVIDIA B200"))
+    with pytest.raises(ValueError, match="precision is 'int3'"):
+        hardware.gains("int3", None)

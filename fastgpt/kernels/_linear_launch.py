@@ -83,8 +83,8 @@ def config(
     else:
         cfg = Config(128, 128, 64, group=8, num_warps=8, num_stages=3)
     if accumulate == "fp16":
-        # A bias gradient's sums leave few registers for two accumulators: promoted at every block.
-        products = 64 if kernel == "weight_grad_bias" else 128
+        # Weight gradients sum over the tokens: beyond 64 their error passes bf16's (docs/precision-modes.md).
+        products = 128 if kernel == "linear" else 64
         cfg = cfg._replace(chunk=max(products // cfg.block_k, 1))
     if kernel != "linear":
         cfg = cfg._replace(splits=splits(M, N, K, cfg.block_m, cfg.block_n, sms))

@@ -1,0 +1,137 @@
+"""How accurate is each precision's matmul, and does a model trained in it learn as well? Simulated, on a CPU:
+
+    python -m bench.precision                              errors against fp64: drawn operands, and recorded ones (2 minutes)
+    python -m bench.precision --train                      and a small GPT trained in every mode (10 minutes)
+    python -m bench.precision --train --out DIR            and precision.json, precision-tables.md and pictures in DIR
+    python -m bench.precision --train --quick              everything tiny, to see that it works (seconds)
+
+The rounding of tensor cores is that of fastgpt/numerics.py, which says what it assumes about them; no GPU takes part, and
+nothing here says how fast a mode is. docs/precision-modes.md discusses the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+from bench import precision_report
+from bench.environment import environment
+from bench.precision_errors import COMPARED, FP8_MODES, KS, VALUES, drawn, over_scales, readings, recorded
+from bench.precision_training import QUICK, RECORDED, Experiment, Run, corpus, record, train
+from fastgpt import cli
+from fastgpt.errors import UserError
+from fastgpt.numerics import BF16, FP8_FP32, FP16, FP16_FAST, FP32
+
+LOSS_SCALE = 2.0**16
+"""What torch.amp.GradScaler starts with."""
+
+TRAINED = (
+    FP32,
+    FP16,
+    *(FP16_FAST.with_chunk(chunk) for chunk in (64, 128, None)),
+    *(mode for mode in FP8_MODES if mode is not FP8_FP32),
+)
+
+
+def errors(quick: bool) -> dict[str, Any]:
+    """Everything about single matmuls: of drawn operands, of recorded ones, over loss scales, under other readings."""
+    start = time.perf_counter()
+    setup, steps = (QUICK, (0, 2)) if quick else (RECORDED, (0, 50, 150))
+    ks = (64, 256) if quick else KS
+    pairs = record(setup, corpus(setup.characters), steps)
+    exponents = range(0, 31, 10 if quick else 2)
+    chunks = (32, 64, 128)
+    found = {
+        "recorded_from": asdict(setup) | {"recorded_at": steps, "matmuls": len(pairs)},
+        "loss_scale": LOSS_SCALE,
+        "drawn": [asdict(point) for point in drawn(ks)],
+        "recorded": [asdict(kind) for kind in recorded(pairs, LOSS_SCALE)],
+        "scales": {
+            f"{'head' if head else 'blocks'}, chunk {chunk}": [
+                asdict(row) for row in over_scales(pairs, FP16_FAST.with_chunk(chunk), exponents, head)
+            ]
+            for head in (False, True)
+            for chunk in chunks[1:]
+        },
+        "readings": {
+            str(chunk): {
+                "drawn": [asdict(point) for point in drawn(ks[-1:], readings(chunk), VALUES[:1])],
+                "recorded": [asdict(kind) for kind in recorded(pairs, LOSS_SCALE, readings(chunk))],
+            }
+            for chunk in chunks
+        },
+    }
+    return found | {"seconds": time.perf_counter() - start}
+
+
+def training(quick: bool, console: Console) -> dict[str, Any]:
+    """The same run in bf16 (twice more with its weights perturbed: the yardstick) and in every mode."""
+    setup = QUICK if quick else Experiment()
+    tokens = corpus(setup.characters)
+    runs: list[Run] = []
+
+    def add(run: Run) -> None:
+        runs.append(run)
+        skipped = f", {run.skipped} steps skipped" if run.skipped else ""
+        console.print(
+            f"{run.mode}: validation loss {run.final:.4f} after {len(run.losses)} steps{skipped} ({run.seconds:.0f} s)"
+        )
+
+    add(train(BF16, setup, tokens))
+    for seed in (1, 2):
+        add(train(BF16, setup, tokens, name=f"bf16, perturbed {seed}", perturb=seed))
+    for mode in TRAINED:
+        add(train(mode, setup, tokens))
+    return {"setup": asdict(setup), "runs": [asdict(run) | {"final": run.final} for run in runs]}
+
+
+def prepare(out: Path) -> None:
+    """Make the folder before minutes of work. Raises UserError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"out is {str(out)!r}, which cannot be made a folder ({error.strerror}): name another"
+        ) from error
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.precision", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="a folder for precision.json, precision-tables.md and precision-*.png")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes: shows that it works, its figures mean nothing"
+    )
+    parser.add_argument("--train", action="store_true", help="train a small GPT in every mode as well")
+    asked = parser.parse_args(argv)
+    if asked.out:
+        prepare(asked.out)
+    torch.set_num_threads(1)
+    console = Console()
+    result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "quick": asked.quick, "modes": {}}
+    result["modes"] = {mode.name: asdict(mode) for mode in {*COMPARED, *TRAINED, BF16}}
+    result["errors"] = errors(asked.quick)
+    result["training"] = training(asked.quick, console) if asked.train else None
+    text = precision_report.tables(result)
+    console.print(Markdown(text))
+    if asked.out:
+        (asked.out / "precision.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        (asked.out / "precision-tables.md").write_text(text, encoding="utf-8")
+        drawn_files = precision_report.pictures(result, asked.out)
+        console.print(
+            f"written to {asked.out}: precision.json, precision-tables.md, {', '.join(p.name for p in drawn_files)}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
