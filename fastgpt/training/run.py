@@ -20,6 +20,7 @@ from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
 from fastgpt.training import checkpoint
 from fastgpt.training.distributed import World, parallelize
+from fastgpt.training.loss_scale import LossScaler
 from fastgpt.training.spikes import SpikeDetector
 from fastgpt.training.step import Stepper, build_optimizer, precision_for
 
@@ -150,7 +151,7 @@ def build(
         model=model,
         forward=forward,
         optimizer=build_optimizer(model, config.optim, config.train.kernels),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        scaler=LossScaler(device.type, enabled=precision == "fp16"),
         precision=precision,
         grad_clip=config.optim.grad_clip,
         world=world,
