@@ -15,14 +15,15 @@ import torch
 import triton
 
 from bench import audit_step
+from bench.tune_cases import table_cases
 from fastgpt.kernels import launch_cases, offline
 
 
-def select(only: str | None, shard: tuple[int, int] | None) -> list[launch_cases.Case]:
+def select(only: str | None, shard: tuple[int, int] | None, arch: int) -> list[launch_cases.Case]:
     """The shipped steps, and of all other cases every N-th from the K-th on (``shard``; None: no others). With ``only``, a
     regular expression: every case whose name it is found in instead."""
     shipped = list(audit_step.shipped_steps())
-    rest = [*audit_step.other_steps(), *launch_cases.cases()]
+    rest = [*audit_step.other_steps(), *launch_cases.cases(), *table_cases(arch)]
     if only is not None:
         return [case for case in shipped + rest if re.search(only, case[0])]
     return shipped + (rest[shard[0] - 1 :: shard[1]] if shard else [])
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     job: dict[str, Any] = json.loads(argv[0])
     torch.set_num_threads(1)
     k, n = job["part"]
-    cases = select(job["only"], job["shard"])[k - 1 :: n]
+    cases = select(job["only"], job["shard"], job["arch"])[k - 1 :: n]
     rows, errors = compile_cases(cases, job["arch"], job["sms"])
     names = [name for name, _ in cases]
     result = {"triton": triton.__version__, "cases": names, "rows": [asdict(row) for row in rows], "errors": errors}

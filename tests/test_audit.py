@@ -107,14 +107,14 @@ def test_a_card_decides_the_architecture_and_an_architecture_the_card():
 
 def test_parts_hold_every_case_once_and_the_shipped_steps_always():
     shipped = [name for name, _ in audit_step.shipped_steps()]
-    parts = [[name for name, _ in audit_child.select(None, (k, audit.SAMPLE))] for k in range(1, audit.SAMPLE + 1)]
+    parts = [[name for name, _ in audit_child.select(None, (k, audit.SAMPLE), 89)] for k in range(1, audit.SAMPLE + 1)]
     assert shipped == ["step gpt2-124m bf16", "step gpt2-40m bf16"]
     assert all(part[:2] == shipped for part in parts)
     rest = [name for part in parts for name in part[2:]]
-    everything = [name for name, _ in audit_child.select(None, (1, 1))]
+    everything = [name for name, _ in audit_child.select(None, (1, 1), 89)]
     assert sorted(shipped + rest) == sorted(everything) and len(set(everything)) == len(everything)
-    assert [name for name, _ in audit_child.select(None, None)] == shipped
-    assert all("D64" in name for name, _ in audit_child.select("D64", None))
+    assert [name for name, _ in audit_child.select(None, None, 89)] == shipped
+    assert all("D64" in name for name, _ in audit_child.select("D64", None, 89))
 
 
 def test_the_sample_changes_from_day_to_day_and_is_fixed_by_a_seed():

@@ -21,7 +21,7 @@ def softcap_slope(z, cap):
     return 4 * e / ((1 + e) * (1 + e))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     logits_ptr,  # (rows, stride) in x's dtype, columns [V, stride) are 0; overwritten by dz if GRAD
     target_ptr,  # (rows,) int32 or int64

@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import runtime
+from fastgpt.kernels import config_space, runtime, tuning
 from fastgpt.kernels._adamw_plan import (
     COEFFICIENTS,
     COPY,
@@ -64,7 +64,8 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 def config() -> dict[str, int]:
-    """Launch configuration of the two chunked kernels: BLOCK elements at a time, CHUNK (a multiple) per program.
+    """Launch configuration of the two chunked kernels that is safe on any card: BLOCK elements at a time, CHUNK (a
+    multiple) per program. ``_launch`` asks the tuning tables first.
 
     4 elements a thread: one 128-bit access per fp32 tensor. With 8, triton passes every store through shared memory to
     keep it coalesced. The interpreter pays per block operation, so its blocks are larger."""
@@ -283,7 +284,9 @@ def _adamw_kernel(
 
 
 def _launch(s: Step) -> None:
-    settings = config()
+    # Not through tuning.launch: a step cannot be begun twice. These kernels take hardly any shared memory: all configs fit.
+    first = s.params[0]
+    settings = tuning.choose("adamw.update", first.dtype, config_space.ADAMW_BUCKET, first.device, config()).config
     block, chunk, num_warps = settings["BLOCK"], settings["CHUNK"], settings["num_warps"]
     plan = plan_for(s, chunk)
     for launch in plan.launches if s.total is None else ():

@@ -37,10 +37,12 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _attn_kernels as kernels
-from fastgpt.kernels import reference, runtime
+from fastgpt.kernels import config_space, reference, runtime, tuning
 
 MAX_HEAD_DIM = 256
 LOG2E = math.log2(math.e)
+DECODING = 16
+"""Queries up to which a forward pass is taken for sampling's."""
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension. A tensor-core dot holds all of its second operand in
@@ -63,15 +65,32 @@ _FLOAT = {
     "backward_kv": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
 
+# By compute capability, kernel, whether fp32, padded head dimension, dropout: where the above spills on one architecture.
+_CORRECTIONS: dict[tuple, dict[str, int]] = {
+    (120, "backward_q", False, 64, False): {"num_stages": 1},  # a load in flight would not fit 128 registers
+    (80, "forward", True, 256, False): {"maxnreg": 255},  # ptxas would stop at 168, for a third block per SM
+    (80, "backward_q", True, 64, True): {"BLOCK_N": 16},
+    (80, "backward_kv", True, 64, True): {"BLOCK_N": 16},
+    (90, "backward_kv", True, 256, False): {"num_stages": 2},
+}
+
 
 def config(
-    kernel: str, dtype: torch.dtype, D: int, T_own: int, *, dropout: bool = False, plain: bool = True
+    kernel: str,
+    dtype: torch.dtype,
+    D: int,
+    T_own: int,
+    *,
+    dropout: bool = False,
+    plain: bool = True,
+    arch: int | None = None,
 ) -> dict[str, int]:
-    """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D; ``T_own`` is the
-    length of the side that its programs own, ``plain`` is causal attention with no option and no groups.
+    """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D that are safe on any
+    card; ``T_own`` is the length of the side that its programs own, ``plain`` is causal attention with no option and no
+    groups. ``_choice`` asks the tuning tables first.
 
-    Chosen by compiling for sm_89: no spills, at most 101,376 bytes of shared memory. ``maxnreg`` makes room for two blocks
-    of 8 warps per SM in the kernels that fit 128 registers."""
+    Chosen by compiling: no spills on sm_80 to sm_120, at most 101,376 bytes of shared memory. ``maxnreg`` makes room for
+    two blocks of 8 warps per SM in the kernels that fit 128 registers."""
     if runtime.INTERPRET:  # a block operation costs the same whatever its size
         block = 64 if T_own <= 256 else 128
         return {"BLOCK_M": block, "BLOCK_N": block}
@@ -81,14 +100,17 @@ def config(
     else:
         tile = _HALF[kernel][width]
         block_m, block_n, warps, stages = tile if plain else _HALF_OPTIONS.get((kernel, width), tile)
-        if kernel == "forward" and T_own <= 16:  # decoding
+        if kernel == "forward" and T_own <= DECODING:
             block_m, block_n, warps, stages = 16, 32, 4, 2
+        elif dropout and kernel == "backward_kv" and width == 64:
+            # 8 warps would have 4 warps' products to share, and compute them twice.
+            block_m, block_n, warps, stages = 32, 32, 4, 2
         elif dropout:  # Philox needs registers
             block_m, block_n = (16, block_n) if kernel == "backward_kv" else (block_m, 16)
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     if dtype != torch.float32 and plain and width == 64 and warps == 8:
         options["maxnreg"] = 128
-    return options
+    return options | _CORRECTIONS.get((arch, kernel, dtype == torch.float32, width, dropout), {})
 
 
 def _block_d(D: int) -> int:
@@ -136,11 +158,18 @@ def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
     return {f"{name}_strides": tensor.stride()[:3] for name, tensor in tensors.items()}
 
 
-def _config(kernel: str, q: Tensor, T_own: int, common: dict[str, Any]) -> dict[str, int]:
-    options = any(common[name] is not None for name in ("docs", "kv_len", "window", "seed"))
+def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, Any]) -> tuning.Choice:
+    """The config of a kernel whose programs own T_own rows of ``heads`` heads in each batch."""
+    dropout, D = common["seed"] is not None, q.shape[-1]
+    options = any(common[name] is not None for name in ("docs", "kv_len", "window"))
     grouped = kernel == "backward_kv" and common["GROUP"] > 1  # adds a loop there, nothing elsewhere
-    plain = common["CAUSAL"] and not options and not grouped
-    return config(kernel, q.dtype, q.shape[-1], T_own, dropout=common["seed"] is not None, plain=plain)
+    causal = common["CAUSAL"] and not options and not grouped
+    default = config(
+        kernel, q.dtype, D, T_own, dropout=dropout, plain=causal and not dropout, arch=tuning.arch_of(q.device)
+    )
+    rows = q.shape[0] * heads * T_own
+    bucket = config_space.attention_bucket(D, rows, plain=causal and T_own > DECODING, dropout=dropout)
+    return tuning.choose(f"attention.{kernel}", q.dtype, bucket, q.device, default)
 
 
 def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p) -> Tensor:
@@ -149,12 +178,15 @@ def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dro
     lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     q, k, v = map(_columns_adjacent, (q, k, v))
     common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal)
-    options = _config("forward", q, T_q, common)
-    with runtime.device_guard(q):
+
+    def run(options: dict[str, int]) -> None:
         kernels.forward[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
             **_strides(q=q, k=k, v=v, out=out), **common, **options,
         )  # fmt: skip
+
+    with runtime.device_guard(q):
+        tuning.launch(_choice("forward", q, H, T_q, common), run)
     return lse
 
 
@@ -168,17 +200,22 @@ def _launch_backward(
     delta = torch.empty_like(lse)
     common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal)
     common = {"c": scale * LOG2E, "scale": scale, **common}
-    with runtime.device_guard(q):
-        options = _config("backward_q", q, T_q, common)
+
+    def run_q(options: dict[str, int]) -> None:
         kernels.backward_q[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, grad_out, lse, delta, grad_q,
             **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
         )  # fmt: skip
-        options = _config("backward_kv", q, T_k, common)
+
+    def run_kv(options: dict[str, int]) -> None:
         kernels.backward_kv[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v,
             **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,
         )  # fmt: skip
+
+    with runtime.device_guard(q):
+        tuning.launch(_choice("backward_q", q, H, T_q, common), run_q)
+        tuning.launch(_choice("backward_kv", q, H_kv, T_k, common), run_kv)
 
 
 def _unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,7 +39,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import reference, runtime
+from fastgpt.kernels import config_space, reference, runtime, tuning
 from fastgpt.kernels._cross_entropy_kernels import rows_kernel
 
 LOGITS_BUDGET = 256 * 2**20
@@ -67,14 +67,21 @@ def chunk_rows(rows: int, V: int, C: int, dtype: torch.dtype, sm_count: int) -> 
     return best
 
 
-def config(rows: int, V: int, logit_softcap: float | None) -> dict[str, int]:
-    """Launch options of the row kernel. A program holds ROWS x BLOCK logits at a time: 16 a thread, two 128-bit accesses
-    in bf16 and four in fp32; half of that with a softcap, whose exponentials take registers."""
-    tile = 4096 if logit_softcap is None else 2048
+def _choice(x: Tensor, V: int, logit_softcap: float | None) -> tuning.Choice:
+    """The row kernel's ``tile``, the logits that a program holds at a time, and warps. The default is safe on any card: 16
+    logits a thread, two 128-bit accesses in bf16 and four in fp32; half of that with a softcap, whose exponentials take
+    registers."""
+    default = {"tile": 4096 if logit_softcap is None else 2048, "num_warps": 8}
+    bucket = config_space.cross_entropy_bucket(V, logit_softcap)
+    return tuning.choose("cross_entropy.rows", x.dtype, bucket, x.device, default)
+
+
+def config(rows: int, V: int, tile: int, num_warps: int) -> dict[str, int]:
+    """Launch options of the row kernel for ``rows`` rows: ROWS x BLOCK logits at a time, ``tile`` in all."""
     block = min(max(triton.next_power_of_2(V), 64), tile)
     # The interpreter pays per program and per operation, hardly per element.
     rows_each = min(2**18 // block, triton.next_power_of_2(rows)) if runtime.INTERPRET else tile // block
-    return {"ROWS": rows_each, "BLOCK": block, "num_warps": 8}
+    return {"ROWS": rows_each, "BLOCK": block, "num_warps": num_warps}
 
 
 def grad_scale(dtype: torch.dtype, V: int, z_loss: float, logit_softcap: float | None) -> float:
@@ -163,7 +170,7 @@ def _run_chunks(
     size = min(rows, chunk_rows(rows, V, C, x.dtype, runtime.sm_count(x.device)))
     buffer = x.new_empty(size, _padded(V))
     buffer[:, V:].zero_()
-    launch = config(size, V, softcap)
+    choice = _choice(x, V, softcap)
     for start in range(0, rows, size):
         chunk = slice(start, min(start + size, rows))
         count = chunk.stop - start
@@ -172,7 +179,9 @@ def _run_chunks(
             torch.mm(x[chunk], weight.t(), out=logits)
         else:
             torch.addmm(bias, x[chunk], weight.t(), out=logits)
-        with runtime.device_guard(x):
+
+        def run(options: dict[str, int], chunk: slice = chunk, count: int = count, logits: Tensor = logits) -> None:
+            launch = config(size, V, options["tile"], options["num_warps"])
             rows_kernel[(triton.cdiv(count, launch["ROWS"]),)](
                 logits,
                 target[chunk],
@@ -194,6 +203,9 @@ def _run_chunks(
                 CAP=softcap is not None,
                 **launch,
             )
+
+        with runtime.device_guard(x):
+            tuning.launch(choice, run)
         if wants[0]:
             _matmul_fp32(dx[chunk], logits, weight, accumulate=False)
         if wants[1]:

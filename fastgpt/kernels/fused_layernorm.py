@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import reference, runtime
+from fastgpt.kernels import config_space, reference, runtime, tuning
 
 MAX_WIDTH = 16_384
 MAX_BACKWARD_BLOCK = 4_096
@@ -53,7 +53,8 @@ class Config(NamedTuple):
 
 
 def config(kernel: str, C: int) -> Config:
-    """Geometry for rows of C elements. ``kernel``: "forward" or "backward".
+    """Geometry for rows of C elements that is safe on any card. ``kernel``: "forward" or "backward". ``_choice`` asks the
+    tuning tables first.
 
     A thread holds 16 or 32 elements of a tile in forward, 8 in backward, where s, dy, weight and two accumulators are
     alive at once: no spills, enough bytes in flight, 128-bit loads of bf16. Nothing here depends on the number of rows:
@@ -61,7 +62,8 @@ def config(kernel: str, C: int) -> Config:
     """
     block = max(16, triton.next_power_of_2(C))
     if kernel == "forward":
-        rows = min(64, max(1, 4096 // block))
+        # 2 rows of 2048 in 4 warps spill on sm_90 with bf16 in, fp32 out and a bias.
+        rows = 1 if block == 2048 else min(64, max(1, 4096 // block))
         cfg = Config(rows, block, num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16)
     else:
         block = min(block, MAX_BACKWARD_BLOCK)
@@ -72,6 +74,14 @@ def config(kernel: str, C: int) -> Config:
         cfg = Config(rows, block, num_warps, programs_per_sm=16 // num_warps, num_stages=2)
     # The interpreter's cost is per program, whatever its size.
     return cfg._replace(rows=32) if runtime.INTERPRET else cfg
+
+
+def _choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tuning.Choice:
+    """``dtype``: of what the kernel reads first, x in forward and dy in backward."""
+    default = {key: value for key, value in config(kernel, C)._asdict().items() if key != "block"}
+    if kernel == "forward":
+        default = {key: default[key] for key in ("rows", "num_warps")}
+    return tuning.choose(f"layer_norm.{kernel}", dtype, config_space.layer_norm_bucket(C), device, default)
 
 
 @triton.jit
@@ -201,7 +211,7 @@ def _backward_kernel(
         tl.store(DB_PARTIAL + partial, tl.sum(db, axis=0), mask=cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _sum_partials_kernel(DW_PARTIAL, DB_PARTIAL, DW, DB, programs, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Program i: columns [i BLOCK, (i + 1) BLOCK) of dweight and dbias. Either pair may be None."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -257,14 +267,18 @@ def layer_norm_fwd(
         return outputs
     x, residual = _rows(x), None if residual is None else _rows(residual)
     n_rows, C = x.shape
-    cfg = config("forward", C)
-    with runtime.device_guard(x):
-        _forward_kernel[(triton.cdiv(n_rows, cfg.rows),)](
+    block = config("forward", C).block
+
+    def run(options: dict[str, int]) -> None:
+        _forward_kernel[(triton.cdiv(n_rows, options["rows"]),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
             y, None if residual is None else s, mean, rstd,
             n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
-            C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=cfg.num_warps,
+            C=C, ROWS=options["rows"], BLOCK=block, num_warps=options["num_warps"],
         )  # fmt: skip
+
+    with runtime.device_guard(x):
+        tuning.launch(_choice("forward", x.dtype, C, x.device), run)
     return outputs
 
 
@@ -312,23 +326,28 @@ def layer_norm_bwd(
         return outputs
     s, dy, dsum = _rows(s), _rows(dy), None if dsum is None else _rows(dsum)
     n_rows, C = s.shape
-    cfg = config("backward", C)
-    programs = min(runtime.sm_count(s.device) * cfg.programs_per_sm, triton.cdiv(n_rows, cfg.rows))
-    chunks = triton.cdiv(C, cfg.block)
-    partials = torch.empty((2, programs, C), dtype=torch.float32, device=s.device)
-    dw_partial, db_partial = partials[0] if weight_grad else None, partials[1] if bias_dtype else None
-    with runtime.device_guard(s):
+    block = config("backward", C).block
+    chunks = triton.cdiv(C, block)
+
+    def run(options: dict[str, int]) -> None:
+        programs = min(runtime.sm_count(s.device) * options["programs_per_sm"], triton.cdiv(n_rows, options["rows"]))
+        partials = torch.empty((2, programs, C), dtype=torch.float32, device=s.device)
+        dw_partial, db_partial = partials[0] if weight_grad else None, partials[1] if bias_dtype else None
         _backward_kernel[(programs, chunks)](
             dy, dsum, s, weight.contiguous(), mean, rstd, seed, seed if s_is_x else None,
             dx, dresidual if two_gradients else None, dw_partial, db_partial,
             n_rows, dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), dropout_p,
-            C=C, CHUNKS=chunks, ROWS=cfg.rows, BLOCK=cfg.block, STAGES=cfg.num_stages, num_warps=cfg.num_warps,
+            C=C, CHUNKS=chunks, ROWS=options["rows"], BLOCK=block, STAGES=options["num_stages"],
+            num_warps=options["num_warps"],
         )  # fmt: skip
         if weight_grad or bias_dtype:
             _sum_partials_kernel[(triton.cdiv(C, 32),)](
                 dw_partial, db_partial, dw if weight_grad else None, db if bias_dtype else None, programs, C,
                 ROWS=64, BLOCK=32, num_warps=4,
             )  # fmt: skip
+
+    with runtime.device_guard(s):
+        tuning.launch(_choice("backward", dy.dtype, C, s.device), run)
     return outputs
 
 

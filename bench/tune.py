@@ -1,0 +1,274 @@
+"""Launch configs for a GPU: measured on the card that is here, or ranked by compiling for one that is not.
+
+    python -m bench.tune                                    # on a GPU: measure, 10 minutes; run again to go on
+    python -m bench.tune --kernel attention --budget 30m    # one kernel
+    python -m bench.tune --rank --arch sm_89 --sms 46       # no GPU: what the compiler-based model says
+    python -m bench.tune --check-model                      # on a large GPU: how often is the model's order right?
+
+Configs that spill, or do not fit an SM, are left out by what the compiler reports; the rest are ranked by the model in
+fastgpt/kernels/ranking.py, and on a GPU the best of them are timed beside the default, each in turn. The table goes to
+your cache directory (--out: elsewhere), where training finds it at its next start, before the shipped ones. It is written whole
+after every bucket of shapes: a run that is interrupted, or whose budget is up, goes on where it was.
+
+--check-model confines this process to --sms SMs (46) of a larger GPU by a CUDA green context, times every config that the
+model ranks, and reports the share of cases in which the model's first choice is within 5% of the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.tune_cases import Family, families
+from fastgpt import cli, hardware
+from fastgpt.env import ROOT
+from fastgpt.errors import UserError
+from fastgpt.kernels import ranking, tuning
+
+SOURCES = {
+    "attention": ("_attn_kernels.py", "fused_attn.py"),
+    "layer_norm": ("fused_layernorm.py",),
+    "cross_entropy": ("_cross_entropy_kernels.py", "fused_cross_entropy.py"),
+    "adamw": ("fused_adamw.py", "_adamw_plan.py"),
+}
+"""Files whose change makes what was compiled of a kernel out of date."""
+
+
+# ---------------------------------------------------------------- what the compiler says, kept
+
+
+def facts_of(family: Family, arch: int) -> tuple[list[ranking.Facts], dict[str, int], str]:
+    """(every config compiled for sm_``arch``, the default config, the compiler), from the cache directory if it is there:
+    compiling a family takes up to some minutes. Raises RuntimeError if the compiling process ends in an error."""
+    import triton
+
+    path = tuning.user_folder() / "compiled" / f"sm{arch}-{_slug(family.name)}.json"
+    fingerprint = f"triton {triton.__version__} {_sources(family)}"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["fingerprint"] != fingerprint:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = {**_compile(family, arch), "fingerprint": fingerprint}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(kept), encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            print(f"what was compiled is not kept: {error}", file=sys.stderr)
+    return [ranking.Facts(**one) for one in kept["facts"]], kept["default"], kept["compiler"]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name)
+
+
+def _sources(family: Family) -> str:
+    """Hash of the kernel's files and of the configs that are compared."""
+    folder = Path(tuning.__file__).parent
+    files = [(folder / name).read_bytes() for name in SOURCES[family.kernel.split(".")[0]]]
+    return hashlib.sha256(b"".join(files) + json.dumps(family.configs()).encode()).hexdigest()[:16]
+
+
+def _compile(family: Family, arch: int) -> dict[str, Any]:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    job = json.dumps({"arch": arch, "families": [family.name]})
+    command = [sys.executable, "-m", "bench.tune_child", job]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"bench.tune_child ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------- ranking
+
+
+def card_of(arch: str | None, sms: int | None, name: str | None = None) -> hardware.Gpu:
+    """The card of this name, or of this architecture and SM count (sm_89 and 46 where not given), of which the first in
+    hardware.GPUS stands for all. Raises UserError if there is none."""
+    tunable = [gpu for gpu in hardware.GPUS if int(gpu.arch[3:]) >= 80]
+    if name is not None:
+        if arch or sms:
+            raise UserError("gpu says which card it is: leave out --arch and --sms")
+        card = hardware.lookup(name)
+        if card is None:
+            raise UserError(
+                f"gpu is {name!r}, which is not in the table: nearest are {', '.join(hardware.nearest(name))}"
+            )
+        if card not in tunable:
+            raise UserError(f"gpu is {name!r} ({card.arch}): kernels are compiled for sm_80 and later")
+        return card
+    arch, sms = arch or "sm_89", sms or 46
+    alike = [gpu for gpu in tunable if gpu.arch == arch]
+    if not alike:
+        possible = sorted({gpu.arch for gpu in tunable}, key=lambda name: int(name[3:]))
+        raise UserError(f"arch is {arch!r}: it must be one of {', '.join(possible)}")
+    found = next((gpu for gpu in alike if gpu.sm_count == sms), None)
+    if found is None:
+        counts = ", ".join(map(str, sorted({gpu.sm_count for gpu in alike})))
+        raise UserError(f"sms is {sms}: cards of {arch} in the table have {counts}")
+    return found
+
+
+def target_of(card: hardware.Gpu) -> tuning.Target:
+    return tuning.Target(int(card.arch[3:]), card.sm_count, card.chip.shared_per_block)
+
+
+def ranked_entries(
+    family: Family, found: list[ranking.Facts], default: dict[str, int], card: hardware.Gpu
+) -> Iterator[tuple[tuning.Entry, ranking.Ranked]]:
+    """An entry per bucket for which some config is fit."""
+    evidence: dict[str, Any]
+    for bucket in family.buckets:
+        order = ranking.rank(family.kernel, family.dtype_name, bucket, found, default, card)
+        if not order:
+            continue
+        best = order[0]
+        over = None if best.over_default is None else round(best.over_default, 3)
+        evidence = {"model": ranking.MODEL, "over_default": over, "fill": round(best.fill, 3), "compared": len(order)}
+        if family.kernel.startswith("attention") and best.facts.plain_loop is not None:
+            read = ranking.l2_bytes(family.kernel, best.facts, D=64)
+            parts = ranking.tile_parts(best.facts, best.facts.plain_loop, read, card)
+            evidence["tile_clocks"] = {name: round(clocks) for name, clocks in parts.items()}
+        key = tuning.Key(family.kernel, family.dtype_name, bucket)
+        yield tuning.Entry(key, best.facts.config, "ranked", best.facts.resources, evidence), best
+
+
+def rank(chosen: list[Family], card: hardware.Gpu, path: Path, deadline: float) -> int:
+    """Rank the families into the table at ``path``; entries that were measured stay. Returns the number not reached."""
+    table = open_table(path, target_of(card), card.name)
+    rows: list[tuple[str, ...]] = []
+    for done, family in enumerate(chosen):
+        if time.monotonic() > deadline:
+            _print_changes(rows, "model's time over the default's")
+            print(f"The budget is up: {len(chosen) - done} families are left; run the same command again.")
+            return len(chosen) - done
+        found, default, table.compiler = facts_of(family, int(card.arch[3:]))
+        out = sum(bool(one.problem) for one in found)
+        print(f"{family.name}: {len(found)} configs compiled, {out} of them spill or do not fit", flush=True)
+        for entry, _ in ranked_entries(family, found, default, card):
+            old = table.entries.get(entry.key)
+            if old is not None and old.origin == "measured":
+                continue
+            table.entries[entry.key] = entry
+            rows.append(_change(entry, old.config if old else default, entry.evidence["over_default"]))
+        table.save(path)
+    _print_changes(rows, "model's time over the default's")
+    print(f"{len(table.entries)} entries for {card.name} in {path}. Ranked, not measured.")
+    return 0
+
+
+def open_table(path: Path, target: tuning.Target, gpu: str) -> tuning.Table:
+    """The table at ``path`` to go on with, or an empty one. Raises UserError rather than overwrite one it cannot read."""
+    if not path.exists():
+        return tuning.Table(target, gpu, "")
+    try:
+        return tuning.read(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tuning table {path} cannot be used ({error}): delete it, or name another by --out"
+        ) from None
+
+
+# ---------------------------------------------------------------- output
+
+
+def brief(config: dict[str, int]) -> str:
+    """``BLOCK_M=128 BLOCK_N=32 w8 s3``"""
+    short = {"num_warps": "w", "num_stages": "s"}
+    return " ".join(f"{short.get(key, key + '=')}{value}" for key, value in config.items())
+
+
+def _change(entry: tuning.Entry, old: dict[str, int], figure: float | None) -> tuple[str, ...]:
+    new = "(the same)" if entry.config == old else brief(entry.config)
+    return " ".join(entry.key), brief(old), new, "-" if figure is None else f"{figure:.3f}"
+
+
+def _print_changes(rows: list[tuple[str, ...]], figure: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("kernel, dtype, bucket", "old", "new"):
+        shown.add_column(name, overflow="fold")
+    shown.add_column(figure, justify="right", max_width=16)
+    for row in rows:
+        shown.add_row(*row, style=None if row[2] != "(the same)" else "dim")
+    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(shown)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of "90s", "10m", "1h" or "300". Raises UserError."""
+    parsed = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
+    if not parsed or not float(parsed[1]):
+        raise UserError(f"budget is {text!r}: it must be a time such as 90s, 10m or 1h")
+    return float(parsed[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[parsed[2]]
+
+
+def pick(pattern: str | None) -> list[Family]:
+    """Families whose name the regular expression is found in. Raises UserError."""
+    try:
+        found = [family for family in families() if re.search(pattern or "", family.name)]
+    except re.error as error:
+        raise UserError(f"kernel is {pattern!r}, which is not a regular expression: {error}") from None
+    if not found:
+        names = ", ".join(dict.fromkeys(family.kernel for family in families()))
+        raise UserError(f"kernel is {pattern!r}, and no kernel has that in its name: there are {names}")
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kernel", metavar="REGEX", help='such as attention, "layer_norm.*C768", "bf16 D64 dropout"')
+    parser.add_argument("--budget", default="10m", metavar="TIME", help="stop after it: 90s, 10m, 1h (default: 10m)")
+    parser.add_argument("--again", action="store_true", help="measure also what the table has measured already")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the table is written (default: your cache)")
+    parser.add_argument("--rank", action="store_true", help="no measuring: rank by the compiler-based model")
+    parser.add_argument("--arch", help="with --rank: sm_80, sm_86, sm_89, sm_90, sm_120 (default: sm_89)")
+    parser.add_argument("--sms", type=int, help="with --rank or --check-model: SMs of the card (default: 46)")
+    parser.add_argument("--gpu", help="with --rank: the card by name instead, such as h200")
+    parser.add_argument("--check-model", action="store_true", help="on a large GPU: is the model's order right?")
+    args = parser.parse_args(argv)
+    chosen, deadline = pick(args.kernel), time.monotonic() + parse_budget(args.budget)
+    folder = args.out or tuning.user_folder()
+    if args.rank and args.check_model:
+        raise UserError(
+            "rank and check-model are both given: the one needs no GPU, the other measures on one; leave one out"
+        )
+    if args.rank:
+        card = card_of(args.arch, args.sms, args.gpu)
+        return 1 if rank(chosen, card, folder / target_of(card).file_name, deadline) else 0
+    if args.arch or args.gpu or (args.sms and not args.check_model):
+        raise UserError("arch, sms and gpu say what to rank for: add --rank, or leave them out to measure on this GPU")
+    if not torch.cuda.is_available():
+        other = "there is no model to check without one" if args.check_model else "use --rank --arch sm_89 --sms 46"
+        raise UserError(f"torch {torch.__version__} sees no CUDA GPU to measure on: {other}")
+    from bench import tune_measure
+
+    if args.check_model:
+        return tune_measure.check_model(chosen, args.sms or 46, deadline, args.out)
+    return tune_measure.measure(chosen, folder, deadline, again=args.again)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,298 @@
+"""Which launch config for which GPU and shape: tables looked up at the first launch of a shape bucket, never a search.
+
+A kernel file's ``config`` function asks ``choose``, naming the kernel, the dtype it reads, its shape bucket, and a safe
+default. The answer comes from tables, one JSON file per architecture and SM count: the user's own in
+``hardware.cache_dir()/tuning`` (``python -m bench.tune`` measures it) before those shipped in ``tables/``. Among the
+files of the device's architecture whose shared-memory limit it has, the nearest SM count that has an entry for the
+bucket wins; if none has one, the default. Each entry says whether it was ``measured`` on such a card or ``ranked`` by the
+model of ranking.py, from what the compiler says of it.
+
+A table that is damaged, or foreign (of another architecture, with configs this version does not know), is left out with
+one warning. A config that turns out not to fit when it is launched is replaced by the default, with one warning.
+Training goes on in both cases. Nothing here touches a GPU at import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastgpt import hardware
+from fastgpt.errors import UserError
+from fastgpt.kernels import config_space, runtime
+
+SCHEMA, SCHEMA_VERSION = "fastgpt.tuning", 1
+ORIGINS = ("measured", "ranked")
+SHIPPED = Path(__file__).parent / "tables"
+Config = dict[str, int]
+
+
+# ---------------------------------------------------------------- tables
+
+
+class Target(NamedTuple):
+    """What a table is for: compute capability (89 is 8.9), SMs, and the bytes of shared memory that a block may take."""
+
+    arch: int
+    sms: int
+    shared: int
+
+    @property
+    def file_name(self) -> str:
+        return f"sm{self.arch}_{self.sms}.json"
+
+
+class Key(NamedTuple):
+    """What one entry of a table is for: "attention.forward", "bf16", "D64 rows<=262144"."""
+
+    kernel: str
+    dtype: str
+    bucket: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``origin``: one of ORIGINS. ``resources``: what the compiler reports of the config. ``evidence``: of a ranked one
+    the model's time over the default's, and wave fill; of a measured one its and the default's milliseconds."""
+
+    key: Key
+    config: Config
+    origin: str
+    resources: dict[str, int]
+    evidence: dict[str, Any]
+
+
+@dataclass
+class Table:
+    target: Target
+    gpu: str
+    compiler: str
+    """Such as "triton 3.7.1"."""
+    entries: dict[Key, Entry] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        about = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "arch": f"sm_{self.target.arch}"}
+        about |= {"sms": self.target.sms, "shared_per_block": self.target.shared}
+        entries = [
+            {**entry.key._asdict(), "origin": entry.origin, "config": entry.config}
+            | {"resources": entry.resources, "evidence": entry.evidence}
+            for entry in sorted(self.entries.values(), key=lambda entry: entry.key)
+        ]
+        return about | {"gpu": self.gpu, "compiler": self.compiler, "entries": entries}
+
+    def save(self, path: Path) -> None:
+        """Write the file whole or not at all, one line per entry. Raises UserError where nothing can be written."""
+        found = self.to_json()
+        lines = [json.dumps(entry) for entry in found.pop("entries")]
+        head = json.dumps(found, indent=1)[:-2]
+        text = head + ',\n "entries": [' + ",".join("\n  " + line for line in lines) + "\n ]\n}\n"
+        temporary = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+                temporary = Path(file.name)
+                file.write(text)
+            os.chmod(temporary, 0o644)  # a temporary file is its maker's alone
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(f"the tuning table {path} cannot be written ({error.strerror}): name another") from None
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> Table:
+    """The table in a file. Raises ValueError, saying what is wrong with it; OSError if it cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
+    try:
+        if (found["schema"], found["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
+            raise ValueError(f"schema {found['schema']!r} version {found['schema_version']!r} is not of this version")
+        target = Target(int(found["arch"].removeprefix("sm_")), found["sms"], found["shared_per_block"])
+        if path.name != target.file_name:
+            raise ValueError(f"it is the table of sm_{target.arch} with {target.sms} SMs, {target.file_name}")
+        table = Table(target, str(found["gpu"]), str(found["compiler"]))
+        for item in found["entries"]:
+            entry = _entry(item, target)
+            table.entries[entry.key] = entry
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"an entry is missing or has the wrong type: {error}") from None
+    return table
+
+
+def _entry(item: dict[str, Any], target: Target) -> Entry:
+    key = Key(item["kernel"], item["dtype"], item["bucket"])
+    config, resources = item["config"], item["resources"]
+    if item["origin"] not in ORIGINS:
+        raise ValueError(f"origin {item['origin']!r} of {' '.join(key)} is not one of {', '.join(ORIGINS)}")
+    if not config_space.contains(key.kernel, config):
+        raise ValueError(f"config {config} of {' '.join(key)} is none that this version knows")
+    if resources["shared"] > target.shared:
+        raise ValueError(f"config of {' '.join(key)} takes {resources['shared']:,} bytes of shared memory")
+    return Entry(key, dict(config), item["origin"], dict(resources), dict(item["evidence"]))
+
+
+def user_folder() -> Path:
+    return hardware.cache_dir() / "tuning"
+
+
+@lru_cache(maxsize=16)
+def _tables(arch: int, user: Path) -> tuple[tuple[Table, bool], ...]:
+    """(table, whether it is the user's) of an architecture: the user's first. Damaged ones are left out and said."""
+    found = []
+    for folder in (user, SHIPPED):
+        for path in sorted(folder.glob(f"sm{arch}_*.json")):
+            try:
+                found.append((read(path), folder == user))
+            except (ValueError, OSError) as error:
+                warnings.warn(
+                    f"tuning table {path} is left out ({getattr(error, 'strerror', None) or error}): the next best "
+                    "config is used; delete the file, or measure again with python -m bench.tune",
+                    stacklevel=2,
+                )
+    return tuple(found)
+
+
+def entries_for(key: Key, target: Target) -> list[tuple[Entry, Table]]:
+    """Entries that serve ``key`` on ``target``, best first: by distance in SMs, the user's before shipped ones."""
+    serving = [
+        (abs(table.target.sms - target.sms), not mine, table)
+        for table, mine in _tables(target.arch, user_folder())
+        if key in table.entries and table.entries[key].resources["shared"] <= target.shared
+    ]
+    return [(table.entries[key], table) for _, _, table in sorted(serving, key=lambda item: item[:2])]
+
+
+# ---------------------------------------------------------------- look-up
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config and why: ``source`` is "measured", "ranked" (of which table) or "default"."""
+
+    key: Key
+    config: Config
+    default: Config
+    source: str
+
+
+_chosen: dict[tuple, Choice] = {}
+"""By (kernel, dtype, bucket, target)."""
+_forced: dict[str, Config] = {}
+_refused: set[tuple] = set()
+"""(kernel, sorted items of a config) that this GPU had no room for."""
+
+
+@lru_cache(maxsize=64)
+def _cuda_limits(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    arch = 10 * properties.major + properties.minor
+    chip = hardware.ARCHS.get(f"sm_{arch}")
+    known = chip.shared_per_block if chip else 0
+    return arch, getattr(properties, "shared_memory_per_block_optin", known)
+
+
+def target(device: torch.device) -> Target | None:
+    """What launches on ``device`` are compiled for; None in the interpreter and on a CPU."""
+    if device.type == "cuda":
+        arch, shared = _cuda_limits(device.index if device.index is not None else torch.cuda.current_device())
+        return Target(arch, runtime.sm_count(device), shared)
+    if not runtime.compile_only:
+        return None
+    import triton
+
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return Target(arch, runtime.sm_count(device), hardware.ARCHS[f"sm_{arch}"].shared_per_block)
+
+
+def arch_of(device: torch.device) -> int | None:
+    """Compute capability that launches on ``device`` are compiled for: 89. None where nothing is compiled."""
+    found = target(device)
+    return None if found is None else found.arch
+
+
+def choose(kernel: str, dtype: torch.dtype, bucket: str | None, device: torch.device, default: Config) -> Choice:
+    """The config of ``kernel`` for this dtype, shape bucket and device. ``bucket`` None: no table has such shapes.
+
+    Costs a few dictionary look-ups; files are read once per process and architecture."""
+    if not _forced and bucket is not None:
+        here = target(device)
+        found = _chosen.get((kernel, dtype, bucket, here))
+        if found is not None and found.default == default:
+            return found
+    key = Key(kernel, config_space.DTYPES.get(dtype, str(dtype)), bucket or "-")
+    if kernel in _forced:
+        return Choice(key, _forced[kernel], _forced[kernel], "forced")
+    here = target(device) if bucket is not None else None
+    if here is None:
+        return Choice(key, default, default, "default")
+    found = _chosen[kernel, dtype, bucket, here] = _look_up(key, here, default)
+    return found
+
+
+def _look_up(key: Key, here: Target, default: Config) -> Choice:
+    for entry, table in entries_for(key, here):
+        if _name(key.kernel, entry.config) not in _refused:
+            exact = "" if table.target.sms == here.sms else f", {table.target.sms} SMs"
+            return Choice(key, entry.config, default, f"{entry.origin} ({table.gpu}{exact})")
+    return Choice(key, default, default, "default")
+
+
+def _name(kernel: str, config: Config) -> tuple:
+    return kernel, tuple(sorted(config.items()))
+
+
+def launch(choice: Choice, run: Callable[[Config], None]) -> None:
+    """``run(choice.config)``. If the card has no room for it, say so once and run the default, now and from now on."""
+    from triton.runtime.errors import OutOfResources
+
+    name = _name(choice.key.kernel, choice.config)
+    try:
+        run(choice.default if name in _refused else choice.config)
+    except OutOfResources as error:
+        if choice.config == choice.default or name in _refused:
+            raise
+        _refused.add(name)
+        _chosen.clear()
+        warnings.warn(
+            f"the tuning table's config {choice.config} of {choice.key.kernel} does not fit this GPU ({error}): "
+            "the default is used; measure again with python -m bench.tune",
+            stacklevel=2,
+        )
+        run(choice.default)
+
+
+def chosen() -> list[Choice]:
+    """The choices that this process has made so far, in order."""
+    return list(_chosen.values())
+
+
+@contextmanager
+def forced(configs: dict[str, Config]) -> Iterator[None]:
+    """Inside, these kernels run with these configs, whatever the tables say: for those who compare configs."""
+    before = dict(_forced)
+    _forced.update(configs)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def forget() -> None:
+    """Read the tables anew at the next launch: after one was written, or for tests."""
+    _tables.cache_clear()
+    _chosen.clear()
+    _refused.clear()

@@ -1,0 +1,404 @@
+"""Tables of launch configs: look-up, tables that are damaged or foreign, configs that do not fit, compiles per bucket."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import hardware
+from fastgpt.errors import UserError
+from fastgpt.kernels import config_space, tuning
+from fastgpt.kernels.tuning import Entry, Key, Table, Target
+
+ROOT = Path(__file__).parents[2]
+RTX_4070 = Target(89, 46, 101_376)
+KEY = Key("cross_entropy.rows", "bf16", "V>=8192")
+DEFAULT = {"tile": 4096, "num_warps": 8}
+OTHER = {"tile": 2048, "num_warps": 4}
+THIRD = {"tile": 8192, "num_warps": 16}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """Empty folders of shipped and user's tables; returns (shipped, user)."""
+    shipped, user = tmp_path / "shipped", tmp_path / "cache" / "fastgpt" / "tuning"
+    monkeypatch.setattr(tuning, "SHIPPED", shipped)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shipped.mkdir()
+    user.mkdir(parents=True)
+    tuning.forget()
+    yield shipped, user
+    tuning.forget()
+
+
+@pytest.fixture
+def on_rtx_4070(monkeypatch):
+    monkeypatch.setattr(tuning, "target", lambda device: RTX_4070)
+
+
+def write(folder, config, sms=46, *, origin="ranked", key=KEY, arch=89, shared=32):
+    target = Target(arch, sms, hardware.ARCHS[f"sm_{arch}"].shared_per_block)
+    resources = {"spills": 0, "registers": 38, "shared": shared, "blocks_per_sm": 6}
+    table = Table(target, f"a card with {sms} SMs", "triton 3.7.1", {key: Entry(key, config, origin, resources, {})})
+    path = folder / target.file_name
+    table.save(path)
+    return path
+
+
+def choose(key=KEY, default=DEFAULT):
+    return tuning.choose(key.kernel, torch.bfloat16, key.bucket, torch.device("cpu"), default)
+
+
+# ---------------------------------------------------------------- look-up
+
+
+def test_exact_entry_is_used_and_says_where_it_is_from(folders, on_rtx_4070):
+    write(folders[0], OTHER)
+    choice = choose()
+    assert choice.config == OTHER and choice.default == DEFAULT
+    assert choice.source == "ranked (a card with 46 SMs)"
+
+
+def test_nearest_sm_count_serves_where_there_is_no_exact_one(folders, on_rtx_4070):
+    write(folders[0], THIRD, sms=128)
+    write(folders[0], OTHER, sms=60)
+    choice = choose()
+    assert choice.config == OTHER
+    assert choice.source == "ranked (a card with 60 SMs, 60 SMs)"
+
+
+def test_a_nearer_table_without_the_bucket_is_passed_over(folders, on_rtx_4070):
+    write(folders[0], {"BLOCK": 512, "CHUNK": 4096, "num_warps": 4}, key=Key("adamw.update", "fp32", "any"))
+    write(folders[0], OTHER, sms=128)
+    assert choose().config == OTHER
+
+
+def test_default_where_no_table_has_the_bucket(on_rtx_4070):
+    assert (choose().config, choose().source) == (DEFAULT, "default")
+
+
+@pytest.mark.parametrize("other", [{"arch": 86, "sms": 46}, {"arch": 90, "sms": 132}])
+def test_another_architecture_never_serves(folders, on_rtx_4070, other):
+    write(folders[0], OTHER, **other)
+    assert choose().config == DEFAULT
+
+
+def test_the_users_table_wins_over_the_shipped_one(folders, on_rtx_4070):
+    write(folders[0], OTHER)
+    write(folders[1], THIRD, origin="measured")
+    assert choose().config == THIRD and choose().source.startswith("measured")
+
+
+def test_shipped_table_of_this_sm_count_wins_over_the_users_of_another_card(folders, on_rtx_4070):
+    write(folders[0], OTHER)
+    write(folders[1], THIRD, sms=128)
+    assert choose().config == OTHER
+
+
+def test_a_card_with_less_shared_memory_is_not_given_what_does_not_fit_it(folders, monkeypatch):
+    write(folders[0], OTHER, shared=90_000)
+    monkeypatch.setattr(tuning, "target", lambda device: Target(89, 46, 65_536))
+    assert choose().config == DEFAULT
+
+
+def test_tables_are_read_once_per_process(folders, on_rtx_4070, monkeypatch):
+    write(folders[0], OTHER)
+    reads = []
+    read = tuning.read
+    monkeypatch.setattr(tuning, "read", lambda path: reads.append(path) or read(path))
+    for _ in range(3):
+        choose()
+        choose(Key("adamw.update", "bf16", "any"), {"BLOCK": 1024})
+    assert len(reads) == 1
+
+
+def test_choices_are_listed_for_whoever_explains_them(folders, on_rtx_4070):
+    write(folders[0], OTHER)
+    choose()
+    assert [(choice.key, choice.config) for choice in tuning.chosen()] == [(KEY, OTHER)]
+
+
+def test_no_table_is_read_without_a_bucket(folders, on_rtx_4070, monkeypatch):
+    monkeypatch.setattr(tuning, "read", lambda path: pytest.fail("read"))
+    write(folders[0], OTHER)
+    found = tuning.choose("attention.forward", torch.bfloat16, None, torch.device("cpu"), DEFAULT)
+    assert found.config == DEFAULT
+
+
+def test_forced_configs_win_inside_only(folders, on_rtx_4070):
+    write(folders[0], OTHER)
+    with tuning.forced({KEY.kernel: THIRD}):
+        assert choose().config == THIRD
+    assert choose().config == OTHER
+
+
+def test_the_interpreter_has_no_target_and_a_compile_only_run_the_one_it_compiles_for():
+    assert tuning.target(torch.device("cpu")) is None
+    found = in_child(
+        "from fastgpt.kernels import offline, tuning\nimport torch\n"
+        "with offline.compile_for(90, 132): print(json.dumps(tuning.target(torch.device('cpu'))))"
+    )
+    assert found == [90, 132, 232_448]
+
+
+# ---------------------------------------------------------------- damaged and foreign tables
+
+
+def edited(path, **changes):
+    found = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            del found[key]
+        elif key in found:
+            found[key] = value
+        else:
+            found["entries"][0][key] = value
+    path.write_text(json.dumps(found))
+
+
+BAD = {
+    "not JSON": "{",
+    "another schema": {"schema": "fastgpt.bench"},
+    "a newer version": {"schema_version": 2},
+    "of another card": {"sms": 60},
+    "of another architecture": {"arch": "sm_90"},
+    "no entries": {"entries": None},
+    "an unknown config": {"config": {"tile": 999, "num_warps": 8}},
+    "a config of another kernel": {"config": {"rows": 4, "num_warps": 4}},
+    "a config that is no numbers": {"config": {"tile": "4096", "num_warps": 8}},
+    "a config that is a list": {"config": [4096, 8]},
+    "an unknown kernel": {"kernel": "softmax"},
+    "an unknown origin": {"origin": "guessed"},
+    "too much shared memory": {"resources": {"shared": 200_000}},
+    "no resources": {"resources": {}},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_table_is_one_warning_and_the_default(folders, on_rtx_4070, what):
+    path = write(folders[1], OTHER)
+    path.write_text(BAD[what]) if isinstance(BAD[what], str) else edited(path, **BAD[what])
+    with pytest.warns(UserWarning) as caught:
+        assert choose().config == DEFAULT
+        tuning._chosen.clear()
+        assert choose().config == DEFAULT
+    (message,) = [str(w.message) for w in caught]
+    assert str(path) in message and "bench.tune" in message and "\n" not in message
+
+
+def test_a_damaged_table_of_the_users_leaves_the_shipped_one(folders, on_rtx_4070):
+    write(folders[0], OTHER)
+    write(folders[1], THIRD).write_bytes(b"\0\0")
+    with pytest.warns(UserWarning, match="left out"):
+        assert choose().config == OTHER
+
+
+def test_a_table_that_is_a_folder_is_left_out(folders, on_rtx_4070):
+    (folders[1] / RTX_4070.file_name).mkdir()
+    with pytest.warns(UserWarning, match="left out"):
+        assert choose().config == DEFAULT
+
+
+def test_a_missing_cache_directory_is_nothing_to_warn_of(on_rtx_4070, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nowhere"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose().config == DEFAULT
+
+
+# ---------------------------------------------------------------- a config that does not fit
+
+
+def out_of_resources():
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources(200_000, 101_376, "shared memory")
+
+
+def test_a_config_that_does_not_fit_is_replaced_once_and_for_all(folders, on_rtx_4070):
+    write(folders[0], OTHER)
+    ran = []
+
+    def run(config):
+        if config == OTHER:
+            raise out_of_resources()
+        ran.append(config)
+
+    first = choose()
+    with pytest.warns(UserWarning, match="does not fit this GPU") as caught:
+        tuning.launch(first, run)
+        tuning.launch(first, run)  # a launcher may hold on to its choice
+        tuning.launch(choose(), run)
+    assert ran == [DEFAULT] * 3 and len(caught) == 1
+    assert choose().config == DEFAULT
+
+
+def test_a_default_that_does_not_fit_is_an_error(on_rtx_4070):
+    def run(config):
+        raise out_of_resources()
+
+    with pytest.raises(type(out_of_resources())):
+        tuning.launch(choose(), run)
+
+
+def test_other_errors_pass(folders, on_rtx_4070):
+    write(folders[0], OTHER)
+
+    def run(config):
+        raise ValueError("of the kernel")
+
+    with pytest.raises(ValueError, match="of the kernel"):
+        tuning.launch(choose(), run)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_table_reads_back_as_it_was_written(folders):
+    path = write(folders[0], OTHER)
+    table = tuning.read(path)
+    assert table.target == RTX_4070 and table.compiler == "triton 3.7.1"
+    assert table.entries[KEY].config == OTHER and table.entries[KEY].origin == "ranked"
+    before = path.read_bytes()
+    table.save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_write_that_fails_leaves_the_old_table(folders, monkeypatch):
+    path = write(folders[0], OTHER)
+    before = path.read_bytes()
+
+    def no_space(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", no_space)
+    with pytest.raises(UserError, match="No space left"):
+        write(folders[0], THIRD)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+# ---------------------------------------------------------------- what ships
+
+
+def shipped_tables():
+    folder = Path(tuning.__file__).parent / "tables"
+    return [tuning.read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def test_the_five_cards_have_a_table():
+    names = {table.target.file_name for table in shipped_tables()}
+    assert names >= {"sm89_46.json", "sm90_132.json", "sm89_128.json", "sm86_82.json", "sm80_108.json"}
+
+
+def test_shipped_entries_say_that_they_are_ranked_and_by_what():
+    for table in shipped_tables():
+        assert table.compiler.startswith("triton ") and table.entries
+        for key, entry in table.entries.items():
+            assert entry.origin == "ranked", f"{key}: nothing was measured on {table.gpu}"
+            assert entry.resources["spills"] == 0 and entry.resources["blocks_per_sm"] >= 1
+            assert 0 < entry.evidence["fill"] <= 1 and entry.evidence["model"] >= 1
+
+
+def test_shipped_tables_name_a_card_with_these_limits():
+    for table in shipped_tables():
+        card = hardware.lookup(table.gpu)
+        assert (card.arch, card.sm_count) == (f"sm_{table.target.arch}", table.target.sms)
+        assert table.target.shared == card.chip.shared_per_block
+
+
+def test_a_shipped_entry_differs_from_the_default_only_for_a_gain():
+    for table in shipped_tables():
+        for key, entry in table.entries.items():
+            gain = entry.evidence["over_default"]
+            assert gain is None or gain <= 1.0, f"{key} on {table.gpu}: {gain}"
+
+
+# ---------------------------------------------------------------- buckets and compiles
+
+
+@pytest.mark.parametrize(
+    "rows, bucket",
+    [
+        (1, "D64 rows<=16384"),
+        (16_384, "D64 rows<=16384"),
+        (16_385, "D64 rows<=65536"),
+        (98_304, "D64 rows<=262144"),
+        (2**20 + 1, "D64 rows>1048576"),
+    ],
+)
+def test_buckets_of_attention(rows, bucket):
+    assert config_space.attention_bucket(64, rows, plain=True, dropout=False) == bucket
+    assert config_space.attention_bucket(64, rows, plain=False, dropout=False) is None
+    assert config_space.attention_bucket(80, rows, plain=True, dropout=False) is None
+
+
+def test_every_space_has_its_default():
+    found = in_child(
+        "from fastgpt.kernels import config_space as s, fused_attn as a, fused_layernorm as n, tuning\n"
+        "from fastgpt.kernels import fused_cross_entropy as c, fused_adamw as w, offline\nimport torch\n"
+        "ok = [s.contains(f'attention.{k}', a.config(k, torch.bfloat16, 64, 1024, plain=not d, dropout=d, arch=arch))\n"
+        "      for k in ('forward', 'backward_q', 'backward_kv') for d in (False, True) for arch in (80, 89, 90, 120)]\n"
+        "with offline.compile_for(89):\n"
+        "    ok += [s.contains(f'layer_norm.{k}', n._choice(k, torch.bfloat16, C, torch.device('cpu')).default)\n"
+        "           for k in ('forward', 'backward') for C in (384, 768, 1024, 1600)]\n"
+        "ok += [s.contains('cross_entropy.rows', c._choice(torch.ones(1), 50304, None).default)]\n"
+        "ok += [s.contains('adamw.update', w.config())]\n"
+        "print(json.dumps(ok))"
+    )
+    assert len(found) == 34 and all(found)
+
+
+def in_child(code, **env):
+    """The JSON that ``code`` prints last, in a process whose triton compiles."""
+    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | env
+    command = [sys.executable, "-c", f"import json\n{code}"]
+    done = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+COUNT_COMPILES = """
+from collections import Counter
+import torch
+from triton.runtime.jit import JITFunction
+from fastgpt.kernels import config_space, launch_cases, offline
+from fastgpt.kernels.fused_attn import qkv_attention
+
+torch.set_num_threads(1)
+compiles, run, bucket = Counter(), JITFunction.run, ""
+
+def count(self, key, signature, device, constexprs, options, attrs, warmup):
+    compiles[f"{self.__name__}, {bucket}"] += 1
+    self.device_caches[device][0][key] = kernel = object()  # what triton would compile, and keep
+    return kernel
+
+JITFunction._do_compile = count
+JITFunction.run = lambda self, *args, grid, warmup=False, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
+
+with offline.compile_for(89, 46):
+    for B in (1, 2, 3, 8, 17):
+        for T in (64, 100, 512, 1000, 1024, 1025):
+            bucket = config_space.attention_bucket(64, B * 2 * T, plain=True, dropout=False)
+            qkv = torch.empty(B, T, 3 * 128, dtype=torch.bfloat16, requires_grad=True)
+            launch_cases._backward(qkv_attention(qkv, 2))
+            bucket = config_space.layer_norm_bucket(768)
+            launch_cases._norm(768, torch.bfloat16, torch.float32, rows=B * T, out_dtype=torch.bfloat16)
+    for N in (64, 100, 1000, 1024):
+        bucket = config_space.cross_entropy_bucket(8192, None)
+        launch_cases._loss(torch.bfloat16, V=8192, N=N)
+print(json.dumps(compiles))
+"""
+
+
+def test_a_new_batch_size_or_length_compiles_a_kernel_at_most_once_per_bucket():
+    compiles = in_child(COUNT_COMPILES)
+    assert {name.split(",")[0] for name in compiles} == {
+        "forward", "backward_q", "backward_kv", "_forward_kernel", "_backward_kernel", "_sum_partials_kernel", "rows_kernel",
+    }  # fmt: skip
+    assert max(compiles.values()) == 1, compiles
