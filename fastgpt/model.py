@@ -87,8 +87,7 @@ class MLP(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias)
-        return self.ops.linear(x, self.c_proj.weight, self.c_proj.bias)
+        return self.ops.mlp(x, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
 
 
 class Block(nn.Module):

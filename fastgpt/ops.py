@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import reference
@@ -20,7 +19,7 @@ from fastgpt.kernels import reference
 
 @dataclass(frozen=True)
 class Ops:
-    """Signatures are those of fastgpt/kernels/reference.py; ``linear`` and ``linear_gelu`` take (x, weight, bias)."""
+    """Signatures are those of fastgpt/kernels/reference.py."""
 
     name: str
     layer_norm: Callable[..., Any]
@@ -28,14 +27,11 @@ class Ops:
     qkv_attention: Callable[..., Tensor]
     linear: Callable[..., Tensor]
     linear_gelu: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
 
     def __deepcopy__(self, memo: dict) -> Ops:
         return self  # a table of functions: copies of a model share it
-
-
-def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
 EAGER = Ops(
@@ -43,8 +39,9 @@ EAGER = Ops(
     layer_norm=reference.layer_norm,
     attention=reference.attention,
     qkv_attention=reference.qkv_attention,
-    linear=F.linear,
-    linear_gelu=_linear_gelu,
+    linear=reference.linear,
+    linear_gelu=reference.linear_gelu,
+    mlp=reference.mlp,
     linear_cross_entropy=reference.linear_cross_entropy,
 )
 
@@ -61,24 +58,17 @@ def _triton() -> Ops:
     from fastgpt.kernels.fused_attn import attention, qkv_attention
     from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
     from fastgpt.kernels.fused_layernorm import layer_norm
-    from fastgpt.kernels.working_copy import working_copy
+    from fastgpt.kernels.fused_linear import linear, linear_gelu, mlp
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
         options.setdefault("out_dtype", compute_dtype(x))
         return layer_norm(x, weight, bias, **options)
 
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        dtype = compute_dtype(x)
-        return F.linear(x.to(dtype), working_copy(weight, dtype), None if bias is None else working_copy(bias, dtype))
-
-    def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.gelu(linear(x, weight, bias), approximate="tanh")
-
     def loss(x: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
         # The master itself, not its working copy: the gradient, summed in fp32 over chunks, then stays fp32.
         return linear_cross_entropy(x.to(compute_dtype(x)), weight, target, **options)
 
-    return Ops("triton", norm, attention, qkv_attention, linear, linear_gelu, loss)
+    return Ops("triton", norm, attention, qkv_attention, linear, linear_gelu, mlp, loss)
 
 
 def get(name: str) -> Ops:

@@ -16,7 +16,6 @@ from fastgpt.kernels import runtime
 from fastgpt.kernels._linear_kernels import linear_kernel, pointwise_grad_kernel, sum_splits_kernel, weight_grad_kernel
 from fastgpt.kernels.fused_cross_entropy import _matmul_fp32
 
-FEW_ROWS = 128
 MAX_SPLITS = 8
 FLOPS_PER_BYTE = 128
 """What a GPU computes while it moves a byte: 116 for the RTX 4070 in bf16, up to 300 elsewhere."""
@@ -52,17 +51,10 @@ def engine(
     ``epilogue``: "none", "bias", "gelu", "residual" (with or without dropout), "dgelu", "weight_grad" and
     "weight_grad_bias" (there M and N are the weight's rows and columns and K counts tokens).
 
-    A plain matmul is cuBLAS's, and so is a bias, an epilogue that it has. So are fp32 operands, which leave the memory
-    traffic of an epilogue little weight, and the few rows of sampling. No torch operation accumulates in fp16 by chunks.
+    cuBLAS, with the epilogue in a sweep of its own, until a measurement on the card says otherwise. No torch operation
+    accumulates in fp16 by chunks, so that is Triton's.
     """
-    if accumulate == "fp16":
-        return "triton"
-    if epilogue in ("none", "bias", "weight_grad"):
-        return "cublas"
-    if runtime.INTERPRET and device.type == "cpu":
-        return "triton"  # nothing is fast there: kernels are run to be tested
-    few = M < FEW_ROWS and not epilogue.startswith("weight_grad")
-    return "cublas" if few or dtype == torch.float32 else "triton"
+    return "triton" if accumulate == "fp16" else "cublas"
 
 
 def config(

@@ -201,6 +201,7 @@ def linear(
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
     accumulate: str = "fp32",
+    keep_copy: bool = True,
 ) -> Tensor:
     """dropout(x @ weight.T + bias) + residual.
 
@@ -208,6 +209,8 @@ def linear(
     bf16 (a transposed (in, out) weight is read in place). The matmul runs in x's dtype (under autocast, in autocast's);
     the result has that dtype, or the residual's. Each gradient has its input's dtype, that of an fp32 weight without
     going through 16 bits. ``dropout_p`` > 0 draws a seed from torch's generator. ``accumulate="fp16"``: see above.
+    ``keep_copy``: whether a copy of the weight in another dtype is kept from call to call (working_copy.py), or cast at
+    each.
 
     Raises ValueError for arguments that do not fit. CPU tensors outside Triton's interpreter are computed by
     ``reference.linear``.
@@ -215,11 +218,17 @@ def linear(
     dtype = _check(x, weight, bias, accumulate, residual, dropout_p)
     if not runtime.runs_in_triton(x):
         return reference.linear(x, weight, bias, residual=residual, dropout_p=dropout_p, accumulate=accumulate)
-    return _linear(x.to(dtype), None, weight, bias, residual, dropout_p, False, accumulate)
+    return _linear(x.to(dtype), None, weight, bias, residual, dropout_p, False, accumulate, keep_copy)
 
 
 def linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh", accumulate: str = "fp32"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    approximate: str = "tanh",
+    accumulate: str = "fp32",
+    keep_copy: bool = True,
 ) -> Tensor:
     """gelu(x @ weight.T + bias), ``approximate`` as in torch.nn.functional.gelu: "tanh" or "none". The rest is as in
     ``linear``. Where a linear layer follows, ``mlp`` moves fewer bytes in backward."""
@@ -227,7 +236,7 @@ def linear_gelu(
     _check_approximate(approximate)
     if not runtime.runs_in_triton(x):
         return reference.linear_gelu(x, weight, bias, approximate=approximate, accumulate=accumulate)
-    return _gelu(x.to(dtype), weight, bias, approximate, accumulate)[0]
+    return _gelu(x.to(dtype), weight, bias, approximate, accumulate, keep_copy)[0]
 
 
 def mlp(
@@ -241,6 +250,7 @@ def mlp(
     dropout_p: float = 0.0,
     approximate: str = "tanh",
     accumulate: str = "fp32",
+    keep_copy: bool = True,
 ) -> Tensor:
     """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual: ``linear`` of ``linear_gelu``, whose backward has
     no pass for the GELU. x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in those two."""
@@ -253,42 +263,45 @@ def mlp(
             x, w_fc, b_fc, w_proj, b_proj,
             residual=residual, dropout_p=dropout_p, approximate=approximate, accumulate=accumulate,
         )  # fmt: skip
-    a, pre = _gelu(x.to(dtype), w_fc, b_fc, approximate, accumulate)
-    return _linear(a, pre, w_proj, b_proj, residual, dropout_p, approximate == "none", accumulate)
+    a, pre = _gelu(x.to(dtype), w_fc, b_fc, approximate, accumulate, keep_copy)
+    return _linear(a, pre, w_proj, b_proj, residual, dropout_p, approximate == "none", accumulate, keep_copy)
 
 
 def _gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, accumulate: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, accumulate: str, keep_copy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """gelu(z), and z or None where no gradient is wanted."""
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    copy, erf, fp16 = _copy(weight, x.dtype), approximate == "none", accumulate == "fp16"
+    copy, erf, fp16 = _copy(weight, x.dtype, keep_copy), approximate == "none", accumulate == "fp16"
     a, pre = _linear_gelu_fwd(x, weight, copy, bias, erf, fp16, save, _adds_to(weight))
     return a, pre if save else None
 
 
 def _linear(
     x: Tensor, pre: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dropout_p: float,
-    erf: bool, accumulate: str,
+    erf: bool, accumulate: str, keep_copy: bool,
 ) -> Tensor:  # fmt: skip
-    copy = _copy(weight, x.dtype)
+    copy = _copy(weight, x.dtype, keep_copy)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if not wanted and residual is None and dropout_p == 0 and accumulate == "fp32":
         # Plain PyTorch where it would be cuBLAS anyway: an op costs the host more, which sampling feels.
         operand, (N, K) = weight if copy is None else copy, weight.shape
         kind = "none" if bias is None else "bias"
         if launch.engine(math.prod(x.shape[:-1]), N, K, x.dtype, kind, x.device) == "cublas":
-            return F.linear(x, operand, None if bias is None else working_copy(bias, x.dtype))
+            return F.linear(x, operand, None if bias is None else bias.to(x.dtype))
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     fp16 = accumulate == "fp16"
     return _linear_fwd(x, weight, copy, bias, residual, seed, pre, dropout_p, erf, fp16, _adds_to(weight))
 
 
-def _copy(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The working copy of ``weight`` in ``dtype``, also of a parameter's transposed view; None if it has that dtype."""
+def _copy(weight: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
+    """``weight`` in ``dtype``, with ``keep`` the working copy, also of a parameter's transposed view; None if it has that
+    dtype."""
     if weight.dtype == dtype:
         return None
     with torch.no_grad():
+        if not keep:
+            return weight.to(dtype)
         if not torch.compiler.is_compiling():
             base = weight._base
             if isinstance(base, nn.Parameter) and base.dim() == 2 and _is_transpose(weight, base):

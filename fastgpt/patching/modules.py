@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.ops import EAGER, Ops
+from fastgpt.ops import EAGER, compute_dtype
 from fastgpt.patching.swap import Fused
 
 # The kernels' limits; theirs cannot be imported where triton is not installed.
@@ -49,15 +49,7 @@ class LayerNorm(Fused):
         )  # fmt: skip
 
 
-# ---- MLP: the one place that knows whether there is a fused linear ------------------------------------------------------
-
-NO_FUSED_LINEAR = "the fused linear kernels are not used before they have been measured beside cuBLAS"
-
-
-def fused_linear() -> Any:
-    """What has ``linear`` and ``linear_gelu`` for a patched MLP (kernels/fused_linear.py), or None: no patched model uses
-    them yet."""
-    return None
+# ---- MLP
 
 
 def gelu_kind(activation: Any) -> str | None:
@@ -75,35 +67,20 @@ class MLP(Fused):
     strided view (out, in): its gradient arrives in its own layout."""
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """With a residual, returns residual + MLP(x), in the dtype that this sum has; without dropout it is formed inside
-        c_proj."""
+        """With a residual, returns residual + dropout(MLP(x)), in the dtype that this sum has, formed inside c_proj."""
         kind = gelu_kind(self.act if hasattr(self, "act") else self.gelu)
         plain = is_plain(self.c_fc) and is_plain(self.c_proj) and kind is not None and supported(x)
         if not plain:
             y = super().forward(x)  # type: ignore[misc]
             return y if residual is None else residual + y
-        linear, linear_gelu = _linears(self.ops)
-        h = linear_gelu(x, weight_of(self.c_fc), self.c_fc.bias, approximate=kind)
-        dropout_p = self.dropout.p if self.training else 0.0
-        if residual is not None and dropout_p == 0:
-            residual = residual.to(torch.promote_types(h.dtype, residual.dtype))
-            return linear(h, weight_of(self.c_proj), self.c_proj.bias, residual=residual)
-        y = F.dropout(linear(h, weight_of(self.c_proj), self.c_proj.bias), dropout_p, self.training)
-        return y if residual is None else residual + y
-
-
-def _linears(ops: Ops) -> Any:
-    kernels = fused_linear()
-    return (_eager_linear, _eager_linear_gelu) if ops is EAGER else (kernels.linear, kernels.linear_gelu)
-
-
-def _eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    y = F.linear(x, weight, bias)
-    return y if residual is None else y + residual
-
-
-def _eager_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    return F.gelu(F.linear(x, weight, bias), approximate=approximate)
+        if residual is not None:
+            residual = residual.to(torch.promote_types(compute_dtype(x), residual.dtype))
+        # Optimizers here may write through param.data, which leaves no trace: no copy of a weight is kept.
+        options = {} if self.ops is EAGER else {"keep_copy": False}
+        return self.ops.mlp(
+            x, weight_of(self.c_fc), self.c_fc.bias, weight_of(self.c_proj), self.c_proj.bias,
+            residual=residual, dropout_p=self.dropout.p if self.training else 0.0, approximate=kind, **options,
+        )  # fmt: skip
 
 
 def is_plain(module: nn.Module) -> bool:

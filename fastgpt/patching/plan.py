@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastgpt.patching import modules
-from fastgpt.patching.modules import DTYPES, MAX_HEAD_DIM, MAX_WIDTH, MLP, NO_FUSED_LINEAR, gelu_kind
+from fastgpt.patching.modules import DTYPES, MAX_HEAD_DIM, MAX_WIDTH, MLP, gelu_kind
 from fastgpt.patching.probe import Change, Probe
 from fastgpt.patching.swap import Fused
 
@@ -184,7 +183,7 @@ def _mlp_blocker(mlp: Any) -> str | None:
         return f"its activation is a {type(activation).__name__}, not a GELU"
     if not isinstance(parts.get("dropout"), nn.Dropout):
         return "it has no dropout"
-    return NO_FUSED_LINEAR if modules.fused_linear() is None else None
+    return None
 
 
 def _fingerprint(module: nn.Module) -> Any:
