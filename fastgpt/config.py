@@ -198,7 +198,7 @@ class Config:
     config: Annotated[Path | None, tyro.conf.Positional] = None
     """A TOML file with any of the sections [model], [data], [optim], [train]."""
     preset: str | None = None
-    """demo (default), gpt2-40m, gpt2-124m or gpt2-350m."""
+    """demo (default), gpt2-40m, gpt2-124m, gpt2-350m or gpt2-xl."""
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

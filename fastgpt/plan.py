@@ -51,7 +51,7 @@ class PlanConfig:
     gpu: str | None = None
     """rtx4070, 3090, h100, ... Without it, the card in this machine."""
     model: str = "gpt2-124m"
-    """A preset (gpt2-40m, gpt2-124m, gpt2-350m, demo) or a fastgpt TOML file; the flags below change it."""
+    """A preset (gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl, demo) or a fastgpt TOML file; the flags below change it."""
     tokens_per_step: str | None = None
     """Tokens behind one optimizer step, on all GPUs: 524288, 0.5e6, ... Without it, the model file's own."""
     tokens: str | None = None

@@ -100,7 +100,7 @@ def test_calibration_shows_both_fits_every_anchor_and_every_constant(capsys):
     "argv, message",
     [
         (["--gpu", "rtx407"], "gpu is 'rtx407', which is not in the table: nearest are NVIDIA GeForce RTX 4070, "),
-        (["--model", "gpt2-125m"], "model is 'gpt2-125m': it can be demo, gpt2-124m, gpt2-350m, gpt2-40m"),
+        (["--model", "gpt2-125m"], "model is 'gpt2-125m': it can be demo, gpt2-124m, gpt2-350m, gpt2-40m, gpt2-xl"),
         (["--kernels", "cuda"], "kernels is 'cuda': it can be nanogpt-compile, eager, compile, triton"),
         (["--precision", "fp32"], "precision is 'fp32': it can be bf16, fp16, fp16-fast, fp8"),
         (["--gpu", "a100", "--precision", "fp8"], "precision is 'fp8': NVIDIA A100-SXM4-80GB has no fp8"),

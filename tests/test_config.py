@@ -6,7 +6,7 @@ from fastgpt.config import Config, ModelConfig, differences, load_preset, load_t
 from fastgpt.errors import UserError
 
 
-@pytest.mark.parametrize("name", ["demo", "gpt2-40m", "gpt2-124m", "gpt2-350m"])
+@pytest.mark.parametrize("name", ["demo", "gpt2-40m", "gpt2-124m", "gpt2-350m", "gpt2-xl"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_presets_load(name, device):
     config = load_preset(name, device)
@@ -15,11 +15,11 @@ def test_presets_load(name, device):
 
 
 def test_preset_list_is_what_the_help_says():
-    assert preset_names() == ["demo", "gpt2-124m", "gpt2-350m", "gpt2-40m"]
+    assert preset_names() == ["demo", "gpt2-124m", "gpt2-350m", "gpt2-40m", "gpt2-xl"]
 
 
 def test_the_gpt2_presets_take_524288_tokens_per_step():
-    for name in ("gpt2-40m", "gpt2-124m", "gpt2-350m"):
+    for name in ("gpt2-40m", "gpt2-124m", "gpt2-350m", "gpt2-xl"):
         assert load_preset(name).tokens_per_step == 524_288
 
 
