@@ -70,6 +70,33 @@ def peers(eager: Callable, compiled: bool, **others: Callable | None) -> dict[st
     return found | {name: op for name, op in others.items() if op is not None}
 
 
+def embedding(size: Sizes, device: torch.device, compiled: bool) -> Entry:
+    """fp32 tables and residual stream, as in every precision; the gradients dense, as autograd wants them."""
+    from fastgpt.kernels.fused_embedding import embedding as ours
+
+    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
+        T = min(size.T, rows)
+        tokens = torch.randint(size.V, (rows // T, T), device=device)
+        return {
+            "idx": tokens,
+            "wte": torch.randn(size.V, size.C, device=device),
+            "wpe": torch.randn(T, size.C, device=device),
+        }
+
+    rows, C, distinct, T = size.rows, size.C, min(size.V, size.rows), min(size.T, size.rows)
+    positions = flops.Work(0, 3 * 4 * T * C + 4 * size.V * C)  # read, cleared and written; the table's gradient cleared
+    return Entry(
+        "embedding",
+        f"{rows} x {C} of {size.V}",
+        _sum(flops.embedding_forward(rows, distinct, C, 4), flops.embedding_backward(rows, distinct, C, 4), positions),
+        lambda: check(ours, reference.embedding, inputs(size.parity_rows)),
+        {
+            name: partial(forward_backward, op, device, inputs)
+            for name, op in ({OURS: ours} | peers(reference.embedding, compiled)).items()
+        },
+    )
+
+
 def layer_norm(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     """bf16 in and out; weight and bias are fp32 for ours, and bf16 for the peers, which would have to cast them."""
     from fastgpt.kernels.fused_layernorm import layer_norm as ours
@@ -249,6 +276,7 @@ def adamw(size: Sizes, device: torch.device, compiled: bool) -> Entry:
 
 
 ENTRIES: tuple[Callable[[Sizes, torch.device, bool], Entry], ...] = (
+    embedding,
     layer_norm,
     layer_norm_residual,
     attention,
@@ -264,6 +292,7 @@ def shapes(make: Callable, base: Sizes) -> list[Sizes]:
 
 _ROWS_AND_WIDTHS: list[dict[str, Any]] = [{"C": C} for C in (384, 768, 1024, 1600)] + [{"rows": 1024}, {"rows": 32768}]
 SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "embedding": _ROWS_AND_WIDTHS,
     "layer_norm": _ROWS_AND_WIDTHS,
     "layer_norm_residual": _ROWS_AND_WIDTHS,
     # 16,384 tokens and a width of 768 throughout.

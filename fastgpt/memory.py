@@ -22,8 +22,8 @@ from fastgpt.errors import UserError
 KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
 """nanoGPT under torch.compile; fastgpt's model in plain PyTorch, under torch.compile, and on the Triton kernels."""
 
-SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Bytes of the compute dtype per ``--precision``."""
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp16-fast": 2, "fp8": 2}
+"""Bytes of the compute dtype per ``--precision``; of a weight in fp8 there are two copies of one byte."""
 
 LOGITS_BUDGET = 256 * 2**20
 """Most that the logits of one chunk take: fused_cross_entropy.LOGITS_BUDGET, repeated so that no kernel is imported."""
@@ -94,11 +94,12 @@ def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str 
     norm = 4 * C + (4 if _compiled(kernels) else 8)
     # Norm output, q, k and v, attention output, log-sum-exp; norm output, input and output of the GELU.
     block = 2 * norm + s * (C + 3 * C + C) + 4 * H + s * (C + 4 * C + 4 * C)
-    activations = N * (L * block + norm) + 8 * N + 8 * T  # token ids and positions
+    activations = N * (L * block + norm)
+    if kernels == "triton":  # ids in 32 bits; seeds instead of masks; the loss's gradients instead of its inputs
+        return Saved(activations + 4 * N, 4 * N * C + 4 * V * C)
+    activations += 8 * N + 8 * T  # token ids and positions
     if model.dropout:
-        activations += N * C * (1 if kernels == "triton" else 1 + 2 * L)
-    if kernels == "triton":  # the kernels save seeds for masks, and the loss its gradients instead of its inputs
-        return Saved(activations, 4 * N * C + 4 * V * C)
+        activations += N * C * (1 + 2 * L)
     activations += N * s * C  # the final norm's output: the head's operand
     if kernels == "eager":  # log-probabilities in fp32, and targets
         return Saved(activations, 4 * N * V + 8 * N)
@@ -116,7 +117,7 @@ def memory(
 ) -> Memory:
     """Peak memory of a training step with gradient accumulation, at ``micro_batch`` sequences of T = block_size.
 
-    ``kernels`` is one of KERNELS, ``precision`` fp32, bf16 or fp16; ``workspace``: cuBLAS's per handle. Counts
+    ``kernels`` is one of KERNELS, ``precision`` one of SIZES; ``workspace``: cuBLAS's per handle. Counts
     DistributedDataParallel's buckets for world_size > 1. Raises UserError for values that do not exist.
     """
     s = _compute_size(kernels, precision, micro_batch)

@@ -168,15 +168,14 @@ class GPT(nn.Module):
         T, start = idx.shape[1], 0 if cache is None else cache.position
         if start + T > self.config.block_size:
             raise ValueError(f"sequence of {start + T} tokens is longer than block_size {self.config.block_size}")
-        position = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer.wte(idx) + self.transformer.wpe(position)
-        x = F.dropout(x, self.config.dropout, self.training)
-        branch = None
+        dropout_p = self.config.dropout if self.training else 0.0
+        wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
+        x, branch = self.ops.embedding(idx, wte, wpe, position=start, dropout_p=dropout_p), None
         for block in self.transformer.h:
             x, branch = block(x, branch, cache, doc_ids)
         if cache is not None:
             cache.advance(T)
-        h, _ = self.transformer.ln_f(branch, x, self.config.dropout if self.training else 0.0)
+        h, _ = self.transformer.ln_f(branch, x, dropout_p)
         return h
 
     def forward(

@@ -7,8 +7,8 @@ the outputs of norms take its dtype, while parameters, the residual stream and t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Ops:
     linear_gelu: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+    embedding: Callable[..., Tensor]
 
     def __deepcopy__(self, memo: dict) -> Ops:
         return self  # a table of functions: copies of a model share it
@@ -43,6 +44,7 @@ EAGER = Ops(
     linear_gelu=reference.linear_gelu,
     mlp=reference.mlp,
     linear_cross_entropy=reference.linear_cross_entropy,
+    embedding=reference.embedding,
 )
 
 
@@ -57,6 +59,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def _triton() -> Ops:
     from fastgpt.kernels.fused_attn import attention, qkv_attention
     from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
+    from fastgpt.kernels.fused_embedding import embedding
     from fastgpt.kernels.fused_layernorm import layer_norm
     from fastgpt.kernels.fused_linear import linear, linear_gelu, mlp
 
@@ -68,15 +71,40 @@ def _triton() -> Ops:
         # The master itself, not its working copy: the gradient, summed in fp32 over chunks, then stays fp32.
         return linear_cross_entropy(x.to(compute_dtype(x)), weight, target, **options)
 
-    return Ops("triton", norm, attention, qkv_attention, linear, linear_gelu, mlp, loss)
+    return Ops("triton", norm, attention, qkv_attention, linear, linear_gelu, mlp, loss, embedding)
 
 
-def get(name: str) -> Ops:
-    """The table for ``--kernels triton|eager``. Raises ValueError for another name."""
+@cache
+def _fp16_fast() -> Ops:
+    """TRITON, with products summed in fp16 by chunks where docs/precision.md says so. Operands have to be fp16, as they are
+    under autocast: anything else raises ValueError."""
+    table = _triton()
+    summed = ("attention", "qkv_attention", "linear", "linear_gelu", "mlp", "linear_cross_entropy")
+    fast: dict[str, Any] = {name: partial(getattr(table, name), accumulate="fp16") for name in summed}
+    return replace(table, name="triton fp16-fast", **fast)
+
+
+@cache
+def _fp8() -> Ops:
+    """TRITON, with the linears of the blocks in fp8, and norms that hand them fp8. Operands have to be bf16, as they are under
+    autocast: anything else raises ValueError."""
+    from fastgpt.kernels import fused_fp8
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
+        options.setdefault("out_dtype", compute_dtype(x))
+        return fused_fp8.layer_norm(x, weight, bias, **options)
+
+    linears = {name: getattr(fused_fp8, name) for name in ("linear", "linear_gelu", "mlp")}
+    return replace(_triton(), name="triton fp8", layer_norm=norm, **linears)
+
+
+def get(name: str, precision: str = "bf16") -> Ops:
+    """The table for ``--kernels triton|eager`` at a ``--precision``, resolved: most need no table of their own, as autocast
+    gives operands their dtype. Raises ValueError for another name."""
     if name == "eager":
         return EAGER
     if name == "triton":
-        return _triton()
+        return {"fp16-fast": _fp16_fast, "fp8": _fp8}.get(precision, _triton)()
     raise ValueError(f"kernels is {name!r}: it can be 'triton' or 'eager'")
 
 

@@ -75,7 +75,7 @@ def test_every_kernel_passes_parity_and_gets_times(device, tmp_path, capsys):
         assert e["bytes"] > 0 and {"triton"} < set(e["variants"]), e["name"]
         assert all(v["ms"] > 0 for v in e["variants"].values()), e
     if device.type == "cpu":
-        assert len(results["entries"]) == 5 and results["environment"]["kernels"] == "interpreted"
+        assert len(results["entries"]) == 6 and results["environment"]["kernels"] == "interpreted"
         assert all(v["share"] is None for e in results["entries"] for v in e["variants"].values()), "no roof on a CPU"
     assert "layer_norm" in capsys.readouterr().out
     assert "| layer_norm" in (tmp_path / "kernels.md").read_text()
@@ -155,7 +155,7 @@ def test_warm_times_have_rates_but_no_share_of_a_memory_roof():
         (["--device", "cuda"], "device is 'cuda' but torch .* sees no CUDA GPU: use --device cpu"),
         (
             ["--device", "cpu", "--only", "matmul"],
-            "only is 'matmul': it must be one of layer_norm, layer_norm_residual",
+            "only is 'matmul': it must be one of embedding, layer_norm, layer_norm_residual",
         ),
         (["--device", "cpu", "--out", "{file}/x"], "which cannot be written [(]Not a directory[)]: name another"),
     ],

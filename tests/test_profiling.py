@@ -278,6 +278,11 @@ def test_a_matmul_that_could_be_several_is_not_guessed():
         ([ENGINE + "GeluBackward0", "GeluBackward0", "aten::gelu_backward"], "GELU backward"),
         (["aten::embedding", "aten::index_select"], "embedding"),
         ([ENGINE + "EmbeddingBackward0", "aten::embedding_dense_backward"], "embedding"),
+        (["fastgpt::embedding_fwd", "aten::empty"], "embedding"),
+        (
+            [ENGINE + "GeneratedBackwardFor_fastgpt_embedding_fwd", "fastgpt::embedding_bwd_add", "aten::sort"],
+            "embedding",
+        ),
         (["aten::_log_softmax"], "loss"),
         (["triton_red_fused__log_softmax_native_layer_norm_nll_loss_forward_6"], "loss"),
         ([("aten::_to_copy", [(ROWS, V)])], "loss"),

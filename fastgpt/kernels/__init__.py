@@ -13,13 +13,16 @@ if runtime.INTERPRET:
 _PUBLIC = {
     "attention": "fused_attn",
     "qkv_attention": "fused_attn",
+    "embedding": "fused_embedding",
     "layer_norm": "fused_layernorm",
     "linear": "fused_linear",
     "linear_cross_entropy": "fused_cross_entropy",
     "linear_gelu": "fused_linear",
     "mlp": "fused_linear",
 }
-__all__ = ["attention", "layer_norm", "linear", "linear_cross_entropy", "linear_gelu", "mlp", "qkv_attention"]
+__all__ = [
+    "attention", "embedding", "layer_norm", "linear", "linear_cross_entropy", "linear_gelu", "mlp", "qkv_attention"
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

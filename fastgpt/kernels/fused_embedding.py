@@ -1,0 +1,325 @@
+"""The residual stream's first value: token row + position row, with its dropout, in one pass; and the two gradients.
+
+    x[b, t]  = dropout(wte[idx[b, t]] + wpe[position + t])     fp32 sums, rounded once, to out_dtype
+
+Backward, with g = dx * keep / (1 - p):
+
+    dwpe[position + t] = sum over b of g[b, t]                  in the order of b
+    dwte[v]            = sum over the tokens with idx = v of g  in the order of the tokens; other rows 0
+
+Saved for backward: ids in 32 bits (-1 for one outside the table), the seed.
+
+**dwte without atomics.** The ids are sorted once (stable), so that equal ones are neighbours: a run. The sorted tokens are cut
+into pieces of ``piece``; a program walks its piece and adds up run by run. A run that lies within a piece is written
+to its row at once. A longer one leaves a partial sum in each piece that it touches, and a second kernel adds those up: 8192
+times the same token are 512 programs and one sum over 512 rows, not one program. Every sum has one order, so repeat
+runs are bit-equal. Sorting, as PyTorch's embedding_dense_backward does it, keeps the host out of it; llm.c's encoder_backward
+forms the runs on the CPU instead.
+
+**In place.** The table is also the head, so autograd gets two dense (V, C) gradients of one parameter and adds them, of
+which the embedding's has at most N rows that are not 0. Within ``fused_linear.gradients_in_place`` the rows that occur
+are added to ``wte.grad`` where there is one. The engine runs AccumulateGrad of a parameter once, after the backward of
+its last use, with the sum of what the uses returned; a use that returns nothing adds nothing to it. So at this point
+``wte.grad`` holds the earlier micro-batches, with or without the head's share of this one, and either is right: what is
+missing comes later, by an addition. In a step's first micro-batch there is no ``.grad`` yet, and the gradient is dense.
+
+Bytes, N tokens of which D differ, in MB at GPT-2 124M 8 x 1024 | 40M 16 x 1024, for D = N, the most there can be (4NC is 25.2 |
+25.2, 4VC 154.5 | 77.3, 4TC 3.1 | 1.6). Counted, not measured:
+
+    forward   PyTorch   gathers 4DC + 4NC and 8TC, sum 8NC + 4TC                            110.1 | 105.4
+              here      4DC + 4TC + 4NC                                                      53.5 |  51.9
+    dropout   PyTorch   9NC in each direction: fp32 in, fp32 out, a mask of bytes           113.2 | 113.2
+              here      none: the mask is formed again from the seed                          0 |     0
+    backward  PyTorch   wte: zeros 4VC, dx 4NC, rows 8DC; wpe: dx 4NC, then 20TC; the sum
+                        with the head's gradient 12VC                                       734.5 | 417.6
+              here      dense: the same, but rows 4DC, then 8TC                             699.9 | 387.7
+              in place  dx 8NC (the second 4NC from L2, as far as it holds them), rows
+                        8DC, 8TC                                                            106.9 | 103.8
+
+Beside these, the sort of N ids (some passes over 12N bytes), and partial sums: up to 8NC / piece, written and read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastgpt.kernels import fused_linear, reference, runtime
+from fastgpt.kernels._embedding_kernels import (
+    embedding_forward_kernel,
+    long_runs_kernel,
+    position_grad_kernel,
+    token_grad_kernel,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Config(NamedTuple):
+    """Launch geometry: tiles of ``rows`` x ``block`` elements; ``piece`` sorted tokens are walked one after another, and
+    ``pieces`` of them by one program."""
+
+    rows: int
+    block: int
+    piece: int = 16
+    pieces: int = 1
+
+
+def config(C: int) -> Config:
+    """Geometry for rows of C elements, safe on any card. Blocks of 256 or 128 columns, 1 KB or half of it at a time: at most
+    127 lanes idle, none at C = 384, 768, 1024. Nothing here depends on the number of tokens: a new batch size compiles
+    nothing."""
+    block = min(max(triton.next_power_of_2(C), 16), 128 if C % 256 else 256)
+    if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
+        return Config(64, max(16, triton.next_power_of_2(C)), pieces=64)
+    return Config(1024 // block, block)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def _grid(cfg: Config, rows: int, per_program: int, C: int) -> tuple[int, int]:
+    return triton.cdiv(rows, per_program), triton.cdiv(C, cfg.block)
+
+
+def _add_position_grad(
+    grad: Tensor, dx: Tensor, T: int, position: int, seed: Tensor | None, dropout_p: float, add: bool
+) -> None:
+    """grad[position : position + T] = (``add``: +=) the sums of dx (N, C) over the sequences."""
+    (N, C), cfg = dx.shape, config(dx.shape[1])
+    position_grad_kernel[_grid(cfg, T, cfg.rows, C)](
+        dx, seed, grad, N // T, T, position, dx.stride(0), grad.stride(0), dropout_p,
+        C=C, ADD=add, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4,
+    )  # fmt: skip
+
+
+def _add_token_grad(grad: Tensor, dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float, add: bool) -> None:
+    """grad[v] = (``add``: +=) the sum of the rows of dx (N, C) whose id is v, for each v among ``ids`` (N,) from 0 on."""
+    (N, C), cfg = dx.shape, config(dx.shape[1])
+    ids, order = ids.sort(stable=True)
+    pieces = triton.cdiv(N, cfg.piece)
+    partial = torch.empty(2 * pieces, C, dtype=torch.float32, device=dx.device)
+    token_grad_kernel[_grid(cfg, pieces, cfg.pieces, C)](
+        dx, seed, ids, order, grad, partial, N, dx.stride(0), grad.stride(0), dropout_p,
+        C=C, ADD=add, PIECE=cfg.piece, PIECES=cfg.pieces, BLOCK=cfg.block, num_warps=max(1, cfg.block // 128),
+    )  # fmt: skip
+    if pieces > 1:
+        long_runs_kernel[_grid(cfg, pieces - 1, 1, C)](
+            ids, grad, partial, N, grad.stride(0),
+            C=C, ADD=add, PIECE=cfg.piece, ROWS=16, BLOCK=cfg.block, num_warps=4,
+        )  # fmt: skip
+
+
+def _unit_columns(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _launch_grads(
+    wte_grad: Tensor | None, wpe_grad: Tensor | None, dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float,
+    position: int, *, add: bool,
+) -> None:  # fmt: skip
+    """Both gradients, where not None; their rows neighbours in memory along C. dx (..., T, C), ids (N,)."""
+    if dx.numel() == 0:
+        return
+    T = dx.shape[-2]
+    dx = _unit_columns(dx.reshape(-1, dx.shape[-1]))
+    with runtime.device_guard(dx):
+        if wpe_grad is not None:
+            _add_position_grad(wpe_grad, dx, T, position, seed, dropout_p, add)
+        if wte_grad is not None:
+            _add_token_grad(wte_grad, dx, ids, seed, dropout_p, add)
+
+
+def _check_ids(idx: Tensor, V: int) -> None:
+    """Raise ValueError for an id that has no row. Only on a CPU: asking a GPU would make the host wait for it."""
+    if idx.device.type == "cpu" and idx.numel():
+        for value in (int(idx.min()), int(idx.max())):
+            if not 0 <= value < V:
+                raise ValueError(f"idx holds {value}: wte has the rows 0 to {V - 1}")
+
+
+# ---------------------------------------------------------------- ops
+
+
+@torch.library.custom_op(
+    "fastgpt::embedding_fwd",
+    mutates_args=(),
+    schema="(Tensor idx, Tensor wte, Tensor wpe, Tensor? seed, float dropout_p, SymInt position, ScalarType out_dtype, "
+    "bool in_place) -> (Tensor, Tensor)",
+)
+def _forward(
+    idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, dropout_p: float, position: int,
+    out_dtype: torch.dtype, in_place: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x (..., T, C), and the ids (N,) in 32 bits, -1 for one outside the table."""
+    x, ids = outputs = _new_outputs(idx, wte, out_dtype)
+    if x.numel() == 0:
+        return outputs
+    V, C = wte.shape
+    _check_ids(idx, V)
+    rows, wte, wpe, cfg = idx.reshape(-1, idx.shape[-1]), _unit_columns(wte), _unit_columns(wpe), config(C)
+    with runtime.device_guard(x):
+        embedding_forward_kernel[_grid(cfg, rows.numel(), cfg.rows, C)](
+            rows, wte, wpe, seed, x, ids, rows.numel(), rows.shape[1], V, position, *rows.stride(),
+            wte.stride(0), wpe.stride(0), dropout_p, C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4,
+        )  # fmt: skip
+    return outputs
+
+
+def _new_outputs(idx: Tensor, wte: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = wte.new_empty(*idx.shape, wte.shape[1], dtype=out_dtype)
+    return x, idx.new_empty(math.prod(idx.shape), dtype=torch.int32)
+
+
+@_forward.register_fake
+def _(idx, wte, wpe, seed, dropout_p, position, out_dtype, in_place):
+    return _new_outputs(idx, wte, out_dtype)
+
+
+_GRADIENT_INPUTS = "Tensor dx, Tensor ids, Tensor? seed, float dropout_p, SymInt position"
+
+
+@torch.library.custom_op(
+    "fastgpt::embedding_bwd",
+    mutates_args=(),
+    schema=f"({_GRADIENT_INPUTS}, SymInt V, SymInt P, ScalarType? wte_dtype, ScalarType? wpe_dtype) -> (Tensor, Tensor)",
+)
+def _bwd(
+    dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float, position: int, V: int, P: int,
+    wte_dtype: torch.dtype | None, wpe_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dwte (V, C) and dwpe (P, C), dense; empty without a dtype."""
+    dwte = dx.new_zeros((V, dx.shape[-1]) if wte_dtype else 0, dtype=wte_dtype)
+    dwpe = dx.new_zeros((P, dx.shape[-1]) if wpe_dtype else 0, dtype=wpe_dtype)
+    _launch_grads(
+        dwte if wte_dtype else None, dwpe if wpe_dtype else None, dx, ids, seed, dropout_p, position, add=False
+    )
+    return dwte, dwpe
+
+
+@_bwd.register_fake
+def _(dx, ids, seed, dropout_p, position, V, P, wte_dtype, wpe_dtype):
+    C = dx.shape[-1]
+    return (
+        dx.new_empty((V, C) if wte_dtype else 0, dtype=wte_dtype),
+        dx.new_empty((P, C) if wpe_dtype else 0, dtype=wpe_dtype),
+    )
+
+
+@torch.library.custom_op(
+    "fastgpt::embedding_bwd_add",
+    mutates_args=("wte_grad", "wpe_grad"),
+    schema=f"(Tensor(a!)? wte_grad, Tensor(b!)? wpe_grad, {_GRADIENT_INPUTS}) -> ()",
+)
+def _bwd_add(
+    wte_grad: Tensor | None, wpe_grad: Tensor | None, dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float,
+    position: int,
+) -> None:  # fmt: skip
+    """wte_grad += dwte, wpe_grad += dwpe, where not None: no other row than those that occur is read or written."""
+    _launch_grads(wte_grad, wpe_grad, dx, ids, seed, dropout_p, position, add=True)
+
+
+@_bwd_add.register_fake
+def _(wte_grad, wpe_grad, dx, ids, seed, dropout_p, position):
+    return None
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx, inputs, output):
+    _, wte, wpe, seed, ctx.dropout_p, ctx.position, _, ctx.in_place = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.shapes, ctx.dtypes = (wte.shape[0], wpe.shape[0]), (wte.dtype, wpe.dtype)
+    # The tables only for their ``.grad``: else they may be written before backward, as torch's embedding allows.
+    ctx.save_for_backward(output[1], seed, *((wte, wpe) if ctx.in_place else ()))
+
+
+def _takes_sums(table: Tensor) -> bool:
+    """Whether the kernels can add to this table's ``.grad``."""
+    grad = table.grad
+    return grad is not None and grad.layout == torch.strided and grad.dtype == torch.float32 and grad.stride(1) == 1
+
+
+def _backward(ctx, dx, _):
+    if dx is None:
+        return (None,) * 8
+    ids, seed, *tables = ctx.saved_tensors
+    wants, rest = list(ctx.needs_input_grad[1:3]), (dx, ids, seed, ctx.dropout_p, ctx.position)
+    if tables and not torch.is_grad_enabled():
+        adds = [want and _takes_sums(table) for want, table in zip(wants, tables)]
+        if any(adds):
+            _bwd_add(*(table.grad if add else None for table, add in zip(tables, adds)), *rest)
+        wants = [want and not add for want, add in zip(wants, adds)]
+    if not any(wants):
+        return (None,) * 8
+    dtypes = (dtype if want else None for dtype, want in zip(ctx.dtypes, wants))
+    dwte, dwpe = _bwd(*rest, *ctx.shapes, *dtypes)
+    return None, dwte if wants[0] else None, dwpe if wants[1] else None, *[None] * 5
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---------------------------------------------------------------- public
+
+
+def embedding(
+    idx: Tensor,
+    wte: Tensor,
+    wpe: Tensor,
+    *,
+    position: int = 0,
+    dropout_p: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """dropout(wte[idx] + wpe[position : position + T]), (..., T, C) in ``out_dtype`` (default: wte's).
+
+    idx (..., T) int64 or int32, of any rank from 1 and any strides; wte (V, C) and wpe (P, C), each fp32, fp16 or bf16, read
+    in place if neighbouring columns are adjacent. ``position``: where the sequences start, as in sampling from a cache.
+    Autocast changes nothing. Gradients have their table's dtype and are dense, or added to ``.grad`` in place (see above).
+    ``dropout_p`` > 0 draws a seed from torch's generator.
+
+    Raises ValueError for arguments that do not fit, on a CPU also for ids that have no row; on a GPU, which is not asked, the
+    output of such a token is NaN and it adds to no gradient. CPU tensors outside Triton's interpreter are computed by
+    ``reference.embedding``.
+    """
+    _validate(idx, wte, wpe, position, dropout_p, out_dtype)
+    if not runtime.runs_in_triton(wte):
+        return reference.embedding(idx, wte, wpe, position=position, dropout_p=dropout_p, out_dtype=out_dtype)
+    seed = runtime.draw_seed(wte.device) if dropout_p > 0 else None
+    in_place = _adds_to(wte) and _adds_to(wpe)
+    return _forward(idx, wte, wpe, seed, dropout_p, position, out_dtype or wte.dtype, in_place)[0]
+
+
+def _adds_to(table: Tensor) -> bool:
+    """Whether backward may add to ``table.grad``: not where somebody waits to see the gradient."""
+    return fused_linear._adds_to(table) and not (table._backward_hooks or table._post_accumulate_grad_hooks)
+
+
+def _validate(
+    idx: Tensor, wte: Tensor, wpe: Tensor, position: int, dropout_p: float, out_dtype: torch.dtype | None
+) -> None:
+    if wte.dim() != 2 or wpe.dim() != 2 or wte.shape[1] != wpe.shape[1]:
+        raise ValueError(f"wte is {tuple(wte.shape)} and wpe {tuple(wpe.shape)}: they have to be (V, C) and (P, C)")
+    if idx.dim() == 0 or idx.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"idx is {idx.dtype} of shape {tuple(idx.shape)}: it has to be (..., T) of int64 or int32")
+    if position < 0 or position + idx.shape[-1] > wpe.shape[0]:
+        raise ValueError(
+            f"position is {position} for sequences of {idx.shape[-1]} tokens: wpe has {wpe.shape[0]} positions"
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1]")
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype is {out_dtype}: use float32, float16 or bfloat16")
+    for name, tensor in (("idx", idx), ("wpe", wpe)):
+        if tensor.device != wte.device:
+            raise ValueError(f"{name} is on {tensor.device}: move it to {wte.device}, where wte is")
+    for name, table in (("wte", wte), ("wpe", wpe)):
+        if table.dtype not in DTYPES and runtime.runs_in_triton(table):
+            raise ValueError(f"{name} is {table.dtype}: the kernel takes float32, float16 and bfloat16")
