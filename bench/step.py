@@ -1,6 +1,7 @@
 """One training step of one preset, timed in a process of its own, so that running out of memory ends nothing else.
 
     python -m bench.step --preset gpt2-124m --kernels triton --batch-size 8 --grad-accum 4 [--compile default] [--cap-gb 12]
+        [--cuda-graphs on]
 
 The last line printed is JSON: tokens per second, milliseconds per step, MFU, peak memory, loss of the first step; or "error".
 """
@@ -13,27 +14,31 @@ import json
 import math
 import sys
 import time
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from bench.timing import Timing
 from fastgpt import flops, hardware, ops
-from fastgpt.config import Config, load_preset
+from fastgpt.config import EXPERIMENTAL, Config, Precision, load_preset
 from fastgpt.model import GPT
-from fastgpt.training.step import Stepper, build_optimizer
+from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
+from fastgpt.training.loss_scale import LossScaler
+from fastgpt.training.step import Stepper, build_optimizer, precision_for, scales_loss
 
 
 def measure(config: Config, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Time optimizer steps on random tokens: at least ``args.steps``, more while ``args.seconds`` last."""
     torch.manual_seed(0)
-    model = GPT(config.model, ops.get(args.kernels)).to(device)
+    precision, compiled = precision_for(args.precision, device), args.compile != "none"
+    model = GPT(config.model, ops.get(args.kernels, precision)).to(device)
     forward = model if args.compile == "none" else torch.compile(model, mode=args.compile)
     optimizer = build_optimizer(model, config.optim, args.kernels)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    stepper = Stepper(
-        model, forward, optimizer, scaler, "bf16" if device.type == "cuda" else "fp32", config.optim.grad_clip
-    )
+    scaler = LossScaler(device.type, enabled=scales_loss(precision))
+    stepper = Stepper(model, forward, optimizer, scaler, precision, config.optim.grad_clip)
+    stepper.adds_in_place = args.kernels == "triton" and not compiled  # as the training loop does
+    if use_graphs(args.cuda_graphs, device, args.kernels, compiled, ranks=1):
+        stepper.graphs = Graphs(stepper, CudaRecorder(device))
     shape = (args.grad_accum, args.batch_size, config.model.block_size + 1)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)
     batches = [(chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()) for chunk in tokens]
@@ -42,6 +47,10 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
         return stepper(batches, args.grad_accum, 1e-4)[0]
 
     first_loss = float(step())
+    if stepper.graphs is not None:
+        told = stepper.graphs.capture()
+        if not stepper.graphs.active:  # what follows would be timed under a wrong name
+            raise RuntimeError(told)
     for _ in range(2):
         step()
     _synchronize(device)
@@ -85,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--compile", choices=("none", "default", "max-autotune", "max-autotune-no-cudagraphs"), default="none"
     )
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="fp16-fast: triton only")
+    parser.add_argument("--cuda-graphs", choices=("on", "off"), default="off")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--grad-accum", type=int, default=4)
     parser.add_argument("--cap-gb", type=float, default=0.0, help="limit this process to so many GB (10^9 bytes)")
@@ -92,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     args = parser.parse_args(argv)
+    if args.precision in EXPERIMENTAL and args.kernels != "triton":
+        parser.error(f"precision is {args.precision}, which only --kernels triton has")
     device = torch.device(args.device)
     if args.cap_gb:
         total = torch.cuda.get_device_properties(device).total_memory

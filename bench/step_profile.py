@@ -99,6 +99,7 @@ class Runner:
             scaler=torch.amp.GradScaler(device.type, enabled=False),
             precision=setup.precision,
             grad_clip=1.0,
+            adds_in_place=kernels == "triton" and mode == "none",
         )
         self.loader = TokenLoader([tokens], setup.seq, setup.batch_size)
 

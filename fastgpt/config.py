@@ -25,7 +25,9 @@ else:
     import tomli as tomllib
 
 Kernels = Literal["triton", "eager"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "fp16-fast", "fp8"]
+EXPERIMENTAL = ("fp16-fast", "fp8")
+"""What no GPU has confirmed yet: never what auto picks, and said wherever a run names its precision. --kernels triton only."""
 Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
@@ -128,11 +130,20 @@ class TrainConfig:
     kernels: Kernels = "triton"
     """The fused Triton kernels (interpreted, slowly, where there is no GPU), or plain PyTorch."""
     precision: Precision = "auto"
-    """Dtype of matmul operands and activations; auto is fp32 on a CPU and bf16 on a GPU. Masters stay fp32."""
+    """Dtype of matmul operands and activations; auto is fp32 on a CPU and bf16 on a GPU. Masters stay fp32. fp16-fast, which is
+    experimental: fp16 operands, products summed in fp16 over at most 128 at a time, at twice the rate on GeForce RTX cards.
+    fp8, which is experimental too: bf16, but the linears of the blocks in fp8, on RTX 40 and 50, L4, L40S, H100, H200.
+    Elsewhere auto's choice is used, and said."""
     device: Device = "auto"
     """auto takes a CUDA GPU if there is one."""
     compile: bool = False
     """Run the model under torch.compile (with either --kernels)."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay training steps as CUDA graphs, for small models on fast cards: docs/cuda-graphs.md. 'on' is experimental: no GPU
+    has measured it yet, and until one has, 'auto' is off. One GPU, --kernels triton, without --compile."""
+    explain_kernels: str | None = None
+    """Train nothing: print who computes what in a step, cuBLAS or which Triton kernel in which config, and which table says so;
+    on the GPU that is here, or '--explain-kernels rtx4070' on that card."""
     max_iters: int = 1000
     """Optimizer steps."""
     eval_interval: int = 250
@@ -264,7 +275,7 @@ def parse(args: Sequence[str], device_type: str) -> Config:
 
     Raises UserError for bad values; tyro itself prints unknown flags and ``--help`` and exits (2 and 0).
     """
-    args = _automatic_batch(_bare_resume(args))
+    args = _automatic_batch(_bare(_bare(args, "--resume", "newest"), "--explain-kernels", "here"))
     if _value_of(args, "--device") == "cpu":
         device_type = "cpu"
     file = next((arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")), None)
@@ -326,13 +337,13 @@ def _value_of(args: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def _bare_resume(args: Sequence[str]) -> list[str]:
-    """``--resume`` without a value means the newest checkpoint."""
+def _bare(args: Sequence[str], flag: str, value: str) -> list[str]:
+    """``flag`` without a value means ``value``: ``--resume`` the newest checkpoint."""
     out: list[str] = []
     for i, arg in enumerate(args):
         out.append(arg)
-        if arg == "--resume" and (i + 1 == len(args) or args[i + 1].startswith("-")):
-            out.append("newest")
+        if arg == flag and (i + 1 == len(args) or args[i + 1].startswith("-") or args[i + 1].endswith(".toml")):
+            out.append(value)
     return out
 
 

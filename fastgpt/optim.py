@@ -37,7 +37,8 @@ class FusedAdamW(Optimizer):
     CUDA graphs: run a step before capturing one (it allocates). A captured step reads learning rate and the other
     hyperparameters from a table on the device. Floats put into ``param_groups`` (by hand or a scheduler) reach it with
     ``sync_hyperparameters()``, called before ``graph.replay()``; outside graphs ``step`` does that. A learning rate
-    that is a tensor is read by the captured step itself.
+    that is a tensor on the device is read by the captured step itself. The graph knows addresses only: keep what
+    ``graph_tensors()`` returns as long as the graph, and capture anew when it returns tensors at other ones.
     """
 
     grad_scale: Tensor
@@ -139,6 +140,15 @@ class FusedAdamW(Optimizer):
             if loaded["state"].get(index):
                 self.state[param] = _adopt(param, loaded["state"][index])
 
+    def graph_tensors(self) -> list[Tensor]:
+        """What a captured step reads and writes besides gradients: parameters, state, working copies, hyperparameters.
+        ``load_state_dict`` replaces some, and so does whoever writes a parameter without its copy."""
+        tensors = [self.skipped_steps] if self._hyper is None else [self.skipped_steps, self._hyper]
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            copy = working_copy.existing(param)
+            tensors += [param, *self.state.get(param, {}).values(), *([] if copy is None else [copy])]
+        return tensors
+
     @torch.no_grad()
     def sync_hyperparameters(self) -> None:
         """Bring what ``param_groups`` and ``max_grad_norm`` say to the table that the kernels read, in stream order
@@ -163,6 +173,8 @@ class FusedAdamW(Optimizer):
         assert self._hyper is not None
         for i, group in enumerate(self.param_groups):
             if isinstance(group["lr"], Tensor):
+                if _adamw_plan.capturing(device) and group["lr"].device != device:
+                    raise RuntimeError(f"lr is a tensor on {group['lr'].device}: a graph would not see it change")
                 self._hyper[i, fused_adamw.LR.value].copy_(group["lr"].squeeze(), non_blocking=True)
 
     @torch.no_grad()

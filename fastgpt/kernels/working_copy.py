@@ -9,10 +9,15 @@ parameter and declares it fresh.
 What the version does not see: writes through ``param.data`` or by foreign kernels, and FSDP, which refills a
 parameter's storage behind the version's back. Call ``forget(param)`` after the former; set ``enabled = False`` under
 the latter.
+
+A CUDA graph casts at each replay, which cannot ask for versions. Whoever captures inside ``captured_reads`` promises to
+ask in its place, and then it reads the copies.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +38,24 @@ class _Entry:
 # Not an attribute of the parameter: deepcopy and pickle of a module must neither carry the copy along nor share it.
 _entries = WeakTensorKeyDictionary()
 
+_reads: list[Tensor] | None = None
+
+
+@contextmanager
+def captured_reads() -> Iterator[list[Tensor]]:
+    """Captures made inside read the copies that are up to date, and yield them in this list. Others are cast as ever.
+
+    For a graph of training steps, whose captured FusedAdamW step writes parameters and copies together. Its owner keeps
+    the copies alive as long as the graph, and before it replays compares each with ``existing(param)``: another one, or
+    None, means that somebody else has written the parameter, and that the graph is out of date.
+    """
+    global _reads
+    before, _reads = _reads, []
+    try:
+        yield _reads
+    finally:
+        _reads = before
+
 
 class _WorkingCopy(torch.autograd.Function):
     @staticmethod
@@ -50,15 +73,21 @@ def working_copy(param: Tensor, dtype: torch.dtype) -> Tensor:
 
     Returns ``param`` itself if it has that dtype. The copy shares storage from call to call; do not write to it.
     Tensors that are not plain leaf parameters (the arguments of functional_call, DTensors), and everything under
-    torch.compile or in the capture of a CUDA graph, are cast with ``param.to(dtype)`` and not kept.
+    torch.compile or in the capture of a CUDA graph (but see ``captured_reads``), are cast with ``param.to(dtype)`` and
+    not kept.
     """
     if param.dtype == dtype:
         return param
     # Order matters: dynamo folds is_compiling() and never looks at the rest.
-    if torch.compiler.is_compiling() or not enabled or not _cachable(param) or _capturing(param):
+    if torch.compiler.is_compiling() or not enabled or not _cachable(param):
         return param.to(dtype)
     entry = _fresh(param)
-    if entry is None or entry.copy.dtype != dtype:
+    usable = entry is not None and entry.copy.dtype == dtype
+    if _capturing(param):
+        if entry is None or not usable or _reads is None:
+            return param.to(dtype)
+        _reads.append(entry.copy)
+    elif entry is None or not usable:
         # Kept beyond this call, so no inference tensor, even if made in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             entry = _entries[param] = _Entry(param.detach().to(dtype), param._version, param.data_ptr())

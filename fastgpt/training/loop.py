@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -44,6 +45,8 @@ from fastgpt.training.schedule import learning_rate
 from fastgpt.training.signals import StopRequest
 
 MAX_ROLLBACKS = 3
+
+T = TypeVar("T")
 
 
 class _Abandoned(Exception):
@@ -165,14 +168,14 @@ class _Loop:
             is_best = self._evaluate() if evaluation else False
             if text:
                 with self.meter.excluded():
-                    self.say(f"sample at step {run.step}: {sample(run)!r}")
+                    self.say(f"sample at step {run.step}: {self._beside_graphs(partial(sample, run))!r}")
             # A save that failed is tried again at the next log line.
             if save or (log and self.world.any(self.saver.last_error is not None)):
                 self._save(is_best)
             self._tell()
         self._read_losses(0)
         if self.hellaswag is not None and run.step == settings.max_iters and not self.stop.asked:
-            score = score_hellaswag(run, self.hellaswag)
+            score = self._beside_graphs(partial(score_hellaswag, run, self.hellaswag))
             self.say(str(score))
             self._write({"step": run.step, "hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm})
         if self.stop.asked and run.step and run.step < settings.max_iters:
@@ -201,6 +204,9 @@ class _Loop:
         else:
             run.step += 1
             self.pending.append(_Pending(run.step, lr, loss, norm))
+            if run.stepper.graphs is not None and run.stepper.graphs.due:
+                with self.meter.excluded():
+                    self.say(run.stepper.graphs.capture())
             return True
         run.rewind(mark)  # outside the handler: the error's traceback holds the step's tensors
         self._shrink(message)
@@ -225,13 +231,13 @@ class _Loop:
                 f"micro-batches of {run.micro_batch} x {run.config.model.block_size} tokens do not fit the GPU ({message}): "
                 "use a smaller --batch-size with a larger --grad-accum, a smaller --block-size or a smaller model"
             )
-        torch.cuda.empty_cache()
         self.say(
             f"[yellow]out of memory at step {run.step + 1}: micro-batches of {geometry[0]} instead of {run.micro_batch}, "
             f"{geometry[1]} of them instead of {run.grad_accum}; tokens per step stay {run.config.tokens_per_step:,}",
             markup=True,
         )
         run.set_geometry(*geometry)
+        torch.cuda.empty_cache()
         self._write(
             {"event": "out_of_memory", "at_step": run.step, "micro_batch": geometry[0], "grad_accum": geometry[1]}
         )
@@ -320,12 +326,25 @@ class _Loop:
         run = self.state
         began = time.monotonic()
         with self.meter.excluded():
-            loss = evaluate(run)
+            loss = self._beside_graphs(partial(evaluate, run))
         is_best = loss < run.best_val_loss
         run.best_val_loss = min(run.best_val_loss, loss)
         self.say(f"step {run.step}: val loss {loss:.4f}, best {run.best_val_loss:.4f}")
         self._write({"step": run.step, "val_loss": loss, "eval_seconds": time.monotonic() - began})
         return is_best
+
+    def _beside_graphs(self, work: Callable[[], T]) -> T:
+        """What ``work`` returns. If the memory that CUDA graphs hold is what it lacks, they go."""
+        graphs = self.state.stepper.graphs
+        try:
+            return work()
+        except torch.cuda.OutOfMemoryError:
+            if graphs is None or not graphs.active:
+                raise
+        graphs.give_up()
+        torch.cuda.empty_cache()
+        self.say("CUDA graphs are not used: evaluation does not fit beside them; training goes on without")
+        return work()
 
     def _save(self, is_best: bool) -> None:
         """Begin a checkpoint of the state as it is now; it is written while training goes on."""

@@ -20,9 +20,10 @@ from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
 from fastgpt.training import checkpoint
 from fastgpt.training.distributed import World, parallelize
+from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
 from fastgpt.training.loss_scale import LossScaler
 from fastgpt.training.spikes import SpikeDetector
-from fastgpt.training.step import Stepper, build_optimizer, precision_for
+from fastgpt.training.step import Stepper, build_optimizer, scales_loss, usable_precision
 
 _WEIGHTS = ("model", "optimizer")
 
@@ -46,6 +47,8 @@ class Run:
     step: int = 0
     best_val_loss: float = math.inf
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
+    refused: str | None = None
+    """Why the precision that was asked for is not the one in force; None if it is."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: plain values, and tensors that training goes on to change. Called by all ranks."""
@@ -78,6 +81,8 @@ class Run:
     def set_geometry(self, micro_batch: int, grad_accum: int) -> None:
         """Go on with other micro-batches at the same tokens per step, at the very next window. ``grad_accum`` counts those
         of all ranks."""
+        if self.stepper.graphs is not None:
+            self.stepper.graphs.drop()
         position = self.train_loader.state_dict()
         for loader in (self.train_loader, self.val_loader):
             loader.close()
@@ -131,7 +136,8 @@ def build(
     Raises UserError for anything that cannot work.
     """
     world = world or World()
-    shape, seed = config.model, config.train.seed
+    shape, seed, settings = config.model, config.train.seed, config.train
+    graphs = use_graphs(settings.cuda_graphs, device, settings.kernels, settings.compile, world.size)
     if config.data.grad_accum % world.size:
         raise UserError(
             f"grad_accum is {config.data.grad_accum}, which {world.size} GPUs do not divide: the micro-batches of a step are "
@@ -139,24 +145,27 @@ def build(
         )
     train_loader, val_loader = build_loaders(config, world, config.data.batch_size)
     checkpoint.seed_all(seed)
-    model = GPT(shape, get_ops(config.train.kernels))
+    precision, refused = usable_precision(settings.precision, device, settings.kernels)
+    model = GPT(shape, get_ops(settings.kernels, precision))
     if weights is not None:
         model.load_state_dict(weights)
     model = model.to(device)
     if world.rank:  # the weights are the same on every rank, dropout is not
         checkpoint.seed_all(seed + 1_000_003 * world.rank)
     forward, synchronize = _forward(model, config, world)
-    precision = precision_for(config.train.precision, device)
     stepper = Stepper(
         model=model,
         forward=forward,
         optimizer=build_optimizer(model, config.optim, config.train.kernels),
-        scaler=LossScaler(device.type, enabled=precision == "fp16"),
+        scaler=LossScaler(device.type, enabled=scales_loss(precision)),
         precision=precision,
         grad_clip=config.optim.grad_clip,
         world=world,
         synchronize=synchronize,
+        adds_in_place=settings.kernels == "triton" and world.size == 1 and not settings.compile,
     )
+    if graphs:
+        stepper.graphs = Graphs(stepper, CudaRecorder(device))
     return Run(
         config,
         device,
@@ -167,6 +176,7 @@ def build(
         val_loader,
         config.data.batch_size,
         config.data.grad_accum // world.size,
+        refused=refused,
     )
 
 
@@ -264,8 +274,10 @@ def restore_weights(run: Run, path: Path) -> None:
     the configuration's: a flag changed on resume takes effect."""
     values = checkpoint.load(path, only=("scaler",), verify=False)
     checkpoint.load_into(path, run.model, run.stepper.optimizer)
-    if "scaler" in values:
+    if values.get("scaler"):  # empty: of a precision that needs none
         run.stepper.scaler.load_state_dict(values["scaler"])
+    if run.stepper.graphs is not None:
+        run.stepper.graphs.drop()
     run.step = values["step"]
 
 

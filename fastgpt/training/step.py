@@ -14,11 +14,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastgpt.config import OptimConfig
+from fastgpt import hardware
+from fastgpt.config import EXPERIMENTAL, OptimConfig
+from fastgpt.kernels import runtime
 from fastgpt.model import GPT
 from fastgpt.training.distributed import World
+from fastgpt.training.graphs import Graphs, gradients_are_watched
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16-fast": torch.float16}
+DTYPES["fp8"] = torch.bfloat16  # of what is not in fp8
+"""Of matmul operands, by ``--precision``."""
 
 
 def precision_for(name: str, device: torch.device) -> str:
@@ -26,6 +31,42 @@ def precision_for(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" else "fp32"
+
+
+def usable_precision(name: str, device: torch.device, kernels: str) -> tuple[str, str | None]:
+    """What a run with ``--precision name`` computes in, and, if that is not what was asked for, a sentence that says why.
+
+    An experimental mode needs ``--kernels triton``, and a card that is faster in it: anywhere else, such as where a run is
+    resumed on another card, auto's choice takes its place. A card that hardware.GPUS does not have is given what is asked."""
+    if name not in EXPERIMENTAL:
+        return precision_for(name, device), None
+    gpu, unable = hardware.present(device), _unable(name, device)
+    if kernels != "triton":
+        why = f"which --kernels {kernels} does not have"
+    elif device.type != "cuda" and not runtime.INTERPRET:
+        why = "which only the Triton kernels have, and they do not run here"
+    elif unable is not None:
+        why = f"but {unable}"
+    elif gpu is not None and not hardware.gains(name, gpu):
+        why = f"and {gpu.name} is no faster in it"
+    else:
+        return name, None
+    safe = precision_for("auto", device)
+    return safe, f"precision is '{name}', {why}: {safe} is used instead"
+
+
+def _unable(name: str, device: torch.device) -> str | None:
+    """Why the kernels of an experimental mode cannot run on a GPU, in the table or not."""
+    if name != "fp8" or device.type != "cuda":
+        return None
+    from fastgpt.kernels._fp8_launch import refusal
+
+    return refusal(device)
+
+
+def scales_loss(precision: str) -> bool:
+    """Whether gradients are stored in fp16, whose smallest numbers a loss scale has to lift them over."""
+    return DTYPES[precision] == torch.float16
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
@@ -72,23 +113,44 @@ class Stepper:
     world: World = field(default_factory=World)
     synchronize: Callable[[bool], None] = lambda last: None
     """Called before each micro-batch: whether its backward pass exchanges gradients with the other ranks."""
+    adds_in_place: bool = False
+    """Weight gradients of a later micro-batch are added to ``.grad`` by the kernel that forms them (``gradients_in_place``):
+    the Triton operations on one rank, not compiled. Gradients then differ in the last bits of fp32 sums."""
+    graphs: Graphs | None = None
+    """Replays captured steps where they fit; whoever gives one calls ``graphs.capture()`` between steps when it is due."""
     _skipped: Tensor | None = None
 
     def __call__(self, batches: Iterable[tuple[Tensor, ...]], grad_accum: int, lr: float) -> tuple[Tensor, Tensor]:
-        losses = []
+        losses, captured = [], None
         for i, batch in enumerate(batches):  # (x, y), or (x, y, document ids)
+            if i == 0 and self.graphs is not None:
+                captured = self.graphs.for_step(batch, grad_accum)
             self.synchronize(i == grad_accum - 1)
-            with autocast(batch[0].device, self.precision):
-                loss = self.forward(*batch)[1] / grad_accum
-            self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
+            losses.append(self.micro_step(batch, grad_accum) if captured is None else captured.micro_step(i, batch))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._update()
+        norm = self._update() if captured is None else captured.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if captured is None and self.graphs is not None:
+            self.graphs.ran_directly(batch, grad_accum)
         return self.world.mean(torch.stack(losses).sum()), norm
 
+    def micro_step(self, batch: tuple[Tensor, ...], grad_accum: int) -> Tensor:
+        """Forward and backward of one of ``grad_accum`` micro-batches. Returns its share of the step's loss."""
+        with self._adding(), autocast(batch[0].device, self.precision):
+            loss = self.forward(*batch)[1] / grad_accum
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _adding(self) -> AbstractContextManager:
+        if not self.adds_in_place or gradients_are_watched(self.optimizer):
+            return nullcontext()
+        from fastgpt.kernels.fused_linear import gradients_in_place
+
+        return gradients_in_place()
+
     def _update(self) -> Tensor:
+        """Clip, optimizer step, loss scale. Returns the gradient norm before clipping."""
         if isinstance(self.optimizer, torch.optim.AdamW):
             return self._update_torch()
         self.scaler.step(self.optimizer)  # FusedAdamW unscales, measures, clips and skips in its own launches

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastgpt.kernels import working_copy as module
-from fastgpt.kernels.working_copy import existing, forget, mark_fresh, working_copy
+from fastgpt.kernels.working_copy import captured_reads, existing, forget, mark_fresh, working_copy
 from fastgpt.optim import FusedAdamW
 
 BF16 = torch.bfloat16
@@ -182,3 +182,17 @@ def test_backward_through_a_copy_that_a_step_has_overwritten_is_an_error(param):
     FusedAdamW([param]).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_a_capture_casts_unless_its_owner_looks_after_the_copies(param, monkeypatch):
+    copy = working_copy(param, BF16)
+    monkeypatch.setattr(module, "_capturing", lambda param: True)
+    assert working_copy(param, BF16).data_ptr() != copy.data_ptr()
+    with captured_reads() as reads:
+        assert working_copy(param, BF16).data_ptr() == copy.data_ptr()
+        assert [read.data_ptr() for read in reads] == [copy.data_ptr()]
+        with torch.no_grad():
+            param.mul_(2)
+        stale = working_copy(param, BF16)  # cast within the graph, and not kept: a capture has computed nothing
+        assert torch.equal(stale, param.to(BF16)) and len(reads) == 1 and existing(param) is None
+    assert working_copy(param, BF16).data_ptr() != copy.data_ptr()
