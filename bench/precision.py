@@ -47,6 +47,7 @@ def errors(quick: bool) -> dict[str, Any]:
     setup, steps = (QUICK, (0, 2)) if quick else (RECORDED, (0, 50, 150))
     ks = (64, 256) if quick else KS
     pairs = record(setup, corpus(setup.characters), steps)
+    summed = [pair for pair in pairs if pair.what != "Q K"]  # by no mode in fp16
     exponents = range(0, 31, 10 if quick else 2)
     chunks = (32, 64, 128)
     found = {
@@ -64,7 +65,7 @@ def errors(quick: bool) -> dict[str, Any]:
         "readings": {
             str(chunk): {
                 "drawn": [asdict(point) for point in drawn(ks[-1:], readings(chunk), VALUES[:1])],
-                "recorded": [asdict(kind) for kind in recorded(pairs, LOSS_SCALE, readings(chunk))],
+                "recorded": [asdict(kind) for kind in recorded(summed, LOSS_SCALE, readings(chunk))],
             }
             for chunk in chunks
         },

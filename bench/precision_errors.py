@@ -111,7 +111,7 @@ def drawn(ks: Iterable[int], modes: Iterable[Mode] = COMPARED, values: Iterable[
 
 
 FIRST_IS_GRADIENT = ("dX", "dW", "dP", "dQ", "dK", "head dX", "head dW")
-KINDS = ("forward", "dX", "dW", "P V", "dP", "dV", "dQ", "dK", "head forward", "head dX", "head dW")
+KINDS = ("forward", "dX", "dW", "Q K", "P V", "dP", "dV", "dQ", "dK", "head forward", "head dX", "head dW")
 
 
 def _forms(what: str, mode: Mode) -> tuple[str, str]:
@@ -121,12 +121,12 @@ def _forms(what: str, mode: Mode) -> tuple[str, str]:
 
 def multiply(pair: Operands, mode: Mode, scale: float) -> tuple[Tensor, Tensor]:
     """The product, with its gradient times a loss scale that is then taken out again: as it leaves the accumulators, and as it
-    is stored, rounded to the 16 bits that the next operation reads (a weight gradient stays fp32)."""
+    is stored, rounded to the 16 bits that the next operation reads (weight gradients and scores stay fp32)."""
     a, b = pair.a, pair.b
     factor = scale if mode.output == "fp16" and (pair.what in FIRST_IS_GRADIENT or pair.what == "dV") else 1.0
     a, b = (a, b * factor) if pair.what == "dV" else (a * factor, b)
     product = matmul(a, b, mode, forms=_forms(pair.what, mode))
-    stored = product if pair.what in ("dW", "head dW") else round_to(product, mode.output)
+    stored = product if pair.what in ("dW", "head dW", "Q K") else round_to(product, mode.output)
     return product / factor, stored / factor
 
 
@@ -134,7 +134,7 @@ def multiply(pair: Operands, mode: Mode, scale: float) -> tuple[Tensor, Tensor]:
 class Kind:
     """One mode's errors over all matmuls of a kind that were recorded: the median, the largest, and the largest divided by
     bf16's on the very same operands, of the sum as it leaves the accumulators and ``as_stored``, rounded to the 16 bits that
-    the next operation reads (a weight gradient stays fp32); the share of elements that overflowed."""
+    the next operation reads (weight gradients and scores stay fp32); the share of elements that overflowed."""
 
     what: str
     mode: str

@@ -75,7 +75,8 @@ class Linear(torch.autograd.Function):
 
 class Attention(torch.autograd.Function):
     """Causal attention of q, k, v (B * H, T, D), as a flash kernel rounds: P = exp(S - max), not yet divided by its sum, is an
-    operand. S = q k^T always accumulates in fp32: softmax turns an absolute error in S into a relative one in P."""
+    operand. S = q k^T always accumulates in fp32, as in the kernels: softmax turns an absolute error in S into a relative one
+    in P. It is recorded all the same, to see what sums in fp16 would do to it."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, product: Product) -> Tensor:
@@ -102,6 +103,8 @@ class Attention(torch.autograd.Function):
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, product: Product) -> Tensor:
+    if product.record is not None:
+        product.record("Q K", q.detach(), k.transpose(1, 2).detach())
     fp32 = replace(product.mode, accumulate="fp32")
     hidden = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).triu(1)
     return (matmul(q, k.transpose(1, 2), fp32) * scale).masked_fill(hidden, -math.inf)

@@ -109,7 +109,7 @@ def _recorded(found: dict[str, Any]) -> str:
     text += table(header, [[mode, *(figure(by[kind, mode]["median"]) for kind in kinds)] for mode in modes])
     for key, what in (
         ("beside_bf16", "The sums, as they leave the accumulators"),
-        ("as_stored", "The results as stored in 16 bits (weight gradients in fp32)"),
+        ("as_stored", "The results as stored in 16 bits (weight gradients and scores in fp32)"),
     ):
         text += f"\n{what}: error divided by bf16's, the worst matmul of each kind. Above 1 is worse than bf16.\n\n"
         text += table(

@@ -58,7 +58,7 @@ _POINTWISE = re.compile(
     r"^aten::(native_|_foreach_|_fused_)?(\w*_)?(add|sub|mul|div|copy|to|sum|mean|fill|zero|zeros|zeros_like|ones|ones_like|"
     r"full|full_like|arange|cat|stack|dropout|clone|where|masked_fill|pow|sqrt|rsqrt|reciprocal|neg|clamp\w*|minimum|maximum|"
     r"eq|ne|ge|gt|lt|le|isfinite|abs|bitwise_\w+|logical_\w+|float|rand\w*|bernoulli|slice_backward|select_backward|"
-    r"threshold|norm|index\w*|scatter\w*|gather|linalg_vector_norm|_to_copy|scalar_tensor)_?$|"
+    r"threshold|norm|index\w*|scatter\w*|gather|linalg_vector_norm|_to_copy|scalar_tensor)_?$|^fastgpt::fp8_quantise|"
     r"elementwise_kernel|reduce_kernel|^triton_(poi|red|per)_|_cpp_fused_|^memcpy|^memset|catarray"
 )
 

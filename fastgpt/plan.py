@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import cli, flops, hardware
-from fastgpt.config import Config, ModelConfig, load_preset, load_toml
+from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
 from fastgpt.errors import UserError
 from fastgpt.geometry import CUDA_CONTEXT, MARGIN, Plan, plan, usable_vram
 from fastgpt.memory import KERNELS, Memory
@@ -60,7 +60,8 @@ class PlanConfig:
     """GB on the card's box, where it is not in the table or part of it is taken."""
     kernels: Literal["nanogpt-compile", "eager", "compile", "triton"] | None = None
     """One of them; without it, all are compared."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp16-fast", "fp32"] = "bf16"
+    """fp16-fast is experimental, and --kernels triton's alone."""
     world_size: int = 1
     """GPUs of this kind that share a step (speed: no communication counted)."""
     n_layer: int | None = None
@@ -93,6 +94,8 @@ def main(args: list[str]) -> int:
     refused: dict[str, UserError] = {}
     for kernels in [asked.kernels] if asked.kernels else KERNELS:
         try:
+            if asked.precision in EXPERIMENTAL and kernels != "triton":
+                raise UserError(f"precision is {asked.precision!r}, which only --kernels triton has")
             plans[kernels] = plan(
                 base.model,
                 card,
@@ -227,7 +230,13 @@ def _notes(plans: dict[str, Plan], refused: dict[str, UserError]) -> list[str]:
     """What a reader has to know about the table's figures."""
     some = next(iter(plans.values()))
     per_parameter = some.tokens / flops.n_params(flops.Shape.of(some.model), positions=False)
-    notes = [f"Budget: {some.tokens / 1e9:.2f}B tokens, {per_parameter:.1f} per parameter, in {some.steps:,} steps."]
+    notes = []
+    if some.precision in EXPERIMENTAL:
+        notes.append(f"{some.precision} is experimental: no GPU has confirmed it yet.")
+        gpu = hardware.lookup(some.gpu)
+        if gpu is not None and not hardware.gains(some.precision, gpu):
+            notes.append(f"{gpu.name} is no faster in it: a run would use bf16 instead.")
+    notes += [f"Budget: {some.tokens / 1e9:.2f}B tokens, {per_parameter:.1f} per parameter, in {some.steps:,} steps."]
     if some.tokens_per_second is None:
         notes.append("Tokens/s: n/a, as there is no projection for this GPU at this precision.")
     else:

@@ -413,6 +413,13 @@ def test_model_from_a_file_and_from_flags(capsys, tmp_path):
     assert "bias = true" in out
 
 
+def test_an_experimental_precision_is_tritons_alone_and_said(capsys):
+    on_4070, on_h100 = (run(capsys, "--gpu", gpu, "--precision", "fp16-fast") for gpu in ("rtx4070", "h100"))
+    assert on_4070.count("precision is 'fp16-fast', which only --kernels triton has") == len(KERNELS) - 1
+    assert "fp16-fast is experimental" in on_4070 and 'precision = "fp16-fast"' in on_4070
+    assert "is no faster in it: a run would use bf16" in on_h100 and "is no faster in it" not in on_4070
+
+
 def test_a_card_that_is_not_in_the_table_needs_its_vram(capsys):
     out = run(capsys, "--gpu", "RTX 7090", "--vram", "64")
     assert "a card with 64 GB" in out and "n/a" in out

@@ -4,6 +4,8 @@
   are adjacent. ``lse`` and ``delta`` are (B, H, T_q) fp32, contiguous.
 * kv_len (B,), docs (B, T_k), seed (1,), window: None when unused; the code for them is then not compiled.
 * CAUSAL, and ALIGNED: queries stand at positions counted from the end of the keys (anything but plain attention to all).
+* FP16_SUMS (fp16 operands): products are summed in fp16 over a block of keys, queries or columns, at most 64 of them, and
+  these sums in fp32. Scores never are.
 
 Query i stands at position i + offset. A loop over blocks has three parts (0: leading edge, which only a window has; 1:
 blocks that need no mask; 2: trailing edge), unrolled by static_range so that part 1 compiles without any masking.
@@ -16,6 +18,9 @@ import triton.language as tl
 
 HIDDEN = tl.constexpr(-1e30)
 """Score of a key that a query does not see: finite, so that no inf - inf is formed where a tile shows a query no key."""
+
+CHUNK = tl.constexpr(64)
+"""Most products that are summed in fp16: docs/precision-modes.md has the errors."""
 
 PHILOX_ROUNDS = tl.constexpr(7)
 """Seven rounds pass BigCrush (Salmon et al. 2011, table 2); ten, the usual number, only add margin."""
@@ -205,6 +210,27 @@ def _kept(seed, m, n, head_row, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
     return tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), [BLOCK_M, BLOCK_N]) != 0
 
 
+# ---- Products -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dot(a, b, FP16_SUMS: tl.constexpr):
+    """a b in fp32, from fp32 sums, or with FP16_SUMS from sums in fp16. fp32 operands are multiplied in full fp32."""
+    if FP16_SUMS:
+        return tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _add_dot(acc, a, b, FP16_SUMS: tl.constexpr):
+    """acc + a b, acc in fp32: with FP16_SUMS the products of a b alone are summed in fp16."""
+    if FP16_SUMS:
+        return acc + tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
 # ---- Kernels --------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +238,8 @@ def _kept(seed, m, n, head_row, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.co
 def forward(
     q, k, v, out, lse, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
     H, T_q, T_k, window, c, threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-    ALIGNED: tl.constexpr, FLIP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr, FLIP: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK_M queries of one head. ``c`` is |scale| log2(e); FLIP: scale is negative.
 
@@ -259,7 +286,7 @@ def forward(
                 if seed is not None:
                     p = tl.where(_kept(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N), p, 0.0)
                 v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
-                acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
+                acc = _add_dot(acc * shrink[:, None], p.to(v_tile.dtype), v_tile, FP16_SUMS)
 
     sees_any = total > 0
     acc = acc * (inv_keep / tl.where(sees_any, total, 1.0))[:, None]
@@ -272,8 +299,8 @@ def forward(
 def backward_q(
     q, k, v, out, grad_out, lse, delta, grad_q, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
     grad_out_strides, grad_q_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep, D: tl.constexpr,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad_q, and delta for ``backward_kv``, of BLOCK_M queries of one head. Grid as ``forward``."""
     n_blocks = tl.cdiv(T_q, BLOCK_M)
@@ -318,11 +345,11 @@ def backward_q(
                 v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
                 if q_tile.dtype == tl.float32:
                     tl.debug_barrier()
-                dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
+                dp = _dot(do_tile, tl.trans(v_tile), FP16_SUMS and BLOCK_D <= CHUNK)
                 if seed is not None:
                     dp = tl.where(_kept(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N), dp * inv_keep, 0.0)
                 ds = p * (dp - row_delta[:, None])
-                acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+                acc = _add_dot(acc, ds.to(k_tile.dtype), k_tile, FP16_SUMS)
     _store(acc * scale, dq_base, dq_stride, m, T_q, D, BLOCK_M, BLOCK_D)
 
 
@@ -330,8 +357,8 @@ def backward_q(
 def backward_kv(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, kv_len, docs, seed, q_strides, k_strides, v_strides,
     grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep,
-    D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, FP16_SUMS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of BLOCK_N keys of one key/value head, summed over its GROUP of query heads.
 
@@ -379,14 +406,14 @@ def backward_kv(
                 if part != 1:
                     seen = _visible((query + offset)[None, :], key[:, None], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
                     p = tl.where(seen, p, 0.0)
-                dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+                dp = _dot(v_tile, tl.trans(do_tile), FP16_SUMS and BLOCK_D <= CHUNK)
                 dropped = p
                 if seed is not None:
                     kept = tl.trans(_kept(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N))
                     dropped = tl.where(kept, p, 0.0)
                     dp = tl.where(kept, dp * inv_keep, 0.0)
-                dv = tl.dot(dropped.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
+                dv = _add_dot(dv, dropped.to(do_tile.dtype), do_tile, FP16_SUMS)
                 ds = p * (dp - row_delta[None, :])
-                dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
+                dk = _add_dot(dk, ds.to(q_tile.dtype), q_tile, FP16_SUMS)
     _store(dk * scale, dk_base, dk_stride, n, T_k, D, BLOCK_N, BLOCK_D)
     _store(dv * inv_keep, dv_base, dv_stride, n, T_k, D, BLOCK_N, BLOCK_D)

@@ -23,6 +23,11 @@ that a head's K and V stay in L2 while its blocks of queries, neighbours in the 
 bf16 the forward does 256 FLOPs per byte: the tensor cores bind. A head dimension between powers of two is padded in
 registers to the next one (80 costs what 128 costs), not in memory.
 
+``accumulate="fp16"`` (fp16 operands): products are summed in fp16 over a block of at most 64 keys (O, dQ), queries (dK, dV)
+or, up to D = 64, columns (dP), and these sums in fp32; GeForce tensor cores do that at twice the rate. S keeps fp32 sums, as
+an absolute error in S is a relative one in P: docs/precision-modes.md has the figures. 1 of 2 dots of the forward and 5 of
+the 7 of the backward are quicker, dP's 2 only up to D = 64.
+
 Tiles that no query sees (future, outside the window, other documents) are never visited, only tiles on an edge are
 masked, and the heaviest causal tiles of a head start first. The jit functions are in _attn_kernels.py.
 """
@@ -83,6 +88,7 @@ def config(
     *,
     dropout: bool = False,
     plain: bool = True,
+    fp16_sums: bool = False,
     arch: int | None = None,
 ) -> dict[str, int]:
     """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D that are safe on any
@@ -92,7 +98,7 @@ def config(
     Chosen by compiling: no spills on sm_80 to sm_120, at most 101,376 bytes of shared memory. ``maxnreg`` makes room for
     two blocks of 8 warps per SM in the kernels that fit 128 registers."""
     if runtime.INTERPRET:  # a block operation costs the same whatever its size
-        block = 64 if T_own <= 256 else 128
+        block = 64 if T_own <= 256 or fp16_sums else 128
         return {"BLOCK_M": block, "BLOCK_N": block}
     width = max(64, _block_d(D))
     if dtype == torch.float32:
@@ -107,6 +113,8 @@ def config(
             block_m, block_n, warps, stages = 32, 32, 4, 2
         elif dropout:  # Philox needs registers
             block_m, block_n = (16, block_n) if kernel == "backward_kv" else (block_m, 16)
+        elif fp16_sums and not plain and kernel == "backward_kv" and _block_d(D) == 64:
+            stages = 1  # a load in flight would spill on sm_120
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     if dtype != torch.float32 and plain and width == 64 and warps == 8:
         options["maxnreg"] = 128
@@ -134,6 +142,7 @@ def _common(
     window: int | None,
     dropout_p: float,
     causal: bool,
+    fp16: bool,
 ) -> dict[str, Any]:
     """Arguments that all three kernels take alike."""
     return {
@@ -149,6 +158,7 @@ def _common(
         "D": q.shape[3],
         "GROUP": q.shape[2] // k.shape[2],
         "CAUSAL": causal,
+        "FP16_SUMS": fp16,
         "ALIGNED": causal or window is not None or docs is not None or kv_len is not None,
         "BLOCK_D": _block_d(q.shape[3]),
     }
@@ -163,21 +173,23 @@ def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, An
     dropout, D = common["seed"] is not None, q.shape[-1]
     options = any(common[name] is not None for name in ("docs", "kv_len", "window"))
     grouped = kernel == "backward_kv" and common["GROUP"] > 1  # adds a loop there, nothing elsewhere
-    causal = common["CAUSAL"] and not options and not grouped
+    causal, fp16 = common["CAUSAL"] and not options and not grouped, common["FP16_SUMS"]
     default = config(
-        kernel, q.dtype, D, T_own, dropout=dropout, plain=causal and not dropout, arch=tuning.arch_of(q.device)
-    )
+        kernel, q.dtype, D, T_own,
+        dropout=dropout, plain=causal and not dropout, fp16_sums=fp16, arch=tuning.arch_of(q.device),
+    )  # fmt: skip
     rows = q.shape[0] * heads * T_own
     bucket = config_space.attention_bucket(D, rows, plain=causal and T_own > DECODING, dropout=dropout)
-    return tuning.choose(f"attention.{kernel}", q.dtype, bucket, q.device, default)
+    # With sums in fp16 another binary, with a limit of its own to its blocks: entries for the usual one are not for it.
+    return tuning.choose(f"attention{'_fast' if fp16 else ''}.{kernel}", q.dtype, bucket, q.device, default)
 
 
-def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p) -> Tensor:
+def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16) -> Tensor:
     """Write attention of q (B, T_q, H, D), k and v (B, T_k, H_kv, D) into ``out``; return lse (B, H, T_q)."""
     B, T_q, H, _ = q.shape
     lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     q, k, v = map(_columns_adjacent, (q, k, v))
-    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal)
+    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
 
     def run(options: dict[str, int]) -> None:
         kernels.forward[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
@@ -191,14 +203,14 @@ def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dro
 
 
 def _launch_backward(
-    grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p
+    grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16
 ) -> None:
     """Write all of grad_q, grad_k and grad_v."""
     B, T_q, H, _ = q.shape
     T_k, H_kv = k.shape[1:3]
     q, k, v, grad_out = map(_columns_adjacent, (q, k, v, grad_out))
     delta = torch.empty_like(lse)
-    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal)
+    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
     common = {"c": scale * LOG2E, "scale": scale, **common}
 
     def run_q(options: dict[str, int]) -> None:
@@ -227,7 +239,7 @@ def _unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor
 
 # ---- Operators ------------------------------------------------------------------------------------------------------
 
-_OPTIONS = "Tensor? doc_ids, {kv_len}Tensor? seed, bool causal, float scale, int? window, float dropout_p"
+_OPTIONS = "Tensor? doc_ids, {kv_len}Tensor? seed, bool causal, float scale, int? window, float dropout_p, bool fp16"
 _SEPARATE = _OPTIONS.format(kv_len="Tensor? kv_len, ")
 _PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
 
@@ -235,9 +247,9 @@ _PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
 @torch.library.custom_op(
     "fastgpt::attention_fwd", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_SEPARATE}) -> (Tensor, Tensor)"
 )
-def _attention_fwd(q, k, v, doc_ids, kv_len, seed, causal, scale, window, dropout_p):
+def _attention_fwd(q, k, v, *options):
     out = q.new_empty(q.shape)
-    return out, _launch_forward(q, k, v, out, doc_ids, kv_len, seed, causal, scale, window, dropout_p)
+    return out, _launch_forward(q, k, v, out, *options)
 
 
 @_attention_fwd.register_fake
@@ -266,10 +278,10 @@ def _(grad_out, q, k, v, out, lse, *options):
 @torch.library.custom_op(
     "fastgpt::qkv_attention_fwd", mutates_args=(), schema=f"(Tensor qkv, {_PACKED}) -> (Tensor, Tensor)"
 )
-def _qkv_attention_fwd(qkv, n_head, n_kv_head, doc_ids, seed, causal, scale, window, dropout_p):
+def _qkv_attention_fwd(qkv, n_head, n_kv_head, doc_ids, *options):
     q, k, v = _unpack(qkv, n_head, n_kv_head)
     out = qkv.new_empty(q.shape)
-    lse = _launch_forward(q, k, v, out, doc_ids, None, seed, causal, scale, window, dropout_p)
+    lse = _launch_forward(q, k, v, out, doc_ids, None, *options)
     return out.flatten(2), lse
 
 
@@ -285,11 +297,11 @@ def _(qkv, n_head, n_kv_head, *options):
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_PACKED}) -> Tensor",
 )
-def _qkv_attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, seed, causal, scale, window, dropout_p):
+def _qkv_attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, *options):
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
     inputs, grads = _unpack(qkv, n_head, n_kv_head), _unpack(grad_qkv, n_head, n_kv_head)
-    _launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, seed, causal, scale, window, dropout_p)
+    _launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options)
     return grad_qkv
 
 
@@ -311,19 +323,19 @@ def _attention_setup(ctx, inputs, output):
 
 
 def _attention_backward(ctx, grad_out, _):
-    return *_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 7
+    return *_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
 def _qkv_attention_setup(ctx, inputs, output):
-    qkv, *ctx.heads, doc_ids, seed, causal, scale, window, dropout_p = inputs
-    ctx.options = causal, scale, window, dropout_p
+    qkv, n_head, n_kv_head, doc_ids, seed, *ctx.options = inputs
+    ctx.heads = n_head, n_kv_head
     ctx.save_for_backward(qkv, *output, doc_ids, seed)
     _without_grad_of(ctx, output[1])
 
 
 def _qkv_attention_backward(ctx, grad_out, _):
     qkv, out, lse, doc_ids, seed = ctx.saved_tensors
-    return _qkv_attention_bwd(grad_out, qkv, out, lse, *ctx.heads, doc_ids, seed, *ctx.options), *[None] * 8
+    return _qkv_attention_bwd(grad_out, qkv, out, lse, *ctx.heads, doc_ids, seed, *ctx.options), *[None] * 9
 
 
 _attention_fwd.register_autograd(_attention_backward, setup_context=_attention_setup)
@@ -342,7 +354,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _check(x: Tensor, D: int, B: int, T_k: int, window: int | None, doc_ids: Tensor | None, dropout_p: float) -> None:
+def _check(
+    x: Tensor, D: int, B: int, T_k: int, window: int | None, doc_ids: Tensor | None, dropout_p: float, accumulate: str
+) -> None:
     """Raise ValueError for options that no kernel takes."""
     if runtime.runs_in_triton(x) and x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"attention is given {x.dtype}: use float32, float16 or bfloat16")
@@ -352,6 +366,10 @@ def _check(x: Tensor, D: int, B: int, T_k: int, window: int | None, doc_ids: Ten
         raise ValueError(f"window is {window}: use 1 (a query sees itself) or more, or None")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}: use a probability in [0, 1)")
+    if accumulate not in ("fp32", "fp16"):
+        raise ValueError(f"accumulate is {accumulate!r}: use 'fp32' or 'fp16'")
+    if accumulate == "fp16" and x.dtype != torch.float16:
+        raise ValueError(f"accumulate is 'fp16', but the operands are {x.dtype}: use float16 ones, or 'fp32'")
     if doc_ids is not None and (doc_ids.shape != (B, T_k) or doc_ids.is_floating_point()):
         raise ValueError(f"doc_ids is {doc_ids.dtype} {tuple(doc_ids.shape)}: use integers of shape {(B, T_k)}")
 
@@ -367,6 +385,7 @@ def attention(
     doc_ids: Tensor | None = None,
     kv_len: Tensor | None = None,
     dropout_p: float = 0.0,
+    accumulate: str = "fp32",
 ) -> Tensor:
     """Scaled dot-product attention. q (B, T_q, H, D), k and v (B, T_k, H_kv, D) -> (B, T_q, H, D), contiguous.
 
@@ -374,7 +393,8 @@ def attention(
     H_kv, D up to 256. ``scale`` defaults to 1/sqrt(D). A query stands at position kv_len - T_q + i (kv_len, (B,)
     integers, defaults to T_k) and sees the keys before kv_len that are not after it (``causal``), fewer than ``window``
     away, and of its own document (``doc_ids``, (B, T_k) integers); one that sees none gets zeros. Keys at or past
-    kv_len are never read. Saved for backward: q, k, v, the output, lse (B, H, T_q) and dropout's seed.
+    kv_len are never read. ``accumulate="fp16"``: see above. Saved for backward: q, k, v, the output, lse (B, H, T_q) and
+    dropout's seed.
     Raises ValueError for shapes, dtypes or options that do not fit.
     """
     if not (q.dim() == k.dim() == 4 and k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]):
@@ -387,7 +407,7 @@ def attention(
     q, k, v = _autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention is given {q.dtype}, {k.dtype}, {v.dtype} for q, k, v: use one dtype")
-    _check(q, D, B, T_k, window, doc_ids, dropout_p)
+    _check(q, D, B, T_k, window, doc_ids, dropout_p, accumulate)
     if kv_len is not None and (kv_len.shape != (B,) or kv_len.is_floating_point()):
         raise ValueError(f"kv_len is {kv_len.dtype} {tuple(kv_len.shape)}: use integers of shape {(B,)}")
     if not runtime.runs_in_triton(q) or q.numel() == 0 or k.numel() == 0:
@@ -396,7 +416,8 @@ def attention(
         )
     seed = runtime.draw_seed(q.device) if dropout_p else None
     scale = D**-0.5 if scale is None else scale
-    return _attention_fwd(q, k, v, doc_ids, kv_len, seed, causal, scale, window, dropout_p)[0]
+    options = causal, scale, window, dropout_p, accumulate == "fp16"
+    return _attention_fwd(q, k, v, doc_ids, kv_len, seed, *options)[0]
 
 
 def qkv_attention(
@@ -409,6 +430,7 @@ def qkv_attention(
     window: int | None = None,
     doc_ids: Tensor | None = None,
     dropout_p: float = 0.0,
+    accumulate: str = "fp32",
 ) -> Tensor:
     """Self-attention over packed projections: qkv (B, T, (H + 2 H_kv) D) -> (B, T, H D); (B, T, 3C) -> (B, T, C) when
     H_kv = H, as GPT-2's c_attn packs them: all queries, all keys, all values.
@@ -425,7 +447,7 @@ def qkv_attention(
     B, T, width = qkv.shape
     D = width // (n_head + 2 * n_kv_head)
     (qkv,) = _autocast(qkv)
-    _check(qkv, D, B, T, window, doc_ids, dropout_p)
+    _check(qkv, D, B, T, window, doc_ids, dropout_p, accumulate)
     if not runtime.runs_in_triton(qkv) or qkv.numel() == 0:
         return reference.qkv_attention(
             qkv, n_head, n_kv_head=n_kv_head, causal=causal, scale=scale, window=window, doc_ids=doc_ids,
@@ -433,4 +455,5 @@ def qkv_attention(
         )  # fmt: skip
     seed = runtime.draw_seed(qkv.device) if dropout_p else None
     scale = D**-0.5 if scale is None else scale
-    return _qkv_attention_fwd(qkv, n_head, n_kv_head, doc_ids, seed, causal, scale, window, dropout_p)[0]
+    options = causal, scale, window, dropout_p, accumulate == "fp16"
+    return _qkv_attention_fwd(qkv, n_head, n_kv_head, doc_ids, seed, *options)[0]

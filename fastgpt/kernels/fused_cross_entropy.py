@@ -24,6 +24,10 @@ When dz is formed:
 
 fp16: dz is rounded before 1/N (2e-5 / 8192 would be 0), scaled by a power of two, ``grad_scale``, taken out in fp32.
 
+``accumulate="fp16"`` (fp16 operands): the GEMMs sum products in fp16 over chunks of K, which GeForce tensor cores do at twice
+the rate (_cross_entropy_matmuls.py). In dW a chunk may be 64 tokens of one target, each with dz near -1 and a large input:
+``grad_scale`` then leaves room for their sum, as no loss scale can, being another factor.
+
 Peak memory at 8192 x 768 x 50304, bf16 with an fp32 weight: eager holds the log-probabilities, their gradient and that
 of the logits, each (tokens, V) in fp32: 3 x 1648 MB. Here: logits of a chunk 167 MB, weight in bf16 77 MB, dW 155 MB
 and dx 25 MB in fp32: 424 MB in forward, and with the results beside dW and dx 347 MB in backward. That is 1/11.
@@ -33,7 +37,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -41,6 +44,7 @@ from torch import Tensor
 
 from fastgpt.kernels import config_space, reference, runtime, tuning
 from fastgpt.kernels._cross_entropy_kernels import rows_kernel
+from fastgpt.kernels._cross_entropy_matmuls import Fp16Sums, Fp32Sums, padded
 
 LOGITS_BUDGET = 256 * 2**20
 """Bytes that the logits of one chunk may take."""
@@ -54,7 +58,7 @@ def chunk_rows(rows: int, V: int, C: int, dtype: torch.dtype, sm_count: int) -> 
     tiles of dx, the small GEMM here, that fill whole waves of the SMs. At C = 768 on 46 SMs, 2048 rows are 96 tiles, 3
     waves that are 70% full; 1664 rows are 2 waves, 85% full.
     """
-    budget = LOGITS_BUDGET // (_padded(V) * dtype.itemsize) // GEMM_TILE * GEMM_TILE
+    budget = LOGITS_BUDGET // (padded(V) * dtype.itemsize) // GEMM_TILE * GEMM_TILE
     rows = max(rows, 1)
     fewest = triton.cdiv(rows, max(budget, GEMM_TILE))
     best, best_fill = 0, 0.0
@@ -84,47 +88,26 @@ def config(rows: int, V: int, tile: int, num_warps: int) -> dict[str, int]:
     return {"ROWS": rows_each, "BLOCK": block, "num_warps": num_warps}
 
 
-def grad_scale(dtype: torch.dtype, V: int, z_loss: float, logit_softcap: float | None) -> float:
+FP16_SUMS_SCALE = 2.0**6
+"""Of dz where its products are summed in fp16: 64 tokens of one target may then have an input of 15 each. From 2^0 to 2^8
+the error is the same (docs/precision-modes.md)."""
+
+
+def grad_scale(
+    dtype: torch.dtype, V: int, z_loss: float, logit_softcap: float | None, fp16_sums: bool = False
+) -> float:
     """The power of two that scales dz before its cast to ``dtype``: 1 but for fp16, where it is the largest one that
-    keeps |dz| <= 1 + 2 z_loss |lse| within range for any logits that are finite in fp16."""
+    keeps |dz| <= 1 + 2 z_loss |lse| within range for any logits that are finite in fp16; with ``fp16_sums`` at most
+    FP16_SUMS_SCALE."""
     if dtype != torch.float16:
         return 1.0
     largest = torch.finfo(dtype).max
     lse = (largest if logit_softcap is None else logit_softcap) + math.log(V)
-    return 2.0 ** math.floor(math.log2(largest / (1 + 2 * z_loss * lse)))
-
-
-def _padded(V: int) -> int:
-    """Row stride of the logits buffer: each row starts on 128 bytes whatever V is."""
-    return triton.cdiv(V, 64) * 64
+    scale = 2.0 ** math.floor(math.log2(largest / (1 + 2 * z_loss * lse)))
+    return min(scale, FP16_SUMS_SCALE) if fp16_sums else scale
 
 
 # ---------------------------------------------------------------- chunks
-
-
-@lru_cache
-def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds 16-bit products to an fp32 sum in one GEMM; older ones wanted the sum in 16 bits too
-    (pytorch#167931)."""
-    try:
-        operand, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
-        torch.addmm(total, operand, operand, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
-        return True
-    except RuntimeError:
-        return False
-
-
-def _matmul_fp32(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """out = a @ b, or out += a @ b, in fp32 from operands of any dtype. Autocast, which is still on inside an op,
-    leaves the out= overloads alone, and operands that have its dtype already."""
-    if not a.is_cuda or a.dtype == torch.float32:
-        torch.addmm(out, a.float(), b.float(), beta=int(accumulate), out=out)
-    elif not accumulate:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
-    elif _adds_to_fp32(a.device, a.dtype):
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
-    else:
-        out += torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
 
 
 def _check_targets(target: Tensor, ignore_index: int, V: int) -> None:
@@ -153,7 +136,7 @@ def _run_chunks(
     Returns [dx, dW, db] in fp32, those that ``wants`` does not ask for empty: of the sum of the losses times
     ``grad_scale``, or with ``row_scale`` (rows,), of the losses weighted by it.
     """
-    ignore_index, smoothing, z_loss, softcap, V = options
+    ignore_index, smoothing, z_loss, softcap, V, fp16 = options
     rows, C = x.shape
     _check_targets(target, ignore_index, V)
     target = target.contiguous()  # a strided or expanded view: the kernel takes neighbours
@@ -165,54 +148,54 @@ def _run_chunks(
         return [dx, dw, db]
 
     dw[V:].zero_()
-    weight = weight[:V].to(x.dtype)
-    bias = None if bias is None else bias[:V].to(x.dtype)
     size = min(rows, chunk_rows(rows, V, C, x.dtype, runtime.sm_count(x.device)))
-    buffer = x.new_empty(size, _padded(V))
-    buffer[:, V:].zero_()
-    choice = _choice(x, V, softcap)
+    weight, bias = weight[:V].to(x.dtype), None if bias is None else bias[:V].to(x.dtype)
+    matmuls = Fp16Sums(weight, bias, size) if fp16 else Fp32Sums(weight, bias, size)
     for start in range(0, rows, size):
         chunk = slice(start, min(start + size, rows))
-        count = chunk.stop - start
-        logits = buffer[:count, :V]
-        if bias is None:
-            torch.mm(x[chunk], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, x[chunk], weight.t(), out=logits)
-
-        def run(options: dict[str, int], chunk: slice = chunk, count: int = count, logits: Tensor = logits) -> None:
-            launch = config(size, V, options["tile"], options["num_warps"])
-            rows_kernel[(triton.cdiv(count, launch["ROWS"]),)](
-                logits,
-                target[chunk],
-                None if losses is None else losses[chunk],
-                stats[chunk],
-                None if row_scale is None else row_scale[chunk],
-                count,
-                V,
-                buffer.stride(0),
-                ignore_index,
-                grad_scale(x.dtype, V, z_loss, softcap) if row_scale is None else 1.0,
-                smoothing,
-                z_loss,
-                softcap or 0.0,
-                LOSS=losses is not None,
-                GRAD=any(wants),
-                PER_ROW=row_scale is not None,
-                SMOOTH=smoothing != 0,
-                CAP=softcap is not None,
-                **launch,
-            )
-
-        with runtime.device_guard(x):
-            tuning.launch(choice, run)
+        logits = matmuls.logits(x[chunk])
+        _launch_rows(
+            logits, target[chunk], stats[chunk], options, size,
+            losses=None if losses is None else losses[chunk],
+            row_scale=None if row_scale is None else row_scale[chunk],
+            grad=any(wants),
+        )  # fmt: skip
         if wants[0]:
-            _matmul_fp32(dx[chunk], logits, weight, accumulate=False)
+            matmuls.input_grad(logits, dx[chunk])
         if wants[1]:
-            _matmul_fp32(dw[:V], logits.t(), x[chunk], accumulate=start > 0)
+            matmuls.weight_grad(logits, x[chunk], dw, add=start > 0)
         if wants[2]:
-            db[:V] += logits.sum(0, dtype=torch.float32)
+            db[:V] += logits[:, :V].sum(0, dtype=torch.float32)
+        del logits  # before the next ones are made
     return [dx, dw, db]
+
+
+def _launch_rows(
+    logits: Tensor,
+    target: Tensor,
+    stats: Tensor,
+    options: tuple,
+    size: int,
+    *,
+    losses: Tensor | None,
+    row_scale: Tensor | None,
+    grad: bool,
+) -> None:
+    """The row kernel on one chunk's logits; ``size``: rows of a whole chunk."""
+    ignore_index, smoothing, z_loss, softcap, V, fp16 = options
+    scale = 1.0 if row_scale is not None else grad_scale(logits.dtype, V, z_loss, softcap, fp16)
+
+    def run(config_: dict[str, int]) -> None:
+        launch = config(size, V, config_["tile"], config_["num_warps"])
+        rows_kernel[(triton.cdiv(logits.shape[0], launch["ROWS"]),)](
+            logits, target, losses, stats, row_scale, logits.shape[0], V, logits.stride(0),
+            ignore_index, scale, smoothing, z_loss, softcap or 0.0,
+            LOSS=losses is not None, GRAD=grad, PER_ROW=row_scale is not None, SMOOTH=smoothing != 0,
+            CAP=softcap is not None, **launch,
+        )  # fmt: skip
+
+    with runtime.device_guard(logits):
+        tuning.launch(_choice(logits, V, softcap), run)
 
 
 # ---------------------------------------------------------------- ops
@@ -220,7 +203,7 @@ def _run_chunks(
 # x is (rows, C) and target (rows,) here. ``wants`` says which of dx, dW and db to compute; the others come back empty.
 
 _INPUTS = "Tensor x, Tensor weight, Tensor target, Tensor? bias"
-_OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? logit_softcap, SymInt vocab_size"
+_OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? logit_softcap, SymInt vocab_size, bool fp16"
 
 
 def _new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +242,7 @@ def _(x, weight, target, bias, *options):
 )
 def _backward(grad, stats, wants, x, weight, target, bias, *options):
     """Gradients of ``sum(grad * losses)``, in the dtypes of x, weight and bias, by recomputing the chunks."""
-    ignore_index, _, z_loss, softcap, V = options
+    ignore_index, _, z_loss, softcap, V, fp16 = options
     row_scale: Tensor | None = None
     unscale: Tensor | float = 1.0
     if grad.numel():
@@ -267,7 +250,7 @@ def _backward(grad, stats, wants, x, weight, target, bias, *options):
         # element, so that its own scale (1/N, a loss scale) does not push dz out of fp16's range.
         grad = torch.where(target == ignore_index, 0.0, grad.float())
         exponent = torch.frexp(grad.abs().amax()).exponent.clamp(-126, 126)
-        scale = grad_scale(x.dtype, V, z_loss, softcap)
+        scale = grad_scale(x.dtype, V, z_loss, softcap, fp16)
         row_scale = torch.ldexp(grad, -exponent) * scale
         unscale = torch.ldexp(
             torch.full_like(exponent, 1 / scale, dtype=torch.float32), exponent
@@ -309,12 +292,12 @@ def _recompute(ctx, grad, _):
     wants = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     stats, *inputs = ctx.saved_tensors
     dx, dw, db = (d if want else None for d, want in zip(_backward(grad, stats, wants, *inputs, *ctx.options), wants))
-    return dx, dw, None, db, *[None] * 5
+    return dx, dw, None, db, *[None] * 6
 
 
 def _save_gradients(ctx, inputs, output):
-    ctx.wants, x, weight, _, bias, _, _, z_loss, softcap, V = inputs
-    ctx.dtypes, ctx.unscale = _dtypes(x, weight, bias), 1 / grad_scale(x.dtype, V, z_loss, softcap)
+    ctx.wants, x, weight, _, bias, _, _, z_loss, softcap, V, fp16 = inputs
+    ctx.dtypes, ctx.unscale = _dtypes(x, weight, bias), 1 / grad_scale(x.dtype, V, z_loss, softcap, fp16)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else zeros of dW's size
     ctx.save_for_backward(*output[1:])
@@ -326,7 +309,7 @@ def _scale_gradients(ctx, grad, *_):
     factor = grad * ctx.unscale
     sums = zip(ctx.saved_tensors, ctx.dtypes, ctx.wants)
     dx, dw, db = ((total * factor).to(dtype) if want else None for total, dtype, want in sums)
-    return None, dx, dw, None, db, *[None] * 5
+    return None, dx, dw, None, db, *[None] * 6
 
 
 _forward.register_autograd(_recompute, setup_context=_save_for_recomputation)
@@ -348,22 +331,24 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     logit_softcap: float | None = None,
     vocab_size: int | None = None,
+    accumulate: str = "fp32",
 ) -> Tensor:
     """Cross-entropy of the classifier ``x @ weight.T + bias``, without holding its logits.
 
     x (..., C), weight (V, C), bias (V,), any strides, each fp32, fp16 or bf16; target (...) int64 or int32. The GEMMs
-    run in x's dtype (under autocast, in autocast's) with fp32 accumulation; the rest is fp32, and so is the result: a
-    scalar, or target's shape for "none". Each gradient has its input's dtype. ``reference.linear_cross_entropy`` says
-    what the options mean, and computes for CPU tensors outside the interpreter. Rows of weight at and past
-    ``vocab_size`` take no part: their gradient is zero. All tokens ignored: the mean is 0, and so are the gradients.
+    run in x's dtype (under autocast, in autocast's) with fp32 accumulation (``accumulate="fp16"``: see above); the rest
+    is fp32, and so is the result: a scalar, or target's shape for "none". Each gradient has its input's dtype.
+    ``reference.linear_cross_entropy`` says what the options mean, and computes for CPU tensors outside the interpreter.
+    Rows of weight at and past ``vocab_size`` take no part: their gradient is zero. All tokens ignored: the mean is 0,
+    and so are the gradients.
 
     Raises ValueError for arguments that do not fit together, and on a CPU for a target that is neither ``ignore_index``
     nor in [0, vocab_size); on a GPU, which is not waited for, the loss of such a token and its gradients are NaN.
     RuntimeError from a backward pass with create_graph=True.
     """
     V = weight.shape[0] if vocab_size is None else vocab_size
-    options = ignore_index, label_smoothing, z_loss, logit_softcap, V
-    _check_arguments(x, weight, target, bias, reduction, options)
+    options = ignore_index, label_smoothing, z_loss, logit_softcap, V, accumulate == "fp16"
+    _check_arguments(x, weight, target, bias, reduction, accumulate, options)
     if not runtime.runs_in_triton(x):
         if not torch.compiler.is_compiling():
             _check_targets(target, ignore_index, V)
@@ -398,8 +383,8 @@ def linear_cross_entropy(
     return total if reduction == "sum" else total / (flat != ignore_index).sum().clamp(min=1)
 
 
-def _check_arguments(x, weight, target, bias, reduction, options) -> None:
-    _, smoothing, z_loss, softcap, V = options
+def _check_arguments(x, weight, target, bias, reduction, accumulate, options) -> None:
+    _, smoothing, z_loss, softcap, V, _ = options
     x_shape, w_shape = tuple(x.shape), tuple(weight.shape)
     if len(w_shape) != 2 or not x_shape or x_shape[-1] != w_shape[1]:
         raise ValueError(f"x is {x_shape} and weight {w_shape}: they have to be (..., C) and (vocabulary, C)")
@@ -413,6 +398,12 @@ def _check_arguments(x, weight, target, bias, reduction, options) -> None:
         raise ValueError(f"x is on {x.device}: weight, target and bias have to be there too")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction is {reduction!r}: use 'none', 'mean' or 'sum'")
+    if accumulate not in ("fp32", "fp16"):
+        raise ValueError(f"accumulate is {accumulate!r}: use 'fp32' or 'fp16'")
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if accumulate == "fp16" and dtype != torch.float16:
+        raise ValueError(f"accumulate is 'fp16', but the operands are {dtype}: use float16 ones, or 'fp32'")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing is {smoothing}: use a number from 0 to 1")
     if z_loss < 0:

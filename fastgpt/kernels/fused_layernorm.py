@@ -24,6 +24,8 @@ for that: several programs then share a row. Each reads all of it for the two me
 
 Dropout: Philox4x32 of (seed; column // 4, row), one call for four columns, repeated in backward: no mask is stored.
 Salmon et al. 2011.
+
+Both kernels can write what they make in fp8 too, with a scale per row: for fused_fp8.py, and at no cost without.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import config_space, reference, runtime, tuning
+from fastgpt.kernels._fp8_rows import quantise_rows
 
 MAX_WIDTH = 16_384
 MAX_BACKWARD_BLOCK = 4_096
@@ -100,11 +103,11 @@ def _dropout(value, SEED, rows, first_col, p, ROWS: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _forward_kernel(
-    X, RESIDUAL, WEIGHT, BIAS, SEED, Y, SUM, MEAN, RSTD,
+    X, RESIDUAL, WEIGHT, BIAS, SEED, Y, SUM, MEAN, RSTD, Q, SCALE, NORM,
     n_rows, x_stride, residual_stride, eps, dropout_p,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS whole rows. RESIDUAL and SUM, BIAS, SEED may be None."""
+    """One program: ROWS whole rows. RESIDUAL and SUM, BIAS, SEED, and Q, SCALE and NORM (y in fp8) may be None."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     row_mask = rows < n_rows
@@ -132,7 +135,10 @@ def _forward_kernel(
     y = centred * rstd[:, None] * tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     if BIAS is not None:
         y += tl.load(BIAS + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
-    tl.store(Y + out, y.to(Y.dtype.element_ty), mask=mask)
+    y = y.to(Y.dtype.element_ty)
+    tl.store(Y + out, y, mask=mask)
+    if Q is not None:
+        quantise_rows(y.to(tl.float32), rows, row_mask, out, mask, Q, SCALE, NORM)
 
 
 @triton.jit
@@ -153,14 +159,15 @@ def _xhat_and_dy(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
-    DY, DSUM, S, WEIGHT, MEAN, RSTD, SEED, S_SEED, DX, DRESIDUAL, DW_PARTIAL, DB_PARTIAL,
+    DY, DSUM, S, WEIGHT, MEAN, RSTD, SEED, S_SEED, DX, DRESIDUAL, DW_PARTIAL, DB_PARTIAL, Q, SCALE, NORM,
     n_rows, dy_stride, dsum_stride, s_stride, dropout_p,
     C: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): tiles i, i + programs, ... of ROWS rows; columns [j BLOCK, (j + 1) BLOCK) of CHUNKS such.
 
     S_SEED is SEED where S holds x before its dropout (no residual). May be None: DSUM (s got no gradient), DRESIDUAL
-    (it equals DX), the seeds (no dropout), DW_PARTIAL and DB_PARTIAL (nobody asks).
+    (it equals DX), the seeds (no dropout), DW_PARTIAL and DB_PARTIAL (nobody asks), Q, SCALE and NORM (dx in fp8; with
+    CHUNKS = 1 only).
     """
     chunk = tl.program_id(1)
     first_col = chunk * BLOCK
@@ -202,7 +209,10 @@ def _backward_kernel(
             tl.store(DRESIDUAL + out, ds.to(DRESIDUAL.dtype.element_ty), mask=mask)
         if SEED is not None:
             ds = _dropout(ds, SEED, rows, first_col, dropout_p, ROWS, BLOCK)
-        tl.store(DX + out, ds.to(DX.dtype.element_ty), mask=mask)
+        dx = ds.to(DX.dtype.element_ty)
+        tl.store(DX + out, dx, mask=mask)
+        if Q is not None:
+            quantise_rows(dx.to(tl.float32), rows, row_mask, out, mask, Q, SCALE, NORM)
 
     partial = tl.program_id(0) * C + cols
     if DW_PARTIAL is not None:
@@ -262,24 +272,36 @@ def layer_norm_fwd(
     dropout_p: float, eps: float, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, s, mean, rstd; s is an empty tensor without a residual. All contiguous."""
-    y, s, mean, rstd = outputs = _forward_outputs(x, residual, out_dtype)
+    outputs = _forward_outputs(x, residual, out_dtype)
+    launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs)
+    return outputs
+
+
+def launch_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
+    dropout_p: float, eps: float, outputs: tuple[Tensor, ...], fp8: tuple[Tensor, ...] = (),
+) -> None:  # fmt: skip
+    """Fill y, s, mean, rstd, and ``fp8``: y rounded to fp8, its scales and norms."""
+    y, s, mean, rstd = outputs
     if x.numel() == 0:
-        return outputs
+        return
     x, residual = _rows(x), None if residual is None else _rows(residual)
     n_rows, C = x.shape
     block = config("forward", C).block
 
     def run(options: dict[str, int]) -> None:
-        _forward_kernel[(triton.cdiv(n_rows, options["rows"]),)](
+        rows, num_warps = options["rows"], options["num_warps"]
+        if fp8:  # half as many elements to a thread: what it needs in registers
+            rows, num_warps = (rows // 2, num_warps) if rows > 1 else (1, min(2 * num_warps, 16))
+        _forward_kernel[(triton.cdiv(n_rows, rows),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
-            y, None if residual is None else s, mean, rstd,
+            y, None if residual is None else s, mean, rstd, *(fp8 or (None, None, None)),
             n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
-            C=C, ROWS=options["rows"], BLOCK=block, num_warps=options["num_warps"],
+            C=C, ROWS=rows, BLOCK=block, num_warps=num_warps,
         )  # fmt: skip
 
     with runtime.device_guard(x):
         tuning.launch(_choice("forward", x.dtype, C, x.device), run)
-    return outputs
 
 
 @layer_norm_fwd.register_fake
@@ -319,11 +341,24 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual (if ``two_gradients``: else dx serves both), dweight (if ``weight_grad``), dbias (if
     ``bias_dtype``). Those not asked for are empty."""
-    dx, dresidual, dw, db = outputs = _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
+    outputs = _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
+    launch_backward(
+        dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, weight_grad, bias_dtype, outputs
+    )
+    return outputs
+
+
+def launch_backward(
+    dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
+    dropout_p: float, s_is_x: bool, two_gradients: bool, weight_grad: bool, bias_dtype: torch.dtype | None,
+    outputs: tuple[Tensor, ...], fp8: tuple[Tensor, ...] = (),
+) -> None:  # fmt: skip
+    """Fill dx, dresidual, dweight, dbias, and ``fp8``: dx rounded to fp8, its scales and norms (C <= MAX_BACKWARD_BLOCK)."""
+    dx, dresidual, dw, db = outputs
     if s.numel() == 0:
         dw.zero_()
         db.zero_()
-        return outputs
+        return
     s, dy, dsum = _rows(s), _rows(dy), None if dsum is None else _rows(dsum)
     n_rows, C = s.shape
     block = config("backward", C).block
@@ -335,7 +370,7 @@ def layer_norm_bwd(
         dw_partial, db_partial = partials[0] if weight_grad else None, partials[1] if bias_dtype else None
         _backward_kernel[(programs, chunks)](
             dy, dsum, s, weight.contiguous(), mean, rstd, seed, seed if s_is_x else None,
-            dx, dresidual if two_gradients else None, dw_partial, db_partial,
+            dx, dresidual if two_gradients else None, dw_partial, db_partial, *(fp8 or (None, None, None)),
             n_rows, dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), dropout_p,
             C=C, CHUNKS=chunks, ROWS=options["rows"], BLOCK=block, STAGES=options["num_stages"],
             num_warps=options["num_warps"],
@@ -348,7 +383,6 @@ def layer_norm_bwd(
 
     with runtime.device_guard(s):
         tuning.launch(_choice("backward", dy.dtype, C, s.device), run)
-    return outputs
 
 
 @layer_norm_bwd.register_fake
@@ -356,24 +390,25 @@ def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gra
     return _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual, seed, dropout_p, _, _ = inputs
-    y, s, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+def setup_context(ctx, inputs, output):
+    x, weight, bias, residual, seed, dropout_p, *_ = inputs
+    y, s, mean, rstd, *fp8 = output
+    ctx.mark_non_differentiable(mean, rstd, *fp8)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else s, weight, mean, rstd, seed)
     ctx.dropout_p, ctx.x_dtype, ctx.y_dtype = dropout_p, x.dtype, y.dtype
     ctx.has_residual, ctx.bias_dtype = residual is not None, None if bias is None else bias.dtype
 
 
-def _backward(ctx, dy, dsum, _dmean, _drstd):
+def backward(ctx, op, dy, dsum):
+    """The formula. ``op``: torch.ops.fastgpt.layer_norm_bwd, or what takes and returns the same."""
     s, weight, mean, rstd, seed = ctx.saved_tensors
     if dy is None:  # only the sum was used
         dy = torch.zeros(s.shape, dtype=ctx.y_dtype, device=s.device)
     _, weight_grad, bias_grad, residual_grad, *_ = ctx.needs_input_grad
     # One gradient in one dtype: autograd may get the same tensor for both inputs, so it is written once.
     two_gradients = residual_grad and (seed is not None or s.dtype != ctx.x_dtype)
-    dx, dresidual, dw, db = torch.ops.fastgpt.layer_norm_bwd(
+    dx, dresidual, dw, db = op(
         dy, dsum if ctx.has_residual else None, s, weight, mean, rstd, seed, ctx.dropout_p, ctx.x_dtype,
         not ctx.has_residual, two_gradients, weight_grad, ctx.bias_dtype if bias_grad else None,
     )  # fmt: skip
@@ -382,7 +417,11 @@ def _backward(ctx, dy, dsum, _dmean, _drstd):
     return dx, dw if weight_grad else None, db if bias_grad else None, dresidual, None, None, None, None
 
 
-layer_norm_fwd.register_autograd(_backward, setup_context=_setup_context)
+def _backward(ctx, dy, dsum, _dmean, _drstd):
+    return backward(ctx, torch.ops.fastgpt.layer_norm_bwd, dy, dsum)
+
+
+layer_norm_fwd.register_autograd(_backward, setup_context=setup_context)
 
 
 def _validate(

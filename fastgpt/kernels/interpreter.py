@@ -1,11 +1,13 @@
 """What Triton's CPU interpreter needs to be right.
 
 With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, one program after
-another, in NumPy. Two things in it need care:
+another, in NumPy. Three things in it need care:
 
 * bfloat16. NumPy has none, so the interpreter keeps the raw 16 bits and computes *on the bit patterns*
   (triton-lang/triton#4972). ``install`` makes casts, dots and arithmetic go through fp32 with round-to-nearest-even.
   Reductions of bf16 stay wrong: kernels upcast right after every load, which they want to do anyway.
+* fp8. Casts to it truncate, and NaN comes back as a number. ``install`` makes casts between fp8 and fp32, and dots, do what
+  the chip does: to nearest even, saturating, inf too; NaN stays NaN.
 * NumPy >= 2.4 breaks loop bounds in the interpreter of triton 3.6.
 
 Neither matters for compiled kernels.
@@ -15,8 +17,10 @@ from __future__ import annotations
 
 
 def install() -> None:
-    """Make bf16 right in the interpreter; idempotent. Called when fastgpt.kernels is imported under TRITON_INTERPRET=1."""
+    """Make bf16 and fp8 right in the interpreter; idempotent. Called when fastgpt.kernels is imported under
+    TRITON_INTERPRET=1."""
     import numpy as np
+    import torch
     import triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -35,7 +39,12 @@ def install() -> None:
     def is_bf16(handle: TensorHandle) -> bool:
         return handle.dtype.scalar == tl.bfloat16
 
+    fp8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}  # kept as raw bytes
+
     def to_fp32(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar in fp8:
+            values = torch.from_numpy(np.ascontiguousarray(handle.data)).view(fp8[handle.dtype.scalar])
+            return TensorHandle(values.float().numpy(), tl.float32)
         if not is_bf16(handle):
             return handle
         return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -44,6 +53,11 @@ def install() -> None:
         bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return TensorHandle(np.where(np.isnan(values), np.uint16(0x7FC0), rounded), tl.bfloat16)
+
+    def to_fp8(values: np.ndarray, target: tl.dtype) -> TensorHandle:
+        largest = torch.finfo(fp8[target]).max
+        wide = torch.from_numpy(np.ascontiguousarray(values, np.float32)).clamp(-largest, largest)
+        return TensorHandle(wide.to(fp8[target]).view(torch.uint8).numpy(), target)
 
     stock_cast, stock_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
@@ -55,6 +69,10 @@ def install() -> None:
         if target == tl.bfloat16:
             return to_bf16(wide.data.astype(np.float32))
         return wide if target == tl.float32 else stock_cast(self, wide, dst_type)
+
+    def fp_to_fp(self, src, dst_type, rounding_mode):  # casts from and to fp8
+        wide = to_fp32(src)
+        return to_fp8(wide.data, dst_type.scalar) if dst_type.scalar in fp8 else cast_impl(self, wide, dst_type)
 
     def create_dot(self, a, b, acc, *rest):
         return stock_dot(self, to_fp32(a), to_fp32(b), acc, *rest)
@@ -71,6 +89,7 @@ def install() -> None:
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fp_to_fp = fp_to_fp
     InterpreterBuilder.binary_op = through_fp32(InterpreterBuilder.binary_op)
     InterpreterBuilder.unary_op = through_fp32(InterpreterBuilder.unary_op)
     InterpreterBuilder._fastgpt_bf16 = True

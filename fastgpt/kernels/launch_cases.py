@@ -29,7 +29,10 @@ BF16, FP16, FP32 = SHORT
 
 
 def cases() -> list[Case]:
-    return [*attention_cases(), *layer_norm_cases(), *cross_entropy_cases(), *linear_cases(), *adamw_cases()]
+    return [
+        *embedding_cases(), *attention_cases(), *layer_norm_cases(), *cross_entropy_cases(), *linear_cases(),
+        *fp8_cases(), *adamw_cases(),
+    ]  # fmt: skip
 
 
 def _backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
@@ -40,6 +43,39 @@ def _backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
 
 def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+
+# ---------------------------------------------------------------- embedding
+
+
+def _embedding(
+    dtype: torch.dtype,
+    C: int = 768,
+    *,
+    idx: torch.dtype = torch.int64,
+    T: int = 64,
+    in_place: bool = False,
+    **options: Any,
+) -> None:
+    from fastgpt.kernels.fused_embedding import embedding
+    from fastgpt.kernels.fused_linear import gradients_in_place
+
+    tables = [torch.nn.Parameter(torch.empty(rows, C, dtype=dtype)) for rows in (256, 64)]
+    if in_place:
+        for table in tables:
+            table.grad = torch.empty_like(table)
+    with gradients_in_place() if in_place else nullcontext():
+        _backward(embedding(torch.zeros(2, T, dtype=idx), *tables, **options))
+
+
+def embedding_cases() -> Iterator[Case]:
+    for C in (384, 768, 1600):
+        yield f"embedding C{C}", partial(_embedding, FP32, C)
+    yield "embedding C384 in place dropout", partial(_embedding, FP32, 384, in_place=True, dropout_p=0.1)
+    yield "embedding C768 in place", partial(_embedding, FP32, in_place=True)
+    yield "embedding bf16 C768 dropout", partial(_embedding, BF16, dropout_p=0.1)
+    yield "embedding fp16 C99 int32", partial(_embedding, FP16, 99, idx=torch.int32)
+    yield "embedding C768 bf16 stream, odd T", partial(_embedding, FP32, T=33, out_dtype=BF16)
 
 
 # ---------------------------------------------------------------- attention
@@ -55,14 +91,14 @@ def _qkv(
     _backward(qkv_attention(qkv, H, n_kv_head=kv, doc_ids=doc_ids, **options))
 
 
-def _decode(dtype: torch.dtype, D: int, T_q: int) -> None:
+def _decode(dtype: torch.dtype, D: int, T_q: int, **options: Any) -> None:
     """Sampling with a preallocated cache: T_q new tokens against up to 1024 keys, no backward."""
     from fastgpt.kernels.fused_attn import attention
 
     q = torch.empty(1, T_q, 2, D, dtype=dtype)
     k, v = torch.empty(2, 1, 1024, 2, D, dtype=dtype)
     with torch.no_grad():
-        attention(q, k, v, kv_len=torch.empty(1, dtype=torch.int32))
+        attention(q, k, v, kv_len=torch.empty(1, dtype=torch.int32), **options)
 
 
 def attention_cases() -> Iterator[Case]:
@@ -82,6 +118,17 @@ def attention_cases() -> Iterator[Case]:
     yield "attention bf16 D64 grouped queries", partial(_qkv, BF16, 64, H=4)
     yield "attention bf16 D64 prefill", partial(_decode, BF16, 64, 256)
     yield "attention fp32 D64 dropout", partial(_qkv, FP32, 64, dropout_p=0.1)
+    fast: dict[str, Any] = {"accumulate": "fp16"}
+    for D in HEAD_DIMS:
+        yield f"attention fp16-fast D{D}", partial(_qkv, FP16, D, **fast)
+    for D in (64, 128, 256):
+        options: dict[str, Any] = {"docs": True, "dropout_p": 0.1, "window": 256, **fast}
+        yield f"attention fp16-fast D{D} all options", partial(_qkv, FP16, D, H=4, **options)
+    yield "attention fp16-fast D64 dropout", partial(_qkv, FP16, 64, dropout_p=0.1, **fast)
+    yield "attention fp16-fast D64 documents", partial(_qkv, FP16, 64, docs=True, **fast)
+    yield "attention fp16-fast D64 window", partial(_qkv, FP16, 64, window=256, **fast)
+    yield "attention fp16-fast D64 grouped queries", partial(_qkv, FP16, 64, H=4, **fast)
+    yield "attention fp16-fast D64 decode", partial(_decode, FP16, 64, 1, **fast)
 
 
 # ---------------------------------------------------------------- layer norm
@@ -136,6 +183,10 @@ def cross_entropy_cases() -> Iterator[Case]:
     yield "linear_cross_entropy bf16 all options", partial(_loss, BF16, bias=True, vocab_size=50257, **everything)
     yield "linear_cross_entropy bf16 none", partial(_loss, BF16, reduction="none", **everything)
     yield "linear_cross_entropy fp32 bytes", partial(_loss, FP32, V=256)
+    fast: dict[str, Any] = {"accumulate": "fp16"}
+    yield "linear_cross_entropy fp16-fast", partial(_loss, FP16, **fast)
+    yield "linear_cross_entropy fp16-fast odd", partial(_loss, FP16, V=50257, bias=True, **everything, **fast)
+    yield "linear_cross_entropy fp16-fast none", partial(_loss, FP16, reduction="none", **fast)
 
 
 # ---------------------------------------------------------------- linear layers
@@ -187,6 +238,60 @@ def linear_cases() -> Iterator[Case]:
     yield "linear fp16-fast mlp bias", partial(_mlp, FP16, stream=FP32, **fast)
     yield "linear fp16-fast mlp conv1d all options", partial(_mlp, FP16, conv1d=True, **everything, **fast)
     yield "linear fp16-fast mlp odd", partial(_mlp, FP16, C=99, rows=1999, in_place=True, **everything, **fast)
+
+
+# ---------------------------------------------------------------- linear layers in fp8
+
+
+def has_fp8() -> bool:
+    """Elsewhere triton does not compile these kernels, and a run never gets to them."""
+    import triton
+
+    return triton.runtime.driver.active.get_current_target().arch >= 89
+
+
+def _fp8(C: int, *, bias: bool = False, dropout_p: float = 0.0, approximate: str = "tanh") -> None:
+    """Norm, MLP, norm, linear, as in a block."""
+    from fastgpt.kernels.fused_fp8 import layer_norm, linear, mlp
+
+    if not has_fp8():
+        return
+
+    def weight(*shape: int) -> Tensor:
+        return torch.nn.Parameter(torch.zeros(shape))
+
+    def shift(size: int) -> Tensor | None:
+        return _leaf(size, dtype=FP32) if bias else None
+
+    norm: dict[str, Any] = {"dropout_p": dropout_p, "out_dtype": BF16}
+    branch, stream = _leaf(256, C, dtype=BF16), _leaf(256, C, dtype=FP32)
+    h, stream = layer_norm(branch, weight(C), shift(C), residual=stream, **norm)
+    y = mlp(h, weight(2 * C, C), shift(2 * C), weight(C, 2 * C), shift(C), approximate=approximate)
+    h, stream = layer_norm(y, weight(C), shift(C), residual=stream, **norm)
+    _backward((linear(h, weight(48, C), shift(48)), stream))
+
+
+def _fp8_sweep(erf: bool, bias: bool) -> None:
+    """What follows torch._scaled_mm, which some of torch's CPU backends do not have: forward and backward."""
+    from fastgpt.kernels import _fp8_launch as launch
+
+    if not has_fp8():
+        return
+    z, stats, limit = torch.empty(256, 768, dtype=BF16), torch.empty(2, 256), torch.empty(())
+    for dy, dtype, shift in ((None, launch.FORWARD, limit if bias else None), (z, launch.GRADIENT, None)):
+        q = launch.new(z.shape, dtype, z.device)
+        launch._sweep(z, dy, torch.empty_like(z), q, (q.values, q.scale, stats[1], limit, shift), erf)
+
+
+def fp8_cases() -> Iterator[Case]:
+    for C in (384, 768, 1024, 1600):
+        yield f"fp8 C{C}", partial(_fp8, C)
+    everything: dict[str, Any] = {"bias": True, "dropout_p": 0.1, "approximate": "none"}
+    for C in (48, 768, 1024, 1600, 4096):
+        yield f"fp8 C{C} all options", partial(_fp8, C, **everything)
+    yield "fp8 C768 bias", partial(_fp8, 768, bias=True)
+    yield "fp8 sweep", partial(_fp8_sweep, False, False)
+    yield "fp8 sweep all options", partial(_fp8_sweep, True, True)
 
 
 # ---------------------------------------------------------------- AdamW

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from fastgpt import flops, hardware
+from fastgpt.config import EXPERIMENTAL
 from fastgpt.errors import UserError
 from fastgpt.memory import memory
 from fastgpt.projection import project
@@ -43,7 +44,9 @@ def banner(console: Console, run: Run) -> None:
         f"{run.grad_accum} per rank and step{ranks}",
         "run": f"{config.train.max_iters:,} steps, {config.train.max_iters * config.tokens_per_step / 1e6:,.1f}M tokens"
         + _projected(run),
-        "kernels": f"{config.train.kernels}{' + torch.compile' if config.train.compile else ''}, {run.stepper.precision}",
+        "kernels": f"{config.train.kernels}{' + torch.compile' if config.train.compile else ''}"
+        f"{' + CUDA graphs' if run.stepper.graphs is not None else ''}, {run.stepper.precision}"
+        + (" (experimental: no GPU has confirmed it yet)" if run.stepper.precision in EXPERIMENTAL else ""),
         "device": hardware.device_name(run.device),
         "memory": _memory(run),
         "mfu": f"{flops.FORMULAS['palm']}, of "
@@ -58,6 +61,8 @@ def banner(console: Console, run: Run) -> None:
     console.print("[bold]fastgpt")
     for name, text in rows.items():
         console.print(f"[bold]{name:<8}[/] {escape(text)}")
+    if run.refused:
+        console.print(f"[yellow]{escape(run.refused)}")
     if run.device.type == "cpu" and config.train.kernels == "triton":
         console.print(
             "[yellow]No GPU: the Triton kernels run in Triton's interpreter, one program at a time in NumPy. It shows that "

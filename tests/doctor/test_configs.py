@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.config import load_preset, preset_names
+from fastgpt.config import Precision, load_preset, preset_names
 from fastgpt.doctor.configs import DEFAULTS, apply_overrides, is_nanogpt, parse_nanogpt
 from fastgpt.doctor.configs_fastgpt import is_fastgpt, of_config, parse_fastgpt
 from fastgpt.doctor.evidence import ConfigFacts, Place
@@ -221,6 +222,12 @@ def test_toml_comes_under_nanogpts_names():
     assert facts.settings["n_embd"].comment == "narrow"
     assert facts.comments[0].comment == "~40M parameters"
     assert not facts.unread
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_every_precision_is_known_by_the_dtype_of_its_tensors(precision):
+    facts = parse_fastgpt(f'[train]\nprecision = "{precision}"\n', "c.toml")
+    assert facts.get("dtype") in ("float32", "bfloat16", "float16") and not facts.unread
 
 
 def test_what_toml_does_not_set_has_fastgpts_default():

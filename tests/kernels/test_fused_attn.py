@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt.kernels import attention, fused_attn, qkv_attention, reference, runtime
+from fastgpt.kernels import attention, fused_attn, qkv_attention, reference, runtime, tuning
 from tests import parity
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -152,6 +154,124 @@ def test_left_padding_as_a_document(device):
     check(*inputs(device, 60, 130), doc_ids=docs, kv_len=torch.tensor([110], device=device))
 
 
+# ---- Sums in fp16 ---------------------------------------------------------------------------------------------------
+#
+# The interpreter rounds a block's sum once, where tensor cores round every 8 products: these tests hold the wiring to the
+# parity bound of fp16. What the rounding costs on a chip is simulated in tests/test_numerics.py and bench.precision.
+
+
+def check_fast(op, ref, inputs):
+    """A block's sum is one more quantised intermediate, which the bound's operand term is for."""
+    parity.check(partial(op, accumulate="fp16"), ref, inputs, operand_dtype=torch.float16)
+
+
+def check_packed_fast(qkv, n_head, **options):
+    options = {"n_head": n_head, **options}
+    check_fast(partial(qkv_attention, **options), partial(reference.qkv_attention, **options), {"qkv": qkv})
+
+
+def check_separate_fast(q, k, v, **options):
+    check_fast(partial(attention, **options), partial(reference.attention, **options), {"q": q, "k": k, "v": v})
+
+
+@pytest.mark.parametrize("options", ({}, {"causal": False}, {"window": 20}, {"scale": -0.3}), ids=str)
+@pytest.mark.parametrize("T", (1, 65, 130))
+def test_fp16_sums(device, T, options):
+    if options.get("scale"):  # PyTorch's takes the square root of the scale
+        q, k, v = inputs(device, T, dtype=torch.float16)
+        check_fast(
+            partial(attention, scale=-0.3),
+            lambda q, k, v: reference.attention(-q, k, v, scale=0.3),
+            {"q": q, "k": k, "v": v},
+        )
+    else:
+        check_packed_fast(packed(device, T, D=32, B=1, dtype=torch.float16), 2, **options)
+
+
+@pytest.mark.parametrize("D", (16, 64, 80, 256))
+def test_fp16_sums_over_head_dimensions(device, D):
+    check_packed_fast(packed(device, 70, n_head=1, D=D, B=1, dtype=torch.float16), 1)
+
+
+def test_fp16_sums_of_grouped_queries_documents_and_caches(device):
+    docs = torch.tensor([[0] * 40 + [1] * 30, [3] * 70], dtype=torch.int32, device=device)
+    qkv = packed(device, 70, n_head=4, n_kv_head=2, dtype=torch.float16)
+    check_packed_fast(qkv, 4, n_kv_head=2, doc_ids=docs, window=30)
+    q, k, v = inputs(device, 20, 70, B=2, H=2, H_kv=1, dtype=torch.float16)
+    check_separate_fast(q, k, v, kv_len=torch.tensor([70, 45], device=device))
+
+
+def test_fp16_sums_with_dropout_drop_the_same_and_repeat_bit_for_bit(device):
+    """Forward and backward, against the kernel with fp32 sums, which has the same seed and so the same mask."""
+    qkv, p = packed(device, 70, B=1, dtype=torch.float16), 0.3
+    results = []
+    for accumulate in ("fp32", "fp16", "fp16"):
+        torch.manual_seed(11)
+        leaf = qkv.clone().requires_grad_()
+        out = qkv_attention(leaf, 2, dropout_p=p, accumulate=accumulate)
+        results.append((out.detach(), torch.autograd.grad(out.float().square().sum(), leaf)[0]))
+    for exact, fast, again in zip(*results):
+        assert torch.equal(fast, again) and not torch.equal(fast, exact)
+        assert (fast - exact).float().norm() < 2e-3 * exact.float().norm()
+
+
+def test_fp16_sums_change_every_result_and_no_statistic(device):
+    """Scores are summed in fp32 in either mode: lse is equal bit by bit."""
+    qkv, seed = packed(device, 100, D=64, B=1, dtype=torch.float16), None
+    calls = [
+        fused_attn._qkv_attention_fwd(qkv, 2, 2, None, seed, True, 0.125, None, 0.0, fast) for fast in (False, True)
+    ]
+    (out, lse), (out_fast, lse_fast) = calls
+    assert torch.equal(lse, lse_fast) and not torch.equal(out, out_fast)
+    grads = [
+        fused_attn._qkv_attention_bwd(out, qkv, out, lse, 2, 2, None, seed, True, 0.125, None, 0.0, fast)
+        for fast in (False, True)
+    ]
+    for exact, fast in zip(*(grad.split(128, -1) for grad in grads)):
+        assert not torch.equal(exact, fast)
+
+
+def test_no_block_of_fp16_sums_is_longer_than_its_limit(monkeypatch):
+    """64 products, whatever the shape: keys in forward and dQ, queries in dK and dV."""
+    limit = fused_attn.kernels.CHUNK.value
+    assert limit == 64
+    for interpreted in (True, False):
+        monkeypatch.setattr(runtime, "INTERPRET", interpreted)
+        for kernel, walked in (("forward", "BLOCK_N"), ("backward_q", "BLOCK_N"), ("backward_kv", "BLOCK_M")):
+            for D, T, dropout, plain in itertools.product((32, 64, 128, 256), (1, 4096), (False, True), (False, True)):
+                options = {"dropout": dropout, "plain": plain and not dropout, "fp16_sums": True}
+                assert fused_attn.config(kernel, torch.float16, D, T, **options)[walked] <= limit
+
+
+def test_tuning_tables_of_the_usual_kernels_are_not_for_fp16_sums(device, monkeypatch):
+    asked = []
+    choose = tuning.choose
+    monkeypatch.setattr(tuning, "choose", lambda kernel, *rest: asked.append(kernel) or choose(kernel, *rest))
+    for accumulate in ("fp32", "fp16"):
+        qkv = packed(device, 17, dtype=torch.float16).requires_grad_()
+        qkv_attention(qkv, 2, accumulate=accumulate).sum().backward()
+    names = ("forward", "backward_q", "backward_kv")
+    assert asked == [f"attention.{name}" for name in names] + [f"attention_fast.{name}" for name in names]
+
+
+def test_fp16_sums_under_autocast(device):
+    qkv = packed(device, 40).requires_grad_()
+    with torch.autocast(device.type, dtype=torch.float16):
+        out = qkv_attention(qkv, 2, accumulate="fp16")
+    assert torch.equal(out, qkv_attention(qkv.half(), 2, accumulate="fp16"))
+    (grad,) = torch.autograd.grad(out.float().sum(), qkv)
+    assert grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("accumulate, message", [("fp16", "the operands are torch.float32"), ("bf16", "'bf16': use")])
+def test_operands_that_cannot_be_summed_so_are_named(device, accumulate, message):
+    qkv = packed(device, 4)
+    with pytest.raises(ValueError, match=message):
+        qkv_attention(qkv, 2, accumulate=accumulate)
+    with pytest.raises(ValueError, match=message):
+        attention(*fused_attn._unpack(qkv, 2, 2), accumulate=accumulate)
+
+
 # ---- What must not change -------------------------------------------------------------------------------------------
 
 
@@ -261,7 +381,7 @@ def test_offsets_past_two_to_the_31(device):
     leaves = tuple(x.requires_grad_() for x in (q, k, v))
     expected = attention(*leaves)
     expected_grads = torch.autograd.grad(expected, leaves, grad_out)
-    options = (None, None, None, True, D**-0.5, None, 0.0)
+    options = (None, None, None, True, D**-0.5, None, 0.0, False)
     lse = fused_attn._launch_forward(view(0), view(1), view(2), view(4), *options)
     assert torch.equal(view(4), expected)
     grads = view(5), view(6), torch.empty_like(v)
@@ -354,7 +474,8 @@ def operator_calls(device):
     docs = torch.zeros(1, 30, dtype=torch.int32, device=device)
     kv_len = torch.tensor([25], device=device)
     seed = torch.tensor([3], device=device)
-    separate, together = (docs, kv_len, seed, True, 0.25, 9, 0.1), (2, 2, None, None, True, 0.25, None, 0.0)
+    separate = docs, kv_len, seed, True, 0.25, 9, 0.1, False
+    together = 2, 2, None, None, True, 0.25, None, 0.0, False
     out, lse = fused_attn._attention_fwd(q, k, v, *separate)
     packed_out, packed_lse = fused_attn._qkv_attention_fwd(qkv, *together)
     leaves, leaf = tuple(x.clone().requires_grad_() for x in (q, k, v)), qkv.clone().requires_grad_()

@@ -1,0 +1,67 @@
+"""fp8 forms that are kept beside a tensor: of a weight from one optimizer step to the next, of an activation or gradient
+from the kernel that made both to the matmul that reads them.
+
+The second kind makes it possible to quantise in the kernel that produces a tensor although autograd, and the model, hand on
+the tensor alone: ``give`` notes the fp8 form of a tensor, ``take`` finds it by the same tensor's identity, once. A tensor
+that was written to since (its version tells), that is a view or a sum of others, or that came from elsewhere has no form
+there, and whoever asks then quantises it in a pass of its own: slower, the same values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastgpt.kernels import working_copy
+from fastgpt.kernels._fp8_launch import Fp8
+
+
+@dataclass
+class _Made:
+    form: Fp8
+    version: int
+
+
+@dataclass
+class _Weight:
+    forms: tuple[Tensor, Tensor, Tensor, Tensor]
+    version: int
+    address: int
+
+
+_made = WeakTensorKeyDictionary()
+_weights = WeakTensorKeyDictionary()
+
+
+def give(tensor: Tensor, form: Fp8) -> None:
+    """Note that ``form`` is ``tensor`` in fp8."""
+    _made[tensor] = _Made(form, tensor._version)
+
+
+def take(tensor: Tensor, dtype: torch.dtype) -> Fp8 | None:
+    """The form noted for ``tensor`` and still right, which is then forgotten: its memory is free after one matmul."""
+    made = _made.pop(tensor, None)
+    if made is None or made.version != tensor._version or made.form.values.dtype != dtype:
+        return None
+    return made.form
+
+
+def of_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values and stats of ``weight`` (N, K), and the same of it rounded along its other dimension.
+
+    Kept as working_copy.py keeps its copies, until a write to the parameter. Not kept: under torch.compile, in the capture of
+    a CUDA graph, under FSDP, and of a tensor that is no plain leaf parameter."""
+    plain = weight.detach()
+    if torch.compiler.is_compiling() or not working_copy.enabled or not working_copy._cachable(weight):
+        return torch.ops.fastgpt.fp8_quantise_weight(plain)
+    if working_copy._capturing(weight):
+        _weights.pop(weight, None)  # the replays to come have copies of their own
+        return torch.ops.fastgpt.fp8_quantise_weight(plain)
+    now, kept = (weight._version, weight.data_ptr()), _weights.get(weight)
+    if kept is None or (kept.version, kept.address) != now or kept.forms[0].shape != weight.shape:
+        with torch.inference_mode(False):
+            kept = _weights[weight] = _Weight(torch.ops.fastgpt.fp8_quantise_weight(plain), *now)
+    return kept.forms

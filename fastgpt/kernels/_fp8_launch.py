@@ -1,0 +1,171 @@
+"""How the matmuls and quantisers of fused_fp8.py are run. 2-d tensors only.
+
+A tensor in fp8 is a pair: its values (M, K), contiguous, and ``stats`` (2, M) in fp32, the scales and norms of its rows
+(_fp8_rows.py).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastgpt.kernels import runtime
+from fastgpt.kernels._fp8_kernels import CHUNK, fp8_linear_kernel, fp8_quantise_kernel, fp8_sweep_kernel
+
+FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
+"""Formats of activations and weights, and of gradients (Micikevicius et al. 2022)."""
+MULTIPLE = 16
+"""Rows of fp8 must begin at multiples of so many bytes, for the kernel's wide reads and for torch._scaled_mm alike."""
+
+
+class Fp8(NamedTuple):
+    values: Tensor
+    stats: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        return self.stats[0]
+
+    @property
+    def norm(self) -> Tensor:
+        return self.stats[1]
+
+
+@lru_cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    return _capability(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why ``device`` cannot run these kernels, or None if it can. Before sm_89 triton has no fp8 products to compile."""
+    if device.type != "cuda":
+        return None if runtime.INTERPRET or runtime.compile_only else "a CPU has no fp8 kernels"
+    major, minor = capability(device)
+    if (major, minor) >= (8, 9):
+        return None
+    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) has no fp8 tensor cores, which come with sm_89"
+
+
+def engine(device: torch.device) -> str:
+    """Who multiplies: "triton", or "scaled_mm" (torch._scaled_mm and the epilogue in a sweep of its own).
+
+    On Hopper, whose tensor cores want warp-specialised code that triton does not write, scales per row are cuBLAS's (from
+    CUDA 12.9 on) or CUTLASS's, with sums in fp32 unless use_fast_accum. Elsewhere they are CUTLASS's alone
+    (ScaledBlas.cpp), and cuBLAS has none on sm_120 (pytorch#192707). No GPU has measured this choice yet.
+    """
+    return "scaled_mm" if device.type == "cuda" and capability(device)[0] == 9 else "triton"
+
+
+def config(M: int, N: int, erf: bool = False) -> dict[str, int]:
+    """Tiles of the matmul. Nothing but the interpreter's depends on the shape. In 8 warps 128 x 128 hold a tile and a chunk
+    of its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120, and so does erf with triton 3.6."""
+    if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
+        m, n = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N))
+        return {"BM": m, "BN": n, "BK": CHUNK, "GROUP": 8, "num_warps": 4, "num_stages": 1}
+    return {"BM": 64 if erf else 128, "BN": 128, "BK": CHUNK, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+
+
+def new(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Fp8:
+    """Unwritten: values of ``shape`` (..., K), stats of all its rows."""
+    values = torch.empty(shape, dtype=dtype, device=device)
+    return Fp8(values, torch.empty(2, math.prod(shape[:-1]), dtype=torch.float32, device=device))
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> Fp8:
+    """x (M, K), any strides."""
+    (M, K), out = x.shape, new(x.shape, dtype, x.device)
+    rows, block = (64, 1024) if runtime.INTERPRET else (16, 256)
+    with runtime.device_guard(x):
+        fp8_quantise_kernel[(triton.cdiv(M, rows),)](
+            x, out.values, out.scale, out.norm, M, K, *x.stride(), ROWS=rows, BLOCK=block, num_warps=4
+        )
+    return out
+
+
+def quantise_weight(weight: Tensor) -> tuple[Fp8, Fp8]:
+    """weight (N, K), any strides: for forward, and its transpose (K, N) for the gradient of the input. Two copies, since
+    matmul instructions of 8-bit operands read the summed side contiguous, and a scale cannot vary along it."""
+    return quantise(weight, FORWARD), quantise(weight.t(), FORWARD)
+
+
+# ---------------------------------------------------------------- matmuls: a (M, K) b (N, K)^T
+
+
+def _launch(
+    a: Fp8, b: Fp8, out: Tensor, epilogue: str, bias: Tensor | None = None, *, pre: Tensor | None = None,
+    q: Fp8 | None = None, erf: bool = False,
+) -> None:  # fmt: skip
+    (M, K), N = a.values.shape, b.values.shape[0]
+    cfg = config(M, N, erf)
+    with runtime.device_guard(out):
+        fp8_linear_kernel[(triton.cdiv(M, cfg["BM"]) * triton.cdiv(N, cfg["BN"]),)](
+            a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out,
+            *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0, **cfg,
+        )  # fmt: skip
+
+
+def _bounded(q: Fp8 | None, a: Fp8, b: Fp8, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a quantising epilogue takes: its outputs, and what bounds its rows."""
+    if q is None:
+        return (None,) * 5
+    max_bias = None if bias is None else torch.linalg.vector_norm(bias, float("inf"), dtype=torch.float32)
+    return q.values, q.scale, a.norm, b.norm.amax(), max_bias
+
+
+def _scaled_mm(a: Fp8, b: Fp8, bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    return torch._scaled_mm(
+        a.values, b.values.t(), scale_a=a.scale[:, None], scale_b=b.scale[None, :], bias=bias,
+        out_dtype=torch.bfloat16, use_fast_accum=False,
+    )  # fmt: skip
+
+
+def matmul(a: Fp8, b: Fp8, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias: (M, N) in bf16."""
+    if engine(a.values.device) == "scaled_mm":
+        return _scaled_mm(a, b, bias)
+    out = a.values.new_empty(a.values.shape[0], b.values.shape[0], dtype=torch.bfloat16)
+    _launch(a, b, out, "none", bias)
+    return out
+
+
+def matmul_gelu(a: Fp8, b: Fp8, bias: Tensor | None, erf: bool) -> tuple[Tensor, Tensor, Fp8]:
+    """(gelu(z), z) in bf16, and gelu(z) in fp8, of z = a b^T + bias."""
+    shape, device = (a.values.shape[0], b.values.shape[0]), a.values.device
+    out, q = a.values.new_empty(shape, dtype=torch.bfloat16), new(shape, FORWARD, device)
+    if engine(device) == "scaled_mm":
+        pre = _scaled_mm(a, b, bias)
+        _sweep(pre, None, out, q, _bounded(q, a, b, bias), erf)
+    else:
+        pre = torch.empty_like(out)
+        _launch(a, b, out, "gelu", bias, pre=pre, q=q, erf=erf)
+    return out, pre, q
+
+
+def matmul_dgelu(a: Fp8, b: Fp8, pre: Tensor, erf: bool) -> tuple[Tensor, Fp8]:
+    """(a b^T) gelu'(pre), in bf16 and in the gradients' fp8."""
+    shape, device = (a.values.shape[0], b.values.shape[0]), a.values.device
+    out, q = a.values.new_empty(shape, dtype=torch.bfloat16), new(shape, GRADIENT, device)
+    if engine(device) == "scaled_mm":
+        _sweep(pre, _scaled_mm(a, b), out, q, _bounded(q, a, b, None), erf)
+    else:
+        _launch(a, b, out, "dgelu", pre=pre, q=q, erf=erf)
+    return out, q
+
+
+def _sweep(z: Tensor, dy: Tensor | None, out: Tensor, q: Fp8, bounded: tuple[Tensor | None, ...], erf: bool) -> None:
+    M, N = z.shape
+    rows, block = (256, 256) if runtime.INTERPRET else (16, 128)
+    with runtime.device_guard(z):
+        fp8_sweep_kernel[(triton.cdiv(M, rows), triton.cdiv(N, block))](
+            z, dy, out, *bounded, M, N, BACKWARD=dy is not None, ERF=erf, BM=rows, BN=block, num_warps=4
+        )

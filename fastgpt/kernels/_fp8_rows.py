@@ -1,0 +1,49 @@
+"""Rounding rows to fp8, each with a scale of its own, inside whichever kernel has the whole row.
+
+For a row x, with F the largest number of the format (448 in e4m3, 57,344 in e5m2; Micikevicius et al. 2022)::
+
+    scale = max |x| / F        q = round(x / scale)        x is about scale * q
+
+Scales are worked out where the row is made and never leave the device: no history, no wait for the host. The norm that comes
+with them, scale * ||q||, lets the next matmul scale its own result before it knows it (_fp8_kernels.py).
+
+inf and NaN arrive. A row that holds one becomes NaN there, and inf makes its scale inf, so that every sum over the row is
+inf or NaN: nothing here turns one into a finite number, although conversions to fp8 saturate on the chip.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def row_scale(amax, Q):
+    """Scales (ROWS,) that bring amax, fp32, to the largest number of what Q points to. 0 and NaN stay 1 / scale = finite and
+    NaN."""
+    largest: tl.constexpr = 448.0 if Q.dtype.element_ty == tl.float8e4nv else 57344.0
+    # Smallest normal number: its reciprocal is finite, so a row of zeros gives zeros.
+    return tl.maximum(tl.div_rn(amax, largest), 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def scaled_down(x, scale):
+    """x (ROWS, BLOCK) over scale (ROWS,)."""
+    return x * tl.div_rn(1.0, scale)[:, None]
+
+
+@triton.jit
+def norm_bound(sum_squares, scale, Q):
+    """The least that ||row|| can be certain not to exceed once q is rounded: half a unit in the last place more."""
+    slack: tl.constexpr = 1.0625 if Q.dtype.element_ty == tl.float8e4nv else 1.125
+    return tl.sqrt(sum_squares) * scale * slack
+
+
+@triton.jit
+def quantise_rows(x, rows, row_mask, at, mask, Q, SCALE, NORM):
+    """Write whole rows x (ROWS, BLOCK), fp32 and 0 past their ends: Q at ``at``, SCALE and NORM at ``rows``."""
+    scale = row_scale(tl.max(tl.abs(x), axis=1), Q)
+    x = scaled_down(x, scale)
+    tl.store(Q + at, x.to(Q.dtype.element_ty), mask=mask)
+    tl.store(SCALE + rows, scale, mask=row_mask)
+    tl.store(NORM + rows, norm_bound(tl.sum(x * x, axis=1), scale, Q), mask=row_mask)

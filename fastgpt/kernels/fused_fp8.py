@@ -1,0 +1,397 @@
+"""The linear layers of a GPT's blocks with fp8 operands: ``--precision fp8``, experimental.
+
+For x (M, K) and weight W (N, K), q(.) rounding to fp8 with a scale per row::
+
+    forward    y  = q(x) q(W)^T + b           e4m3 x e4m3
+    backward   dx = q(dy) q(W^T)^T            e5m2 x e4m3
+               dW = dy^T x, db                bf16, sums in fp32: _linear_grads.py
+
+Two thirds of the linears' FLOPs are fp8's. dW would need q of dy^T and x^T, transposed copies with scales along the tokens,
+two more passes for a matmul whose error (docs/precision-modes.md) is the worst of the three. The head, the loss, attention,
+norms, residual stream, embedding and optimizer are those of bf16.
+
+Who quantises what, and what it costs (bytes per element of the tensor, besides its bf16 form, which dW reads):
+
+    x of c_attn, c_fc           the norm, which has whole rows                        1 written
+    gelu(z), and its gradient   the matmul that makes them, by a bound on the row     1 written
+    dy of both c_proj           the norm's backward                                   1 written
+    weights, both ways round    once per optimizer step, from the fp32 master         10 in all, instead of 2 for the copy
+    x of attention's c_proj     a pass of its own: 2 read, 1 written
+    dy of c_attn                the same, over 3C columns
+
+The last two, because a block of attention has no whole row of its output: 12 bytes per token and C in each layer.
+
+inf and NaN reach the gradients: _fp8_rows.py. A layer whose sizes are no multiples of 16, and every layer without gradients
+(evaluation, sampling), runs in bf16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.kernels import _fp8_copies as copies
+from fastgpt.kernels import _fp8_launch as launch
+from fastgpt.kernels import fused_layernorm as norms
+from fastgpt.kernels import fused_linear, reference, runtime
+from fastgpt.kernels._fp8_launch import FORWARD, GRADIENT, Fp8
+from fastgpt.kernels._linear_grads import _rows
+
+# ---------------------------------------------------------------- ops
+#
+# q and stats: a tensor in fp8, as in _fp8_launch.py. They get no gradient; the tensors that they come from get it. wt: a weight
+# (N, K) rounded along its other dimension, which is the contiguous one.
+
+
+@torch.library.custom_op("fastgpt::fp8_quantise", mutates_args=())
+def _quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values in x's shape (..., K), stats (2, rows)."""
+    values, stats = launch.quantise(_rows(x), dtype)
+    return values.view(x.shape), stats
+
+
+@_quantise.register_fake
+def _(x, dtype):
+    return tuple(launch.new(x.shape, dtype, x.device))
+
+
+@torch.library.custom_op("fastgpt::fp8_quantise_weight", mutates_args=())
+def _quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forward, transposed = launch.quantise_weight(weight)
+    return *forward, transposed.values.t(), transposed.stats
+
+
+@_quantise_weight.register_fake
+def _(weight):
+    forward, transposed = (launch.new(shape, FORWARD, weight.device) for shape in (weight.shape, weight.t().shape))
+    return *forward, transposed.values.t(), transposed.stats
+
+
+def _flat(q: Tensor, stats: Tensor) -> Fp8:
+    return Fp8(_rows(q), stats)
+
+
+@torch.library.custom_op(
+    "fastgpt::linear_fp8_fwd",
+    mutates_args=(),
+    schema="(Tensor x, Tensor q, Tensor stats, Tensor weight, Tensor w, Tensor w_stats, Tensor wt, Tensor wt_stats, "
+    "Tensor? bias, bool in_place) -> Tensor",
+)
+def _linear_fwd(x, q, stats, weight, w, w_stats, wt, wt_stats, bias, in_place):
+    """y (..., N) in bf16. x and weight serve backward alone."""
+    return launch.matmul(_flat(q, stats), Fp8(w, w_stats), bias).view(*x.shape[:-1], w.shape[0])
+
+
+@_linear_fwd.register_fake
+def _(x, q, stats, weight, w, w_stats, wt, wt_stats, bias, in_place):
+    return x.new_empty(*x.shape[:-1], w.shape[0])
+
+
+@torch.library.custom_op(
+    "fastgpt::linear_fp8_mlp_fwd",
+    mutates_args=(),
+    schema="(Tensor x, Tensor q, Tensor stats, Tensor w_fc, Tensor fc, Tensor fc_stats, Tensor fct, Tensor fct_stats, "
+    "Tensor? b_fc, Tensor w_proj, Tensor proj, Tensor proj_stats, Tensor projt, Tensor projt_stats, Tensor? b_proj, "
+    "bool erf, bool fc_in_place, bool proj_in_place) -> (Tensor, Tensor, Tensor)",
+)
+def _mlp_fwd(
+    x, q, stats, w_fc, fc, fc_stats, fct, fct_stats, b_fc, w_proj, proj, proj_stats, projt, projt_stats, b_proj, erf,
+    fc_in_place, proj_in_place,
+):  # fmt: skip
+    """y (..., out), and gelu(z) and z (..., H) for backward, all in bf16."""
+    a, z, a8 = launch.matmul_gelu(_flat(q, stats), Fp8(fc, fc_stats), b_fc, erf)
+    y = launch.matmul(a8, Fp8(proj, proj_stats), b_proj)
+    return tuple(t.view(*x.shape[:-1], t.shape[-1]) for t in (y, a, z))
+
+
+@_mlp_fwd.register_fake
+def _(
+    x, q, stats, w_fc, fc, fc_stats, fct, fct_stats, b_fc, w_proj, proj, proj_stats, projt, projt_stats, b_proj, erf,
+    fc_in_place, proj_in_place,
+):  # fmt: skip
+    y, a, z = (x.new_empty(*x.shape[:-1], size) for size in (w_proj.shape[0], w_fc.shape[0], w_fc.shape[0]))
+    return y, a, z
+
+
+@torch.library.custom_op("fastgpt::linear_fp8_bwd_input", mutates_args=())
+def _bwd_input(q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor) -> Tensor:
+    """dx (..., K) in bf16, of dz in fp8."""
+    return launch.matmul(_flat(q, stats), Fp8(wt.t(), wt_stats)).view(*q.shape[:-1], wt.shape[1])
+
+
+@_bwd_input.register_fake
+def _(q, stats, wt, wt_stats):
+    return q.new_empty(*q.shape[:-1], wt.shape[1], dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("fastgpt::linear_fp8_bwd_input_gelu", mutates_args=())
+def _bwd_gelu(
+    q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor, pre: Tensor, erf: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of ``pre`` in bf16 and in fp8, of dz of the layer behind gelu(pre) in fp8."""
+    dz, form = launch.matmul_dgelu(_flat(q, stats), Fp8(wt.t(), wt_stats), _rows(pre), erf)
+    return dz.view(pre.shape), form.values.view(pre.shape), form.stats
+
+
+@_bwd_gelu.register_fake
+def _(q, stats, wt, wt_stats, pre, erf):
+    return torch.empty_like(pre), *launch.new(pre.shape, GRADIENT, pre.device)
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _form(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``tensor`` in fp8: as the kernel that made it has written it, or by a pass of its own."""
+    found = None if torch.compiler.is_compiling() else copies.take(tensor, dtype)
+    return _quantise(tensor.detach(), dtype) if found is None else (found.values, found.stats)
+
+
+def _weight_and_bias(ctx, dz, x, weight, which: int, bias_dtype, in_place: bool):
+    ctx.in_place, ctx.fp16 = in_place, False
+    return fused_linear._weight_and_bias(ctx, dz, x, weight, ctx.needs_input_grad[which], bias_dtype, None)
+
+
+def _save_linear(ctx, inputs, output):
+    x, _, _, weight, _, _, wt, wt_stats, bias, ctx.adds = inputs
+    wants = ctx.needs_input_grad
+    ctx.bias_dtype = bias.dtype if bias is not None and wants[8] else None
+    ctx.save_for_backward(x if wants[3] else None, weight, wt, wt_stats)
+
+
+def _linear_backward(ctx, dy):
+    x, weight, wt, wt_stats = ctx.saved_tensors
+    dx = _bwd_input(*_form(dy, GRADIENT), wt, wt_stats) if ctx.needs_input_grad[0] else None
+    dw, db = _weight_and_bias(ctx, dy, x, weight, 3, ctx.bias_dtype, ctx.adds)
+    return dx, None, None, dw, None, None, None, None, db, None
+
+
+def _save_mlp(ctx, inputs, output):
+    x, _, _, w_fc, _, _, fct, fct_stats, b_fc, w_proj, _, _, projt, projt_stats, b_proj, ctx.erf, *ctx.adds = inputs
+    _, a, z = output
+    ctx.mark_non_differentiable(a, z)
+    ctx.set_materialize_grads(False)  # zeros for a and z
+    wants = ctx.needs_input_grad
+    ctx.fc_bias = b_fc.dtype if b_fc is not None and wants[8] else None
+    ctx.proj_bias = b_proj.dtype if b_proj is not None and wants[14] else None
+    ctx.save_for_backward(x, w_fc, fct, fct_stats, w_proj, projt, projt_stats, a, z)
+
+
+def _mlp_backward(ctx, dy, _da, _dz):
+    if dy is None:
+        return (None,) * 18
+    x, w_fc, fct, fct_stats, w_proj, projt, projt_stats, a, z = ctx.saved_tensors
+    dz, q, stats = _bwd_gelu(*_form(dy, GRADIENT), projt, projt_stats, z, ctx.erf)
+    dw_proj, db_proj = _weight_and_bias(ctx, dy, a, w_proj, 9, ctx.proj_bias, ctx.adds[1])
+    dx = _bwd_input(q, stats, fct, fct_stats) if ctx.needs_input_grad[0] else None
+    dw_fc, db_fc = _weight_and_bias(ctx, dz, x, w_fc, 3, ctx.fc_bias, ctx.adds[0])
+    none = (None,) * 4
+    return dx, None, None, dw_fc, *none, db_fc, dw_proj, *none, db_proj, None, None, None
+
+
+_linear_fwd.register_autograd(_linear_backward, setup_context=_save_linear)
+_mlp_fwd.register_autograd(_mlp_backward, setup_context=_save_mlp)
+
+
+# ---------------------------------------------------------------- layer norm
+
+
+@torch.library.custom_op(
+    "fastgpt::fp8_layer_norm_fwd",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, float dropout_p, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps):
+    """y in bf16, s, mean, rstd as of layer_norm_fwd, and y in fp8."""
+    outputs, form = norms._forward_outputs(x, residual, torch.bfloat16), launch.new(x.shape, FORWARD, x.device)
+    fp8 = (form.values, form.scale, form.norm)
+    norms.launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs, fp8)
+    return (*outputs, *form)
+
+
+@_norm_fwd.register_fake
+def _(x, weight, bias, residual, seed, dropout_p, eps):
+    return (*norms._forward_outputs(x, residual, torch.bfloat16), *launch.new(x.shape, FORWARD, x.device))
+
+
+@torch.library.custom_op(
+    "fastgpt::fp8_layer_norm_bwd",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, "
+    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _norm_bwd(
+    dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, weight_grad, bias_dtype
+):
+    """What layer_norm_bwd returns, and dx in fp8."""
+    outputs = norms._backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
+    form = launch.new(s.shape, GRADIENT, s.device)
+    norms.launch_backward(
+        dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, weight_grad, bias_dtype, outputs,
+        (form.values, form.scale, form.norm),
+    )  # fmt: skip
+    return (*outputs, *form)
+
+
+@_norm_bwd.register_fake
+def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, weight_grad, bias_dtype):
+    outputs = norms._backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
+    return (*outputs, *launch.new(s.shape, GRADIENT, s.device))
+
+
+def _save_norm(ctx, inputs, output):
+    norms.setup_context(ctx, inputs, output)
+    # Without a residual x is the embedding's output, whose gradient no matmul reads.
+    ctx.quantises = (
+        ctx.has_residual and ctx.x_dtype == torch.bfloat16 and inputs[0].shape[-1] <= norms.MAX_BACKWARD_BLOCK
+    )
+
+
+def _norm_backward(ctx, dy, dsum, *_):
+    def quantising(*args):
+        *outputs, q, stats = _norm_bwd(*args)
+        copies.give(outputs[0], Fp8(q, stats))
+        return outputs
+
+    return norms.backward(ctx, quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd, dy, dsum)[:7]
+
+
+_norm_fwd.register_autograd(_norm_backward, setup_context=_save_norm)
+
+
+# ---------------------------------------------------------------- public
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """fused_layernorm.layer_norm, which for ``linear`` and ``mlp`` also writes y in fp8, and in backward x's gradient.
+
+    Where nothing would read them (no gradients, y not in bf16) or find them (under torch.compile), it is exactly that.
+    """
+    if (
+        (out_dtype or x.dtype) != torch.bfloat16
+        or torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or not runtime.runs_in_triton(x)
+    ):
+        options: dict[str, Any] = {"residual": residual, "dropout_p": dropout_p, "eps": eps, "out_dtype": out_dtype}
+        return norms.layer_norm(x, weight, bias, **options)
+    _require(x.device)
+    norms._validate(x, weight, bias, residual, dropout_p, out_dtype)
+    seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
+    y, s, _, _, *form = _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps)
+    copies.give(y, Fp8(*form))
+    return y if residual is None else (y, s)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    accumulate: str = "fp32",
+) -> Tensor:
+    """dropout(x @ weight.T + bias) + residual, with x and weight rounded to fp8.
+
+    x (..., in) bf16, or anything under bf16 autocast; weight (out, in) and bias (out,) fp32 or bf16. Returns bf16, or the
+    residual's dtype; each gradient has its input's dtype. Dropout and residual are passes of their own: a GPT leaves both to
+    the norm that follows. In bf16 throughout (fused_linear.linear) where no gradient is wanted, or a size of the weight is
+    not a multiple of 16. CPU tensors outside Triton's interpreter are computed by ``reference.linear``.
+
+    Raises ValueError for arguments that do not fit, for a GPU without fp8, and for a DTensor.
+    """
+    if not _in_fp8(x, weight):
+        return _in_bf16(fused_linear.linear, x, weight, bias, residual=residual, dropout_p=dropout_p)
+    x = x.to(_check(x, weight, bias, residual, dropout_p))
+    y = _linear_fwd(
+        x, *_form(x, FORWARD), weight, *copies.of_weight(weight), bias, fused_linear._adds_to(weight)
+    )  # fmt: skip
+    return _finish(y, residual, dropout_p)
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh", accumulate: str = "fp32"
+) -> Tensor:
+    """gelu(x @ weight.T + bias), the GELU in a pass of its own: ``mlp`` has none."""
+    fused_linear._check_approximate(approximate)
+    return F.gelu(linear(x, weight, bias), approximate=approximate)
+
+
+def mlp(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    approximate: str = "tanh",
+    accumulate: str = "fp32",
+) -> Tensor:
+    """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual. x (..., C), w_fc (H, C), w_proj (out, H); the rest is
+    as in ``linear``."""
+    fused_linear._check_approximate(approximate)
+    if not (_in_fp8(x, w_fc) and _in_fp8(x, w_proj)):
+        options = {"residual": residual, "dropout_p": dropout_p, "approximate": approximate}
+        return _in_bf16(fused_linear.mlp, x, w_fc, b_fc, w_proj, b_proj, **options)
+    x = x.to(_check(x, w_fc, b_fc, None, 0.0, names=("x", "w_fc", "b_fc")))
+    hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
+    _check(hidden, w_proj, b_proj, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
+    y, _, _ = _mlp_fwd(
+        x, *_form(x, FORWARD), w_fc, *copies.of_weight(w_fc), b_fc, w_proj, *copies.of_weight(w_proj), b_proj,
+        approximate == "none", fused_linear._adds_to(w_fc), fused_linear._adds_to(w_proj),
+    )  # fmt: skip
+    return _finish(y, residual, dropout_p)
+
+
+def _require(device: torch.device) -> None:
+    reason = launch.refusal(device)
+    if reason is not None:
+        raise ValueError(f"precision is fp8, but {reason}: use bf16")
+
+
+def _in_fp8(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer is computed in fp8 at all. Raises ValueError where it should be and cannot."""
+    if not runtime.runs_in_triton(x):
+        return False
+    _require(x.device)
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(
+            "weight is a DTensor, which the fp8 kernels cannot read: use FSDP, which hands over whole weights, or bf16"
+        )
+    return torch.is_grad_enabled() and x.numel() > 0 and not any(size % launch.MULTIPLE for size in weight.shape)
+
+
+def _in_bf16(op, x: Tensor, *args, **options) -> Tensor:
+    """``op`` of fused_linear.py. The weight's 16-bit copy is not kept: training in fp8 has no other use for it."""
+    if not runtime.runs_in_triton(x):
+        return getattr(reference, op.__name__)(x, *args, **options)
+    return op(x, *args, keep_copy=False, **options)
+
+
+def _check(x, weight, bias, residual, dropout_p, names=("x", "weight", "bias")) -> torch.dtype:
+    dtype = fused_linear._check(x, weight, bias, "fp32", residual, dropout_p, names)
+    if dtype != torch.bfloat16:
+        raise ValueError(f"{names[0]} is {dtype}: in fp8 mode it must be bfloat16, or torch.autocast be on with it")
+    return dtype
+
+
+def _finish(y: Tensor, residual: Tensor | None, dropout_p: float) -> Tensor:
+    y = F.dropout(y, dropout_p) if dropout_p else y
+    return y if residual is None else (y + residual).to(residual.dtype)
