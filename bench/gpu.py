@@ -4,7 +4,8 @@
     python -m bench.gpu --out runs/gpu --minutes 20 --label before
 
 Most important first: the parity tests on the GPU; each kernel beside its peers; whole training steps of GPT-2 124M and 40M,
-eager, compiled and triton, also under a 12 GB cap; the profile of a step, operation by operation (bench.mfu); peak memory,
+eager, compiled and triton, in the precisions that the card gains from, also under a 12 GB cap (and of 350M and XL where 80 GB
+are); the profile of a step, operation by operation (bench.mfu); the step with each fusion off (bench.ablation); peak memory,
 predicted and measured (bench.memory); and every time beside what the projection says of it (bench.project).
 
 Each runs in processes of its own, with a share of the time; results.json, results.md and steps.png in DIR are rewritten
@@ -22,34 +23,56 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from bench import report, results
 from bench.entries import ENTRIES
 from bench.session import Session, json_in, last_json, read_json
-from fastgpt import cli
+from fastgpt import cli, hardware
 from fastgpt.config import load_preset
 from fastgpt.env import environment
 from fastgpt.errors import UserError
+from fastgpt.memory import memory
 
 CAP_GB = 12.0
 STEP_TOLERANCE = 0.02
-"""Largest difference between the first loss of a variant and that of eager, same weights and tokens, both in bf16."""
+"""Largest difference between the first loss of a variant and that of plain PyTorch in bf16, same weights and tokens."""
 
-TESTS = ("tests/kernels", "tests/test_optim.py", "tests/test_model.py", "tests/training/test_step.py")
+TESTS = (
+    "tests/kernels",
+    "tests/test_optim.py",
+    "tests/test_model.py",
+    "tests/training/test_step.py",
+    "tests/training/test_graphs.py",
+)
 WITHOUT_GPU = ("test_compile_gate", "test_offline")
 """Tests that compile for a GPU that is not here: nothing that this one could add."""
 
+
+class Variant(NamedTuple):
+    """How a step is run: bench.step's flags of these names."""
+
+    kernels: str
+    compile: str = "none"
+    cuda_graphs: str = "off"
+    precision: str = "bf16"
+
+
 VARIANTS = {
-    "eager": ("eager", "none"),
-    "triton": ("triton", "none"),
-    "compile": ("eager", "default"),
-    "triton+compile": ("triton", "default"),
-    "compile max-autotune": ("eager", "max-autotune-no-cudagraphs"),
+    "eager": Variant("eager"),
+    "triton": Variant("triton"),
+    "triton+graphs": Variant("triton", cuda_graphs="on"),
+    "compile": Variant("eager", "default"),
+    "triton+compile": Variant("triton", "default"),
+    "triton fp8": Variant("triton", precision="fp8"),
+    "triton fp16-fast": Variant("triton", precision="fp16-fast"),
+    "compile max-autotune": Variant("eager", "max-autotune-no-cudagraphs"),
 }
-"""Name -> (--kernels, --compile mode)."""
+MAIN = ("eager", "triton", "triton+graphs", "compile", "triton+compile")
+LARGE_GB = 70
+"""From here on a card also runs 350M and XL, and all presets in larger micro-batches."""
 
 
 # ---------------------------------------------------------------- stages
@@ -110,29 +133,47 @@ def _unfinished(name: str, reason: str) -> dict[str, Any]:
     return {"entries": [{"name": name, "shape": "", "parity": reason, "variants": {}}]}
 
 
-def step_plan(total_memory: int) -> Iterator[tuple[str, str, float]]:
-    """(preset, variant, cap in GB), most important first. Where the card itself has 12 GB there is nothing to cap."""
-    main = [name for name in VARIANTS if "max-autotune" not in name]
+def step_plan(total_memory: int, gpu: hardware.Gpu | None) -> Iterator[tuple[str, str, float]]:
+    """(preset, variant, cap in GB), most important first. Where the card itself has 12 GB there is nothing to cap; a
+    precision that gains nothing on ``gpu`` is left out."""
+    large = total_memory > 1e9 * LARGE_GB
+    fast = [name for name in ("triton fp8", "triton fp16-fast") if hardware.gains(VARIANTS[name].precision, gpu)]
     for preset in ("gpt2-124m", "gpt2-40m"):
-        yield from ((preset, variant, 0.0) for variant in main)
+        yield from ((preset, variant, 0.0) for variant in (*MAIN, *fast))
+    if large:
+        yield from (("gpt2-xl", variant, 0.0) for variant in ("compile", "triton"))
+        yield from (("gpt2-350m", variant, 0.0) for variant in ("compile", "triton", *fast))
     if total_memory > 1.1 * CAP_GB * 1e9:
-        yield from (("gpt2-124m", variant, CAP_GB) for variant in main)
+        yield from (("gpt2-124m", variant, CAP_GB) for variant in MAIN if variant != "triton+graphs")
     yield "gpt2-124m", "compile max-autotune", 0.0
     yield "gpt2-40m", "compile max-autotune", 0.0
 
 
-def run_step(session: Session, preset: str, variant: str, cap_gb: float) -> dict[str, Any]:
-    """One training step. Under a cap it starts at twice the preset's batch, and halves it until it fits."""
-    kernels, mode = VARIANTS[variant]
-    batch_size = load_preset(preset, "cuda").data.batch_size
+def batch_for(preset: str, total_memory: int) -> int:
+    """Sequences per micro-batch: the preset's, which are the RTX 4070's; on a large card, where few would leave gaps, as many
+    times two as plain PyTorch, the hungriest, fits into 85% of it."""
+    config = load_preset(preset, "cuda")
+    batch = config.data.batch_size
+    if total_memory <= 1e9 * LARGE_GB:
+        return batch
+    while memory(config.model, micro_batch=2 * batch, kernels="eager").total <= 0.85 * total_memory:
+        batch *= 2
+    return batch
+
+
+def run_step(session: Session, preset: str, variant: str, cap_gb: float, batch_size: int) -> dict[str, Any]:
+    """One training step of four micro-batches. Under a cap it starts with two of twice the size, and halves them until they
+    fit."""
+    how = VARIANTS[variant]
     batch_size, grad_accum = (2 * batch_size, 2) if cap_gb else (batch_size, 4)
     while True:
         step: dict[str, Any] = {"preset": preset, "variant": variant, "cap_gb": cap_gb}
         step |= {"batch_size": batch_size, "grad_accum": grad_accum}
         if session.left < 25:
             return step | {"error": "skipped: the time budget is used up"}
-        arguments = ["--preset", preset, "--kernels", kernels, "--compile", mode, "--cap-gb", str(cap_gb)]
+        arguments = ["--preset", preset, "--kernels", how.kernels, "--compile", how.compile, "--cap-gb", str(cap_gb)]
         arguments += ["--batch-size", str(batch_size), "--grad-accum", str(grad_accum), "--seconds", "4"]
+        arguments += ["--cuda-graphs", how.cuda_graphs, "--precision", how.precision]
         log = f"step-{preset}-{variant.replace(' ', '-')}-{cap_gb:g}.log"
         output, finished = session.child("bench.step", *arguments, log=log, limit=min(session.left - 10, 180))
         found = last_json(output)
@@ -146,28 +187,34 @@ def run_step(session: Session, preset: str, variant: str, cap_gb: float) -> dict
 
 
 def withhold_wrong(steps: list[dict[str, Any]]) -> None:
-    """A step whose first loss is not eager's gets no speed, nor does one that left out updates."""
-    eager = {
-        s["preset"]: s["first_loss"] for s in steps if s["variant"] == "eager" and "first_loss" in s and not s["cap_gb"]
-    }
+    """A step whose first loss is not plain PyTorch's gets no speed, nor does one that left out updates."""
+    expected: dict[tuple[str, int], float] = {}
+    for reference in ("compile", "eager"):  # eager where there is one
+        expected |= {_tokens(s): s["first_loss"] for s in steps if s["variant"] == reference and "first_loss" in s}
     for step in steps:
         if step.get("skipped_steps") and "tokens_per_second" in step:
             step["error"] = f"no speed: {step['skipped_steps']} updates were skipped for a gradient that is not finite"
             del step["tokens_per_second"]
-        expected = eager.get(step["preset"])
-        # Under a cap too: the micro-batches may be smaller, but step for step they hold the same tokens.
-        if expected is None or "tokens_per_second" not in step:
+        reference_loss = expected.get(_tokens(step))
+        if reference_loss is None or "tokens_per_second" not in step:
             continue
-        if not abs(step["first_loss"] - expected) <= STEP_TOLERANCE:
-            step["error"] = f"no speed: first loss {step['first_loss']:.4f}, eager's {expected:.4f}"
+        if not abs(step["first_loss"] - reference_loss) <= STEP_TOLERANCE:
+            step["error"] = f"no speed: first loss {step['first_loss']:.4f}, plain PyTorch's {reference_loss:.4f}"
             del step["tokens_per_second"]
+
+
+def _tokens(step: dict[str, Any]) -> tuple[str, int]:
+    """Steps with the same key train the same model on the same tokens, in whatever micro-batches."""
+    return step["preset"], step["batch_size"] * step["grad_accum"]
 
 
 def run_steps(session: Session, limit: float) -> None:
     """Whole training steps, each in a process of its own."""
     steps = session.results["steps"] = []
-    for preset, variant, cap_gb in step_plan(torch.cuda.get_device_properties(0).total_memory):
-        steps.append(run_step(session, preset, variant, cap_gb))
+    total_memory = torch.cuda.get_device_properties(0).total_memory
+    for preset, variant, cap_gb in step_plan(total_memory, hardware.present(torch.device("cuda"))):
+        batch_size = load_preset(preset, "cuda").data.batch_size if cap_gb else batch_for(preset, total_memory)
+        steps.append(run_step(session, preset, variant, cap_gb, batch_size))
         withhold_wrong(steps)
         session.save()
 
@@ -190,6 +237,17 @@ def run_profile(session: Session, limit: float) -> None:
             for name, backend in found["backends"].items()
         },
     }
+
+
+def run_ablation(session: Session, limit: float) -> None:
+    """bench.ablation: the step of GPT-2 124M with each fusion off. Most of it is compiled by then."""
+    path = session.out / "ablation.json"
+    path.unlink(missing_ok=True)
+    arguments = ["--measure", "--models", "gpt2-124m", "--budget", f"{max(1.0, limit - 5):.0f}s", "--no-store"]
+    _, finished = session.child("bench.ablation", *arguments, "--json", str(path), log="ablation.log", limit=limit)
+    found = read_json(path)
+    reason = {"error": _reason("ablation.log", finished)}
+    session.results["ablation"] = reason if found is None else {"rows": found["rows"]}
 
 
 def run_memory(session: Session, limit: float) -> None:
@@ -237,10 +295,11 @@ class Stage:
 
 
 STAGES = (
-    Stage("tests", run_tests, 0.24, "pytest"),
-    Stage("kernels", run_kernels, 0.20, "bench.kernels"),
-    Stage("steps", run_steps, 0.30, "bench.step"),
-    Stage("profile", run_profile, 0.15, "bench.mfu"),
+    Stage("tests", run_tests, 0.22, "pytest"),
+    Stage("kernels", run_kernels, 0.17, "bench.kernels"),
+    Stage("steps", run_steps, 0.27, "bench.step"),
+    Stage("profile", run_profile, 0.13, "bench.mfu"),
+    Stage("ablation", run_ablation, 0.10, "bench.ablation"),
     Stage("memory", run_memory, 0.06, "bench.memory"),
     Stage("projection", run_projection, 0.05, "bench.project"),
 )
@@ -297,9 +356,14 @@ def main(argv: list[str]) -> int:
 
 def keep(found: dict[str, Any], label: str | None) -> Path:
     """Put the times into bench/results/."""
-    kernels, steps = found["kernels"], found["steps"]
+    kernels, steps, ablation = found["kernels"], found["steps"], found.get("ablation", {})
     entries = results.kernel_entries(kernels) if "entries" in kernels else {}
     entries |= results.step_entries(steps) if isinstance(steps, list) else {}
+    entries |= {
+        f"ablation {row['model']} | {row['precision']}: {row['variant']}": row["measured"]
+        for row in ablation.get("rows", ())
+        if row["measured"]
+    }
     return results.store("gpu", found["environment"], entries, label)
 
 

@@ -227,11 +227,26 @@ def _projection(projection: dict[str, Any]) -> list[str]:
     return parts + [f"Not projected: {error}" for error in projection.get("errors", [])]
 
 
+def _ablation(found: dict[str, Any]) -> list[str]:
+    about = "GPT-2 124M, one thing changed: the change of the step's time as measured, and as projected for this card."
+    rows = []
+    for row in found["rows"]:
+        measured, projected = row["measured"] or {}, row["projected_change"]
+        shipped = row["variant"] == "as shipped"
+        figure = f"{measured['ms']:.1f} ms" if shipped and "ms" in measured else measured.get("error", "-")
+        figure = f"{measured['change']:+.1%}" if not shipped and "change" in measured else figure
+        cells = [figure, "-" if projected is None or shipped else f"{projected:+.1%}"]
+        rows.append([row["precision"], row["variant"], *cells, row["meaning"]])
+    header = ["precision", "variant", "measured", "projected", "what runs instead"]
+    return ["## What each fusion is worth", about, _markdown(header, rows)]
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "tests": ("Parity tests on this GPU", _tests),
     "kernels": ("Kernels", lambda found: [kernels_markdown(found)]),
     "steps": ("Training steps", _steps),
     "profile": ("Where the time goes", _profile),
+    "ablation": ("What each fusion is worth", _ablation),
     "memory": ("Peak memory", _memory),
     "projection": ("Predicted beside measured", _projection),
 }

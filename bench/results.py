@@ -19,7 +19,7 @@ from typing import Any
 from fastgpt.errors import UserError
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.bench", 1
-KINDS = ("kernels", "gpu", "suite")
+KINDS = ("kernels", "gpu", "suite", "ablation")
 _STORED = re.compile(rf".+-({'|'.join(KINDS)})(-\d+)?\.json")
 
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from bench.tune_cases import Family, families
+from bench.tune_cases import Family, default_at, families
 from fastgpt import cli, hardware
 from fastgpt.env import ROOT
 from fastgpt.errors import UserError
@@ -41,6 +41,8 @@ SOURCES = {
     "layer_norm": ("fused_layernorm.py",),
     "cross_entropy": ("_cross_entropy_kernels.py", "fused_cross_entropy.py"),
     "adamw": ("fused_adamw.py", "_adamw_plan.py"),
+    "linear": ("_linear_kernels.py", "_linear_launch.py"),
+    "linear_fast": ("_linear_kernels.py", "_linear_launch.py"),
 }
 """Files whose change makes what was compiled of a kernel out of date."""
 
@@ -132,7 +134,8 @@ def ranked_entries(
     """An entry per bucket for which some config is fit."""
     evidence: dict[str, Any]
     for bucket in family.buckets:
-        order = ranking.rank(family.kernel, family.dtype_name, bucket, found, default, card)
+        usual = default_at(family, bucket, default, card.sm_count)
+        order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, card)
         if not order:
             continue
         best = order[0]
@@ -141,6 +144,9 @@ def ranked_entries(
         if family.kernel.startswith("attention") and best.facts.plain_loop is not None:
             read = ranking.l2_bytes(family.kernel, best.facts, D=64)
             parts = ranking.tile_parts(best.facts, best.facts.plain_loop, read, card)
+            evidence["tile_clocks"] = {name: round(clocks) for name, clocks in parts.items()}
+        elif family.kernel.startswith("linear"):
+            parts = ranking.tile_parts(best.facts, *ranking.linear_step(best.facts), card)
             evidence["tile_clocks"] = {name: round(clocks) for name, clocks in parts.items()}
         key = tuning.Key(family.kernel, family.dtype_name, bucket)
         yield tuning.Entry(key, best.facts.config, "ranked", best.facts.resources, evidence), best
@@ -163,7 +169,8 @@ def rank(chosen: list[Family], card: hardware.Gpu, path: Path, deadline: float) 
             if old is not None and old.origin == "measured":
                 continue
             table.entries[entry.key] = entry
-            rows.append(_change(entry, old.config if old else default, entry.evidence["over_default"]))
+            usual = default_at(family, entry.key.bucket, default, card.sm_count)
+            rows.append(_change(entry, old.config if old else usual, entry.evidence["over_default"]))
         table.save(path)
     _print_changes(rows, "model's time over the default's")
     print(f"{len(table.entries)} entries for {card.name} in {path}. Ranked, not measured.")

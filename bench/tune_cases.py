@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
-from fastgpt.kernels import config_space, launch_cases, tuning
+from fastgpt.kernels import config_space, launch_cases, ranking, runtime, tuning
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (384, 768, 1024, 1600)
@@ -25,6 +26,8 @@ class Family:
     buckets: tuple[str, ...]
     function: str
     cases: tuple[Callable[[], None], ...]
+    rest: tuple[Callable[[], None], ...] = ()
+    """Cases that a config which ships must be good for, too: compiled by the gate of bench.audit only."""
 
     @property
     def dtype_name(self) -> str:
@@ -33,16 +36,18 @@ class Family:
     @property
     def name(self) -> str:
         """Such as "attention.forward bf16 D64 dropout"; --kernel picks by it."""
-        return f"{self.kernel} {self.dtype_name} {self.buckets[0].split(' rows')[0]}"
+        alike = "" if self.kernel.startswith("linear") else f" {self.buckets[0].split(' rows')[0]}"
+        return f"{self.kernel} {self.dtype_name}{alike}"
 
     def configs(self) -> list[dict[str, int]]:
         """Those worth compiling."""
         space = config_space.spaces()[self.kernel]
+        space = [config for config in space if config != config_space.CUBLAS]
         return [config for config in space if config_space.sensible(self.kernel, self.buckets[0], config)]
 
 
 def families() -> list[Family]:
-    return [*_attention(), *_layer_norm(), *_rows(), _adamw()]
+    return [*_attention(), *_layer_norm(), *_rows(), _adamw(), *_linears()]
 
 
 def _attention() -> list[Family]:
@@ -91,6 +96,108 @@ def _adamw() -> Family:
     return Family("adamw.update", FP32, (config_space.ADAMW_BUCKET,), "_adamw_kernel", cases)
 
 
+# Linear layers of GPT-2's blocks: (N, K) of a weight, in units of the width.
+_FORWARD = ((3, 1), (1, 1), (1, 4))  # without the MLP's first, whose epilogue is "gelu"
+_SHAPES = {
+    "none": (*_FORWARD, (1, 3)),  # also the input gradients, where N and K have changed places
+    "bias": _FORWARD,
+    "residual": ((1, 1), (1, 4)),
+    "gelu": ((4, 1),),
+    "dgelu": ((4, 1),),
+    "weight_grad": (*_FORWARD, (4, 1)),
+    "weight_grad_bias": (*_FORWARD, (4, 1)),
+}
+LINEAR_WIDTHS = WIDTHS[:3]
+
+
+def _linears() -> Iterator[Family]:
+    for kernel in config_space.spaces():
+        if not kernel.startswith("linear"):
+            continue
+        kind, fast = kernel.split(".")[1], kernel.startswith("linear_fast")
+        grad = kind.startswith("weight_grad")
+        known = [
+            config_space.linear_bucket(n * C, k * C, config_space.FEWEST_TOKENS)
+            for C in LINEAR_WIDTHS
+            for n, k in _SHAPES[kind]
+        ]
+        buckets = tuple(bucket for bucket in known if bucket is not None)
+        for dtype in (FP16,) if fast else (BF16, FP16):
+            case = partial(_launch_linear, kind, dtype, fast)
+            cases = (
+                (case, partial(case, add=True)) if grad else (case,)
+            )  # adding takes registers: some tiles spill only then
+            rest = {"none": ({"transposed": True},), "gelu": ({"bias": False}, {"save": False})}.get(kind, ())
+            function = "weight_grad_kernel" if grad else "linear_kernel"
+            yield Family(kernel, dtype, buckets, function, cases, tuple(partial(case, **more) for more in rest))
+
+
+def _launch_linear(kind: str, dtype: torch.dtype, fast: bool, **options: Any) -> None:
+    linear(kind, dtype, fast, **options)()
+
+
+def linear(
+    kind: str,
+    dtype: torch.dtype,
+    fast: bool,
+    N: int = 256,
+    K: int = 256,
+    tokens: int = config_space.FEWEST_TOKENS,
+    device: torch.device | str = "cpu",
+    *,
+    bias: bool = True,
+    save: bool = True,
+    add: bool = False,
+    transposed: bool = False,
+) -> Callable[[], Any]:
+    """The matmul of a bucket ``N.. K..`` with what goes with it, on random operands: what it gives at each call.
+
+    ``bias`` and ``save``: of "gelu". ``add``: to a gradient that is there. ``transposed``: of "none", an input gradient."""
+    from fastgpt.kernels import _linear_launch as launch
+
+    def make(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
+        if runtime.compile_only:
+            return torch.empty(shape, dtype=like)
+        return torch.randn(shape, device=device).to(like)
+
+    if kind.startswith("weight_grad"):
+        dz, x, dw = make(tokens, N), make(tokens, K), make(N, K, like=FP32)
+        db = make(N, like=FP32) if kind.endswith("bias") else None
+
+        def gradient() -> list[torch.Tensor]:
+            launch.weight_grad(dz, x, dw, db, fast, add=add)
+            return [dw] if db is None else [dw, db]
+
+        return gradient
+    x, shift = make(tokens, K), make(N, like=FP32) if bias and kind != "none" else None
+    weight = (make(K, N) if transposed or kind == "dgelu" else make(N, K).t()).mul_(K**-0.5)
+    if kind == "gelu":
+        return lambda: launch.matmul_gelu(x, weight, shift, False, fast, save)
+    if kind == "dgelu":
+        pre = make(tokens, N)
+        return lambda: launch.matmul_dgelu(x, weight, pre, False, fast)
+    residual = make(tokens, N, like=FP32) if kind == "residual" else None
+    return lambda: launch.matmul(x, weight, shift, residual, None, 0.0, fast)
+
+
+def of_family(family: Family, bucket: str, device: torch.device) -> Callable[[], Any]:
+    """The matmul of a family of linear layers, at a size that stands for its bucket."""
+    prefix, kind = family.kernel.split(".")
+    N, K = ranking.linear_sizes(bucket)
+    return linear(kind, family.dtype, prefix == "linear_fast", N, K, ranking.typical_tokens(bucket), device)
+
+
+def default_at(family: Family, bucket: str, default: dict[str, int], sms: int) -> dict[str, int]:
+    """The default config in this bucket: that of a weight gradient is split as its shape wants."""
+    if "splits" not in default:
+        return default
+    from fastgpt.kernels import _linear_launch as launch
+
+    N, K = ranking.linear_sizes(bucket)
+    ways = launch.splits(N, K, ranking.typical_tokens(bucket), default["block_m"], default["block_n"], sms)
+    return {**default, "splits": ways}
+
+
 # ---------------------------------------------------------------- what ships, for bench.audit
 
 
@@ -110,5 +217,5 @@ def table_cases(arch: int) -> list[launch_cases.Case]:
 
 def _launch_entry(entry: tuning.Entry, family: Family) -> None:
     with tuning.forced({entry.key.kernel: entry.config}):
-        for case in family.cases:
+        for case in (*family.cases, *family.rest):
             case()

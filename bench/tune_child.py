@@ -14,7 +14,10 @@ import torch
 import triton
 
 from bench.tune_cases import Family, families
-from fastgpt.kernels import offline, ranking, tuning
+from fastgpt.kernels import config_space, offline, ranking, tuning
+
+LAUNCHED_ONLY = ("programs_per_sm", "splits")
+"""Of a config, what changes the grid and no binary."""
 
 
 def compile_config(family: Family, config: dict[str, int], arch: int) -> ranking.Facts:
@@ -31,7 +34,11 @@ def compile_config(family: Family, config: dict[str, int], arch: int) -> ranking
 
 
 def default_of(family: Family, arch: int) -> dict[str, int]:
-    """The config that the kernel's file falls back to."""
+    """The config that the kernel's file falls back to; where that is cuBLAS, the tiles that it would fall back to."""
+    if config_space.has_library(family.kernel):
+        from fastgpt.kernels._linear_launch import default_tiles
+
+        return default_tiles(family.kernel.split(".")[1], 8192, 768, 768, family.dtype)
     tuning.forget()
     with offline.capture_launches(arch):
         family.cases[0]()
@@ -42,7 +49,7 @@ def compile_family(family: Family, arch: int) -> dict[str, Any]:
     done: dict[tuple, ranking.Facts] = {}
     found = []
     for config in family.configs():
-        compiled_in = tuple(sorted(item for item in config.items() if item[0] not in ("programs_per_sm",)))
+        compiled_in = tuple(sorted(item for item in config.items() if item[0] not in LAUNCHED_ONLY))
         if compiled_in not in done:
             done[compiled_in] = compile_config(family, config, arch)
         found.append({**done[compiled_in].to_json(), "config": config})

@@ -16,13 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import tune
+from bench import tune, tune_cases
 from bench.timing import Timing, Work, interleave
 from bench.tune_cases import Family
 from fastgpt import hardware
 from fastgpt.env import environment
 from fastgpt.errors import UserError
-from fastgpt.kernels import ranking, runtime, tuning
+from fastgpt.kernels import config_space, ranking, runtime, tuning
 
 CANDIDATES = 10
 """Configs of a bucket that are timed, beside the default: the model's first."""
@@ -44,6 +44,8 @@ def operation(family: Family, bucket: str, device: torch.device) -> Callable[[],
         op, inputs = _loss(family.dtype, device)
         inputs = [x.requires_grad_() for x in inputs]
         return lambda: op(*inputs)  # forms the gradients, too
+    if family.kernel.startswith("linear"):
+        return tune_cases.of_family(family, bucket, device)
     make = _attention if family.kernel.startswith("attention") else _layer_norm
     op, inputs = make(family.dtype, bucket, device)
     if family.kernel.endswith(".forward"):
@@ -182,8 +184,10 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
             if time.monotonic() > deadline:
                 left += 1
                 continue
-            order = ranking.rank(family.kernel, family.dtype_name, bucket, found, default, card)
-            configs = [default] + [r.facts.config for r in order[:CANDIDATES] if r.facts.config != default]
+            usual = tune_cases.default_at(family, bucket, default, card.sm_count)
+            order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, card)
+            first = config_space.CUBLAS if config_space.has_library(family.kernel) else usual
+            configs = [first] + [r.facts.config for r in order[:CANDIDATES] if r.facts.config != first]
             budget_s = max(1.0, min(20.0, deadline - time.monotonic()))
             times, problems = time_configs(family, bucket, configs, device, budget_s)
             for problem in problems:
@@ -200,8 +204,11 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
                 "torch": torch.__version__,
             }
             evidence |= {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-            resources = by_config[json.dumps(configs[best], sort_keys=True)].resources
-            old = next((e.config for e, _ in tuning.entries_for(key, here)), default)
+            known = by_config.get(json.dumps(configs[best], sort_keys=True))
+            resources = known.resources if known else ranking.Facts(configs[best], "").resources
+            # What training took before: of a matmul cuBLAS, unless a table had a measurement.
+            dtype = family.dtype
+            old = tuning.choose(family.kernel, dtype, bucket, device, first).config
             table.entries[key] = tuning.Entry(key, configs[best], "measured", resources, evidence)
             table.save(path)
             rows.append(tune._change(table.entries[key], old, best_ms / times[0].median_ms))
@@ -266,7 +273,8 @@ def check_model(chosen: list[Family], asked: int, deadline: float, out: Path | N
                 break
             found, default, _ = tune.facts_of(family, here.arch)
             for bucket in family.buckets:
-                order = ranking.rank(family.kernel, family.dtype_name, bucket, found, default, small)
+                usual = tune_cases.default_at(family, bucket, default, granted)
+                order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, small)
                 if len(order) < 2 or time.monotonic() > deadline:
                     continue
                 configs = [r.facts.config for r in order]

@@ -344,8 +344,13 @@ def _assumptions(gpu: Gpu, kernels: str, precision: str, calibrated: bool) -> li
         arithmetic = hardware.arithmetic_of(precision)
         doubled = (gpu.peak_flops(arithmetic) or 0) > 1.01 * (gpu.peak_flops("fp16") or 0)
         ratio = f"{CONSTANTS.double_rate:g} times the rate of fp16 with fp32 accumulation (measured elsewhere: 1.71 to 1.87)"
-        found.append(f"linears at {ratio if doubled else 'the rate of fp16: this card gains nothing from it'}")
-        found.append("attention keeps fp32 accumulation")
+        own_fp8 = (kernels, precision) == ("triton", "fp8")
+        which = "forward and input gradients of the blocks' linears" if own_fp8 else "linears"
+        found.append(f"{which} at {ratio if doubled else 'the rate of fp16: this card gains nothing from it'}")
+        if kernels == "triton" and precision == "fp16-fast":
+            found.append("the same for attention's products but S, which is summed in fp32")
+        else:
+            found.append("attention keeps fp32 accumulation")
     if not calibrated:
         found.append(
             "uncalibrated: the two real runs are nanoGPT + torch.compile, bf16, T = 1024, 12 blocks of 384 and 768, RTX 4070"

@@ -25,7 +25,7 @@ from fastgpt import hardware
 from fastgpt.errors import UserError
 from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
-from fastgpt.operations import GAPS, Operation, cdiv, operations
+from fastgpt.operations import AS_SHIPPED, GAPS, Fusions, Operation, cdiv, operations
 
 
 def _constant(central: float, low: float, high: float, meaning: str, source: str) -> Any:
@@ -150,6 +150,8 @@ CONSTANTS = Constants()
 
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
+OWN_TILES = ((128, 128), (128, 64))
+"""Of this repository's 16-bit matmuls, with a GELU or with sums in fp16: larger ones spill (docs/performance.md)."""
 SPLITS = (1, 2, 3, 4, 5, 6, 8)
 EXPONENTIALS_PER_CLOCK = 16  # per SM, compute capability 8.x and 9.0: CUDA C++ Programming Guide, arithmetic throughput
 FP32_PER_CLOCK = {"sm_80": 64, "sm_75": 64, "sm_70": 64}  # idem; 128 elsewhere
@@ -219,7 +221,9 @@ class Chip:
             return {"L2": through_l2, "memory": memory}
         plain = op.instructions / FP32_PER_CLOCK.get(self.gpu.arch, 128)
         softmax = op.scores * (1 / EXPONENTIALS_PER_CLOCK + plain) * self.constants.softmax_exposed
-        clocks = op.flops / self.flops_per_clock(self._base) + softmax
+        base = self.flops_per_clock(self._base)
+        faster = self.matmul_per_clock() / base if op.summed_in_fp16 else 1.0
+        clocks = op.flops * (1 - op.summed_in_fp16 + op.summed_in_fp16 / faster) / base + softmax
         return {"compute": clocks / (self.gpu.sm_count * self.hz), "L2": through_l2, "memory": memory}
 
     def _matmul(self, op: Operation) -> tuple[float, float, float]:
@@ -227,9 +231,10 @@ class Chip:
         library's choice comes close to. A split helps where there are fewer tiles than SMs to fill."""
         assert op.mnk is not None
         m, n, k = op.mnk
-        per_clock, size = self.matmul_per_clock(), 1 if self.precision == "fp8" else 2
+        per_clock = self.matmul_per_clock() if op.fast else self.flops_per_clock(self._base)
+        size = 1 if self.precision == "fp8" and op.fast else 2
         best = (float("inf"), float("inf"), float("inf"))
-        for tile_m, tile_n in TILES:
+        for tile_m, tile_n in OWN_TILES if op.own and self.precision != "fp8" else TILES:
             tiles = cdiv(m, tile_m) * cdiv(n, tile_n)
             # Hopper's clusters: two SMs share the larger side of their tiles.
             side = tile_m + tile_n - (max(tile_m, tile_n) / 2 if self.gpu.arch == "sm_90" else 0)
@@ -258,9 +263,10 @@ class OperationTime:
 
 
 def step_times(
-    ops: Iterable[Operation], grad_accum: int, gpu: Gpu, precision: str, constants: Constants
+    ops: Iterable[Operation], grad_accum: int, gpu: Gpu, precision: str, constants: Constants, *, graphs: bool = False
 ) -> list[OperationTime]:
     """Every operation's time in a step, then the gaps, then what the GPU waits for the host; their sum is the step.
+    ``graphs``: the step is a CUDA graph, so that the host is out of the way; the gaps stay.
 
     Operations of one name (the loss's chunks, and the shorter last one) are one; the slower says what bounds them."""
     chip = Chip(gpu, precision, constants)
@@ -279,7 +285,7 @@ def step_times(
     gaps = 1e-3 * constants.kernel_gap_us * launches
     waiting = 1e-3 * constants.host_launch_us * launches - gaps - sum(op.ms for op in found)
     found.append(OperationTime("gaps between kernels", GAPS, gaps, 0, 0, 0, "launch"))
-    if waiting > 0:
+    if waiting > 0 and not graphs:
         found.append(OperationTime("waiting for the host", GAPS, waiting, 0, 0, 0, "launch"))
     return found
 
@@ -301,7 +307,9 @@ def step_ms(
     T: int,
     dropout: float,
     constants: Constants,
+    fusions: Fusions = AS_SHIPPED,
+    graphs: bool = False,
 ) -> float:
     """Milliseconds of one step: the sum of ``step_times``."""
-    ops = operations(shape, kernels, micro_batch, T, precision, dropout=dropout, sm_count=gpu.sm_count)
-    return sum(op.ms for op in step_times(ops, grad_accum, gpu, precision, constants))
+    ops = operations(shape, kernels, micro_batch, T, precision, dropout=dropout, sm_count=gpu.sm_count, fusions=fusions)
+    return sum(op.ms for op in step_times(ops, grad_accum, gpu, precision, constants, graphs=graphs))

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
+from rich.console import Console
+
 from fastgpt import cli, device
 from fastgpt.config import parse
 
 
 def main(args: list[str]) -> int:
-    config = parse(args, device.present())
+    explains = any(re.match(r"--explain[-_]kernels(=|$)", arg) for arg in args)
+    config = parse(args, "cuda" if explains else device.present())  # explained is what a GPU would run
+    if config.train.explain_kernels is not None:
+        from fastgpt.explain import explain
+
+        return explain(config, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
     where = device.pick(config.train.device, config.train.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training import distributed, loop

@@ -9,6 +9,7 @@ import torch
 
 from bench import gpu, kernels, report, results, session, timing
 from bench.session import Session
+from fastgpt import hardware
 from fastgpt.errors import UserError
 from fastgpt.flops import Work
 from fastgpt.hardware import Ceilings
@@ -129,11 +130,32 @@ def test_a_test_run_is_read_even_if_cut_off(output):
     }
 
 
+def plan(gigabytes, card):
+    return list(gpu.step_plan(gigabytes * 10**9, hardware.lookup(card)))
+
+
 def test_the_plan_starts_with_what_matters_and_caps_only_larger_cards():
-    plan = list(gpu.step_plan(80 * 10**9))
-    assert plan[:2] == [("gpt2-124m", "eager", 0.0), ("gpt2-124m", "triton", 0.0)]
-    assert Counter(cap for _, _, cap in plan) == {0.0: 10, 12.0: 4}
-    assert {cap for _, _, cap in gpu.step_plan(12 * 10**9)} == {0.0}
+    for found in (plan(12, "rtx4070"), plan(24, "rtx4090"), plan(141, "h200")):
+        assert found[:2] == [("gpt2-124m", "eager", 0.0), ("gpt2-124m", "triton", 0.0)]
+        assert len(set(found)) == len(found)
+    assert {cap for _, _, cap in plan(12, "rtx4070")} == {0.0}
+    assert Counter(cap for _, _, cap in plan(24, "rtx4090"))[12.0] == 4
+
+
+def test_each_card_runs_the_precisions_that_it_gains_from_and_the_models_that_fit():
+    def fast(found):
+        return {variant for _, variant, _ in found if gpu.VARIANTS[variant].precision != "bf16"}
+
+    assert fast(plan(12, "rtx4070")) == {"triton fp8", "triton fp16-fast"}
+    assert fast(plan(141, "h200")) == {"triton fp8"} and fast(plan(80, "a100")) == set()
+    assert {preset for preset, _, _ in plan(24, "rtx4090")} == {"gpt2-124m", "gpt2-40m"}
+    assert {preset for preset, _, _ in plan(80, "a100")} == {"gpt2-124m", "gpt2-40m", "gpt2-350m", "gpt2-xl"}
+    assert not fast(list(gpu.step_plan(12 * 10**9, None)))
+
+
+def test_large_cards_get_the_largest_micro_batches_that_eager_fits():
+    assert [gpu.batch_for("gpt2-124m", gb * 10**9) for gb in (12, 24, 80, 150)] == [8, 8, 64, 128]
+    assert gpu.batch_for("gpt2-xl", 80 * 10**9) == 8
 
 
 def test_each_kernel_has_its_own_process_and_a_crash_costs_only_that_one(tmp_path, monkeypatch):
@@ -171,10 +193,11 @@ def test_a_step_that_does_not_fit_is_tried_at_half_the_batch(tmp_path, monkeypat
 
     monkeypatch.setattr(Session, "child", child)
     run = Session(tmp_path, time.monotonic() + 1000)
-    found = gpu.run_step(run, "gpt2-124m", "eager", 12.0)
+    found = gpu.run_step(run, "gpt2-124m", "eager", 12.0, 8)
     assert (found["batch_size"], found["grad_accum"], found["tokens_per_second"]) == (4, 8, 5.0)
     assert list(commands[0][4:6]) == ["--compile", "none"] and len(commands) == 3
-    assert "skipped" in gpu.run_step(Session(tmp_path, time.monotonic() + 5), "gpt2-124m", "eager", 0.0)["error"]
+    late = Session(tmp_path, time.monotonic() + 5)
+    assert "skipped" in gpu.run_step(late, "gpt2-124m", "eager", 0.0, 8)["error"]
 
 
 def test_a_step_with_another_loss_than_eager_gets_no_speed():
@@ -187,6 +210,15 @@ def test_a_step_with_another_loss_than_eager_gets_no_speed():
     assert not any("tokens_per_second" in step for step in steps[3:]) and "3 updates were skipped" in steps[4]["error"]
     assert "tokens_per_second" not in steps[1] and "no speed: first loss 11.3000" in steps[1]["error"]
     assert steps[2]["tokens_per_second"] == 2.0
+
+
+def test_where_eager_did_not_run_the_compiled_step_is_the_reference():
+    steps = [step_result("compile", 1.0, "gpt2-xl"), step_result("triton", 2.0, "gpt2-xl", first_loss=11.3)]
+    gpu.withhold_wrong(steps)
+    assert "tokens_per_second" in steps[0] and "plain PyTorch's 10.9000" in steps[1]["error"]
+    other_tokens = [step_result("eager", 1.0), step_result("triton", 2.0, first_loss=11.3) | {"batch_size": 16}]
+    gpu.withhold_wrong(other_tokens)
+    assert all("tokens_per_second" in step for step in other_tokens)
 
 
 def test_a_child_that_takes_too_long_is_stopped(tmp_path):
@@ -326,7 +358,7 @@ def test_out_of_time_is_a_reason(tmp_path):
 
 
 def test_the_stages_are_all_there_in_order_and_share_the_whole_time():
-    assert [s.name for s in gpu.STAGES] == ["tests", "kernels", "steps", "profile", "memory", "projection"]
+    assert [s.name for s in gpu.STAGES] == ["tests", "kernels", "steps", "profile", "ablation", "memory", "projection"]
     assert sum(s.share for s in gpu.STAGES) == pytest.approx(1) and list(report.SECTIONS) == [
         s.name for s in gpu.STAGES
     ]
@@ -376,6 +408,37 @@ def test_bad_input_is_one_sentence(monkeypatch, tmp_path, arguments, sentence):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=sentence):
         gpu.main(["--out", str(tmp_path / "out"), *(a.format(file=tmp_path / "file") for a in arguments)])
+
+
+def test_the_ablation_is_reported_measured_beside_projected(tmp_path, monkeypatch):
+    def row(variant, measured, change=0.2):
+        return {
+            "model": "gpt2-124m",
+            "precision": "bf16",
+            "variant": variant,
+            "meaning": "x",
+            "projected_change": change,
+        } | {"measured": measured}
+
+    rows = [row("as shipped", {"ms": 50.0, "change": 0.0}), row("loss off", {"ms": 60.0, "change": 0.2})]
+    rows += [row("norms off", {"error": "out of memory"}), row("CUDA graphs on", None, None)]
+
+    def child(module, *arguments, log, limit):
+        (tmp_path / "ablation.json").write_text(json.dumps({"rows": rows}))
+        assert module == "bench.ablation" and "--measure" in arguments and "--no-store" in arguments
+        return "", True
+
+    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
+    monkeypatch.setattr(run, "child", child)
+    gpu.run_ablation(run, 60.0)
+    text = report.gpu_markdown(run.results)
+    assert "| bf16 | as shipped | 50.0 ms | - | x |" in text and "| bf16 | loss off | +20.0% | +20.0% | x |" in text
+    assert (
+        "| bf16 | norms off | out of memory | +20.0% | x |" in text and "| bf16 | CUDA graphs on | - | - | x |" in text
+    )
+    monkeypatch.setattr(run, "child", lambda *_, **__: ("", False))
+    gpu.run_ablation(run, 60.0)
+    assert "error" in run.results["ablation"]
 
 
 def test_json_is_found_between_other_lines():

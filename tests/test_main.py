@@ -130,7 +130,7 @@ class TestBench:
         assert seen == [["--device", "cpu"]]
 
     def test_an_unknown_one_names_the_nearest(self):
-        with pytest.raises(UserError, match=r"bench is 'mfuu' \(did you mean 'mfu'\?\): it can be audit"):
+        with pytest.raises(UserError, match=r"bench is 'mfuu' \(did you mean 'mfu'\?\): it can be ablation, audit"):
             command.main(["bench", "mfuu"])
 
     def test_outside_a_checkout_it_says_what_to_do(self, tmp_path):

@@ -130,6 +130,92 @@ def test_gpt2_124m_counts_in_its_bucket_and_no_other():
     assert 96 not in ranking.sizes("D64 rows<=65536") and 96 not in ranking.sizes("D64 rows>1048576")
 
 
+# ---------------------------------------------------------------- linear layers
+
+TILES = {"block_m": 128, "block_n": 128, "block_k": 32, "group": 8, "num_warps": 8, "num_stages": 4}
+STEP = {"HMMA.16816.F32.BF16": 32, "LDSM.16.M88.4": 12, "IADD3": 20}  # a warp's, for a block of 32 of K
+FAST_STEP = {"HMMA.16816.F16": 32, "HADD2.F32": 64, "FADD": 64, "IADD3": 20}
+
+
+def matmul(config=TILES, loop=STEP, blocks_per_sm=1, problem=""):
+    return Facts(config, problem, 151, 49_152, config["num_warps"], blocks_per_sm, loop, loop)
+
+
+def test_products_summed_in_fp16_take_half_the_tensor_cores_clocks_on_geforce_and_as_many_elsewhere():
+    loops = [matmul(loop={op: 64}) for op in ("HMMA.16816.F32", "HMMA.16816.F16")]
+    for name, ratio in (("rtx4070", 2), ("a100", 1)):
+        card = hardware.lookup(name)
+        full, fast = (ranking.tile_parts(each, each.plain_loop, 0, card)["tensor"] for each in loops)
+        assert full / fast == ratio
+
+
+def test_a_loop_that_holds_several_blocks_of_k_counts_one_and_a_promotion_once_per_chunk():
+    body, read = ranking.linear_step(matmul(loop={op: 2 * count for op, count in STEP.items()}))
+    assert body == STEP and read == 2 * (128 + 128) * 32
+    body, _ = ranking.linear_step(matmul({**TILES, "chunk": 4}, FAST_STEP))
+    assert (body["FADD"], body["HADD2.F32"], body["HMMA.16816.F16"], body["IADD3"]) == (16, 16, 32, 20)
+
+
+def linear_time(kernel="linear.gelu", config=TILES, N=768, K=768, tokens=8192, gpu=RTX_4070, **facts):
+    return ranking.linear_time(kernel, matmul(config, **facts), N, K, tokens, gpu)
+
+
+def test_a_wave_of_tiles_more_costs_a_wave():
+    full, fill = linear_time(N=128, tokens=46 * 128)
+    more, less_fill = linear_time(N=128, tokens=47 * 128)
+    assert fill > 0.99 and more == pytest.approx(2 * full) and less_fill == pytest.approx(47 / 92)
+
+
+def test_a_weight_gradient_that_leaves_sms_idle_gains_from_a_split_and_a_large_one_does_not():
+    def at(N, K, splits):
+        return linear_time("linear.weight_grad", {**TILES, "splits": splits}, N, K)[0]
+
+    assert at(384, 384, 5) < 0.5 * at(384, 384, 1)
+    assert at(50304, 768, 2) > at(50304, 768, 1)
+
+
+@pytest.mark.parametrize("C, tokens", [(384, 16384), (768, 8192), (1024, 2048)])
+def test_a_bucket_is_timed_at_its_models_micro_batch(C, tokens):
+    for N, K in ((3 * C, C), (C, C), (C, 4 * C)):
+        bucket = config_space.linear_bucket(N, K, tokens)
+        assert bucket is not None and ranking.typical_tokens(bucket) == tokens
+    assert config_space.linear_bucket(C, C, 2047) is None
+
+
+LINEARS = [family for family in families() if family.kernel.startswith("linear")]
+
+
+@pytest.mark.parametrize("family", LINEARS, ids=lambda family: family.name)
+def test_the_launcher_asks_for_the_bucket_that_is_measured(family, monkeypatch):
+    from fastgpt.kernels import _linear_launch
+
+    asked, choose = [], tuning.choose
+    monkeypatch.setattr(tuning, "choose", lambda *args: asked.append(args[:3]) or choose(*args))
+    monkeypatch.setattr(ranking, "typical_tokens", lambda bucket: 2048)
+    bucket = "N128 K64"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_linear_launch, "_launch", lambda *_, **__: None)
+        patch.setattr(_linear_launch, "_weight_grad_in_tiles", lambda *_: None)
+        tune_measure.operation(family, bucket, torch.device("cpu"))()
+    assert asked == [(family.kernel, family.dtype, bucket)]
+
+
+@pytest.mark.parametrize("family", LINEARS, ids=lambda family: family.name)
+def test_cublas_is_what_a_matmul_is_compared_with_and_is_not_compiled(family):
+    has = config_space.CUBLAS in config_space.spaces()[family.kernel]
+    assert has == config_space.has_library(family.kernel) == (not family.kernel.startswith("linear_fast"))
+    assert config_space.CUBLAS not in family.configs()
+
+
+def test_no_config_sums_more_products_in_fp16_than_the_error_allows():
+    for kernel, space in config_space.spaces().items():
+        if kernel.startswith("linear_fast"):
+            limit = config_space.CHUNK_LIMITS["weight_grad" if "weight_grad" in kernel else "linear"]
+            products = {config["chunk"] * config["block_k"] for config in space}
+            assert max(products) == limit <= 128
+    assert config_space.CHUNK_LIMITS == {"linear": 128, "weight_grad": 64}, "docs/precision-modes.md"
+
+
 # ---------------------------------------------------------------- ranking
 
 
@@ -369,6 +455,54 @@ def test_no_time_left_measures_nothing_and_says_so(measured, tmp_path, capsys):
     assert not (tmp_path / "sm89_46.json").exists()
 
 
+GELU = next(family for family in LINEARS if family.name == "linear.gelu bf16")
+
+
+@pytest.mark.parametrize("kernel", ["linear.gelu", "linear.dgelu", "linear.weight_grad_bias", "linear_fast.none"])
+def test_both_engines_give_the_same_results_where_they_are_timed(kernel, monkeypatch):
+    """In the interpreter, at a small size: the configs are really forced, and the comparison of results sees them."""
+    family = next(family for family in LINEARS if family.kernel == kernel)
+    tiles = {**TILES, "block_m": 64, "block_n": 32} | ({"splits": 2} if "grad" in kernel else {})
+    tiles |= {"chunk": 2} if "fast" in kernel else {}
+    first = config_space.CUBLAS if config_space.has_library(kernel) else {**tiles, "block_k": 16}
+    monkeypatch.setattr(ranking, "typical_tokens", lambda bucket: 128)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(tune_measure, "interleave", lambda ready, *_, **__: dict.fromkeys(ready, 1.0))
+    times, problems = tune_measure.time_configs(family, "N96 K64", [first, tiles], torch.device("cpu"), 1.0)
+    assert times == [1.0, 1.0] and not problems
+    monkeypatch.setattr(tune_measure, "TOLERANCE", -1.0)
+    _, problems = tune_measure.time_configs(family, "N96 K64", [first, tiles], torch.device("cpu"), 1.0)
+    assert "results differ by" in problems[-1]
+
+
+@pytest.mark.parametrize("cublas_ms, engine", [(1.0, "cublas"), (3.0, "triton")])
+def test_a_matmul_is_measured_beside_cublas_and_the_quicker_one_is_kept(
+    measured, tmp_path, monkeypatch, cublas_ms, engine, capsys
+):
+    def time_configs(family, bucket, configs, device, budget_s):
+        assert configs[0] == config_space.CUBLAS and len(configs) == 1 + tune_measure.CANDIDATES
+        times = [cublas_ms] + [2.0] * (len(configs) - 1)
+        return [tune_measure.Timing(ms, 0.0, 30) for ms in times], []
+
+    monkeypatch.setattr(tune_measure, "time_configs", time_configs)
+    monkeypatch.setattr(tuning, "target", lambda device: tuning.Target(89, 46, 101_376))
+    family = replace(GELU, buckets=("N3072 K768",))
+    monkeypatch.setattr(tune, "_compile", lambda family, arch: {
+        "default": TILES, "compiler": "triton 3.7.1",
+        "facts": [matmul(config).to_json() for config in family.configs()],
+    })  # fmt: skip
+    assert tune_measure.measure([family], tuning.user_folder(), float("inf"), again=False) == 0
+    (entry,) = tuning.read(tuning.user_folder() / "sm89_46.json").entries.values()
+    assert entry.origin == "measured" and entry.evidence["default_ms"] == cublas_ms
+    assert (entry.config == config_space.CUBLAS) == (engine == "cublas")
+    tuning.forget()
+    from fastgpt.kernels import _linear_launch
+
+    cpu = torch.device("cpu")
+    assert _linear_launch.engine(8192, 3072, 768, torch.bfloat16, "gelu", cpu) == engine
+    assert "cublas=1" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- the check of the model
 
 
@@ -389,7 +523,7 @@ def test_a_green_context_gets_sms_in_the_units_of_its_architecture(asked, arch, 
 @no_gpu
 def test_a_torch_without_green_contexts_is_told_in_a_sentence():
     here = tuning.Target(90, 132, 232_448)
-    with pytest.raises(UserError, match="green contexts"), tune_measure.confined(46, torch.device("cuda", 0), here):
+    with pytest.raises(UserError, match="green context"), tune_measure.confined(46, torch.device("cuda", 0), here):
         pass
 
 

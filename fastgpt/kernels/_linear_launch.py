@@ -1,20 +1,22 @@
 """How the matmuls of fused_linear.py are run: by cuBLAS or by which Triton kernel, in which tiles. 2-d tensors only.
 
-``engine`` chooses who runs a matmul, ``config`` with which tiles; each is one function, so that a measured table can
-take its place. Every epilogue runs on both engines: cuBLAS is then followed by a kernel that only sweeps memory.
+``choose`` decides it for each matmul, asking the tuning tables: cuBLAS unless Triton was measured to be quicker on such a
+card, and Triton's kernels where products are summed in fp16, which no library does by chunks. Every epilogue runs on both
+engines: cuBLAS is then followed by a kernel that only sweeps memory.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import runtime
+from fastgpt.kernels import config_space, runtime, tuning
 from fastgpt.kernels._linear_kernels import linear_kernel, pointwise_grad_kernel, sum_splits_kernel, weight_grad_kernel
-from fastgpt.kernels.fused_cross_entropy import _matmul_fp32
+from fastgpt.kernels.matmul_fp32 import matmul_fp32
 
 MAX_SPLITS = 8
 FLOPS_PER_BYTE = 128
@@ -23,8 +25,9 @@ PARTIALS_IN_L2 = 18 * 2**20
 """Half of the RTX 4070's L2."""
 
 
-class Config(NamedTuple):
-    """Tiles of a matmul. ``chunk``: blocks of K whose products are summed in fp16, or 0 for fp32."""
+class Tiles(NamedTuple):
+    """Tiles of a matmul in Triton, as tables have them. ``chunk``: blocks of K whose products are summed in fp16, or 0 for
+    fp32. ``splits``: ways to split K, of weight gradients."""
 
     block_m: int
     block_n: int
@@ -43,44 +46,70 @@ class Config(NamedTuple):
         }  # fmt: skip
 
 
-def engine(
-    M: int, N: int, K: int, dtype: torch.dtype, epilogue: str, device: torch.device, accumulate: str = "fp32"
-) -> str:
-    """Who computes (M, K) @ (K, N) and what follows it: "cublas" or "triton".
+def choose(
+    kind: str,
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    accumulate: str = "fp32",
+    *,
+    wide: bool = True,
+    usual: bool = True,
+) -> tuning.Choice:
+    """Who computes (M, K) @ (K, N) and what goes with it, in which tiles: ``config_space.CUBLAS``, or the fields of Tiles.
 
-    ``epilogue``: "none", "bias", "gelu", "residual" (with or without dropout), "dgelu", "weight_grad" and
-    "weight_grad_bias" (there M and N are the weight's rows and columns and K counts tokens).
-
-    cuBLAS, with the epilogue in a sweep of its own, until a measurement on the card says otherwise. No torch operation
-    accumulates in fp16 by chunks, so that is Triton's.
+    ``kind``: one of ``config_space.LINEAR_KINDS``; of weight gradients M and N are the weight's rows and columns and K
+    counts tokens. ``wide``: see ``_wide``. ``usual``: whether layout and options are those that tables were made for.
     """
-    return "triton" if accumulate == "fp16" else "cublas"
+    fast = accumulate == "fp16"
+    bucket = None
+    if wide and usual:
+        rows, columns, tokens = (M, N, K) if kind.startswith("weight_grad") else (N, K, M)
+        bucket = config_space.linear_bucket(rows, columns, tokens)
+    default = config_space.CUBLAS
+    if fast:
+        default = default_tiles(kind, M, N, K, dtype, accumulate, runtime.sm_count(device), wide)
+    return tuning.choose(f"linear{'_fast' if fast else ''}.{kind}", dtype, bucket, device, default)
 
 
-def config(
-    kernel: str, M: int, N: int, K: int, dtype: torch.dtype, accumulate: str = "fp32", sms: int = 46, wide: bool = True
-) -> Config:
-    """Tiles for (M, K) @ (K, N). ``kernel``: "linear", "weight_grad" or "weight_grad_bias", which is split along K where
-    its tiles leave SMs idle. ``wide``: whether memory can be read 128 bits at a time (see ``_wide``); where it cannot, an
-    address per element takes the registers of a large tile. Nothing else depends on M: a new batch size compiles nothing.
+def engine(
+    M: int, N: int, K: int, dtype: torch.dtype, kind: str, device: torch.device, accumulate: str = "fp32"
+) -> str:
+    """ "cublas" or "triton": see ``choose``."""
+    if accumulate == "fp32" and kind in ("none", "bias"):  # in no table; torch.compile traces this, and no further
+        return "cublas"
+    return "cublas" if choose(kind, M, N, K, dtype, device, accumulate).config == config_space.CUBLAS else "triton"
+
+
+@lru_cache(maxsize=1024)
+def default_tiles(
+    kind: str, M: int, N: int, K: int, dtype: torch.dtype, accumulate: str = "fp32", sms: int = 46, wide: bool = True
+) -> tuning.Config:
+    """Tiles where no table has any, as a config. ``wide``: whether memory can be read 128 bits at a time (see ``_wide``);
+    where it cannot, an address per element takes the registers of a large tile. A weight gradient is split along K where
+    its tiles leave SMs idle. Nothing else depends on M: a new batch size compiles nothing.
 
     128 x 128 x 64 in 8 warps spills nothing, and its 64 KB of shared memory hold two blocks of K while a third is on its
-    way. Sums of 128 products in fp16 err by 5e-4 and cost half the promotions of 64.
+    way. Sums in fp16 are of 64 products: those of 128, which tables may have, err more and gain nothing by the model of
+    ranking.py, as L2 binds and not the promotions.
     """
+    grad = kind.startswith("weight_grad")
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
         m, n, k = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N, K))
-        cfg = Config(m, n, min(k, 128), group=8, num_warps=4, num_stages=1)
+        tiles = Tiles(m, n, min(k, 64 if accumulate == "fp16" else 128), group=8, num_warps=4, num_stages=1)
     elif dtype == torch.float32 or not wide:
-        cfg = Config(64, 64, 32, group=8, num_warps=8, num_stages=2)
+        tiles = Tiles(64, 64, 32, group=8, num_warps=8, num_stages=2)
     else:
-        cfg = Config(128, 128, 64, group=8, num_warps=8, num_stages=3)
+        tiles = Tiles(128, 128, 64, group=8, num_warps=8, num_stages=3)
+    found = tiles._asdict()
+    del found["chunk"], found["splits"]
     if accumulate == "fp16":
-        # Weight gradients sum over the tokens: beyond 64 their error passes bf16's (docs/precision-modes.md).
-        products = 128 if kernel == "linear" else 64
-        cfg = cfg._replace(chunk=max(products // cfg.block_k, 1))
-    if kernel != "linear":
-        cfg = cfg._replace(splits=splits(M, N, K, cfg.block_m, cfg.block_n, sms))
-    return cfg
+        found["chunk"] = max(64 // tiles.block_k, 1)
+    if grad:
+        found["splits"] = splits(M, N, K, tiles.block_m, tiles.block_n, sms)
+    return found
 
 
 def splits(M: int, N: int, K: int, block_m: int, block_n: int, sms: int) -> int:
@@ -126,20 +155,28 @@ def _wide(*operands: Tensor) -> bool:
     )
 
 
+def _choose(kind: str, a: Tensor, b: Tensor, fp16: bool, *, plain: bool = True) -> tuning.Choice:
+    """Of a @ b. ``plain``: nothing is asked for that registers feel: no dropout, no exact GELU."""
+    (M, K), N = a.shape, b.shape[1]
+    weights_lie = {"none": True, "dgelu": b.stride(1) == 1}.get(kind, b.stride(0) == 1)  # as in (out, in), of a linear
+    usual = plain and weights_lie and a.stride(1) == 1
+    return choose(kind, M, N, K, a.dtype, a.device, _accumulate(fp16), wide=_wide(a, b), usual=usual)
+
+
 def _launch(
-    a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None, pre: Tensor | None = None,
-    residual: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0, erf: bool = False, fp16: bool,
+    tiles: Tiles, a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None,
+    pre: Tensor | None = None, residual: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
+    erf: bool = False,
 ) -> None:  # fmt: skip
     (M, K), N = a.shape, b.shape[1]
     if M == 0 or N == 0:
         return
-    cfg = config("linear", M, N, K, a.dtype, _accumulate(fp16), wide=_wide(a, b, out))
     residual = None if residual is None else _unit_columns(residual)
     with runtime.device_guard(a):
-        linear_kernel[(triton.cdiv(M, cfg.block_m) * triton.cdiv(N, cfg.block_n),)](
+        linear_kernel[(triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n),)](
             a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, M, N, K,
             *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0), dropout_p,
-            EPILOGUE=epilogue, ERF=erf, **cfg.options(K),
+            EPILOGUE=epilogue, ERF=erf, **tiles.options(K),
         )  # fmt: skip
 
 
@@ -153,39 +190,49 @@ def matmul(
     fp16: bool,
 ) -> Tensor:
     """dropout(a @ b + bias) + residual: (M, N) in a's dtype, with a residual in its."""
-    (M, K), N = a.shape, b.shape[1]
     ends = residual is not None or seed is not None
     kind = "residual" if ends else "none" if bias is None else "bias"
-    if engine(M, N, K, a.dtype, kind, a.device, _accumulate(fp16)) == "triton":
-        out = a.new_empty(M, N, dtype=a.dtype if residual is None else residual.dtype)
-        _launch(a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p, fp16=fp16)
+
+    def run(config: tuning.Config) -> Tensor:
+        if config == config_space.CUBLAS:
+            y = _cublas(a, b, bias)
+            if seed is not None:
+                y, _ = pointwise_grad(y, y.dtype, None, seed, dropout_p, False, None)  # dropout is its own gradient
+            return y if residual is None else (y + residual).to(residual.dtype)
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=a.dtype if residual is None else residual.dtype)
+        _launch(Tiles(**config), a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p)
         return out
-    y = _cublas(a, b, bias)
-    if seed is not None:
-        y, _ = pointwise_grad(y, y.dtype, None, seed, dropout_p, False, None)  # dropout is its own gradient
-    return y if residual is None else (y + residual).to(residual.dtype)
+
+    return tuning.launch(_choose(kind, a, b, fp16, plain=seed is None), run)
 
 
 def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool, save: bool) -> tuple[Tensor, Tensor]:
     """(gelu(z), z) of z = a @ b + bias, both (M, N) in a's dtype; z is empty if not ``save``."""
-    (M, K), N = a.shape, b.shape[1]
-    if engine(M, N, K, a.dtype, "gelu", a.device, _accumulate(fp16)) == "triton":
+
+    def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
+        if config == config_space.CUBLAS:
+            pre = _cublas(a, b, bias)
+            out = torch.nn.functional.gelu(pre, approximate="none" if erf else "tanh")
+            return out, pre if save else a.new_empty(0)
+        M, N = a.shape[0], b.shape[1]
         out, pre = a.new_empty(M, N), a.new_empty((M, N) if save else 0)
-        _launch(a, b, out, "gelu", bias=bias, pre=pre if save else None, erf=erf, fp16=fp16)
+        _launch(Tiles(**config), a, b, out, "gelu", bias=bias, pre=pre if save else None, erf=erf)
         return out, pre
-    pre = _cublas(a, b, bias)
-    out = torch.nn.functional.gelu(pre, approximate="none" if erf else "tanh")
-    return out, pre if save else a.new_empty(0)
+
+    return tuning.launch(_choose("gelu", a, b, fp16, plain=not erf), run)
 
 
 def matmul_dgelu(a: Tensor, b: Tensor, pre: Tensor, erf: bool, fp16: bool) -> Tensor:
     """(a @ b) * gelu'(pre), in a's dtype."""
-    (M, K), N = a.shape, b.shape[1]
-    if engine(M, N, K, a.dtype, "dgelu", a.device, _accumulate(fp16)) == "triton":
-        out = a.new_empty(M, N)
-        _launch(a, b, out, "dgelu", pre=pre, erf=erf, fp16=fp16)
+
+    def run(config: tuning.Config) -> Tensor:
+        if config == config_space.CUBLAS:
+            return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, None)[0]
+        out = a.new_empty(a.shape[0], b.shape[1])
+        _launch(Tiles(**config), a, b, out, "dgelu", pre=pre, erf=erf)
         return out
-    return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, None)[0]
+
+    return tuning.launch(_choose("dgelu", a, b, fp16, plain=not erf), run)
 
 
 def _dense(t: Tensor) -> bool:
@@ -207,25 +254,35 @@ def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool
         if db is not None:
             db.copy_(dz.sum(0, dtype=torch.float32))
         return
-    kind, accumulate = "weight_grad" if db is None else "weight_grad_bias", _accumulate(fp16)
-    if engine(N, K, M, x.dtype, kind, x.device, accumulate) == "cublas":
+    kind = "weight_grad" if db is None else "weight_grad_bias"
+    usual = dz.stride(1) == 1 and x.stride(1) == 1 and dw.is_contiguous()
+    choice = choose(kind, N, K, M, x.dtype, x.device, _accumulate(fp16), wide=_wide(dz, x, dw), usual=usual)
+
+    def run(config: tuning.Config) -> None:
+        if config != config_space.CUBLAS:
+            _weight_grad_in_tiles(Tiles(**config), dz, x, dw, db, add)
+            return
         if dw.dtype == torch.float32:
-            _matmul_fp32(dw, dz.t(), x, accumulate=add)
+            matmul_fp32(dw, dz.t(), x, accumulate=add)
         else:
             torch.mm(dz.t(), x, out=dw)
         if db is not None:
             db.copy_(dz.sum(0, dtype=torch.float32))
-        return
-    cfg = config(kind, N, K, M, x.dtype, accumulate, runtime.sm_count(x.device), _wide(dz, x, dw))
-    per_split = max(triton.cdiv(triton.cdiv(M, cfg.splits), cfg.block_k), 1) * cfg.block_k
+
+    tuning.launch(choice, run)
+
+
+def _weight_grad_in_tiles(tiles: Tiles, dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, add: bool) -> None:
+    (M, N), K = dz.shape, x.shape[1]
+    per_split = max(triton.cdiv(triton.cdiv(M, tiles.splits), tiles.block_k), 1) * tiles.block_k
     ways = max(triton.cdiv(M, per_split), 1)
     # A split's partial sums lie in memory as dw does, so that adding them up is one sweep.
     out = dw if ways == 1 else torch.empty(ways, N * K, dtype=torch.float32, device=x.device)
     sums = db if ways == 1 or db is None else torch.empty(ways, N, dtype=torch.float32, device=x.device)
     with runtime.device_guard(x):
-        weight_grad_kernel[(triton.cdiv(N, cfg.block_m) * triton.cdiv(K, cfg.block_n), ways)](
+        weight_grad_kernel[(triton.cdiv(N, tiles.block_m) * triton.cdiv(K, tiles.block_n), ways)](
             dz, x, out, sums, N, K, M, dz.stride(1), dz.stride(0), *x.stride(), *dw.stride(), per_split,
-            ADD=add and ways == 1, **cfg.options(M),
+            ADD=add and ways == 1, **tiles.options(M),
         )  # fmt: skip
         if ways > 1:
             _sum_splits(out, dw, ways, add)

@@ -37,6 +37,24 @@ def cross_entropy_bucket(V: int, logit_softcap: float | None) -> str | None:
 
 ADAMW_BUCKET = "any"
 
+FEWEST_TOKENS = 2048
+"""Of a matmul that tables know of: a micro-batch of GPT-2 350M on 12 GB has as many."""
+
+
+def linear_bucket(N: int, K: int, tokens: int) -> str | None:
+    """Bucket of a linear layer's matmul: (tokens, K) by (K, N), or the gradient (N, K) of a weight. Exact in N and K, which
+    a model has few of; any number of tokens from FEWEST_TOKENS on, so that a new batch size compiles nothing."""
+    return f"N{N} K{K}" if tokens >= FEWEST_TOKENS else None
+
+
+CUBLAS: Config = {"cublas": 1}
+"""The config of a matmul that cuBLAS computes, what follows it being a sweep of memory of its own."""
+
+
+def has_library(kernel: str) -> bool:
+    """Whether ``kernel`` has a rival in a library, which stands until a measurement on such a card says otherwise."""
+    return kernel.startswith("linear.")
+
 
 # ---------------------------------------------------------------- spaces
 
@@ -75,6 +93,38 @@ def _adamw() -> list[Config]:
     ]
 
 
+CHUNK_LIMITS = {"linear": 128, "weight_grad": 64}
+"""Most products that may be summed in fp16 where results are stored in 16 bits, and in weight gradients, stored in fp32:
+docs/precision-modes.md has the errors. In no table is there a config beyond."""
+_TILES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (256, 128, 16), (128, 64, 4))
+_DEPTHS = ((32, 3), (32, 4), (32, 5), (64, 3), (64, 4))
+SPLITS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+def _linear(kind: str, *, fast: bool) -> list[Config]:
+    """Tiles of C and warps, x depth of a block of K and stages, x products to a sum in fp16 (``fast``), x ways to split the
+    tokens of a weight gradient; and cuBLAS, which has no sums in fp16 by chunks."""
+    grad = kind.startswith("weight_grad")
+    limit = CHUNK_LIMITS["weight_grad" if grad else "linear"]
+    found = [] if fast else [CUBLAS]
+    for (m, n, warps), (k, stages) in product(_TILES, _DEPTHS):
+        base = {"block_m": m, "block_n": n, "block_k": k, "group": 8, "num_warps": warps, "num_stages": stages}
+        chunks = [{"chunk": products // k} for products in (64, 128) if products <= limit] if fast else [{}]
+        ways = [{"splits": splits} for splits in SPLITS] if grad else [{}]
+        found += [{**base, **chunk, **split} for chunk, split in product(chunks, ways)]
+    return found
+
+
+LINEAR_KINDS = ("none", "bias", "residual", "gelu", "dgelu", "weight_grad", "weight_grad_bias")
+"""What follows a matmul (in "dgelu": precedes the next), or which gradient of a weight it is. "none" and "bias" stay with
+cuBLAS, which adds a bias itself, unless sums are in fp16."""
+
+
+def _linears() -> dict[str, list[Config]]:
+    found = {f"linear.{kind}": _linear(kind, fast=False) for kind in LINEAR_KINDS[2:]}
+    return found | {f"linear_fast.{kind}": _linear(kind, fast=True) for kind in LINEAR_KINDS}
+
+
 @lru_cache(maxsize=1)
 def spaces() -> dict[str, list[Config]]:
     """Every config of every kernel, by the kernel's name in the tables."""
@@ -88,6 +138,7 @@ def spaces() -> dict[str, list[Config]]:
         "layer_norm.backward": _layer_norm_backward(),
         "cross_entropy.rows": _cross_entropy_rows(),
         "adamw.update": _adamw(),
+        **_linears(),
     }
 
 

@@ -26,8 +26,9 @@ its gradient never goes through 16 bits. Where its tiles leave SMs idle the toke
 a fixed order by a second kernel; db comes from the tiles of dz that dW reads. No atomics: repeat runs are bit-equal.
 Within ``gradients_in_place`` dW is added to ``weight.grad`` by the kernel that forms it.
 
-``accumulate="fp16"`` (fp16 operands): products are summed in fp16 over 128 of K, 64 in weight gradients, and these
-sums in fp32, in all three matmuls. _linear_launch.py chooses between cuBLAS and Triton.
+``accumulate="fp16"`` (fp16 operands): products are summed in fp16 over 64 of K (a tuned config may take up to 128 where
+results are stored in 16 bits), and these sums in fp32, in all three matmuls. _linear_launch.py chooses between cuBLAS and
+Triton.
 """
 
 from __future__ import annotations

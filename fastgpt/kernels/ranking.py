@@ -18,6 +18,10 @@ that it costs less than the quotient blocks / slots makes it look. ``fill`` is t
 to issue its instructions, and LATENCY_CLOCKS of waiting for each round of a block's loop: the longest of the three, and
 1/W of the rest. The last wave has fewer blocks, and fewer warps to hide its waits.
 
+**Linear layers.** As attention: a block of K costs an SM the same four, but the tiles are equal, and an epilogue follows that
+moves the tile's results. Matrix products that sum in fp16 count at that arithmetic's nominal rate. A split of K writes and
+reads its parts in fp32. It compares tiles with tiles, not with cuBLAS: that is for measuring.
+
 The constants are nominal or assumed; ``bench.tune --check-model`` says how often the order they give is right.
 """
 
@@ -25,6 +29,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from heapq import heapify, heappop, heappush
 from statistics import mean
@@ -143,21 +148,28 @@ def _tensor_flops(op: str, warps: int) -> float:
     return 0.0
 
 
-def tile_parts(found: Facts, body: dict[str, int], l2_bytes: float, gpu: Gpu) -> dict[str, float]:
-    """Clocks of an SM that one tile of one block takes of each resource: T, I, X and L of the docstring above."""
-    peak = gpu.peak_flops("bf16")
+def _flops_per_clock(op: str, gpu: Gpu) -> float:
+    """Of an SM's tensor cores, in the arithmetic of this instruction: nominal."""
+    peak = gpu.peak_flops("fp16_fp16acc" if re.match(r"HG?MMA\.\w+\.F16", op) else "bf16")
     assert peak is not None
-    flops_per_clock = peak / (gpu.sm_count * gpu.boost_mhz * 1e6)
+    return peak / (gpu.sm_count * gpu.boost_mhz * 1e6)
+
+
+def tile_parts(found: Facts, body: Mapping[str, float], l2_bytes: float, gpu: Gpu) -> dict[str, float]:
+    """Clocks of an SM that one tile of one block takes of each resource: T, I, X and L of the docstring above."""
+    tensor = sum(
+        _tensor_flops(op, found.warps) * count / _flops_per_clock(op, gpu) for op, count in body.items() if "MMA" in op
+    )
     exponentials = sum(count for op, count in body.items() if op.startswith("MUFU"))
     return {
-        "tensor": sum(_tensor_flops(op, found.warps) * count for op, count in body.items()) / flops_per_clock,
+        "tensor": tensor,
         "issue": sum(body.values()) * found.warps / 4,
         "exponential": exponentials * 32 * found.warps / EXPONENTIALS_PER_CLOCK,
         "l2": l2_bytes / L2_BYTES_PER_CLOCK[gpu.full_rate],
     }
 
 
-def tile_clocks(found: Facts, body: dict[str, int], l2_bytes: float, gpu: Gpu, blocks_per_sm: int) -> float:
+def tile_clocks(found: Facts, body: Mapping[str, float], l2_bytes: float, gpu: Gpu, blocks_per_sm: int) -> float:
     """Clocks of an SM for one tile of one block, ``blocks_per_sm`` such blocks being resident."""
     parts = tile_parts(found, body, l2_bytes, gpu).values()
     resident = max(1.0, blocks_per_sm * found.warps / 4)
@@ -230,6 +242,53 @@ def attention_time(kernel: str, found: Facts, heads: int, T: int, D: int, gpu: G
     return clocks, head * heads / clocks
 
 
+# ---------------------------------------------------------------- linear layers
+
+TOKENS = {384: 16384, 768: 8192, 1024: 2048}
+"""Of a micro-batch of GPT-2 40M, 124M and 350M on 12 GB, by width. Half and twice as many stand for the bucket, too."""
+EPILOGUE_BYTES = {"gelu": 4, "dgelu": 4, "residual": 8, "weight_grad": 4, "weight_grad_bias": 4}
+"""Per element of the result; 2 where not named."""
+_PROMOTION = ("HADD2.F32", "FADD")
+"""What adds a sum in fp16 to the fp32 one."""
+
+
+def linear_step(found: Facts) -> tuple[dict[str, float], float]:
+    """(instructions of a warp for one block of K, bytes that a tile reads for it). The compiled loop may hold several, and
+    a promotion that runs once in ``chunk`` of them only."""
+    config, body = found.config, found.plain_loop or {}
+    chunk = max(config.get("chunk", 1), 1)
+    flops = 2 * config["block_m"] * config["block_n"] * config["block_k"]
+    steps = sum(_tensor_flops(op, found.warps) * count for op, count in body.items()) / flops or 1.0
+    per_step = {op: count / (steps * (chunk if op in _PROMOTION else 1)) for op, count in body.items()}
+    return per_step, 2.0 * (config["block_m"] + config["block_n"]) * config["block_k"]
+
+
+def linear_time(kernel: str, found: Facts, N: int, K: int, tokens: int, gpu: Gpu) -> tuple[float, float]:
+    """(clocks, fill) of a matmul of a bucket ``N.. K..`` (config_space.linear_bucket) at this many tokens."""
+    config, kind = found.config, kernel.split(".")[1]
+    m, n, k = (N, K, tokens) if kind.startswith("weight_grad") else (tokens, N, K)
+    ways = config.get("splits", 1)
+    blocks = -(-m // config["block_m"]) * -(-n // config["block_n"]) * ways
+    body, read = linear_step(found)
+    depth = -(-k // (ways * config["block_k"]))
+    written = config["block_m"] * config["block_n"] * EPILOGUE_BYTES.get(kind, 2)
+    epilogue = OVERHEAD_CLOCKS + written / L2_BYTES_PER_CLOCK[gpu.full_rate]
+
+    def wave(count: int) -> float:
+        resident = -(-count // gpu.sm_count)
+        return resident * (epilogue / resident + depth * tile_clocks(found, body, read, gpu, resident))
+
+    slots = gpu.sm_count * found.blocks_per_sm
+    full, rest = divmod(blocks, slots)
+    clocks = full * wave(slots) + (wave(rest) if rest else 0.0)
+    busy = blocks / slots * wave(slots)
+    if ways > 1:  # fp32 parts, written and read: in L2, as far as they fit half of it
+        held = 4 * ways * m * n <= gpu.l2_mb * 2**20 / 2
+        memory = BANDWIDTH * gpu.memory_gbs * 1e9 / (gpu.boost_mhz * 1e6)
+        clocks += 8 * ways * m * n / (L2_BYTES_PER_CLOCK[gpu.full_rate] * gpu.sm_count if held else memory)
+    return clocks, min(1.0, busy / clocks)
+
+
 # ---------------------------------------------------------------- memory-bound kernels
 
 
@@ -290,6 +349,17 @@ def sizes(bucket: str) -> list[int]:
     return found + [96] * (upper // 4 < 96 * 1024 <= upper)
 
 
+def linear_sizes(bucket: str) -> tuple[int, int]:
+    """(N, K) of "N3072 K768"."""
+    N, K = (int(word[1:]) for word in bucket.split())
+    return N, K
+
+
+def typical_tokens(bucket: str) -> int:
+    """Of a micro-batch of the model that has this matrix: what its matmul is timed at."""
+    return TOKENS.get(min(linear_sizes(bucket)), 8192)
+
+
 def times(kernel: str, dtype: str, bucket: str, found: Facts, gpu: Gpu) -> list[tuple[float, float]]:
     """(clocks, fill) at each size that stands for the bucket."""
     size = 4 if dtype == "fp32" else 2
@@ -297,6 +367,10 @@ def times(kernel: str, dtype: str, bucket: str, found: Facts, gpu: Gpu) -> list[
         return [attention_time(kernel, found, heads, 1024, 64, gpu) for heads in sizes(bucket)]
     if kernel.startswith("layer_norm"):
         return [layer_norm_time(kernel, found, rows, int(bucket[1:]), size, gpu) for rows in (2048, 8192, 16384)]
+    if kernel.startswith("linear"):
+        N, K = linear_sizes(bucket)
+        usual = typical_tokens(bucket)
+        return [linear_time(kernel, found, N, K, tokens, gpu) for tokens in (usual // 2, usual, usual, 2 * usual)]
     if kernel == "cross_entropy.rows":
         return [cross_entropy_time(found, rows, 50304, size, gpu) for rows in (1536, 1664, 2048)]
     return [adamw_time(found, parameters, gpu) for parameters in (40_560_000, 124_000_000)]

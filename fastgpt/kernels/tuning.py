@@ -10,6 +10,9 @@ model of ranking.py, from what the compiler says of it.
 A table that is damaged, or foreign (of another architecture, with configs this version does not know), is left out with
 one warning. A config that turns out not to fit when it is launched is replaced by the default, with one warning.
 Training goes on in both cases. Nothing here touches a GPU at import.
+
+A matmul that cuBLAS can compute (``config_space.has_library``) is cuBLAS's until a measurement says otherwise: only an entry
+``measured`` on a card of this SM count takes it away. A ``ranked`` one says which tiles to measure first, and no more.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -79,6 +82,8 @@ class Table:
     compiler: str
     """Such as "triton 3.7.1"."""
     entries: dict[Key, Entry] = field(default_factory=dict)
+    mine: bool = False
+    """Whether it lies in the user's cache directory."""
 
     def to_json(self) -> dict[str, Any]:
         about = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "arch": f"sm_{self.target.arch}"}
@@ -149,13 +154,15 @@ def user_folder() -> Path:
 
 
 @lru_cache(maxsize=16)
-def _tables(arch: int, user: Path) -> tuple[tuple[Table, bool], ...]:
-    """(table, whether it is the user's) of an architecture: the user's first. Damaged ones are left out and said."""
+def _tables(arch: int, user: Path) -> tuple[Table, ...]:
+    """Of an architecture: the user's first. Damaged ones are left out and said."""
     found = []
     for folder in (user, SHIPPED):
         for path in sorted(folder.glob(f"sm{arch}_*.json")):
             try:
-                found.append((read(path), folder == user))
+                table = read(path)
+                table.mine = folder == user
+                found.append(table)
             except (ValueError, OSError) as error:
                 warnings.warn(
                     f"tuning table {path} is left out ({getattr(error, 'strerror', None) or error}): the next best "
@@ -168,8 +175,8 @@ def _tables(arch: int, user: Path) -> tuple[tuple[Table, bool], ...]:
 def entries_for(key: Key, target: Target) -> list[tuple[Entry, Table]]:
     """Entries that serve ``key`` on ``target``, best first: by distance in SMs, the user's before shipped ones."""
     serving = [
-        (abs(table.target.sms - target.sms), not mine, table)
-        for table, mine in _tables(target.arch, user_folder())
+        (abs(table.target.sms - target.sms), not table.mine, table)
+        for table in _tables(target.arch, user_folder())
         if key in table.entries and table.entries[key].resources["shared"] <= target.shared
     ]
     return [(table.entries[key], table) for _, _, table in sorted(serving, key=lambda item: item[:2])]
@@ -243,24 +250,38 @@ def choose(kernel: str, dtype: torch.dtype, bucket: str | None, device: torch.de
 
 
 def _look_up(key: Key, here: Target, default: Config) -> Choice:
+    why = "default"
     for entry, table in entries_for(key, here):
-        if _name(key.kernel, entry.config) not in _refused:
-            exact = "" if table.target.sms == here.sms else f", {table.target.sms} SMs"
-            return Choice(key, entry.config, default, f"{entry.origin} ({table.gpu}{exact})")
-    return Choice(key, default, default, "default")
+        if _name(key.kernel, entry.config) in _refused:
+            continue
+        if config_space.has_library(key.kernel) and not _may_replace_library(entry, table, here):
+            why = "default: never measured"
+            continue
+        exact = "" if table.target.sms == here.sms else f", {table.target.sms} SMs"
+        whose = "your table, " if table.mine else ""
+        return Choice(key, entry.config, default, f"{entry.origin} ({whose}{table.gpu}{exact})")
+    return Choice(key, default, default, why)
+
+
+def _may_replace_library(entry: Entry, table: Table, here: Target) -> bool:
+    return entry.origin == "measured" and table.target.sms == here.sms
 
 
 def _name(kernel: str, config: Config) -> tuple:
     return kernel, tuple(sorted(config.items()))
 
 
-def launch(choice: Choice, run: Callable[[Config], None]) -> None:
-    """``run(choice.config)``. If the card has no room for it, say so once and run the default, now and from now on."""
+Result = TypeVar("Result")
+
+
+def launch(choice: Choice, run: Callable[[Config], Result]) -> Result:
+    """``run(choice.config)``, and what it returns. If the card has no room for it, say so once and run the default, now and
+    from now on."""
     from triton.runtime.errors import OutOfResources
 
     name = _name(choice.key.kernel, choice.config)
     try:
-        run(choice.default if name in _refused else choice.config)
+        return run(choice.default if name in _refused else choice.config)
     except OutOfResources as error:
         if choice.config == choice.default or name in _refused:
             raise
@@ -271,7 +292,7 @@ def launch(choice: Choice, run: Callable[[Config], None]) -> None:
             "the default is used; measure again with python -m bench.tune",
             stacklevel=2,
         )
-        run(choice.default)
+        return run(choice.default)
 
 
 def chosen() -> list[Choice]:

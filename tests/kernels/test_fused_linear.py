@@ -8,32 +8,38 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.kernels import _linear_launch as launch
+from fastgpt.kernels import config_space, reference, runtime, tuning, working_copy
 from fastgpt.kernels import fused_linear as module
-from fastgpt.kernels import reference, runtime, working_copy
 from fastgpt.kernels.fused_linear import gradients_in_place, linear, linear_gelu, mlp
 from tests import parity
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-engine, config = launch.engine, launch.config
+CHOOSE, default_tiles = launch.choose, launch.default_tiles
 
 
 def in_tiles(monkeypatch, block_m: int, block_n: int, block_k: int, splits: int = 3) -> None:
-    def small(kernel, M, N, K, dtype, accumulate="fp32", sms=46, wide=True):
-        chunk = 2 if accumulate == "fp16" else 0
-        cfg = launch.Config(block_m, block_n, block_k, group=2, num_warps=4, num_stages=2, chunk=chunk)
-        return cfg if kernel == "linear" else cfg._replace(splits=splits)
+    """Every matmul in Triton, in these tiles."""
 
-    monkeypatch.setattr(launch, "config", small)
+    def choose(kind, M, N, K, dtype, device, accumulate="fp32", **_):
+        tiles = launch.Tiles(block_m, block_n, block_k, group=2, num_warps=4, num_stages=2)
+        tiles = tiles._replace(chunk=2 if accumulate == "fp16" else 0)
+        return chosen(kind, tiles._replace(splits=splits if kind.startswith("weight_grad") else 1)._asdict())
+
+    monkeypatch.setattr(launch, "choose", choose)
+
+
+def chosen(kind: str, config: dict) -> tuning.Choice:
+    return tuning.Choice(tuning.Key(f"linear.{kind}", "-", "-"), config, config, "forced")
 
 
 def run_by(monkeypatch, name: str) -> None:
-    monkeypatch.setattr(launch, "engine", lambda *_: name)
+    if name == "cublas":
+        monkeypatch.setattr(launch, "choose", lambda kind, *_, **__: chosen(kind, config_space.CUBLAS))
 
 
 @pytest.fixture(autouse=True)
 def _small_tiles_in_triton(monkeypatch):
     in_tiles(monkeypatch, 16, 32, 16)
-    run_by(monkeypatch, "triton")
 
 
 def make(device, dtype=torch.float32, shape=(3, 7), K=40, N=50, bias=True) -> dict[str, Tensor]:
@@ -182,7 +188,10 @@ def test_empty(device, shape, K, N, name, monkeypatch):
 
 def test_more_rows_than_a_program_of_each_kernel_takes(device, monkeypatch):
     # bug 3: a partial-sum buffer of floor instead of ceil
-    monkeypatch.setattr(launch, "config", config)
+    def choose(kind, M, N, K, dtype, device, accumulate="fp32", **_):
+        return chosen(kind, default_tiles(kind, M, N, K, dtype, accumulate, runtime.sm_count(device)))
+
+    monkeypatch.setattr(launch, "choose", choose)
     for op in (linear, linear_gelu):
         check(op, make(device, torch.float16, shape=(1030,), K=16, N=24))
 
@@ -249,7 +258,7 @@ def test_nothing_is_written_outside_the_result(device):
     buffers = {size: torch.full((size + 200,), 77.0, device=device) for size in (19 * 23, 23 * 21, 23)}
     y, dw, db = (buffers[size][100:-100] for size in (19 * 23, 23 * 21, 23))
     weight = torch.randn(23, 21, device=device)
-    launch._launch(x, weight.t(), y.view(19, 23), "none", fp16=False)
+    launch._launch(launch.Tiles(16, 32, 16, 2, 4, 2), x, weight.t(), y.view(19, 23), "none")
     launch.weight_grad(dz, x, dw.view(23, 21), db, False)
     for buffer, inside in zip(buffers.values(), (y, dw, db)):
         assert (buffer[:100] == 77).all() and (buffer[-100:] == 77).all() and (inside != 77).all()
@@ -402,8 +411,8 @@ def test_gelu_used_twice_sums_both_gradients(device):
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gradients_in_place_are_those_that_autograd_adds(device, name, splits, transposed, monkeypatch):
-    run_by(monkeypatch, name)
     in_tiles(monkeypatch, 32, 32, 16, splits)
+    run_by(monkeypatch, name)
     inputs = make_mlp(device, torch.bfloat16, shape=(40,))
     x = inputs.pop("x")
 
@@ -514,17 +523,134 @@ def test_batch_sizes_share_one_compiled_graph(device):
 @pytest.fixture
 def compiled_for_a_gpu(monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRET", False)
+    default_tiles.cache_clear()
+    yield
+    default_tiles.cache_clear()
 
 
-@pytest.mark.parametrize("epilogue", ["none", "bias", "gelu", "dgelu", "residual", "weight_grad", "weight_grad_bias"])
-def test_matmuls_are_cublas_unless_they_accumulate_in_fp16(epilogue, compiled_for_a_gpu):
-    assert engine(8192, 768, 3072, torch.float16, epilogue, torch.device("cuda")) == "cublas"
-    assert engine(8192, 768, 3072, torch.float16, epilogue, torch.device("cuda"), "fp16") == "triton"
+@pytest.fixture
+def tables(tmp_path, monkeypatch, compiled_for_a_gpu):
+    """On an RTX 4070 with no table but those that a test writes: ``write(kind, config, origin)``."""
+    from tests.kernels import test_tuning
+
+    monkeypatch.setattr(launch, "choose", CHOOSE)
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "target", lambda device: test_tuning.RTX_4070)
+    tuning.forget()
+
+    def write(kernel, config, origin, dtype="fp16", **options):
+        key = tuning.Key(kernel, dtype, "N3072 K768")
+        test_tuning.write(tmp_path, config, origin=origin, key=key, **options)
+        tuning.forget()
+
+    yield write
+    tuning.forget()
+
+
+TILES = {"block_m": 128, "block_n": 128, "block_k": 32, "group": 8, "num_warps": 4, "num_stages": 3}
+CPU = torch.device("cpu")
+
+
+def of_mlp(kind, accumulate="fp32", tokens=8192, **options):
+    """Of the MLP's first matrix (3072, 768)."""
+    sizes = (3072, 768, tokens) if kind.startswith("weight_grad") else (tokens, 3072, 768)
+    return CHOOSE(kind, *sizes, torch.float16, CPU, accumulate, **options)
+
+
+@pytest.mark.parametrize("kind", config_space.LINEAR_KINDS)
+def test_without_a_table_matmuls_are_cublas_unless_they_accumulate_in_fp16(kind, tables):
+    assert of_mlp(kind).config == config_space.CUBLAS
+    fast = of_mlp(kind, "fp16")
+    assert fast.source == "default" and launch.Tiles(**fast.config).chunk >= 1
+
+
+def test_a_ranked_entry_takes_no_matmul_from_cublas_a_measured_one_does(tables):
+    tables("linear.gelu", TILES, "ranked")
+    assert of_mlp("gelu").config == config_space.CUBLAS and of_mlp("gelu").source == "default: never measured"
+    tables("linear.gelu", TILES, "measured")
+    assert of_mlp("gelu").config == TILES and of_mlp("gelu").source.startswith("measured")
+    assert of_mlp("dgelu").config == config_space.CUBLAS, "of another epilogue nothing is known"
+
+
+def test_a_measurement_on_a_card_of_other_size_takes_no_matmul_from_cublas(tables):
+    tables("linear.gelu", TILES, "measured", sms=60)
+    assert of_mlp("gelu").config == config_space.CUBLAS
+
+
+def test_a_measurement_that_cublas_won_says_so(tables):
+    tables("linear.gelu", config_space.CUBLAS, "measured", shared=0)
+    assert of_mlp("gelu").config == config_space.CUBLAS and of_mlp("gelu").source.startswith("measured")
+
+
+def test_sums_in_fp16_take_the_ranked_tiles_of_the_nearest_card(tables):
+    tables("linear_fast.gelu", {**TILES, "chunk": 4}, "ranked", sms=60)
+    assert of_mlp("gelu", "fp16").config == {**TILES, "chunk": 4}
+
+
+@pytest.mark.parametrize("options", [{"tokens": 1024}, {"wide": False}, {"usual": False}], ids=str)
+def test_tables_serve_what_they_were_made_for_only(tables, options):
+    tables("linear.gelu", TILES, "measured")
+    assert of_mlp("gelu", **options).config == config_space.CUBLAS
+
+
+@pytest.mark.parametrize(
+    "kernel, chunk, fits",
+    [("linear_fast.gelu", 4, True), ("linear_fast.gelu", 8, False), ("linear_fast.weight_grad", 2, True),
+     ("linear_fast.weight_grad", 4, False)],
+)  # fmt: skip
+def test_a_table_with_longer_sums_in_fp16_than_the_error_allows_is_foreign(tables, kernel, chunk, fits):
+    splits = {"splits": 2} if "grad" in kernel else {}
+    tables(kernel, {**TILES, "chunk": chunk, **splits}, "ranked")
+    kind = kernel.split(".")[1]
+    if fits:
+        assert of_mlp(kind, "fp16").config["chunk"] == chunk
+    else:
+        with pytest.warns(UserWarning, match="is none that this version knows"):
+            assert of_mlp(kind, "fp16").source == "default"
+
+
+def test_a_config_that_does_not_fit_gives_the_matmul_back_to_cublas(tables, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    def full(*_, **__):
+        raise OutOfResources(200_000, 101_376, "shared memory")
+
+    tables("linear.gelu", TILES, "measured")
+    monkeypatch.setattr(launch, "_launch", full)
+    x, weight = torch.ones(2048, 768, dtype=torch.float16), torch.ones(3072, 768, dtype=torch.float16) / 768
+    with pytest.warns(UserWarning, match="does not fit this GPU"):
+        out, _ = launch.matmul_gelu(x, weight.t(), None, False, False, False)
+    assert torch.allclose(out.float(), torch.nn.functional.gelu(torch.ones(())), atol=0.02)
+    assert of_mlp("gelu").config == config_space.CUBLAS
+
+
+@pytest.mark.parametrize("kind", ["gelu", "dgelu", "none", "weight_grad"])
+def test_tables_are_asked_about_the_layouts_of_a_linear_only(tables, kind, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        launch, "choose", lambda kind, *_, usual, **__: asked.append(usual) or chosen(kind, config_space.CUBLAS)
+    )
+    x, weight, dz = torch.ones(64, 32), torch.ones(48, 32), torch.ones(64, 48)
+    if kind == "weight_grad":
+        launch.weight_grad(dz, x, torch.empty(48, 32), None, False)
+        launch.weight_grad(dz, x, torch.empty(32, 48).t(), None, False)
+    elif kind == "dgelu":
+        launch.matmul_dgelu(dz, weight, x, False, False)
+        launch.matmul_dgelu(dz, weight.t().contiguous().t(), x, False, False)
+    elif kind == "gelu":
+        launch.matmul_gelu(x, weight.t(), None, False, False, False)
+        launch.matmul_gelu(x, weight.t().contiguous(), None, False, False, False)
+        launch.matmul_gelu(x, weight.t(), None, True, False, False)
+    else:
+        launch.matmul(x, weight.t(), None, None, None, 0.0, False)
+        launch.matmul(x.t().contiguous().t(), weight.t(), None, None, None, 0.0, False)
+    assert asked == [True] + [False] * (len(asked) - 1) and len(asked) >= 2
 
 
 @pytest.mark.parametrize("M, N, ways", [(768, 768, 5), (2304, 768, 2), (3072, 768, 2), (384, 384, 5), (50304, 768, 1)])
 def test_a_weight_gradient_is_split_where_its_tiles_leave_sms_idle(M, N, ways, compiled_for_a_gpu):
-    assert config("weight_grad", M, N, 8192, torch.bfloat16, sms=46).splits == ways
+    assert default_tiles("weight_grad", M, N, 8192, torch.bfloat16, sms=46)["splits"] == ways
 
 
 @pytest.mark.parametrize("K, ways", [(0, 1), (1, 1), (1000, 1), (1024, 2), (4096, 8)])
@@ -532,13 +658,14 @@ def test_few_tokens_are_not_split(K, ways):
     assert launch.splits(1024, 256, K, 128, 128, sms=46) == ways
 
 
-@pytest.mark.parametrize("kernel, chunk", [("linear", 2), ("weight_grad", 1), ("weight_grad_bias", 1)])
-def test_fp16_sums_are_of_64_to_256_products(kernel, chunk, compiled_for_a_gpu):
-    cfg = config(kernel, 8192, 3072, 768, torch.float16, "fp16")
-    assert cfg.chunk == chunk and 64 <= cfg.chunk * cfg.block_k <= 256
-    narrow = config(kernel, 8192, 3072, 768, torch.float16, "fp16", wide=False)
-    assert 64 <= narrow.chunk * narrow.block_k <= 256
-    assert config(kernel, 8192, 3072, 768, torch.float16).chunk == 0
+@pytest.mark.parametrize("kind", config_space.LINEAR_KINDS)
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_fp16_sums_are_of_64_products_where_no_table_says_otherwise(kind, interpreted, compiled_for_a_gpu, monkeypatch):
+    monkeypatch.setattr(runtime, "INTERPRET", interpreted)
+    for wide in (True, False):
+        found = default_tiles(kind, 8192, 3072, 768, torch.float16, "fp16", wide=wide)
+        assert found["chunk"] * found["block_k"] == 64
+    assert "chunk" not in default_tiles(kind, 8192, 3072, 768, torch.float16)
 
 
 @pytest.mark.parametrize("rows, columns, wide", [(32, 48, True), (33, 48, True), (32, 40, False), (48, 1, False)])

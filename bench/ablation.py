@@ -1,0 +1,288 @@
+"""What each fusion is worth: the training step with one of them switched off, projected, and measured where there is a GPU.
+
+    python -m bench.ablation                                  # RTX 4070, GPT-2 124M and 40M: projected
+    python -m bench.ablation --gpu h200 --models gpt2-124m
+    python -m bench.ablation --measure --budget 10m           # on a GPU: measured beside projected, kept in bench/results/
+    python -m bench.ablation --plot docs/images/ablation.png --json ablation.json
+
+Off means: what PyTorch does in its place, as in --kernels eager. Two rows switch on what is off by default. In fp16-fast a
+part is off if its products are summed in fp32 again. Projected figures are the central ones of fastgpt/projection.py, per
+optimizer step; measured ones are the change of a step of four micro-batches. A variant whose first loss is not the shipped
+step's gets no figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.tune import parse_budget
+from fastgpt import cli, hardware
+from fastgpt.config import Config, load_preset, preset_names
+from fastgpt.errors import UserError
+from fastgpt.flops import Shape
+from fastgpt.hardware import Gpu
+from fastgpt.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, operations
+from fastgpt.step_time import CONSTANTS, OperationTime, step_times
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The step with one thing changed. ``fusion``: of operations.Fusions; ``part``: of fp16-fast, see PARTS."""
+
+    name: str
+    text: str
+    precision: str = "bf16"
+    fusion: str | None = None
+    on: bool = False
+    part: str | None = None
+    graphs: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.precision}: {self.name}"
+
+    @property
+    def is_shipped(self) -> bool:
+        return self.name == "as shipped"
+
+
+PARTS = {
+    "linears": {f"{name} {way}" for name in LINEARS[:-1] for way in PASSES} | {"GELU forward", "GELU backward"},
+    "head": {f"head {way}" for way in PASSES},
+    "attention": {"attention forward", "attention backward"},
+}
+"""Of fp16-fast: the groups of operations whose products are summed in fp16. With the linears go the epilogues."""
+
+VARIANTS = (
+    Variant("as shipped", "cuBLAS with every fusion below on"),
+    Variant("attention off", "torch's flash attention; dQ, dK and dV packed by a copy", fusion="attention"),
+    Variant("norms off", "residual add, norm and casts in passes of their own", fusion="norms"),
+    Variant("loss off", "whole logits, in 16 bits and fp32", fusion="loss"),
+    Variant("weight gradients off", "rounded to 16 bits, cast and added by passes", fusion="weight_gradients"),
+    Variant("in place off", "autograd adds the gradients of later micro-batches", fusion="in_place"),
+    Variant("working copy off", "weights cast in every micro-batch", fusion="working_copy"),
+    Variant("optimizer off", "torch's fused AdamW and clip_grad_norm_", fusion="optimizer"),
+    Variant("embedding off", "gather, add; dense gradients", fusion="embedding"),
+    Variant("epilogues on", "GELU inside Triton matmuls, at a library's efficiency", fusion="epilogues", on=True),
+    Variant("CUDA graphs on", "micro-steps and update replayed", graphs=True),
+    Variant("as shipped", "products summed in fp16 by chunks, in Triton", "fp16-fast"),
+    Variant("linears off", "the blocks' linears by cuBLAS, sums in fp32, GELU in passes", "fp16-fast", part="linears"),
+    Variant("head off", "logits and their gradients by cuBLAS", "fp16-fast", part="head"),
+    Variant("attention off", "attention's products summed in fp32", "fp16-fast", part="attention"),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- projected
+
+
+def projected(config: Config, gpu: Gpu, variant: Variant) -> float | None:
+    """Milliseconds per optimizer step, central; None where the card gains nothing from the precision, and so never runs it."""
+    if variant.precision == "fp16-fast" and not hardware.gains("fp16-fast", gpu):
+        return None
+    fusions = AS_SHIPPED
+    if variant.fusion:
+        fusions = replace(fusions, **{variant.fusion: variant.on})
+    times = _times(config, gpu, variant.precision, fusions, graphs=variant.graphs)
+    if variant.part:
+        plain = _times(config, gpu, "fp16", fusions)
+        groups = PARTS[variant.part]
+        kept = [op for op in times if op.group not in groups] + [op for op in plain if op.group in groups]
+        times = [op for op in kept if op.bound != "launch"]
+        return sum(op.ms for op in times) + 1e-3 * CONSTANTS.kernel_gap_us * sum(op.launches for op in times)
+    return sum(op.ms for op in times)
+
+
+def _times(config: Config, gpu: Gpu, precision: str, fusions: Fusions, *, graphs: bool = False) -> list[OperationTime]:
+    model, data = config.model, config.data
+    ops = operations(
+        Shape.of(model), "triton", data.batch_size, model.block_size, precision,
+        dropout=model.dropout, sm_count=gpu.sm_count, fusions=fusions,
+    )  # fmt: skip
+    return step_times(ops, data.grad_accum, gpu, precision, CONSTANTS, graphs=graphs)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of one model. ``change``: of the step's time, relative to the shipped step's in the same precision."""
+
+    model: str
+    variant: Variant
+    projected_ms: float | None
+    projected_change: float | None
+    measured: dict[str, Any] | None = None
+    """``ms``, ``iqr_ms``, ``runs``, ``change``, of four micro-batches; or ``error``; None where nothing was run."""
+
+    def to_json(self) -> dict[str, Any]:
+        about = {"model": self.model, "precision": self.variant.precision, "variant": self.variant.name}
+        figures = {"projected_ms": self.projected_ms, "projected_change": self.projected_change}
+        return {**about, "meaning": self.variant.text, **figures, "measured": self.measured}
+
+
+def table(models: list[str], gpu: Gpu, measured: dict[tuple[str, str], dict[str, Any]] | None = None) -> list[Row]:
+    """Every variant of every model. ``measured``: by (model, variant's key)."""
+    rows = []
+    for model in models:
+        config = load_preset(model, "cuda")
+        shipped: dict[str, float | None] = {}
+        for variant in VARIANTS:
+            ms = projected(config, gpu, variant)
+            shipped.setdefault(variant.precision, ms)
+            base = shipped[variant.precision]
+            change = None if ms is None or base is None else ms / base - 1
+            rows.append(Row(model, variant, ms, change, (measured or {}).get((model, variant.key))))
+    return rows
+
+
+# ---------------------------------------------------------------- output
+
+
+def cells(rows: list[Row]) -> list[list[str]]:
+    """The table of one model."""
+    found = [["precision", "variant", "projected ms", "projected change", "measured change", "what runs instead"]]
+    for row in rows:
+        ms = "-" if row.projected_ms is None else f"{row.projected_ms:,.0f}"
+        change = "-" if row.projected_change is None else f"{row.projected_change:+.1%}"
+        figures = [ms, "" if row.variant.is_shipped else change, _measured(row)]
+        found.append([row.variant.precision, row.variant.name, *figures, row.variant.text])
+    return found
+
+
+def _measured(row: Row) -> str:
+    if row.measured is None:
+        return "projected only"
+    if "error" in row.measured:
+        return "no figure"
+    return f"{row.measured['ms']:,.1f} ms" if row.variant.is_shipped else f"{row.measured['change']:+.1%}"
+
+
+def markdown(rows: list[Row]) -> str:
+    """The tables, as docs/performance.md has them."""
+    parts = []
+    for model in dict.fromkeys(row.model for row in rows):
+        head, *body = cells([row for row in rows if row.model == model])
+        lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)]
+        parts.append(f"{model}:\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def show(rows: list[Row], gpu: Gpu) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    for model in dict.fromkeys(row.model for row in rows):
+        head, *body = cells([row for row in rows if row.model == model])
+        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+        shown.title = f"{gpu.name}, {model}: one thing changed (projected is a model's figure, not a measurement)"
+        for i, name in enumerate(head):
+            shown.add_column(name, justify="right" if i in (2, 3, 4) else "left", no_wrap=i < 5)
+        for line in body:
+            shown.add_row(*map(escape, line), style="bold" if line[1] == "as shipped" else None)
+        console.print(shown)
+    for row in rows:
+        if row.measured and "error" in row.measured:
+            console.print(f"{row.model}, {row.variant.key}: {escape(row.measured['error'])}", style="yellow")
+
+
+def plot(rows: list[Row], gpu: Gpu, path: Path) -> None:
+    """Bars: by how much the step gets longer (projected; measured beside it where there is one)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    names = [v.key for v in VARIANTS if not v.is_shipped]
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(names) + 1.2), constrained_layout=True)
+    height = 0.8 / max(1, len(models))
+    for i, model in enumerate(models):
+        changes = {row.variant.key: row for row in rows if row.model == model}
+        shown = [100 * (changes[name].projected_change or 0.0) for name in names]
+        at = [-n - i * height for n in range(len(names))]
+        axes.barh(at, shown, height, label=f"{model}, projected")
+        real = {n: m["change"] for n in names if (m := changes[n].measured) and "change" in m}
+        axes.plot([100 * real[n] for n in names if n in real], [at[names.index(n)] for n in names if n in real], "k|")
+    axes.set_yticks([-n - height * (len(models) - 1) / 2 for n in range(len(names))], names)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("change of the step's time, %")
+    kind = "marks: measured" if any(row.measured for row in rows) else "nothing was measured"
+    axes.set_title(f"{gpu.name}, one thing changed: projected ({kind})", loc="right")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--gpu", help="the card to project for (default: rtx4070; with --measure: the one that is here)"
+    )
+    parser.add_argument("--models", default="gpt2-124m,gpt2-40m", help="presets (default: %(default)s)")
+    parser.add_argument("--measure", action="store_true", help="run each variant on this GPU, too")
+    parser.add_argument("--budget", default="10m", metavar="TIME", help="with --measure: stop after it (default: 10m)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it")
+    parser.add_argument("--markdown", action="store_true", help="print it as docs/performance.md has it")
+    parser.add_argument("--no-store", action="store_true", help="do not keep what was measured in bench/results/")
+    args = parser.parse_args(argv)
+    models, budget = args.models.split(","), parse_budget(args.budget)
+    for model in models:
+        if model not in preset_names():
+            raise UserError(f"models has {model!r}: each can be {', '.join(preset_names())}")
+    if args.measure and not torch.cuda.is_available():
+        raise UserError(
+            f"measure needs a CUDA GPU, and torch {torch.__version__} sees none here: leave it out to see projected figures"
+        )
+    gpu = _card(args.gpu, args.measure)
+    measured: dict[tuple[str, str], dict[str, Any]] = {}
+    if args.measure:
+        from bench import ablation_measure
+
+        measured = ablation_measure.run(models, torch.device("cuda"), time.monotonic() + budget)
+        if not args.no_store:
+            print(f"Kept in {ablation_measure.store(measured, torch.device('cuda'))}.")
+    rows = table(models, gpu, measured)
+    if args.json:
+        about = {"schema_version": SCHEMA_VERSION, "gpu": gpu.name, "rows": [row.to_json() for row in rows]}
+        args.json.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    if args.plot:
+        plot(rows, gpu, args.plot)
+    if args.markdown:
+        print(markdown(rows))
+    else:
+        show(rows, gpu)
+    return 0
+
+
+def _card(name: str | None, measure: bool) -> Gpu:
+    if name is None and measure and (present := hardware.present(torch.device("cuda"))) is not None:
+        return present
+    gpu = hardware.lookup(name or "rtx4070")
+    if gpu is None:
+        raise UserError(
+            f"gpu is {name!r}, which is not in the table: nearest are {', '.join(hardware.nearest(str(name)))}"
+        )
+    return gpu
+
+
+if __name__ == "__main__":
+    cli.run(main)

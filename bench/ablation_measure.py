@@ -1,0 +1,211 @@
+"""The part of bench.ablation that runs the variants: the training step's own objects, with one of them exchanged."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bench import results
+from bench.ablation import VARIANTS, Variant
+from bench.timing import Timing
+from fastgpt import hardware, ops
+from fastgpt.config import Config, load_preset
+from fastgpt.env import environment
+from fastgpt.kernels import config_space, tuning, working_copy
+from fastgpt.model import GPT
+from fastgpt.ops import EAGER, Ops
+from fastgpt.training.step import Stepper, build_optimizer, scales_loss
+
+GRAD_ACCUM = 4
+LOSS_TOLERANCE = 0.02
+"""Largest difference between a variant's first loss and the shipped step's: same weights and tokens."""
+
+
+# ---------------------------------------------------------------- one thing exchanged
+
+
+def _rounded(table: Ops) -> Ops:
+    """Linears that are given the working copy for their weight: its gradient is rounded to 16 bits, and cast by autograd."""
+
+    def copy(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return working_copy.working_copy(weight, ops.compute_dtype(x))
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return table.linear(x, copy(weight, x), *rest, **options)
+
+    def mlp(x: torch.Tensor, w_fc: Any, b_fc: Any, w_proj: Any, b_proj: Any, **options: Any) -> torch.Tensor:
+        return table.mlp(x, copy(w_fc, x), b_fc, copy(w_proj, x), b_proj, **options)
+
+    return replace(table, linear=linear, mlp=mlp)
+
+
+_EAGER_PARTS = {
+    "attention": ("attention", "qkv_attention"),
+    "norms": ("layer_norm",),
+    "loss": ("linear_cross_entropy",),
+    "embedding": ("embedding",),
+}
+_FP16_PARTS = {
+    "linears": ("linear", "linear_gelu", "mlp"),
+    "head": ("linear_cross_entropy",),
+    "attention": ("attention", "qkv_attention"),
+}
+
+
+def table_of(variant: Variant) -> Ops:
+    """The operations that the variant's model calls."""
+    table = ops.get("triton", variant.precision)
+    if variant.fusion in _EAGER_PARTS:
+        return replace(table, **{name: getattr(EAGER, name) for name in _EAGER_PARTS[variant.fusion]})
+    if variant.fusion == "weight_gradients":
+        return _rounded(table)
+    if variant.part:
+        plain = ops.get("triton", "fp16")
+        return replace(table, **{name: getattr(plain, name) for name in _FP16_PARTS[variant.part]})
+    return table
+
+
+@contextmanager
+def conditions(variant: Variant, config: Config, device: torch.device) -> Iterator[None]:
+    """What holds while the variant runs."""
+    with ExitStack() as stack:
+        if variant.fusion == "working_copy":
+            stack.enter_context(mock.patch.object(working_copy, "enabled", False))
+        if variant.fusion == "epilogues":
+            stack.enter_context(tuning.forced(_tiles(config, device)))
+        yield
+
+
+def _tiles(config: Config, device: torch.device) -> dict[str, tuning.Config]:
+    """For the MLP's first matmul and the gradient before it, in Triton: a table's, or the default ones."""
+    from fastgpt.kernels._linear_launch import default_tiles
+
+    C, tokens = config.model.n_embd, config.data.batch_size * config.model.block_size
+    dtype, here = torch.bfloat16 if device.type == "cuda" else torch.float32, tuning.target(device)
+    found = {}
+    for kind in ("gelu", "dgelu"):
+        bucket = config_space.linear_bucket(4 * C, C, tokens)
+        known = []
+        if here is not None and bucket is not None:
+            known = tuning.entries_for(tuning.Key(f"linear.{kind}", config_space.DTYPES[dtype], bucket), here)
+        tiles = [entry.config for entry, _ in known if entry.config != config_space.CUBLAS]
+        found[f"linear.{kind}"] = tiles[0] if tiles else default_tiles(kind, tokens, 4 * C, C, dtype)
+    return found
+
+
+def build(variant: Variant, config: Config, device: torch.device) -> Stepper:
+    torch.manual_seed(0)
+    model = GPT(config.model, table_of(variant)).to(device)
+    optimizer = build_optimizer(model, config.optim, "eager" if variant.fusion == "optimizer" else "triton")
+    precision = variant.precision if device.type == "cuda" or variant.precision != "bf16" else "fp32"
+    scaler = torch.amp.GradScaler(device.type, enabled=scales_loss(precision))
+    stepper = Stepper(model, model, optimizer, scaler, precision, config.optim.grad_clip)
+    stepper.adds_in_place = variant.fusion not in ("in_place", "weight_gradients")
+    if variant.graphs:
+        from fastgpt.training.graphs import CudaRecorder, Graphs
+
+        stepper.graphs = Graphs(stepper, CudaRecorder(device))
+    return stepper
+
+
+# ---------------------------------------------------------------- timed
+
+
+def measure(
+    variant: Variant, config: Config, device: torch.device, *, steps: int = 5, seconds: float = 2.0
+) -> dict[str, Any]:
+    """``ms``, ``iqr_ms``, ``runs`` of steps of GRAD_ACCUM micro-batches of random tokens, and ``first_loss``; or ``error``.
+    The first step, which is not timed, compiles."""
+    try:
+        with conditions(variant, config, device):
+            return _measure(build(variant, config, device), config, device, steps, seconds)
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(stepper: Stepper, config: Config, device: torch.device, steps: int, seconds: float) -> dict[str, Any]:
+    shape = (GRAD_ACCUM, config.data.batch_size, config.model.block_size + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, device=device)
+    batches = [(chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()) for chunk in tokens]
+
+    def step() -> None:
+        stepper(batches, GRAD_ACCUM, 1e-4)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    first_loss = float(stepper(batches, GRAD_ACCUM, 1e-4)[0])
+    if stepper.graphs is not None:
+        told = stepper.graphs.capture()
+        if not stepper.graphs.active:
+            raise RuntimeError(told)
+        step()  # of graphs, the first replay
+    marks = [time.perf_counter()]
+    while len(marks) <= steps or marks[-1] - marks[0] < seconds:
+        step()
+        marks.append(time.perf_counter())
+    timing = Timing.of([1e3 * (end - start) for start, end in itertools.pairwise(marks)])
+    return {"ms": timing.median_ms, "iqr_ms": timing.iqr_ms, "runs": timing.runs, "first_loss": first_loss}
+
+
+def run(
+    models: list[str],
+    device: torch.device,
+    deadline: float,
+    *,
+    load: Callable[[str], Config] = lambda model: load_preset(model, "cuda"),
+    steps: int = 5,
+    seconds: float = 2.0,
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every variant of every model that the time allows, by (model, variant's key); a shipped step before what is compared
+    with it. What is not run has an ``error`` that says why."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for model in models:
+        config, shipped = load(model), {}
+        for variant in VARIANTS:
+            reason = _reason(variant, device, deadline)
+            one = {"error": reason} if reason else measure(variant, config, device, steps=steps, seconds=seconds)
+            if variant.is_shipped:
+                shipped[variant.precision] = one
+            found[model, variant.key] = _compared(one, shipped[variant.precision])
+    return found
+
+
+def _reason(variant: Variant, device: torch.device, deadline: float) -> str | None:
+    """Why the variant is not run."""
+    if time.monotonic() > deadline:
+        return "not run: the budget is up"
+    if variant.graphs and device.type != "cuda":
+        return "not run: CUDA graphs need a CUDA GPU"
+    gpu = hardware.present(device)
+    if variant.precision == "fp16-fast" and gpu is not None and not hardware.gains("fp16-fast", gpu):
+        return f"not run: {gpu.name} is no faster in fp16-fast"
+    return None
+
+
+def _compared(one: dict[str, Any], shipped: dict[str, Any]) -> dict[str, Any]:
+    if "error" in one or "error" in shipped:
+        return one if "error" in one else {"error": f"nothing to compare with: {shipped['error']}"}
+    apart = abs(one["first_loss"] - shipped["first_loss"])
+    if not apart <= LOSS_TOLERANCE:  # NaN, too
+        losses = f"first loss {one['first_loss']:.4f}, the shipped step's {shipped['first_loss']:.4f}"
+        return {"error": f"no speed: {losses}"}
+    return {**one, "change": one["ms"] / shipped["ms"] - 1 if math.isfinite(shipped["ms"]) else None}
+
+
+def store(measured: dict[tuple[str, str], dict[str, Any]], device: torch.device) -> Path:
+    entries = {f"{model} | {key}": one for (model, key), one in measured.items()}
+    return results.store("ablation", environment(device), entries)

@@ -1,0 +1,196 @@
+"""A whole training step at its real shapes on a machine that could not compute it: what it launches, and who chose that.
+
+The step is the training loop's own (GPT, Stepper, FusedAdamW). What is left out is arithmetic: at 8 x 1024 tokens of GPT-2
+124M, minutes on a CPU and gigabytes of memory, for values that nobody reads. Inside ``no_arithmetic`` an operation on more than
+``SMALL`` elements returns memory of the right shape, strides and dtype that nobody ever touches; smaller ones, on which host
+code may decide, are computed. Triton's launches are turned into compiles by ``offline.capture_launches`` (bench.audit), or
+only written down (``record``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastgpt.config import Config
+
+SMALL = 2**16
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+class no_arithmetic(TorchDispatchMode):
+    """Inside, PyTorch allocates large results and fills none. Views, allocations and custom ops run as they are.
+
+    ``on_operation(name, arguments, results)`` is told of each that would have computed something large."""
+
+    def __init__(self, on_operation: Any = None) -> None:
+        super().__init__()
+        self.on_operation = on_operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace != "aten":
+            with self:  # what a fused op does besides its launches is arithmetic again
+                return func.redispatch(_CPU, *args, **kwargs)  # its kernel itself: func() would come back here
+        with self:
+            parts = func.decompose(
+                *args, **kwargs
+            )  # x.to(dtype) is a view or a copy: below autograd nobody has asked yet
+        if parts is not NotImplemented:
+            return parts
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        returns = [value.alias_info for value in func._schema.returns]
+        views = any(alias is not None and not alias.is_write for alias in returns)
+        if not tensors or views or all(x.numel() <= SMALL for x in tensors):
+            return func(*args, **kwargs)
+        written = [_argument(func, args, kwargs, alias) for alias in returns if alias is not None]
+        if written:  # in place, or out=
+            found = written[0] if len(written) == 1 else tuple(written)
+        else:
+            found = tree_map_only(Tensor, _untouched, func(*_on_meta(args), **_on_meta(kwargs)))
+        if self.on_operation is not None:
+            results = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+            self.on_operation(func.overloadpacket.__name__, tensors, results)
+        return found
+
+
+def _on_meta(tree: Any) -> Any:
+    tree = tree_map_only(Tensor, lambda x: x.to("meta"), tree)
+    return tree_map_only(torch.device, lambda _: torch.device("meta"), tree)
+
+
+def _untouched(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_meta else x
+
+
+def _argument(func: Any, args: tuple, kwargs: dict[str, Any], alias: Any) -> Any:
+    """The argument that a result is: the one whose alias set in the schema it shares."""
+    for i, parameter in enumerate(func._schema.arguments):
+        if parameter.alias_info is not None and parameter.alias_info.before_set == alias.before_set:
+            return args[i] if i < len(args) else kwargs[parameter.name]
+    raise RuntimeError(f"{func} returns an alias of no argument")
+
+
+def step(config: Config, precision: str = "bf16", micro_batches: int = 2, on_operation: Any = None) -> None:
+    """One optimizer step as ``--kernels triton`` runs it on one GPU, of ``micro_batches`` of the configuration's own size."""
+    from fastgpt import ops
+    from fastgpt.model import GPT
+    from fastgpt.training.step import Stepper, build_optimizer
+
+    B, T = config.data.batch_size, config.model.block_size
+    with no_arithmetic(on_operation):
+        model = GPT(config.model, ops.get("triton", precision))
+        optimizer = build_optimizer(model, config.optim, "triton")
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        stepper = Stepper(
+            model, model, optimizer, scaler, precision, config.optim.grad_clip, adds_in_place=not config.train.compile
+        )
+        tokens = torch.zeros(B, T, dtype=torch.int64)
+        stepper([(tokens, tokens)] * micro_batches, micro_batches, 1e-4)
+
+
+# ---------------------------------------------------------------- written down
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A ``tuning.Choice`` as plain values."""
+
+    kernel: str
+    dtype: str
+    bucket: str
+    config: tuple[tuple[str, int], ...]
+    source: str
+    shape: tuple[int, int, int] | None
+    """(m, n, k) of a matrix product."""
+
+
+@dataclass
+class Record:
+    """What one step asked for. Counts are of the whole step."""
+
+    choices: Counter[Chosen] = field(default_factory=Counter)
+    launches: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Triton kernels, by (file, function)."""
+    products: Counter[tuple[int, int, int, str]] = field(default_factory=Counter)
+    """Matrix products that PyTorch hands to cuBLAS: (m, n, k, dtype of the operands)."""
+    sweeps: Counter[str] = field(default_factory=Counter)
+    """Other PyTorch operations on something large, by name: each is a pass over memory."""
+    moved: Counter[str] = field(default_factory=Counter)
+    """Bytes that these read and wrote, by name."""
+
+
+def record(config: Config, precision: str, arch: int, sms: int, micro_batches: int = 2) -> Record:
+    """What a step of ``config`` would launch on a card of compute capability ``arch`` with ``sms`` SMs, and which configs the
+    tables choose for it. Nothing is compiled. Raises RuntimeError under Triton's interpreter."""
+    from fastgpt.kernels import offline, tuning
+
+    found = Record()
+    tuning.forget()  # choices of another target, or refused by a card that is here
+    with offline.compile_for(arch, sms), _noted(found):
+        step(config, precision, micro_batches, _noting(found))
+    return found
+
+
+def _noting(found: Record) -> Any:
+    """For ``no_arithmetic``: what PyTorch itself computes goes into ``found``."""
+
+    def note(name: str, arguments: list[Tensor], results: list[Tensor]) -> None:
+        if name in ("mm", "addmm", "bmm"):
+            a, b = arguments[1:3] if name == "addmm" else arguments[:2]  # addmm's first is what it adds to
+            found.products[a.shape[-2], b.shape[-1], a.shape[-1], str(a.dtype).removeprefix("torch.")] += 1
+        elif not name.endswith(("empty", "empty_like", "empty_strided")):
+            found.sweeps[name] += 1
+            found.moved[name] += sum(x.numel() * x.element_size() for x in (*arguments, *results))
+
+    return note
+
+
+@contextmanager
+def _noted(found: Record) -> Iterator[None]:
+    """Inside, Triton's launches and the choices of configs are written down; nothing is launched or compiled."""
+    from triton.runtime.jit import JITFunction
+
+    from fastgpt.kernels import _cross_entropy_matmuls, _linear_launch, tuning
+
+    choose, choose_matmul, shape = tuning.choose, _linear_launch.choose, None
+
+    def matmul(kind: str, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal shape
+        shape = M, N, K
+        try:
+            return choose_matmul(kind, M, N, K, *args, **kwargs)
+        finally:
+            shape = None
+
+    def product(
+        out: Tensor, a: Tensor, b: Tensor, **_: Any
+    ) -> None:  # which on a GPU is one matmul, in fp32 from 16 bits
+        found.products[a.shape[0], b.shape[1], a.shape[1], str(a.dtype).removeprefix("torch.")] += 1
+
+    def launch(function: Any, *args: Any, **kwargs: Any) -> None:
+        found.launches[function.module.rpartition(".")[2], function.__name__] += 1
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        choice = choose(*args, **kwargs)
+        plain = Chosen(*choice.key, tuple(choice.config.items()), choice.source, shape)
+        found.choices[plain] += 1
+        return choice
+
+    with (
+        mock.patch.object(JITFunction, "run", launch),
+        mock.patch.object(tuning, "choose", chosen),
+        mock.patch.object(_linear_launch, "choose", matmul),
+        mock.patch.object(_linear_launch, "matmul_fp32", product),
+        mock.patch.object(_cross_entropy_matmuls, "matmul_fp32", product),
+    ):
+        yield

@@ -1,0 +1,217 @@
+"""``--explain-kernels``: who computes what in a training step, in which launch config, and who chose that. Nothing is trained.
+
+The step's own host code runs once with one micro-batch and once with two (fastgpt/dry_run.py): no launch, no arithmetic. What
+the tuning tables answer on the way is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastgpt import dry_run, hardware
+from fastgpt.config import Config
+from fastgpt.dry_run import Chosen, Record
+from fastgpt.errors import UserError
+
+HERE = "here"
+"""The value of a bare ``--explain-kernels``: the GPU that is present."""
+
+KINDS = {
+    "none": "linear, or its input gradient",
+    "bias": "linear + bias",
+    "residual": "linear + residual",
+    "gelu": "linear + GELU",
+    "dgelu": "input gradient x GELU'",
+    "weight_grad": "weight gradient",
+    "weight_grad_bias": "weight and bias gradient",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is explained for."""
+
+    name: str
+    arch: int
+    sms: int
+
+
+def card_of(asked: str) -> Card | None:
+    """The card of that name, or with HERE the one that is present; None if there is none. Raises UserError for an unknown
+    name, and for a card that kernels are not compiled for."""
+    if asked == HERE:
+        if not torch.cuda.is_available():
+            return None
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return Card(found.name, 10 * found.major + found.minor, found.multi_processor_count)
+    gpu = hardware.lookup(asked)
+    if gpu is None:
+        raise UserError(
+            f"explain_kernels is {asked!r}, which is no card in the table: nearest are {', '.join(hardware.nearest(asked))}"
+        )
+    card = Card(gpu.name, int(gpu.arch[3:]), gpu.sm_count)
+    if card.arch < 80:
+        raise UserError(f"explain_kernels is {asked!r} ({gpu.arch}): kernels are compiled for sm_80 and later")
+    return card
+
+
+def explain(config: Config, console: Console) -> int:
+    """Print the table for ``config.train.explain_kernels``. Raises UserError."""
+    asked = config.train.explain_kernels
+    assert asked is not None
+    if config.train.kernels != "triton":
+        raise UserError(f"kernels is {config.train.kernels!r}, which is PyTorch's alone: explain_kernels needs triton")
+    card = card_of(asked)
+    if card is None:
+        console.print(
+            "There is no CUDA GPU here: kernels run in Triton's interpreter, which compiles nothing and asks no table. "
+            "Name a card to see what it would run: --explain-kernels rtx4070"
+        )
+        return 0
+    precision = "bf16" if config.train.precision == "auto" else config.train.precision
+    gpu = hardware.lookup(card.name)
+    if precision in ("fp16-fast", "fp8") and gpu is not None and not hardware.gains(precision, gpu):
+        console.print(f"{card.name} is no faster in {precision}: a run would use bf16 instead.")
+        precision = "bf16"
+    _compile_instead_of_interpreting()
+    one, two = (dry_run.record(config, precision, card.arch, card.sms, n) for n in (1, 2))
+    show(config, card, precision, one, two, console)
+    return 0
+
+
+def _compile_instead_of_interpreting() -> None:
+    """Kernels are only written down, but triton has to be the one that compiles. Its interpreter is chosen at import."""
+    if find_spec("triton") is None:
+        raise UserError("explain_kernels needs triton, which is not installed: pip install triton on Linux")
+    runtime = sys.modules.get("fastgpt.kernels.runtime")
+    if (runtime is not None and runtime.INTERPRET) or (
+        "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1"
+    ):
+        raise UserError("TRITON_INTERPRET is set, so no table would be asked: unset it to use explain_kernels")
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def show(config: Config, card: Card, precision: str, one: Record, two: Record, console: Console) -> None:
+    """``one``, ``two``: what steps of so many micro-batches ask for; the difference is a micro-batch, the rest once a step."""
+    model, data = config.model, config.data
+    console.print(
+        f"[bold]{escape(card.name)}[/] (sm_{card.arch}, {card.sms} SMs), {precision}, micro-batches of "
+        f"{data.batch_size} x {model.block_size} tokens: what a step launches. Nothing was run.",
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("what", "shape (m x n x k)", "engine", "config", "chosen by"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("engine", "what", "shape (m x n x k)"))
+    table.add_column("launches", justify="right")
+    rows = [*matmul_rows(one, two, model.vocab_size), *kernel_rows(one, two)]
+    for row in rows:
+        table.add_row(*(escape(cell.replace(f" ({card.name})", "")) for cell in row))
+    console.print(table)
+    console.print(
+        "launches: in a micro-batch, or 'once' in a step. Chosen by: a config measured on such a card, or ranked by a model "
+        "of what the compiler says, or the default of the kernel's file; a matmul is cuBLAS's until Triton was measured to "
+        "be quicker (python -m bench.tune).",
+        style="dim",
+        soft_wrap=True,
+    )
+    fixed = fixed_kernels(one, two)
+    if fixed:
+        console.print(f"Triton kernels with one config, in their file: {', '.join(fixed)}.", soft_wrap=True)
+    passes = [f"{_PASSES.get(name, name)} {n}" for name, n in _per_micro_batch(one.sweeps, two.sweeps).items()]
+    if passes:
+        console.print(f"Passes over memory by PyTorch, in a micro-batch: {', '.join(passes)}.", soft_wrap=True)
+
+
+_PASSES = {"_to_copy": "cast", "add_": "add in place", "new_zeros": "zeros", "copy_": "copy"}
+
+
+def _per_micro_batch(one: Counter, two: Counter) -> dict:
+    return {key: two[key] - one[key] for key in two if two[key] > one[key]}
+
+
+def _count(key: object, one: Counter, two: Counter) -> str:
+    return str(two[key] - one[key]) if two[key] > one[key] else f"{two[key]}, once"
+
+
+def brief(config: tuple[tuple[str, int], ...]) -> str:
+    """``128x128x64 w8 s3 chunk=2``, or ``BLOCK_M=128 BLOCK_N=32 w8 s3``."""
+    values = dict(config)
+    if "cublas" in values:
+        return "-"
+    blocks = [str(values.pop(key)) for key in ("block_m", "block_n", "block_k") if key in values]
+    values.pop("group", None)
+    short = {"num_warps": "w", "num_stages": "s"}
+    words = [f"{short.get(key, key + '=')}{value}" for key, value in values.items()]
+    return " ".join((["x".join(blocks)] if blocks else []) + words)
+
+
+def matmul_rows(one: Record, two: Record, vocab_size: int) -> list[tuple[str, ...]]:
+    """The linears', as the tables decide, and the head's where it is PyTorch that multiplies."""
+    rows: list[tuple[str, ...]] = []
+    for choice in _ordered(two, "linear"):
+        kind = choice.kernel.split(".")[1]
+        name = f"{KINDS[kind]}, {choice.dtype}" + (", sums in fp16" if choice.kernel.startswith("linear_fast") else "")
+        engine = "cuBLAS" if "cublas" in dict(choice.config) else "Triton"
+        shape = " x ".join(map(str, choice.shape or ()))
+        rows.append(
+            (name, shape, engine, brief(choice.config), choice.source, _count(choice, one.choices, two.choices))
+        )
+    for key in two.products:
+        m, n, k, dtype = key
+        if max(m, n, k) >= vocab_size:
+            name = f"head, {dtype.replace('bfloat', 'bf').replace('float', 'fp')}"
+            launches = _count(key, one.products, two.products)
+            rows.append((name, f"{m} x {n} x {k}", "cuBLAS", "-", "no other is offered", launches))
+    return rows
+
+
+def kernel_rows(one: Record, two: Record) -> list[tuple[str, ...]]:
+    """All other kernels that have configs to choose from."""
+    rows: list[tuple[str, ...]] = []
+    for choice in _ordered(two):
+        if not choice.kernel.startswith("linear"):
+            name, count = f"{choice.kernel}, {choice.dtype}", _count(choice, one.choices, two.choices)
+            rows.append((name, choice.bucket, "Triton", brief(choice.config), choice.source, count))
+    return rows
+
+
+def _ordered(record: Record, prefix: str = "") -> list[Chosen]:
+    """By kernel, in the order of first use."""
+    found = [choice for choice in record.choices if choice.kernel.startswith(prefix)]
+    first = {kernel: i for i, kernel in enumerate(dict.fromkeys(choice.kernel for choice in found))}
+    return sorted(found, key=lambda choice: first[choice.kernel])
+
+
+_WITH_CONFIGS = {
+    ("_attn_kernels", "forward"),
+    ("_attn_kernels", "backward_q"),
+    ("_attn_kernels", "backward_kv"),
+    ("fused_layernorm", "_forward_kernel"),
+    ("fused_layernorm", "_backward_kernel"),
+    ("_cross_entropy_kernels", "rows_kernel"),
+    ("fused_adamw", "_adamw_kernel"),
+    ("_linear_kernels", "linear_kernel"),
+    ("_linear_kernels", "weight_grad_kernel"),
+}
+
+
+def fixed_kernels(one: Record, two: Record) -> list[str]:
+    """``embedding_forward 1, ...``: the others, with their launches."""
+    return [
+        f"{key[1].strip('_').removesuffix('_kernel')} {_count(key, one.launches, two.launches)}"
+        for key in two.launches
+        if key not in _WITH_CONFIGS
+    ]
