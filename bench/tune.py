@@ -17,12 +17,7 @@ model ranks, and reports the share of cases in which the model's first choice is
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,69 +25,12 @@ from typing import Any
 
 import torch
 
+from bench import tune_measure
 from bench.tune_cases import Family, default_at, families
+from bench.tune_table import change, facts_of, open_table, print_changes
 from fastgpt import cli, hardware
-from fastgpt.env import ROOT
 from fastgpt.errors import UserError
 from fastgpt.kernels import ranking, tuning
-
-SOURCES = {
-    "attention": ("_attn_kernels.py", "fused_attn.py"),
-    "layer_norm": ("fused_layernorm.py",),
-    "cross_entropy": ("_cross_entropy_kernels.py", "fused_cross_entropy.py"),
-    "adamw": ("fused_adamw.py", "_adamw_plan.py"),
-    "linear": ("_linear_kernels.py", "_linear_launch.py"),
-    "linear_fast": ("_linear_kernels.py", "_linear_launch.py"),
-}
-"""Files whose change makes what was compiled of a kernel out of date."""
-
-
-# ---------------------------------------------------------------- what the compiler says, kept
-
-
-def facts_of(family: Family, arch: int) -> tuple[list[ranking.Facts], dict[str, int], str]:
-    """(every config compiled for sm_``arch``, the default config, the compiler), from the cache directory if it is there:
-    compiling a family takes up to some minutes. Raises RuntimeError if the compiling process ends in an error."""
-    import triton
-
-    path = tuning.user_folder() / "compiled" / f"sm{arch}-{_slug(family.name)}.json"
-    fingerprint = f"triton {triton.__version__} {_sources(family)}"
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["fingerprint"] != fingerprint:
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        kept = {**_compile(family, arch), "fingerprint": fingerprint}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(kept), encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            print(f"what was compiled is not kept: {error}", file=sys.stderr)
-    return [ranking.Facts(**one) for one in kept["facts"]], kept["default"], kept["compiler"]
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", name)
-
-
-def _sources(family: Family) -> str:
-    """Hash of the kernel's files and of the configs that are compared."""
-    folder = Path(tuning.__file__).parent
-    files = [(folder / name).read_bytes() for name in SOURCES[family.kernel.split(".")[0]]]
-    return hashlib.sha256(b"".join(files) + json.dumps(family.configs()).encode()).hexdigest()[:16]
-
-
-def _compile(family: Family, arch: int) -> dict[str, Any]:
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    job = json.dumps({"arch": arch, "families": [family.name]})
-    command = [sys.executable, "-m", "bench.tune_child", job]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"bench.tune_child ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
 
 # ---------------------------------------------------------------- ranking
 
@@ -158,7 +96,7 @@ def rank(chosen: list[Family], card: hardware.Gpu, path: Path, deadline: float) 
     rows: list[tuple[str, ...]] = []
     for done, family in enumerate(chosen):
         if time.monotonic() > deadline:
-            _print_changes(rows, "model's time over the default's")
+            print_changes(rows, "model's time over the default's")
             print(f"The budget is up: {len(chosen) - done} families are left; run the same command again.")
             return len(chosen) - done
         found, default, table.compiler = facts_of(family, int(card.arch[3:]))
@@ -170,53 +108,11 @@ def rank(chosen: list[Family], card: hardware.Gpu, path: Path, deadline: float) 
                 continue
             table.entries[entry.key] = entry
             usual = default_at(family, entry.key.bucket, default, card.sm_count)
-            rows.append(_change(entry, old.config if old else usual, entry.evidence["over_default"]))
+            rows.append(change(entry, old.config if old else usual, entry.evidence["over_default"]))
         table.save(path)
-    _print_changes(rows, "model's time over the default's")
+    print_changes(rows, "model's time over the default's")
     print(f"{len(table.entries)} entries for {card.name} in {path}. Ranked, not measured.")
     return 0
-
-
-def open_table(path: Path, target: tuning.Target, gpu: str) -> tuning.Table:
-    """The table at ``path`` to go on with, or an empty one. Raises UserError rather than overwrite one it cannot read."""
-    if not path.exists():
-        return tuning.Table(target, gpu, "")
-    try:
-        return tuning.read(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tuning table {path} cannot be used ({error}): delete it, or name another by --out"
-        ) from None
-
-
-# ---------------------------------------------------------------- output
-
-
-def brief(config: dict[str, int]) -> str:
-    """``BLOCK_M=128 BLOCK_N=32 w8 s3``"""
-    short = {"num_warps": "w", "num_stages": "s"}
-    return " ".join(f"{short.get(key, key + '=')}{value}" for key, value in config.items())
-
-
-def _change(entry: tuning.Entry, old: dict[str, int], figure: float | None) -> tuple[str, ...]:
-    new = "(the same)" if entry.config == old else brief(entry.config)
-    return " ".join(entry.key), brief(old), new, "-" if figure is None else f"{figure:.3f}"
-
-
-def _print_changes(rows: list[tuple[str, ...]], figure: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    if not rows:
-        return
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("kernel, dtype, bucket", "old", "new"):
-        shown.add_column(name, overflow="fold")
-    shown.add_column(figure, justify="right", max_width=16)
-    for row in rows:
-        shown.add_row(*row, style=None if row[2] != "(the same)" else "dim")
-    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(shown)
 
 
 # ---------------------------------------------------------------- command line
@@ -270,8 +166,6 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         other = "there is no model to check without one" if args.check_model else "use --rank --arch sm_89 --sms 46"
         raise UserError(f"torch {torch.__version__} sees no CUDA GPU to measure on: {other}")
-    from bench import tune_measure
-
     if args.check_model:
         return tune_measure.check_model(chosen, args.sms or 46, deadline, args.out)
     return tune_measure.measure(chosen, folder, deadline, again=args.again)

@@ -175,7 +175,7 @@ def linear(
         return lambda: launch.matmul_gelu(x, weight, shift, False, fast, save)
     if kind == "dgelu":
         pre = make(tokens, N)
-        return lambda: launch.matmul_dgelu(x, weight, pre, False, fast)
+        return lambda: launch.matmul_dgelu(x, weight, pre, False, fast)[0]
     residual = make(tokens, N, like=FP32) if kind == "residual" else None
     return lambda: launch.matmul(x, weight, shift, residual, None, 0.0, fast)
 

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import tune, tune_cases
+from bench import tune_cases, tune_table
 from bench.timing import Timing, Work, interleave
 from bench.tune_cases import Family
 from fastgpt import hardware
@@ -130,12 +130,12 @@ def time_configs(
             results = _tensors(work())
             torch.cuda.synchronize(device)
         except Exception as error:  # OutOfResources, a compiler's error, memory
-            problems.append(f"{tune.brief(config)}: {type(error).__name__}: {str(error)[:120]}")
+            problems.append(f"{tune_table.brief(config)}: {type(error).__name__}: {str(error)[:120]}")
             continue
         expected = expected or results
         apart = max([_distance(a, b) for a, b in zip(results, expected)], default=0.0)
         if not apart <= TOLERANCE:
-            problems.append(f"{tune.brief(config)}: results differ by {apart:.2g}")
+            problems.append(f"{tune_table.brief(config)}: results differ by {apart:.2g}")
             continue
         ready[str(i)] = work
     timed = interleave(ready, device, rounds=30, budget_s=budget_s) if ready else {}
@@ -168,7 +168,7 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
     """Time the model's first configs of every bucket beside the default, and keep the quickest. 1 if time ran out."""
     device, card, here = present()
     path = folder / here.file_name
-    table = tune.open_table(path, here, card.name)
+    table = tune_table.open_table(path, here, card.name)
     rows, left = [], 0
     for family in chosen:
         todo = [b for b in family.buckets if again or not _is_measured(table, family, b)]
@@ -177,7 +177,7 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
         if time.monotonic() > deadline:
             left += len(todo)
             continue
-        found, default, compiler = tune.facts_of(family, here.arch)
+        found, default, compiler = tune_table.facts_of(family, here.arch)
         table.compiler = compiler
         by_config = {json.dumps(one.config, sort_keys=True): one for one in found}
         for bucket in todo:
@@ -211,9 +211,9 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
             old = tuning.choose(family.kernel, dtype, bucket, device, first).config
             table.entries[key] = tuning.Entry(key, configs[best], "measured", resources, evidence)
             table.save(path)
-            rows.append(tune._change(table.entries[key], old, best_ms / times[0].median_ms))
+            rows.append(tune_table.change(table.entries[key], old, best_ms / times[0].median_ms))
             torch.cuda.empty_cache()
-    tune._print_changes(rows, "time over the default's, measured")
+    tune_table.print_changes(rows, "time over the default's, measured")
     print(f"{len(table.entries)} entries for {card.name} in {path}.")
     if left:
         print(f"The budget is up: {left} buckets are left; run the same command again.")
@@ -271,7 +271,7 @@ def check_model(chosen: list[Family], asked: int, deadline: float, out: Path | N
         for family in chosen:
             if time.monotonic() > deadline:
                 break
-            found, default, _ = tune.facts_of(family, here.arch)
+            found, default, _ = tune_table.facts_of(family, here.arch)
             for bucket in family.buckets:
                 usual = tune_cases.default_at(family, bucket, default, granted)
                 order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, small)

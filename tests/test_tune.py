@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import tune, tune_measure
+from bench import tune, tune_measure, tune_table
 from bench.tune_cases import Family, families, table_cases
 from fastgpt import hardware
 from fastgpt.errors import UserError
@@ -295,7 +295,7 @@ def compiled(monkeypatch):
         facts[-1] = rows(family.configs()[-1], problem="spills 8 bytes")
         return {"default": default, "compiler": "triton 3.7.1", "facts": [one.to_json() for one in facts]}
 
-    monkeypatch.setattr(tune, "_compile", compile_)
+    monkeypatch.setattr(tune_table, "_compile", compile_)
     return calls
 
 
@@ -411,7 +411,7 @@ def measured(monkeypatch, compiled):
 
     def time_configs(family, bucket, configs, device, budget_s):
         times = [milliseconds.get((c["tile"], c["num_warps"])) for c in configs]
-        problems = [f"{tune.brief(c)}: OutOfResources" for c, t in zip(configs, times) if t is None]
+        problems = [f"{tune_table.brief(c)}: OutOfResources" for c, t in zip(configs, times) if t is None]
         return [None if t is None else tune_measure.Timing(t, 0.0, 30) for t in times], problems
 
     monkeypatch.setattr(tune_measure, "time_configs", time_configs)
@@ -487,7 +487,7 @@ def test_a_matmul_is_measured_beside_cublas_and_the_quicker_one_is_kept(
     monkeypatch.setattr(tune_measure, "time_configs", time_configs)
     monkeypatch.setattr(tuning, "target", lambda device: tuning.Target(89, 46, 101_376))
     family = replace(GELU, buckets=("N3072 K768",))
-    monkeypatch.setattr(tune, "_compile", lambda family, arch: {
+    monkeypatch.setattr(tune_table, "_compile", lambda family, arch: {
         "default": TILES, "compiler": "triton 3.7.1",
         "facts": [matmul(config).to_json() for config in family.configs()],
     })  # fmt: skip

@@ -28,13 +28,32 @@ def _bwd_input(dz: Tensor, weight: Tensor, pre: Tensor | None, erf: bool, fp16: 
     if pre is None:
         dx = launch.matmul(_rows(dz), weight, None, None, None, 0.0, fp16)
     else:
-        dx = launch.matmul_dgelu(_rows(dz), weight, _rows(pre), erf, fp16)
+        dx, _ = launch.matmul_dgelu(_rows(dz), weight, _rows(pre), erf, fp16)
     return dx.view(*dz.shape[:-1], weight.shape[1])
 
 
 @_bwd_input.register_fake
 def _(dz, weight, pre, erf, fp16):
     return dz.new_empty(*dz.shape[:-1], weight.shape[1])
+
+
+@torch.library.custom_op(
+    "fastgpt::linear_bwd_input_sums",
+    mutates_args=(),
+    schema="(Tensor dz, Tensor weight, Tensor pre, bool erf, ScalarType bias_dtype) -> (Tensor, Tensor)",
+)
+def _bwd_input_sums(
+    dz: Tensor, weight: Tensor, pre: Tensor, erf: bool, bias_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(dz @ weight) gelu'(pre), and its column sums: the gradient of the bias in ``pre``."""
+    dpre, sums = launch.matmul_dgelu(_rows(dz), weight, _rows(pre), erf, False, bias_dtype)
+    assert sums is not None
+    return dpre.view(pre.shape), sums
+
+
+@_bwd_input_sums.register_fake
+def _(dz, weight, pre, erf, bias_dtype):
+    return torch.empty_like(pre), dz.new_empty(pre.shape[-1], dtype=bias_dtype)
 
 
 def _new_weight_grads(weight: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:

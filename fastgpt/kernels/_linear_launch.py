@@ -222,15 +222,17 @@ def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool
     return tuning.launch(_choose("gelu", a, b, fp16, plain=not erf), run)
 
 
-def matmul_dgelu(a: Tensor, b: Tensor, pre: Tensor, erf: bool, fp16: bool) -> Tensor:
-    """(a @ b) * gelu'(pre), in a's dtype."""
+def matmul_dgelu(
+    a: Tensor, b: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(a @ b) * gelu'(pre), in a's dtype, and with ``bias_dtype`` its column sums: behind cuBLAS from the same sweep."""
 
-    def run(config: tuning.Config) -> Tensor:
+    def run(config: tuning.Config) -> tuple[Tensor, Tensor | None]:
         if config == config_space.CUBLAS:
-            return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, None)[0]
+            return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, bias_dtype)
         out = a.new_empty(a.shape[0], b.shape[1])
         _launch(Tiles(**config), a, b, out, "dgelu", pre=pre, erf=erf)
-        return out
+        return out, None if bias_dtype is None else out.sum(0, dtype=torch.float32).to(bias_dtype)
 
     return tuning.launch(_choose("dgelu", a, b, fp16, plain=not erf), run)
 

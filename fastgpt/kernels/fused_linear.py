@@ -23,7 +23,8 @@ tensor each, 6e, whatever is done about the GELU. On top of that:
 
 dW is formed in the dtype of ``weight`` itself: the fp32 master is an input of the op, beside its 16-bit working copy, so
 its gradient never goes through 16 bits. Where its tiles leave SMs idle the tokens are split, and partial sums added up in
-a fixed order by a second kernel; db comes from the tiles of dz that dW reads. No atomics: repeat runs are bit-equal.
+a fixed order by a second kernel; db comes from the tiles of dz that dW reads, or, behind cuBLAS, from a sweep: in mlp the first
+one from that which forms dz1. No atomics: repeat runs are bit-equal.
 Within ``gradients_in_place`` dW is added to ``weight.grad`` by the kernel that forms it.
 
 ``accumulate="fp16"`` (fp16 operands): products are summed in fp16 over 64 of K (a tuned config may take up to 128 where
@@ -43,7 +44,15 @@ from torch import Tensor, nn
 
 from fastgpt.kernels import _linear_launch as launch
 from fastgpt.kernels import reference, runtime
-from fastgpt.kernels._linear_grads import _bwd_input, _bwd_weight, _bwd_weight_add, _dropout_bwd, _gelu_bwd, _rows
+from fastgpt.kernels._linear_grads import (
+    _bwd_input,
+    _bwd_input_sums,
+    _bwd_weight,
+    _bwd_weight_add,
+    _dropout_bwd,
+    _gelu_bwd,
+    _rows,
+)
 from fastgpt.kernels.working_copy import working_copy
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -76,20 +85,21 @@ def gradients_in_place() -> Iterator[None]:
     "fastgpt::linear_fwd",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? copy, Tensor? bias, Tensor? residual, Tensor? seed, Tensor? pre, "
-    "float dropout_p, bool erf, bool fp16, bool in_place) -> Tensor",
+    "Tensor? pre_bias, float dropout_p, bool erf, bool fp16, bool in_place) -> Tensor",
 )
 def _linear_fwd(
     x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    pre: Tensor | None, dropout_p: float, erf: bool, fp16: bool, in_place: bool,
+    pre: Tensor | None, pre_bias: Tensor | None, dropout_p: float, erf: bool, fp16: bool, in_place: bool,
 ) -> Tensor:  # fmt: skip
-    """y (..., N) in the residual's dtype, else x's. With ``pre``, x is gelu(pre), and pre gets the gradient instead."""
+    """y (..., N) in the residual's dtype, else x's. With ``pre``, x is gelu(pre), and pre gets the gradient instead; and
+    ``pre_bias``, the bias in pre, its column sums."""
     residual = None if residual is None else _rows(residual)
     y = launch.matmul(_rows(x), (weight if copy is None else copy).t(), bias, residual, seed, dropout_p, fp16)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 @_linear_fwd.register_fake
-def _(x, weight, copy, bias, residual, seed, pre, dropout_p, erf, fp16, in_place):
+def _(x, weight, copy, bias, residual, seed, pre, pre_bias, dropout_p, erf, fp16, in_place):
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype if residual is None else residual.dtype)
 
 
@@ -132,9 +142,10 @@ def _weight_and_bias(ctx, dz, x, weight, wants_weight, bias_dtype, db) -> tuple[
 
 
 def _save_linear(ctx, inputs, output):
-    x, weight, copy, bias, residual, seed, pre, ctx.dropout_p, ctx.erf, ctx.fp16, ctx.in_place = inputs
+    x, weight, copy, bias, residual, seed, pre, pre_bias, ctx.dropout_p, ctx.erf, ctx.fp16, ctx.in_place = inputs
     wants = ctx.needs_input_grad
     ctx.dtype, ctx.bias_dtype = x.dtype, bias.dtype if bias is not None and wants[3] else None
+    ctx.pre_bias_dtype = pre_bias.dtype if pre_bias is not None and wants[7] else None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(
         x if wants[1] else None, weight if wants[1] else None, weight if copy is None else copy, seed, pre
@@ -143,20 +154,22 @@ def _save_linear(ctx, inputs, output):
 
 def _linear_backward(ctx, dy):
     if dy is None:
-        return (None,) * 11
+        return (None,) * 12
     x, weight, operand, seed, pre = ctx.saved_tensors
-    wants, db = ctx.needs_input_grad, None
+    wants, db, dx, dpre_bias = ctx.needs_input_grad, None, None, None
     if seed is not None:
         dz, db = _dropout_bwd(dy, seed, ctx.dropout_p, ctx.dtype, ctx.bias_dtype)
         db = db if ctx.bias_dtype else None
     else:
         dz = dy.to(ctx.dtype)
-    dx = _bwd_input(dz, operand, pre, ctx.erf, ctx.fp16) if wants[0] or wants[6] else None
+    if ctx.pre_bias_dtype is not None:
+        dx, dpre_bias = _bwd_input_sums(dz, operand, pre, ctx.erf, ctx.pre_bias_dtype)
+    elif wants[0] or wants[6]:
+        dx = _bwd_input(dz, operand, pre, ctx.erf, ctx.fp16)
     dw, db = _weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
     dresidual = dy if wants[4] else None
-    return (dx, dw, None, db, dresidual, None, None, *[None] * 4) if pre is None else (
-        None, dw, None, db, dresidual, None, dx, *[None] * 4
-    )  # fmt: skip
+    dx, dpre = (dx, None) if pre is None else (None, dx)
+    return dx, dw, None, db, dresidual, None, dpre, dpre_bias, *[None] * 4
 
 
 def _save_gelu(ctx, inputs, output):
@@ -219,7 +232,7 @@ def linear(
     dtype = _check(x, weight, bias, accumulate, residual, dropout_p)
     if not runtime.runs_in_triton(x):
         return reference.linear(x, weight, bias, residual=residual, dropout_p=dropout_p, accumulate=accumulate)
-    return _linear(x.to(dtype), None, weight, bias, residual, dropout_p, False, accumulate, keep_copy)
+    return _linear(x.to(dtype), None, None, weight, bias, residual, dropout_p, False, accumulate, keep_copy)
 
 
 def linear_gelu(
@@ -237,7 +250,7 @@ def linear_gelu(
     _check_approximate(approximate)
     if not runtime.runs_in_triton(x):
         return reference.linear_gelu(x, weight, bias, approximate=approximate, accumulate=accumulate)
-    return _gelu(x.to(dtype), weight, bias, approximate, accumulate, keep_copy)[0]
+    return _gelu(x.to(dtype), weight, bias, approximate, accumulate, keep_copy, _wanted(x, weight, bias))[0]
 
 
 def mlp(
@@ -264,27 +277,34 @@ def mlp(
             x, w_fc, b_fc, w_proj, b_proj,
             residual=residual, dropout_p=dropout_p, approximate=approximate, accumulate=accumulate,
         )  # fmt: skip
-    a, pre = _gelu(x.to(dtype), w_fc, b_fc, approximate, accumulate, keep_copy)
-    return _linear(a, pre, w_proj, b_proj, residual, dropout_p, approximate == "none", accumulate, keep_copy)
+    # b_fc's gradient comes from the sweep that forms z's; with sums in fp16 from the tiles of dW, as there is no sweep.
+    pre_bias = b_fc if accumulate == "fp32" and _wanted(b_fc) else None
+    bias = b_fc if pre_bias is None or b_fc is None else b_fc.detach()
+    a, pre = _gelu(x.to(dtype), w_fc, bias, approximate, accumulate, keep_copy, _wanted(x, w_fc, b_fc))
+    erf = approximate == "none"
+    return _linear(a, pre, pre_bias, w_proj, b_proj, residual, dropout_p, erf, accumulate, keep_copy)
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    """Whether any of them gets a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, accumulate: str, keep_copy: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, accumulate: str, keep_copy: bool, save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """gelu(z), and z or None where no gradient is wanted."""
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    """gelu(z), and with ``save`` z, else None."""
     copy, erf, fp16 = _copy(weight, x.dtype, keep_copy), approximate == "none", accumulate == "fp16"
     a, pre = _linear_gelu_fwd(x, weight, copy, bias, erf, fp16, save, _adds_to(weight))
     return a, pre if save else None
 
 
 def _linear(
-    x: Tensor, pre: Tensor | None, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dropout_p: float,
-    erf: bool, accumulate: str, keep_copy: bool,
+    x: Tensor, pre: Tensor | None, pre_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+    residual: Tensor | None, dropout_p: float, erf: bool, accumulate: str, keep_copy: bool,
 ) -> Tensor:  # fmt: skip
     copy = _copy(weight, x.dtype, keep_copy)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not wanted and residual is None and dropout_p == 0 and accumulate == "fp32":
+    if not _wanted(x, weight, bias, pre_bias) and residual is None and dropout_p == 0 and accumulate == "fp32":
         # Plain PyTorch where it would be cuBLAS anyway: an op costs the host more, which sampling feels.
         operand, (N, K) = weight if copy is None else copy, weight.shape
         kind = "none" if bias is None else "bias"
@@ -292,7 +312,7 @@ def _linear(
             return F.linear(x, operand, None if bias is None else bias.to(x.dtype))
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     fp16 = accumulate == "fp16"
-    return _linear_fwd(x, weight, copy, bias, residual, seed, pre, dropout_p, erf, fp16, _adds_to(weight))
+    return _linear_fwd(x, weight, copy, bias, residual, seed, pre, pre_bias, dropout_p, erf, fp16, _adds_to(weight))
 
 
 def _copy(weight: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:

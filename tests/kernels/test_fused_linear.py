@@ -373,7 +373,7 @@ def test_only_wanted_gradients_are_formed(device, wanted, monkeypatch):
     names = ["out", *inputs]
     everything = dict(zip(names, gradients(mlp, inputs)))
     formed = []
-    for op in ("_bwd_input", "_bwd_weight"):
+    for op in ("_bwd_input", "_bwd_input_sums", "_bwd_weight"):
         original = getattr(module, op)
         monkeypatch.setattr(module, op, lambda *a, f=original, op=op: (formed.append(op), f(*a))[1])
     leaf = inputs[wanted].clone().requires_grad_()
@@ -381,9 +381,20 @@ def test_only_wanted_gradients_are_formed(device, wanted, monkeypatch):
     upstream = torch.linspace(-1, 2, out.numel(), device=device).view(out.shape)
     out.backward(upstream)
     torch.testing.assert_close(leaf.grad, everything[wanted], rtol=1e-6, atol=1e-6)
-    products = {"x": 2 * ["_bwd_input"], "w_fc": ["_bwd_input", "_bwd_weight"], "b_fc": ["_bwd_input"]}
+    products = {"x": 2 * ["_bwd_input"], "w_fc": ["_bwd_input", "_bwd_weight"], "b_fc": ["_bwd_input_sums"]}
     assert formed == {**products, "w_proj": ["_bwd_weight"], "b_proj": []}[wanted]
     assert all(value.grad is None for key, value in inputs.items() if key != wanted)
+
+
+@pytest.mark.parametrize("engine", ["triton", "cublas"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_first_biass_gradient_is_the_sum_of_what_the_gelu_passes_on(device, dtype, engine, monkeypatch):
+    """Behind cuBLAS it comes from the sweep that forms dz, so that no other pass reads dz."""
+    run_by(monkeypatch, engine)
+    sweeps, original = [], launch.pointwise_grad
+    monkeypatch.setattr(launch, "pointwise_grad", lambda *a: (sweeps.append(a[-1]), original(*a))[1])
+    check(mlp, make_mlp(device, dtype))
+    assert sweeps == ([dtype] if engine == "cublas" else [])
 
 
 def test_no_gradient_wanted_saves_no_pre_activation(device, monkeypatch):
@@ -465,11 +476,12 @@ def test_opcheck(device, dtype):
     a, z = (t.detach() for t in module._linear_gelu_fwd(*forward, True, False))
     w_proj, end = m["w_proj"].detach(), (m["w_proj"], None, m["b_proj"])
     pre = z.clone().requires_grad_()
-    torch.library.opcheck(module._linear_fwd, (a, *end, residual, seed, pre, 0.5, False, False, False))
-    torch.library.opcheck(module._linear_fwd, (m["x"], m["w_fc"], *[None] * 5, 0.0, False, False, False))
+    torch.library.opcheck(module._linear_fwd, (a, *end, residual, seed, pre, m["b_fc"], 0.5, False, False, False))
+    torch.library.opcheck(module._linear_fwd, (m["x"], m["w_fc"], *[None] * 6, 0.0, False, False, False))
     dz = torch.randn(2, 3, 18, device=device).to(dtype)
     for given in (None, z):
         torch.library.opcheck(module._bwd_input, (dz, w_proj, given, False, False))
+    torch.library.opcheck(module._bwd_input_sums, (dz, w_proj, z, False, torch.float32))
     for bias_dtype in (None, torch.float32):
         torch.library.opcheck(module._bwd_weight, (dz, a, w_proj.float().t().contiguous().t(), bias_dtype, False))
         torch.library.opcheck(module._bwd_weight_add, (torch.zeros(18, 20, device=device), dz, a, bias_dtype, False))
