@@ -21,8 +21,10 @@ from fastgpt.model import GPT
 from fastgpt.training.distributed import World
 from fastgpt.training.graphs import Graphs, gradients_are_watched
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16-fast": torch.float16}
-DTYPES["fp8"] = torch.bfloat16  # of what is not in fp8
+DTYPES = {
+    **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16-fast": torch.float16},
+    "fp8": torch.bfloat16,  # of what is not in fp8
+}
 """Of matmul operands, by ``--precision``."""
 
 
