@@ -60,8 +60,8 @@ class PlanConfig:
     """GB on the card's box, where it is not in the table or part of it is taken."""
     kernels: Literal["nanogpt-compile", "eager", "compile", "triton"] | None = None
     """One of them; without it, all are compared."""
-    precision: Literal["bf16", "fp16", "fp16-fast", "fp32"] = "bf16"
-    """fp16-fast is experimental, and --kernels triton's alone."""
+    precision: Literal["bf16", "fp16", "fp16-fast", "fp8", "fp32"] = "bf16"
+    """fp16-fast and fp8 are experimental, and --kernels triton's alone."""
     world_size: int = 1
     """GPUs of this kind that share a step (speed: no communication counted)."""
     n_layer: int | None = None

@@ -418,6 +418,9 @@ def test_an_experimental_precision_is_tritons_alone_and_said(capsys):
     assert on_4070.count("precision is 'fp16-fast', which only --kernels triton has") == len(KERNELS) - 1
     assert "fp16-fast is experimental" in on_4070 and 'precision = "fp16-fast"' in on_4070
     assert "is no faster in it: a run would use bf16" in on_h100 and "is no faster in it" not in on_4070
+    in_fp8 = {gpu: run(capsys, "--gpu", gpu, "--precision", "fp8") for gpu in ("h100", "a100")}
+    assert "fp8 is experimental" in in_fp8["h100"] and "is no faster in it" not in in_fp8["h100"]
+    assert "is no faster in it: a run would use bf16" in in_fp8["a100"]
 
 
 def test_a_card_that_is_not_in_the_table_needs_its_vram(capsys):
