@@ -41,7 +41,7 @@ from fastgpt.operation_types import (
     cdiv,
     memory,
 )
-from fastgpt.operations_linear import loss_chunk, matrix_operations
+from fastgpt.operations_linear import attention_writes_fp8, loss_chunk, matrix_operations
 
 __all__ = [
     "AS_SHIPPED",
@@ -212,15 +212,16 @@ def _attention(s: Sizes) -> list[Operation]:
 
     forward = flops.attention_forward(B, T, H, D, s.e, tile=min(128, T))
     least = flops.attention_forward(B, T, H, C // H, s.e).bytes  # padding is in registers, not in memory
-    found = [op("attention forward", "attention forward", forward, least, 128)]
+    extra = 17 * rows * C // 16 if attention_writes_fp8(s) else 0  # a byte beside 16 bits, and a scale for 64 columns
+    found = [op("attention forward", "attention forward", forward, least + extra, 128)]
     group, vector, log_sums = "attention backward", s.e * rows * C, 4 * rows * H
     if s.fused("attention"):
         # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
         query = flops.attention_backward(B, T, H, D, s.e, tile=min(128, T), matmuls=3)
         key = flops.attention_backward(B, T, H, D, s.e, tile=min(64, T), matmuls=4)
         found += [
-            op("attention backward dQ", group, query, 6 * vector + 2 * log_sums, 128),
-            op("attention backward dK dV", group, key, 6 * vector + 2 * log_sums, 64),
+            op("attention backward dQ", group, query, 6 * vector + 2 * log_sums + extra, 128),
+            op("attention backward dK dV", group, key, 6 * vector + 2 * log_sums + 2 * extra, 64),
         ]
         if s.precision == "fp16-fast":  # all products but S, and dP's only up to 64 columns
             shares = (1 / 2, 2 / 3, 3 / 4) if D <= 64 else (1 / 2, 1 / 3, 2 / 4)

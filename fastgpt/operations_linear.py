@@ -75,6 +75,11 @@ def _in_fp8(found: list[Operation], name: str, M: int, N: int, K: int) -> list[O
     ]
 
 
+def attention_writes_fp8(s: Sizes) -> bool:
+    """Whether attention's kernels write in fp8 what the linears around it read: with heads of whole groups of 64 columns."""
+    return s.own_fp8 and s.shape.n_embd % (64 * s.shape.n_head) == 0
+
+
 def _linears(s: Sizes) -> list[Operation]:
     """The four linears of a block, L times, and the GELU between the last two: passes of its own but in epilogues."""
     C, L, M = s.shape.n_embd, s.shape.n_layer, s.rows
@@ -92,10 +97,13 @@ def _linears(s: Sizes) -> list[Operation]:
         ]
     if s.shape.bias and not (s.kernels == "triton" and s.precision == "fp16-fast"):  # there the tiles of dW add them up
         launches = 8 if s.kernels == "triton" else 4  # the sums in fp32, and the copy to where they belong
+        if s.kernels == "triton" and not _epilogues(s):  # c_fc's come from the sweep that forms GELU's gradient
+            widths, launches = widths - 4 * C, launches - 1
         ops.append(memory("bias gradients", "pointwise", s.e * M * widths, launches, count=L))
     if s.own_fp8:
-        # What attention gives and takes; the rest is written by the kernels that make it. Weights once a step, both ways round.
-        ops.append(memory("fp8 quantisation", "pointwise", 3 * 4 * M * C, 2, count=L, own=True))
+        # Activations and gradients are written by the kernels that make them. Weights once a step, both ways round.
+        if not attention_writes_fp8(s):  # what it gives and takes
+            ops.append(memory("fp8 quantisation", "pointwise", 3 * 4 * M * C, 2, count=L, own=True))
         weights = memory("fp8 weights", "pointwise", 10 * 12 * C * C, 8, count=L, per="step", own=True)
         ops.append(weights)
     elif s.precision == "fp8":

@@ -86,16 +86,16 @@ def _fp16_fast() -> Ops:
 
 @cache
 def _fp8() -> Ops:
-    """TRITON, with the linears of the blocks in fp8, and norms that hand them fp8. Operands have to be bf16, as they are under
-    autocast: anything else raises ValueError."""
+    """TRITON, with the linears of the blocks in fp8, and norms and attention that hand them fp8. Operands have to be bf16, as
+    they are under autocast: anything else raises ValueError."""
     from fastgpt.kernels import fused_fp8
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
         options.setdefault("out_dtype", compute_dtype(x))
         return fused_fp8.layer_norm(x, weight, bias, **options)
 
-    linears = {name: getattr(fused_fp8, name) for name in ("linear", "linear_gelu", "mlp")}
-    return replace(_triton(), name="triton fp8", layer_norm=norm, **linears)
+    own = {name: getattr(fused_fp8, name) for name in ("qkv_attention", "linear", "linear_gelu", "mlp")}
+    return replace(_triton(), name="triton fp8", layer_norm=norm, **own)
 
 
 def get(name: str, precision: str = "bf16") -> Ops:

@@ -6,6 +6,8 @@
 * CAUSAL, and ALIGNED: queries stand at positions counted from the end of the keys (anything but plain attention to all).
 * FP16_SUMS (fp16 operands): products are summed in fp16 over a block of keys, queries or columns, at most 64 of them, and
   these sums in fp32. Scores never are.
+* out_form, grad_*_form: None, or where the result goes in fp8 too, as (values, with the strides of the 16-bit result; scales,
+  one for every 64 columns of a row, (groups, B T) from this tensor's first group on; B T).
 
 Query i stands at position i + offset. A loop over blocks has three parts (0: leading edge, which only a window has; 1:
 blocks that need no mask; 2: trailing edge), unrolled by static_range so that part 1 compiles without any masking.
@@ -15,6 +17,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fastgpt.kernels._fp8_rows import GROUP as FP8_GROUP
+from fastgpt.kernels._fp8_rows import quantise_groups
 
 HIDDEN = tl.constexpr(-1e30)
 """Score of a key that a query does not see: finite, so that no inf - inf is formed where a tile shows a query no key."""
@@ -194,6 +199,21 @@ def _store(tile, base, stride, start, end, D: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
+def _store_fp8(
+    tile, form, strides, batch, head, start, T, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """``tile``, in the dtype of the result it is of, rounded once more: rows start... of T."""
+    base, stride = _matrix(form[0], strides, batch, head)
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)[None, :]
+    pointers = base + start * stride + (row[:, None] * stride + col)
+    n_rows = tl.full([], form[2], tl.int64)
+    scales = form[1] + (head * (D // FP8_GROUP) * n_rows + batch.to(tl.int64) * T + start)
+    within = start + row < T
+    quantise_groups(tile.to(tl.float32), pointers, within[:, None] & (col < D), scales + row, within, n_rows, D, COLS)
+
+
+@triton.jit
 def _kept(seed, m, n, head_row, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout's mask of the tile of P at (m, n), kept with probability 1 - threshold / 2^31.
 
@@ -236,7 +256,7 @@ def _add_dot(acc, a, b, FP16_SUMS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def forward(
-    q, k, v, out, lse, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
+    q, k, v, out, out_form, lse, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
     H, T_q, T_k, window, c, threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     ALIGNED: tl.constexpr, FLIP: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -291,14 +311,16 @@ def forward(
     sees_any = total > 0
     acc = acc * (inv_keep / tl.where(sees_any, total, 1.0))[:, None]
     _store(acc, out_base, out_stride, m, T_q, D, BLOCK_M, BLOCK_D)
+    if out_form is not None:
+        _store_fp8(acc.to(out.dtype.element_ty), out_form, out_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
     log_sum = tl.where(sees_any, peak + tl.log2(tl.where(sees_any, total, 1.0)), float("inf"))
     tl.store(lse + head_row.to(tl.int64) * T_q + query, log_sum, mask=query < T_q)
 
 
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def backward_q(
-    q, k, v, out, grad_out, lse, delta, grad_q, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
-    grad_out_strides, grad_q_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep, D: tl.constexpr,
+    q, k, v, out, grad_out, lse, delta, grad_q, grad_q_form, kv_len, docs, seed, q_strides, k_strides, v_strides,
+    out_strides, grad_out_strides, grad_q_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep, D: tl.constexpr,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -351,12 +373,15 @@ def backward_q(
                 ds = p * (dp - row_delta[:, None])
                 acc = _add_dot(acc, ds.to(k_tile.dtype), k_tile, FP16_SUMS)
     _store(acc * scale, dq_base, dq_stride, m, T_q, D, BLOCK_M, BLOCK_D)
+    if grad_q_form is not None:
+        dq = (acc * scale).to(grad_q.dtype.element_ty)
+        _store_fp8(dq, grad_q_form, grad_q_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def backward_kv(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, kv_len, docs, seed, q_strides, k_strides, v_strides,
-    grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, grad_k_form, grad_v_form, kv_len, docs, seed, q_strides, k_strides,
+    v_strides, grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep,
     D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, FP16_SUMS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -417,3 +442,8 @@ def backward_kv(
                 dk = _add_dot(dk, ds.to(q_tile.dtype), q_tile, FP16_SUMS)
     _store(dk * scale, dk_base, dk_stride, n, T_k, D, BLOCK_N, BLOCK_D)
     _store(dv * inv_keep, dv_base, dv_stride, n, T_k, D, BLOCK_N, BLOCK_D)
+    if grad_k_form is not None:
+        dk = (dk * scale).to(grad_k.dtype.element_ty)
+        _store_fp8(dk, grad_k_form, grad_k_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)
+        dv = (dv * inv_keep).to(grad_v.dtype.element_ty)
+        _store_fp8(dv, grad_v_form, grad_v_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)

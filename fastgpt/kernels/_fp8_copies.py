@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgpt.kernels import working_copy
-from fastgpt.kernels._fp8_launch import Fp8
+from fastgpt.kernels._fp8_launch import Fp8, Grouped
+
+Kinds = tuple[type[Fp8 | Grouped], ...]
 
 
 @dataclass
 class _Made:
-    form: Fp8
+    form: Fp8 | Grouped
     version: int
 
 
@@ -36,17 +38,18 @@ _made = WeakTensorKeyDictionary()
 _weights = WeakTensorKeyDictionary()
 
 
-def give(tensor: Tensor, form: Fp8) -> None:
+def give(tensor: Tensor, form: Fp8 | Grouped) -> None:
     """Note that ``form`` is ``tensor`` in fp8."""
     _made[tensor] = _Made(form, tensor._version)
 
 
-def take(tensor: Tensor, dtype: torch.dtype) -> Fp8 | None:
-    """The form noted for ``tensor`` and still right, which is then forgotten: its memory is free after one matmul."""
+def take(tensor: Tensor, dtype: torch.dtype, kinds: Kinds = (Fp8,)) -> Fp8 | Grouped | None:
+    """The form noted for ``tensor``, still right and of a kind that its reader takes. It is then forgotten: its memory is free
+    after one matmul."""
     made = _made.pop(tensor, None)
     if made is None or made.version != tensor._version or made.form.values.dtype != dtype:
         return None
-    return made.form
+    return made.form if isinstance(made.form, kinds) else None
 
 
 def of_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

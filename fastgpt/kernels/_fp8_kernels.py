@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastgpt.kernels._fp8_rows import GROUP as COLUMNS
 from fastgpt.kernels._fp8_rows import norm_bound, row_scale, scaled_down
 from fastgpt.kernels._linear_kernels import _gelu, _gelu_grad, _tile
 
@@ -37,9 +38,12 @@ def _quantise_bounded(value, rm, in_m, out, mask, first, Q, SCALE, NORM, MAX_NOR
 def fp8_linear_kernel(
     A, B, SCALE_A, SCALE_B, BIAS, PRE, C, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, M, N, K,
     EPILOGUE: tl.constexpr, ERF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_K: tl.constexpr, GROUPED: tl.constexpr,
 ):  # fmt: skip
     """C (M, N) = epilogue(z), z = SCALE_A A B^T SCALE_B (+ BIAS) in fp32; A (M, K) and B (N, K) fp8, all contiguous.
+
+    SCALE_A (M,), SCALE_B (N,); with GROUPED (K a multiple of 64; epilogue "none") SCALE_A (K / 64, M), a scale for every 64
+    columns of a row of A.
 
     "none": z
     "gelu": PRE = z, C = gelu(z), and gelu(z) in fp8 as Q with SCALE
@@ -50,6 +54,7 @@ def fp8_linear_kernel(
     in_m, in_n = rm < M, rn < N
     a_ptr = A + rm.to(tl.int64)[:, None] * K + rk[None, :]
     b_ptr = B + rn.to(tl.int64)[None, :] * K + rk[:, None]
+    tl.static_assert(not GROUPED or COLUMNS % BK == 0)
     z = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
         if EVEN_K:
@@ -59,10 +64,16 @@ def fp8_linear_kernel(
             a = tl.load(a_ptr, mask=in_m[:, None] & (k + rk < K)[None, :], other=0.0)
             b = tl.load(b_ptr, mask=in_n[None, :] & (k + rk < K)[:, None], other=0.0)
         # The limit keeps the compiler from folding this sum into the tensor core's.
-        z += tl.dot(a, b, max_num_imprecise_acc=BK)
+        if GROUPED:
+            group = tl.full([], k // COLUMNS, tl.int64)
+            scale = tl.load(SCALE_A + group * M + rm, mask=in_m, other=0.0)
+            z += tl.dot(a, b, max_num_imprecise_acc=BK) * scale[:, None]
+        else:
+            z += tl.dot(a, b, max_num_imprecise_acc=BK)
         a_ptr += BK
         b_ptr += BK
-    z *= tl.load(SCALE_A + rm, mask=in_m, other=0.0)[:, None]
+    if not GROUPED:
+        z *= tl.load(SCALE_A + rm, mask=in_m, other=0.0)[:, None]
     z *= tl.load(SCALE_B + rn, mask=in_n, other=0.0)[None, :]
     mask, out = in_m[:, None] & in_n[None, :], rm.to(tl.int64)[:, None] * N + rn[None, :]
     if BIAS is not None:

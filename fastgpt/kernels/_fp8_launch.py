@@ -1,7 +1,7 @@
 """How the matmuls and quantisers of fused_fp8.py are run. 2-d tensors only.
 
-A tensor in fp8 is a pair: its values (M, K), contiguous, and ``stats`` (2, M) in fp32, the scales and norms of its rows
-(_fp8_rows.py).
+A tensor in fp8 is a pair: its values (M, K), contiguous, and in fp32 either ``stats`` (2, M), the scales and norms of its rows,
+or ``scale`` (K / 64, M), one for every 64 columns of a row (_fp8_rows.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch import Tensor
 
 from fastgpt.kernels import runtime
 from fastgpt.kernels._fp8_kernels import CHUNK, fp8_linear_kernel, fp8_quantise_kernel, fp8_sweep_kernel
+from fastgpt.kernels._fp8_rows import GROUP
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 """Formats of activations and weights, and of gradients (Micikevicius et al. 2022)."""
+COLUMNS = GROUP.value
+"""Columns of a row that share a scale in a ``Grouped`` tensor."""
 MULTIPLE = 16
 """Rows of fp8 must begin at multiples of so many bytes, for the kernel's wide reads and for torch._scaled_mm alike."""
 
@@ -34,6 +37,13 @@ class Fp8(NamedTuple):
     @property
     def norm(self) -> Tensor:
         return self.stats[1]
+
+
+class Grouped(NamedTuple):
+    """What attention makes, whose programs have no whole row. For ``matmul`` alone, as first operand."""
+
+    values: Tensor
+    scale: Tensor
 
 
 @lru_cache
@@ -55,6 +65,13 @@ def refusal(device: torch.device) -> str | None:
     return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) has no fp8 tensor cores, which come with sm_89"
 
 
+def require(device: torch.device) -> None:
+    """Raise ValueError if ``device`` cannot run these kernels."""
+    reason = refusal(device)
+    if reason is not None:
+        raise ValueError(f"precision is fp8, but {reason}: use bf16")
+
+
 def engine(device: torch.device) -> str:
     """Who multiplies: "triton", or "scaled_mm" (torch._scaled_mm and the epilogue in a sweep of its own).
 
@@ -65,19 +82,26 @@ def engine(device: torch.device) -> str:
     return "scaled_mm" if device.type == "cuda" and capability(device)[0] == 9 else "triton"
 
 
-def config(M: int, N: int, erf: bool = False) -> dict[str, int]:
+def config(M: int, N: int, halved: bool = False) -> dict[str, int]:
     """Tiles of the matmul. Nothing but the interpreter's depends on the shape. In 8 warps 128 x 128 hold a tile and a chunk
-    of its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120, and so does erf with triton 3.6."""
+    of its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120. ``halved``: for erf, which would
+    spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an SM of sm_89."""
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
         m, n = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N))
         return {"BM": m, "BN": n, "BK": CHUNK, "GROUP": 8, "num_warps": 4, "num_stages": 1}
-    return {"BM": 64 if erf else 128, "BN": 128, "BK": CHUNK, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+    return {"BM": 64 if halved else 128, "BN": 128, "BK": CHUNK, "GROUP": 8, "num_warps": 8, "num_stages": 4}
 
 
 def new(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Fp8:
     """Unwritten: values of ``shape`` (..., K), stats of all its rows."""
     values = torch.empty(shape, dtype=dtype, device=device)
     return Fp8(values, torch.empty(2, math.prod(shape[:-1]), dtype=torch.float32, device=device))
+
+
+def new_grouped(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Grouped:
+    """The same with a scale for every 64 of K."""
+    scale = torch.empty(shape[-1] // COLUMNS, math.prod(shape[:-1]), dtype=torch.float32, device=device)
+    return Grouped(torch.empty(shape, dtype=dtype, device=device), scale)
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> Fp8:
@@ -101,21 +125,23 @@ def quantise_weight(weight: Tensor) -> tuple[Fp8, Fp8]:
 
 
 def _launch(
-    a: Fp8, b: Fp8, out: Tensor, epilogue: str, bias: Tensor | None = None, *, pre: Tensor | None = None,
+    a: Fp8 | Grouped, b: Fp8, out: Tensor, epilogue: str, bias: Tensor | None = None, *, pre: Tensor | None = None,
     q: Fp8 | None = None, erf: bool = False,
 ) -> None:  # fmt: skip
     (M, K), N = a.values.shape, b.values.shape[0]
-    cfg = config(M, N, erf)
+    grouped = isinstance(a, Grouped)
+    cfg = config(M, N, erf or grouped)
     with runtime.device_guard(out):
         fp8_linear_kernel[(triton.cdiv(M, cfg["BM"]) * triton.cdiv(N, cfg["BN"]),)](
             a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out,
-            *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0, **cfg,
+            *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0,
+            GROUPED=grouped, **cfg,
         )  # fmt: skip
 
 
-def _bounded(q: Fp8 | None, a: Fp8, b: Fp8, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+def _bounded(q: Fp8 | None, a: Fp8 | Grouped, b: Fp8, bias: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a quantising epilogue takes: its outputs, and what bounds its rows."""
-    if q is None:
+    if q is None or isinstance(a, Grouped):  # whose consumers have no such epilogue
         return (None,) * 5
     max_bias = None if bias is None else torch.linalg.vector_norm(bias, float("inf"), dtype=torch.float32)
     return q.values, q.scale, a.norm, b.norm.amax(), max_bias
@@ -129,9 +155,9 @@ def _scaled_mm(a: Fp8, b: Fp8, bias: Tensor | None = None) -> Tensor:
     )  # fmt: skip
 
 
-def matmul(a: Fp8, b: Fp8, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias: (M, N) in bf16."""
-    if engine(a.values.device) == "scaled_mm":
+def matmul(a: Fp8 | Grouped, b: Fp8, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias: (M, N) in bf16. torch._scaled_mm has no scales for 64 columns of a row."""
+    if isinstance(a, Fp8) and engine(a.values.device) == "scaled_mm":
         return _scaled_mm(a, b, bias)
     out = a.values.new_empty(a.values.shape[0], b.values.shape[0], dtype=torch.bfloat16)
     _launch(a, b, out, "none", bias)

@@ -1,4 +1,4 @@
-"""Rounding rows to fp8, each with a scale of its own, inside whichever kernel has the whole row.
+"""Rounding rows to fp8, each with a scale of its own, inside whichever kernel has the whole row; or groups of 64 columns.
 
 For a row x, with F the largest number of the format (448 in e4m3, 57,344 in e5m2; Micikevicius et al. 2022)::
 
@@ -6,6 +6,10 @@ For a row x, with F the largest number of the format (448 in e4m3, 57,344 in e5m
 
 Scales are worked out where the row is made and never leave the device: no history, no wait for the host. The norm that comes
 with them, scale * ||q||, lets the next matmul scale its own result before it knows it (_fp8_kernels.py).
+
+A program of attention has the columns of one head only. What it makes gets a scale for every 64 columns of a row in the same
+way, which the matmul applies where it adds up its sums over these columns. DeepSeek-AI 2024 (arXiv 2412.19437, section 3.3)
+scale 1 x 128 groups so.
 
 inf and NaN arrive. A row that holds one becomes NaN there, and inf makes its scale inf, so that every sum over the row is
 inf or NaN: nothing here turns one into a finite number, although conversions to fp8 saturate on the chip.
@@ -15,6 +19,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+GROUP = tl.constexpr(64)
+"""Columns that have a scale of their own, where a row has no single one."""
 
 
 @triton.jit
@@ -47,3 +54,15 @@ def quantise_rows(x, rows, row_mask, at, mask, Q, SCALE, NORM):
     tl.store(Q + at, x.to(Q.dtype.element_ty), mask=mask)
     tl.store(SCALE + rows, scale, mask=row_mask)
     tl.store(NORM + rows, norm_bound(tl.sum(x * x, axis=1), scale, Q), mask=row_mask)
+
+
+@triton.jit
+def quantise_groups(x, q, mask, scales, row_mask, stride, D: tl.constexpr, COLS: tl.constexpr):
+    """Write whole groups x (ROWS, COLS), fp32, of which D columns exist, a multiple of 64: x in fp8 at the pointers ``q``, and
+    the scales of the i-th group at the pointers ``scales`` (ROWS,) + i ``stride``."""
+    group = tl.arange(0, COLS)[None, :] // GROUP
+    for i in tl.static_range(D // GROUP):
+        scale = row_scale(tl.max(tl.where(group == i, tl.abs(x), 0.0), axis=1), q)
+        x = tl.where(group == i, scaled_down(x, scale), x)
+        tl.store(scales + i * stride, scale, mask=row_mask)
+    tl.store(q, x.to(q.dtype.element_ty), mask=mask)

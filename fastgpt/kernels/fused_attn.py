@@ -78,6 +78,11 @@ _CORRECTIONS: dict[tuple, dict[str, int]] = {
     (80, "backward_kv", True, 64, True): {"BLOCK_N": 16},
     (90, "backward_kv", True, 256, False): {"num_stages": 2},
 }
+# The same without "fp32", where results are written in fp8 too.
+_FP8_CORRECTIONS: dict[tuple, dict[str, int]] = {
+    (120, "backward_q", 64, False): {"BLOCK_N": 16},
+    (89, "backward_q", 256, True): {"maxnreg": 255},  # triton 3.6's ptxas would stop at 168, for a third block per SM
+}
 
 
 def config(
@@ -89,6 +94,7 @@ def config(
     dropout: bool = False,
     plain: bool = True,
     fp16_sums: bool = False,
+    fp8: bool = False,
     arch: int | None = None,
 ) -> dict[str, int]:
     """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D that are safe on any
@@ -118,7 +124,8 @@ def config(
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     if dtype != torch.float32 and plain and width == 64 and warps == 8:
         options["maxnreg"] = 128
-    return options | _CORRECTIONS.get((arch, kernel, dtype == torch.float32, width, dropout), {})
+    options |= _CORRECTIONS.get((arch, kernel, dtype == torch.float32, width, dropout), {})
+    return options | (_FP8_CORRECTIONS.get((arch, kernel, width, dropout), {}) if fp8 else {})
 
 
 def _block_d(D: int) -> int:
@@ -168,15 +175,16 @@ def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
     return {f"{name}_strides": tensor.stride()[:3] for name, tensor in tensors.items()}
 
 
-def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, Any]) -> tuning.Choice:
-    """The config of a kernel whose programs own T_own rows of ``heads`` heads in each batch."""
+def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, Any], form: Any) -> tuning.Choice:
+    """The config of a kernel whose programs own T_own rows of ``heads`` heads in each batch. ``form``: of fp8, or None."""
     dropout, D = common["seed"] is not None, q.shape[-1]
     options = any(common[name] is not None for name in ("docs", "kv_len", "window"))
     grouped = kernel == "backward_kv" and common["GROUP"] > 1  # adds a loop there, nothing elsewhere
     causal, fp16 = common["CAUSAL"] and not options and not grouped, common["FP16_SUMS"]
     default = config(
         kernel, q.dtype, D, T_own,
-        dropout=dropout, plain=causal and not dropout, fp16_sums=fp16, arch=tuning.arch_of(q.device),
+        dropout=dropout, plain=causal and not dropout, fp16_sums=fp16, fp8=form is not None,
+        arch=tuning.arch_of(q.device),
     )  # fmt: skip
     rows = q.shape[0] * heads * T_own
     bucket = config_space.attention_bucket(D, rows, plain=causal and T_own > DECODING, dropout=dropout)
@@ -184,8 +192,9 @@ def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, An
     return tuning.choose(f"attention{'_fast' if fp16 else ''}.{kernel}", q.dtype, bucket, q.device, default)
 
 
-def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16) -> Tensor:
-    """Write attention of q (B, T_q, H, D), k and v (B, T_k, H_kv, D) into ``out``; return lse (B, H, T_q)."""
+def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16, *, form=None) -> Tensor:
+    """Write attention of q (B, T_q, H, D), k and v (B, T_k, H_kv, D) into ``out``, and in fp8 into ``form`` (the kernels'
+    out_form); return lse (B, H, T_q)."""
     B, T_q, H, _ = q.shape
     lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     q, k, v = map(_columns_adjacent, (q, k, v))
@@ -193,19 +202,20 @@ def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dro
 
     def run(options: dict[str, int]) -> None:
         kernels.forward[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
-            q, k, v, out, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
+            q, k, v, out, form, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
             **_strides(q=q, k=k, v=v, out=out), **common, **options,
         )  # fmt: skip
 
     with runtime.device_guard(q):
-        tuning.launch(_choice("forward", q, H, T_q, common), run)
+        tuning.launch(_choice("forward", q, H, T_q, common, form), run)
     return lse
 
 
 def _launch_backward(
-    grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16
-) -> None:
-    """Write all of grad_q, grad_k and grad_v."""
+    grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16,
+    *, forms=(None, None, None),
+) -> None:  # fmt: skip
+    """Write all of grad_q, grad_k and grad_v, and in fp8 into ``forms``."""
     B, T_q, H, _ = q.shape
     T_k, H_kv = k.shape[1:3]
     q, k, v, grad_out = map(_columns_adjacent, (q, k, v, grad_out))
@@ -215,19 +225,19 @@ def _launch_backward(
 
     def run_q(options: dict[str, int]) -> None:
         kernels.backward_q[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
-            q, k, v, out, grad_out, lse, delta, grad_q,
+            q, k, v, out, grad_out, lse, delta, grad_q, forms[0],
             **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
         )  # fmt: skip
 
     def run_kv(options: dict[str, int]) -> None:
         kernels.backward_kv[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
-            q, k, v, grad_out, lse, delta, grad_k, grad_v,
+            q, k, v, grad_out, lse, delta, grad_k, grad_v, *forms[1:],
             **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,
         )  # fmt: skip
 
     with runtime.device_guard(q):
-        tuning.launch(_choice("backward_q", q, H, T_q, common), run_q)
-        tuning.launch(_choice("backward_kv", q, H_kv, T_k, common), run_kv)
+        tuning.launch(_choice("backward_q", q, H, T_q, common, forms[0]), run_q)
+        tuning.launch(_choice("backward_kv", q, H_kv, T_k, common, forms[1]), run_kv)
 
 
 def _unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,15 +288,21 @@ def _(grad_out, q, k, v, out, lse, *options):
 @torch.library.custom_op(
     "fastgpt::qkv_attention_fwd", mutates_args=(), schema=f"(Tensor qkv, {_PACKED}) -> (Tensor, Tensor)"
 )
-def _qkv_attention_fwd(qkv, n_head, n_kv_head, doc_ids, *options):
+def _qkv_attention_fwd(qkv, n_head, n_kv_head, *options):
+    return packed_forward(qkv, n_head, n_kv_head, *options)
+
+
+def packed_forward(qkv, n_head, n_kv_head, doc_ids, *options, form=None):
+    """The output (B, T, H D) of qkv, and lse."""
     q, k, v = _unpack(qkv, n_head, n_kv_head)
     out = qkv.new_empty(q.shape)
-    lse = _launch_forward(q, k, v, out, doc_ids, None, *options)
+    lse = _launch_forward(q, k, v, out, doc_ids, None, *options, form=form)
     return out.flatten(2), lse
 
 
 @_qkv_attention_fwd.register_fake
-def _(qkv, n_head, n_kv_head, *options):
+def packed_outputs(qkv, n_head, n_kv_head, *options):
+    """What packed_forward returns, unwritten."""
     B, T, width = qkv.shape
     C = width // (n_head + 2 * n_kv_head) * n_head
     return qkv.new_empty((B, T, C)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
@@ -297,11 +313,16 @@ def _(qkv, n_head, n_kv_head, *options):
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_PACKED}) -> Tensor",
 )
-def _qkv_attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, *options):
+def _qkv_attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
+    return packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options)
+
+
+def packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, *options, forms=(None, None, None)):
+    """The gradient of qkv."""
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
     inputs, grads = _unpack(qkv, n_head, n_kv_head), _unpack(grad_qkv, n_head, n_kv_head)
-    _launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options)
+    _launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms)
     return grad_qkv
 
 
@@ -310,9 +331,9 @@ def _(grad_out, qkv, *rest):
     return qkv.new_empty(qkv.shape)
 
 
-def _without_grad_of(ctx, lse: Tensor) -> None:
-    """Nothing flows back through lse: spare backward a tensor of zeros for it."""
-    ctx.mark_non_differentiable(lse)
+def _without_grad_of(ctx, *outputs: Tensor) -> None:
+    """Nothing flows back through lse, or through fp8: spare backward tensors of zeros for them."""
+    ctx.mark_non_differentiable(*outputs)
     ctx.set_materialize_grads(False)
 
 
@@ -326,20 +347,25 @@ def _attention_backward(ctx, grad_out, _):
     return *_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
-def _qkv_attention_setup(ctx, inputs, output):
+def packed_setup(ctx, inputs, output):
     qkv, n_head, n_kv_head, doc_ids, seed, *ctx.options = inputs
     ctx.heads = n_head, n_kv_head
-    ctx.save_for_backward(qkv, *output, doc_ids, seed)
-    _without_grad_of(ctx, output[1])
+    ctx.save_for_backward(qkv, *output[:2], doc_ids, seed)
+    _without_grad_of(ctx, *output[1:])
+
+
+def packed_gradients(ctx, op, grad_out):
+    """What ``op`` returns, _qkv_attention_bwd or one that returns more."""
+    qkv, out, lse, doc_ids, seed = ctx.saved_tensors
+    return op(grad_out, qkv, out, lse, *ctx.heads, doc_ids, seed, *ctx.options)
 
 
 def _qkv_attention_backward(ctx, grad_out, _):
-    qkv, out, lse, doc_ids, seed = ctx.saved_tensors
-    return _qkv_attention_bwd(grad_out, qkv, out, lse, *ctx.heads, doc_ids, seed, *ctx.options), *[None] * 9
+    return packed_gradients(ctx, _qkv_attention_bwd, grad_out), *[None] * 9
 
 
 _attention_fwd.register_autograd(_attention_backward, setup_context=_attention_setup)
-_qkv_attention_fwd.register_autograd(_qkv_attention_backward, setup_context=_qkv_attention_setup)
+_qkv_attention_fwd.register_autograd(_qkv_attention_backward, setup_context=packed_setup)
 
 
 # ---- Public functions -----------------------------------------------------------------------------------------------
@@ -431,6 +457,7 @@ def qkv_attention(
     doc_ids: Tensor | None = None,
     dropout_p: float = 0.0,
     accumulate: str = "fp32",
+    _op: Any = _qkv_attention_fwd,
 ) -> Tensor:
     """Self-attention over packed projections: qkv (B, T, (H + 2 H_kv) D) -> (B, T, H D); (B, T, 3C) -> (B, T, C) when
     H_kv = H, as GPT-2's c_attn packs them: all queries, all keys, all values.
@@ -456,4 +483,4 @@ def qkv_attention(
     seed = runtime.draw_seed(qkv.device) if dropout_p else None
     scale = D**-0.5 if scale is None else scale
     options = causal, scale, window, dropout_p, accumulate == "fp16"
-    return _qkv_attention_fwd(qkv, n_head, n_kv_head, doc_ids, seed, *options)[0]
+    return _op(qkv, n_head, n_kv_head, doc_ids, seed, *options)[0]

@@ -15,11 +15,12 @@ Who quantises what, and what it costs (bytes per element of the tensor, besides 
     x of c_attn, c_fc           the norm, which has whole rows                        1 written
     gelu(z), and its gradient   the matmul that makes them, by a bound on the row     1 written
     dy of both c_proj           the norm's backward                                   1 written
+    x of attention's c_proj     attention, with a scale per 64 columns of a row       1 written
+    dy of c_attn                attention's backward, the same                        1 written
     weights, both ways round    once per optimizer step, from the fp32 master         10 in all, instead of 2 for the copy
-    x of attention's c_proj     a pass of its own: 2 read, 1 written
-    dy of c_attn                the same, over 3C columns
 
-The last two, because a block of attention has no whole row of its output: 12 bytes per token and C in each layer.
+Heads of a dimension that 64 does not divide have no such groups: what attention gives and takes is then quantised by a pass
+of its own, 12 bytes per token and C in each layer.
 
 inf and NaN reach the gradients: _fp8_rows.py. A layer whose sizes are no multiples of 16, and every layer without gradients
 (evaluation, sampling), runs in bf16.
@@ -37,13 +38,14 @@ from fastgpt.kernels import _fp8_copies as copies
 from fastgpt.kernels import _fp8_launch as launch
 from fastgpt.kernels import fused_layernorm as norms
 from fastgpt.kernels import fused_linear, reference, runtime
-from fastgpt.kernels._fp8_launch import FORWARD, GRADIENT, Fp8
+from fastgpt.kernels._fp8_attention import qkv_attention as qkv_attention
+from fastgpt.kernels._fp8_launch import FORWARD, GRADIENT, Fp8, Grouped
 from fastgpt.kernels._linear_grads import _rows
 
 # ---------------------------------------------------------------- ops
 #
-# q and stats: a tensor in fp8, as in _fp8_launch.py. They get no gradient; the tensors that they come from get it. wt: a weight
-# (N, K) rounded along its other dimension, which is the contiguous one.
+# q and stats: a tensor in fp8, as in _fp8_launch.py; ``grouped``: stats are the scales of a Grouped one. They get no gradient;
+# the tensors that they come from get it. wt: a weight (N, K) rounded along its other dimension, which is the contiguous one.
 
 
 @torch.library.custom_op("fastgpt::fp8_quantise", mutates_args=())
@@ -74,19 +76,23 @@ def _flat(q: Tensor, stats: Tensor) -> Fp8:
     return Fp8(_rows(q), stats)
 
 
+def _operand(q: Tensor, stats: Tensor, grouped: bool) -> Fp8 | Grouped:
+    return Grouped(_rows(q), stats) if grouped else _flat(q, stats)
+
+
 @torch.library.custom_op(
     "fastgpt::linear_fp8_fwd",
     mutates_args=(),
     schema="(Tensor x, Tensor q, Tensor stats, Tensor weight, Tensor w, Tensor w_stats, Tensor wt, Tensor wt_stats, "
-    "Tensor? bias, bool in_place) -> Tensor",
+    "Tensor? bias, bool in_place, bool grouped) -> Tensor",
 )
-def _linear_fwd(x, q, stats, weight, w, w_stats, wt, wt_stats, bias, in_place):
+def _linear_fwd(x, q, stats, weight, w, w_stats, wt, wt_stats, bias, in_place, grouped):
     """y (..., N) in bf16. x and weight serve backward alone."""
-    return launch.matmul(_flat(q, stats), Fp8(w, w_stats), bias).view(*x.shape[:-1], w.shape[0])
+    return launch.matmul(_operand(q, stats, grouped), Fp8(w, w_stats), bias).view(*x.shape[:-1], w.shape[0])
 
 
 @_linear_fwd.register_fake
-def _(x, q, stats, weight, w, w_stats, wt, wt_stats, bias, in_place):
+def _(x, q, stats, weight, w, w_stats, wt, wt_stats, bias, in_place, grouped):
     return x.new_empty(*x.shape[:-1], w.shape[0])
 
 
@@ -117,13 +123,13 @@ def _(
 
 
 @torch.library.custom_op("fastgpt::linear_fp8_bwd_input", mutates_args=())
-def _bwd_input(q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor) -> Tensor:
+def _bwd_input(q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor, grouped: bool) -> Tensor:
     """dx (..., K) in bf16, of dz in fp8."""
-    return launch.matmul(_flat(q, stats), Fp8(wt.t(), wt_stats)).view(*q.shape[:-1], wt.shape[1])
+    return launch.matmul(_operand(q, stats, grouped), Fp8(wt.t(), wt_stats)).view(*q.shape[:-1], wt.shape[1])
 
 
 @_bwd_input.register_fake
-def _(q, stats, wt, wt_stats):
+def _(q, stats, wt, wt_stats, grouped):
     return q.new_empty(*q.shape[:-1], wt.shape[1], dtype=torch.bfloat16)
 
 
@@ -144,10 +150,14 @@ def _(q, stats, wt, wt_stats, pre, erf):
 # ---------------------------------------------------------------- autograd
 
 
-def _form(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _form(tensor: Tensor, dtype: torch.dtype, kinds: copies.Kinds = (Fp8,)) -> Fp8 | Grouped:
     """``tensor`` in fp8: as the kernel that made it has written it, or by a pass of its own."""
-    found = None if torch.compiler.is_compiling() else copies.take(tensor, dtype)
-    return _quantise(tensor.detach(), dtype) if found is None else (found.values, found.stats)
+    found = None if torch.compiler.is_compiling() else copies.take(tensor, dtype, kinds)
+    return Fp8(*_quantise(tensor.detach(), dtype)) if found is None else found
+
+
+_EITHER: copies.Kinds = (Fp8, Grouped)
+"""What a matmul reads whose epilogue needs no norms of rows."""
 
 
 def _weight_and_bias(ctx, dz, x, weight, which: int, bias_dtype, in_place: bool):
@@ -156,7 +166,7 @@ def _weight_and_bias(ctx, dz, x, weight, which: int, bias_dtype, in_place: bool)
 
 
 def _save_linear(ctx, inputs, output):
-    x, _, _, weight, _, _, wt, wt_stats, bias, ctx.adds = inputs
+    x, _, _, weight, _, _, wt, wt_stats, bias, ctx.adds, _ = inputs
     wants = ctx.needs_input_grad
     ctx.bias_dtype = bias.dtype if bias is not None and wants[8] else None
     ctx.save_for_backward(x if wants[3] else None, weight, wt, wt_stats)
@@ -164,9 +174,12 @@ def _save_linear(ctx, inputs, output):
 
 def _linear_backward(ctx, dy):
     x, weight, wt, wt_stats = ctx.saved_tensors
-    dx = _bwd_input(*_form(dy, GRADIENT), wt, wt_stats) if ctx.needs_input_grad[0] else None
+    dx = None
+    if ctx.needs_input_grad[0]:
+        form = _form(dy, GRADIENT, _EITHER)
+        dx = _bwd_input(*form, wt, wt_stats, isinstance(form, Grouped))
     dw, db = _weight_and_bias(ctx, dy, x, weight, 3, ctx.bias_dtype, ctx.adds)
-    return dx, None, None, dw, None, None, None, None, db, None
+    return dx, None, None, dw, None, None, None, None, db, None, None
 
 
 def _save_mlp(ctx, inputs, output):
@@ -186,7 +199,7 @@ def _mlp_backward(ctx, dy, _da, _dz):
     x, w_fc, fct, fct_stats, w_proj, projt, projt_stats, a, z = ctx.saved_tensors
     dz, q, stats = _bwd_gelu(*_form(dy, GRADIENT), projt, projt_stats, z, ctx.erf)
     dw_proj, db_proj = _weight_and_bias(ctx, dy, a, w_proj, 9, ctx.proj_bias, ctx.adds[1])
-    dx = _bwd_input(q, stats, fct, fct_stats) if ctx.needs_input_grad[0] else None
+    dx = _bwd_input(q, stats, fct, fct_stats, False) if ctx.needs_input_grad[0] else None
     dw_fc, db_fc = _weight_and_bias(ctx, dz, x, w_fc, 3, ctx.fc_bias, ctx.adds[0])
     none = (None,) * 4
     return dx, None, None, dw_fc, *none, db_fc, dw_proj, *none, db_proj, None, None, None
@@ -289,7 +302,7 @@ def layer_norm(
     ):
         options: dict[str, Any] = {"residual": residual, "dropout_p": dropout_p, "eps": eps, "out_dtype": out_dtype}
         return norms.layer_norm(x, weight, bias, **options)
-    _require(x.device)
+    launch.require(x.device)
     norms._validate(x, weight, bias, residual, dropout_p, out_dtype)
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     y, s, _, _, *form = _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps)
@@ -318,9 +331,8 @@ def linear(
     if not _in_fp8(x, weight):
         return _in_bf16(fused_linear.linear, x, weight, bias, residual=residual, dropout_p=dropout_p)
     x = x.to(_check(x, weight, bias, residual, dropout_p))
-    y = _linear_fwd(
-        x, *_form(x, FORWARD), weight, *copies.of_weight(weight), bias, fused_linear._adds_to(weight)
-    )  # fmt: skip
+    form, weights = _form(x, FORWARD, _EITHER), copies.of_weight(weight)
+    y = _linear_fwd(x, *form, weight, *weights, bias, fused_linear._adds_to(weight), isinstance(form, Grouped))
     return _finish(y, residual, dropout_p)
 
 
@@ -360,17 +372,11 @@ def mlp(
     return _finish(y, residual, dropout_p)
 
 
-def _require(device: torch.device) -> None:
-    reason = launch.refusal(device)
-    if reason is not None:
-        raise ValueError(f"precision is fp8, but {reason}: use bf16")
-
-
 def _in_fp8(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer is computed in fp8 at all. Raises ValueError where it should be and cannot."""
     if not runtime.runs_in_triton(x):
         return False
-    _require(x.device)
+    launch.require(x.device)
     if type(weight).__name__ == "DTensor":
         raise ValueError(
             "weight is a DTensor, which the fp8 kernels cannot read: use FSDP, which hands over whole weights, or bf16"

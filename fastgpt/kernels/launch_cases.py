@@ -283,6 +283,18 @@ def _fp8_sweep(erf: bool, bias: bool) -> None:
         launch._sweep(z, dy, torch.empty_like(z), q, (q.values, q.scale, stats[1], limit, shift), erf)
 
 
+def _fp8_attention(D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: bool = False, **options: Any) -> None:
+    """A block's attention between its two linears: what they read in fp8 is written by attention, forward and backward."""
+    from fastgpt.kernels.fused_fp8 import linear, qkv_attention
+
+    if not has_fp8():
+        return
+    doc_ids = torch.empty(1, T, dtype=torch.int32) if docs else None
+    qkv = linear(_leaf(1, T, 256, dtype=BF16), torch.nn.Parameter(torch.zeros((H + 2 * kv) * D, 256)))
+    y = qkv_attention(qkv, H, n_kv_head=kv, doc_ids=doc_ids, **options)
+    _backward(linear(y, torch.nn.Parameter(torch.zeros(128, H * D)), _leaf(128, dtype=FP32)))
+
+
 def fp8_cases() -> Iterator[Case]:
     for C in (384, 768, 1024, 1600):
         yield f"fp8 C{C}", partial(_fp8, C)
@@ -290,6 +302,15 @@ def fp8_cases() -> Iterator[Case]:
     for C in (48, 768, 1024, 1600, 4096):
         yield f"fp8 C{C} all options", partial(_fp8, C, **everything)
     yield "fp8 C768 bias", partial(_fp8, 768, bias=True)
+    for D in (64, 128, 256):
+        yield f"fp8 attention D{D}", partial(_fp8_attention, D)
+        yield (
+            f"fp8 attention D{D} all options",
+            partial(_fp8_attention, D, H=4, docs=True, dropout_p=0.1, window=256),
+        )
+    yield "fp8 attention D64 dropout", partial(_fp8_attention, 64, dropout_p=0.1)
+    yield "fp8 attention D64 documents", partial(_fp8_attention, 64, docs=True)
+    yield "fp8 attention D64 grouped queries", partial(_fp8_attention, 64, H=4)
     yield "fp8 sweep", partial(_fp8_sweep, False, False)
     yield "fp8 sweep all options", partial(_fp8_sweep, True, True)
 

@@ -67,7 +67,7 @@ def test_it_is_bf16_but_for_the_linears():
     assert "fp8" in EXPERIMENTAL and not scales_loss("fp8") and step.DTYPES["fp8"] == torch.bfloat16
     table, bf16 = ops.get("triton", "fp8"), ops.TRITON
     assert table is ops.get("triton", "fp8") and table.name == "triton fp8"
-    assert table.qkv_attention is bf16.qkv_attention and table.linear_cross_entropy is bf16.linear_cross_entropy
+    assert table.attention is bf16.attention and table.linear_cross_entropy is bf16.linear_cross_entropy
     assert ops.get("eager", "fp8") is ops.EAGER
     sizes = [
         memory.memory(ModelConfig(), micro_batch=8, kernels="triton", precision=name).total for name in ("bf16", "fp8")
