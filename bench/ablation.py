@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from bench.ablation_variants import VARIANTS, Variant
 from bench.tune import parse_budget
 from fastgpt import cli, hardware
 from fastgpt.config import Config, load_preset, preset_names
@@ -35,52 +36,12 @@ from fastgpt.step_time import CONSTANTS, OperationTime, step_times
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True)
-class Variant:
-    """The step with one thing changed. ``fusion``: of operations.Fusions; ``part``: of fp16-fast, see PARTS."""
-
-    name: str
-    text: str
-    precision: str = "bf16"
-    fusion: str | None = None
-    on: bool = False
-    part: str | None = None
-    graphs: bool = False
-
-    @property
-    def key(self) -> str:
-        return f"{self.precision}: {self.name}"
-
-    @property
-    def is_shipped(self) -> bool:
-        return self.name == "as shipped"
-
-
 PARTS = {
     "linears": {f"{name} {way}" for name in LINEARS[:-1] for way in PASSES} | {"GELU forward", "GELU backward"},
     "head": {f"head {way}" for way in PASSES},
     "attention": {"attention forward", "attention backward"},
 }
 """Of fp16-fast: the groups of operations whose products are summed in fp16. With the linears go the epilogues."""
-
-VARIANTS = (
-    Variant("as shipped", "cuBLAS with every fusion below on"),
-    Variant("attention off", "torch's flash attention; dQ, dK and dV packed by a copy", fusion="attention"),
-    Variant("norms off", "residual add, norm and casts in passes of their own", fusion="norms"),
-    Variant("loss off", "whole logits, in 16 bits and fp32", fusion="loss"),
-    Variant("weight gradients off", "rounded to 16 bits, cast and added by passes", fusion="weight_gradients"),
-    Variant("in place off", "autograd adds the gradients of later micro-batches", fusion="in_place"),
-    Variant("working copy off", "weights cast in every micro-batch", fusion="working_copy"),
-    Variant("optimizer off", "torch's fused AdamW and clip_grad_norm_", fusion="optimizer"),
-    Variant("embedding off", "gather, add; dense gradients", fusion="embedding"),
-    Variant("epilogues on", "GELU inside Triton matmuls, at a library's efficiency", fusion="epilogues", on=True),
-    Variant("CUDA graphs on", "micro-steps and update replayed", graphs=True),
-    Variant("as shipped", "products summed in fp16 by chunks, in Triton", "fp16-fast"),
-    Variant("linears off", "the blocks' linears by cuBLAS, sums in fp32, GELU in passes", "fp16-fast", part="linears"),
-    Variant("head off", "logits and their gradients by cuBLAS", "fp16-fast", part="head"),
-    Variant("attention off", "attention's products summed in fp32", "fp16-fast", part="attention"),
-)  # fmt: skip
-
 
 # ---------------------------------------------------------------- projected
 

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from bench import results
-from bench.ablation import VARIANTS, Variant
+from bench.ablation_variants import VARIANTS, Variant
 from bench.timing import Timing
 from fastgpt import hardware, ops
 from fastgpt.config import Config, load_preset

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import ablation, ablation_measure, results
-from bench.ablation import VARIANTS, Variant
+from bench.ablation_variants import VARIANTS, Variant
 from fastgpt import hardware
 from fastgpt.config import load_preset
 from fastgpt.errors import UserError

@@ -22,9 +22,9 @@ do not, or a capture fails, one sentence says so and training goes on without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,11 +32,7 @@ from torch import Tensor
 from fastgpt.errors import UserError
 from fastgpt.kernels import working_copy
 from fastgpt.training.checkpoint_rng import rng_state, set_rng_state
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from fastgpt.training.step import Stepper
+from fastgpt.training.step import Stepper, gradients_are_watched
 
 AUTOMATIC = False
 """Whether ``--cuda-graphs auto`` captures where it can: not before a GPU has shown what it gains."""
@@ -300,15 +296,6 @@ def has_hooks(stepper: Stepper) -> bool:
             for module in stepper.model.modules()
         )
         or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
-    )
-
-
-def gradients_are_watched(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a parameter has a hook that gradients are shown to."""
-    return any(
-        param._backward_hooks or param._post_accumulate_grad_hooks
-        for group in optimizer.param_groups
-        for param in group["params"]
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from fastgpt.config import EXPERIMENTAL, OptimConfig
 from fastgpt.kernels import runtime
 from fastgpt.model import GPT
 from fastgpt.training.distributed import World
-from fastgpt.training.graphs import Graphs, gradients_are_watched
+
+if TYPE_CHECKING:  # which imports this file
+    from fastgpt.training.graphs import Graphs
 
 DTYPES = {
     **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16-fast": torch.float16},
@@ -95,6 +97,15 @@ def build_optimizer(model: GPT, optim: OptimConfig, kernels: str) -> torch.optim
         return FusedAdamW(groups, lr=optim.lr, betas=betas, eps=1e-8, max_grad_norm=optim.grad_clip or None)
     on_cuda = next(model.parameters()).is_cuda
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=1e-8, fused=on_cuda)
+
+
+def gradients_are_watched(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a parameter has a hook that gradients are shown to."""
+    return any(
+        param._backward_hooks or param._post_accumulate_grad_hooks
+        for group in optimizer.param_groups
+        for param in group["params"]
+    )
 
 
 @dataclass
