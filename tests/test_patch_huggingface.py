@@ -181,6 +181,24 @@ class TestOtherCalls:
 
 
 class TestGenerate:
+    def test_a_decoding_step_sees_what_is_in_the_cache(self, device):
+        """By its logits: greedy tokens of a small random model hardly depend on what came before."""
+        model, ids = make(device).eval(), tokens(device)
+
+        def call(model):
+            cache = model(ids[:, :-2], use_cache=True).past_key_values
+            return model(ids[:, -2:], past_key_values=cache).logits
+
+        same(model, call)
+
+    def test_an_argument_that_is_not_known_takes_the_models_own_attention(self, device):
+        """transformers 5.24 renamed past_key_values to cache: whatever is renamed next must not be overlooked."""
+        model = make(device)
+        patch(model, quiet=True)
+        attention, known = model.transformer.h[0].attn, {"hidden_states": torch.randn(2, 3, 24, device=device)}
+        assert attention.fusable({**known, "use_cache": True, "renamed_cache": None})
+        assert not attention.fusable({**known, "renamed_cache": object()})
+
     @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
     def test_greedy_tokens_are_the_same(self, device, use_cache):
         model, prompt = make(device).eval(), tokens(device, T=4)

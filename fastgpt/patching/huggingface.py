@@ -5,13 +5,15 @@ How a block is called and what it returns has changed over the versions:
     to 4.52       attn(h, layer_past=(k, v))        -> (y, (k, v) or None, ...)    block -> (x, (k, v), ...)   (to 4.47 a
                   class for each attn_implementation; GPT2SdpaAttention always returns three)
     4.53 - 4.57   attn(h, past_key_values=Cache)    -> (y, weights)                block -> (x, ...)
-    5             attn(h, past_key_values=Cache)    -> (y, weights)                block -> x
+    5 - 5.23      attn(h, past_key_values=Cache)    -> (y, weights)                block -> x
+    5.24          attn(h, cache=Cache)              -> (y, weights)                block -> x
 
 The names of the parameters tell which; what does not fit any of them is left alone, as probe.py finds out.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch.nn.functional as F
@@ -42,7 +44,28 @@ def _version() -> tuple[int, ...]:
     return tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
-_CACHES = ("layer_past", "past_key_value", "past_key_values")
+_CACHES = ("layer_past", "past_key_value", "past_key_values", "cache")
+_KNOWN = frozenset(
+    (
+        "hidden_states",
+        "attention_mask",
+        "head_mask",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "output_attentions",
+    )
+    + (
+        *_CACHES,
+        "use_cache",
+        "cache_position",
+        "position_ids",
+        "output_hidden_states",
+        "return_dict",
+        "num_items_in_batch",
+    )
+)
+"""Arguments of attention whose meaning is known: with any other it goes its own way, as a later version may have renamed or
+added one."""
 
 
 def _cache_in(call: dict[str, Any]) -> Any:
@@ -71,6 +94,8 @@ class Attention(Fused):
 
     def fusable(self: Any, call: dict[str, Any]) -> bool:
         """Whether these arguments of forward ask for nothing but causal attention from the first token on."""
+        if any(value is not None and name not in _KNOWN for name, value in call.items()):
+            return False
         if call.get("attention_mask") is not None or call.get("head_mask") is not None or call.get("output_attentions"):
             return False
         if call.get("encoder_hidden_states") is not None or self.config._attn_implementation != "sdpa":
@@ -137,14 +162,10 @@ class LMHeadModel(Fused):
         passed_on = call if self._fastgpt_passes_on else {n: call[n] for n in call if n in self.names}
         outputs = self.transformer(**passed_on)
         loss = self._loss(outputs[0], labels, **options)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=None,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+        # The cache's name has changed: whatever the model's own outputs have is handed on.
+        names = {field.name for field in fields(CausalLMOutputWithCrossAttentions)} - {"loss", "logits"}
+        handed_on = {name: getattr(outputs, name) for name in names}
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=None, **handed_on)
 
     def _wants_fused_loss(self: Any, call: dict[str, Any]) -> bool:
         if call.get("labels") is None or not self.training or self._fastgpt_keep_logits:
