@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,16 +13,14 @@ from unittest import mock
 
 import torch
 
-from bench import results
+from bench import results, step
 from bench.ablation_variants import VARIANTS, Variant
-from bench.timing import Timing
 from fastgpt import hardware, ops
 from fastgpt.config import Config, load_preset
 from fastgpt.env import environment
 from fastgpt.kernels import config_space, tuning, working_copy
-from fastgpt.model import GPT
 from fastgpt.ops import EAGER, Ops
-from fastgpt.training.step import Stepper, build_optimizer, scales_loss
+from fastgpt.training.step import Stepper
 
 GRAD_ACCUM = 4
 LOSS_TOLERANCE = 0.02
@@ -103,17 +100,13 @@ def _tiles(config: Config, device: torch.device) -> dict[str, tuning.Config]:
 
 
 def build(variant: Variant, config: Config, device: torch.device) -> Stepper:
-    torch.manual_seed(0)
-    model = GPT(config.model, table_of(variant)).to(device)
-    optimizer = build_optimizer(model, config.optim, "eager" if variant.fusion == "optimizer" else "triton")
     precision = variant.precision if device.type == "cuda" or variant.precision != "bf16" else "fp32"
-    scaler = torch.amp.GradScaler(device.type, enabled=scales_loss(precision))
-    stepper = Stepper(model, model, optimizer, scaler, precision, config.optim.grad_clip)
+    stepper = step.build(
+        config, device, precision,
+        table=table_of(variant), optimizer="eager" if variant.fusion == "optimizer" else "triton",
+        cuda_graphs="on" if variant.graphs else "off",
+    )  # fmt: skip
     stepper.adds_in_place = variant.fusion not in ("in_place", "weight_gradients")
-    if variant.graphs:
-        from fastgpt.training.graphs import CudaRecorder, Graphs
-
-        stepper.graphs = Graphs(stepper, CudaRecorder(device))
     return stepper
 
 
@@ -123,11 +116,15 @@ def build(variant: Variant, config: Config, device: torch.device) -> Stepper:
 def measure(
     variant: Variant, config: Config, device: torch.device, *, steps: int = 5, seconds: float = 2.0
 ) -> dict[str, Any]:
-    """``ms``, ``iqr_ms``, ``runs`` of steps of GRAD_ACCUM micro-batches of random tokens, and ``first_loss``; or ``error``.
-    The first step, which is not timed, compiles."""
+    """``ms``, ``iqr_ms``, ``runs`` of steps of GRAD_ACCUM micro-batches of random tokens, and ``first_loss``; or ``error``."""
     try:
         with conditions(variant, config, device):
-            return _measure(build(variant, config, device), config, device, steps, seconds)
+            stepper = build(variant, config, device)
+            found = step.time_steps(stepper, config, device, config.data.batch_size, GRAD_ACCUM, steps, seconds)
+        if found.skipped_steps:
+            return {"error": f"{found.skipped_steps} updates were skipped for a gradient that is not finite"}
+        ms, iqr_ms, runs = found.timing.median_ms, found.timing.iqr_ms, found.timing.runs
+        return {"ms": ms, "iqr_ms": iqr_ms, "runs": runs, "first_loss": found.first_loss}
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     except Exception as error:
@@ -135,30 +132,6 @@ def measure(
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _measure(stepper: Stepper, config: Config, device: torch.device, steps: int, seconds: float) -> dict[str, Any]:
-    shape = (GRAD_ACCUM, config.data.batch_size, config.model.block_size + 1)
-    tokens = torch.randint(config.model.vocab_size, shape, device=device)
-    batches = [(chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()) for chunk in tokens]
-
-    def step() -> None:
-        stepper(batches, GRAD_ACCUM, 1e-4)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    first_loss = float(stepper(batches, GRAD_ACCUM, 1e-4)[0])
-    if stepper.graphs is not None:
-        told = stepper.graphs.capture()
-        if not stepper.graphs.active:
-            raise RuntimeError(told)
-        step()  # of graphs, the first replay
-    marks = [time.perf_counter()]
-    while len(marks) <= steps or marks[-1] - marks[0] < seconds:
-        step()
-        marks.append(time.perf_counter())
-    timing = Timing.of([1e3 * (end - start) for start, end in itertools.pairwise(marks)])
-    return {"ms": timing.median_ms, "iqr_ms": timing.iqr_ms, "runs": timing.runs, "first_loss": first_loss}
 
 
 def run(

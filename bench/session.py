@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import report
 from fastgpt.env import ROOT
+from fastgpt.files import write_whole
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Session:
 
     def save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        replace_text(self.out / "results.json", json.dumps(self.results, indent=1))
-        replace_text(self.out / "results.md", report.gpu_markdown(self.results))
+        write_whole(self.out / "results.json", json.dumps(self.results, indent=1))
+        write_whole(self.out / "results.md", report.gpu_markdown(self.results))
         try:
             report.plot_steps(self.results, self.out / "steps.png")
         except Exception as error:  # a picture is not worth the stages that are still to come
@@ -73,12 +74,6 @@ def _end(process: subprocess.Popen) -> None:
     elif process.poll() is None:
         process.kill()
     process.wait()
-
-
-def replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

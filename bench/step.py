@@ -3,7 +3,8 @@
     python -m bench.step --preset gpt2-124m --kernels triton --batch-size 8 --grad-accum 4 [--compile default] [--cap-gb 12]
         [--cuda-graphs on]
 
-The last line printed is JSON: tokens per second, milliseconds per step, MFU, peak memory, loss of the first step; or "error".
+The last line printed is JSON: tokens per second, milliseconds per step, MFU of the peak at that precision, peak memory, loss
+of the first step; or "error".
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import sys
 import time
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -27,63 +27,98 @@ from fastgpt.training.loss_scale import LossScaler
 from fastgpt.training.step import Stepper, build_optimizer, precision_for, scales_loss
 
 
-def measure(config: Config, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Time optimizer steps on random tokens: at least ``args.steps``, more while ``args.seconds`` last."""
+def build(
+    config: Config,
+    device: torch.device,
+    precision: str,
+    *,
+    table: ops.Ops,
+    optimizer: str = "triton",
+    compile: str = "none",
+    cuda_graphs: str = "off",
+) -> Stepper:
+    """The training loop's step, of operations from ``table`` and the optimizer of ``--kernels``."""
     torch.manual_seed(0)
-    precision, compiled = precision_for(args.precision, device), args.compile != "none"
-    model = GPT(config.model, ops.get(args.kernels, precision)).to(device)
-    forward = model if args.compile == "none" else torch.compile(model, mode=args.compile)
-    optimizer = build_optimizer(model, config.optim, args.kernels)
+    model = GPT(config.model, table).to(device)
+    forward = model if compile == "none" else torch.compile(model, mode=compile)
     scaler = LossScaler(device.type, enabled=scales_loss(precision))
-    stepper = Stepper(model, forward, optimizer, scaler, precision, config.optim.grad_clip)
-    stepper.adds_in_place = args.kernels == "triton" and not compiled  # as the training loop does
-    if use_graphs(args.cuda_graphs, device, args.kernels, compiled, ranks=1):
+    stepper = Stepper(
+        model, forward, build_optimizer(model, config.optim, optimizer), scaler, precision, config.optim.grad_clip
+    )
+    kernels = "eager" if table is ops.EAGER else "triton"
+    stepper.adds_in_place = kernels == "triton" and compile == "none"  # as the training loop does
+    if use_graphs(cuda_graphs, device, kernels, compile != "none", ranks=1):
         stepper.graphs = Graphs(stepper, CudaRecorder(device))
-    shape = (args.grad_accum, args.batch_size, config.model.block_size + 1)
+    return stepper
+
+
+class Timed(NamedTuple):
+    timing: Timing
+    first_loss: float
+    last_loss: float
+    skipped_steps: int
+    """Of those that were timed: they do less than the others."""
+
+
+def time_steps(
+    stepper: Stepper, config: Config, device: torch.device, batch_size: int, grad_accum: int, steps: int, seconds: float
+) -> Timed:
+    """Time optimizer steps on random tokens: at least ``steps``, more while ``seconds`` last. Raises RuntimeError if graphs
+    were asked for and cannot be used."""
+    shape = (grad_accum, batch_size, config.model.block_size + 1)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)
     batches = [(chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()) for chunk in tokens]
 
     def step() -> torch.Tensor:
-        return stepper(batches, args.grad_accum, 1e-4)[0]
+        return stepper(batches, grad_accum, 1e-4)[0]
 
-    first_loss = float(step())
+    loss = step()
+    first_loss = float(loss)
     if stepper.graphs is not None:
         told = stepper.graphs.capture()
         if not stepper.graphs.active:  # what follows would be timed under a wrong name
             raise RuntimeError(told)
-    for _ in range(2):
-        step()
-    _synchronize(device)
-    if device.type == "cuda":
+    if device.type == "cuda":  # what is made at first use: two more steps until all is as it stays
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+    skipped = stepper.skipped_steps()
     marks = [time.perf_counter()]
-    while len(marks) <= args.steps or marks[-1] - marks[0] < args.seconds:
+    while len(marks) <= steps or marks[-1] - marks[0] < seconds:
         loss = step()
-        _synchronize(device)  # once per optimizer step: nothing beside its micro-batches
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # once per optimizer step: nothing beside its micro-batches
         marks.append(time.perf_counter())
     timing = Timing.of([1e3 * (end - start) for start, end in itertools.pairwise(marks)])
-    rate = math.prod(shape[:2]) * config.model.block_size / (timing.median_ms / 1e3)
+    return Timed(timing, first_loss, float(loss), stepper.skipped_steps() - skipped)
+
+
+def measure(config: Config, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What ``main`` prints."""
+    precision = precision_for(args.precision, device)
+    stepper = build(
+        config, device, precision,
+        table=ops.get(args.kernels, precision), optimizer=args.kernels, compile=args.compile, cuda_graphs=args.cuda_graphs,
+    )  # fmt: skip
+    found = time_steps(stepper, config, device, args.batch_size, args.grad_accum, args.steps, args.seconds)
+    rate = args.grad_accum * args.batch_size * config.model.block_size / (found.timing.median_ms / 1e3)
     per_token = flops.palm(flops.Shape.of(config.model))
-    peak = hardware.peak_flops(device, "bf16")
+    peak = hardware.peak_flops(device, precision)
     return {
         "tokens_per_second": rate,
-        "ms": timing.median_ms,
-        "iqr_ms": timing.iqr_ms,
-        "steps": timing.runs,
+        "ms": found.timing.median_ms,
+        "iqr_ms": found.timing.iqr_ms,
+        "steps": found.timing.runs,
         "mfu": None if peak is None else rate * per_token / peak,
         "tflops": rate * per_token / 1e12,
         "formula": str(flops.FORMULAS["palm"]),
         "peak_memory": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         "reserved_memory": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
-        "first_loss": first_loss,
-        "last_loss": float(loss),
-        "skipped_steps": stepper.skipped_steps(),
+        "first_loss": found.first_loss,
+        "last_loss": found.last_loss,
+        "skipped_steps": found.skipped_steps,
     }
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def main(argv: list[str] | None = None) -> int:

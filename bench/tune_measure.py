@@ -130,12 +130,12 @@ def time_configs(
             results = _tensors(work())
             torch.cuda.synchronize(device)
         except Exception as error:  # OutOfResources, a compiler's error, memory
-            problems.append(f"{tune_table.brief(config)}: {type(error).__name__}: {str(error)[:120]}")
+            problems.append(f"{config_space.brief(config)}: {type(error).__name__}: {str(error)[:120]}")
             continue
         expected = expected or results
         apart = max([_distance(a, b) for a, b in zip(results, expected)], default=0.0)
         if not apart <= TOLERANCE:
-            problems.append(f"{tune_table.brief(config)}: results differ by {apart:.2g}")
+            problems.append(f"{config_space.brief(config)}: results differ by {apart:.2g}")
             continue
         ready[str(i)] = work
     timed = interleave(ready, device, rounds=30, budget_s=budget_s) if ready else {}

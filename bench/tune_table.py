@@ -14,7 +14,8 @@ from typing import Any
 from bench.tune_cases import Family
 from fastgpt.env import ROOT
 from fastgpt.errors import UserError
-from fastgpt.kernels import ranking, tuning
+from fastgpt.files import write_whole
+from fastgpt.kernels import config_space, ranking, tuning
 
 SOURCES = {
     "attention": ("_attn_kernels.py", "fused_attn.py"),
@@ -41,10 +42,7 @@ def facts_of(family: Family, arch: int) -> tuple[list[ranking.Facts], dict[str, 
     except (OSError, ValueError, KeyError, TypeError):
         kept = {**_compile(family, arch), "fingerprint": fingerprint}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(kept), encoding="utf-8")
-            partial.replace(path)
+            write_whole(path, json.dumps(kept))
         except OSError as error:
             print(f"what was compiled is not kept: {error}", file=sys.stderr)
     return [ranking.Facts(**one) for one in kept["facts"]], kept["default"], kept["compiler"]
@@ -83,15 +81,9 @@ def open_table(path: Path, target: tuning.Target, gpu: str) -> tuning.Table:
         ) from None
 
 
-def brief(config: dict[str, int]) -> str:
-    """``BLOCK_M=128 BLOCK_N=32 w8 s3``"""
-    short = {"num_warps": "w", "num_stages": "s"}
-    return " ".join(f"{short.get(key, key + '=')}{value}" for key, value in config.items())
-
-
 def change(entry: tuning.Entry, old: dict[str, int], figure: float | None) -> tuple[str, ...]:
-    new = "(the same)" if entry.config == old else brief(entry.config)
-    return " ".join(entry.key), brief(old), new, "-" if figure is None else f"{figure:.3f}"
+    new = "(the same)" if entry.config == old else config_space.brief(entry.config)
+    return " ".join(entry.key), config_space.brief(old), new, "-" if figure is None else f"{figure:.3f}"
 
 
 def print_changes(rows: list[tuple[str, ...]], figure: str) -> None:

@@ -18,6 +18,8 @@ from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgpt.files import write_whole
+
 if TYPE_CHECKING:
     import torch
 
@@ -79,10 +81,7 @@ def measured_ceilings(device: torch.device | str, refresh: bool = False) -> Ceil
     rates = {arithmetic: _matmul_tflops(arithmetic, device) for arithmetic in ARITHMETICS}
     ceilings = Ceilings(name, host, version, threads, _copy_gbs(device), rates)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(dumps(asdict(ceilings), indent=1))
-        partial.replace(path)
+        write_whole(path, dumps(asdict(ceilings), indent=1))
     except OSError as error:
         print(f"measured ceilings are not kept: {error}", file=sys.stderr)
     return ceilings

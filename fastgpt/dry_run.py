@@ -42,9 +42,8 @@ class no_arithmetic(TorchDispatchMode):
             with self:  # what a fused op does besides its launches is arithmetic again
                 return func.redispatch(_CPU, *args, **kwargs)  # its kernel itself: func() would come back here
         with self:
-            parts = func.decompose(
-                *args, **kwargs
-            )  # x.to(dtype) is a view or a copy: below autograd nobody has asked yet
+            # x.to(dtype) is a view or a copy: below autograd nobody has asked yet.
+            parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -172,9 +171,8 @@ def _noted(found: Record) -> Iterator[None]:
         finally:
             shape = None
 
-    def product(
-        out: Tensor, a: Tensor, b: Tensor, **_: Any
-    ) -> None:  # which on a GPU is one matmul, in fp32 from 16 bits
+    def product(out: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
+        # On a GPU it is one matmul, in fp32 from 16 bits.
         found.products[a.shape[0], b.shape[1], a.shape[1], str(a.dtype).removeprefix("torch.")] += 1
 
     def launch(function: Any, *args: Any, **kwargs: Any) -> None:

@@ -19,9 +19,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastgpt import dry_run, hardware
-from fastgpt.config import Config
+from fastgpt.config import EXPERIMENTAL, Config
 from fastgpt.dry_run import Chosen, Record
 from fastgpt.errors import UserError
+from fastgpt.kernels import config_space
 
 HERE = "here"
 """The value of a bare ``--explain-kernels``: the GPU that is present."""
@@ -80,7 +81,7 @@ def explain(config: Config, console: Console) -> int:
         return 0
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     gpu = hardware.lookup(card.name)
-    if precision in ("fp16-fast", "fp8") and gpu is not None and not hardware.gains(precision, gpu):
+    if precision in EXPERIMENTAL and gpu is not None and not hardware.gains(precision, gpu):
         console.print(f"{card.name} is no faster in {precision}: a run would use bf16 instead.")
         precision = "bf16"
     _compile_instead_of_interpreting()
@@ -146,29 +147,15 @@ def _count(key: object, one: Counter, two: Counter) -> str:
     return str(two[key] - one[key]) if two[key] > one[key] else f"{two[key]}, once"
 
 
-def brief(config: tuple[tuple[str, int], ...]) -> str:
-    """``128x128x64 w8 s3 chunk=2``, or ``BLOCK_M=128 BLOCK_N=32 w8 s3``."""
-    values = dict(config)
-    if "cublas" in values:
-        return "-"
-    blocks = [str(values.pop(key)) for key in ("block_m", "block_n", "block_k") if key in values]
-    values.pop("group", None)
-    short = {"num_warps": "w", "num_stages": "s"}
-    words = [f"{short.get(key, key + '=')}{value}" for key, value in values.items()]
-    return " ".join((["x".join(blocks)] if blocks else []) + words)
-
-
 def matmul_rows(one: Record, two: Record, vocab_size: int) -> list[tuple[str, ...]]:
     """The linears', as the tables decide, and the head's where it is PyTorch that multiplies."""
     rows: list[tuple[str, ...]] = []
     for choice in _ordered(two, "linear"):
         kind = choice.kernel.split(".")[1]
         name = f"{KINDS[kind]}, {choice.dtype}" + (", sums in fp16" if choice.kernel.startswith("linear_fast") else "")
-        engine = "cuBLAS" if "cublas" in dict(choice.config) else "Triton"
-        shape = " x ".join(map(str, choice.shape or ()))
-        rows.append(
-            (name, shape, engine, brief(choice.config), choice.source, _count(choice, one.choices, two.choices))
-        )
+        library, shape = dict(choice.config) == config_space.CUBLAS, " x ".join(map(str, choice.shape or ()))
+        engine, config = ("cuBLAS", "-") if library else ("Triton", config_space.brief(dict(choice.config)))
+        rows.append((name, shape, engine, config, choice.source, _count(choice, one.choices, two.choices)))
     for key in two.products:
         m, n, k, dtype = key
         if max(m, n, k) >= vocab_size:
@@ -184,7 +171,8 @@ def kernel_rows(one: Record, two: Record) -> list[tuple[str, ...]]:
     for choice in _ordered(two):
         if not choice.kernel.startswith("linear"):
             name, count = f"{choice.kernel}, {choice.dtype}", _count(choice, one.choices, two.choices)
-            rows.append((name, choice.bucket, "Triton", brief(choice.config), choice.source, count))
+            config = config_space.brief(dict(choice.config))
+            rows.append((name, choice.bucket, "Triton", config, choice.source, count))
     return rows
 
 

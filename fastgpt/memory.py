@@ -126,7 +126,7 @@ def memory(
     params = flops.n_params(flops.Shape.of(model))
 
     low = 0 if precision == "fp32" else s
-    # Biases are added in fp32 by the kernels.
+    # Of biases the kernels keep no copy.
     in_blocks = L * (12 * C * C + (9 * C if model.bias and kernels != "triton" else 0))
     head_copy = low * V * C  # triton casts the head inside the loss, and frees the copy with it
     copies = low * in_blocks + (0 if kernels == "triton" else head_copy)

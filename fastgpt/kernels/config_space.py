@@ -37,6 +37,19 @@ def cross_entropy_bucket(V: int, logit_softcap: float | None) -> str | None:
 
 ADAMW_BUCKET = "any"
 
+
+def brief(config: Config) -> str:
+    """``128x128x64 w8 s3 chunk=2``, or ``BLOCK_M=128 BLOCK_N=32 w8 s3``; ``cuBLAS``."""
+    values = dict(config)
+    if values == CUBLAS:
+        return "cuBLAS"
+    blocks = [str(values.pop(key)) for key in ("block_m", "block_n", "block_k") if key in values]
+    values.pop("group", None)
+    short = {"num_warps": "w", "num_stages": "s"}
+    words = [f"{short.get(key, key + '=')}{value}" for key, value in values.items()]
+    return " ".join((["x".join(blocks)] if blocks else []) + words)
+
+
 FEWEST_TOKENS = 2048
 """Of a matmul that tables know of: a micro-batch of GPT-2 350M on 12 GB has as many."""
 

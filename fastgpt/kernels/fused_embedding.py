@@ -293,13 +293,8 @@ def embedding(
     if not runtime.runs_in_triton(wte):
         return reference.embedding(idx, wte, wpe, position=position, dropout_p=dropout_p, out_dtype=out_dtype)
     seed = runtime.draw_seed(wte.device) if dropout_p > 0 else None
-    in_place = _adds_to(wte) and _adds_to(wpe)
+    in_place = fused_linear._adds_to(wte) and fused_linear._adds_to(wpe)
     return _forward(idx, wte, wpe, seed, dropout_p, position, out_dtype or wte.dtype, in_place)[0]
-
-
-def _adds_to(table: Tensor) -> bool:
-    """Whether backward may add to ``table.grad``: not where somebody waits to see the gradient."""
-    return fused_linear._adds_to(table) and not (table._backward_hooks or table._post_accumulate_grad_hooks)
 
 
 def _validate(

@@ -317,7 +317,6 @@ def linear(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    accumulate: str = "fp32",
 ) -> Tensor:
     """dropout(x @ weight.T + bias) + residual, with x and weight rounded to fp8.
 
@@ -336,9 +335,7 @@ def linear(
     return _finish(y, residual, dropout_p)
 
 
-def linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh", accumulate: str = "fp32"
-) -> Tensor:
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
     """gelu(x @ weight.T + bias), the GELU in a pass of its own: ``mlp`` has none."""
     fused_linear._check_approximate(approximate)
     return F.gelu(linear(x, weight, bias), approximate=approximate)
@@ -354,7 +351,6 @@ def mlp(
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
     approximate: str = "tanh",
-    accumulate: str = "fp32",
 ) -> Tensor:
     """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual. x (..., C), w_fc (H, C), w_proj (out, H); the rest is
     as in ``linear``."""

@@ -65,8 +65,8 @@ def gradients_in_place() -> Iterator[None]:
     """Forward passes made inside add their fp32 weight gradients to ``weight.grad`` in backward, where there is one, and
     hand none to autograd: 8 bytes per weight and micro-batch instead of 16.
 
-    For a loop that calls ``loss.backward()`` and nothing else: hooks on parameters, torch.autograd.grad, DDP and FSDP
-    would not see these gradients. Only leaf parameters of fp32; without effect under torch.compile.
+    For a loop that calls ``loss.backward()`` and nothing else: torch.autograd.grad, DDP and FSDP would not see these
+    gradients. Only leaf parameters of fp32 that have no hooks; without effect under torch.compile.
     """
     global _in_place
     before, _in_place = _in_place, True
@@ -339,8 +339,10 @@ def _is_transpose(view: Tensor, base: Tensor) -> bool:
 
 
 def _adds_to(weight: Tensor) -> bool:
-    """Whether backward may add to ``weight.grad``."""
-    return _in_place and not torch.compiler.is_compiling() and type(weight) is nn.Parameter and weight.is_leaf
+    """Whether backward may add to ``weight.grad``: not where a hook waits to see the gradient."""
+    if not _in_place or torch.compiler.is_compiling() or type(weight) is not nn.Parameter or not weight.is_leaf:
+        return False
+    return not (weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def _check_approximate(approximate: str) -> None:

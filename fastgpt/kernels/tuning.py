@@ -18,8 +18,6 @@ A matmul that cuBLAS can compute (``config_space.has_library``) is cuBLAS's unti
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ import torch
 
 from fastgpt import hardware
 from fastgpt.errors import UserError
+from fastgpt.files import write_whole
 from fastgpt.kernels import config_space, runtime
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.tuning", 1
@@ -101,19 +100,10 @@ class Table:
         lines = [json.dumps(entry) for entry in found.pop("entries")]
         head = json.dumps(found, indent=1)[:-2]
         text = head + ',\n "entries": [' + ",".join("\n  " + line for line in lines) + "\n ]\n}\n"
-        temporary = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-                temporary = Path(file.name)
-                file.write(text)
-            os.chmod(temporary, 0o644)  # a temporary file is its maker's alone
-            temporary.replace(path)
+            write_whole(path, text)
         except OSError as error:
             raise UserError(f"the tuning table {path} cannot be written ({error.strerror}): name another") from None
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Table:

@@ -32,7 +32,7 @@ from torch import Tensor
 from fastgpt.errors import UserError
 from fastgpt.kernels import working_copy
 from fastgpt.training.checkpoint_rng import rng_state, set_rng_state
-from fastgpt.training.step import Stepper, gradients_are_watched
+from fastgpt.training.step import Stepper
 
 AUTOMATIC = False
 """Whether ``--cuda-graphs auto`` captures where it can: not before a GPU has shown what it gains."""
@@ -288,13 +288,15 @@ class Graphs:
 
 def has_hooks(stepper: Stepper) -> bool:
     """Whether Python code would run in the middle of a step: hooks of modules, parameters or the optimizer."""
+    of_modules = (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in stepper.model.modules()
+    )
+    of_parameters = (p._backward_hooks or p._post_accumulate_grad_hooks for p in stepper.model.parameters())
     optimizer = stepper.optimizer
     return (
-        gradients_are_watched(optimizer)
-        or any(
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-            for module in stepper.model.modules()
-        )
+        any(of_modules)
+        or any(of_parameters)
         or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
     )
 

@@ -8,12 +8,12 @@ costs at most the last one, and a resumed run first drops what lies past its che
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from fastgpt.config import Config
 from fastgpt.errors import UserError
+from fastgpt.files import write_whole
 from fastgpt.training.checkpoint_folder import METRICS as NAME
 
 
@@ -93,10 +93,7 @@ def _drop_after(path: Path, run_id: str, step: int) -> None:
         raise UserError(
             f"{path} belongs to another run ({owner}, the checkpoint is of {run_id}): move it away, or name another --out"
         )
-    temporary = path.with_suffix(".tmp")
-    kept = (json.dumps(record) + "\n" for record in records if record.get("step", 0) <= step)
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records if record.get("step", 0) <= step))
 
 
 def _tensorboard(out: Path, step: int) -> Any:

@@ -99,15 +99,6 @@ def build_optimizer(model: GPT, optim: OptimConfig, kernels: str) -> torch.optim
     return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=1e-8, fused=on_cuda)
 
 
-def gradients_are_watched(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a parameter has a hook that gradients are shown to."""
-    return any(
-        param._backward_hooks or param._post_accumulate_grad_hooks
-        for group in optimizer.param_groups
-        for param in group["params"]
-    )
-
-
 @dataclass
 class Stepper:
     """``stepper(batches, grad_accum, lr)`` -> (mean loss, gradient norm before clipping), both fp32 device scalars, and
@@ -156,7 +147,7 @@ class Stepper:
         return loss.detach()
 
     def _adding(self) -> AbstractContextManager:
-        if not self.adds_in_place or gradients_are_watched(self.optimizer):
+        if not self.adds_in_place:
             return nullcontext()
         from fastgpt.kernels.fused_linear import gradients_in_place
 

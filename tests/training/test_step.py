@@ -56,7 +56,8 @@ def accumulated(device, grad_accum, adds_in_place, hooks=False):
     stepper = make("triton", device, "bf16", adds_in_place=adds_in_place)
     seen = []
     if hooks:
-        stepper.model.transformer.ln_f.weight.register_hook(lambda grad: seen.append(grad))
+        for parameter in stepper.model.parameters():
+            parameter.register_hook(lambda grad: seen.append(grad))
     x, y = batch(device, grad_accum)
     added = []
     real = fused_linear._bwd_weight_add
@@ -64,7 +65,7 @@ def accumulated(device, grad_accum, adds_in_place, hooks=False):
         patch.setattr(fused_linear, "_bwd_weight_add", lambda grad, *rest: added.append(grad) or real(grad, *rest))
         for i in range(grad_accum):
             stepper.micro_step((x[i : i + 1], y[i : i + 1]), grad_accum)
-    assert len(seen) == (grad_accum if hooks else 0)
+    assert len(seen) == (grad_accum * len(list(stepper.model.parameters())) if hooks else 0)
     return {name: p.grad for name, p in stepper.model.named_parameters()}, len(added)
 
 
