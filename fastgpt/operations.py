@@ -41,7 +41,7 @@ from fastgpt.operation_types import (
     cdiv,
     memory,
 )
-from fastgpt.operations_linear import attention_writes_fp8, loss_chunk, matrix_operations
+from fastgpt.operations_linear import fp8_group, loss_chunk, matrix_operations
 
 __all__ = [
     "AS_SHIPPED",
@@ -212,7 +212,8 @@ def _attention(s: Sizes) -> list[Operation]:
 
     forward = flops.attention_forward(B, T, H, D, s.e, tile=min(128, T))
     least = flops.attention_forward(B, T, H, C // H, s.e).bytes  # padding is in registers, not in memory
-    extra = 17 * rows * C // 16 if attention_writes_fp8(s) else 0  # a byte beside 16 bits, and a scale for 64 columns
+    columns = fp8_group(s)
+    extra = rows * (C + 4 * C // columns) if columns else 0  # a byte beside 16 bits, and an fp32 scale for a group
     found = [op("attention forward", "attention forward", forward, least + extra, 128)]
     group, vector, log_sums = "attention backward", s.e * rows * C, 4 * rows * H
     if s.fused("attention"):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from fastgpt import flops
 from fastgpt.operation_types import LINEARS, PASSES, Operation, Sizes, cdiv, memory
 
-# These and ``loss_chunk`` repeat kernels/fused_cross_entropy.py, whose import decides how triton runs; a test compares.
+# These, ``loss_chunk`` and ``fp8_group`` repeat what kernels/ says, whose import decides how triton runs; tests compare.
 LOGITS_BUDGET = 256 * 2**20  # bytes
 TILE = 128
 
@@ -75,9 +75,11 @@ def _in_fp8(found: list[Operation], name: str, M: int, N: int, K: int) -> list[O
     ]
 
 
-def attention_writes_fp8(s: Sizes) -> bool:
-    """Whether attention's kernels write in fp8 what the linears around it read: with heads of whole groups of 64 columns."""
-    return s.own_fp8 and s.shape.n_embd % (64 * s.shape.n_head) == 0
+def fp8_group(s: Sizes) -> int:
+    """Columns that share a scale in what attention's kernels write in fp8 for the linears around it: ``_fp8_rows.group_size``.
+    0 where they write none."""
+    D = s.shape.n_embd // s.shape.n_head
+    return 0 if not s.own_fp8 else 64 if D % 64 == 0 else 32 if D % 32 == 0 else 0
 
 
 def _linears(s: Sizes) -> list[Operation]:
@@ -102,7 +104,7 @@ def _linears(s: Sizes) -> list[Operation]:
         ops.append(memory("bias gradients", "pointwise", s.e * M * widths, launches, count=L))
     if s.own_fp8:
         # Activations and gradients are written by the kernels that make them. Weights once a step, both ways round.
-        if not attention_writes_fp8(s):  # what it gives and takes
+        if not fp8_group(s):  # what attention gives and takes
             ops.append(memory("fp8 quantisation", "pointwise", 3 * 4 * M * C, 2, count=L, own=True))
         weights = memory("fp8 weights", "pointwise", 10 * 12 * C * C, 8, count=L, per="step", own=True)
         ops.append(weights)

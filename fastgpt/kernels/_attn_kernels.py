@@ -18,8 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._fp8_rows import GROUP as FP8_GROUP
-from fastgpt.kernels._fp8_rows import quantise_groups
+from fastgpt.kernels._fp8_rows import group_size, quantise_groups
 
 HIDDEN = tl.constexpr(-1e30)
 """Score of a key that a query does not see: finite, so that no inf - inf is formed where a tile shows a query no key."""
@@ -208,7 +207,7 @@ def _store_fp8(
     col = tl.arange(0, COLS)[None, :]
     pointers = base + start * stride + (row[:, None] * stride + col)
     n_rows = tl.full([], form[2], tl.int64)
-    scales = form[1] + (head * (D // FP8_GROUP) * n_rows + batch.to(tl.int64) * T + start)
+    scales = form[1] + (head * (D // group_size(D)) * n_rows + batch.to(tl.int64) * T + start)
     within = start + row < T
     quantise_groups(tile.to(tl.float32), pointers, within[:, None] & (col < D), scales + row, within, n_rows, D, COLS)
 

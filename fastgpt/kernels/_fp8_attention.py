@@ -1,9 +1,10 @@
 """Attention whose kernels also write in fp8 what the linears around it read: its output, for c_proj, and in backward the
 gradient of qkv, for c_attn. Neither is then quantised by a pass of its own.
 
-A program of attention has some rows of one head, so scales are per 64 columns of a row, each exact: the largest value of a
-group becomes the largest of the format (_fp8_rows.py). The matmuls that read them scale their sums over 64 of K
-(_fp8_kernels.py). Bytes: 1 and 1/16 per element beside the 2 of bf16, which delta and the weight gradients read.
+A program of attention has some rows of one head, so scales are per group of 64 columns of a row (32 where 64 does not divide
+the head dimension), each exact: the largest value of a group becomes the largest of the format (_fp8_rows.py). The matmuls that
+read them scale their sums over a group (_fp8_kernels.py). Bytes per element: 1 and 4 / group beside the 2 of bf16, which delta
+and the weight gradients read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from fastgpt.kernels import _fp8_copies as copies
 from fastgpt.kernels import _fp8_launch as launch
 from fastgpt.kernels import fused_attn as attn
 from fastgpt.kernels import runtime
-from fastgpt.kernels._fp8_launch import COLUMNS, FORWARD, GRADIENT, Grouped
+from fastgpt.kernels._fp8_launch import FORWARD, GRADIENT, Grouped
+from fastgpt.kernels._fp8_rows import group_size
 
 _ARGUMENTS = attn._PACKED
 
@@ -28,7 +30,7 @@ _ARGUMENTS = attn._PACKED
     schema=f"(Tensor qkv, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _fwd(qkv, n_head, n_kv_head, *options):
-    """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / 64, B T)."""
+    """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / group, B T)."""
     form = _form_of_output(qkv, n_head, n_kv_head)
     values = form.values.unflatten(-1, (n_head, -1))
     where = (values, form.scale, form.scale.shape[1])
@@ -37,7 +39,8 @@ def _fwd(qkv, n_head, n_kv_head, *options):
 
 def _form_of_output(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
     B, T, width = qkv.shape
-    return launch.new_grouped((B, T, width // (n_head + 2 * n_kv_head) * n_head), FORWARD, qkv.device)
+    D = width // (n_head + 2 * n_kv_head)
+    return launch.new_grouped((B, T, n_head * D), FORWARD, qkv.device, group_size(D))
 
 
 @_fwd.register_fake
@@ -52,7 +55,7 @@ def _(qkv, n_head, n_kv_head, *options):
 )
 def _bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
     """The gradient of qkv, in bf16 and in fp8."""
-    form = launch.new_grouped(qkv.shape, GRADIENT, qkv.device)
+    form = _form_of_gradient(qkv, n_head, n_kv_head)
     groups = form.scale.shape[0] // (n_head + 2 * n_kv_head)  # of a head
     scales = form.scale.split([heads * groups for heads in (n_head, n_kv_head, n_kv_head)])
     parts = zip(attn._unpack(form.values, n_head, n_kv_head), scales)
@@ -60,9 +63,14 @@ def _bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
     return attn.packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options, forms=forms), *form
 
 
+def _form_of_gradient(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
+    columns = group_size(qkv.shape[-1] // (n_head + 2 * n_kv_head))
+    return launch.new_grouped(qkv.shape, GRADIENT, qkv.device, columns)
+
+
 @_bwd.register_fake
-def _(grad_out, qkv, *rest):
-    return qkv.new_empty(qkv.shape), *launch.new_grouped(qkv.shape, GRADIENT, qkv.device)
+def _(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
+    return qkv.new_empty(qkv.shape), *_form_of_gradient(qkv, n_head, n_kv_head)
 
 
 def _backward(ctx, grad_out, *_):
@@ -84,7 +92,7 @@ def qkv_attention(qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, **o
     """fused_attn.qkv_attention, which for fused_fp8's ``linear`` also writes its output in fp8, and in backward qkv's gradient.
 
     Where nothing would read them (no gradients, operands not in bf16) or find them (under torch.compile), and where the head
-    dimension is no multiple of 64, it is exactly that. Raises ValueError, also for a GPU without fp8.
+    dimension is no multiple of 32, it is exactly that. Raises ValueError, also for a GPU without fp8.
     """
     (qkv,) = attn._autocast(qkv)
     heads = n_head + 2 * (n_kv_head or n_head)
@@ -95,7 +103,8 @@ def qkv_attention(qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, **o
         or not runtime.runs_in_triton(qkv)
         or qkv.numel() == 0
         or heads < 1
-        or qkv.shape[-1] % (COLUMNS * heads)
+        or qkv.shape[-1] % heads
+        or not group_size(qkv.shape[-1] // heads)
     ):
         return attn.qkv_attention(qkv, n_head, n_kv_head=n_kv_head, **options)
     launch.require(qkv.device)

@@ -1,8 +1,9 @@
 """The @triton.jit functions of fused_fp8.py: a matmul of fp8 operands whose epilogue quantises its own result, the same
 epilogue as a sweep, and a quantiser for tensors whose maker cannot.
 
-Sums: products of 64 of K in the tensor core's accumulator, these sums in fp32. Ada's and Hopper's tensor cores keep 13
-fraction bits of fp8 sums, which at K = 65,536 would triple the error; every 128 would do (docs/precision-modes.md).
+Sums: products of BK of K, 64 or a group of fewer, in the tensor core's accumulator, these sums in fp32. Ada's and Hopper's
+tensor cores keep 13 fraction bits of fp8 sums, which at K = 65,536 would triple the error; every 128 would do
+(docs/precision-modes.md).
 
 Scales of a result that no program has a whole row of: |x_m . w_n| <= ||x_m|| ||w_n|| (Cauchy-Schwarz), so
 ``scale_m = (||x_m|| max_n ||w_n|| + max |b|) / F`` is known before the matmul begins and nothing can overflow, whatever tile
@@ -15,7 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._fp8_rows import GROUP as COLUMNS
 from fastgpt.kernels._fp8_rows import norm_bound, row_scale, scaled_down
 from fastgpt.kernels._linear_kernels import _gelu, _gelu_grad, _tile
 
@@ -38,12 +38,12 @@ def _quantise_bounded(value, rm, in_m, out, mask, first, Q, SCALE, NORM, MAX_NOR
 def fp8_linear_kernel(
     A, B, SCALE_A, SCALE_B, BIAS, PRE, C, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, M, N, K,
     EPILOGUE: tl.constexpr, ERF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, EVEN_K: tl.constexpr, GROUPED: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """C (M, N) = epilogue(z), z = SCALE_A A B^T SCALE_B (+ BIAS) in fp32; A (M, K) and B (N, K) fp8, all contiguous.
 
-    SCALE_A (M,), SCALE_B (N,); with GROUPED (K a multiple of 64; epilogue "none") SCALE_A (K / 64, M), a scale for every 64
-    columns of a row of A.
+    SCALE_A (M,), SCALE_B (N,); with COLUMNS, not 0 (which divides K, and BK it; epilogue "none") SCALE_A (K / COLUMNS, M), a
+    scale for so many columns of a row of A.
 
     "none": z
     "gelu": PRE = z, C = gelu(z), and gelu(z) in fp8 as Q with SCALE
@@ -54,7 +54,7 @@ def fp8_linear_kernel(
     in_m, in_n = rm < M, rn < N
     a_ptr = A + rm.to(tl.int64)[:, None] * K + rk[None, :]
     b_ptr = B + rn.to(tl.int64)[None, :] * K + rk[:, None]
-    tl.static_assert(not GROUPED or COLUMNS % BK == 0)
+    tl.static_assert(COLUMNS % BK == 0)
     z = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
         if EVEN_K:
@@ -64,7 +64,7 @@ def fp8_linear_kernel(
             a = tl.load(a_ptr, mask=in_m[:, None] & (k + rk < K)[None, :], other=0.0)
             b = tl.load(b_ptr, mask=in_n[None, :] & (k + rk < K)[:, None], other=0.0)
         # The limit keeps the compiler from folding this sum into the tensor core's.
-        if GROUPED:
+        if COLUMNS:
             group = tl.full([], k // COLUMNS, tl.int64)
             scale = tl.load(SCALE_A + group * M + rm, mask=in_m, other=0.0)
             z += tl.dot(a, b, max_num_imprecise_acc=BK) * scale[:, None]
@@ -72,7 +72,7 @@ def fp8_linear_kernel(
             z += tl.dot(a, b, max_num_imprecise_acc=BK)
         a_ptr += BK
         b_ptr += BK
-    if not GROUPED:
+    if not COLUMNS:
         z *= tl.load(SCALE_A + rm, mask=in_m, other=0.0)[:, None]
     z *= tl.load(SCALE_B + rn, mask=in_n, other=0.0)[None, :]
     mask, out = in_m[:, None] & in_n[None, :], rm.to(tl.int64)[:, None] * N + rn[None, :]

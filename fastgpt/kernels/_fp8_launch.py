@@ -1,7 +1,7 @@
 """How the matmuls and quantisers of fused_fp8.py are run. 2-d tensors only.
 
 A tensor in fp8 is a pair: its values (M, K), contiguous, and in fp32 either ``stats`` (2, M), the scales and norms of its rows,
-or ``scale`` (K / 64, M), one for every 64 columns of a row (_fp8_rows.py).
+or ``scale`` (groups, M), one for every K / groups columns of a row (_fp8_rows.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ from torch import Tensor
 
 from fastgpt.kernels import runtime
 from fastgpt.kernels._fp8_kernels import CHUNK, fp8_linear_kernel, fp8_quantise_kernel, fp8_sweep_kernel
-from fastgpt.kernels._fp8_rows import GROUP
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 """Formats of activations and weights, and of gradients (Micikevicius et al. 2022)."""
-COLUMNS = GROUP.value
-"""Columns of a row that share a scale in a ``Grouped`` tensor."""
 MULTIPLE = 16
 """Rows of fp8 must begin at multiples of so many bytes, for the kernel's wide reads and for torch._scaled_mm alike."""
 
@@ -44,6 +41,11 @@ class Grouped(NamedTuple):
 
     values: Tensor
     scale: Tensor
+
+    @property
+    def columns(self) -> int:
+        """Of a row, that share a scale."""
+        return self.values.shape[-1] // self.scale.shape[0]
 
 
 @lru_cache
@@ -82,14 +84,16 @@ def engine(device: torch.device) -> str:
     return "scaled_mm" if device.type == "cuda" and capability(device)[0] == 9 else "triton"
 
 
-def config(M: int, N: int, halved: bool = False) -> dict[str, int]:
+def config(M: int, N: int, *, halved: bool = False, chunk: int = CHUNK) -> dict[str, int]:
     """Tiles of the matmul. Nothing but the interpreter's depends on the shape. In 8 warps 128 x 128 hold a tile and a chunk
     of its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120. ``halved``: for erf, which would
-    spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an SM of sm_89."""
+    spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an SM of sm_89.
+    ``chunk`` of K is read, and summed, at a time; as many bytes are on their way whatever it is."""
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
         m, n = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N))
-        return {"BM": m, "BN": n, "BK": CHUNK, "GROUP": 8, "num_warps": 4, "num_stages": 1}
-    return {"BM": 64 if halved else 128, "BN": 128, "BK": CHUNK, "GROUP": 8, "num_warps": 8, "num_stages": 4}
+        return {"BM": m, "BN": n, "BK": chunk, "GROUP": 8, "num_warps": 4, "num_stages": 1}
+    stages = 4 * CHUNK // chunk
+    return {"BM": 64 if halved else 128, "BN": 128, "BK": chunk, "GROUP": 8, "num_warps": 8, "num_stages": stages}
 
 
 def new(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Fp8:
@@ -98,9 +102,11 @@ def new(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.d
     return Fp8(values, torch.empty(2, math.prod(shape[:-1]), dtype=torch.float32, device=device))
 
 
-def new_grouped(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Grouped:
-    """The same with a scale for every 64 of K."""
-    scale = torch.empty(shape[-1] // COLUMNS, math.prod(shape[:-1]), dtype=torch.float32, device=device)
+def new_grouped(
+    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device, columns: int
+) -> Grouped:
+    """The same with a scale for so many ``columns``, a divisor of K."""
+    scale = torch.empty(shape[-1] // columns, math.prod(shape[:-1]), dtype=torch.float32, device=device)
     return Grouped(torch.empty(shape, dtype=dtype, device=device), scale)
 
 
@@ -129,13 +135,13 @@ def _launch(
     q: Fp8 | None = None, erf: bool = False,
 ) -> None:  # fmt: skip
     (M, K), N = a.values.shape, b.values.shape[0]
-    grouped = isinstance(a, Grouped)
-    cfg = config(M, N, erf or grouped)
+    columns = a.columns if isinstance(a, Grouped) else 0
+    cfg = config(M, N, halved=erf or columns > 0, chunk=columns or CHUNK)
     with runtime.device_guard(out):
         fp8_linear_kernel[(triton.cdiv(M, cfg["BM"]) * triton.cdiv(N, cfg["BN"]),)](
             a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out,
             *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0,
-            GROUPED=grouped, **cfg,
+            COLUMNS=columns, **cfg,
         )  # fmt: skip
 
 
@@ -156,7 +162,7 @@ def _scaled_mm(a: Fp8, b: Fp8, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul(a: Fp8 | Grouped, b: Fp8, bias: Tensor | None = None) -> Tensor:
-    """a b^T + bias: (M, N) in bf16. torch._scaled_mm has no scales for 64 columns of a row."""
+    """a b^T + bias: (M, N) in bf16. torch._scaled_mm has no scales for groups of columns."""
     if isinstance(a, Fp8) and engine(a.values.device) == "scaled_mm":
         return _scaled_mm(a, b, bias)
     out = a.values.new_empty(a.values.shape[0], b.values.shape[0], dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Rounding rows to fp8, each with a scale of its own, inside whichever kernel has the whole row; or groups of 64 columns.
+"""Rounding rows to fp8, each with a scale of its own, inside whichever kernel has the whole row; or groups of columns.
 
 For a row x, with F the largest number of the format (448 in e4m3, 57,344 in e5m2; Micikevicius et al. 2022)::
 
@@ -7,9 +7,9 @@ For a row x, with F the largest number of the format (448 in e4m3, 57,344 in e5m
 Scales are worked out where the row is made and never leave the device: no history, no wait for the host. The norm that comes
 with them, scale * ||q||, lets the next matmul scale its own result before it knows it (_fp8_kernels.py).
 
-A program of attention has the columns of one head only. What it makes gets a scale for every 64 columns of a row in the same
-way, which the matmul applies where it adds up its sums over these columns. DeepSeek-AI 2024 (arXiv 2412.19437, section 3.3)
-scale 1 x 128 groups so.
+A program of attention has the columns of one head only. What it makes gets a scale for every ``group_size`` columns of a row
+in the same way, which the matmul applies where it adds up its sums over these columns. DeepSeek-AI 2024 (arXiv 2412.19437,
+section 3.3) scale 1 x 128 groups so.
 
 inf and NaN arrive. A row that holds one becomes NaN there, and inf makes its scale inf, so that every sum over the row is
 inf or NaN: nothing here turns one into a finite number, although conversions to fp8 saturate on the chip.
@@ -20,8 +20,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GROUP = tl.constexpr(64)
-"""Columns that have a scale of their own, where a row has no single one."""
+
+@triton.constexpr_function
+def group_size(D):
+    """Columns of a head of D that share a scale: as many as a matmul sums before it adds up in fp32, or, where the head has no
+    whole number of these, as many as one fp8 instruction of the tensor cores sums. 0 where it has no whole number of these."""
+    return 64 if D % 64 == 0 else 32 if D % 32 == 0 else 0
 
 
 @triton.jit
@@ -58,10 +62,11 @@ def quantise_rows(x, rows, row_mask, at, mask, Q, SCALE, NORM):
 
 @triton.jit
 def quantise_groups(x, q, mask, scales, row_mask, stride, D: tl.constexpr, COLS: tl.constexpr):
-    """Write whole groups x (ROWS, COLS), fp32, of which D columns exist, a multiple of 64: x in fp8 at the pointers ``q``, and
-    the scales of the i-th group at the pointers ``scales`` (ROWS,) + i ``stride``."""
-    group = tl.arange(0, COLS)[None, :] // GROUP
-    for i in tl.static_range(D // GROUP):
+    """Write whole groups x (ROWS, COLS), fp32, of which D columns exist: x in fp8 at the pointers ``q``, and the scales of the
+    i-th group at the pointers ``scales`` (ROWS,) + i ``stride``."""
+    size: tl.constexpr = group_size(D)
+    group = tl.arange(0, COLS)[None, :] // size
+    for i in tl.static_range(D // size):
         scale = row_scale(tl.max(tl.where(group == i, tl.abs(x), 0.0), axis=1), q)
         x = tl.where(group == i, scaled_down(x, scale), x)
         tl.store(scales + i * stride, scale, mask=row_mask)

@@ -15,12 +15,12 @@ Who quantises what, and what it costs (bytes per element of the tensor, besides 
     x of c_attn, c_fc           the norm, which has whole rows                        1 written
     gelu(z), and its gradient   the matmul that makes them, by a bound on the row     1 written
     dy of both c_proj           the norm's backward                                   1 written
-    x of attention's c_proj     attention, with a scale per 64 columns of a row       1 written
+    x of attention's c_proj     attention, with a scale per group of columns          1 written
     dy of c_attn                attention's backward, the same                        1 written
     weights, both ways round    once per optimizer step, from the fp32 master         10 in all, instead of 2 for the copy
 
-Heads of a dimension that 64 does not divide have no such groups: what attention gives and takes is then quantised by a pass
-of its own, 12 bytes per token and C in each layer.
+A group is 64 columns of a head, or 32. Heads of a dimension that 32 does not divide have none: an fp8 product of the tensor
+cores sums 32. What attention gives and takes is then quantised by a pass of its own, 12 bytes per token and C in each layer.
 
 inf and NaN reach the gradients: _fp8_rows.py. A layer whose sizes are no multiples of 16, and every layer without gradients
 (evaluation, sampling), runs in bf16.

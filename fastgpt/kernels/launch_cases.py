@@ -302,7 +302,7 @@ def fp8_cases() -> Iterator[Case]:
     for C in (48, 768, 1024, 1600, 4096):
         yield f"fp8 C{C} all options", partial(_fp8, C, **everything)
     yield "fp8 C768 bias", partial(_fp8, 768, bias=True)
-    for D in (64, 128, 256):
+    for D in (32, 64, 96, 128, 256):
         yield f"fp8 attention D{D}", partial(_fp8_attention, D)
         yield (
             f"fp8 attention D{D} all options",

@@ -16,7 +16,7 @@ formats = pytest.mark.parametrize("dtype", [FORWARD, GRADIENT], ids=["e4m3", "e5
 
 def small_tiles(monkeypatch) -> None:
     tiles = {"BM": 16, "BN": 32, "BK": 32, "GROUP": 2, "num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(launch, "config", lambda *_: tiles)
+    monkeypatch.setattr(launch, "config", lambda *_, **__: tiles)
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Fp8:
@@ -27,15 +27,15 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Fp8:
     return Fp8(values, torch.stack([scale, values.float().norm(dim=1) * scale]))
 
 
-def rounded_in_groups(x: Tensor, dtype: torch.dtype) -> Grouped:
-    """x (M, K) in fp8 with a scale per 64 columns of a row, in the same way."""
+def rounded_in_groups(x: Tensor, dtype: torch.dtype, columns: int = 64) -> Grouped:
+    """x (M, K) in fp8 with a scale for so many columns of a row, in the same way."""
     M, K = x.shape
-    groups = rounded(x.reshape(M * K // 64, 64), dtype)
-    return Grouped(groups.values.view(M, K), groups.scale.view(M, K // 64).t().contiguous())
+    groups = rounded(x.reshape(M * K // columns, columns), dtype)
+    return Grouped(groups.values.view(M, K), groups.scale.view(M, K // columns).t().contiguous())
 
 
 def dequantised(form: Fp8 | Grouped) -> Tensor:
-    scale = form.scale[:, None] if isinstance(form, Fp8) else form.scale.t().repeat_interleave(64, dim=1)
+    scale = form.scale[:, None] if isinstance(form, Fp8) else form.scale.t().repeat_interleave(form.columns, dim=1)
     return form.values.double() * scale.double()
 
 
@@ -220,18 +220,19 @@ def test_nothing_is_written_outside_the_results(device, monkeypatch):
 
 @formats
 @pytest.mark.parametrize("tiles", ["small", "shipped"])
-@pytest.mark.parametrize("M, N, K", [(1, 16, 64), (37, 48, 192), (70, 160, 128)])
-def test_a_product_with_scales_of_groups_is_that_of_its_operands(device, M, N, K, tiles, dtype, monkeypatch):
+@pytest.mark.parametrize("M, N, K, columns", [(1, 16, 64, 64), (37, 48, 192, 64), (70, 160, 128, 64), (37, 48, 96, 32)])
+def test_a_product_with_scales_of_groups_is_that_of_its_operands(device, M, N, K, columns, tiles, dtype, monkeypatch):
     if tiles == "small":
         small_tiles(monkeypatch)
     # torch has no such scales, so Triton multiplies where others are torch's
     monkeypatch.setattr(launch, "engine", lambda _: "scaled_mm")
     monkeypatch.setattr(torch, "_scaled_mm", None)
-    octaves = torch.randint(-20, 20, (M, K // 64), device=device).repeat_interleave(64, dim=1)
-    a = rounded_in_groups(torch.randn(M, K, device=device) * 2.0**octaves, dtype)
+    octaves = torch.randint(-20, 20, (M, K // columns), device=device).repeat_interleave(columns, dim=1)
+    a = rounded_in_groups(torch.randn(M, K, device=device) * 2.0**octaves, dtype, columns)
     b = launch.quantise_weight(torch.randn(N, K, device=device) / 8)[0]
     # Groups of every magnitude: what is left of cancellation is held against the largest group's part.
-    parts = dequantised(a).unflatten(1, (-1, 64)).movedim(1, 0) @ dequantised(b).unflatten(1, (-1, 64)).permute(1, 2, 0)
+    a64, b64 = (dequantised(form).unflatten(1, (-1, columns)) for form in (a, b))
+    parts = a64.movedim(1, 0) @ b64.permute(1, 2, 0)
     exact, largest = parts.sum(0), parts.abs().amax(0)
     found = launch.matmul(a, b)
     assert ((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-5 * largest).all()
