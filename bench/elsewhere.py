@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from fastgpt import hardware
-from fastgpt.config import load_preset, preset_names
+from fastgpt.config import EXPERIMENTAL, load_preset, preset_names
 from fastgpt.errors import UserError
 from fastgpt.hardware import Gpu
 
 KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
 TOKENS_PER_STEP = 524288
 """Of the two real runs; a step of about as many for other batch geometries."""
-AUDITED = "^step gpt2-124m bf16$"
+AUDITED = "step gpt2-124m {precision}"
 """The step whose kernels are compiled: all of them take minutes (python -m bench.audit)."""
 
 
@@ -27,8 +27,9 @@ def target(name: str) -> Gpu:
     return gpu
 
 
-def projection(model: str | None, gpu: Gpu) -> dict[str, Any]:
-    """One step of a preset (GPT-2 124M if ``model`` is none of them) on every kind of kernels, in bf16."""
+def projection(model: str | None, gpu: Gpu, precision: str = "bf16") -> dict[str, Any]:
+    """One step of a preset (GPT-2 124M if ``model`` is none of them) on every kind of kernels, in bf16; and on ours in
+    ``precision``, if that is an experimental one."""
     from fastgpt.flops import Shape
     from fastgpt.projection import project
 
@@ -37,15 +38,16 @@ def projection(model: str | None, gpu: Gpu) -> dict[str, Any]:
     batch, T = config.data.batch_size, config.model.block_size
     tokens = max(1, round(TOKENS_PER_STEP / (batch * T))) * batch * T
     shape = Shape.of(config.model)
+    rest: dict[str, Any] = {"micro_batch": batch, "tokens_per_step": tokens, "dropout": config.model.dropout}
+    steps = {kernels: (kernels, "bf16") for kernels in KERNELS}
+    if precision in EXPERIMENTAL:
+        steps[f"triton {precision}"] = ("triton", precision)
     variants: dict[str, Any] = {}
-    for kernels in KERNELS:
+    for name_of_step, (kernels, used) in steps.items():
         try:
-            found = project(
-                shape, gpu, kernels=kernels, micro_batch=batch, tokens_per_step=tokens, dropout=config.model.dropout
-            )
-            variants[kernels] = found.to_json()
-        except UserError as error:  # a card without bf16
-            variants[kernels] = {"error": str(error)}
+            variants[name_of_step] = project(shape, gpu, kernels=kernels, precision=used, **rest).to_json()
+        except UserError as error:  # a card without the arithmetic
+            variants[name_of_step] = {"error": str(error)}
     return {
         "gpu": gpu.name,
         "model": name,
@@ -56,15 +58,19 @@ def projection(model: str | None, gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def audit(gpu: Gpu) -> dict[str, Any]:
-    """The kernels of a GPT-2 124M step, compiled for this GPU in a process of its own: rows of bench.audit."""
+def audit(gpu: Gpu, precision: str = "bf16") -> dict[str, Any]:
+    """The kernels of a GPT-2 124M step in bf16, or in an experimental precision, compiled for this GPU in a process of its own:
+    rows of bench.audit."""
     from bench import audit as auditor
 
-    found: dict[str, Any] = {"gpu": gpu.name, "arch": gpu.arch, "cases": AUDITED.strip("^$")}
+    case = AUDITED.format(precision=precision if precision in EXPERIMENTAL else "bf16")
+    found: dict[str, Any] = {"gpu": gpu.name, "arch": gpu.arch, "cases": case}
     try:
-        report = auditor.run(auditor.target(None, gpu.name), only=AUDITED, shard=None)
+        report = auditor.run(auditor.target(None, gpu.name), only=f"^{case}$", shard=None)
     except (UserError, RuntimeError, OSError) as error:  # an architecture that Triton does not compile for, no ptxas
         return found | {"error": str(error).splitlines()[0][:300]}
+    if not report.rows:
+        return found | {"error": f"{gpu.name} cannot run {case}"}
     return found | {"triton": report.triton, "rows": report.rows, "failures": report.failures}
 
 
@@ -83,6 +89,7 @@ def projection_notes(found: dict[str, Any]) -> list[str]:
             f"Calibration error {100 * known[0]['calibration_error']:.1f}%: fitted on one of two real RTX 4070 runs, the other "
             "one predicted (python -m bench.project). Low and high are an interval, not a guarantee."
         )
+        notes.append("MFU: " + "; ".join(dict.fromkeys(f"{v['precision']}: {v['mfu_of']}" for v in known)) + ".")
     return notes
 
 

@@ -5,8 +5,9 @@
 
 Most important first: the parity tests on the GPU; each kernel beside its peers; whole training steps of GPT-2 124M and 40M,
 eager, compiled and triton, in the precisions that the card gains from, also under a 12 GB cap (and of 350M and XL where 80 GB
-are); the profile of a step, operation by operation (bench.mfu); the step with each fusion off (bench.ablation); peak memory,
-predicted and measured (bench.memory); and every time beside what the projection says of it (bench.project).
+are); the profile of a step, operation by operation (bench.mfu), in bf16 and, while there is time, in those precisions; the step
+with each fusion off (bench.ablation); peak memory, predicted and measured (bench.memory); and every time beside what the
+projection says of it (bench.project).
 
 Each runs in processes of its own, with a share of the time; results.json, results.md and steps.png in DIR are rewritten
 after every one, so whatever cuts the run short costs only what was running. The times also go to bench/results/.
@@ -31,7 +32,7 @@ from bench import report, results
 from bench.entries import ENTRIES
 from bench.session import Session, json_in, last_json, read_json
 from fastgpt import cli, hardware
-from fastgpt.config import load_preset
+from fastgpt.config import EXPERIMENTAL, load_preset
 from fastgpt.env import environment
 from fastgpt.errors import UserError
 from fastgpt.memory import memory
@@ -39,6 +40,10 @@ from fastgpt.memory import memory
 CAP_GB = 12.0
 STEP_TOLERANCE = 0.02
 """Largest difference between the first loss of a variant and that of plain PyTorch in bf16, same weights and tokens."""
+
+SHORTEST, SHORTEST_STEP = 8.0, 25.0
+"""Seconds that no stage, and no training step or its profile, is worth starting in less than."""
+LATE = "skipped: the time budget is used up"
 
 TESTS = (
     "tests/kernels",
@@ -71,6 +76,8 @@ VARIANTS = {
     "compile max-autotune": Variant("eager", "max-autotune-no-cudagraphs"),
 }
 MAIN = ("eager", "triton", "triton+graphs", "compile", "triton+compile")
+FAST = ("triton fp8", "triton fp16-fast")
+"""The variants in experimental precisions: for cards that gain from them."""
 LARGE_GB = 70
 """From here on a card also runs 350M and XL, and all presets in larger micro-batches."""
 
@@ -117,7 +124,7 @@ def run_kernels(session: Session, limit: float) -> None:
         arguments += ["--keep-roofs"] if "kernels" in session.results else []
         log, left = f"kernels-{name}.log", deadline - time.monotonic()
         if left < 10:
-            found = _unfinished(name, "skipped: the time budget is used up")
+            found = _unfinished(name, LATE)
         else:
             (folder / "kernels.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
             _, finished = session.child("bench.kernels", *arguments, log=log, limit=left)
@@ -133,11 +140,16 @@ def _unfinished(name: str, reason: str) -> dict[str, Any]:
     return {"entries": [{"name": name, "shape": "", "parity": reason, "variants": {}}]}
 
 
+def gaining(gpu: hardware.Gpu | None) -> list[str]:
+    """Those of FAST whose precision is faster on ``gpu`` than bf16, most important first."""
+    return [variant for variant in FAST if hardware.gains(VARIANTS[variant].precision, gpu)]
+
+
 def step_plan(total_memory: int, gpu: hardware.Gpu | None) -> Iterator[tuple[str, str, float]]:
     """(preset, variant, cap in GB), most important first. Where the card itself has 12 GB there is nothing to cap; a
     precision that gains nothing on ``gpu`` is left out."""
     large = total_memory > 1e9 * LARGE_GB
-    fast = [name for name in ("triton fp8", "triton fp16-fast") if hardware.gains(VARIANTS[name].precision, gpu)]
+    fast = gaining(gpu)
     for preset in ("gpt2-124m", "gpt2-40m"):
         yield from ((preset, variant, 0.0) for variant in (*MAIN, *fast))
     if large:
@@ -169,8 +181,8 @@ def run_step(session: Session, preset: str, variant: str, cap_gb: float, batch_s
     while True:
         step: dict[str, Any] = {"preset": preset, "variant": variant, "cap_gb": cap_gb}
         step |= {"batch_size": batch_size, "grad_accum": grad_accum}
-        if session.left < 25:
-            return step | {"error": "skipped: the time budget is used up"}
+        if session.left < SHORTEST_STEP:
+            return step | {"error": LATE}
         arguments = ["--preset", preset, "--kernels", how.kernels, "--compile", how.compile, "--cap-gb", str(cap_gb)]
         arguments += ["--batch-size", str(batch_size), "--grad-accum", str(grad_accum), "--seconds", "4"]
         arguments += ["--cuda-graphs", how.cuda_graphs, "--precision", how.precision]
@@ -220,18 +232,38 @@ def run_steps(session: Session, limit: float) -> None:
 
 
 def run_profile(session: Session, limit: float) -> None:
-    """bench.mfu: where the time of a GPT-2 124M step goes. Its report stays in DIR/profile."""
-    folder = session.out / "profile"
-    (folder / "mfu.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
-    arguments = ["--model", "gpt2-124m", "--backends", "eager,compile,triton", "--steps", "5", "--device", "cuda"]
-    _, finished = session.child("bench.mfu", *arguments, "--out", str(folder), log="profile.log", limit=limit)
-    found = read_json(folder / "mfu.json")
-    if found is None:
-        session.results["profile"] = {"error": _reason("profile.log", finished)}
+    """bench.mfu: where the time of a GPT-2 124M step goes; in bf16, then in each precision that the card gains from, for which
+    there is time. The reports stay in DIR/profile."""
+    deadline = time.monotonic() + limit
+    for earlier in (session.out / "profile").rglob("mfu.json"):
+        earlier.unlink()  # an earlier run's must not pass for this one's
+    profile = session.results["profile"] = _profiled(session, "profile", "bf16", "eager,compile,triton", limit)
+    if "error" in profile:
         return
-    session.results["profile"] = {
-        "file": "profile/mfu.json",
-        "report": "profile/report.html",
+    for variant in gaining(hardware.present(torch.device("cuda"))):
+        session.save()
+        precision, left = VARIANTS[variant].precision, deadline - time.monotonic()
+        if left < SHORTEST_STEP:
+            profile["backends"][variant] = {"error": LATE}
+            continue
+        found = _profiled(session, f"profile/{precision}", precision, "triton", left)
+        profile["backends"][variant] = found if "error" in found else found["backends"]["triton"]
+        if "error" not in found:
+            profile |= {key: f"{profile[key]}, {found[key]}" for key in ("file", "report")}
+
+
+def _profiled(session: Session, folder: str, precision: str, backends: str, limit: float) -> dict[str, Any]:
+    """bench.mfu in one precision: where its files are, and the time of each backend; or why there is none."""
+    arguments = ["--model", "gpt2-124m", "--precision", precision, "--backends", backends, "--steps", "5"]
+    arguments += ["--device", "cuda", "--out", str(session.out / folder)]
+    log = folder.replace("/", "-") + ".log"
+    _, finished = session.child("bench.mfu", *arguments, log=log, limit=limit)
+    found = read_json(session.out / folder / "mfu.json")
+    if found is None:
+        return {"error": _reason(log, finished)}
+    return {
+        "file": f"{folder}/mfu.json",
+        "report": f"{folder}/report.html",
         "backends": {
             name: {key: backend[key] for key in ("ms", "iqr_ms", "error") if key in backend}
             for name, backend in found["backends"].items()
@@ -261,22 +293,27 @@ def run_memory(session: Session, limit: float) -> None:
 
 
 def run_projection(session: Session, limit: float) -> None:
-    """bench.project on what was just measured: the steps and kernels, and the profile's operations."""
+    """bench.project on what was just measured: the steps and kernels, and the profiles' operations."""
+    deadline = time.monotonic() + limit
     found: dict[str, Any] = {"pairs": []}
     session.save()
-    for name in ("results.json", "profile/mfu.json"):
-        if not (session.out / name).exists():
-            continue
-        log = f"projection-{Path(name).stem}.log"
+    measured = {"results.json": "", "profile/mfu.json": ""} | {
+        f"profile/{mode}/mfu.json": mode for mode in EXPERIMENTAL
+    }
+    files = [name for name in measured if (session.out / name).exists()]
+    for done, name in enumerate(files):
+        log = f"projection-{Path(name).with_suffix('').as_posix().replace('/', '-')}.log"
         arguments = ("--measured", str(session.out / name), "--json")
-        output, finished = session.child("bench.project", *arguments, log=log, limit=limit / 2)
+        share = (deadline - time.monotonic()) / (len(files) - done)
+        output, finished = session.child("bench.project", *arguments, log=log, limit=share)
         answer = json_in(output)
         if answer is None:
             last = output.strip().splitlines()[-1:]
             found.setdefault("errors", []).append(f"{name}: {last[0] if last else _reason(log, finished)}")
         else:
             found["calibration_error"] = answer.get("calibration_error")
-            found["pairs"] += [pair for pair in answer["pairs"] if pair not in found["pairs"]]
+            pairs = [pair | {"variant": f"{pair['variant']} {measured[name]}".strip()} for pair in answer["pairs"]]
+            found["pairs"] += [pair for pair in pairs if pair not in found["pairs"]]
     session.results["projection"] = found
 
 
@@ -303,8 +340,6 @@ STAGES = (
     Stage("memory", run_memory, 0.06, "bench.memory"),
     Stage("projection", run_projection, 0.05, "bench.project"),
 )
-SHORTEST = 8.0
-"""Seconds that no stage is worth starting in less than."""
 
 
 def run_stages(session: Session, stages: Sequence[Stage], budget: float) -> None:
@@ -315,7 +350,7 @@ def run_stages(session: Session, stages: Sequence[Stage], budget: float) -> None
         if find_spec(stage.module) is None:
             session.results[stage.name] = {"error": f"skipped: {stage.module} is not here"}
         elif session.left < SHORTEST:
-            session.results[stage.name] = {"error": "skipped: the time budget is used up"}
+            session.results[stage.name] = {"error": LATE}
         else:
             try:
                 stage.run(session, session.left)

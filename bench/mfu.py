@@ -5,6 +5,7 @@
     python -m bench.mfu --model gpt2-40m --batch 16         another preset, another micro-batch
     python -m bench.mfu --model L6H6C384T256V50304          a shape: layers, heads, width, tokens, vocabulary
     python -m bench.mfu --backends eager,triton --steps 20  only these, timed longer
+    python -m bench.mfu --precision fp8                     our kernels in fp8, which is experimental; so is fp16-fast
     python -m bench.mfu --json > step.json                  the figures for another program
     python -m bench.mfu --from runs/mfu/mfu.json            draw the report of an earlier run again
 
@@ -23,10 +24,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fastgpt import cli, device, flops
-from fastgpt.config import ModelConfig, load_preset, preset_names
+from fastgpt.config import EXPERIMENTAL, ModelConfig, Precision, load_preset, preset_names
 from fastgpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.mfu", 1
 NAMES = ("eager", "compile", "compile-max-autotune", "triton", "triton+compile")
+OURS = ("triton", "triton+compile")
+"""The only ones that have the experimental precisions."""
 SMALL = "L2H6C192T128V1024"
 """What a CPU profiles: large enough that matmuls dominate, small enough for a step in a tenth of a second."""
-TINY = "L1H2C32T32V160"
-"""What the interpreter profiles."""
+TINY = "L1H2C128T32V160"
+"""What the interpreter profiles. Heads of 64, as GPT-2's: the kernels of fp8 depend on it."""
 SHAPE = re.compile(r"[LHCTV]\d+(?:[-_ ,]?[LHCTV]\d+){4}", re.IGNORECASE)
 
 
@@ -53,10 +56,14 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--seq", type=int, help="tokens per sequence (default: the model's)")
     out.add_argument("--grad-accum", type=int, help="micro-batches per step (default: 4; on a CPU 1)")
     out.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: fp32 on a CPU, bf16 on a GPU"
+        "--precision",
+        choices=get_args(Precision),
+        default="auto",
+        help="auto: fp32 on a CPU, bf16 on a GPU. fp16-fast and fp8 are experimental, and our kernels' alone",
     )
     out.add_argument(
-        "--backends", help=f"comma-separated, of {', '.join(NAMES)} (default: all; on a CPU eager,compile,triton)"
+        "--backends",
+        help=f"comma-separated, of {', '.join(NAMES)} (default: all that have the precision; on a CPU of eager,compile,triton)",
     )
     out.add_argument("--steps", type=int, default=10, help="timed steps of each backend (default: 10)")
     out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -89,7 +96,13 @@ def main(argv: list[str] | None = None) -> int:
     else:
         mfu_tables.show(result)
         print(f"The report is {args.out / 'report.html'}; figures and traces are beside it.")
-    return 0 if any("ms" in backend for backend in result["backends"].values()) else 1
+    return 0 if succeeded(result) else 1
+
+
+def succeeded(result: dict[str, Any]) -> bool:
+    """Whether anything was timed; where there was nothing to time, whether the interpreter got through."""
+    timed = [backend for backend in result["backends"].values() if "ms" in backend]
+    return bool(timed) or (not result["backends"] and "rows" in (result["interpreted"] or {}))
 
 
 # ---------------------------------------------------------------- what is asked for
@@ -107,14 +120,19 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def backends(text: str | None, device_type: str) -> list[str]:
-    """The backends of ``--backends``, in order, none twice. Raises UserError for an unknown one."""
+def backends(text: str | None, device_type: str, precision: str = "auto") -> list[str]:
+    """The backends of ``--backends``, in order, none twice. Raises UserError for an unknown one, and for one that does not have
+    the precision."""
     if text is None:
         return list(NAMES) if device_type == "cuda" else ["eager", "compile", "triton"]
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in NAMES:
             raise UserError(f"backends has {name!r}: it can hold {', '.join(NAMES)}")
+        if precision in EXPERIMENTAL and name not in OURS:
+            raise UserError(
+                f"backends has {name!r}, which does not have precision {precision!r}: {' and '.join(OURS)} have it"
+            )
     if not names:
         raise UserError(f"backends is empty: name some of {', '.join(NAMES)}")
     return names
@@ -134,9 +152,9 @@ def model(text: str, device_type: str) -> tuple[ModelConfig, int]:
     return preset.model, preset.data.batch_size
 
 
-def setup_of(args: argparse.Namespace, where: torch.device) -> Setup:
+def setup_of(args: argparse.Namespace, where: torch.device, precision: str) -> Setup:
+    """``precision``: as it is in force on this device."""
     from bench.step_profile import Setup
-    from fastgpt.training.step import precision_for
 
     on_cpu = where.type == "cpu"
     name = args.model or (SMALL if on_cpu else "gpt2-124m")
@@ -153,7 +171,7 @@ def setup_of(args: argparse.Namespace, where: torch.device) -> Setup:
         config = replace(config, block_size=args.seq)
     if config.vocab_size > 2**16:
         raise UserError(f"vocab_size is {config.vocab_size}: token files hold 16 bits, so it can be at most {2**16}")
-    return Setup(name, config, batch, accum, precision_for(args.precision, where))
+    return Setup(name, config, batch, accum, precision)
 
 
 # ---------------------------------------------------------------- measuring
@@ -163,11 +181,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that ends up in mfu.json."""
     # Checked before torch.compile or triton are imported: bad input costs no seconds.
     present = device.present() if args.device == "auto" else args.device
-    names = backends(args.backends, present)
+    names = backends(args.backends, present, args.precision)
     where = device.pick(args.device, "triton" if "triton" in names else "eager")
-    setup = setup_of(args, where)
     if where.type == "cpu" and "triton+compile" in names:
         raise UserError("backends has 'triton+compile', which needs a CUDA GPU: use triton (interpreted here)")
+    precision, notes = in_force(args.precision, where)
+    if precision in EXPERIMENTAL and args.backends is None:
+        without = [name for name in names if name not in OURS]
+        names = [name for name in names if name in OURS]
+        notes.append(f"{', '.join(without[:-1])} and {without[-1]} are left out: they do not have {precision}")
+    setup = setup_of(args, where, precision)
 
     from bench import elsewhere, step_profile
     from fastgpt import hardware
@@ -182,12 +205,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     ceilings = hardware.measured_ceilings(where)
     timed = [name for name in names if where.type == "cuda" or name != "triton"]
     gpu = hardware.present(where)
+    config, _ = model(TINY, "cpu")
+    tiny = step_profile.Setup(TINY, config, 2, 1, precision)
+    if not timed:
+        setup = tiny
+        notes.append(
+            f"nothing is timed: our kernels need a GPU for that; what they do is shown interpreted, with {TINY}"
+        )
     result: dict[str, Any] = {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "status": "measured",
         "environment": environment(where),
         "setup": setup.to_json(),
+        "notes": notes,
         "ceilings": asdict(ceilings),
         "nominal": None if gpu is None else gpu.to_json(),
         "backends": step_profile.measure(
@@ -206,19 +237,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     if where.type == "cpu" and "triton" in names:
         say("triton: one step of a tiny model in the interpreter")
-        config, _ = model(TINY, "cpu")
-        tiny = step_profile.Setup(TINY, config, 2, 1, "fp32")
         try:
             result["interpreted"] = {"setup": tiny.to_json(), **step_profile.attribution(tiny, traces)}
         except Exception as error:
             result["interpreted"] = {"setup": tiny.to_json(), "error": f"{type(error).__name__}: {error}"[:300]}
     if where.type == "cpu" and not args.no_projection:
         say(f"compiling the kernels of a step for {target.name}")
-        result["audit"] = elsewhere.audit(target)
+        result["audit"] = elsewhere.audit(target, precision)
         say(f"projecting a step on {target.name}")
-        result["projection"] = elsewhere.projection(args.model, target)
+        result["projection"] = elsewhere.projection(args.model, target, precision)
     say("")
     return result
+
+
+def in_force(asked: str, where: torch.device) -> tuple[str, list[str]]:
+    """The precision that is measured, as training would run it, and what there is to say about that."""
+    from fastgpt.training.step import usable_precision
+
+    precision, refused = usable_precision(asked, where, "triton")
+    notes = [] if refused is None else [refused]
+    if precision in EXPERIMENTAL:
+        notes.append(f"precision {precision} is experimental: no GPU has confirmed it yet")
+    return precision, notes
 
 
 def _progress() -> Callable[[str], None]:

@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import elsewhere
+from bench.step_roofs import arithmetics
+from fastgpt.config import EXPERIMENTAL
 from fastgpt.roofline import advice
 
 Cells = list[list[str]]
@@ -29,6 +31,8 @@ TEXT_COLUMNS = frozenset(
     }
 )
 """Columns of words, which stand on the left; all others are figures."""
+
+DOUBLED = frozenset(arithmetics(precision)[0] for precision in EXPERIMENTAL)
 
 INTERPRETED = (
     "Triton's interpreter runs our kernels in Python, one program after the other: which operations the step consists of is "
@@ -71,10 +75,19 @@ def where(result: dict[str, Any]) -> str:
 
 
 def what(setup: dict[str, Any]) -> str:
+    precision = setup["precision"] + (" (experimental)" if setup["precision"] in EXPERIMENTAL else "")
     return (
         f"{setup['model']}, {setup['parameters'] / 1e6:.2f}M parameters, {setup['batch_size']} x {setup['seq']} tokens x "
-        f"{_count(setup['grad_accum'], 'micro-batch', 'es')}, {setup['precision']}"
+        f"{_count(setup['grad_accum'], 'micro-batch', 'es')}, {precision}"
     )
+
+
+def roofs(result: dict[str, Any]) -> str:
+    """Rates of what this step's matmuls are computed in, and of copies."""
+    ceilings = result["ceilings"]
+    rates = {name: ceilings["matmul_tflops"].get(name) for name in arithmetics(result["setup"]["precision"])}
+    matmuls = ", ".join(f"{name} matmul {f'{rate:.3g} TFLOP/s' if rate else 'n/a'}" for name, rate in rates.items())
+    return f"{matmuls}, copy {ceilings['copy_gbs']:.3g} GB/s"
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:
@@ -112,7 +125,7 @@ def speed_cells(result: dict[str, Any]) -> Cells:
 
 
 def mfu_notes(result: dict[str, Any]) -> list[str]:
-    """What each MFU divides by what."""
+    """What each MFU divides by what, and what that is worth."""
     figures: list[dict[str, Any]] = next((b["mfu"] for b in result["backends"].values() if "ms" in b), [])
     notes = []
     for figure in figures:
@@ -122,6 +135,18 @@ def mfu_notes(result: dict[str, Any]) -> list[str]:
             f"MFU {figure['name']}: tokens/s x {figure['flops_per_token'] / 1e6:.4g} MFLOP ({figure['formula']}) / {of} "
             f"({figure['denominator']})"
         )
+    if any(
+        (f["value"] or 0) > 1 for b in result["backends"].values() for f in b.get("mfu", ()) if "measured" in f["name"]
+    ):
+        notes.append(
+            "above 100% of the measured ceiling: the matmul that it was measured with is slower than the step's own"
+        )
+    precision = result["setup"]["precision"]
+    mode, *plain = arithmetics(precision)
+    if notes and plain:
+        notes.append(
+            f"{precision}: part of the step is computed in {plain[0]}, so nothing could reach 100% of the {mode} peak"
+        )
     return notes
 
 
@@ -130,7 +155,8 @@ ACCOUNTED = 0.97
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """A sentence for each backend that could not be measured or profiled, or whose profile leaves too much unnamed."""
+    """A sentence for each backend that could not be measured or profiled, whose profile leaves too much unnamed, or whose steps
+    did less than they should."""
     found = []
     for name, b in result["backends"].items():
         if "error" in b:
@@ -142,6 +168,11 @@ def failures(result: dict[str, Any]) -> list[str]:
             share = percent(b["profile"]["accounted"])
             found.append(
                 f"{name}: only {share} of its profiled step has a name ({ACCOUNTED:.0%} is wanted); not {unnamed}"
+            )
+        if b.get("skipped_steps"):
+            count = _count(b["skipped_steps"], "update")
+            found.append(
+                f"{name}: {count} skipped while it was timed, for a gradient that is not finite: such a step does less"
             )
     return found
 
@@ -155,7 +186,7 @@ def operation_cells(backend: dict[str, Any], *, roofs: bool = True) -> Cells:
         line = [row["name"], str(row["calls"] or "-"), milliseconds(row["ms"]), percent(row["share"])]
         if roofs:
             line += [quantity(row["flops"], "FLOP"), quantity(row["bytes"], "B")]
-            line += [percent(row["achieved"], 0) if row["achieved"] is not None else "-", row["bound"] or "-"]
+            line += [percent(row["achieved"], 0) if row["achieved"] is not None else "-", _roof(row)]
             line += [milliseconds(row["gap_ms"])]
         cells.append(line)
     found = backend["profile"]
@@ -163,12 +194,25 @@ def operation_cells(backend: dict[str, Any], *, roofs: bool = True) -> Cells:
     return [*cells, total + [""] * (len(header) - len(total))]
 
 
+def _roof(row: dict[str, Any]) -> str:
+    """The nearer roof of an operation, and in which arithmetic: a step may have several."""
+    if row["bound"] == "compute" and row.get("arithmetic"):
+        return f"compute, {row['arithmetic']}"
+    return row["bound"] or "-"
+
+
 def help_cells(backend: dict[str, Any], count: int = 8) -> Cells:
     """What would help: the operations furthest from their roof."""
     rows = sorted((row for row in backend["rows"] if row["gap_ms"] > 0), key=lambda row: -row["gap_ms"])
     return [["operation", "gap, ms per step", "what would close it"]] + [
-        [row["name"], milliseconds(row["gap_ms"]), advice(row["name"])] for row in rows[:count]
+        [row["name"], milliseconds(row["gap_ms"]), _advice(row)] for row in rows[:count]
     ]
+
+
+def _advice(row: dict[str, Any]) -> str:
+    """Of a matmul that is at double rate already, without the half that recommends it."""
+    text = advice(row["name"])
+    return text.partition("; double-rate")[0] if row.get("arithmetic") in DOUBLED else text
 
 
 def overhead(backend: dict[str, Any]) -> str:
@@ -180,6 +224,12 @@ def overhead(backend: dict[str, Any]) -> str:
     return f"profiled step: {milliseconds(wall)} ms, {slower} beside the median without profiler"
 
 
+def projected_in(found: dict[str, Any]) -> str:
+    """The precisions of a projection, for its title: ", bf16"."""
+    used = dict.fromkeys(v["precision"] for v in found["variants"].values() if "error" not in v)
+    return "".join(f", {precision}" for precision in used)
+
+
 # ---------------------------------------------------------------- terminal
 
 
@@ -187,7 +237,10 @@ def show(result: dict[str, Any]) -> None:
     """Print everything."""
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(f"\n[bold]{escape(what(result['setup']))}[/]\n{escape(where(result))}", soft_wrap=True)
-    _print(console, "Training step, backends in turns", speed_cells(result))
+    for note in result.get("notes", ()):
+        console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
+    if result["backends"]:
+        _print(console, "Training step, backends in turns", speed_cells(result))
     for note in mfu_notes(result):
         console.print(escape(note), soft_wrap=True)
     for failure in failures(result):
@@ -197,13 +250,11 @@ def show(result: dict[str, Any]) -> None:
             continue
         _print(console, f"{name}: where a step's time goes ({overhead(backend)})", operation_cells(backend))
         _print(console, f"{name}: what would help", help_cells(backend))
-    roofs = result["ceilings"]
-    rate = roofs["matmul_tflops"].get(result["setup"]["precision"])
-    console.print(
-        f"Roofs measured here: {result['setup']['precision']} matmul {f'{rate:.3g}' if rate else 'n/a'} TFLOP/s, copy "
-        f"{roofs['copy_gbs']:.3g} GB/s. FLOPs and bytes are least figures (fastgpt/flops.py); {CACHED}.",
-        soft_wrap=True,
-    )
+    if any("rows" in backend for backend in result["backends"].values()):
+        console.print(
+            f"Roofs measured here: {roofs(result)}. FLOPs and bytes are least figures (fastgpt/flops.py); {CACHED}.",
+            soft_wrap=True,
+        )
     if result.get("interpreted"):
         _show_interpreted(console, result["interpreted"])
     if result.get("audit"):
@@ -230,7 +281,8 @@ def _show_audit(console: Console, found: dict[str, Any]) -> None:
 
 
 def _show_projection(console: Console, found: dict[str, Any]) -> None:
-    _print(console, f"Projected, not measured: {found['model']} on {found['gpu']}", elsewhere.projection_cells(found))
+    title = f"Projected, not measured: {found['model']} on {found['gpu']}{projected_in(found)}"
+    _print(console, title, elsewhere.projection_cells(found))
     for note in elsewhere.projection_notes(found):
         console.print(escape(note), soft_wrap=True)
 

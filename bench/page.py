@@ -48,16 +48,17 @@ def write(result: dict[str, Any], out: Path) -> Path:
 def render(result: dict[str, Any], images: dict[str, bytes]) -> str:
     """The whole page. ``images``: PNG files by name, as pictures.draw names them."""
     parts = [_summary(result)]
-    parts.append("<h2>Backends, in turns</h2>" + _table(tables.speed_cells(result)))
+    if result["backends"]:
+        parts.append("<h2>Backends, in turns</h2>" + _table(tables.speed_cells(result)))
     parts += [f'<p class="warn">failed: {_text(failure)}</p>' for failure in tables.failures(result)]
     parts.append("".join(f'<p class="soft">{_text(note)}</p>' for note in tables.mfu_notes(result)))
-    parts.append(
-        "<h2>Where the time goes</h2>" + _image(images, "time.png", "Stacked bar of a step's time per backend")
-    )
-    for name, backend in result["backends"].items():
-        if backend.get("rows"):
-            parts.append(_backend(name, backend, images))
-    if not images:
+    profiled = {name: backend for name, backend in result["backends"].items() if backend.get("rows")}
+    if profiled:
+        parts.append(
+            "<h2>Where the time goes</h2>" + _image(images, "time.png", "Stacked bar of a step's time per backend")
+        )
+    parts += [_backend(name, backend, images) for name, backend in profiled.items()]
+    if profiled and not images:
         parts.append('<p class="warn">No pictures: matplotlib is not installed (pip install fastgpt[plot]).</p>')
     if result.get("interpreted"):
         parts.append(_interpreted(result["interpreted"]))
@@ -81,9 +82,10 @@ def _summary(result: dict[str, Any]) -> str:
     head = "<h1>How fast is a training step?</h1>"
     head += f"<p>{_text(tables.what(result['setup']))}</p>"
     head += f'<p class="soft">{_text(tables.where(result))}</p>'
+    head += "".join(f'<p class="warn">{_text(note)}</p>' for note in result.get("notes", ()))
     timed = {name: b for name, b in result["backends"].items() if "ms" in b}
     if not timed:
-        return head + '<p class="warn">No backend could be measured.</p>'
+        return head + ('<p class="warn">No backend could be measured.</p>' if result["backends"] else "")
     name, best = min(timed.items(), key=lambda item: item[1]["ms"])
     speed = f"{tables.milliseconds(best['ms'])} ± {tables.milliseconds(best['iqr_ms'])} ms per step, fastest backend: {name}"
     cards = [(f"{best['tokens_per_second']:,.0f} tok/s", speed)]
@@ -126,7 +128,9 @@ def _interpreted(found: dict[str, Any]) -> str:
 
 
 def _projection(found: dict[str, Any]) -> str:
-    head = f'<h2>Projected, not measured: {_text(found["gpu"])}</h2><div class="projected">'
+    head = (
+        f'<h2>Projected, not measured: {_text(found["gpu"] + tables.projected_in(found))}</h2><div class="projected">'
+    )
     head += "".join(f"<p>{_text(note)}</p>" for note in elsewhere.projection_notes(found))
     head += _table(elsewhere.projection_cells(found)) + "<h3>Operations of the projected step</h3>"
     return head + _table(elsewhere.projected_operation_cells(found)) + "</div>"
@@ -140,16 +144,20 @@ def _audit(found: dict[str, Any]) -> str:
 
 
 def _method(result: dict[str, Any]) -> str:
-    ceilings = result["ceilings"]
-    rates = ", ".join(f"{name} {rate:.3g}" for name, rate in ceilings["matmul_tflops"].items() if rate)
     notes = [
-        "Backends take turns, each round beginning with another one; a step is timed by the host's clock with the device "
-        "synchronised at its end. Medians, and the distance of the quartiles.",
         "One step is profiled with torch.profiler (the one of median length of a few). With a GPU, time is what the device "
-        "runs, kernels that overlap counted once; without one it is the self time of the host's operations.",
-        f"Roofs: matmul {rates} TFLOP/s and copy {ceilings['copy_gbs']:.3g} GB/s, measured in this process or on this machine "
-        f"before. FLOPs and bytes are least figures by formula; {tables.CACHED}.",
+        "runs, kernels that overlap counted once; without one it is the self time of the host's operations."
     ]
+    if result["backends"]:
+        notes.insert(
+            0,
+            "Backends take turns, each round beginning with another one; a step is timed by the host's clock with the device "
+            "synchronised at its end. Medians, and the distance of the quartiles.",
+        )
+        notes.append(
+            f"Roofs: {tables.roofs(result)}, measured in this process or on this machine before. FLOPs and bytes are least "
+            f"figures by formula; {tables.CACHED}."
+        )
     rows = [
         ["what", "value"],
         *([key, str(value)] for key, value in result["environment"].items() if value is not None),

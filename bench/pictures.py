@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.mfu_tables import milliseconds, what, where
+from bench.step_roofs import arithmetics
 from fastgpt.operations import LINEARS
 
 GROUPS = {
@@ -132,8 +133,7 @@ def _compute_panel(ax: Any, points: list[tuple[str, float, float, float]], resul
     import numpy as np
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    precision, gbs = result["setup"]["precision"], result["ceilings"]["copy_gbs"]
-    peak = result["ceilings"]["matmul_tflops"].get(precision)
+    roofs, gbs = _roofs(result), result["ceilings"]["copy_gbs"]
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
@@ -142,18 +142,14 @@ def _compute_panel(ax: Any, points: list[tuple[str, float, float, float]], resul
         axis.set_minor_formatter(NullFormatter())
     xs = [x for _, x, _, _ in points] or [1.0]
     ys = [y for _, _, y, _ in points] or [1.0]
-    nominal = ((result.get("nominal") or {}).get("dense_tflops") or {}).get(precision)
-    ridge = 1e3 * (peak or 0) / gbs or xs[0]
+    peaks = [tflops for _, tflops, _, _ in roofs if tflops]
+    ridge = 1e3 * (roofs[0][1] or 0) / gbs or xs[0]
     low, high = min([*xs, ridge]) / 2.5, max([*xs, 3 * ridge]) * 1.6
     x = np.geomspace(low, high, 200)
-    ax.plot(x, np.minimum(x * gbs / 1e3, peak or np.inf), color="black", linewidth=1.6, label="roof, measured here")
-    if nominal:
-        memory = result["nominal"]["memory_gbs"]
-        ax.plot(
-            x, np.minimum(x * memory / 1e3, nominal), color="grey", linestyle="--", linewidth=1.2, label="roof, nominal"
-        )
-    top = max([*ys, peak or 0, nominal or 0]) * 1.6
-    bottom = min([*ys, (peak or max(ys)) / 10]) / 2
+    for label, tflops, bandwidth, line in roofs:
+        ax.plot(x, np.minimum(x * bandwidth / 1e3, tflops or np.inf), label=label, **line)
+    top = max([*ys, *peaks]) * 1.6
+    bottom = min([*ys, min(peaks, default=max(ys)) / 10]) / 2
     largest = max((ms for *_, ms in points), default=1.0)
     # Labels stand in a column on the right, in the order of the points, with lines to them: matmuls crowd under the roof.
     ordered = sorted(points, key=lambda p: p[2])
@@ -177,6 +173,27 @@ def _compute_panel(ax: Any, points: list[tuple[str, float, float, float]], resul
     ax.set_title("matmuls (area: time per step)", loc="left", fontsize=10)
     ax.grid(True, which="major", alpha=0.25)
     ax.legend(loc="lower left", frameon=False, fontsize=9)
+
+
+def _roofs(result: dict[str, Any]) -> list[tuple[str, float | None, float, dict[str, Any]]]:
+    """(name, TFLOP/s or None for bandwidth alone, GB/s, how it is drawn) of what a step computes in: measured, then nominal."""
+    names, ceilings, nominal = arithmetics(result["setup"]["precision"]), result["ceilings"], result.get("nominal")
+    measured = [(name, rate) for name in names if (rate := ceilings["matmul_tflops"].get(name))]
+    roofs: list[tuple[str, float | None, float, dict[str, Any]]] = [
+        (f"{name} roof, measured here", rate, ceilings["copy_gbs"], {"color": "black", "linewidth": width})
+        for (name, rate), width in zip(measured, (1.6, 0.8))
+    ] or [("roof of memory, measured here", None, ceilings["copy_gbs"], {"color": "black", "linewidth": 1.6})]
+    dense = nominal["dense_tflops"] if nominal else {}
+    return roofs + [
+        (
+            f"{name} roof, nominal",
+            dense[name],
+            nominal["memory_gbs"],
+            {"color": "grey", "linewidth": width, "linestyle": "--"},
+        )
+        for name, width in zip(names, (1.2, 0.8))
+        if nominal and dense.get(name)
+    ]
 
 
 def _memory_panel(ax: Any, movers: list[tuple[str, float]], gbs: float) -> None:

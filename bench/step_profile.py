@@ -1,7 +1,8 @@
 """One training step on several backends: timed in turns, then profiled. What ``python -m bench.mfu`` measures with.
 
-Every backend has its own model (same seed), optimizer and loader, and runs the step of the training loop. Turns are timed by
-the host's clock with the device synchronised: launch overhead and waiting count, as they do in training.
+Every backend has its own model (same seed), optimizer and loader, and runs the step of the training loop (bench.step) in the
+--precision asked for. Turns are timed by the host's clock with the device synchronised: launch overhead and waiting count, as
+they do in training.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench import timing
-from fastgpt import flops, hardware, op_names, ops, profiling, roofline
-from fastgpt.config import ModelConfig, OptimConfig
+from bench import step, step_marks, step_roofs, timing
+from fastgpt import flops, hardware, op_names, ops, profiling
+from fastgpt.config import EXPERIMENTAL, PLAIN, Config, ModelConfig
 from fastgpt.data import TokenLoader
 from fastgpt.errors import UserError
 from fastgpt.flops import Shape
-from fastgpt.model import GPT
-from fastgpt.training.step import Stepper, build_optimizer
+from fastgpt.training.step import autocast
 
 BACKENDS = {
     "eager": ("eager", "none", "PyTorch: SDPA, F.cross_entropy, fused AdamW and clip_grad_norm_"),
@@ -37,8 +37,9 @@ BACKENDS = {
 }
 """Name -> (--kernels, torch.compile's mode, in words)."""
 
-LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "fp16": 0.02}
-"""Largest difference between a backend's first loss and eager's, same weights and tokens."""
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "fp16": 0.02, "fp16-fast": 0.02, "fp8": 0.02}
+"""Largest difference between a backend's first loss and eager's, same weights and tokens. Eager has no experimental mode: it
+is then taken in config.PLAIN's precision."""
 
 
 @dataclass(frozen=True)
@@ -76,40 +77,24 @@ class Setup:
         }
 
 
-class MarkedStepper(Stepper):
-    """The training loop's step, its update marked in the trace."""
-
-    def _update(self) -> Tensor:
-        with record_function(op_names.OPTIMIZER):
-            return super()._update()
-
-
 class Runner:
     """``runner()`` is one optimizer step of a backend, loading included, until the device has done it; returns its loss."""
 
     def __init__(self, backend: str, setup: Setup, device: torch.device, tokens: Path):
         kernels, mode, _ = BACKENDS[backend]
-        self.setup, self.device = setup, device
-        torch.manual_seed(0)
-        model = GPT(setup.config, ops.get(kernels)).to(device)
-        self.stepper = MarkedStepper(
-            model=model,
-            forward=model if mode == "none" else torch.compile(model, mode=mode),
-            optimizer=build_optimizer(model, OptimConfig(), kernels),
-            scaler=torch.amp.GradScaler(device.type, enabled=False),
-            precision=setup.precision,
-            grad_clip=1.0,
-            adds_in_place=kernels == "triton" and mode == "none",
-        )
+        self.setup, self.device, self.kernels, self.compiled = setup, device, kernels, mode != "none"
+        table = ops.get(kernels, setup.precision)
+        config = Config(model=setup.config)
+        self.stepper = step.build(config, device, setup.precision, table=table, optimizer=kernels, compile=mode)
         self.loader = TokenLoader([tokens], setup.seq, setup.batch_size)
 
     def __call__(self) -> float:
-        loss = self.stepper(self._batches(), self.setup.grad_accum, 1e-4)[0]
+        loss = self.stepper(self.batches(), self.setup.grad_accum, 1e-4)[0]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return float(loss)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(self.setup.grad_accum):
             with record_function(op_names.DATA):
                 x, y = self.loader.next_batch(self.device)
@@ -164,28 +149,42 @@ def measure(
                 runners[name], results[name] = _start(name, setup, device, tokens)
             except Exception as error:  # no compiler, no memory, an operation that this backend lacks
                 results[name] = {"error": _sentence(error)}
-        _withhold_wrong(results, runners, LOSS_TOLERANCE[setup.precision])
+        expected = results.get("eager", {}).get("first_loss")
+        if runners and setup.precision in EXPERIMENTAL:
+            say("eager: the loss to compare with")
+            with _fitting(setup, runners):
+                expected = plain_loss(setup, device, tokens)
+        _withhold_wrong(results, runners, expected, LOSS_TOLERANCE[setup.precision])
+        skipped = {name: runner.stepper.skipped_steps() for name, runner in runners.items()}
         if runners:
             say(f"timing {', '.join(runners)} in turns")
             # With the CPU's timer: what counts is the host's clock around a whole step, synchronised at its end.
             clock = torch.device("cpu")
-            try:
+            with _fitting(setup, runners):
                 times = timing.interleave(runners, clock, rounds=steps, warmup=1, cold=False, budget_s=budget_s)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"batch is {setup.batch_size}: {len(runners)} backends side by side do not fit this GPU; give a smaller "
-                    "--batch or fewer --backends"
-                ) from error
         for name, runner in runners.items():
             say(f"{name}: profiling")
             results[name] |= _speed(times[name], setup, device, ceilings)
+            results[name]["skipped_steps"] = runner.stepper.skipped_steps() - skipped[name]
             try:
                 # A GPU's trace is large, and a step of seconds hardly varies.
                 repeats = 1 if times[name].median_ms > 2000 else 5 if device.type == "cpu" else 3
-                results[name] |= profiled(runner, name, ceilings, traces / f"trace-{name}.json.gz", repeats=repeats)
+                results[name] |= profiled(runner, ceilings, traces / f"trace-{name}.json.gz", repeats=repeats)
             except RuntimeError as error:  # another profiler holds the device, or CUPTI is not permitted
                 results[name]["profile_error"] = _sentence(error)
     return results
+
+
+@contextmanager
+def _fitting(setup: Setup, runners: dict[str, Runner]) -> Iterator[None]:
+    """Running out of memory inside is one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"batch is {setup.batch_size}: {len(runners)} backends side by side do not fit this GPU; give a smaller --batch or "
+            "fewer --backends"
+        ) from error
 
 
 def _start(name: str, setup: Setup, device: torch.device, tokens: Path) -> tuple[Runner, dict[str, Any]]:
@@ -198,55 +197,68 @@ def _start(name: str, setup: Setup, device: torch.device, tokens: Path) -> tuple
     return runner, {"first_loss": loss, "start_s": seconds, "peak_memory": _peak_memory(runner, device, before)}
 
 
+def plain_loss(setup: Setup, device: torch.device, tokens: Path) -> float:
+    """The first loss of plain PyTorch, in the 16 bits that an experimental mode is made of: same weights, same tokens."""
+    plain = replace(setup, precision=PLAIN[setup.precision])
+    runner = Runner("eager", plain, device, tokens)
+    model, total = runner.stepper.model, 0.0
+    with torch.no_grad(), autocast(device, plain.precision):
+        for x, y in runner.batches():
+            for i in range(len(x)):  # whole logits of one sequence at a time: ours need no room for more
+                total += float(model(x[i : i + 1], y[i : i + 1])[1])
+    return total / (setup.grad_accum * setup.batch_size)
+
+
 def attribution(setup: Setup, traces: Path) -> dict[str, Any]:
     """Which operations a step of our kernels consists of, in Triton's interpreter: no time in it says anything of a GPU."""
     ceilings = hardware.Ceilings("interpreter", "", "", 0, copy_gbs=1.0, matmul_tflops={})
     with random_tokens(setup) as tokens:
         runner = Runner("triton", setup, torch.device("cpu"), tokens)
         runner()
-        return profiled(runner, "triton", ceilings, traces / "trace-triton-interpreted.json.gz", repeats=1)
+        return profiled(runner, ceilings, traces / "trace-triton-interpreted.json.gz", repeats=1)
 
 
-def profiled(runner: Runner, backend: str, ceilings: hardware.Ceilings, trace: Path, *, repeats: int) -> dict[str, Any]:
+def profiled(runner: Runner, ceilings: hardware.Ceilings, trace: Path, *, repeats: int) -> dict[str, Any]:
     """Profile steps, keep the trace, and return the one of median length as plain values: "profile" and "rows"."""
     setup = runner.setup
-    record(runner, runner.device, trace, repeats)
-    step = profiling.attribute(profiling.read_trace(trace), setup.shape, setup.batch_size * setup.seq)
-    triton = BACKENDS[backend][0] == "triton"
-    work = roofline.step_work(
-        setup.shape,
-        setup.batch_size,
-        setup.seq,
+    record(runner, trace, repeats)
+    found = profiling.attribute(profiling.read_trace(trace), setup.shape, setup.batch_size * setup.seq)
+    sizes = (setup.shape, setup.batch_size, setup.seq)
+    work = step_roofs.needed(
+        found,
+        *sizes,
         grad_accum=setup.grad_accum,
-        size=4 if setup.precision == "fp32" else 2,
-        fused=backend != "eager",
-        one_pass_loss=triton,
+        precision=setup.precision,
+        kernels=runner.kernels,
+        compiled=runner.compiled,
         distinct=int(runner.loader.next_batch("cpu")[0].unique().numel()),
     )
-    rows = roofline.judge(step, work, roofline.Roofs.measured(ceilings, setup.precision))
     return {
         "profile": {
-            "wall_ms": step.wall_ms,
-            "accounted": step.accounted,
-            "unaccounted_ms": step.unaccounted,
-            "overlap_ms": step.overlap_ms,
-            "kernels": {op.name: op.kernels for op in step.operations},
+            "wall_ms": found.wall_ms,
+            "accounted": found.accounted,
+            "unaccounted_ms": found.unaccounted,
+            "overlap_ms": found.overlap_ms,
+            "kernels": {op.name: op.kernels for op in found.operations},
             "trace": trace.name,
         },
-        "launches": step.launches,
-        "rows": [asdict(row) for row in rows],
+        "launches": found.launches,
+        "rows": step_roofs.judge(found, work, ceilings, *sizes, setup.precision),
     }
 
 
-def record(step: Any, device: torch.device, trace: Path, repeats: int) -> None:
+def record(runner: Runner, trace: Path, repeats: int) -> None:
     """Run steps under torch.profiler and export a Chrome trace."""
     activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
+    if runner.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, record_shapes=True) as recorder:
+    with (
+        step_marks.marked(runner.setup.shape, triton=runner.kernels == "triton"),
+        profile(activities=activities, record_shapes=True) as recorder,
+    ):
         for _ in range(repeats):
             with record_function(op_names.STEP):
-                step()
+                runner()
     recorder.export_chrome_trace(str(trace))
 
 
@@ -286,8 +298,9 @@ def mfu_figures(
     ]
 
 
-def _withhold_wrong(results: dict[str, dict[str, Any]], runners: dict[str, Runner], tolerance: float) -> None:
-    expected = results.get("eager", {}).get("first_loss")
+def _withhold_wrong(
+    results: dict[str, dict[str, Any]], runners: dict[str, Runner], expected: float | None, tolerance: float
+) -> None:
     for name in list(runners):
         loss = results[name]["first_loss"]
         if expected is not None and not abs(loss - expected) <= tolerance:

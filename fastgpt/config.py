@@ -28,6 +28,8 @@ Kernels = Literal["triton", "eager"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp16-fast", "fp8"]
 EXPERIMENTAL = ("fp16-fast", "fp8")
 """What no GPU has confirmed yet: never what auto picks, and said wherever a run names its precision. --kernels triton only."""
+PLAIN = {"fp16-fast": "fp16", "fp8": "bf16"}
+"""The precision of whatever an experimental one leaves as it is."""
 Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 

@@ -7,14 +7,15 @@ it adds up to the wall time of the step exactly:
   counted twice), and time with nothing running is a gap, or data if the host was loading some;
 * without one, by the self time of the host's operations; Python and dispatch between them are the gap.
 
-What an operation is gets decided by the host operations around it (for a kernel: around its launch), see op_names.py.
-What no rule knows is listed as unaccounted, never added to something else.
+What an operation is gets decided by the host operations around it (for a kernel: around its launch), see op_names.py; where
+these cannot tell, by a range that says it (``IS``). What no rule knows is listed as unaccounted, never added to something else.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,15 @@ from typing import Any
 from fastgpt.errors import UserError
 from fastgpt.flops import Shape
 from fastgpt.op_names import COPY, DATA, GAPS, HOST, KERNEL, LAUNCH, STEP, Event, Namer
+
+IS = "fastgpt::is "
+"""A range of this name and an operation's, such as "fastgpt::is head dX", makes all that runs inside it that operation."""
+
+_SILENT = re.compile(
+    r"^GeneratedBackwardFor_\w+_default$|^GeneratedBackwardFor_fastgpt_linear_gelu_\w+Backward$|^fastgpt::linear_fp8_mlp_fwd$"
+)
+"""Frames that do not tell an operation. Autograd's inside of one of our operations have its name without the shapes that tell
+which; its node of a linear with a GELU runs matmuls, and fp8's MLP two of them, which have frames of their own."""
 
 _KINDS = {
     "cpu_op": HOST,
@@ -212,7 +222,13 @@ class _Tally:
         self.unknown: dict[str, float] = defaultdict(float)
 
     def add(self, stack: Sequence[Event], microseconds: float) -> None:
-        name, frame = self.namer(stack)
+        stack = [frame for frame in stack if not _SILENT.match(frame.name)] or stack
+        said = [frame for frame in stack if frame.name.startswith(IS)]
+        if said:  # the innermost; one within another of the same name is no second call
+            name: str | None = said[-1].name.removeprefix(IS)
+            frame = next(frame for frame in said if frame.name == said[-1].name)
+        else:
+            name, frame = self.namer(stack)
         if name is None:
             self.unknown[stack[-1].name] += microseconds
             return

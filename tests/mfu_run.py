@@ -1,6 +1,7 @@
 """One quick run of python -m bench.mfu that the tests of its command and of its report look at."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from fastgpt import hardware
 from fastgpt.hardware import Ceilings
 
 TINY = "L1H2C32T32V160"
+INTERPRETED = "L1H1C32T24V80"
+"""What stands in for mfu.TINY."""
 CEILINGS = Ceilings("test CPU", "host", "2.13", 1, copy_gbs=10.0, matmul_tflops={"fp32": 0.1, "bf16": 0.05})
 AUDIT_ROW = {
     "module": "_attn_kernels",
@@ -34,12 +37,14 @@ AUDIT = {
 
 
 def quick_run(monkeypatch, folder):
-    """No seconds spent on ceilings, and torch.compile as on a machine without a compiler. Returns main's flags."""
+    """No seconds spent on ceilings, few in the interpreter, and torch.compile as on a machine without a compiler. Returns
+    main's flags."""
 
     def compile_without_compiler(model, **_):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n  in torch._inductor.config.cpp.cxx")
 
     monkeypatch.setattr(hardware, "measured_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(mfu, "TINY", INTERPRETED)
     monkeypatch.setattr(torch, "compile", compile_without_compiler)
     return ["--device", "cpu", "--model", TINY, "--batch", "2", "--steps", "3", "--out", str(folder / "out")]
 
@@ -54,9 +59,14 @@ def result(tmp_path_factory, request):
     """A run of the whole command on a tiny model: eager and the interpreter real, compile without its compiler."""
     if request.config.getoption("--device") == "cuda":
         pytest.skip("with --device cuda this process does not interpret kernels")
+    return whole_run(tmp_path_factory.getbasetemp() / "mfu")
+
+
+@cache
+def whole_run(folder):
+    """Once, although each module that imports the fixture has a session's of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        out = tmp_path_factory.mktemp("mfu")
-        flags = quick_run(patch, out)
-        patch.setattr(elsewhere, "audit", lambda gpu: AUDIT)
+        flags = quick_run(patch, folder)
+        patch.setattr(elsewhere, "audit", lambda *_: AUDIT)
         assert mfu.main(flags) == 0
-        return json.loads((out / "out" / "mfu.json").read_text()), out / "out"
+        return json.loads((folder / "out" / "mfu.json").read_text()), folder / "out"

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import sys
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from bench import elsewhere, mfu, mfu_tables, step_profile
 from bench.step_profile import Setup, mfu_figures
 from fastgpt import cli, hardware
-from fastgpt.config import ModelConfig
+from fastgpt.config import ModelConfig, Precision
 from fastgpt.errors import UserError
 from fastgpt.flops import GPT2_40M, GPT2_124M, Shape
 from tests.mfu_run import AUDIT_ROW, CEILINGS, TINY, quick, result
@@ -30,6 +31,12 @@ def test_a_shape_can_be_given_in_letters(text):
     assert Shape.of(config) == Shape(2, 6, 192, 128, 1024) and batch == 4
 
 
+def test_what_is_interpreted_has_heads_like_gpt2s_and_matmuls_that_can_be_told_apart():
+    config, _ = mfu.model(mfu.TINY, "cpu")
+    rows, sizes = 2 * config.block_size, {config.n_embd, 3 * config.n_embd, 4 * config.n_embd, config.vocab_size}
+    assert config.n_embd // config.n_head == 64 and len(sizes) == 4 and rows not in sizes
+
+
 def test_a_preset_brings_its_batch():
     config, batch = mfu.model("gpt2-124m", "cuda")
     assert Shape.of(config) == GPT2_124M and batch == 8
@@ -37,7 +44,7 @@ def test_a_preset_brings_its_batch():
 
 def test_a_large_model_gets_a_small_batch_on_a_cpu_unless_told_otherwise():
     def batch(*flags):
-        return mfu.setup_of(mfu.parser().parse_args(list(flags)), CPU).batch_size
+        return mfu.setup_of(mfu.parser().parse_args(list(flags)), CPU, "fp32").batch_size
 
     assert (batch(), batch("--model", "gpt2-40m"), batch("--model", "gpt2-40m", "--batch", "3")) == (4, 1, 3)
 
@@ -53,6 +60,11 @@ def test_a_large_model_gets_a_small_batch_on_a_cpu_unless_told_otherwise():
         (["--backends", "eager,tpu"], r"backends has 'tpu': it can hold eager, compile, .*triton"),
         (["--backends", ","], r"backends is empty: name some of eager"),
         (["--backends", "triton+compile"], r"backends has 'triton\+compile', which needs a CUDA GPU"),
+        (
+            ["--backends", "triton,eager", "--precision", "fp8"],
+            r"backends has 'eager', which does not have precision 'fp8': triton and triton\+compile have it",
+        ),
+        (["--backends", "triton+compile", "--precision", "fp16-fast"], r"'triton\+compile', which needs a CUDA GPU"),
         (["--batch", "0"], r"batch is 0: it must be at least 1"),
         (["--seq", "-1"], r"seq is -1: it must be at least 1"),
         (["--steps", "0"], r"steps is 0: it must be at least 1"),
@@ -86,6 +98,13 @@ def test_a_folder_that_cannot_be_written_ends_in_one_sentence_and_exit_code_2(
     assert len(error.splitlines()) == 1
 
 
+def test_precisions_are_those_of_training(capsys):
+    with pytest.raises(SystemExit) as end:
+        mfu.main(["--precision", "fp17"])
+    error = capsys.readouterr().err.replace("'", "")  # Python 3.12 quotes the choices no longer
+    assert end.value.code == 2 and f"choose from {', '.join(get_args(Precision))}" in error
+
+
 def test_help_names_every_flag_and_shows_examples(capsys):
     with pytest.raises(SystemExit) as end:
         mfu.main(["--help"])
@@ -93,6 +112,7 @@ def test_help_names_every_flag_and_shows_examples(capsys):
     assert end.value.code == 0 and text.count("python -m bench.mfu") >= 5
     flags = (
         "--model",
+        "--precision",
         "--batch",
         "--seq",
         "--backends",
@@ -191,7 +211,7 @@ def test_a_backend_whose_loss_is_not_eagers_gets_no_speed():
     results = {"eager": {"first_loss": 5.0}, "good": {"first_loss": 5.0005}, "bad": {"first_loss": 5.1}}
     results["nan"] = {"first_loss": float("nan")}
     runners = dict.fromkeys(results)
-    step_profile._withhold_wrong(results, runners, 1e-3)
+    step_profile._withhold_wrong(results, runners, 5.0, 1e-3)
     assert list(runners) == ["eager", "good"]
     assert results["bad"] == {"error": "no speed: its first loss is 5.1000, eager's 5.0000"}
 
@@ -276,6 +296,33 @@ def test_the_projection_says_that_it_is_one_beside_its_error(result):
     assert "projection" in notes[0] and re.search(r"Calibration error \d+\.\d%", notes[1])
     sums = elsewhere.projected_operation_cells(found)
     assert sums[0][0] == "operation" and sums[-1][0] == "sum" and any(row[0] == "attention backward" for row in sums)
+
+
+def test_an_experimental_precision_is_projected_beside_bf16():
+    found = elsewhere.projection("gpt2-40m", elsewhere.target("rtx4070"), "fp8")
+    assert [*found["variants"]] == [*elsewhere.KERNELS, "triton fp8"]
+    assert found["variants"]["triton fp8"]["precision"] == "fp8" and mfu_tables.projected_in(found) == ", bf16, fp8"
+    assert elsewhere.projection_notes(found)[-1] == (
+        "MFU: bf16: nominal dense bf16 peak, 58.3 TFLOP/s; fp8: nominal dense fp8 peak, 116.6 TFLOP/s."
+    )
+    assert "triton fp8, ms" in elsewhere.projected_operation_cells(found)[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "case"),
+    [("fp32", "step gpt2-124m bf16"), ("fp8", "step gpt2-124m fp8"), ("fp16-fast", "step gpt2-124m fp16-fast")],
+)
+def test_the_audit_is_of_the_precision_that_is_asked_for(precision, case, monkeypatch):
+    from bench import audit
+
+    asked = []
+    monkeypatch.setattr(
+        audit, "run", lambda card, *, only, shard: asked.append(only) or audit.Audit(card, "3", [], [], {})
+    )
+    found = elsewhere.audit(elsewhere.target("rtx3090"), precision)
+    assert asked == [f"^{case}$"] and found["error"] == f"NVIDIA GeForce RTX 3090 cannot run {case}", (
+        "nothing to compile"
+    )
 
 
 def test_a_card_without_the_arithmetic_is_said_and_not_a_crash():

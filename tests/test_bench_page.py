@@ -65,6 +65,15 @@ def test_a_profile_that_leaves_too_much_unnamed_is_a_failure(result):
     assert mfu_tables.failures(found)[2] == "triton: no profile, RuntimeError: CUPTI is not permitted"
 
 
+def test_a_ceiling_that_a_step_exceeds_is_said_to_be_none(result):
+    found = copy.deepcopy(result[0])
+    notes = mfu_tables.mfu_notes(found)
+    found["backends"]["eager"]["mfu"][1]["value"] = 2.08
+    assert len(notes) == 3 and mfu_tables.mfu_notes(found)[3:] == [
+        "above 100% of the measured ceiling: the matmul that it was measured with is slower than the step's own"
+    ]
+
+
 def test_what_would_help_is_sorted_by_milliseconds(result):
     cells = mfu_tables.help_cells(result[0]["backends"]["eager"], 100)
     gaps = [float(row[1]) for row in cells[1:]]
@@ -103,6 +112,26 @@ def test_pictures_are_drawn_of_a_cpu_and_of_a_gpu(result, tmp_path):
         for path in drawn:
             image = matplotlib.image.imread(path)
             assert image.shape[1] > 1200 and image[..., :3].std() > 0.05, "not blank"
+
+
+@pytest.mark.parametrize(
+    ("precision", "measured", "expected"),
+    [
+        ("bf16", {"bf16": 55.0}, ["bf16 roof, measured here", "bf16 roof, nominal"]),
+        (
+            "fp8",
+            {"bf16": 55.0, "fp8": 110.0},
+            [f"{a} roof, {b}" for b in ("measured here", "nominal") for a in ("fp8", "bf16")],
+        ),
+        ("fp16-fast", {"fp16": 55.0}, ["fp16 roof, measured here", "fp16_fp16acc roof, nominal", "fp16 roof, nominal"]),
+        ("fp16-fast", {}, ["roof of memory, measured here", "fp16_fp16acc roof, nominal", "fp16 roof, nominal"]),
+    ],
+)
+def test_a_roof_is_drawn_of_each_arithmetic_that_the_step_computes_in(precision, measured, expected, result, tmp_path):
+    found = on_a_gpu(result[0])
+    found["setup"]["precision"], found["ceilings"]["matmul_tflops"] = precision, measured
+    assert [label for label, *_ in pictures._roofs(found)] == expected
+    assert pictures.roofline(found, "triton", tmp_path / "roofline.png").exists()
 
 
 def test_nothing_profiled_draws_nothing(result, tmp_path):

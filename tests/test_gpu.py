@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,6 +277,65 @@ def test_an_earlier_runs_profile_does_not_pass_for_this_ones(tmp_path, monkeypat
     assert "No figures: failed: see profile.log" in report.gpu_markdown(run.results)
 
 
+def profiled(tmp_path, monkeypatch, card, answers=(), limit=60.0):
+    """The profile on a card, where a step takes 60 ms in bf16, 40 in fp8 and 41 in fp16-fast, or gives ``answers``."""
+    answers = {"bf16": {"ms": 60.0}, "fp8": {"ms": 40.0}, "fp16-fast": {"ms": 41.0}} | dict(answers)
+
+    def mfu(args):
+        answer, folder = answers[after(args, "--precision")], Path(after(args, "--out"))
+        if answer is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            backends = {name: answer for name in after(args, "--backends").split(",")}
+            (folder / "mfu.json").write_text(json.dumps({"backends": backends}))
+
+    monkeypatch.setattr(hardware, "present", lambda device=None: hardware.lookup(card))
+    commands = children(monkeypatch, {"bench.mfu": mfu})
+    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
+    gpu.run_profile(run, limit)
+    return (
+        run.results["profile"],
+        [after(args, "--precision") for _, args in commands],
+        report.gpu_markdown(run.results),
+    )
+
+
+@pytest.mark.parametrize(
+    "card, precisions", [("rtx4070", ["bf16", "fp8", "fp16-fast"]), ("h200", ["bf16", "fp8"]), ("a100", ["bf16"])]
+)
+def test_the_profile_is_repeated_in_the_precisions_that_the_card_gains_from(card, precisions, tmp_path, monkeypatch):
+    found, asked, text = profiled(tmp_path, monkeypatch, card)
+    assert asked == precisions
+    names = [variant.removeprefix("triton ") for variant in found["backends"] if variant not in gpu.MAIN]
+    assert names == precisions[1:], "as in the steps: named after the variant"
+    for name in names:
+        assert f"profile/{name}/report.html" in text and f"profile/{name}/mfu.json" in text
+        assert (tmp_path / "profile" / name / "mfu.json").exists()
+    assert "| compile | 60.0 |" in text
+    assert ("| triton fp8 | 40.0 |" in text) == ("fp8" in text) == ("fp8" in names)
+
+
+def test_no_further_precision_is_begun_when_the_time_is_up(tmp_path, monkeypatch):
+    found, asked, text = profiled(tmp_path, monkeypatch, "rtx4070", limit=gpu.SHORTEST_STEP - 1)
+    assert asked == ["bf16"] and found["backends"]["triton"] == {"ms": 60.0}
+    assert found["backends"]["triton fp8"] == found["backends"]["triton fp16-fast"] == {"error": gpu.LATE}
+    assert "| triton fp8 | error: skipped: the time budget is used up |" in text
+
+
+def test_a_precision_that_fails_costs_only_itself(tmp_path, monkeypatch):
+    (tmp_path / "profile" / "fp8").mkdir(parents=True)
+    (tmp_path / "profile" / "fp8" / "mfu.json").write_text('{"backends": {"triton": {"ms": 1.0}}}')  # of an earlier run
+    found, _, text = profiled(tmp_path, monkeypatch, "rtx4070", {"fp8": None, "fp16-fast": {"error": "no speed: loss"}})
+    assert found["backends"]["triton"] == {"ms": 60.0}
+    assert found["backends"]["triton fp8"] == {"error": "failed: see profile-fp8.log"}
+    assert found["backends"]["triton fp16-fast"] == {"error": "no speed: loss"}
+    assert "profile/fp8" not in text and "profile/fp16-fast/report.html" in text
+
+
+def test_where_bf16_has_no_profile_nothing_else_is_tried(tmp_path, monkeypatch):
+    found, asked, _ = profiled(tmp_path, monkeypatch, "rtx4070", {"bf16": None})
+    assert asked == ["bf16"] and found == {"error": "failed: see profile.log"}
+
+
 def test_memory_is_read_even_if_its_run_was_cut_short(tmp_path, monkeypatch):
     point = {"preset": "gpt2-124m", "kernels": "triton", "micro_batch": 8, "predicted": {"allocated": 6 * 2**30}}
     rows = [
@@ -315,6 +375,23 @@ def test_the_projection_stands_beside_every_time_and_comes_last(found, tmp_path,
         "| step | triton | 60.000 | 66.000 | +10% | calibrated |" in last and "Error of its calibration: 3.4%" in last
     )
     assert "Not projected: profile/mfu.json: error: measured file holds no time" in last
+
+
+def test_the_projection_of_each_profile_is_named_after_its_precision(tmp_path, monkeypatch):
+    def project(args):
+        pair = {"what": "mlp up", "variant": "triton", "measured_ms": 6.0, "projected_ms": 6.6, "error": 0.1}
+        return json.dumps({"calibration_error": 0.034, "pairs": [pair | {"note": "", "status": "calibrated"}]})
+
+    commands = children(monkeypatch, {"bench.project": project})
+    for folder in ("profile", "profile/fp8"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mfu.json").write_text("{}")
+    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
+    gpu.run_projection(run, 60)
+    measured = [str(Path(after(args, "--measured")).relative_to(tmp_path)) for _, args in commands]
+    assert measured == ["results.json", "profile/mfu.json", "profile/fp8/mfu.json"]
+    assert [pair["variant"] for pair in run.results["projection"]["pairs"]] == ["triton", "triton fp8"]
+    assert "| mlp up | triton fp8 | 6.000 | 6.600 | +10% | calibrated |" in report.gpu_markdown(run.results)
 
 
 # ---- all stages

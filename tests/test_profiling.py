@@ -24,7 +24,7 @@ from fastgpt.op_names import (
     Namer,
 )
 from fastgpt.operations import LINEARS
-from fastgpt.profiling import attribute, read_trace
+from fastgpt.profiling import IS, attribute, read_trace
 
 SHAPE = Shape(n_layer=2, n_head=6, n_embd=192, block_size=128, vocab_size=1024)
 ROWS = 512
@@ -193,6 +193,40 @@ def test_kernels_of_a_cuda_graph_have_the_phase_that_their_name_says():
     assert times(attribute(events, SHAPE, ROWS)) == {"norms forward": 5, "norms backward": 10, GAPS: 25}
 
 
+def test_a_range_says_what_frames_cannot():
+    """fp8's MLP launches the same kernel twice, from the same frame."""
+    events = [
+        host(STEP, 0, 90),
+        host("fastgpt::linear_fp8_mlp_fwd", 1, 30, [(2, 256, C), (2, 256, C), (2, ROWS), (4 * C, C), (C, 4 * C)]),
+        host("GeneratedBackwardFor_fastgpt_linear_fp8_mlp_fwd_default", 2, 29),
+        host(IS + "mlp up forward", 3, 9),
+        *launched("fp8_linear_kernel", 20, 40, at=5, correlation=1),
+        host(IS + "mlp down forward", 10, 20),
+        host(IS + "mlp down forward", 11, 19),
+        host("aten::amax", 12, 14),
+        *launched("void at::native::reduce_kernel<512>", 40, 45, at=13, correlation=2),
+        *launched("fp8_linear_kernel", 45, 80, at=15, correlation=3),
+    ]
+    profile = attribute(events, SHAPE, ROWS)
+    assert times(profile) == {"mlp up forward": 20, "mlp down forward": 40, GAPS: 30}
+    assert {op.name: op.calls for op in profile.operations if op.name != GAPS} == dict.fromkeys(
+        ("mlp up forward", "mlp down forward"), 1
+    )
+
+
+def test_the_frame_that_autograd_puts_inside_an_operation_is_that_operation():
+    """A kernel of ours with the GELU in its epilogue is the matmul; PyTorch's GELU behind cuBLAS is the GELU."""
+    events = [
+        host(STEP, 0, 60),
+        host("fastgpt::linear_gelu_fwd", 1, 30, [(4, 128, C), (4 * C, C)]),
+        host("GeneratedBackwardFor_fastgpt_linear_gelu_fwd_default", 2, 29),
+        *launched("linear_kernel", 20, 40, at=5, correlation=1),
+        host("aten::gelu", 10, 12),
+        *launched("vectorized_elementwise_kernel", 40, 45, at=11, correlation=2),
+    ]
+    assert times(attribute(events, SHAPE, ROWS)) == {"mlp up forward": 20, "GELU forward": 5, GAPS: 35}
+
+
 def test_the_optimizer_is_what_was_launched_in_its_range():
     events = [
         host(STEP, 0, 50),
@@ -345,28 +379,31 @@ def test_a_trace_that_is_not_there_is_refused_in_one_sentence(tmp_path):
 # ---------------------------------------------------------------- real steps
 
 
-def real_profile(backend, config, batch_size, grad_accum, tmp_path):
-    setup = Setup("test", config, batch_size, grad_accum, "fp32")
+def real_profile(backend, config, batch_size, grad_accum, precision, tmp_path):
+    setup = Setup("test", config, batch_size, grad_accum, precision)
     with random_tokens(setup) as tokens:
         runner = Runner(backend, setup, torch.device("cpu"), tokens)
         runner()
-        record(runner, runner.device, tmp_path / "trace.json", repeats=1)
-    return attribute(read_trace(tmp_path / "trace.json"), setup.shape, batch_size * config.block_size)
+        record(runner, tmp_path / "trace.json", repeats=1)
+    events = read_trace(tmp_path / "trace.json")
+    return attribute(events, setup.shape, batch_size * config.block_size), [event.name for event in events]
 
 
 @pytest.mark.skipif("config.getoption('--device') == 'cuda'", reason="the CPU's self times are what is tested")
 @pytest.mark.parametrize(
-    ("backend", "config", "batch_size", "grad_accum"),
+    ("backend", "config", "batch_size", "grad_accum", "precision"),
     [
-        ("eager", ModelConfig(n_layer=2, n_head=2, n_embd=96, block_size=64, vocab_size=320, bias=True), 4, 2),
-        ("triton", ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=160), 2, 1),
+        ("eager", ModelConfig(n_layer=2, n_head=2, n_embd=96, block_size=64, vocab_size=320, bias=True), 4, 2, "fp32"),
+        ("triton", ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=160), 2, 1, "fp32"),
+        ("triton", ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=160), 2, 1, "fp16-fast"),
+        ("triton", ModelConfig(n_layer=1, n_head=1, n_embd=32, block_size=24, vocab_size=80), 2, 2, "fp8"),
     ],
-    ids=["eager", "triton"],
+    ids=["eager", "triton", "fp16-fast", "fp8"],
 )
 def test_every_operation_of_a_real_step_is_found_and_97_percent_accounted(
-    backend, config, batch_size, grad_accum, tmp_path
+    backend, config, batch_size, grad_accum, precision, tmp_path
 ):
-    profile = real_profile(backend, config, batch_size, grad_accum, tmp_path)
+    profile, events = real_profile(backend, config, batch_size, grad_accum, precision, tmp_path)
     assert profile.accounted >= 0.97, profile.unaccounted
     assert sum(op.ms for op in profile.operations) <= profile.wall_ms * (1 + 1e-9)
     calls = {op.name: op.calls for op in profile.operations}
@@ -376,7 +413,13 @@ def test_every_operation_of_a_real_step_is_found_and_97_percent_accounted(
         assert [calls.get(f"{linear} {way}") for way in ("forward", "dX", "dW")] == [times_a_step] * 3, (linear, calls)
     assert calls["attention forward"] == calls["attention backward"] == blocks
     assert calls["norms forward"] == calls["norms backward"] == 2 * blocks + grad_accum
-    assert calls["GELU forward"] == calls["GELU backward"] == blocks
+    apart = [calls.get("GELU forward"), calls.get("GELU backward")]
+    assert apart == ([blocks] * 2 if precision == "fp32" else [None] * 2), (
+        "with products of ours it is in their epilogues"
+    )
     assert calls["optimizer"] == 1 and calls["data"] == grad_accum
     assert {"loss", "embedding", "pointwise", "gradient accumulation", GAPS} <= set(calls)
     assert UNTOLD_GEMM not in calls
+    # As in training: the loss scale is kept, and weights are quantised once per optimizer step, whatever is accumulated.
+    assert ("aten::_amp_update_scale_" in events) == (precision == "fp16-fast")
+    assert events.count("fastgpt::fp8_quantise_weight") == (4 * config.n_layer if precision == "fp8" else 0)

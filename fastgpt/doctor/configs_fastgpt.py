@@ -28,8 +28,8 @@ _RENAMED = {
     "out": "out_dir",
     "precision": "dtype",
 }
-_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp16-fast": "float16", "fp8": "bfloat16"}
-_DTYPES["auto"] = "bfloat16"  # on a GPU
+# The experimental precisions keep their names: nanoGPT has nothing like them. auto: on a GPU.
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "bfloat16"}
 
 
 def parse_fastgpt(text: str, file: str) -> ConfigFacts:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fastgpt.config import EXPERIMENTAL
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import Figures, evaluation_interval, steady
 from fastgpt.doctor.findings import Confidence, Finding, Severity
@@ -63,15 +64,16 @@ def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
     if before.any():
         seen.append(_at(log, line[before][-1], step[before][-1], loss[before][-1]))
     lost = 1 - float(step[before][-1]) / figures.steps_seen if before.any() and figures.steps_seen else 1.0
-    fp16 = figures.arithmetic == "fp16"
+    experimental = figures.precision in EXPERIMENTAL
     yield _finding(
         "nan",
         "critical",
         "The loss is not a number: nothing is learned from here on",
         seen,
         "A NaN in the weights stays there. Usual causes: a learning rate too high for the warmup, fp16 without loss "
-        "scaling, token ids beyond vocab_size, a damaged shard.",
-        ("dtype = 'bfloat16'\n" if fp16 else "")
+        "scaling, token ids beyond vocab_size, a damaged shard."
+        + (f" {figures.precision} is experimental: no GPU has confirmed it yet." if experimental else ""),
+        ("dtype = 'bfloat16'\n" if experimental or figures.precision == "fp16" else "")
         + "Go back to the last checkpoint before it, with half the learning_rate or twice the warmup_iters.",
         "certain",
         max(0.0, lost),

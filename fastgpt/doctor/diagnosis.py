@@ -83,6 +83,8 @@ def in_fastgpts_names(advice: str) -> str:
             continue
         if equals and name == "min_lr":
             name, value = "min_lr_ratio", "0.1"
+        if equals and name == "dtype":
+            value = value.replace("bfloat16", "bf16").replace("float16", "fp16")
         lines.append(f"{FASTGPT_NAMES.get(name, name)}{equals}{value}")
     return "\n".join(lines)
 

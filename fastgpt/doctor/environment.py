@@ -17,6 +17,7 @@ from fastgpt.doctor.findings import Finding
 from fastgpt.hardware import Gpu
 
 HERE = Place("this machine")
+FP16 = "dtype = 'float16'    # with loss scaling, which nanoGPT and fastgpt then switch on"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
             "The card has no bf16, and the run stopped at it",
             [(notes[0].place, notes[0].text), *figures.place("dtype")],
             "bf16 came with Ampere (sm_80); Turing and Volta have fp16 tensor cores.",
-            "dtype = 'float16'    # with loss scaling, which nanoGPT and fastgpt then switch on",
+            FP16,
         )
     if notes := log.all("no_triton"):
         windows = any(re.search(r"win(dows|32)|[A-Z]:\\", note.text, re.IGNORECASE) for note in log.notes)
@@ -150,10 +151,9 @@ def _half(figures: Figures) -> str:
 
 def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """bf16 on a card that has none (Turing, Volta and older)."""
-    dtype = figures.config.get("dtype", figures.config.get("precision"))
-    if gpu is None or gpu.peak_flops("bf16") is not None or not figures.config.settings or figures.arithmetic != "bf16":
+    if gpu is None or gpu.peak_flops("bf16") is not None or not figures.config.settings or figures.precision != "bf16":
         return
-    asked = figures.place("dtype", "precision")
+    dtype, asked = figures.config.get("dtype"), figures.place("dtype")
     yield _finding(
         "no_bf16",
         f"{gpu.name} ({gpu.arch}) has no bf16 tensor cores",
@@ -162,9 +162,7 @@ def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator
         f"{'The config asks for it' if dtype else 'Programs that ask torch.cuda.is_bf16_supported() choose it here'}: "
         f"torch emulates it, far slower than fp16, which this card does at {(gpu.peak_flops('fp16') or 0) / 1e12:.0f} "
         "TFLOP/s.",
-        f"{'dtype' if figures.config.kind == 'nanogpt' else 'precision'} = "
-        f"{repr('float16') if figures.config.kind == 'nanogpt' else repr('fp16')}    # with loss scaling, which "
-        "nanoGPT and fastgpt then switch on",
+        FP16,
         severity="warning",
         confidence="likely",
         cost=0.5,

@@ -103,9 +103,9 @@ class Note:
     """A line of a log that is neither step nor evaluation and says something.
 
     ``kind``: "parameters" (value: count), "tokens_per_step" (value), "no_decay" (tensors without weight decay),
-    "sm_gate", "oom", "nan", "resume", "checkpoint", "device" (value: name), "traceback" (value: its last line,
-    "KeyboardInterrupt" for Ctrl-C), "no_cuda", "no_triton", "no_bf16", "vocab" (value), "override" (value: (name,
-    value)), "val_bpb" (nanochat; value: (step, bits per byte)).
+    "sm_gate", "oom", "nan", "resume", "checkpoint", "device" (value: name), "precision" (value: fastgpt's, as it is in
+    force), "traceback" (value: its last line, "KeyboardInterrupt" for Ctrl-C), "no_cuda", "no_triton", "no_bf16",
+    "vocab" (value), "override" (value: (name, value)), "val_bpb" (nanochat; value: (step, bits per byte)).
     """
 
     kind: str

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt import flops
+from fastgpt import flops, hardware
+from fastgpt.config import EXPERIMENTAL, PLAIN
 from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, LogFacts, Place, Setting
 from fastgpt.doctor.values import clean, possible, shape_of
 from fastgpt.flops import Shape
@@ -18,7 +19,6 @@ from fastgpt.hardware import NANOGPT_PEAK, Gpu
 SETTLED = 3000
 """Losses are compared from this step on (from the middle of a shorter run): before it the curve is so steep that a
 straight line between two evaluations lies visibly above it."""
-
 
 ABOVE_NOMINAL = 1.15
 """Boards run a few percent above the clock of the nominal peak (a 4070 holds 2.6-2.8 GHz, the peak is for 2.475);
@@ -61,8 +61,8 @@ class Figures:
     impossible: list[tuple[Place, str]] = field(default_factory=list)
     """Settings whose values no run can have: they count as unknown."""
     shape: Shape | None = None
-    arithmetic: str = "bf16"
-    """Of the matmuls: a key of fastgpt.hardware.ARITHMETICS."""
+    precision: str = "bf16"
+    """Of the matmuls, by the name that users know: fastgpt's ``--precision``, or tf32."""
 
     parameters: int | None = _figure("", "parameters, head tied and positions apart (nanoGPT's count)")
     tokens_per_step: int | None = _figure("tokens", "micro-batch x accumulation x block size")
@@ -87,7 +87,7 @@ class Figures:
     mfu_nominal: float | None = _figure("share", "model_tflops / the card's nominal dense peak")
     mfu_printed_first: float | None = _figure("share", "first mfu that the log prints")
     mfu_printed_last: float | None = _figure("share", "last mfu that the log prints")
-    nominal_tflops: float | None = _figure("TFLOP/s", "the card's nominal dense peak, fp32 accumulation")
+    nominal_tflops: float | None = _figure("TFLOP/s", "the card's nominal dense peak in the run's precision")
     ceiling_nanogpt: float | None = _figure("share", "nominal_tflops / 312: the card's ceiling in nanoGPT's unit")
     best_val: float | None = _figure("nats", "lowest validation loss")
     best_val_step: int | None = _figure("", "its step")
@@ -97,6 +97,21 @@ class Figures:
     """Evaluations: validation minus train, nats."""
     iter_minus_train: Mean | None = None
     """`iter` losses minus the train evaluations interpolated at their steps, nats: what dropout costs in training."""
+
+    @property
+    def arithmetic(self) -> str:
+        """What decides the speed of the matmuls: one of hardware.ARITHMETICS."""
+        return hardware.arithmetic_of(self.precision)
+
+    @property
+    def out_of_reach(self) -> str:
+        """That no run reaches the peak of an experimental mode, in bench.mfu's words; "" of other precisions."""
+        if self.precision not in PLAIN:
+            return ""
+        return (
+            f"{self.precision}: part of the step is computed in {PLAIN[self.precision]}, so nothing could reach 100% of "
+            f"the {self.precision} peak"
+        )
 
     def place(self, *names: str) -> list[tuple[Place, str]]:
         """The lines on which these settings are, as evidence."""
@@ -140,7 +155,7 @@ def compute(evidence: Evidence, gpu: Gpu | None, corpus_tokens: int | None = Non
     settings, impossible = clean(_settings(evidence))
     figures = Figures(config=settings, impossible=impossible)
     figures.shape = _shape(evidence, figures.config)
-    figures.arithmetic = _arithmetic(figures.config)
+    figures.precision = _precision(evidence.log, figures.config, gpu)
     log = evidence.log
     _size(figures, evidence)
     _tokens(figures, log, corpus_tokens)
@@ -176,11 +191,18 @@ def _shape(evidence: Evidence, config: ConfigFacts) -> Shape | None:
     return Shape(**found, vocab_size=vocab, bias=bool(config.get("bias", kept.get("bias", False))))
 
 
-def _arithmetic(config: ConfigFacts) -> str:
-    """nanoGPT's dtype or fastgpt's precision; float32 runs as tf32 in nanoGPT, which switches that on."""
-    name = str(config.get("dtype", config.get("precision", "bfloat16")))
-    tf32 = "tf32" if config.kind == "nanogpt" else "fp32"
-    return {"float16": "fp16", "fp16": "fp16", "float32": tf32, "fp32": tf32}.get(name, "bf16")
+def _precision(log: LogFacts | None, config: ConfigFacts, gpu: Gpu | None) -> str:
+    """As fastgpt's log says it is in force, else the config's; float32 runs as tf32 in nanoGPT, which switches that on.
+
+    Where an experimental mode does not run, fastgpt takes bf16 (training.step.usable_precision)."""
+    said = [note.value for note in log.all("precision") if note.value] if log else []
+    if said:
+        return str(said[-1])
+    name = str(config.get("dtype"))
+    if config.kind == "fastgpt" and name in EXPERIMENTAL:
+        runs = config.get("kernels", "triton") == "triton" and (gpu is None or hardware.gains(name, gpu))
+        return name if runs else "bf16"
+    return {"float16": "fp16", "float32": "tf32" if config.kind == "nanogpt" else "fp32"}.get(name, "bf16")
 
 
 def _size(figures: Figures, evidence: Evidence) -> None:

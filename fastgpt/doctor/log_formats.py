@@ -115,6 +115,7 @@ NOTES: tuple[tuple[str, Kind | None, bytes], ...] = (
     ("device", "llm.c", rb"^Device \d+: (\S.{0,80})"),
     ("device", "nanochat", rb"GPU: (\S[^|\n]{0,80}?) \| Peak FLOPS"),
     ("device", "fastgpt", rb"^device {2,}(\S.{0,80})"),
+    ("precision", "fastgpt", rb"^kernels {2,}[^,\n]{1,60}, (fp32|bf16|fp16-fast|fp16|fp8)(?![\w-])"),
     ("override", "nanogpt", rb"Overriding: (\w{1,60} = .{0,200})"),
     ("sm_gate", None, rb"(Not enough SMs to use max_autotune_gemm)"),
     ("oom", None, rb"(CUDA out of memory|OutOfMemoryError|\bout of memory)"),
@@ -139,7 +140,7 @@ NOTE_WORDS = tuple(
     b"Validation|enough SMs|emory|Traceback|esum|checkpoint|saved |Overriding|changed nothing".split(b"|")
 )
 START_WORDS = tuple(
-    b'arameters|tokens|batch size|ocab|evice|GPU|CUDA|NVIDIA|riton|loat16|bf16|total |"config"'.split(b"|")
+    b'arameters|tokens|batch size|ocab|evice|GPU|CUDA|NVIDIA|riton|loat16|bf16|total |kernels  |"config"'.split(b"|")
 )
 """Every record contains one of RECORD_WORDS, every note one of NOTE_WORDS or, of what a program says when it starts, of
 START_WORDS: looking for words, in a block and then in its lines, is what most of a long log costs."""

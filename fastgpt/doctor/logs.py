@@ -351,7 +351,7 @@ def _note_value(kind: str, text: str) -> Any:
             return None
     if kind == "resume":
         return int(text.split()[-1]) if text[-1].isdigit() else None
-    return text if kind == "device" else None
+    return text if kind in ("device", "precision") else None
 
 
 def _is_whole(match: re.Match[bytes]) -> bool:

@@ -136,7 +136,7 @@ def _utilisation(figures: Figures, gpu: Gpu | None) -> str:
         f"<text x={end - 8 if inside else end + 8:.1f} y={y + 20} text-anchor={'end' if inside else 'start'} "
         f"{'style=fill:#fff' if inside else ''}>{label}</text>",
         f"<text x={left + width} y={y - 8} text-anchor=end>{escape(gpu.name)}: {figures.nominal_tflops:.1f} TFLOP/s "
-        f"nominal dense {figures.arithmetic}</text>",
+        f"nominal dense {figures.precision}</text>",
     ]
     step = 5 if top * 1e12 / NANOGPT_PEAK > 0.12 else 1
     for percent in range(0, int(100 * top * 1e12 / NANOGPT_PEAK) + 1, step):
@@ -145,6 +145,7 @@ def _utilisation(figures: Figures, gpu: Gpu | None) -> str:
         parts.append(f"<text class=dim x={at:.1f} y={y + height + 18} text-anchor=middle>{percent}%</text>")
     here, whole = 100 * (figures.mfu_nanogpt or 0), 100 * (figures.ceiling_nanogpt or 0)
     note = f"nanoGPT's mfu, of an A100's 312 TFLOP/s: {here:.1f}% here, {whole:.1f}% is all this card has"
+    note += f" in {figures.precision}"
     parts.append(
         f"<text class=dim x={left} y={y + height + 38}>{note}; the white line is with evaluations in the time</text>"
     )

@@ -26,6 +26,7 @@ def to_json(report: Report, gpu: Gpu | None) -> dict[str, Any]:
         "figures": report.figures.to_json(),
         "units": units(),
         "gpu": gpu.name if gpu else None,
+        "precision": report.figures.precision,
         "not_checked": report.not_checked,
         "unread": [{"file": place.file, "line": place.line, "text": text} for place, text in report.unread],
     }
@@ -62,7 +63,8 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
             f.tokens_per_second,
             f.model_tflops,
         ),
-        *row("MFU", "{:.1f}% of the " + card + " ({:.1f} TFLOP/s {})", nominal, f.nominal_tflops, f.arithmetic),
+        *row("MFU", "{:.1f}% of the " + card + " ({:.1f} TFLOP/s {})", nominal, f.nominal_tflops, f.precision),
+        *(row("", "{}", f.out_of_reach) if nominal is not None and f.out_of_reach else []),
         *row("", "{:.1f}% in nanoGPT's unit (of an A100); the card's ceiling there is {:.1f}%", unit, ceiling),
         *(row("MFU", "{:.1f}% in nanoGPT's unit (of an A100)", unit) if ceiling is None else []),
         *row("evaluations", "{:.1f}% of the time, {:.0f} minutes per day", share, f.evaluation_minutes_per_day),

@@ -49,7 +49,9 @@ def mfu_denominator(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
     name = gpu.name.removeprefix("NVIDIA ").removeprefix("GeForce ")
     better = gpu.peak_flops("fp16_fp16acc") or 0.0
     gains = (
-        f"At most {1 / figures.mfu_nominal:.2f} times is left in {figures.arithmetic} with fp32 accumulation. "
+        f"{figures.out_of_reach}. "
+        if figures.out_of_reach
+        else f"At most {1 / figures.mfu_nominal:.2f} times is left in {figures.precision} with fp32 accumulation. "
         if figures.mfu_nominal < 1
         else "Nothing is left in this arithmetic at the nominal clock. "
     )
@@ -69,7 +71,7 @@ def mfu_denominator(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
         f"{share(figures.mfu_nominal)}",
         evidence=seen,
         explanation=f"nanoGPT divides by 312 TFLOP/s on every card. The {name}'s nominal dense "
-        f"{figures.arithmetic} peak is {figures.nominal_tflops:.1f} TFLOP/s: {share(figures.ceiling_nanogpt)} "
+        f"{figures.precision} peak is {figures.nominal_tflops:.1f} TFLOP/s: {share(figures.ceiling_nanogpt)} "
         f"is the ceiling in nanoGPT's unit. Between evaluations this run does {figures.model_tflops:.1f} "
         f"TFLOP/s per GPU (6N + 12LCT per token): {share(figures.mfu_nanogpt)} in that unit, "
         f"{share(figures.mfu_nominal)} of the card. {gains}".strip(),

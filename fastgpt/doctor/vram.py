@@ -25,7 +25,7 @@ def needed(shape: Shape, micro_batch: int, figures: Figures) -> int | None:
 
     dropout = figures.config.get("dropout") or 0.0
     size = (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size, shape.bias)
-    precision = figures.arithmetic if figures.arithmetic != "tf32" else "fp32"
+    precision = "fp32" if figures.precision == "tf32" else figures.precision
     try:
         model = ModelConfig(*size, dropout if dropout < 1 else 0.0)
         return geometry.memory(model, micro_batch=micro_batch, kernels=kernels(figures), precision=precision).total

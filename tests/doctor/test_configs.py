@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.config import Precision, load_preset, preset_names
+from fastgpt.config import EXPERIMENTAL, Precision, load_preset, preset_names
 from fastgpt.doctor.configs import DEFAULTS, apply_overrides, is_nanogpt, parse_nanogpt
 from fastgpt.doctor.configs_fastgpt import is_fastgpt, of_config, parse_fastgpt
 from fastgpt.doctor.evidence import ConfigFacts, Place
@@ -225,9 +225,10 @@ def test_toml_comes_under_nanogpts_names():
 
 
 @pytest.mark.parametrize("precision", get_args(Precision))
-def test_every_precision_is_known_by_the_dtype_of_its_tensors(precision):
+def test_every_precision_is_known_as_nanogpts_dtype_or_by_its_own_name(precision):
     facts = parse_fastgpt(f'[train]\nprecision = "{precision}"\n', "c.toml")
-    assert facts.get("dtype") in ("float32", "bfloat16", "float16") and not facts.unread
+    expected = (precision,) if precision in EXPERIMENTAL else ("float32", "bfloat16", "float16")
+    assert facts.get("dtype") in expected and not facts.unread
 
 
 def test_what_toml_does_not_set_has_fastgpts_default():

@@ -20,7 +20,7 @@ VALUES = st.one_of(
         [64, 384, 768, 1024, 50257, 10**9, 10**30, 0.0, 0.1, 0.5, 0.99, 1.0, 2.5, -1.0, float("nan"), float("inf")]
     ),
     st.booleans(),
-    st.sampled_from(["", "fp16", "float16", "cuda", "resume", "fineweb", "124M", "a\0b", "[bold]"]),
+    st.sampled_from(["", "fp16", "float16", "fp8", "cuda", "resume", "fineweb", "124M", "a\0b", "[bold]"]),
     st.none(),
 )
 COMMENTS = st.one_of(
@@ -88,7 +88,8 @@ def test_any_shape_in_a_checkpoint(shape, step, values):
 
 
 @pytest.mark.parametrize(
-    "kind", ["parameters", "tokens_per_step", "vocab", "sm_gate", "oom", "nan", "resume", "device", "no_decay"]
+    "kind",
+    ["parameters", "tokens_per_step", "precision", "vocab", "sm_gate", "oom", "nan", "resume", "device", "no_decay"],
 )
 def test_a_note_without_a_value(kind):
     whole(Evidence(config(), log(np.full(30, 3.0), notes=(note(kind, "text"),))))

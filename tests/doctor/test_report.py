@@ -46,7 +46,8 @@ def text_of(report, gpu=RTX4070, width=120):
 
 def test_json_of_the_real_run_as_far_as_step_14500():
     data = json.loads(json.dumps(to_json(real_report("40m", 14_500), RTX4070), allow_nan=False))
-    assert {"findings", "figures", "units", "gpu", "not_checked", "unread"} == set(data)
+    assert {"findings", "figures", "units", "gpu", "precision", "not_checked", "unread"} == set(data)
+    assert (data["gpu"], data["precision"]) == ("NVIDIA GeForce RTX 4070", "bf16")
     assert {name: data["figures"][name] for name in FIGURES} == pytest.approx(FIGURES, rel=1e-3)
     for finding in data["findings"]:
         assert {"id", "severity", "evidence", "explanation", "advice", "confidence"} <= set(finding)
@@ -162,3 +163,4 @@ def test_counts():
 def test_advice_for_fastgpt_is_in_its_own_names():
     advice = "max_iters = 100\nlr_decay_iters = 100\ngradient_accumulation_steps = 8\nmin_lr = 6e-05\nor so."
     assert in_fastgpts_names(advice) == "max_iters = 100\ngrad_accum = 8\nmin_lr_ratio = 0.1\nor so."
+    assert in_fastgpts_names("dtype = 'bfloat16'\ndtype = 'float16'") == "precision = 'bf16'\nprecision = 'fp16'"
