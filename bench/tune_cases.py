@@ -57,9 +57,10 @@ def _attention() -> list[Family]:
         for dropout in (False, True):
             buckets = [config_space.attention_bucket(64, rows, plain=True, dropout=dropout) for rows in bounds]
             case = partial(launch_cases._qkv, dtype, 64, dropout_p=0.1 if dropout else 0.0)
+            cases = (case, partial(case, bias=True))
             for function in ("forward", "backward_q", "backward_kv"):
                 known = tuple(bucket for bucket in buckets if bucket is not None)
-                found.append(Family(f"attention.{function}", dtype, known, function, (case,)))
+                found.append(Family(f"attention.{function}", dtype, known, function, cases))
     return found
 
 
@@ -124,9 +125,9 @@ def _linears() -> Iterator[Family]:
         buckets = tuple(bucket for bucket in known if bucket is not None)
         for dtype in (FP16,) if fast else (BF16, FP16):
             case = partial(_launch_linear, kind, dtype, fast)
-            cases = (
-                (case, partial(case, add=True)) if grad else (case,)
-            )  # adding takes registers: some tiles spill only then
+            # Adding takes registers, and so do sums of columns: some tiles spill only then.
+            heavy = {"add": True} if grad else {"sums": True} if kind == "dgelu" else None
+            cases = (case,) if heavy is None else (case, partial(case, **heavy))
             rest = {"none": ({"transposed": True},), "gelu": ({"bias": False}, {"save": False})}.get(kind, ())
             function = "weight_grad_kernel" if grad else "linear_kernel"
             yield Family(kernel, dtype, buckets, function, cases, tuple(partial(case, **more) for more in rest))
@@ -149,10 +150,12 @@ def linear(
     save: bool = True,
     add: bool = False,
     transposed: bool = False,
+    sums: bool = False,
 ) -> Callable[[], Any]:
     """The matmul of a bucket ``N.. K..`` with what goes with it, on random operands: what it gives at each call.
 
-    ``bias`` and ``save``: of "gelu". ``add``: to a gradient that is there. ``transposed``: of "none", an input gradient."""
+    ``bias`` and ``save``: of "gelu". ``add``: to a gradient that is there. ``transposed``: of "none", an input gradient.
+    ``sums``: of "dgelu", with the gradient of a bias."""
     from fastgpt.kernels import _linear_launch as launch
 
     def make(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
@@ -175,7 +178,7 @@ def linear(
         return lambda: launch.matmul_gelu(x, weight, shift, False, fast, save)
     if kind == "dgelu":
         pre = make(tokens, N)
-        return lambda: launch.matmul_dgelu(x, weight, pre, False, fast)[0]
+        return lambda: launch.matmul_dgelu(x, weight, pre, False, fast, FP32 if sums else None)[0]
     residual = make(tokens, N, like=FP32) if kind == "residual" else None
     return lambda: launch.matmul(x, weight, shift, residual, None, 0.0, fast)
 

@@ -256,7 +256,11 @@ def confined(asked: int, device: torch.device, here: tuning.Target) -> Iterator[
         raise UserError(f"a green context of {granted} SMs is refused: {str(error).splitlines()[0]}") from None
     context.set_context()
     try:
-        with mock.patch.object(runtime, "sm_count", lambda device: granted):
+        # Autograd's own thread would run backward in the device's context, on all SMs.
+        with (
+            mock.patch.object(runtime, "sm_count", lambda device: granted),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
             yield granted
     finally:
         context.pop_context()

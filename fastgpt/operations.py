@@ -220,9 +220,13 @@ def _attention(s: Sizes) -> list[Operation]:
         # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
         query = flops.attention_backward(B, T, H, D, s.e, tile=min(128, T), matmuls=3)
         key = flops.attention_backward(B, T, H, D, s.e, tile=min(64, T), matmuls=4)
+        # For c_attn's bias each program also writes the sums of its rows, which are then added up.
+        bias = int(s.shape.bias)
+        q_sums, kv_sums = (bias * 8 * C * cdiv(rows, tile) for tile in (128, 64))
+        moved = 6 * vector + 2 * log_sums
         found += [
-            op("attention backward dQ", group, query, 6 * vector + 2 * log_sums + extra, 128),
-            op("attention backward dK dV", group, key, 6 * vector + 2 * log_sums + 2 * extra, 64),
+            op("attention backward dQ", group, query, moved + extra + q_sums, 128, 1 + bias),
+            op("attention backward dK dV", group, key, moved + 2 * (extra + kv_sums), 64, 1 + 2 * bias),
         ]
         if s.precision == "fp16-fast":  # all products but S, and dP's only up to 64 columns
             shares = (1 / 2, 2 / 3, 3 / 4) if D <= 64 else (1 / 2, 1 / 3, 2 / 4)

@@ -87,21 +87,25 @@ def _linears(s: Sizes) -> list[Operation]:
     C, L, M = s.shape.n_embd, s.shape.n_layer, s.rows
     sizes = ((3 * C, C), (C, C), (4 * C, C), (C, 4 * C))
     ops = [op for name, (N, K) in zip(LINEARS, sizes) for op in _linear(name, M, N, K, L, s)]
-    widths, elements = sum(N for N, _ in sizes), 4 * M * C
+    elements = 4 * M * C
+    # c_fc's bias: whoever forms GELU's gradient writes the sums of its rows by tiles, which are then added up.
+    summed = s.kernels == "triton" and s.shape.bias
+    sums = 8 * 4 * C * cdiv(M, 128 if s.precision == "fp16-fast" else 64) if summed else 0
     if _epilogues(s):  # forward writes z beside gelu(z); backward reads z for the gradient of gelu(z), which it writes
         each = 3 if s.own_fp8 else 2  # what goes into the next matmul is written in 8 bits, too
-        more = {"mlp up forward": each * elements, "mlp down dX": each * elements}
-        ops = [replace(op, bytes=op.bytes + more[op.name], own=True) if op.name in more else op for op in ops]
+        more = {"mlp up forward": (each * elements, 0), "mlp down dX": (each * elements + sums, int(summed))}
+        for i, op in enumerate(ops):
+            if op.name in more:
+                moved, launches = more[op.name]
+                ops[i] = replace(op, bytes=op.bytes + moved, launches=op.launches + launches, own=True)
     else:
+        moved = (2 + 2 + 2) * elements + sums
         ops += [
             memory("GELU forward", "GELU forward", (2 + 2) * elements, count=L, fresh=2 * elements),
-            memory("GELU backward", "GELU backward", (2 + 2 + 2) * elements, count=L, fresh=2 * elements),
+            memory("GELU backward", "GELU backward", moved, 1 + int(summed), count=L, fresh=2 * elements),
         ]
-    if s.shape.bias and not (s.kernels == "triton" and s.precision == "fp16-fast"):  # there the tiles of dW add them up
-        launches = 8 if s.kernels == "triton" else 4  # the sums in fp32, and the copy to where they belong
-        if s.kernels == "triton" and not _epilogues(s):  # c_fc's come from the sweep that forms GELU's gradient
-            widths, launches = widths - 4 * C, launches - 1
-        ops.append(memory("bias gradients", "pointwise", s.e * M * widths, launches, count=L))
+    if s.shape.bias:
+        ops += _bias_gradients(s, sum(N for N, _ in sizes))
     if s.own_fp8:
         # Activations and gradients are written by the kernels that make them. Weights once a step, both ways round.
         if not fp8_group(s):  # what attention gives and takes
@@ -113,6 +117,18 @@ def _linears(s: Sizes) -> list[Operation]:
         columns = sum(N + K for N, K in sizes)
         ops.append(memory("fp8 quantisation", "pointwise", 4 * M * columns, 8, count=L))
     return ops
+
+
+def _bias_gradients(s: Sizes, columns: int) -> list[Operation]:
+    """Passes that sum dy over its rows. Of triton only where another kernel has made dy: its own add up their rows."""
+    C, L = s.shape.n_embd, s.shape.n_layer
+    if s.kernels != "triton":
+        return [memory("bias gradients", "pointwise", s.e * s.rows * columns, 4, count=L)]
+    left = [(width, tensors) for width, tensors, maker in ((3, 1, "attention"), (2, 2, "norms")) if not s.fused(maker)]
+    if not left or s.precision == "fp16-fast":  # there the tiles of dW add them up
+        return []
+    width, tensors = map(sum, zip(*left))  # each a sum in fp32, and a copy to where it belongs
+    return [memory("bias gradients", "pointwise", s.e * s.rows * width * C, 2 * tensors, count=L)]
 
 
 # ---------------------------------------------------------------- head and loss

@@ -27,6 +27,31 @@ def device(request):
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture
+def needs_memory(device):
+    """``needs_memory(bytes)`` skips a test on a GPU that has no room for them and 1 GiB of whatever else. On a CPU large tensors
+    are of pages that are never touched, and take none."""
+    import torch
+
+    def check(count):
+        if device.type != "cuda":
+            return
+        torch.cuda.empty_cache()  # what earlier tests have let go of counts as free
+        if torch.cuda.mem_get_info(device)[0] < count + 2**30:
+            pytest.skip(f"needs {(count + 2**30) / 2**30:.1f} GiB of free GPU memory")
+
+    return check
+
+
+@pytest.fixture
+def needs_fp8(device):
+    """Skips a test on a GPU whose tensor cores have no fp8, for which Triton compiles no such kernel."""
+    from fastgpt.kernels import _fp8_launch
+
+    if reason := _fp8_launch.refusal(device):
+        pytest.skip(reason)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     import torch

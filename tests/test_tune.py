@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from bench import tune, tune_measure, tune_table
 from bench.tune_cases import Family, families, table_cases
 from fastgpt import hardware
 from fastgpt.errors import UserError
-from fastgpt.kernels import config_space, ranking, tuning
+from fastgpt.kernels import config_space, ranking, runtime, tuning
 from tests.kernels.test_ranking import LINEARS, TILES, matmul, rows
 
 RTX_4070 = hardware.lookup("rtx4070")
@@ -44,7 +45,7 @@ def test_every_family_has_configs_to_compare(family):
 
 
 @pytest.mark.parametrize("family", LINEARS, ids=lambda family: family.name)
-def test_the_launcher_asks_for_the_bucket_that_is_measured(family, monkeypatch):
+def test_the_launcher_asks_for_the_bucket_that_is_measured(device, family, monkeypatch):
     from fastgpt.kernels import _linear_launch
 
     asked, choose = [], tuning.choose
@@ -54,7 +55,7 @@ def test_the_launcher_asks_for_the_bucket_that_is_measured(family, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_linear_launch, "_launch", lambda *_, **__: None)
         patch.setattr(_linear_launch, "_weight_grad_in_tiles", lambda *_: None)
-        tune_measure.operation(family, bucket, torch.device("cpu"))()
+        tune_measure.operation(family, bucket, device)()
     assert asked == [(family.kernel, family.dtype, bucket)]
 
 
@@ -247,19 +248,20 @@ GELU = next(family for family in LINEARS if family.name == "linear.gelu bf16")
 
 
 @pytest.mark.parametrize("kernel", ["linear.gelu", "linear.dgelu", "linear.weight_grad_bias", "linear_fast.none"])
-def test_both_engines_give_the_same_results_where_they_are_timed(kernel, monkeypatch):
-    """In the interpreter, at a small size: the configs are really forced, and the comparison of results sees them."""
+def test_both_engines_give_the_same_results_where_they_are_timed(device, kernel, monkeypatch):
+    """At a small size: the configs are really forced, and the comparison of results sees them."""
     family = next(family for family in LINEARS if family.kernel == kernel)
     tiles = {**TILES, "block_m": 64, "block_n": 32} | ({"splits": 2} if "grad" in kernel else {})
     tiles |= {"chunk": 2} if "fast" in kernel else {}
     first = config_space.CUBLAS if config_space.has_library(kernel) else {**tiles, "block_k": 16}
     monkeypatch.setattr(ranking, "typical_tokens", lambda bucket: 128)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(tune_measure, "interleave", lambda ready, *_, **__: dict.fromkeys(ready, 1.0))
-    times, problems = tune_measure.time_configs(family, "N96 K64", [first, tiles], torch.device("cpu"), 1.0)
+    times, problems = tune_measure.time_configs(family, "N96 K64", [first, tiles], device, 1.0)
     assert times == [1.0, 1.0] and not problems
     monkeypatch.setattr(tune_measure, "TOLERANCE", -1.0)
-    _, problems = tune_measure.time_configs(family, "N96 K64", [first, tiles], torch.device("cpu"), 1.0)
+    _, problems = tune_measure.time_configs(family, "N96 K64", [first, tiles], device, 1.0)
     assert "results differ by" in problems[-1]
 
 
@@ -313,6 +315,20 @@ def test_a_torch_without_green_contexts_is_told_in_a_sentence():
     here = tuning.Target(90, 132, 232_448)
     with pytest.raises(UserError, match="green context"), tune_measure.confined(46, torch.device("cuda", 0), here):
         pass
+
+
+def test_backward_runs_in_the_green_context_too(monkeypatch):
+    """A context belongs to a thread, and autograd has one of its own."""
+    from torch.cuda import green_contexts
+
+    context = Mock()
+    monkeypatch.setattr(green_contexts, "SUPPORTED", True)
+    monkeypatch.setattr(green_contexts, "GreenContext", Mock(create=lambda **_: context), raising=False)
+    with tune_measure.confined(46, torch.device("cuda", 0), tuning.Target(90, 132, 232_448)) as granted:
+        assert granted == runtime.sm_count(torch.device("cuda", 0)) == 48
+        assert not torch.autograd.is_multithreading_enabled()
+    assert torch.autograd.is_multithreading_enabled()
+    assert [name for name, *_ in context.mock_calls] == ["set_context", "pop_context"]
 
 
 def test_a_card_that_is_too_small_is_told_in_a_sentence(monkeypatch):

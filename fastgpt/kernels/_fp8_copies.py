@@ -1,10 +1,8 @@
 """fp8 forms that are kept beside a tensor: of a weight from one optimizer step to the next, of an activation or gradient
 from the kernel that made both to the matmul that reads them.
 
-The second kind makes it possible to quantise in the kernel that produces a tensor although autograd, and the model, hand on
-the tensor alone: ``give`` notes the fp8 form of a tensor, ``take`` finds it by the same tensor's identity, once. A tensor
-that was written to since (its version tells), that is a view or a sum of others, or that came from elsewhere has no form
-there, and whoever asks then quantises it in a pass of its own: slower, the same values.
+The second kind are notes (_notes.py), by which a tensor can be quantised in the kernel that produces it: ``give`` notes its
+fp8 form, ``take`` finds it, once. Whoever finds none quantises the tensor in a pass of its own: slower, the same values.
 """
 
 from __future__ import annotations
@@ -17,14 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgpt.kernels import working_copy
 from fastgpt.kernels._fp8_launch import Fp8, Grouped
+from fastgpt.kernels._notes import Notes
 
 Kinds = tuple[type[Fp8 | Grouped], ...]
-
-
-@dataclass
-class _Made:
-    form: Fp8 | Grouped
-    version: int
 
 
 @dataclass
@@ -34,35 +27,33 @@ class _Weight:
     address: int
 
 
-_made = WeakTensorKeyDictionary()
+_made: Notes[Fp8 | Grouped] = Notes()
 _weights = WeakTensorKeyDictionary()
 
 
 def give(tensor: Tensor, form: Fp8 | Grouped) -> None:
     """Note that ``form`` is ``tensor`` in fp8."""
-    _made[tensor] = _Made(form, tensor._version)
+    _made.give(tensor, form)
 
 
 def take(tensor: Tensor, dtype: torch.dtype, kinds: Kinds = (Fp8,)) -> Fp8 | Grouped | None:
     """The form noted for ``tensor``, still right and of a kind that its reader takes. It is then forgotten: its memory is free
     after one matmul."""
-    made = _made.pop(tensor, None)
-    if made is None or made.version != tensor._version or made.form.values.dtype != dtype:
-        return None
-    return made.form if isinstance(made.form, kinds) else None
+    form = _made.take(tensor)
+    return form if isinstance(form, kinds) and form.values.dtype == dtype else None
 
 
 def of_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values and stats of ``weight`` (N, K), and the same of it rounded along its other dimension.
 
-    Kept as working_copy.py keeps its copies, until a write to the parameter. Not kept: under torch.compile, in the capture of
-    a CUDA graph, under FSDP, and of a tensor that is no plain leaf parameter."""
+    Kept as working_copy.py keeps its copies, until a write to the parameter; in CUDA graphs of a step, from its first
+    micro-batch to its last. Not kept: under torch.compile, under FSDP, and of a tensor that is no plain leaf parameter."""
     plain = weight.detach()
     if torch.compiler.is_compiling() or not working_copy.enabled or not working_copy._cachable(weight):
         return torch.ops.fastgpt.fp8_quantise_weight(plain)
     if working_copy._capturing(weight):
         _weights.pop(weight, None)  # the replays to come have copies of their own
-        return torch.ops.fastgpt.fp8_quantise_weight(plain)
+        return working_copy.once_in_captures(weight, lambda: torch.ops.fastgpt.fp8_quantise_weight(plain))
     now, kept = (weight._version, weight.data_ptr()), _weights.get(weight)
     if kept is None or (kept.version, kept.address) != now or kept.forms[0].shape != weight.shape:
         with torch.inference_mode(False):

@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgpt.kernels._fp8_rows import norm_bound, row_scale, scaled_down
-from fastgpt.kernels._linear_kernels import _gelu, _gelu_grad, _tile
+from fastgpt.kernels._fp8_rows import nearest, norm_bound, row_scale, scaled_down
+from fastgpt.kernels._linear_kernels import _gelu, _gelu_grad, _store_column_sums, _tile
 
 CHUNK = 64
 """Of K: products that are summed before they are added up in fp32."""
@@ -30,13 +30,13 @@ def _quantise_bounded(value, rm, in_m, out, mask, first, Q, SCALE, NORM, MAX_NOR
     if MAX_BIAS is not None:
         bound += tl.load(MAX_BIAS)
     scale = row_scale(bound * 1.13 if BACKWARD else bound, Q)
-    tl.store(Q + out, scaled_down(value.to(tl.float32), scale).to(Q.dtype.element_ty), mask=mask)
+    tl.store(Q + out, nearest(scaled_down(value.to(tl.float32), scale), Q), mask=mask)
     tl.store(SCALE + rm, scale, mask=in_m & first)
 
 
 @triton.jit
 def fp8_linear_kernel(
-    A, B, SCALE_A, SCALE_B, BIAS, PRE, C, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, M, N, K,
+    A, B, SCALE_A, SCALE_B, BIAS, PRE, C, COLUMN_SUM, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, M, N, K,
     EPILOGUE: tl.constexpr, ERF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, EVEN_K: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,7 @@ def fp8_linear_kernel(
 
     "none": z
     "gelu": PRE = z, C = gelu(z), and gelu(z) in fp8 as Q with SCALE
-    "dgelu": C = z gelu'(PRE), and that in fp8
+    "dgelu": C = z gelu'(PRE), and that in fp8; COLUMN_SUM, if given, as of linear_kernel
     """
     pid_m, pid_n = _tile(tl.program_id(0), M, N, BM, BN, GROUP)
     rm, rn, rk = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -85,6 +85,8 @@ def fp8_linear_kernel(
         z *= _gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
     rounded = z.to(C.dtype.element_ty)
     tl.store(C + out, rounded, mask=mask)
+    if COLUMN_SUM is not None:
+        _store_column_sums(rounded, mask, COLUMN_SUM, pid_m, rn, N)
     if Q is not None:
         _quantise_bounded(
             rounded, rm, in_m, out, mask, pid_n == 0, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, EPILOGUE == "dgelu"
@@ -93,11 +95,11 @@ def fp8_linear_kernel(
 
 @triton.jit
 def fp8_sweep_kernel(
-    Z, DY, OUT, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, M, N,
+    Z, DY, OUT, COLUMN_SUM, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, M, N,
     BACKWARD: tl.constexpr, ERF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The two quantising epilogues of fp8_linear_kernel behind a matmul that has none: OUT and Q with SCALE = gelu(Z), or
-    with BACKWARD DY gelu'(Z). All (M, N) contiguous."""
+    with BACKWARD DY gelu'(Z). All (M, N) contiguous. COLUMN_SUM as of linear_kernel."""
     rm, rn = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
     in_m = rm < M
     mask, out = in_m[:, None] & (rn < N)[None, :], rm.to(tl.int64)[:, None] * N + rn[None, :]
@@ -107,6 +109,8 @@ def fp8_sweep_kernel(
     )
     rounded = value.to(OUT.dtype.element_ty)
     tl.store(OUT + out, rounded, mask=mask)
+    if COLUMN_SUM is not None:
+        _store_column_sums(rounded, mask, COLUMN_SUM, tl.program_id(0), rn, N)
     first = tl.program_id(1) == 0
     _quantise_bounded(rounded, rm, in_m, out, mask, first, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, BACKWARD)
 
@@ -132,7 +136,7 @@ def fp8_quantise_kernel(
         mask = in_m[:, None] & (cols < K)[None, :]
         x = tl.load(x_row + cols[None, :] * stride_k, mask=mask, other=0.0).to(tl.float32)
         x = scaled_down(x, scale)
-        tl.store(Q + rows[:, None] * K + cols[None, :], x.to(Q.dtype.element_ty), mask=mask)
+        tl.store(Q + rows[:, None] * K + cols[None, :], nearest(x, Q), mask=mask)
         squares += tl.sum(x * x, axis=1)
     tl.store(SCALE + rows, scale, mask=in_m)
     tl.store(NORM + rows, norm_bound(squares, scale, Q), mask=in_m)

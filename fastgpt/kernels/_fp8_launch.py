@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import runtime
 from fastgpt.kernels._fp8_kernels import CHUNK, fp8_linear_kernel, fp8_quantise_kernel, fp8_sweep_kernel
 
@@ -81,14 +82,31 @@ def engine(device: torch.device) -> str:
     CUDA 12.9 on) or CUTLASS's, with sums in fp32 unless use_fast_accum. Elsewhere they are CUTLASS's alone
     (ScaledBlas.cpp), and cuBLAS has none on sm_120 (pytorch#192707). No GPU has measured this choice yet.
     """
-    return "scaled_mm" if device.type == "cuda" and capability(device)[0] == 9 else "triton"
+    if device.type != "cuda" or capability(device)[0] != 9:
+        return "triton"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return "scaled_mm" if _torch_multiplies(index) else "triton"
+
+
+@lru_cache
+def _torch_multiplies(index: int) -> bool:
+    """Whether this build of torch has the products asked of it: which formats cuBLAS takes with scales per row is not written
+    down anywhere."""
+    a, b = (torch.ones(64, 64, dtype=torch.bfloat16, device=torch.device("cuda", index)) for _ in range(2))
+    ones = torch.ones(2, 64, dtype=torch.float32, device=a.device)
+    try:
+        for dtype in (FORWARD, GRADIENT):
+            _scaled_mm(Fp8(a.to(dtype), ones), Fp8(b.to(FORWARD), ones), ones[0])
+    except RuntimeError:
+        return False
+    return True
 
 
 def config(M: int, N: int, *, halved: bool = False, chunk: int = CHUNK) -> dict[str, int]:
     """Tiles of the matmul. Nothing but the interpreter's depends on the shape. In 8 warps 128 x 128 hold a tile and a chunk
-    of its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120. ``halved``: for erf, which would
-    spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an SM of sm_89.
-    ``chunk`` of K is read, and summed, at a time; as many bytes are on their way whatever it is."""
+    of its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120. ``halved``: for erf and GELU's
+    gradient, which would spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an
+    SM of sm_89. ``chunk`` of K is read, and summed, at a time; as many bytes are on their way whatever it is."""
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
         m, n = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N))
         return {"BM": m, "BN": n, "BK": chunk, "GROUP": 8, "num_warps": 4, "num_stages": 1}
@@ -102,9 +120,7 @@ def new(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.d
     return Fp8(values, torch.empty(2, math.prod(shape[:-1]), dtype=torch.float32, device=device))
 
 
-def new_grouped(
-    shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device, columns: int
-) -> Grouped:
+def new_grouped(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device, columns: int) -> Grouped:
     """The same with a scale for so many ``columns``, a divisor of K."""
     scale = torch.empty(shape[-1] // columns, math.prod(shape[:-1]), dtype=torch.float32, device=device)
     return Grouped(torch.empty(shape, dtype=dtype, device=device), scale)
@@ -132,17 +148,21 @@ def quantise_weight(weight: Tensor) -> tuple[Fp8, Fp8]:
 
 def _launch(
     a: Fp8 | Grouped, b: Fp8, out: Tensor, epilogue: str, bias: Tensor | None = None, *, pre: Tensor | None = None,
-    q: Fp8 | None = None, erf: bool = False,
+    q: Fp8 | None = None, erf: bool = False, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """``sums`` (N,): of out's columns."""
     (M, K), N = a.values.shape, b.values.shape[0]
     columns = a.columns if isinstance(a, Grouped) else 0
-    cfg = config(M, N, halved=erf or columns > 0, chunk=columns or CHUNK)
+    cfg = config(M, N, halved=erf or columns > 0 or epilogue == "dgelu", chunk=columns or CHUNK)
+    rows = triton.cdiv(M, cfg["BM"])
+    partial = column_sums.partial(rows, sums)
     with runtime.device_guard(out):
-        fp8_linear_kernel[(triton.cdiv(M, cfg["BM"]) * triton.cdiv(N, cfg["BN"]),)](
-            a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out,
+        fp8_linear_kernel[(rows * triton.cdiv(N, cfg["BN"]),)](
+            a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out, partial,
             *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0,
             COLUMNS=columns, **cfg,
         )  # fmt: skip
+        column_sums.add_up((partial, sums))
 
 
 def _bounded(q: Fp8 | None, a: Fp8 | Grouped, b: Fp8, bias: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -176,28 +196,37 @@ def matmul_gelu(a: Fp8, b: Fp8, bias: Tensor | None, erf: bool) -> tuple[Tensor,
     out, q = a.values.new_empty(shape, dtype=torch.bfloat16), new(shape, FORWARD, device)
     if engine(device) == "scaled_mm":
         pre = _scaled_mm(a, b, bias)
-        _sweep(pre, None, out, q, _bounded(q, a, b, bias), erf)
+        _sweep(pre, None, out, q, _bounded(q, a, b, bias), erf, None)
     else:
         pre = torch.empty_like(out)
         _launch(a, b, out, "gelu", bias, pre=pre, q=q, erf=erf)
     return out, pre, q
 
 
-def matmul_dgelu(a: Fp8, b: Fp8, pre: Tensor, erf: bool) -> tuple[Tensor, Fp8]:
-    """(a b^T) gelu'(pre), in bf16 and in the gradients' fp8."""
+def matmul_dgelu(
+    a: Fp8, b: Fp8, pre: Tensor, erf: bool, bias_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Fp8, Tensor | None]:
+    """(a b^T) gelu'(pre), in bf16 and in the gradients' fp8, and with ``bias_dtype`` the sums of its columns."""
     shape, device = (a.values.shape[0], b.values.shape[0]), a.values.device
     out, q = a.values.new_empty(shape, dtype=torch.bfloat16), new(shape, GRADIENT, device)
+    sums = None if bias_dtype is None else out.new_empty(shape[1], dtype=bias_dtype)
     if engine(device) == "scaled_mm":
-        _sweep(pre, _scaled_mm(a, b), out, q, _bounded(q, a, b, None), erf)
+        _sweep(pre, _scaled_mm(a, b), out, q, _bounded(q, a, b, None), erf, sums)
     else:
-        _launch(a, b, out, "dgelu", pre=pre, q=q, erf=erf)
-    return out, q
+        _launch(a, b, out, "dgelu", pre=pre, q=q, erf=erf, sums=sums)
+    return out, q, sums
 
 
-def _sweep(z: Tensor, dy: Tensor | None, out: Tensor, q: Fp8, bounded: tuple[Tensor | None, ...], erf: bool) -> None:
+def _sweep(
+    z: Tensor, dy: Tensor | None, out: Tensor, q: Fp8, bounded: tuple[Tensor | None, ...], erf: bool,
+    sums: Tensor | None,
+) -> None:  # fmt: skip
     M, N = z.shape
     rows, block = (256, 256) if runtime.INTERPRET else (16, 128)
+    blocks = triton.cdiv(M, rows)
+    partial = column_sums.partial(blocks, sums)
     with runtime.device_guard(z):
-        fp8_sweep_kernel[(triton.cdiv(M, rows), triton.cdiv(N, block))](
-            z, dy, out, *bounded, M, N, BACKWARD=dy is not None, ERF=erf, BM=rows, BN=block, num_warps=4
+        fp8_sweep_kernel[(blocks, triton.cdiv(N, block))](
+            z, dy, out, partial, *bounded, M, N, BACKWARD=dy is not None, ERF=erf, BM=rows, BN=block, num_warps=4
         )
+        column_sums.add_up((partial, sums))

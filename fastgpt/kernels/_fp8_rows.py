@@ -44,6 +44,17 @@ def scaled_down(x, scale):
 
 
 @triton.jit
+def nearest(x, Q):
+    """fp32 x as what Q points to, to nearest even. For sm_89 triton's own cast goes through fp16, cut off toward zero, which
+    makes a tie of what lies just above one: there what fp16 has no bits for leaves a one in the last that it has."""
+    if not tl.target_info.cuda_capability_geq(9, 0):
+        bits = x.to(tl.uint32, bitcast=True)
+        bits |= ((bits & 0x1FFF) != 0).to(tl.uint32) << 13
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(Q.dtype.element_ty)
+
+
+@triton.jit
 def norm_bound(sum_squares, scale, Q):
     """The least that ||row|| can be certain not to exceed once q is rounded: half a unit in the last place more."""
     slack: tl.constexpr = 1.0625 if Q.dtype.element_ty == tl.float8e4nv else 1.125
@@ -55,7 +66,7 @@ def quantise_rows(x, rows, row_mask, at, mask, Q, SCALE, NORM):
     """Write whole rows x (ROWS, BLOCK), fp32 and 0 past their ends: Q at ``at``, SCALE and NORM at ``rows``."""
     scale = row_scale(tl.max(tl.abs(x), axis=1), Q)
     x = scaled_down(x, scale)
-    tl.store(Q + at, x.to(Q.dtype.element_ty), mask=mask)
+    tl.store(Q + at, nearest(x, Q), mask=mask)
     tl.store(SCALE + rows, scale, mask=row_mask)
     tl.store(NORM + rows, norm_bound(tl.sum(x * x, axis=1), scale, Q), mask=row_mask)
 
@@ -70,4 +81,4 @@ def quantise_groups(x, q, mask, scales, row_mask, stride, D: tl.constexpr, COLS:
         scale = row_scale(tl.max(tl.where(group == i, tl.abs(x), 0.0), axis=1), q)
         x = tl.where(group == i, scaled_down(x, scale), x)
         tl.store(scales + i * stride, scale, mask=row_mask)
-    tl.store(q, x.to(q.dtype.element_ty), mask=mask)
+    tl.store(q, nearest(x, q), mask=mask)

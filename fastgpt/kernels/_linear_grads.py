@@ -40,19 +40,19 @@ def _(dz, weight, pre, erf, fp16):
 @torch.library.custom_op(
     "fastgpt::linear_bwd_input_sums",
     mutates_args=(),
-    schema="(Tensor dz, Tensor weight, Tensor pre, bool erf, ScalarType bias_dtype) -> (Tensor, Tensor)",
+    schema="(Tensor dz, Tensor weight, Tensor pre, bool erf, bool fp16, ScalarType bias_dtype) -> (Tensor, Tensor)",
 )
 def _bwd_input_sums(
-    dz: Tensor, weight: Tensor, pre: Tensor, erf: bool, bias_dtype: torch.dtype
+    dz: Tensor, weight: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(dz @ weight) gelu'(pre), and its column sums: the gradient of the bias in ``pre``."""
-    dpre, sums = launch.matmul_dgelu(_rows(dz), weight, _rows(pre), erf, False, bias_dtype)
+    dpre, sums = launch.matmul_dgelu(_rows(dz), weight, _rows(pre), erf, fp16, bias_dtype)
     assert sums is not None
     return dpre.view(pre.shape), sums
 
 
 @_bwd_input_sums.register_fake
-def _(dz, weight, pre, erf, bias_dtype):
+def _(dz, weight, pre, erf, fp16, bias_dtype):
     return torch.empty_like(pre), dz.new_empty(pre.shape[-1], dtype=bias_dtype)
 
 

@@ -91,8 +91,15 @@ def _product(
 
 
 @triton.jit
+def _store_column_sums(tile, mask, COLUMN_SUM, row, rn, N):
+    """The sums of a tile's columns, into their places in that row of COLUMN_SUM (rows, N)."""
+    total = tl.sum(tl.where(mask, tile.to(tl.float32), 0.0), axis=0)
+    tl.store(COLUMN_SUM + row.to(tl.int64) * N + rn, total, mask=rn < N)
+
+
+@triton.jit
 def linear_kernel(
-    A, B, BIAS, PRE, RESIDUAL, SEED, C, M, N, K,
+    A, B, BIAS, PRE, RESIDUAL, SEED, C, COLUMN_SUM, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, stride_residual, dropout_p,
     EPILOGUE: tl.constexpr, ERF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, EVEN_K: tl.constexpr, CHUNK: tl.constexpr,
@@ -102,6 +109,8 @@ def linear_kernel(
     "none": z, then dropout with SEED, then + RESIDUAL, each if given
     "gelu": PRE = z (if PRE is given), C = gelu(z), from z in fp32
     "dgelu": C = z gelu'(PRE)
+
+    COLUMN_SUM (rows of tiles, N), fp32, may be None: the sums of C's columns in each tile, as C holds them.
     """
     pid_m, pid_n = _tile(tl.program_id(0), M, N, BM, BN, GROUP)
     rm, rn = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
@@ -124,7 +133,10 @@ def linear_kernel(
     if RESIDUAL is not None:
         residual = RESIDUAL + rm.to(tl.int64)[:, None] * stride_residual + rn[None, :]
         z += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    tl.store(C + out, z.to(C.dtype.element_ty), mask=mask)
+    rounded = z.to(C.dtype.element_ty)
+    tl.store(C + out, rounded, mask=mask)
+    if COLUMN_SUM is not None:
+        _store_column_sums(rounded, mask, COLUMN_SUM, pid_m, rn, N)
 
 
 @triton.jit
@@ -160,8 +172,9 @@ def sum_splits_kernel(PARTIAL, OUT, size, splits, ADD: tl.constexpr, BLOCK: tl.c
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     total = tl.zeros((BLOCK,), tl.float32)
+    stride = tl.full((), size, tl.int64)  # an argument that is 1 is a plain int to triton, without .to
     for split in range(splits):
-        total += tl.load(PARTIAL + split * size.to(tl.int64) + at, mask=mask, other=0.0)
+        total += tl.load(PARTIAL + split * stride + at, mask=mask, other=0.0)
     if ADD:
         total += tl.load(OUT + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=mask)

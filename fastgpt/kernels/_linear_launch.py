@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import config_space, runtime, tuning
 from fastgpt.kernels._linear_kernels import linear_kernel, pointwise_grad_kernel, sum_splits_kernel, weight_grad_kernel
 from fastgpt.kernels.matmul_fp32 import matmul_fp32
@@ -70,7 +71,8 @@ def choose(
         bucket = config_space.linear_bucket(rows, columns, tokens)
     default = config_space.CUBLAS
     if fast:
-        default = default_tiles(kind, M, N, K, dtype, accumulate, runtime.sm_count(device), wide)
+        sms, arch = runtime.sm_count(device), tuning.arch_of(device)
+        default = default_tiles(kind, M, N, K, dtype, accumulate, sms, wide, arch)
     return tuning.choose(f"linear{'_fast' if fast else ''}.{kind}", dtype, bucket, device, default)
 
 
@@ -85,8 +87,9 @@ def engine(
 
 @lru_cache(maxsize=1024)
 def default_tiles(
-    kind: str, M: int, N: int, K: int, dtype: torch.dtype, accumulate: str = "fp32", sms: int = 46, wide: bool = True
-) -> tuning.Config:
+    kind: str, M: int, N: int, K: int, dtype: torch.dtype, accumulate: str = "fp32", sms: int = 46, wide: bool = True,
+    arch: int | None = None,
+) -> tuning.Config:  # fmt: skip
     """Tiles where no table has any, as a config. ``wide``: whether memory can be read 128 bits at a time (see ``_wide``);
     where it cannot, an address per element takes the registers of a large tile. A weight gradient is split along K where
     its tiles leave SMs idle. Nothing else depends on M: a new batch size compiles nothing.
@@ -107,6 +110,8 @@ def default_tiles(
     del found["chunk"], found["splits"]
     if accumulate == "fp16":
         found["chunk"] = max(64 // tiles.block_k, 1)
+        if kind == "dgelu" and arch == 120:
+            found["num_stages"] = min(tiles.num_stages, 2)  # a third block of K on its way would spill
     if grad:
         found["splits"] = splits(M, N, K, tiles.block_m, tiles.block_n, sms)
     return found
@@ -166,18 +171,22 @@ def _choose(kind: str, a: Tensor, b: Tensor, fp16: bool, *, plain: bool = True) 
 def _launch(
     tiles: Tiles, a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None,
     pre: Tensor | None = None, residual: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
-    erf: bool = False,
+    erf: bool = False, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """``sums`` (N,): of out's columns."""
     (M, K), N = a.shape, b.shape[1]
     if M == 0 or N == 0:
         return
     residual = None if residual is None else _unit_columns(residual)
+    rows = triton.cdiv(M, tiles.block_m)
+    partial = column_sums.partial(rows, sums)
     with runtime.device_guard(a):
-        linear_kernel[(triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n),)](
-            a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, M, N, K,
+        linear_kernel[(rows * triton.cdiv(N, tiles.block_n),)](
+            a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, partial, M, N, K,
             *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0), dropout_p,
             EPILOGUE=epilogue, ERF=erf, **tiles.options(K),
         )  # fmt: skip
+        column_sums.add_up((partial, sums))
 
 
 def matmul(
@@ -225,14 +234,15 @@ def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool
 def matmul_dgelu(
     a: Tensor, b: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """(a @ b) * gelu'(pre), in a's dtype, and with ``bias_dtype`` its column sums: behind cuBLAS from the same sweep."""
+    """(a @ b) * gelu'(pre), in a's dtype, and with ``bias_dtype`` its column sums, from the kernel that forms it."""
 
     def run(config: tuning.Config) -> tuple[Tensor, Tensor | None]:
         if config == config_space.CUBLAS:
             return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, bias_dtype)
         out = a.new_empty(a.shape[0], b.shape[1])
-        _launch(Tiles(**config), a, b, out, "dgelu", pre=pre, erf=erf)
-        return out, None if bias_dtype is None else out.sum(0, dtype=torch.float32).to(bias_dtype)
+        sums = None if bias_dtype is None else a.new_zeros(b.shape[1], dtype=bias_dtype)
+        _launch(Tiles(**config), a, b, out, "dgelu", pre=pre, erf=erf, sums=sums)
+        return out, sums
 
     return tuning.launch(_choose("dgelu", a, b, fp16, plain=not erf), run)
 
@@ -309,12 +319,11 @@ def pointwise_grad(
         return dz, None if db is None else db.zero_()
     rows, block_m, block_n = (256, 256, 256) if runtime.INTERPRET else (64, 16, 128)
     blocks = triton.cdiv(M, rows)
-    partial = None if db is None else torch.empty(blocks, N, dtype=torch.float32, device=dy.device)
+    partial = column_sums.partial(blocks, db)
     with runtime.device_guard(dy):
         pointwise_grad_kernel[(blocks, triton.cdiv(N, block_n))](
             dy, pre, seed, dz, partial, M, N, *dy.stride(), dropout_p,
             ERF=erf, ROWS=rows, BM=block_m, BN=block_n, num_warps=4,
         )  # fmt: skip
-        if partial is not None and db is not None:
-            _sum_splits(partial, db, blocks, False)
+        column_sums.add_up((partial, db))
     return dz, db

@@ -42,6 +42,7 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _attn_kernels as kernels
+from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import config_space, reference, runtime, tuning
 
 MAX_HEAD_DIM = 256
@@ -76,6 +77,7 @@ _CORRECTIONS: dict[tuple, dict[str, int]] = {
     (80, "forward", True, 256, False): {"maxnreg": 255},  # ptxas would stop at 168, for a third block per SM
     (80, "backward_q", True, 64, True): {"BLOCK_N": 16},
     (80, "backward_kv", True, 64, True): {"BLOCK_N": 16},
+    (90, "backward_q", True, 64, False): {"BLOCK_N": 16},
     (90, "backward_kv", True, 256, False): {"num_stages": 2},
 }
 # The same without "fp32", where results are written in fp8 too.
@@ -211,11 +213,23 @@ def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dro
     return lse
 
 
+def _program_sums(blocks: int, B: int, out: Tensor | None) -> Tensor | None:
+    """Unwritten sums of columns of the programs of a backward kernel, in their order, for ``out`` (heads D,)."""
+    return None if out is None else torch.empty(B * blocks * len(out), dtype=torch.float32, device=out.device)
+
+
+def _add_up(partial: Tensor | None, B: int, heads: int, out: Tensor | None) -> None:
+    if partial is not None and out is not None:
+        D = len(out) // heads
+        torch.sum(partial.view(B, heads, -1, D), (0, 2), out=out.view(heads, D))
+
+
 def _launch_backward(
     grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16,
-    *, forms=(None, None, None),
+    *, forms=(None, None, None), sums=(None, None, None),
 ) -> None:  # fmt: skip
-    """Write all of grad_q, grad_k and grad_v, and in fp8 into ``forms``."""
+    """Write all of grad_q, grad_k and grad_v, in fp8 into ``forms``, and the sums of their columns into ``sums``, (heads D,)
+    each."""
     B, T_q, H, _ = q.shape
     T_k, H_kv = k.shape[1:3]
     q, k, v, grad_out = map(_columns_adjacent, (q, k, v, grad_out))
@@ -224,16 +238,23 @@ def _launch_backward(
     common = {"c": scale * LOG2E, "scale": scale, **common}
 
     def run_q(options: dict[str, int]) -> None:
-        kernels.backward_q[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
-            q, k, v, out, grad_out, lse, delta, grad_q, forms[0],
+        blocks = triton.cdiv(T_q, options["BLOCK_M"])
+        partial = _program_sums(blocks, B, sums[0])
+        kernels.backward_q[(blocks * B * H,)](
+            q, k, v, out, grad_out, lse, delta, grad_q, forms[0], partial,
             **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
         )  # fmt: skip
+        _add_up(partial, B, H, sums[0])
 
     def run_kv(options: dict[str, int]) -> None:
-        kernels.backward_kv[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
-            q, k, v, grad_out, lse, delta, grad_k, grad_v, *forms[1:],
+        blocks = triton.cdiv(T_k, options["BLOCK_N"])
+        partials = [_program_sums(blocks, B, out) for out in sums[1:]]
+        kernels.backward_kv[(blocks * B * H_kv,)](
+            q, k, v, grad_out, lse, delta, grad_k, grad_v, *forms[1:], *partials,
             **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,
         )  # fmt: skip
+        for partial, out in zip(partials, sums[1:]):
+            _add_up(partial, B, H_kv, out)
 
     with runtime.device_guard(q):
         tuning.launch(_choice("backward_q", q, H, T_q, common, forms[0]), run_q)
@@ -251,7 +272,8 @@ def _unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor
 
 _OPTIONS = "Tensor? doc_ids, {kv_len}Tensor? seed, bool causal, float scale, int? window, float dropout_p, bool fp16"
 _SEPARATE = _OPTIONS.format(kv_len="Tensor? kv_len, ")
-_PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
+_PACKED = "int n_head, int n_kv_head, bool sums, " + _OPTIONS.format(kv_len="")
+# ``sums``: whether backward sums the gradient of qkv over its rows, too, for others: _column_sums.py
 
 
 @torch.library.custom_op(
@@ -292,7 +314,7 @@ def _qkv_attention_fwd(qkv, n_head, n_kv_head, *options):
     return packed_forward(qkv, n_head, n_kv_head, *options)
 
 
-def packed_forward(qkv, n_head, n_kv_head, doc_ids, *options, form=None):
+def packed_forward(qkv, n_head, n_kv_head, sums, doc_ids, *options, form=None):
     """The output (B, T, H D) of qkv, and lse."""
     q, k, v = _unpack(qkv, n_head, n_kv_head)
     out = qkv.new_empty(q.shape)
@@ -311,24 +333,27 @@ def packed_outputs(qkv, n_head, n_kv_head, *options):
 @torch.library.custom_op(
     "fastgpt::qkv_attention_bwd",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_PACKED}) -> Tensor",
+    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_PACKED}) -> (Tensor, Tensor)",
 )
 def _qkv_attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
     return packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options)
 
 
-def packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, *options, forms=(None, None, None)):
-    """The gradient of qkv."""
-    grad_qkv = qkv.new_empty(qkv.shape)
+def packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, sums, doc_ids, *options, forms=(None, None, None)):
+    """The gradient of qkv and, empty unless ``sums``, the sums of its columns in fp32."""
+    grad_qkv, summed = packed_gradient(grad_out, qkv, out, lse, n_head, n_kv_head, sums)
+    D = qkv.shape[-1] // (n_head + 2 * n_kv_head)
+    parts = summed.split([n_head * D, n_kv_head * D, n_kv_head * D]) if sums else (None, None, None)
     grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
     inputs, grads = _unpack(qkv, n_head, n_kv_head), _unpack(grad_qkv, n_head, n_kv_head)
-    _launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms)
-    return grad_qkv
+    _launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms, sums=parts)
+    return grad_qkv, summed
 
 
 @_qkv_attention_bwd.register_fake
-def _(grad_out, qkv, *rest):
-    return qkv.new_empty(qkv.shape)
+def packed_gradient(grad_out, qkv, out, lse, n_head, n_kv_head, sums, *rest):
+    """What packed_backward returns, unwritten."""
+    return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[-1] if sums else 0, dtype=torch.float32)
 
 
 def _without_grad_of(ctx, *outputs: Tensor) -> None:
@@ -348,20 +373,24 @@ def _attention_backward(ctx, grad_out, _):
 
 
 def packed_setup(ctx, inputs, output):
-    qkv, n_head, n_kv_head, doc_ids, seed, *ctx.options = inputs
+    qkv, n_head, n_kv_head, ctx.sums, doc_ids, seed, *ctx.options = inputs
     ctx.heads = n_head, n_kv_head
     ctx.save_for_backward(qkv, *output[:2], doc_ids, seed)
     _without_grad_of(ctx, *output[1:])
 
 
 def packed_gradients(ctx, op, grad_out):
-    """What ``op`` returns, _qkv_attention_bwd or one that returns more."""
+    """The gradient of qkv, its sums noted, and the rest of what ``op`` returns: _qkv_attention_bwd or one that returns more."""
     qkv, out, lse, doc_ids, seed = ctx.saved_tensors
-    return op(grad_out, qkv, out, lse, *ctx.heads, doc_ids, seed, *ctx.options)
+    grad_qkv, sums, *more = op(grad_out, qkv, out, lse, *ctx.heads, ctx.sums, doc_ids, seed, *ctx.options)
+    if ctx.sums:
+        column_sums.give(grad_qkv, sums)
+    return grad_qkv, more
 
 
 def _qkv_attention_backward(ctx, grad_out, _):
-    return packed_gradients(ctx, _qkv_attention_bwd, grad_out), *[None] * 9
+    grad_qkv, _ = packed_gradients(ctx, _qkv_attention_bwd, grad_out)
+    return grad_qkv, *[None] * 10
 
 
 _attention_fwd.register_autograd(_attention_backward, setup_context=_attention_setup)
@@ -483,4 +512,4 @@ def qkv_attention(
     seed = runtime.draw_seed(qkv.device) if dropout_p else None
     scale = D**-0.5 if scale is None else scale
     options = causal, scale, window, dropout_p, accumulate == "fp16"
-    return _op(qkv, n_head, n_kv_head, doc_ids, seed, *options)[0]
+    return _op(qkv, n_head, n_kv_head, column_sums.expected(qkv), doc_ids, seed, *options)[0]

@@ -21,6 +21,7 @@ Backward is one persistent kernel. Each program walks over tiles of rows, keeps 
 registers, one fp32 accumulator per element of the tile, and writes it once to a (programs, C) buffer, which a second
 kernel adds up in a fixed order: deterministic, no atomics. Rows wider than MAX_BACKWARD_BLOCK leave too few registers
 for that: several programs then share a row. Each reads all of it for the two means, but owns one block of its columns.
+Where x ends in a linear layer's bias, dx is summed over its rows in the same way (_column_sums.py).
 
 Dropout: Philox4x32 of (seed; column // 4, row), one call for four columns, repeated in backward: no mask is stored.
 Salmon et al. 2011.
@@ -37,6 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import config_space, reference, runtime, tuning
 from fastgpt.kernels._fp8_rows import quantise_rows
 
@@ -159,15 +161,15 @@ def _xhat_and_dy(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _backward_kernel(
-    DY, DSUM, S, WEIGHT, MEAN, RSTD, SEED, S_SEED, DX, DRESIDUAL, DW_PARTIAL, DB_PARTIAL, Q, SCALE, NORM,
+    DY, DSUM, S, WEIGHT, MEAN, RSTD, SEED, S_SEED, DX, DRESIDUAL, DW_PARTIAL, DB_PARTIAL, DX_PARTIAL, Q, SCALE, NORM,
     n_rows, dy_stride, dsum_stride, s_stride, dropout_p,
     C: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): tiles i, i + programs, ... of ROWS rows; columns [j BLOCK, (j + 1) BLOCK) of CHUNKS such.
 
     S_SEED is SEED where S holds x before its dropout (no residual). May be None: DSUM (s got no gradient), DRESIDUAL
-    (it equals DX), the seeds (no dropout), DW_PARTIAL and DB_PARTIAL (nobody asks), Q, SCALE and NORM (dx in fp8; with
-    CHUNKS = 1 only).
+    (it equals DX), the seeds (no dropout), DW_PARTIAL, DB_PARTIAL and DX_PARTIAL (nobody asks), Q, SCALE and NORM (dx in
+    fp8; with CHUNKS = 1 only).
     """
     chunk = tl.program_id(1)
     first_col = chunk * BLOCK
@@ -175,6 +177,7 @@ def _backward_kernel(
     weight = tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
+    dx_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     first_tile = tl.program_id(0).to(tl.int64)
     for tile in tl.range(first_tile, tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
@@ -211,6 +214,8 @@ def _backward_kernel(
             ds = _dropout(ds, SEED, rows, first_col, dropout_p, ROWS, BLOCK)
         dx = ds.to(DX.dtype.element_ty)
         tl.store(DX + out, dx, mask=mask)
+        if DX_PARTIAL is not None:  # of dx as it is written; in rows that do not exist it is 0
+            dx_sum += dx.to(tl.float32)
         if Q is not None:
             quantise_rows(dx.to(tl.float32), rows, row_mask, out, mask, Q, SCALE, NORM)
 
@@ -219,26 +224,8 @@ def _backward_kernel(
         tl.store(DW_PARTIAL + partial, tl.sum(dw, axis=0), mask=cols < C)
     if DB_PARTIAL is not None:
         tl.store(DB_PARTIAL + partial, tl.sum(db, axis=0), mask=cols < C)
-
-
-@triton.jit(do_not_specialize=["programs"])
-def _sum_partials_kernel(DW_PARTIAL, DB_PARTIAL, DW, DB, programs, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Program i: columns [i BLOCK, (i + 1) BLOCK) of dweight and dbias. Either pair may be None."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    dw = tl.zeros((ROWS, BLOCK), tl.float32)
-    db = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(0, programs, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        mask = (rows < programs)[:, None] & (cols < C)[None, :]
-        partial = rows[:, None] * C + cols[None, :]
-        if DW is not None:
-            dw += tl.load(DW_PARTIAL + partial, mask=mask, other=0.0)
-        if DB is not None:
-            db += tl.load(DB_PARTIAL + partial, mask=mask, other=0.0)
-    if DW is not None:
-        tl.store(DW + cols, tl.sum(dw, axis=0).to(DW.dtype.element_ty), mask=cols < C)
-    if DB is not None:
-        tl.store(DB + cols, tl.sum(db, axis=0).to(DB.dtype.element_ty), mask=cols < C)
+    if DX_PARTIAL is not None:
+        tl.store(DX_PARTIAL + partial, tl.sum(dx_sum, axis=0), mask=cols < C)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -265,13 +252,14 @@ def _forward_outputs(
     "fastgpt::layer_norm_fwd",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, float dropout_p, float eps, "
-    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType out_dtype, bool x_sums) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    dropout_p: float, eps: float, out_dtype: torch.dtype,
+    dropout_p: float, eps: float, out_dtype: torch.dtype, x_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, s, mean, rstd; s is an empty tensor without a residual. All contiguous."""
+    """y, s, mean, rstd; s is an empty tensor without a residual. All contiguous. ``x_sums``: whether backward is to sum dx
+    over its rows for others."""
     outputs = _forward_outputs(x, residual, out_dtype)
     launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs)
     return outputs
@@ -305,7 +293,7 @@ def launch_forward(
 
 
 @layer_norm_fwd.register_fake
-def _(x, weight, bias, residual, seed, dropout_p, eps, out_dtype):
+def _(x, weight, bias, residual, seed, dropout_p, eps, out_dtype, x_sums):
     return _forward_outputs(x, residual, out_dtype)
 
 
@@ -316,14 +304,16 @@ def _backward_outputs(
     two_gradients: bool,
     weight_grad: bool,
     bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten dx, dresidual, dweight, dbias."""
+    x_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten dx, dresidual, dweight, dbias, sums of dx."""
     C = weight.shape[0]
     return (
         torch.empty(s.shape, dtype=x_dtype, device=s.device),
         torch.empty(s.shape if two_gradients else 0, dtype=s.dtype, device=s.device),
         torch.empty(C if weight_grad else 0, dtype=weight.dtype, device=s.device),
         torch.empty(C if bias_dtype else 0, dtype=bias_dtype or weight.dtype, device=s.device),
+        torch.empty(C if x_sums else 0, dtype=torch.float32, device=s.device),
     )
 
 
@@ -331,33 +321,32 @@ def _backward_outputs(
     "fastgpt::layer_norm_bwd",
     mutates_args=(),
     schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, "
-    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype, "
+    "bool x_sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def layer_norm_bwd(
     dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
     dropout_p: float, x_dtype: torch.dtype, s_is_x: bool, two_gradients: bool, weight_grad: bool,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    bias_dtype: torch.dtype | None, x_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual (if ``two_gradients``: else dx serves both), dweight (if ``weight_grad``), dbias (if
-    ``bias_dtype``). Those not asked for are empty."""
-    outputs = _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
-    launch_backward(
-        dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, weight_grad, bias_dtype, outputs
-    )
+    ``bias_dtype``), the sums of dx over its rows (if ``x_sums``). Those not asked for are empty."""
+    outputs = _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype, x_sums)
+    launch_backward(dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, outputs)
     return outputs
 
 
 def launch_backward(
     dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
-    dropout_p: float, s_is_x: bool, two_gradients: bool, weight_grad: bool, bias_dtype: torch.dtype | None,
-    outputs: tuple[Tensor, ...], fp8: tuple[Tensor, ...] = (),
+    dropout_p: float, s_is_x: bool, two_gradients: bool, outputs: tuple[Tensor, ...], fp8: tuple[Tensor, ...] = (),
 ) -> None:  # fmt: skip
-    """Fill dx, dresidual, dweight, dbias, and ``fp8``: dx rounded to fp8, its scales and norms (C <= MAX_BACKWARD_BLOCK)."""
-    dx, dresidual, dw, db = outputs
+    """Fill dx, dresidual, those of dweight, dbias and the sums of dx that are not empty, and ``fp8``: dx rounded to fp8, its
+    scales and norms (C <= MAX_BACKWARD_BLOCK)."""
+    dx, dresidual, *rest = outputs
+    summed = [out if out.numel() else None for out in rest]
     if s.numel() == 0:
-        dw.zero_()
-        db.zero_()
+        for out in rest:
+            out.zero_()
         return
     s, dy, dsum = _rows(s), _rows(dy), None if dsum is None else _rows(dsum)
     n_rows, C = s.shape
@@ -366,32 +355,29 @@ def launch_backward(
 
     def run(options: dict[str, int]) -> None:
         programs = min(runtime.sm_count(s.device) * options["programs_per_sm"], triton.cdiv(n_rows, options["rows"]))
-        partials = torch.empty((2, programs, C), dtype=torch.float32, device=s.device)
-        dw_partial, db_partial = partials[0] if weight_grad else None, partials[1] if bias_dtype else None
+        partials = [column_sums.partial(programs, out) for out in summed]
         _backward_kernel[(programs, chunks)](
             dy, dsum, s, weight.contiguous(), mean, rstd, seed, seed if s_is_x else None,
-            dx, dresidual if two_gradients else None, dw_partial, db_partial, *(fp8 or (None, None, None)),
+            dx, dresidual if two_gradients else None, *partials, *(fp8 or (None, None, None)),
             n_rows, dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), dropout_p,
             C=C, CHUNKS=chunks, ROWS=options["rows"], BLOCK=block, STAGES=options["num_stages"],
             num_warps=options["num_warps"],
         )  # fmt: skip
-        if weight_grad or bias_dtype:
-            _sum_partials_kernel[(triton.cdiv(C, 32),)](
-                dw_partial, db_partial, dw if weight_grad else None, db if bias_dtype else None, programs, C,
-                ROWS=64, BLOCK=32, num_warps=4,
-            )  # fmt: skip
+        column_sums.add_up(*zip(partials, summed))
 
     with runtime.device_guard(s):
         tuning.launch(_choice("backward", dy.dtype, C, s.device), run)
 
 
 @layer_norm_bwd.register_fake
-def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, weight_grad, bias_dtype):
-    return _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
+def _(
+    dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, weight_grad, bias_dtype, x_sums
+):
+    return _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype, x_sums)
 
 
 def setup_context(ctx, inputs, output):
-    x, weight, bias, residual, seed, dropout_p, *_ = inputs
+    x, weight, bias, residual, seed, dropout_p, *_, ctx.x_sums = inputs
     y, s, mean, rstd, *fp8 = output
     ctx.mark_non_differentiable(mean, rstd, *fp8)
     ctx.set_materialize_grads(False)
@@ -408,13 +394,15 @@ def backward(ctx, op, dy, dsum):
     _, weight_grad, bias_grad, residual_grad, *_ = ctx.needs_input_grad
     # One gradient in one dtype: autograd may get the same tensor for both inputs, so it is written once.
     two_gradients = residual_grad and (seed is not None or s.dtype != ctx.x_dtype)
-    dx, dresidual, dw, db = op(
+    dx, dresidual, dw, db, dx_sums = op(
         dy, dsum if ctx.has_residual else None, s, weight, mean, rstd, seed, ctx.dropout_p, ctx.x_dtype,
-        not ctx.has_residual, two_gradients, weight_grad, ctx.bias_dtype if bias_grad else None,
+        not ctx.has_residual, two_gradients, weight_grad, ctx.bias_dtype if bias_grad else None, ctx.x_sums,
     )  # fmt: skip
+    if ctx.x_sums:
+        column_sums.give(dx, dx_sums)
     if not two_gradients:
         dresidual = dx if residual_grad else None
-    return dx, dw if weight_grad else None, db if bias_grad else None, dresidual, None, None, None, None
+    return dx, dw if weight_grad else None, db if bias_grad else None, dresidual, *[None] * 5
 
 
 def _backward(ctx, dy, dsum, _dmean, _drstd):
@@ -484,5 +472,6 @@ def layer_norm(
         )
     _validate(x, weight, bias, residual, dropout_p, out_dtype)
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
-    y, s, _, _ = torch.ops.fastgpt.layer_norm_fwd(x, weight, bias, residual, seed, dropout_p, eps, out_dtype or x.dtype)
+    options = dropout_p, eps, out_dtype or x.dtype, column_sums.expected(x)
+    y, s, _, _ = torch.ops.fastgpt.layer_norm_fwd(x, weight, bias, residual, seed, *options)
     return y if residual is None else (y, s)

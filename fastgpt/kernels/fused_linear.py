@@ -23,8 +23,9 @@ tensor each, 6e, whatever is done about the GELU. On top of that:
 
 dW is formed in the dtype of ``weight`` itself: the fp32 master is an input of the op, beside its 16-bit working copy, so
 its gradient never goes through 16 bits. Where its tiles leave SMs idle the tokens are split, and partial sums added up in
-a fixed order by a second kernel; db comes from the tiles of dz that dW reads, or, behind cuBLAS, from a sweep: in mlp the first
-one from that which forms dz1. No atomics: repeat runs are bit-equal.
+a fixed order by a second kernel. No atomics: repeat runs are bit-equal.
+db comes from the kernel that forms dz: in mlp the first one's, and where a norm or attention of this package read y, that
+op's backward (_column_sums.py). Elsewhere it comes from the tiles of dz that dW reads or, behind cuBLAS, from a sweep.
 Within ``gradients_in_place`` dW is added to ``weight.grad`` by the kernel that forms it.
 
 ``accumulate="fp16"`` (fp16 operands): products are summed in fp16 over 64 of K (a tuned config may take up to 128 where
@@ -42,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import _linear_launch as launch
 from fastgpt.kernels import reference, runtime
 from fastgpt.kernels._linear_grads import (
@@ -161,9 +163,9 @@ def _linear_backward(ctx, dy):
         dz, db = _dropout_bwd(dy, seed, ctx.dropout_p, ctx.dtype, ctx.bias_dtype)
         db = db if ctx.bias_dtype else None
     else:
-        dz = dy.to(ctx.dtype)
+        dz, db = dy.to(ctx.dtype), column_sums.take(dy, ctx.bias_dtype)
     if ctx.pre_bias_dtype is not None:
-        dx, dpre_bias = _bwd_input_sums(dz, operand, pre, ctx.erf, ctx.pre_bias_dtype)
+        dx, dpre_bias = _bwd_input_sums(dz, operand, pre, ctx.erf, ctx.fp16, ctx.pre_bias_dtype)
     elif wants[0] or wants[6]:
         dx = _bwd_input(dz, operand, pre, ctx.erf, ctx.fp16)
     dw, db = _weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
@@ -277,8 +279,7 @@ def mlp(
             x, w_fc, b_fc, w_proj, b_proj,
             residual=residual, dropout_p=dropout_p, approximate=approximate, accumulate=accumulate,
         )  # fmt: skip
-    # b_fc's gradient comes from the sweep that forms z's; with sums in fp16 from the tiles of dW, as there is no sweep.
-    pre_bias = b_fc if accumulate == "fp32" and _wanted(b_fc) else None
+    pre_bias = b_fc if _wanted(b_fc) else None  # whose gradient comes with that of z, from the second matmul
     bias = b_fc if pre_bias is None or b_fc is None else b_fc.detach()
     a, pre = _gelu(x.to(dtype), w_fc, bias, approximate, accumulate, keep_copy, _wanted(x, w_fc, b_fc))
     erf = approximate == "none"
@@ -311,8 +312,11 @@ def _linear(
         if launch.engine(math.prod(x.shape[:-1]), N, K, x.dtype, kind, x.device) == "cublas":
             return F.linear(x, operand, None if bias is None else bias.to(x.dtype))
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
-    fp16 = accumulate == "fp16"
-    return _linear_fwd(x, weight, copy, bias, residual, seed, pre, pre_bias, dropout_p, erf, fp16, _adds_to(weight))
+    options = dropout_p, erf, accumulate == "fp16", _adds_to(weight)
+    y = _linear_fwd(x, weight, copy, bias, residual, seed, pre, pre_bias, *options)
+    if residual is None and seed is None:
+        column_sums.expect(y, bias)
+    return y
 
 
 def _copy(weight: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:

@@ -45,6 +45,14 @@ def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, requires_grad=True)
 
 
+def _biased(x: Tensor) -> Tensor:
+    """``x`` as a linear layer with a bias hands it on: backward sums its gradient."""
+    from fastgpt.kernels import _column_sums as column_sums
+
+    column_sums.expect(x, _leaf(x.shape[-1], dtype=FP32))
+    return x
+
+
 # ---------------------------------------------------------------- embedding
 
 
@@ -82,11 +90,19 @@ def embedding_cases() -> Iterator[Case]:
 
 
 def _qkv(
-    dtype: torch.dtype, D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: bool = False, **options: Any
+    dtype: torch.dtype,
+    D: int,
+    T: int = 1024,
+    H: int = 2,
+    kv: int = 2,
+    docs: bool = False,
+    bias: bool = False,
+    **options: Any,
 ) -> None:
     from fastgpt.kernels.fused_attn import qkv_attention
 
     qkv = _leaf(1, T, (H + 2 * kv) * D, dtype=dtype)
+    qkv = _biased(qkv) if bias else qkv
     doc_ids = torch.empty(1, T, dtype=torch.int32) if docs else None
     _backward(qkv_attention(qkv, H, n_kv_head=kv, doc_ids=doc_ids, **options))
 
@@ -102,10 +118,12 @@ def _decode(dtype: torch.dtype, D: int, T_q: int, **options: Any) -> None:
 
 
 def attention_cases() -> Iterator[Case]:
+    everything: dict[str, Any] = {"docs": True, "dropout_p": 0.1, "window": 256, "bias": True}
     for D in HEAD_DIMS:
         yield f"attention bf16 D{D}", partial(_qkv, BF16, D)
-        yield f"attention bf16 D{D} all options", partial(_qkv, BF16, D, H=4, docs=True, dropout_p=0.1, window=256)
+        yield f"attention bf16 D{D} all options", partial(_qkv, BF16, D, H=4, **everything)
     for D in (64, 128, 256):
+        yield f"attention bf16 D{D} bias", partial(_qkv, BF16, D, bias=True)
         yield f"attention fp16 D{D}", partial(_qkv, FP16, D)
         yield f"attention fp32 D{D}", partial(_qkv, FP32, D)
         yield f"attention bf16 D{D} decode", partial(_decode, BF16, D, 1)
@@ -117,13 +135,15 @@ def attention_cases() -> Iterator[Case]:
     yield "attention bf16 D64 window", partial(_qkv, BF16, 64, window=256)
     yield "attention bf16 D64 grouped queries", partial(_qkv, BF16, 64, H=4)
     yield "attention bf16 D64 prefill", partial(_decode, BF16, 64, 256)
+    yield "attention bf16 D64 bias, dropout", partial(_qkv, BF16, 64, bias=True, dropout_p=0.1)
     yield "attention fp32 D64 dropout", partial(_qkv, FP32, 64, dropout_p=0.1)
+    yield "attention fp32 D64 bias", partial(_qkv, FP32, 64, bias=True)
     fast: dict[str, Any] = {"accumulate": "fp16"}
     for D in HEAD_DIMS:
         yield f"attention fp16-fast D{D}", partial(_qkv, FP16, D, **fast)
     for D in (64, 128, 256):
-        options: dict[str, Any] = {"docs": True, "dropout_p": 0.1, "window": 256, **fast}
-        yield f"attention fp16-fast D{D} all options", partial(_qkv, FP16, D, H=4, **options)
+        yield f"attention fp16-fast D{D} bias", partial(_qkv, FP16, D, bias=True, **fast)
+        yield f"attention fp16-fast D{D} all options", partial(_qkv, FP16, D, H=4, **everything, **fast)
     yield "attention fp16-fast D64 dropout", partial(_qkv, FP16, 64, dropout_p=0.1, **fast)
     yield "attention fp16-fast D64 documents", partial(_qkv, FP16, 64, docs=True, **fast)
     yield "attention fp16-fast D64 window", partial(_qkv, FP16, 64, window=256, **fast)
@@ -146,9 +166,11 @@ def _norm(
     from fastgpt.kernels.fused_layernorm import layer_norm
 
     rows = min(rows, 2**23 // C)  # the host code may touch its outputs
+    branch = _leaf(rows, C, dtype=x)
     stream = None if residual is None else _leaf(rows, C, dtype=residual)
     shift = _leaf(C, dtype=weight) if bias else None
-    _backward(layer_norm(_leaf(rows, C, dtype=x), _leaf(C, dtype=weight), shift, residual=stream, **options))
+    branch = _biased(branch) if bias and residual is not None else branch
+    _backward(layer_norm(branch, _leaf(C, dtype=weight), shift, residual=stream, **options))
 
 
 def layer_norm_cases() -> Iterator[Case]:
@@ -224,6 +246,14 @@ def _gelu(dtype: torch.dtype, **options: Any) -> None:
     _backward(linear_gelu(_leaf(256, 128, dtype=dtype), _leaf(256, 128, dtype=FP32), _leaf(256, dtype=FP32), **options))
 
 
+def _one_column() -> None:
+    """A weight and a bias of one row, whose sizes triton takes for constants."""
+    from fastgpt.kernels.fused_linear import linear
+
+    weight, bias = _leaf(1, 16, dtype=FP32), _leaf(1, dtype=FP32)
+    _backward(linear(_leaf(2049, 16, dtype=FP16), weight, bias, dropout_p=0.1, accumulate="fp16"))
+
+
 def linear_cases() -> Iterator[Case]:
     everything: dict[str, Any] = {"stream": FP32, "dropout_p": 0.1, "approximate": "none"}
     for dtype, name in ((BF16, "bf16"), (FP16, "fp16")):
@@ -237,6 +267,7 @@ def linear_cases() -> Iterator[Case]:
     yield "linear fp16-fast mlp", partial(_mlp, FP16, bias=False, in_place=True, **fast)
     yield "linear fp16-fast mlp bias", partial(_mlp, FP16, stream=FP32, **fast)
     yield "linear fp16-fast mlp conv1d all options", partial(_mlp, FP16, conv1d=True, **everything, **fast)
+    yield "linear fp16-fast one column", _one_column
     yield "linear fp16-fast mlp odd", partial(_mlp, FP16, C=99, rows=1999, in_place=True, **everything, **fast)
 
 
@@ -280,17 +311,21 @@ def _fp8_sweep(erf: bool, bias: bool) -> None:
     z, stats, limit = torch.empty(256, 768, dtype=BF16), torch.empty(2, 256), torch.empty(())
     for dy, dtype, shift in ((None, launch.FORWARD, limit if bias else None), (z, launch.GRADIENT, None)):
         q = launch.new(z.shape, dtype, z.device)
-        launch._sweep(z, dy, torch.empty_like(z), q, (q.values, q.scale, stats[1], limit, shift), erf)
+        sums = torch.empty(768) if bias and dy is not None else None
+        launch._sweep(z, dy, torch.empty_like(z), q, (q.values, q.scale, stats[1], limit, shift), erf, sums)
 
 
-def _fp8_attention(D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: bool = False, **options: Any) -> None:
+def _fp8_attention(
+    D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: bool = False, bias: bool = False, **options: Any
+) -> None:
     """A block's attention between its two linears: what they read in fp8 is written by attention, forward and backward."""
     from fastgpt.kernels.fused_fp8 import linear, qkv_attention
 
     if not has_fp8():
         return
     doc_ids = torch.empty(1, T, dtype=torch.int32) if docs else None
-    qkv = linear(_leaf(1, T, 256, dtype=BF16), torch.nn.Parameter(torch.zeros((H + 2 * kv) * D, 256)))
+    shift = _leaf((H + 2 * kv) * D, dtype=FP32) if bias else None
+    qkv = linear(_leaf(1, T, 256, dtype=BF16), torch.nn.Parameter(torch.zeros((H + 2 * kv) * D, 256)), shift)
     y = qkv_attention(qkv, H, n_kv_head=kv, doc_ids=doc_ids, **options)
     _backward(linear(y, torch.nn.Parameter(torch.zeros(128, H * D)), _leaf(128, dtype=FP32)))
 
@@ -306,8 +341,9 @@ def fp8_cases() -> Iterator[Case]:
         yield f"fp8 attention D{D}", partial(_fp8_attention, D)
         yield (
             f"fp8 attention D{D} all options",
-            partial(_fp8_attention, D, H=4, docs=True, dropout_p=0.1, window=256),
+            partial(_fp8_attention, D, H=4, docs=True, bias=True, dropout_p=0.1, window=256),
         )
+    yield "fp8 attention D64 bias", partial(_fp8_attention, 64, bias=True)
     yield "fp8 attention D64 dropout", partial(_fp8_attention, 64, dropout_p=0.1)
     yield "fp8 attention D64 documents", partial(_fp8_attention, 64, docs=True)
     yield "fp8 attention D64 grouped queries", partial(_fp8_attention, 64, H=4)

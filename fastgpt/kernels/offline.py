@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.autotuner import Autotuner
@@ -101,8 +102,8 @@ class Launch:
     case: str
     """What was being run: the ``case`` argument of capture_launches, or ""."""
     constexprs: dict[str, Any]
-    signature: dict[str, str]
-    """Types of the other arguments ("*bf16", "i32"; "constexpr" where an integer argument was 1)."""
+    signature: dict[str, Any]
+    """Types of the other arguments ("*bf16", "i32"; "constexpr" where an integer argument was 1; a tuple's are a tuple)."""
     options: dict[str, Any]
     """num_warps, num_stages, and maxnreg where set."""
     grid: tuple[int, ...]
@@ -117,7 +118,8 @@ class Launch:
     @property
     def dtype(self) -> str:
         """Element type of the first pointer argument: what the kernel reads."""
-        return next((ty[1:] for ty in self.signature.values() if ty.startswith("*")), "-")
+        types = tree_leaves(list(self.signature.values()))
+        return next((ty[1:] for ty in types if ty.startswith("*")), "-")
 
     @property
     def config(self) -> str:

@@ -16,9 +16,10 @@ ask in its place, and then it reads the copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,23 +39,44 @@ class _Entry:
 # Not an attribute of the parameter: deepcopy and pickle of a module must neither carry the copy along nor share it.
 _entries = WeakTensorKeyDictionary()
 
-_reads: list[Tensor] | None = None
+
+@dataclass
+class Captures:
+    """What the captures inside ``captured_reads`` know of parameters."""
+
+    reads: list[Tensor] = field(default_factory=list)
+    """Copies that they read."""
+    made: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Parameter -> what ``once_in_captures`` has made of it."""
+
+
+_captures: Captures | None = None
 
 
 @contextmanager
-def captured_reads() -> Iterator[list[Tensor]]:
-    """Captures made inside read the copies that are up to date, and yield them in this list. Others are cast as ever.
+def captured_reads() -> Iterator[Captures]:
+    """Captures made inside read the copies that are up to date, and list them in what this yields. Others are cast as ever.
 
     For a graph of training steps, whose captured FusedAdamW step writes parameters and copies together. Its owner keeps
     the copies alive as long as the graph, and before it replays compares each with ``existing(param)``: another one, or
     None, means that somebody else has written the parameter, and that the graph is out of date.
     """
-    global _reads
-    before, _reads = _reads, []
+    global _captures
+    before, _captures = _captures, Captures()
     try:
-        yield _reads
+        yield _captures
     finally:
-        _reads = before
+        _captures = before
+
+
+def once_in_captures(param: Tensor, make: Callable[[], Any]) -> Any:
+    """``make()``, while capturing. Inside ``captured_reads`` by the first capture alone: its owner replays the others after it,
+    with no update in between, and keeps ``Captures.made`` alive. In any other capture anew."""
+    if _captures is None:
+        return make()
+    if param not in _captures.made:
+        _captures.made[param] = make()
+    return _captures.made[param]
 
 
 class _WorkingCopy(torch.autograd.Function):
@@ -84,9 +106,9 @@ def working_copy(param: Tensor, dtype: torch.dtype) -> Tensor:
     entry = _fresh(param)
     usable = entry is not None and entry.copy.dtype == dtype
     if _capturing(param):
-        if entry is None or not usable or _reads is None:
+        if entry is None or not usable or _captures is None:
             return param.to(dtype)
-        _reads.append(entry.copy)
+        _captures.reads.append(entry.copy)
     elif entry is None or not usable:
         # Kept beyond this call, so no inference tensor, even if made in inference mode.
         with torch.inference_mode(False), torch.no_grad():

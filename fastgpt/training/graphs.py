@@ -14,7 +14,8 @@ What a graph must not know, because it would never learn of a change:
   much as the step run directly would have, so that dropout draws what it would have drawn;
 * hooks: Python does not run in a replay, so a model or optimizer that has any runs directly.
 
-The working copies themselves are read by the graphs, not cast anew, since the captured update writes them too.
+The working copies themselves are read by the graphs, not cast anew, since the captured update writes them too. Weights in fp8,
+which it does not write, are made by the first micro-batch of a step and read by the later ones.
 
 Before graphs are trusted, micro-batches are run directly and replayed from one state, and must give the same bits. Where they
 do not, or a capture fails, one sentence says so and training goes on without.
@@ -138,9 +139,10 @@ class Captured:
         set_rng_state(before)
 
         pool = recorder.pool()
-        with _uncached_autocast(self._batch[0].device), working_copy.captured_reads() as reads:
+        with _uncached_autocast(self._batch[0].device), working_copy.captured_reads() as captures:
             graphs = [recorder.record(self._micro_step, pool) for _ in range(passes)]
             (norm,), self._replay_update = recorder.record(lambda: [stepper._update()], pool)
+        self._made = captures.made  # by the first graph, for the second
         self._norm = norm
         self._losses = [outputs[0] for outputs, _ in graphs]
         self._replays = [replay for _, replay in graphs]
@@ -151,7 +153,7 @@ class Captured:
         stepper.optimizer.zero_grad(set_to_none=True)
         self._held = self._outside()  # or their memory might be given to others while the graphs still write to it
         self._addresses = _addresses(self._held)
-        if not {copy.data_ptr() for copy in reads} <= set(self._addresses):
+        if not {copy.data_ptr() for copy in captures.reads} <= set(self._addresses):
             raise RuntimeError("a working copy is read that the optimizer does not write")
 
         set_rng_state(before)

@@ -13,6 +13,7 @@ import pytest
 from bench import audit
 from fastgpt import flops
 from fastgpt.config import load_preset
+from tests.kernels.test_tuning import in_child
 
 ROOT = Path(__file__).parents[2]
 SM_89_SHARED_LIMIT = 101_376
@@ -180,3 +181,29 @@ def test_adamw_moves_128_bits_at_a_time(compiled):
     ]
     require(rows, "wide_loads", lambda number: number >= 4)
     require(rows, "wide_stores", lambda number: number >= 3)
+
+
+CASTS = """
+import re, torch
+from fastgpt.kernels import _fp8_launch as launch, offline
+found = {}
+for arch in (89, 90):
+    with offline.capture_launches(arch) as launches:
+        for dtype in (launch.FORWARD, launch.GRADIENT):
+            launch.quantise(torch.empty(64, 256, dtype=torch.bfloat16), dtype)
+    ptx = [each.compiled.asm["ptx"] for each in launches]
+    casts = [re.findall(r"cvt[.]r[nz][.](?:satfinite[.])?(?:f16|e.m.x2)[.]\\w+", p) for p in ptx]
+    found[arch] = [(sorted(set(names)), "8191" in p) for names, p in zip(casts, ptx)]
+print(json.dumps(found))
+"""
+
+
+def test_casts_to_fp8_round_once():
+    """To nearest, from fp32. On sm_89 triton cuts to fp16 first, and what it cuts off has left a one in the last bit."""
+    found = in_child(CASTS)
+    assert found["90"] == [[["cvt.rn.satfinite.e4m3x2.f32"], False], [["cvt.rn.satfinite.e5m2x2.f32"], False]]
+    assert [formats for formats, _ in found["89"]] == [
+        ["cvt.rn.satfinite.e4m3x2.f16x2", "cvt.rz.f16.f32"],
+        ["cvt.rn.satfinite.e5m2x2.f16x2", "cvt.rz.f16.f32"],
+    ]
+    assert all(marked for _, marked in found["89"])

@@ -24,7 +24,10 @@ from fastgpt.optim import FusedAdamW
 from tests.kernels.test_fp8_launch import dequantised, rounded, rounded_in_groups, same_bits
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf and NaN in the interpreter
+pytestmark = [
+    pytest.mark.usefixtures("needs_fp8"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, of inf and NaN in the interpreter
+]
 
 
 # ---------------------------------------------------------------- attention
@@ -55,7 +58,8 @@ def attend(op, qkv: Tensor, heads: int, kv: int, options: dict):
 
 
 @pytest.mark.parametrize("case", ATTENTION)
-def test_attention_writes_what_a_pass_would(device, case):
+def test_attention_writes_what_a_pass_would(device, case, monkeypatch):
+    monkeypatch.setattr(fused_attn, "_FP8_CORRECTIONS", {})  # the same tiles with fp8 and without, and so the same sums
     heads, kv, D, T, options = ATTENTION[case]
     qkv = torch.randn(2, T, (heads + 2 * kv) * D, device=device).to(BF16)
     out, form, grad, grad_form = attend(module.qkv_attention, qkv, heads, kv, options)
@@ -123,6 +127,17 @@ def test_attention_refuses_what_attention_refuses(device, monkeypatch):
 # ---------------------------------------------------------------- layer norm
 
 
+def assert_same_norm(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Bit by bit in the interpreter. On a GPU the norm that writes fp8 has half the rows, or twice the warps, of the one that
+    does not (fused_layernorm.launch_forward): a row is summed in another order, and its mean and rstd differ in their last bit.
+    """
+    for a, b in zip(found, expected, strict=True):
+        if a.is_cuda:
+            torch.testing.assert_close(a, b, rtol=1e-5 if a.dtype == torch.float32 else 2**-7, atol=1e-5)
+        else:
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     "C, residual, dropout_p", [(16, False, 0.0), (96, True, 0.0), (96, True, 0.3), (4112, True, 0.0)], ids=str
 )
@@ -147,7 +162,7 @@ def test_the_norm_writes_what_a_pass_would(device, C, residual, dropout_p):
             if made is not None:
                 assert same_bits(made.values, rounded(grad, GRADIENT).values)
                 assert torch.equal(made.scale, rounded(grad, GRADIENT).scale)
-    assert all(torch.equal(a, b) for a, b in zip(*results)), "the norm itself is the same"
+    assert_same_norm(*results)
 
 
 # ---------------------------------------------------------------- whole layers
@@ -453,7 +468,7 @@ def test_torch_compile(device):
         y = forward(x)
         y.sum().backward()
         outputs.append([y.detach(), weight.grad, gain.grad])
-    assert all(torch.equal(a, b) for a, b in zip(*outputs))
+    assert_same_norm(*outputs)  # compiled, fp8 is a pass of its own
 
 
 def test_opcheck(device):
@@ -462,7 +477,7 @@ def test_opcheck(device):
     q, stats = module._quantise(x, FORWARD)
     dq, dstats = module._quantise(torch.randn(2, 3, 32, device=device), GRADIENT)
     wide, qkv = torch.randn(64, 16, device=device), torch.randn(1, 5, 192, device=device).to(BF16)
-    arguments = (1, 1, None, None, True, 0.125, None, 0.0, False)
+    arguments = (1, 1, True, None, None, True, 0.125, None, 0.0, False)
     out, lse, *grouped = torch.ops.fastgpt.fp8_qkv_attention_fwd(qkv, *arguments)
     grads = x.requires_grad_(), weight.requires_grad_()
     for op, args in (
@@ -502,7 +517,9 @@ def test_which_cards_can(capability, name, monkeypatch):
     assert reason is None if name is None else f"A card ({name}) has no fp8 tensor cores" in reason
     assert launch.engine(torch.device("cuda", 0)) == "triton"
     monkeypatch.setattr(launch, "capability", lambda _: (9, 0))
-    assert launch.engine(torch.device("cuda", 0)) == "scaled_mm"
+    for has, name in ((True, "scaled_mm"), (False, "triton")):
+        monkeypatch.setattr(launch, "_torch_multiplies", lambda _, has=has: has)
+        assert launch.engine(torch.device("cuda", 0)) == name
 
 
 def test_a_distributed_tensor_is_refused(device):

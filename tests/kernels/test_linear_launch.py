@@ -113,7 +113,7 @@ def test_a_config_that_does_not_fit_gives_the_matmul_back_to_cublas(tables, monk
 
 
 @pytest.mark.parametrize("kind", ["gelu", "dgelu", "none", "weight_grad"])
-def test_tables_are_asked_about_the_layouts_of_a_linear_only(tables, kind, monkeypatch):
+def test_tables_are_asked_about_the_layouts_of_a_linear_only(device, tables, kind, monkeypatch):
     asked = []
 
     def choose(kind, *_, usual, **__):
@@ -121,10 +121,10 @@ def test_tables_are_asked_about_the_layouts_of_a_linear_only(tables, kind, monke
         return tuning.Choice(KEY, config_space.CUBLAS, config_space.CUBLAS, "default")
 
     monkeypatch.setattr(launch, "choose", choose)
-    x, weight, dz = torch.ones(64, 32), torch.ones(48, 32), torch.ones(64, 48)
+    x, weight, dz = (torch.ones(*size, device=device) for size in ((64, 32), (48, 32), (64, 48)))
     if kind == "weight_grad":
-        launch.weight_grad(dz, x, torch.empty(48, 32), None, False)
-        launch.weight_grad(dz, x, torch.empty(32, 48).t(), None, False)
+        launch.weight_grad(dz, x, torch.empty_like(weight), None, False)
+        launch.weight_grad(dz, x, torch.empty_like(weight.t().contiguous()).t(), None, False)
     elif kind == "dgelu":
         launch.matmul_dgelu(dz, weight, x, False, False)
         launch.matmul_dgelu(dz, weight.t().contiguous().t(), x, False, False)

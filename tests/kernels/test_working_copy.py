@@ -188,11 +188,11 @@ def test_a_capture_casts_unless_its_owner_looks_after_the_copies(param, monkeypa
     copy = working_copy(param, BF16)
     monkeypatch.setattr(module, "_capturing", lambda param: True)
     assert working_copy(param, BF16).data_ptr() != copy.data_ptr()
-    with captured_reads() as reads:
+    with captured_reads() as captures:
         assert working_copy(param, BF16).data_ptr() == copy.data_ptr()
-        assert [read.data_ptr() for read in reads] == [copy.data_ptr()]
+        assert [read.data_ptr() for read in captures.reads] == [copy.data_ptr()]
         with torch.no_grad():
             param.mul_(2)
         stale = working_copy(param, BF16)  # cast within the graph, and not kept: a capture has computed nothing
-        assert torch.equal(stale, param.to(BF16)) and len(reads) == 1 and existing(param) is None
+        assert torch.equal(stale, param.to(BF16)) and len(captures.reads) == 1 and existing(param) is None
     assert working_copy(param, BF16).data_ptr() != copy.data_ptr()

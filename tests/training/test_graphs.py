@@ -13,7 +13,7 @@ from fastgpt import ops
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data import write_shard
 from fastgpt.errors import UserError
-from fastgpt.kernels import runtime
+from fastgpt.kernels import _fp8_launch, runtime
 from fastgpt.kernels.working_copy import existing, forget, working_copy
 from fastgpt.model import GPT
 from fastgpt.training import graphs, loop, run
@@ -117,6 +117,29 @@ def test_with_the_triton_kernels_documents_and_dropout(device, recorder, monkeyp
         return steps(stepper, device, range(2), documents=True, rows=1)
 
     assert both(device, recorder, course, table=ops.get("triton"), dropout=0.2).graphs.active
+
+
+def test_weights_in_fp8_are_made_once_per_step(device, recorder, monkeypatch):
+    """By the graph of its first micro-batch, for the later ones."""
+    monkeypatch.setattr(runtime, "INTERPRET", device.type == "cpu")
+    made, quantise = [], _fp8_launch.quantise_weight
+    monkeypatch.setattr(_fp8_launch, "quantise_weight", lambda weight: (made.append(1), quantise(weight))[1])
+    table = ops.get("triton", "fp8")
+    if device.type == "cpu":  # only what is tested here is interpreted
+        eager = ("attention", "qkv_attention", "linear_cross_entropy", "embedding")
+        table = replace(table, **{name: getattr(ops.EAGER, name) for name in eager})
+
+    def course(stepper):
+        return steps(stepper, device, range(1), 3)
+
+    stepper = both(
+        device, recorder, lambda s: [*course(s), *steps(s, device, range(1, 3), 3)], table=table, precision="fp8"
+    )
+    assert stepper.graphs.active
+    made.clear()
+    course(stepper)
+    linears = 4
+    assert len(made) == (linears if device.type == "cpu" else 0), "Python does not run in a replay on a GPU"
 
 
 def test_plain_dropout_masks_go_on_where_training_left_them(device, recorder):

@@ -82,6 +82,7 @@ def stepper(device) -> Stepper:
     return Stepper(model, model, build_optimizer(model, optim, "triton"), scaler, "fp8", optim.grad_clip)
 
 
+@pytest.mark.usefixtures("needs_fp8")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of inf in the interpreter
 def test_a_step_that_overflows_inside_fp8_is_skipped_and_counted(device):
     run = stepper(device)
@@ -94,6 +95,7 @@ def test_a_step_that_overflows_inside_fp8_is_skipped_and_counted(device):
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters()))
 
 
+@pytest.mark.usefixtures("needs_fp8")
 def test_evaluation_is_bf16s(device):
     model = stepper(device).model.eval()
     other = GPT(TINY, ops.TRITON).to(device).eval()
@@ -103,6 +105,7 @@ def test_evaluation_is_bf16s(device):
         assert torch.equal(model(tokens[:, :-1], tokens[:, 1:])[1], other(tokens[:, :-1], tokens[:, 1:])[1])
 
 
+@pytest.mark.usefixtures("needs_fp8")
 def test_a_run_says_that_it_is_experimental_trains_and_is_resumed_in_bf16(tmp_path, device):
     tokens = torch.randint(0, 256, (3000,), dtype=torch.int32).numpy()
     (tmp_path / "data").mkdir()
