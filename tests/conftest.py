@@ -29,8 +29,8 @@ def device(request):
 
 @pytest.fixture
 def needs_memory(device):
-    """``needs_memory(bytes)`` skips a test on a GPU that has no room for them and 1 GiB of whatever else. On a CPU large tensors
-    are of pages that are never touched, and take none."""
+    """``needs_memory(bytes)`` skips a test on a GPU that has no room for them and 1 GiB of whatever else. On a CPU the large
+    tensors are pages that nobody touches, and take none."""
     import torch
 
     def check(count):

@@ -211,7 +211,8 @@ def test_the_peak_of_an_eager_step_is_what_the_allocator_counts(config, micro_ba
 
 
 @pytest.mark.skipif(
-    "config.getoption('--device') == 'cuda'", reason="this process does not interpret kernels then, and CPU memory is counted"
+    "config.getoption('--device') == 'cuda'",
+    reason="this process does not interpret kernels then, and CPU memory is counted",
 )
 def test_the_peak_of_the_chunked_loss_is_what_the_allocator_counts():
     # fp32, and a head that is small beside the logits: on a CPU the weight gradient takes a scratch buffer of its size.
