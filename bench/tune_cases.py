@@ -79,7 +79,7 @@ def _layer_norm() -> list[Family]:
                     (inside, everything, alone) if kernel == "backward" or dtype != FP32 else (first, everything, alone)
                 )
                 bucket = config_space.layer_norm_bucket(C)
-                found.append(Family(f"layer_norm.{kernel}", dtype, (bucket,), f"_{kernel}_kernel", cases))
+                found.append(Family(f"layer_norm.{kernel}", dtype, (bucket,), f"layer_norm_{kernel}_kernel", cases))
     return found
 
 

@@ -18,8 +18,8 @@ from fastgpt.files import write_whole
 from fastgpt.kernels import config_space, ranking, tuning
 
 SOURCES = {
-    "attention": ("_attn_kernels.py", "fused_attn.py"),
-    "layer_norm": ("fused_layernorm.py",),
+    "attention": ("_attn_kernels.py", "_attn_launch.py"),
+    "layer_norm": ("_layernorm_kernels.py", "fused_layernorm.py"),
     "cross_entropy": ("_cross_entropy_kernels.py", "fused_cross_entropy.py"),
     "adamw": ("fused_adamw.py", "_adamw_plan.py"),
     "linear": ("_linear_kernels.py", "_linear_launch.py"),

@@ -273,7 +273,7 @@ print(json.dumps([[[list(key), n] for key, n in count.items()] for count in (fou
 def recorded(request, tmp_path_factory):
     """(precision, matrix products of cuBLAS, Triton launches by function, sweeps of PyTorch) of three micro-batches."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # no table that bench.tune has measured on this machine
+    env["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # without tables that bench.tune has measured here
     precision, n_head = request.param.split()[0], 24 if "16" in request.param.split()[-1:] else 12
     bias = "biases" in request.param
     command = [sys.executable, "-c", RECORD.format(precision=precision, n_head=n_head, bias=bias)]
@@ -310,11 +310,11 @@ def test_the_matrix_products_listed_are_those_of_a_step(recorded):
 
 def test_the_kernels_listed_are_those_of_a_step(recorded):
     precision, listed, _, launches, _ = recorded
-    assert launches["_forward_kernel"] == executed(listed, group="norms forward")
-    assert launches["_backward_kernel"] == executed(listed, group="norms backward")
+    assert launches["layer_norm_forward_kernel"] == executed(listed, group="norms forward")
+    assert launches["layer_norm_backward_kernel"] == executed(listed, group="norms backward")
     # Beside the norms', those of GELU's gradient for a bias; attention's are added up by torch.
     more = [op for op in listed if op.name in ("GELU backward", "mlp down dX") and op.launches > 1]
-    assert launches["add_up_kernel"] == launches["_backward_kernel"] + sum(op.executions(3) for op in more)
+    assert launches["add_up_kernel"] == launches["layer_norm_backward_kernel"] + sum(op.executions(3) for op in more)
     assert launches["forward"] == executed(listed, "attention forward")
     assert launches["backward_q"] == executed(listed, "attention backward dQ")
     assert launches["backward_kv"] == executed(listed, "attention backward dK dV")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgpt.kernels.fused_layernorm import _dropout
+from fastgpt.kernels._layernorm_kernels import dropout
 
 
 @triton.jit(do_not_specialize=["n_tokens", "T", "V", "position", "idx_stride_b", "idx_stride_t"])
@@ -30,7 +30,7 @@ def embedding_forward_kernel(
     mask = exists[:, None] & inside
     x += tl.load(WPE + (position + t)[:, None] * wpe_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if SEED is not None:
-        x = _dropout(x, SEED, row, tl.program_id(1) * BLOCK, dropout_p, ROWS, BLOCK)
+        x = dropout(x, SEED, row, tl.program_id(1) * BLOCK, dropout_p, ROWS, BLOCK)
     tl.store(OUT + row.to(tl.int64)[:, None] * C + cols[None, :], x.to(OUT.dtype.element_ty), mask=mask)
     tl.store(IDS + row, tl.where(known, idx, -1).to(tl.int32), mask=exists & (tl.program_id(1) == 0))
 
@@ -49,7 +49,7 @@ def position_grad_kernel(
         row = t + b * T
         dx = tl.load(DX + row[:, None] * dx_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         if SEED is not None:
-            dx = _dropout(dx, SEED, row, tl.program_id(1) * BLOCK, dropout_p, ROWS, BLOCK)
+            dx = dropout(dx, SEED, row, tl.program_id(1) * BLOCK, dropout_p, ROWS, BLOCK)
         total += dx
     out = GRAD + (position + t)[:, None] * grad_stride + cols[None, :]
     if ADD:
@@ -84,7 +84,7 @@ def token_grad_kernel(
         dx = tl.load(DX + row[:, None] * dx_stride + cols[None, :], mask=exists[:, None] & inside, other=0.0)
         dx = dx.to(tl.float32)
         if SEED is not None:
-            dx = _dropout(dx, SEED, row, first_col, dropout_p, PIECES, BLOCK)
+            dx = dropout(dx, SEED, row, first_col, dropout_p, PIECES, BLOCK)
         total = tl.where((id == last)[:, None], total, 0.0) + dx
         last = id
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgpt.kernels.fused_layernorm import _dropout
+from fastgpt.kernels._layernorm_kernels import dropout
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def linear_kernel(
     elif EPILOGUE == "dgelu":
         z *= _gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
     if SEED is not None:
-        z = _dropout(z, SEED, rm, pid_n * BN, dropout_p, BM, BN)
+        z = dropout(z, SEED, rm, pid_n * BN, dropout_p, BM, BN)
     if RESIDUAL is not None:
         residual = RESIDUAL + rm.to(tl.int64)[:, None] * stride_residual + rn[None, :]
         z += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
@@ -198,7 +198,7 @@ def pointwise_grad_kernel(
         if PRE is not None:
             dz *= _gelu_grad(tl.load(PRE + at, mask=mask, other=0.0).to(tl.float32), ERF)
         if SEED is not None:
-            dz = _dropout(dz, SEED, rm, tl.program_id(1) * BN, dropout_p, BM, BN)
+            dz = dropout(dz, SEED, rm, tl.program_id(1) * BN, dropout_p, BM, BN)
         rounded = dz.to(DZ.dtype.element_ty)
         tl.store(DZ + at, rounded, mask=mask)
         if COLUMN_SUM is not None:

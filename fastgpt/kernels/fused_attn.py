@@ -29,236 +29,20 @@ an absolute error in S is a relative one in P: docs/precision-modes.md has the f
 the 7 of the backward are quicker, dP's 2 only up to D = 64.
 
 Tiles that no query sees (future, outside the window, other documents) are never visited, only tiles on an edge are
-masked, and the heaviest causal tiles of a head start first. The jit functions are in _attn_kernels.py.
+masked, and the heaviest causal tiles of a head start first. The jit functions are in _attn_kernels.py, their launches and
+blocks in _attn_launch.py.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from fastgpt.kernels import _attn_kernels as kernels
+from fastgpt.kernels import _attn_launch as launch
 from fastgpt.kernels import _column_sums as column_sums
-from fastgpt.kernels import config_space, reference, runtime, tuning
-
-MAX_HEAD_DIM = 256
-LOG2E = math.log2(math.e)
-DECODING = 16
-"""Queries up to which a forward pass is taken for sampling's."""
-
-
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension. A tensor-core dot holds all of its second operand in
-# registers, hence the short second sides.
-_HALF = {
-    "forward": {64: (128, 32, 8, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
-    "backward_q": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
-    "backward_kv": {64: (32, 64, 4, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
-}
-# Instead of the above where options take registers: anything but plain causal attention without groups.
-_HALF_OPTIONS = {
-    ("forward", 64): (64, 32, 4, 3),
-    ("backward_q", 256): (32, 16, 4, 1),
-    ("backward_kv", 64): (32, 32, 8, 2),
-    ("backward_kv", 128): (32, 32, 8, 2),
-}
-_FLOAT = {
-    "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "backward_q": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "backward_kv": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-}
-
-# By compute capability, kernel, whether fp32, padded head dimension, dropout: where the above spills on one architecture.
-_CORRECTIONS: dict[tuple, dict[str, int]] = {
-    (120, "backward_q", False, 64, False): {"num_stages": 1},  # a load in flight would not fit 128 registers
-    (80, "forward", True, 256, False): {"maxnreg": 255},  # ptxas would stop at 168, for a third block per SM
-    (80, "backward_q", True, 64, True): {"BLOCK_N": 16},
-    (80, "backward_kv", True, 64, True): {"BLOCK_N": 16},
-    (90, "backward_q", True, 64, False): {"BLOCK_N": 16},
-    (90, "backward_kv", True, 256, False): {"num_stages": 2},
-}
-# The same without "fp32", where results are written in fp8 too.
-_FP8_CORRECTIONS: dict[tuple, dict[str, int]] = {
-    (120, "backward_q", 64, False): {"BLOCK_N": 16},
-    (89, "backward_q", 256, True): {"maxnreg": 255},  # triton 3.6's ptxas would stop at 168, for a third block per SM
-}
-
-
-def config(
-    kernel: str,
-    dtype: torch.dtype,
-    D: int,
-    T_own: int,
-    *,
-    dropout: bool = False,
-    plain: bool = True,
-    fp16_sums: bool = False,
-    fp8: bool = False,
-    arch: int | None = None,
-) -> dict[str, int]:
-    """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D that are safe on any
-    card; ``T_own`` is the length of the side that its programs own, ``plain`` is causal attention with no option and no
-    groups. ``_choice`` asks the tuning tables first.
-
-    Chosen by compiling: no spills on sm_80 to sm_120, at most 101,376 bytes of shared memory. ``maxnreg`` makes room for
-    two blocks of 8 warps per SM in the kernels that fit 128 registers."""
-    if runtime.INTERPRET:  # a block operation costs the same whatever its size
-        block = 64 if T_own <= 256 or fp16_sums else 128
-        return {"BLOCK_M": block, "BLOCK_N": block}
-    width = max(64, _block_d(D))
-    if dtype == torch.float32:
-        block_m, block_n, warps, stages = _FLOAT[kernel][width]
-    else:
-        tile = _HALF[kernel][width]
-        block_m, block_n, warps, stages = tile if plain else _HALF_OPTIONS.get((kernel, width), tile)
-        if kernel == "forward" and T_own <= DECODING:
-            block_m, block_n, warps, stages = 16, 32, 4, 2
-        elif dropout and kernel == "backward_kv" and width == 64:
-            # 8 warps would have 4 warps' products to share, and compute them twice.
-            block_m, block_n, warps, stages = 32, 32, 4, 2
-        elif dropout:  # Philox needs registers
-            block_m, block_n = (16, block_n) if kernel == "backward_kv" else (block_m, 16)
-        elif fp16_sums and not plain and kernel == "backward_kv" and _block_d(D) == 64:
-            stages = 1  # a load in flight would spill on sm_120
-    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    if dtype != torch.float32 and plain and width == 64 and warps == 8:
-        options["maxnreg"] = 128
-    options |= _CORRECTIONS.get((arch, kernel, dtype == torch.float32, width, dropout), {})
-    return options | (_FP8_CORRECTIONS.get((arch, kernel, width, dropout), {}) if fp8 else {})
-
-
-def _block_d(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
-
-
-# ---- Launchers ------------------------------------------------------------------------------------------------------
-
-
-def _columns_adjacent(x: Tensor) -> Tensor:
-    """x itself, or a copy if its last dimension is strided or expanded (dO from .sum()); all other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _common(
-    q: Tensor,
-    k: Tensor,
-    docs: Tensor | None,
-    kv_len: Tensor | None,
-    seed: Tensor | None,
-    window: int | None,
-    dropout_p: float,
-    causal: bool,
-    fp16: bool,
-) -> dict[str, Any]:
-    """Arguments that all three kernels take alike."""
-    return {
-        "kv_len": None if kv_len is None else kv_len.contiguous(),
-        "docs": None if docs is None else docs.contiguous(),
-        "seed": seed,
-        "H": q.shape[2],
-        "T_q": q.shape[1],
-        "T_k": k.shape[1],
-        "window": window,
-        "threshold": int(dropout_p * 2**31),
-        "inv_keep": 1.0 / (1.0 - dropout_p),
-        "D": q.shape[3],
-        "GROUP": q.shape[2] // k.shape[2],
-        "CAUSAL": causal,
-        "FP16_SUMS": fp16,
-        "ALIGNED": causal or window is not None or docs is not None or kv_len is not None,
-        "BLOCK_D": _block_d(q.shape[3]),
-    }
-
-
-def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
-    return {f"{name}_strides": tensor.stride()[:3] for name, tensor in tensors.items()}
-
-
-def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, Any], form: Any) -> tuning.Choice:
-    """The config of a kernel whose programs own T_own rows of ``heads`` heads in each batch. ``form``: of fp8, or None."""
-    dropout, D = common["seed"] is not None, q.shape[-1]
-    options = any(common[name] is not None for name in ("docs", "kv_len", "window"))
-    grouped = kernel == "backward_kv" and common["GROUP"] > 1  # adds a loop there, nothing elsewhere
-    causal, fp16 = common["CAUSAL"] and not options and not grouped, common["FP16_SUMS"]
-    default = config(
-        kernel, q.dtype, D, T_own,
-        dropout=dropout, plain=causal and not dropout, fp16_sums=fp16, fp8=form is not None,
-        arch=tuning.arch_of(q.device),
-    )  # fmt: skip
-    rows = q.shape[0] * heads * T_own
-    bucket = config_space.attention_bucket(D, rows, plain=causal and T_own > DECODING, dropout=dropout)
-    # With sums in fp16 another binary, with a limit of its own to its blocks: entries for the usual one are not for it.
-    return tuning.choose(f"attention{'_fast' if fp16 else ''}.{kernel}", q.dtype, bucket, q.device, default)
-
-
-def _launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16, *, form=None) -> Tensor:
-    """Write attention of q (B, T_q, H, D), k and v (B, T_k, H_kv, D) into ``out``, and in fp8 into ``form`` (the kernels'
-    out_form); return lse (B, H, T_q)."""
-    B, T_q, H, _ = q.shape
-    lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
-    q, k, v = map(_columns_adjacent, (q, k, v))
-    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
-
-    def run(options: dict[str, int]) -> None:
-        kernels.forward[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
-            q, k, v, out, form, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
-            **_strides(q=q, k=k, v=v, out=out), **common, **options,
-        )  # fmt: skip
-
-    with runtime.device_guard(q):
-        tuning.launch(_choice("forward", q, H, T_q, common, form), run)
-    return lse
-
-
-def _program_sums(blocks: int, B: int, out: Tensor | None) -> Tensor | None:
-    """Unwritten sums of columns of the programs of a backward kernel, in their order, for ``out`` (heads D,)."""
-    return None if out is None else torch.empty(B * blocks * len(out), dtype=torch.float32, device=out.device)
-
-
-def _add_up(partial: Tensor | None, B: int, heads: int, out: Tensor | None) -> None:
-    if partial is not None and out is not None:
-        D = len(out) // heads
-        torch.sum(partial.view(B, heads, -1, D), (0, 2), out=out.view(heads, D))
-
-
-def _launch_backward(
-    grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16,
-    *, forms=(None, None, None), sums=(None, None, None),
-) -> None:  # fmt: skip
-    """Write all of grad_q, grad_k and grad_v, in fp8 into ``forms``, and the sums of their columns into ``sums``, (heads D,)
-    each."""
-    B, T_q, H, _ = q.shape
-    T_k, H_kv = k.shape[1:3]
-    q, k, v, grad_out = map(_columns_adjacent, (q, k, v, grad_out))
-    delta = torch.empty_like(lse)
-    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
-    common = {"c": scale * LOG2E, "scale": scale, **common}
-
-    def run_q(options: dict[str, int]) -> None:
-        blocks = triton.cdiv(T_q, options["BLOCK_M"])
-        partial = _program_sums(blocks, B, sums[0])
-        kernels.backward_q[(blocks * B * H,)](
-            q, k, v, out, grad_out, lse, delta, grad_q, forms[0], partial,
-            **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
-        )  # fmt: skip
-        _add_up(partial, B, H, sums[0])
-
-    def run_kv(options: dict[str, int]) -> None:
-        blocks = triton.cdiv(T_k, options["BLOCK_N"])
-        partials = [_program_sums(blocks, B, out) for out in sums[1:]]
-        kernels.backward_kv[(blocks * B * H_kv,)](
-            q, k, v, grad_out, lse, delta, grad_k, grad_v, *forms[1:], *partials,
-            **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,
-        )  # fmt: skip
-        for partial, out in zip(partials, sums[1:]):
-            _add_up(partial, B, H_kv, out)
-
-    with runtime.device_guard(q):
-        tuning.launch(_choice("backward_q", q, H, T_q, common, forms[0]), run_q)
-        tuning.launch(_choice("backward_kv", q, H_kv, T_k, common, forms[1]), run_kv)
+from fastgpt.kernels import reference, runtime
 
 
 def _unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,7 +65,7 @@ _PACKED = "int n_head, int n_kv_head, bool sums, " + _OPTIONS.format(kv_len="")
 )
 def _attention_fwd(q, k, v, *options):
     out = q.new_empty(q.shape)
-    return out, _launch_forward(q, k, v, out, *options)
+    return out, launch.forward(q, k, v, out, *options)
 
 
 @_attention_fwd.register_fake
@@ -298,7 +82,7 @@ def _(q, k, v, *options):
 )
 def _attention_bwd(grad_out, q, k, v, out, lse, *options):
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    _launch_backward(grad_out, q, k, v, out, lse, *grads, *options)
+    launch.backward(grad_out, q, k, v, out, lse, *grads, *options)
     return grads
 
 
@@ -318,7 +102,7 @@ def packed_forward(qkv, n_head, n_kv_head, sums, doc_ids, *options, form=None):
     """The output (B, T, H D) of qkv, and lse."""
     q, k, v = _unpack(qkv, n_head, n_kv_head)
     out = qkv.new_empty(q.shape)
-    lse = _launch_forward(q, k, v, out, doc_ids, None, *options, form=form)
+    lse = launch.forward(q, k, v, out, doc_ids, None, *options, form=form)
     return out.flatten(2), lse
 
 
@@ -346,7 +130,7 @@ def packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, sums, doc_ids, *
     parts = summed.split([n_head * D, n_kv_head * D, n_kv_head * D]) if sums else (None, None, None)
     grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
     inputs, grads = _unpack(qkv, n_head, n_kv_head), _unpack(grad_qkv, n_head, n_kv_head)
-    _launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms, sums=parts)
+    launch.backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms, sums=parts)
     return grad_qkv, summed
 
 
@@ -415,8 +199,8 @@ def _check(
     """Raise ValueError for options that no kernel takes."""
     if runtime.runs_in_triton(x) and x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"attention is given {x.dtype}: use float32, float16 or bfloat16")
-    if not 1 <= D <= MAX_HEAD_DIM:
-        raise ValueError(f"the head dimension is {D}: use 1 to {MAX_HEAD_DIM}")
+    if not 1 <= D <= launch.MAX_HEAD_DIM:
+        raise ValueError(f"the head dimension is {D}: use 1 to {launch.MAX_HEAD_DIM}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}: use 1 (a query sees itself) or more, or None")
     if not 0 <= dropout_p < 1:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.config import ModelConfig
+from fastgpt.kernels import _attn_launch, _linear_grads, fused_attn, fused_fp8, fused_layernorm, fused_linear, runtime
 from fastgpt.kernels import _column_sums as column_sums
-from fastgpt.kernels import _linear_grads, fused_attn, fused_fp8, fused_layernorm, fused_linear, runtime
 from fastgpt.kernels._notes import Notes
 from fastgpt.model import GPT
 
@@ -70,10 +70,12 @@ READERS = {
 
 @pytest.mark.parametrize("case", READERS)
 @pytest.mark.parametrize("shape", [(2, 70), (3, 1)], ids=str)
-def test_the_gradient_of_a_bias_is_the_sum_of_dy_and_no_pass(device, case, shape, monkeypatch):
+def test_the_gradient_of_a_bias_is_the_sum_of_dy_and_no_pass(device, case, shape, monkeypatch, request):
+    if "fp8" in case:
+        request.getfixturevalue("needs_fp8")
     module, dtype, (read, N) = READERS[case]
     monkeypatch.setattr(fused_layernorm, "MAX_BACKWARD_BLOCK", 64)
-    monkeypatch.setattr(fused_attn, "config", partial(small_blocks, fused_attn.config))
+    monkeypatch.setattr(_attn_launch, "config", partial(small_blocks, _attn_launch.config))
     x = torch.randn(*shape, 16, device=device).to(dtype)
     weight = nn.Parameter(torch.randn(N, 16, device=device) / 4)
     bias = nn.Parameter(torch.randn(N, device=device))
@@ -115,7 +117,7 @@ def guard_partial_sums(monkeypatch) -> list[Tensor]:
         return buffers[-1][512:-512].view(rows, len(out))
 
     monkeypatch.setattr(column_sums, "partial", guarded)
-    monkeypatch.setattr(fused_attn, "_program_sums", lambda blocks, B, out: guarded(B * blocks, out))
+    monkeypatch.setattr(_attn_launch, "_program_sums", lambda blocks, B, out: guarded(B * blocks, out))
     return buffers
 
 
@@ -128,7 +130,9 @@ def small(device, precision, dropout=0.1) -> GPT:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16-fast", "fp8"])
-def test_no_bias_of_a_model_takes_a_pass(device, precision, monkeypatch):
+def test_no_bias_of_a_model_takes_a_pass(device, precision, monkeypatch, request):
+    if precision == "fp8":
+        request.getfixturevalue("needs_fp8")
     torch.manual_seed(1)
     model, asked = small(device, precision), record_passes(monkeypatch)
     for name, parameter in model.named_parameters():

@@ -128,7 +128,7 @@ def test_every_launch_of_a_step_is_found(compiled, preset):
         return sum(row["launches"] for row in rows if row["kernel"] == kernel)
 
     norms = 2 * layers + 1
-    assert launches("_forward_kernel") == launches("_backward_kernel") == micro_batches * norms
+    assert launches("layer_norm_forward_kernel") == launches("layer_norm_backward_kernel") == micro_batches * norms
     assert {launches(name) for name in ("forward", "backward_q", "backward_kv")} == {micro_batches * layers}
     assert launches("rows_kernel") >= micro_batches and launches("_adamw_kernel") == 1
 
@@ -164,13 +164,15 @@ def test_attention_computes_with_dots(compiled):
     assert len(with_dots) >= 3, f"forward, dQ and dK/dV should each have dots, but only {with_dots} do"
 
 
-@pytest.mark.parametrize("module, shape", [("fused_layernorm", "C=768"), ("fused_layernorm", "C=4096"), ("_cross", "")])
+@pytest.mark.parametrize(
+    "module, shape", [("_layernorm_kernels", "C=768"), ("_layernorm_kernels", "C=4096"), ("_cross", "")]
+)
 def test_row_kernels_move_128_bits_at_a_time(compiled, module, shape):
     rows = [r for r in compiled[0]["sm_89"] if r["module"].startswith(module) and shape in r["config"].split() + [""]]
     rows = [r for r in rows if r["dtype"] == "bf16"]
     assert rows
     require(rows, "wide_loads", lambda number: number >= 1)
-    if module == "fused_layernorm":
+    if module == "_layernorm_kernels":
         require(rows, "wide_share", lambda share: share >= 0.5)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from fastgpt.kernels import _attn_launch as launch
 from fastgpt.kernels import attention, fused_attn, qkv_attention, reference, runtime, tuning
 from tests import parity
 
@@ -239,14 +240,14 @@ def test_fp16_sums_change_every_result_and_no_statistic(device, monkeypatch):
 
 def test_no_block_of_fp16_sums_is_longer_than_its_limit(monkeypatch):
     """64 products, whatever the shape: keys in forward and dQ, queries in dK and dV."""
-    limit = fused_attn.kernels.CHUNK.value
+    limit = launch.kernels.CHUNK.value
     assert limit == 64
     for interpreted in (True, False):
         monkeypatch.setattr(runtime, "INTERPRET", interpreted)
         for kernel, walked in (("forward", "BLOCK_N"), ("backward_q", "BLOCK_N"), ("backward_kv", "BLOCK_M")):
             for D, T, dropout, plain in itertools.product((32, 64, 128, 256), (1, 4096), (False, True), (False, True)):
                 options = {"dropout": dropout, "plain": plain and not dropout, "fp16_sums": True}
-                assert fused_attn.config(kernel, torch.float16, D, T, **options)[walked] <= limit
+                assert launch.config(kernel, torch.float16, D, T, **options)[walked] <= limit
 
 
 def test_tuning_tables_of_the_usual_kernels_are_not_for_fp16_sums(device, monkeypatch):
@@ -387,10 +388,10 @@ def test_offsets_past_two_to_the_31(device, needs_memory):
     expected = attention(*leaves)
     expected_grads = torch.autograd.grad(expected, leaves, grad_out)
     options = (None, None, None, True, D**-0.5, None, 0.0, False)
-    lse = fused_attn._launch_forward(view(0), view(1), view(2), view(4), *options)
+    lse = launch.forward(view(0), view(1), view(2), view(4), *options)
     assert torch.equal(view(4), expected)
     grads = view(5), view(6), torch.empty_like(v)
-    fused_attn._launch_backward(view(3), view(0), view(1), view(2), view(4), lse, *grads, *options)
+    launch.backward(view(3), view(0), view(1), view(2), view(4), lse, *grads, *options)
     for got, wanted in zip(grads, expected_grads):
         assert torch.equal(got, wanted)
 
@@ -449,7 +450,7 @@ def test_dropout_does_not_depend_on_the_blocks(device, monkeypatch):
     q, k, _ = inputs(device, 96)
     kept = dropped_probabilities(device, q, k, 0.5) > 0
     smaller = {"BLOCK_M": 16, "BLOCK_N": 32}
-    monkeypatch.setattr(fused_attn, "config", lambda *_, **__: smaller)
+    monkeypatch.setattr(launch, "config", lambda *_, **__: smaller)
     assert torch.equal(kept, dropped_probabilities(device, q, k, 0.5) > 0)
 
 

@@ -340,7 +340,7 @@ def test_buckets_of_attention(rows, bucket):
 
 def test_every_space_has_its_default():
     found = in_child(
-        "from fastgpt.kernels import config_space as s, fused_attn as a, fused_layernorm as n, tuning\n"
+        "from fastgpt.kernels import config_space as s, _attn_launch as a, fused_layernorm as n, tuning\n"
         "from fastgpt.kernels import fused_cross_entropy as c, fused_adamw as w, offline\nimport torch\n"
         "ok = [s.contains(f'attention.{k}', a.config(k, torch.bfloat16, 64, 1024, plain=not d, dropout=d, arch=arch))\n"
         "      for k in ('forward', 'backward_q', 'backward_kv') for d in (False, True) for arch in (80, 89, 90, 120)]\n"
@@ -399,6 +399,7 @@ print(json.dumps(compiles))
 def test_a_new_batch_size_or_length_compiles_a_kernel_at_most_once_per_bucket():
     compiles = in_child(COUNT_COMPILES)
     assert {name.split(",")[0] for name in compiles} == {
-        "forward", "backward_q", "backward_kv", "_forward_kernel", "_backward_kernel", "add_up_kernel", "rows_kernel",
+        "forward", "backward_q", "backward_kv", "layer_norm_forward_kernel", "layer_norm_backward_kernel", "add_up_kernel",
+        "rows_kernel",
     }  # fmt: skip
     assert max(compiles.values()) == 1, compiles

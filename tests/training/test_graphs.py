@@ -119,6 +119,8 @@ def test_with_the_triton_kernels_documents_and_dropout(device, recorder, monkeyp
     assert both(device, recorder, course, table=ops.get("triton"), dropout=0.2).graphs.active
 
 
+@pytest.mark.usefixtures("needs_fp8")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of a capture's NaN in the interpreter
 def test_weights_in_fp8_are_made_once_per_step(device, recorder, monkeypatch):
     """By the graph of its first micro-batch, for the later ones."""
     monkeypatch.setattr(runtime, "INTERPRET", device.type == "cpu")
