@@ -13,7 +13,7 @@ train: install
 	$(BIN)/python train.py --kernels triton $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -20,6 +20,14 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+LONG = ("test_compile_gate.py", "test_training_parity.py", "test_loop.py", "test_distributed.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first: begun last, one would leave the other workers with nothing to do for minutes."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def device(request):
     import torch

@@ -49,13 +49,8 @@ class Grouped(NamedTuple):
         return self.values.shape[-1] // self.scale.shape[0]
 
 
-@lru_cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def capability(device: torch.device) -> tuple[int, int]:
-    return _capability(device.index if device.index is not None else torch.cuda.current_device())
+    return torch.cuda.get_device_capability(device)
 
 
 def refusal(device: torch.device) -> str | None:
