@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _attn_kernels as kernels
+from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import config_space, runtime, tuning
 
 MAX_HEAD_DIM = 256
@@ -180,12 +181,8 @@ def forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, 
     return lse
 
 
-def _program_sums(blocks: int, B: int, out: Tensor | None) -> Tensor | None:
-    """Unwritten sums of columns of the programs of a backward kernel, in their order, for ``out`` (heads D,)."""
-    return None if out is None else torch.empty(B * blocks * len(out), dtype=torch.float32, device=out.device)
-
-
 def _add_up(partial: Tensor | None, B: int, heads: int, out: Tensor | None) -> None:
+    """out (heads D,) = the sums that the programs of a backward kernel have written, each for its block of one head."""
     if partial is not None and out is not None:
         D = len(out) // heads
         torch.sum(partial.view(B, heads, -1, D), (0, 2), out=out.view(heads, D))
@@ -206,7 +203,7 @@ def backward(
 
     def run_q(options: dict[str, int]) -> None:
         blocks = triton.cdiv(T_q, options["BLOCK_M"])
-        partial = _program_sums(blocks, B, sums[0])
+        partial = column_sums.partial(B * blocks, sums[0])
         kernels.backward_q[(blocks * B * H,)](
             q, k, v, out, grad_out, lse, delta, grad_q, forms[0], partial,
             **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
@@ -215,7 +212,7 @@ def backward(
 
     def run_kv(options: dict[str, int]) -> None:
         blocks = triton.cdiv(T_k, options["BLOCK_N"])
-        partials = [_program_sums(blocks, B, out) for out in sums[1:]]
+        partials = [column_sums.partial(B * blocks, out) for out in sums[1:]]
         kernels.backward_kv[(blocks * B * H_kv,)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v, *forms[1:], *partials,
             **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,

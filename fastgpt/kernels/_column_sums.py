@@ -1,8 +1,9 @@
 """Sums of a tensor's columns: gradients of biases, and of the norms' weights.
 
 The gradient of a bias is the sum of the rows of dy. Whoever makes dy, the backward pass of the norm or of the attention that
-read y, has its rows in registers: a program adds up its own, 4 bytes per column of a tile, and a second kernel adds up the
-programs' sums in a fixed order. No pass reads dy for it, nothing is atomic.
+read y, has its rows in registers: a program adds up its own, 4 bytes per column of a tile, and a second kernel (``add_up``;
+attention's, whose programs have one head each, torch.sum) adds up the programs' sums in a fixed order. No pass reads dy for it,
+nothing is atomic.
 
 dy's maker has to know that somebody will want them, and the linear layer has to find them. Both are notes (_notes.py): forward,
 ``expect`` marks y, which the op that reads it learns by ``expected``; backward, it gives dy its sums by ``give``, which the

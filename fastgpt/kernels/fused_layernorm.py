@@ -15,7 +15,7 @@ Saved for backward: s (that is x itself without a residual), weight, mean and rs
 
 Bytes that have to move, e = bytes per element: forward 2e per element (read x, write y), 4e with a residual; backward
 3e (read s and dy, write ds), one e more for dsum, one more for a second gradient. At 8192 x 768 in bf16: 25.2 MB and
-37.7 MB. Weight and bias stay in cache; so do the backward's partial sums, 8 C bytes per program, 0.8 MB on 46 SMs.
+37.7 MB. Weight and bias stay in cache; so do the backward's partial sums, at most 12 C bytes per program, 0.8 MB on 46 SMs.
 
 Backward is one persistent kernel. Each program walks over tiles of rows, keeps its share of dweight and dbias in
 registers, one fp32 accumulator per element of the tile, and writes it once to a (programs, C) buffer, which a second
@@ -73,7 +73,7 @@ def config(kernel: str, C: int) -> Config:
         block = min(block, MAX_BACKWARD_BLOCK)
         rows = min(64, max(1, 2048 // block))
         num_warps = 8 if block <= 2048 else 16
-        # As many as fit at once with a residual (101 to 120 registers a thread): a third block per SM would wait for the
+        # As many as fit at once with a residual (97 to 128 registers a thread): a third block per SM would wait for the
         # other two and then run alone, on a half empty card.
         cfg = Config(rows, block, num_warps, programs_per_sm=16 // num_warps, num_stages=2)
     # The interpreter's cost is per program, whatever its size.
