@@ -170,13 +170,14 @@ def test_chunks_of_k_that_shipped_tiles_have(device):
 
 def test_a_product_by_the_engine_of_this_device(device, monkeypatch):
     monkeypatch.setattr(launch, "engine", engine)
-    asked = []
+    chosen, asked = engine(device), []  # at first it asks torch what it has
     scaled_mm = torch._scaled_mm
     monkeypatch.setattr(torch, "_scaled_mm", lambda *a, **options: (asked.append(1), scaled_mm(*a, **options))[1])
     a, b, exact = operands(device, 33, 48, 80)
     assert_rounded_once(launch.matmul(a, b), exact)
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    assert len(asked) == hopper, "no GPU but Hopper's asks torch"
+    assert len(asked) == (chosen == "scaled_mm")
+    assert hopper or chosen == "triton", "no GPU but Hopper's asks torch"
 
 
 def torchs_scaled_mm(monkeypatch, device) -> None:
