@@ -4,7 +4,7 @@
     python -m bench.project --gpu rtx4070 --model gpt2-124m --kernels nanogpt-compile
     python -m bench.project --gpu rtx4070 --model gpt2-124m --precision fp16-fast
     python -m bench.project --gpu rtx4090 --model gpt2-350m --batch 8 --seq 512 --json
-    python -m bench.project --calibration                                      how far off the model is known to be
+    python -m bench.project --calibration                                      fit again: how far off the model is known to be
     python -m bench.project --measured results.json                            beside what was measured on a GPU
 
 Figures are low / central / high. The model, its constants with their sources and its errors: docs/projection.md.
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,18 @@ from fastgpt.hardware import Gpu
 from fastgpt.operations import KERNELS, PRECISIONS
 from fastgpt.projection import (
     ANCHORS,
+    FITTED_CLOCKS,
     MEDIAN_MS,
+    REFITTED_CLOCKS,
     RUN_40M,
     RUN_124M,
+    Clocks,
     Projection,
     Sensitivity,
     calibration_error,
-    cross_errors,
-    fit,
+    fit_clocks,
     project,
+    refit_clocks,
     refits,
 )
 from fastgpt.step_time import CONSTANTS, Constants
@@ -79,11 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.measured:
         return _measured(args.measured, args.json, console)
     if args.calibration:
+        clocks, at_ends = fit_clocks(), refit_clocks()
         if args.json:
-            print(json.dumps(calibration(), indent=1))
+            print(json.dumps(calibration(clocks, at_ends), indent=1))
         else:
-            show_calibration(console)
-        return 0
+            show_calibration(calibration(clocks, at_ends), console)
+        outdated = outdated_constants(clocks, at_ends)
+        print(outdated, file=sys.stderr, end="")
+        return 1 if outdated else 0
     found = _project(args)
     if args.json:
         print(json.dumps(found.to_json(), indent=1))
@@ -200,24 +207,52 @@ def _span(s: Sensitivity) -> str:
 # ---------------------------------------------------------------- calibration
 
 
-def calibration() -> dict[str, Any]:
-    """Both fits, every anchor and every constant, as plain values."""
-    errors, runs = cross_errors(), (RUN_124M, RUN_40M)
+FIT_ACCURACY = 1e-6
+"""Relative difference of two fits of one clock that counts as none: ``projection.fit`` stops at 1e-7."""
+
+
+def outdated_constants(clocks: dict[str, float], at_ends: Clocks) -> str:
+    """The lines of fastgpt/projection.py that a new fit changes, or nothing where the frozen clocks are those of the fit."""
+    pairs = [(clocks[name], frozen) for name, frozen in FITTED_CLOCKS.items()]
+    for name, ends in at_ends.items():
+        pairs += zip(ends, REFITTED_CLOCKS.get(name, (0.0, 0.0)))
+    if at_ends.keys() == REFITTED_CLOCKS.keys() and all(
+        math.isclose(fitted, frozen, rel_tol=FIT_ACCURACY) for fitted, frozen in pairs
+    ):
+        return ""
+    lines = [f'    "{name}": {ends},' for name, ends in at_ends.items()]
+    return "\n".join(
+        [
+            "The frozen clocks in fastgpt/projection.py differ from this fit. To use it, write there:",
+            f"FITTED_CLOCKS = {json.dumps(clocks)}",
+            "REFITTED_CLOCKS: Clocks = {",
+            *lines,
+            "}\n",
+        ]
+    )
+
+
+def calibration(clocks: dict[str, float], at_ends: Clocks) -> dict[str, Any]:
+    """Both fits, every anchor and every constant, as plain values. The clocks are those of fit_clocks and refit_clocks."""
+    runs = {"124M": RUN_124M, "40M": RUN_40M}
+    fits: list[dict[str, Any]] = []
+    for on, other in (("124M", "40M"), ("40M", "124M")):
+        fitted, run = replace(CONSTANTS, clock=clocks[on]), runs[other]
+        fits.append(
+            {
+                "fitted_on": runs[on].name,
+                "clock": clocks[on],
+                "predicted": run.name,
+                "measured_ms": 1e3 * run.tokens_per_step / run.measured,
+                "projected_ms": 1e3 * run.tokens_per_step / run.predicted(fitted),
+                "error": run.error(fitted),
+            }
+        )
     return {
         "projected": True,
-        "calibration_error": calibration_error(),
-        "fits": [
-            {
-                "fitted_on": on.name,
-                "clock": fit(on).clock,
-                "predicted": other.name,
-                "measured_ms": 1e3 * other.tokens_per_step / other.measured,
-                "projected_ms": 1e3 * other.tokens_per_step / other.predicted(fit(on)),
-                "error": errors[other.name],
-            }
-            for on, other in (runs, runs[::-1])
-        ],
-        "refits": [asdict(each) for each in refits()],
+        "calibration_error": max(abs(each["error"]) for each in fits),
+        "fits": fits,
+        "refits": [asdict(each) for each in refits(at_ends)],
         "anchors": [
             {
                 "name": run.name,
@@ -233,8 +268,8 @@ def calibration() -> dict[str, Any]:
     }
 
 
-def show_calibration(console: Console) -> None:
-    found = calibration()
+def show_calibration(found: dict[str, Any], console: Console) -> None:
+    """Print what ``calibration`` returns."""
     title = "nanoGPT + torch.compile, bf16, RTX 4070: the clock is fitted on one run and predicts the other (projected)"
     medians = ", ".join(f"{name} {ms:,.0f} ms" for name, ms in MEDIAN_MS.items())
     rows = [["fitted on", "clock, of boost", "predicts", "measured ms", "projected ms", "error of step time"]]

@@ -1,15 +1,16 @@
-"""What a training step would take on a GPU that is not here: a projection, with the error that it is known to have.
+"""What a training step would take on a GPU that is not here: a projection, with its known error.
 
-The model is in fastgpt/step_time.py. Here it is held against reality: the clock is fitted on one of two real runs of an
-RTX 4070 and predicts the other, both ways round, and public figures of other cards say how far it is off there. Both
-go into every figure, as an interval. It covers nanoGPT under torch.compile in bf16 on an RTX 4070, between the two runs;
-whatever is further away says ``calibrated: false`` and has an interval of its own. docs/projection.md has all of it.
+The model is in fastgpt/step_time.py. Here it is compared with measurements: the clock is fitted on one of two real runs of
+an RTX 4070 and predicts the other, both ways round, and public figures of other cards show the model's error there. Both
+errors go into every figure, as an interval. The calibration covers nanoGPT under torch.compile in bf16 on an RTX 4070,
+between the sizes of the two runs; any other projection says ``calibrated: false`` and has an interval of its own. The fitted
+clocks are constants here; ``python -m bench.project --calibration`` fits them again. Details: docs/projection.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -25,8 +26,8 @@ from fastgpt.step_time import CONSTANTS, Constants, OperationTime, step_ms, step
 
 
 @dataclass(frozen=True)
-class Run:
-    """A measured speed, and the step that the model is asked for in its place. ``low`` and ``high`` in tokens per second."""
+class MeasuredRun:
+    """A measured speed, and the step that the model projects for comparison. ``low`` and ``high`` in tokens per second."""
 
     name: str
     gpu: str
@@ -40,11 +41,11 @@ class Run:
 
     @property
     def measured(self) -> float:
-        """Tokens per second, the middle."""
+        """Tokens per second: the middle of ``low`` and ``high``."""
         return (self.low + self.high) / 2
 
     def predicted(self, constants: Constants = CONSTANTS) -> float:
-        """Tokens per second that the model says."""
+        """Tokens per second, as the model projects them."""
         gpu = hardware.lookup(self.gpu)
         assert gpu is not None
         T = self.shape.block_size
@@ -63,12 +64,12 @@ class Run:
 GPT2_40M = replace(GPT2_124M, n_embd=384)  # twelve heads of 32
 
 MEDIAN_MS = {"40M": 3911.0, "124M": 9350.0}
-"""Of a step of 524,288 tokens, from the logs in docs/rtx4070-runs/; steps that evaluate do not count."""
+"""Median duration of a step of 524,288 tokens, from the logs in docs/rtx4070-runs/, without steps that evaluate."""
 
 
-def _real(name: str, shape: Shape, micro_batch: int, dropout: float) -> Run:
+def _real(name: str, shape: Shape, micro_batch: int, dropout: float) -> MeasuredRun:
     rate = 524_288 / MEDIAN_MS[name] * 1e3
-    return Run(f"RTX 4070, {name}", "rtx4070", shape, rate, rate, micro_batch, dropout)
+    return MeasuredRun(f"RTX 4070, {name}", "rtx4070", shape, rate, rate, micro_batch, dropout)
 
 
 RUN_40M = _real("40M", GPT2_40M, 16, 0.1)
@@ -76,11 +77,11 @@ RUN_124M = _real("124M", GPT2_124M, 8, 0.0)
 
 _ASSUMED = "micro-batch assumed"
 ANCHORS = (
-    Run("RTX 4090, 124M", "rtx4090", GPT2_124M, 106e3, 110e3, 16, note=_ASSUMED + "; nanoGPT#182, 2023"),
-    Run("H100, 124M", "h100", GPT2_124M, 466e3, 468e3, 64, note=_ASSUMED),
-    Run("H200, 124M", "h200", GPT2_124M, 495e3, 498e3, 64, note=_ASSUMED),
-    Run("A100, 124M", "a100", GPT2_124M, 209e3, 218e3, 64, note=_ASSUMED),
-    Run(
+    MeasuredRun("RTX 4090, 124M", "rtx4090", GPT2_124M, 106e3, 110e3, 16, note=_ASSUMED + "; nanoGPT#182, 2023"),
+    MeasuredRun("H100, 124M", "h100", GPT2_124M, 466e3, 468e3, 64, note=_ASSUMED),
+    MeasuredRun("H200, 124M", "h200", GPT2_124M, 495e3, 498e3, 64, note=_ASSUMED),
+    MeasuredRun("A100, 124M", "a100", GPT2_124M, 209e3, 218e3, 64, note=_ASSUMED),
+    MeasuredRun(
         "RTX 4070, nanochat d12",
         "rtx4070",
         # 6N + 12LCT = 887 MFLOP at T = 2048 says 12 blocks of 768 and one matrix of 32,768 tokens.
@@ -93,7 +94,7 @@ ANCHORS = (
 )
 
 
-def fit(run: Run, constants: Constants = CONSTANTS) -> Constants:
+def fit(run: MeasuredRun, constants: Constants = CONSTANTS) -> Constants:
     """``constants`` with the clock at which the model takes as long as ``run`` did (secant method)."""
 
     def miss(clock: float) -> float:
@@ -109,18 +110,56 @@ def fit(run: Run, constants: Constants = CONSTANTS) -> Constants:
     return replace(constants, clock=clock)
 
 
+FITTED_CLOCKS = {"40M": 1.0342685792408193, "124M": 1.1378006659225706}
+"""The clock that ``fit`` finds on each run. Frozen, so that a projection does not have to fit first, and so that figures do
+not depend on a platform's arithmetic. After a change to the model or to a constant, ``python -m bench.project
+--calibration`` prints the new values."""
+
+Clocks = dict[str, tuple[float, float]]
+
+REFITTED_CLOCKS: Clocks = {
+    "clock_full_rate": (1.1378006659225706, 1.1378006659225706),
+    "memory_efficiency": (1.1619735405262983, 1.1270760315220258),
+    "gemm_efficiency": (1.1876748973051783, 1.103094524648108),
+    "gemm_efficiency_full_rate": (1.1378006659225706, 1.1378006659225706),
+    "double_rate": (1.1378006659225706, 1.1378006659225706),
+    "l2_bytes_per_clock": (1.1533769953538693, 1.1261721876908648),
+    "l2_bytes_per_clock_full_rate": (1.1378006659225706, 1.1378006659225706),
+    "l2_share": (1.152604262650696, 1.1282780193376345),
+    "tile_overhead_clocks": (1.1335741165988484, 1.1490196758277393),
+    "own_kernels": (1.1378006659225706, 1.1378006659225706),
+    "softmax_exposed": (1.131148472596636, 1.1444529939032704),
+    "kernel_gap_us": (1.1352142728342907, 1.148265347776968),
+    "host_launch_us": (1.1378006659225706, 1.1378006659225706),
+}
+"""For each fixed constant, the clock fitted on the 124M run with that constant at its low and at its high end. Frozen for the
+same reason as ``FITTED_CLOCKS``."""
+
+
+def fit_clocks() -> dict[str, float]:
+    """``FITTED_CLOCKS``, fitted again."""
+    return {"40M": fit(RUN_40M).clock, "124M": fit(RUN_124M).clock}
+
+
+def refit_clocks() -> Clocks:
+    """``REFITTED_CLOCKS``, fitted again."""
+
+    def clock(name: str, value: float) -> float:
+        return fit(RUN_124M, replace(CONSTANTS, **{name: value})).clock
+
+    return {name: (clock(name, low), clock(name, high)) for name, (low, high) in Constants.ranges().items()}
+
+
 @lru_cache
-def cross_errors(constants: Constants = CONSTANTS) -> dict[str, float]:
+def cross_errors() -> dict[str, float]:
     """Each run predicted with the clock fitted on the other: relative error of its step time."""
-    return {
-        RUN_40M.name: RUN_40M.error(fit(RUN_124M, constants)),
-        RUN_124M.name: RUN_124M.error(fit(RUN_40M, constants)),
-    }
+    on_40m, on_124m = (replace(CONSTANTS, clock=FITTED_CLOCKS[name]) for name in ("40M", "124M"))
+    return {RUN_40M.name: RUN_40M.error(on_124m), RUN_124M.name: RUN_124M.error(on_40m)}
 
 
 @dataclass(frozen=True)
 class Refit:
-    """One fixed constant at an end of its range: the clock that the 124M run then asks for, the error on the 40M run."""
+    """One fixed constant at an end of its range: the clock fitted on the 124M run, and the error on the 40M run."""
 
     constant: str
     value: float
@@ -128,10 +167,10 @@ class Refit:
     error: float
 
 
-def refits() -> list[Refit]:
+def refits(clocks: Clocks = REFITTED_CLOCKS) -> list[Refit]:
     """What the calibration would have been, for the constants that the two runs depend on."""
     found = []
-    for name, *ends in _alternatives():
+    for name, *ends in _alternatives(clocks):
         if any(abs(end.clock - CONSTANTS.clock) > 1e-4 for end in ends):
             found += [Refit(name, getattr(end, name), end.clock, RUN_40M.error(end)) for end in ends]
     return found
@@ -154,18 +193,15 @@ class Sensitivity:
     at_high: float
 
 
-@lru_cache
-def _alternatives() -> tuple[tuple[str, Constants, Constants], ...]:
-    """(constant, all constants with it at its low end, at its high end), the clock of each fitted on the 124M run."""
-
-    def refitted(name: str, value: float) -> Constants:
-        return fit(RUN_124M, replace(CONSTANTS, **{name: value}))
-
-    return tuple((name, refitted(name, low), refitted(name, high)) for name, (low, high) in Constants.ranges().items())
+def _alternatives(clocks: Clocks = REFITTED_CLOCKS) -> Iterator[tuple[str, Constants, Constants]]:
+    """(constant, all constants with it at its low end, at its high end), each with the clock fitted for it."""
+    for name, ends in Constants.ranges().items():
+        low, high = (replace(CONSTANTS, **{name: end, "clock": clock}) for end, clock in zip(ends, clocks[name]))
+        yield name, low, high
 
 
 def sensitivities(*step: Any) -> list[Sensitivity]:
-    """For every fixed constant, largest effect first. ``step``: the arguments of step_time.step_ms, without constants."""
+    """One for every fixed constant, largest effect first. ``step``: the arguments of step_time.step_ms before ``constants``."""
     central = step_ms(*step, CONSTANTS)
     found = [
         Sensitivity(name, step_ms(*step, low) / central - 1, step_ms(*step, high) / central - 1)

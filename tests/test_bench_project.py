@@ -11,7 +11,15 @@ from bench import entries, project, project_compare
 from fastgpt import cli
 from fastgpt.errors import UserError
 from fastgpt.operations import KERNELS
-from fastgpt.projection import ANCHORS, RUN_40M, RUN_124M, calibration_error
+from fastgpt.projection import (
+    ANCHORS,
+    FITTED_CLOCKS,
+    REFITTED_CLOCKS,
+    RUN_40M,
+    RUN_124M,
+    calibration_error,
+    refit_clocks,
+)
 from fastgpt.step_time import Constants
 
 ENVIRONMENT = {"device": "NVIDIA GeForce RTX 4070", "sms": 46, "memory_gib": 11.7, "commit": "abc"}
@@ -42,7 +50,8 @@ def test_a_narrow_terminal_cuts_no_figure(capsys):
     out = capsys.readouterr().out
     for cells in (project.step_cells(found), project.operation_cells(found)):
         assert all(figure in out for row in cells[1:] for figure in row[1:])
-    project.show_calibration(Console(width=80))
+    found = project.calibration(FITTED_CLOCKS, REFITTED_CLOCKS)
+    project.show_calibration(found, Console(width=80))
     out = capsys.readouterr().out
     assert all(f"{run_.error():+.1%}" in out and f"{run_.predicted():,.0f}" in out for run_ in ANCHORS)
 
@@ -91,6 +100,19 @@ def test_calibration_shows_both_fits_every_anchor_and_every_constant(capsys):
     assert found["projected"] is True and len(found["fits"]) == 2 and len(found["anchors"]) == len(ANCHORS)
     assert {each["name"] for each in found["constants"]} == {"clock", *Constants.ranges()}
     assert all(each["source"] for each in found["constants"])
+
+
+def test_calibration_says_if_the_frozen_clocks_are_not_those_of_the_fit(capsys, monkeypatch):
+    assert project.main(["--calibration"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(project.FITTED_CLOCKS, "40M", 1.0344)
+    assert project.main(["--calibration", "--json"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["fits"][1]["clock"] == pytest.approx(1.03427, abs=1e-5), "the fit, not the frozen clock"
+    assert "differ from this fit" in said.err and 'FITTED_CLOCKS = {"40M": 1.03426' in said.err
+    new: dict = {}
+    exec(said.err.split("\n", 1)[1].replace(": Clocks", ""), new)
+    assert new["REFITTED_CLOCKS"] == refit_clocks()
 
 
 # ---- bad input

@@ -55,6 +55,19 @@ def test_the_frozen_clock_is_the_fit_on_the_124m_run():
     )
 
 
+def test_every_frozen_clock_is_what_a_new_fit_finds():
+    assert projection.fit_clocks() == pytest.approx(projection.FITTED_CLOCKS, rel=1e-6)
+    refitted = projection.refit_clocks()
+    assert list(refitted) == list(projection.REFITTED_CLOCKS) == list(Constants.ranges())
+    for name, clocks in refitted.items():
+        assert clocks == pytest.approx(projection.REFITTED_CLOCKS[name], rel=1e-6), name
+
+
+def test_a_projection_does_not_fit(monkeypatch):
+    monkeypatch.setattr(projection, "fit", lambda *_: pytest.fail("a projection must not fit the calibration again"))
+    assert projected().tokens_per_second > 0
+
+
 @pytest.mark.parametrize("run", [RUN_40M, RUN_124M], ids=["40M", "124M"])
 def test_a_fit_reproduces_its_run(run):
     assert run.error(projection.fit(run)) == pytest.approx(0, abs=1e-6)
