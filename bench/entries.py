@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.parity import assert_parity, check
 from bench.timing import Work
 from fastgpt import flops
 from fastgpt.kernels import reference
-from tests.parity import assert_parity, check
 
 OURS = "triton"
 

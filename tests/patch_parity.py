@@ -7,9 +7,9 @@ from contextlib import nullcontext
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from bench.parity import assert_parity
 from fastgpt.patching import patch
 from tests import nanogpt_model
-from tests.parity import assert_parity
 
 V = 67
 
@@ -26,7 +26,7 @@ def measure(model, call, autocast=None):
 
 
 def assert_same(model, call, train, autocast=None, **options):
-    """Assert that patching ``model`` (in place) changes no result of ``call`` beyond tests/parity.py's bound."""
+    """Assert that patching ``model`` (in place) changes no result of ``call`` beyond bench/parity.py's bound."""
     model.train(train)
     wide = measure(copy.deepcopy(model).double(), call)
     same_dtype = measure(model, call, autocast)

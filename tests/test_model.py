@@ -4,10 +4,10 @@ with both tables of operations."""
 import pytest
 import torch
 
+from bench.parity import assert_parity
 from fastgpt import ops
 from fastgpt.config import ModelConfig, load_preset
 from fastgpt.model import GPT, _sample
-from tests.parity import assert_parity
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from bench.parity import assert_parity
 from fastgpt.kernels import runtime
 from fastgpt.kernels.working_copy import existing, working_copy
 from fastgpt.optim import FusedAdamW
 from tests.kernels.test_fused_adamw import NoHostRead
-from tests.parity import assert_parity
 
 SHAPES = [(), (5,), (7, 9), (3, 0), (1,)]
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.parity import assert_parity
 from fastgpt.kernels import _adamw_plan, fused_adamw, runtime
 from fastgpt.kernels._adamw_plan import Step
 from fastgpt.kernels.fused_adamw import adamw_
-from tests.parity import assert_parity
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [(), (1,), (0, 3), (7,), (31, 33), (33001,), (3, 5, 2)]  # (33001,) is more than one chunk anywhere

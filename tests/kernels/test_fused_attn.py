@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from bench import parity
 from fastgpt.kernels import _attn_launch as launch
 from fastgpt.kernels import attention, fused_attn, qkv_attention, reference, runtime, tuning
-from tests import parity
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

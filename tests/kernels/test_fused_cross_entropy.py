@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import parity
 from fastgpt import numerics
 from fastgpt.kernels import _cross_entropy_matmuls, reference, runtime
 from fastgpt.kernels import fused_cross_entropy as module
 from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
-from tests import parity
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["none", "mean", "sum"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bench import parity
 from fastgpt.config import ModelConfig
 from fastgpt.kernels import fused_embedding as module
 from fastgpt.kernels import reference, runtime
@@ -15,7 +16,6 @@ from fastgpt.kernels.fused_embedding import embedding
 from fastgpt.kernels.fused_linear import gradients_in_place
 from fastgpt.model import GPT
 from fastgpt.ops import EAGER, TRITON
-from tests import parity
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 stock_config = module.config

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from bench import parity
 from fastgpt.kernels import fused_layernorm, reference, runtime
 from fastgpt.kernels.fused_layernorm import layer_norm
-from tests import parity
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import parity
 from fastgpt.kernels import _linear_launch as launch
 from fastgpt.kernels import config_space, reference, runtime, tuning, working_copy
 from fastgpt.kernels import fused_linear as module
 from fastgpt.kernels.fused_linear import gradients_in_place, linear, linear_gelu, mlp
-from tests import parity
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from bench.parity import assert_parity
 from fastgpt.kernels import interpreter, runtime
-from tests.parity import assert_parity
 
 # bug 24: the stock interpreter computes bfloat16 on its raw bits.
 BF16 = torch.bfloat16
