@@ -73,7 +73,7 @@ def _times(config: Config, gpu: Gpu, precision: str, fusions: Fusions, *, graphs
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow:
     """One variant of one model. ``change``: of the step's time, relative to the shipped step's in the same precision."""
 
     model: str
@@ -89,7 +89,9 @@ class Row:
         return {**about, "meaning": self.variant.text, **figures, "measured": self.measured}
 
 
-def table(models: list[str], gpu: Gpu, measured: dict[tuple[str, str], dict[str, Any]] | None = None) -> list[Row]:
+def table(
+    models: list[str], gpu: Gpu, measured: dict[tuple[str, str], dict[str, Any]] | None = None
+) -> list[AblationRow]:
     """Every variant of every model. ``measured``: by (model, variant's key)."""
     rows = []
     for model in models:
@@ -100,14 +102,14 @@ def table(models: list[str], gpu: Gpu, measured: dict[tuple[str, str], dict[str,
             shipped.setdefault(variant.precision, ms)
             base = shipped[variant.precision]
             change = None if ms is None or base is None else ms / base - 1
-            rows.append(Row(model, variant, ms, change, (measured or {}).get((model, variant.key))))
+            rows.append(AblationRow(model, variant, ms, change, (measured or {}).get((model, variant.key))))
     return rows
 
 
 # ---------------------------------------------------------------- output
 
 
-def cells(rows: list[Row]) -> list[list[str]]:
+def cells(rows: list[AblationRow]) -> list[list[str]]:
     """The table of one model."""
     found = [["precision", "variant", "projected ms", "projected change", "measured change", "what runs instead"]]
     for row in rows:
@@ -118,7 +120,7 @@ def cells(rows: list[Row]) -> list[list[str]]:
     return found
 
 
-def _measured(row: Row) -> str:
+def _measured(row: AblationRow) -> str:
     if row.measured is None:
         return "projected only"
     if "error" in row.measured:
@@ -126,7 +128,7 @@ def _measured(row: Row) -> str:
     return f"{row.measured['ms']:,.1f} ms" if row.variant.is_shipped else f"{row.measured['change']:+.1%}"
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[AblationRow]) -> str:
     """The tables, as docs/performance.md has them."""
     parts = []
     for model in dict.fromkeys(row.model for row in rows):
@@ -136,7 +138,7 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
-def show(rows: list[Row], gpu: Gpu) -> None:
+def show(rows: list[AblationRow], gpu: Gpu) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -157,7 +159,7 @@ def show(rows: list[Row], gpu: Gpu) -> None:
             console.print(f"{row.model}, {row.variant.key}: {escape(row.measured['error'])}", style="yellow")
 
 
-def plot(rows: list[Row], gpu: Gpu, path: Path) -> None:
+def plot(rows: list[AblationRow], gpu: Gpu, path: Path) -> None:
     """Bars: by how much the step gets longer (projected; measured beside it where there is one)."""
     import matplotlib
 

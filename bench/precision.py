@@ -25,7 +25,7 @@ from rich.markdown import Markdown
 from bench import precision_report
 from bench.environment import environment
 from bench.precision_errors import COMPARED, FP8_MODES, KS, VALUES, drawn, over_scales, readings, recorded
-from bench.precision_training import QUICK, RECORDED, Experiment, Run, corpus, record, train
+from bench.precision_training import QUICK, RECORDED, Experiment, SimulatedRun, corpus, record, train
 from fastgpt import cli
 from fastgpt.errors import UserError
 from fastgpt.numerics import BF16, FP8_FP32, FP16, FP16_FAST, FP32
@@ -77,9 +77,9 @@ def training(quick: bool, console: Console) -> dict[str, Any]:
     """The same run in bf16 (twice more with its weights perturbed: the yardstick) and in every mode."""
     setup = QUICK if quick else Experiment()
     tokens = corpus(setup.characters)
-    runs: list[Run] = []
+    runs: list[SimulatedRun] = []
 
-    def add(run: Run) -> None:
+    def add(run: SimulatedRun) -> None:
         runs.append(run)
         skipped = f", {run.skipped} steps skipped" if run.skipped else ""
         console.print(

@@ -52,7 +52,7 @@ class Product:
         return 2.0 ** math.floor(math.log2(HALF_MAX / HEADROOM / self.mode.chunk)) if self.mode.chunk else 1.0
 
 
-class Linear(torch.autograd.Function):
+class SimulatedLinear(torch.autograd.Function):
     """x (tokens, in) W^T, W (out, in)."""
 
     @staticmethod
@@ -73,7 +73,7 @@ class Linear(torch.autograd.Function):
         return dx, dw, dy.sum(0) if ctx.has_bias else None, None
 
 
-class Attention(torch.autograd.Function):
+class SimulatedAttention(torch.autograd.Function):
     """Causal attention of q, k, v (B * H, T, D), as a flash kernel rounds: P = exp(S - max), not yet divided by its sum, is an
     operand. S = q k^T always accumulates in fp32, as in the kernels: softmax turns an absolute error in S into a relative one
     in P. It is recorded all the same, to see what sums in fp16 would do to it."""
@@ -110,7 +110,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, product: Product) -> Tensor:
     return (matmul(q, k.transpose(1, 2), fp32) * scale).masked_fill(hidden, -math.inf)
 
 
-class CrossEntropy(torch.autograd.Function):
+class SimulatedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x (tokens, C) W^T. The gradient of a logit, p - 1 at the target, is rounded before it is divided
     by the number of tokens, scaled by 2^15 where it is stored in fp16: as fused_cross_entropy does."""
 
@@ -145,7 +145,7 @@ def simulated(mode: Mode, record: Recorder | None = None) -> Ops:
     def linear(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, **_: Any
     ) -> Tensor:
-        y = Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, product).view(*x.shape[:-1], -1)
+        y = SimulatedLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, product).view(*x.shape[:-1], -1)
         return y if residual is None else y + residual
 
     def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, **_: Any) -> Tensor:
@@ -160,11 +160,11 @@ def simulated(mode: Mode, record: Recorder | None = None) -> Ops:
         B, T, width = qkv.shape
         D = width // 3 // n_head
         heads = qkv.view(B, T, 3, n_head, D).permute(2, 0, 3, 1, 4).reshape(3, B * n_head, T, D)
-        out = Attention.apply(*heads.unbind(0), other)
+        out = SimulatedAttention.apply(*heads.unbind(0), other)
         return out.view(B, n_head, T, D).transpose(1, 2).reshape(B, T, n_head * D)
 
     def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, **_: Any) -> Tensor:
-        return CrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, target.reshape(-1), other)
+        return SimulatedCrossEntropy.apply(x.reshape(-1, x.shape[-1]), weight, target.reshape(-1), other)
 
     matmuls = {
         "linear": linear,

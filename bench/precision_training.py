@@ -67,7 +67,7 @@ QUICK = Experiment(
 
 
 @dataclass
-class Run:
+class SimulatedRun:
     """Curves of one training run: ``losses`` of every step, ``validation`` as (steps taken, loss), both in nats."""
 
     mode: str
@@ -132,11 +132,13 @@ def validate(model: GPT, held: Tensor, setup: Experiment) -> float:
     return float(torch.stack(losses).mean())  # type: ignore[arg-type]
 
 
-def train(mode: Mode, setup: Experiment, tokens: tuple[Tensor, Tensor], *, name: str = "", perturb: int = 0) -> Run:
+def train(
+    mode: Mode, setup: Experiment, tokens: tuple[Tensor, Tensor], *, name: str = "", perturb: int = 0
+) -> SimulatedRun:
     """One run. The validation batches are the same each time and for each mode."""
     start = time.perf_counter()
     stepper = build(setup, mode, perturb=perturb)
-    run = Run(name or mode.name, [])
+    run = SimulatedRun(name or mode.name, [])
     optim = optimizer_of(setup)
     for step, batch in enumerate(islice(batches(tokens[0], setup, seed=1), setup.steps)):
         loss, _ = stepper([batch], 1, learning_rate(step, optim, setup.steps))

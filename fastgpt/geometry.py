@@ -1,7 +1,7 @@
-"""The batch geometry that fits a GPU, exactly at the tokens per step asked for, and what the run then costs.
+"""The batch geometry that fits a GPU at exactly the tokens per step asked for, and the cost of the run.
 
 Memory is counted (memory.py, docs/memory.md), speed is projected (projection.py), and energy is an upper bound: the board's
-power limit for as long as the run takes. ``fit_batch`` and ``check_fits`` are the same planner for train.py.
+power limit for as long as the run takes. ``fit_batch`` and ``check_fits`` apply the same rules for train.py.
 """
 
 from __future__ import annotations
@@ -14,35 +14,34 @@ from typing import Any
 from fastgpt import flops, hardware
 from fastgpt.config import Config, ModelConfig
 from fastgpt.errors import UserError
-from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, KERNELS, Memory, memory
-
-__all__ = ["KERNELS", "Memory", "Plan", "check_fits", "fit_batch", "free_bytes", "memory", "plan", "usable_vram"]
+from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, Memory, memory
+from fastgpt.projection import Projection, project
 
 CUDA_CONTEXT = 426 * 2**20
 """What a process holds before its first tensor: measured with PyTorch 2.10 and CUDA 13 on an sm_89 card
 (unslothai/unsloth-zoo#1053). Kernels are loaded lazily since CUDA 11.7; before, it was over 1 GB (pytorch#107667)."""
 
 DESKTOP = 400 * 2**20
-"""What a desktop session holds on a GeForce card: an assumption, about what users report after login; a browser that plays
+"""What a desktop session holds on a GeForce card: an assumption, close to what users report after login. A browser that plays
 video takes more (mylinuxforwork/dotfiles#93: 400 MiB, 1000 MiB with video). Data-centre cards: 0."""
 
 MARGIN = 0.05
-"""Share of VRAM left free: a choice, the size of the model's error at the two points known from outside, read as GB
-(docs/memory.md, 7)."""
+"""Share of VRAM left free: a choice. It is as large as the memory model's error at the two published points (docs/memory.md,
+section 7)."""
 
 CHINCHILLA = 20
-"""Tokens per parameter at which compute is spent best (Hoffmann et al. 2022, table 3), parameters without positions."""
+"""Compute-optimal tokens per parameter (Hoffmann et al. 2022, table 3), excluding position embeddings."""
 
 CPU_SHARE = 0.25
-"""Share of a computer's free memory that a run on the CPU plans with: others work there too."""
+"""Share of a computer's free memory that a run on the CPU may plan with: other programs need some of it."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run that fits. Bytes in ``memory`` and ``usable``; ``vram_gb`` in 1e9 bytes, with the CUDA context.
 
-    ``grad_accum`` is one GPU's: micro_batch x grad_accum x T x world_size = tokens_per_step. Speed, hours and kWh are
-    projections for all GPUs together, and None where there is none.
+    ``grad_accum`` counts on one GPU: micro_batch x grad_accum x T x world_size = tokens_per_step. Speed, hours and kWh are
+    projections for all GPUs together, or None where nothing could be projected.
     """
 
     model: ModelConfig
@@ -127,7 +126,7 @@ def plan(
     vram_gb: float | None = None,
     tokens: int | None = None,
     world_size: int = 1,
-) -> Plan:
+) -> RunPlan:
     """The largest micro-batch that fits ``gpu`` and divides ``tokens_per_step`` (of all ``world_size`` GPUs) exactly.
 
     ``tokens`` is the run's budget, Chinchilla's 20 per parameter by default. ``gpu`` None: a card that is not in the table;
@@ -145,7 +144,7 @@ def plan(
     name = gpu.name if gpu else f"a card with {vram_gb:g} GB"
     micro_batch, grad_accum, hint = job.geometry(tokens_per_step, usable, name)
     speed = _projected(model, gpu, kernels, precision, micro_batch, micro_batch * grad_accum * model.block_size)
-    return Plan(
+    return RunPlan(
         model=model,
         gpu=name,
         kernels=kernels,
@@ -180,8 +179,8 @@ def fit_batch(
 
 
 def check_fits(config: Config, room: hardware.Gpu | int, world_size: int = 1, *, device: str = "cuda") -> Memory:
-    """What the configured micro-batch needs. Raises UserError, naming what would fit, where it cannot fit: even with the
-    model's error taken off, and no margin."""
+    """What the configured micro-batch needs. Raises UserError, naming what would fit, where it cannot fit even if the memory
+    model counts too much by its known error and no margin is left."""
     job = _Job.of(config, world_size, device)
     needed = job.memory(config.data.batch_size)
     available = usable_vram(room) + round(MARGIN * _vram(room)) if isinstance(room, hardware.Gpu) else room
@@ -196,14 +195,14 @@ def check_fits(config: Config, room: hardware.Gpu | int, world_size: int = 1, *,
 
 
 def free_bytes(device: str) -> int:
-    """Free memory where a run will be: of the current CUDA device, or ``CPU_SHARE`` of what the computer has free."""
+    """Free memory for a run: that of the current CUDA device, or ``CPU_SHARE`` of the computer's free memory."""
     if device == "cuda":
         import torch
 
         return torch.cuda.mem_get_info()[0]
     try:
         return int(CPU_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):  # no such question on Windows and macOS
+    except (AttributeError, OSError, ValueError):  # Windows and macOS do not say
         return 2 * 2**30
 
 
@@ -212,7 +211,7 @@ def free_bytes(device: str) -> int:
 
 @dataclass(frozen=True)
 class _Job:
-    """All that decides how much memory a micro-batch takes."""
+    """Everything that determines how much memory a micro-batch takes."""
 
     model: ModelConfig
     kernels: str
@@ -292,7 +291,7 @@ class _Job:
 
 
 def _divisors(number: int) -> list[int]:
-    """All of them, largest first."""
+    """All divisors, largest first."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)}, reverse=True)
 
@@ -320,13 +319,9 @@ def _described(room: hardware.Gpu | int) -> str:
 
 def _projected(
     model: ModelConfig, gpu: hardware.Gpu | None, kernels: str, precision: str, micro_batch: int, tokens_per_step: int
-) -> Any:
+) -> Projection | None:
     """The projection for one GPU, or None where there is none."""
     if gpu is None:
-        return None
-    try:
-        from fastgpt.projection import project
-    except ImportError:
         return None
     try:
         return project(

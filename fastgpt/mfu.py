@@ -61,7 +61,7 @@ def _named(flops_per_second: float | None, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Tally:
+class _StepTally:
     """What has been counted: sums only, so tallies of windows add up to the tally of the run."""
 
     steps: int = 0
@@ -69,8 +69,8 @@ class _Tally:
     seconds: float = 0.0
     waited: float = 0.0
 
-    def __add__(self, other: _Tally) -> _Tally:
-        return _Tally(
+    def __add__(self, other: _StepTally) -> _StepTally:
+        return _StepTally(
             self.steps + other.steps,
             self.tokens + other.tokens,
             self.seconds + other.seconds,
@@ -138,7 +138,7 @@ class StepMeter:
         self._since: float | None = None  # the clock when the running stretch began; None while it stands still
         self._excluded_depth = 0
         self._in_step = False
-        self._window, self._before = _Tally(), _Tally()
+        self._window, self._before = _StepTally(), _StepTally()
 
     @classmethod
     def for_shape(
@@ -186,7 +186,7 @@ class StepMeter:
             raise RuntimeError("no step is being measured: start one first")
         self._in_step = False
         if not self._warmup_left:
-            self._window += _Tally(steps=1, tokens=tokens)
+            self._window += _StepTally(steps=1, tokens=tokens)
             return
         self._warmup_left -= 1
         if not self._warmup_left:
@@ -223,14 +223,14 @@ class StepMeter:
         try:
             yield
         finally:
-            self._window += _Tally(waited=max(0.0, self._seconds() - begun))
+            self._window += _StepTally(waited=max(0.0, self._seconds() - begun))
 
     def report(self) -> StepReport:
         """Means since the last report. Waits for the device."""
         if self._in_step:
             raise RuntimeError("report() inside a step: its time would count and its tokens would not")
         self._settle()
-        window, self._window = self._window, _Tally()
+        window, self._window = self._window, _StepTally()
         self._before += window
         return self._describe(window)
 
@@ -255,14 +255,14 @@ class StepMeter:
             return
         self._synchronize()
         now = self._clock()
-        self._window += _Tally(seconds=now - self._since)
+        self._window += _StepTally(seconds=now - self._since)
         self._since = now
 
     def _seconds(self) -> float:
         """Time counted in this window up to now, as the host sees it."""
         return self._window.seconds + (0.0 if self._since is None else self._clock() - self._since)
 
-    def _describe(self, tally: _Tally) -> StepReport:
+    def _describe(self, tally: _StepTally) -> StepReport:
         measured = tally.steps > 0 and tally.seconds > 0
         rate = tally.tokens / tally.seconds if measured else None
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from fastgpt import cli, flops, hardware
 from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
 from fastgpt.errors import UserError
-from fastgpt.geometry import CUDA_CONTEXT, MARGIN, Plan, plan, usable_vram
+from fastgpt.geometry import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
 from fastgpt.memory import KERNELS, Memory
 
 PARTS = {
@@ -90,7 +90,7 @@ def main(args: list[str]) -> int:
         tokens_per_step = read_count("tokens_per_step", asked.tokens_per_step)
     tokens = None if asked.tokens is None else read_count("tokens", asked.tokens)
 
-    plans: dict[str, Plan] = {}
+    plans: dict[str, RunPlan] = {}
     refused: dict[str, UserError] = {}
     for kernels in [asked.kernels] if asked.kernels else KERNELS:
         try:
@@ -171,7 +171,7 @@ def _card(asked: PlanConfig) -> tuple[hardware.Gpu | None, float | None]:
 # ---------------------------------------------------------------- text
 
 
-def _head(best: Plan, card: hardware.Gpu | None, vram_gb: float | None) -> str:
+def _head(best: RunPlan, card: hardware.Gpu | None, vram_gb: float | None) -> str:
     model = best.model
     parameters = flops.n_params(flops.Shape.of(model), positions=False)
     on_box = vram_gb if vram_gb is not None else card.vram_gb if card else 0
@@ -187,7 +187,7 @@ def _head(best: Plan, card: hardware.Gpu | None, vram_gb: float | None) -> str:
     )
 
 
-def _table(plans: dict[str, Plan], refused: dict[str, UserError]) -> Table:
+def _table(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> Table:
     table = Table(title="Memory of one GPU, GB (10^9 bytes), counted", title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     for kernels in KERNELS:
@@ -226,7 +226,7 @@ def _number(value: float | None, digits: int = 0) -> str:
     return "n/a" if value is None else f"{value:,.{digits}f}"
 
 
-def _notes(plans: dict[str, Plan], refused: dict[str, UserError]) -> list[str]:
+def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> list[str]:
     """What a reader has to know about the table's figures."""
     some = next(iter(plans.values()))
     per_parameter = some.tokens / flops.n_params(flops.Shape.of(some.model), positions=False)
@@ -252,7 +252,7 @@ def _notes(plans: dict[str, Plan], refused: dict[str, UserError]) -> list[str]:
     return notes
 
 
-def nanogpt_lines(p: Plan) -> str:
+def nanogpt_lines(p: RunPlan) -> str:
     """The plan as lines of a nanoGPT config file. nanoGPT divides gradient_accumulation_steps by the number of GPUs."""
     model, accumulation = p.model, p.grad_accum * p.world_size
     return "\n".join(
@@ -274,7 +274,7 @@ def nanogpt_lines(p: Plan) -> str:
     )
 
 
-def preset(p: Plan, base: Config) -> str:
+def preset(p: RunPlan, base: Config) -> str:
     """The plan as a fastgpt TOML file, grad_accum over all GPUs; what the plan does not decide is ``base``'s."""
     sections: dict[str, dict[str, object]] = {
         "model": {field.name: getattr(p.model, field.name) for field in fields(ModelConfig)},

@@ -10,7 +10,7 @@ import torch
 
 from bench import precision, precision_errors, precision_report, precision_training
 from bench.precision_ops import simulated
-from bench.precision_training import QUICK, Operands, Run
+from bench.precision_training import QUICK, Operands, SimulatedRun
 from fastgpt import cli
 from fastgpt.model import GPT
 from fastgpt.numerics import BF16, FP8, FP16, FP16_FAST, FP32, MODES
@@ -159,7 +159,7 @@ def test_validation_text_is_not_trained_on(tokens):
 
 
 def result(final):
-    rows = [Run(name, [2.0], [(1, value)], seconds=1.0) for name, value in final.items()]
+    rows = [SimulatedRun(name, [2.0], [(1, value)], seconds=1.0) for name, value in final.items()]
     return {"setup": vars(QUICK) | {}, "runs": [vars(run) | {"final": run.final} for run in rows]}
 
 

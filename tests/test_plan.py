@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastgpt import cli, hardware
+from fastgpt import cli, geometry, hardware, projection
 from fastgpt import plan as plan_command
 from fastgpt.config import Config, ModelConfig, load_preset, load_toml
 from fastgpt.errors import UserError
@@ -38,7 +38,7 @@ LARGE = ModelConfig(48, 25, 1600, 1024, 50304)  # GPT-2 XL
 
 @pytest.fixture(autouse=True)
 def speed(monkeypatch):
-    """Stands in for fastgpt.projection: 50,000 tokens/s, a fifth either way. Holds the arguments of its calls."""
+    """Stands in for projection.project: 50,000 tokens/s, a fifth either way. Returns the arguments of its calls."""
     calls = []
 
     def project(shape, gpu, **options):
@@ -51,12 +51,8 @@ def speed(monkeypatch):
             calibration_error=0.03,
         )
 
-    module = types.ModuleType("fastgpt.projection")
-    module.project = project
-    module.calls = calls
-    monkeypatch.setitem(sys.modules, "fastgpt.projection", module)
-    monkeypatch.setattr("fastgpt.projection", module, raising=False)
-    return module
+    monkeypatch.setattr(geometry, "project", project)
+    return calls
 
 
 # ---------------------------------------------------------------- geometry
@@ -188,7 +184,7 @@ def test_hours_and_energy_follow_from_the_projection(speed):
     assert found.hours == pytest.approx(HALF_MILLION * 1000 / 50_000 / 3600)
     assert found.hours_low < found.hours < found.hours_high
     assert found.kwh == pytest.approx(found.hours * 0.200)  # the board's 200 W
-    asked = speed.calls[-1]
+    asked = speed[-1]
     assert (asked["micro_batch"], asked["tokens_per_step"]) == (found.micro_batch, HALF_MILLION)
     assert (asked["kernels"], asked["precision"], asked["gpu"]) == ("triton", "bf16", RTX4070)
 
@@ -197,30 +193,31 @@ def test_four_gpus_take_a_quarter_of_the_time_and_the_same_energy(speed):
     one, four = (plan(M124, RTX4070, tokens_per_step=HALF_MILLION, world_size=n) for n in (1, 4))
     assert four.hours == pytest.approx(one.hours / 4)
     assert four.kwh == pytest.approx(one.kwh)
-    assert speed.calls[-1]["tokens_per_step"] == HALF_MILLION // 4
-
-
-def test_without_a_projection_speed_is_unknown_and_geometry_is_not(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastgpt.projection", None)  # importing it fails
-    found = plan(M124, RTX4070, tokens_per_step=HALF_MILLION)
-    assert found.tokens_per_second is found.hours is found.kwh is None
-    assert found.micro_batch > 1
+    assert speed[-1]["tokens_per_step"] == HALF_MILLION // 4
 
 
 def test_the_real_projection_answers_for_every_kind_of_kernels(monkeypatch):
-    monkeypatch.delitem(sys.modules, "fastgpt.projection")
+    monkeypatch.setattr(geometry, "project", projection.project)
     for kernels in KERNELS:
         found = plan(M124, RTX4070, tokens_per_step=HALF_MILLION, kernels=kernels)
         assert 0 < found.tokens_per_second_low < found.tokens_per_second < found.tokens_per_second_high
     assert plan(M124, RTX4070, tokens_per_step=HALF_MILLION, precision="fp32").micro_batch > 1  # speed: known or not
 
 
-def test_a_gpu_that_the_projection_does_not_know_has_no_speed(speed):
+@pytest.fixture
+def no_speed(monkeypatch):
+    """A projection that has no figures for the card."""
+
     def project(*_, **__):
         raise UserError("no figures for this card")
 
-    speed.project = project
-    assert plan(M124, RTX4070, tokens_per_step=HALF_MILLION).tokens_per_second is None
+    monkeypatch.setattr(geometry, "project", project)
+
+
+def test_a_gpu_that_the_projection_does_not_know_has_no_speed(no_speed):
+    found = plan(M124, RTX4070, tokens_per_step=HALF_MILLION)
+    assert found.tokens_per_second is found.hours is found.kwh is None
+    assert found.micro_batch > 1, "the geometry does not depend on the projection"
     assert plan(M124, None, tokens_per_step=HALF_MILLION, vram_gb=12).hours is None
 
 
@@ -344,8 +341,7 @@ def test_the_table_compares_all_and_says_what_its_figures_are(capsys):
     assert re.search(r"calibrated on real runs *│ *no *│", out)
 
 
-def test_the_table_says_na_where_speed_is_unknown(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastgpt.projection", None)
+def test_the_table_says_na_where_speed_is_unknown(capsys, no_speed):
     out = run(capsys, "--gpu", "rtx4070")
     assert "n/a" in out and "there is no projection" in out and "at worst" not in out
 
