@@ -22,7 +22,7 @@ from rich.console import Console
 
 from fastgpt import cli, hardware
 from fastgpt.doctor import corpus, environment, page, report
-from fastgpt.doctor.diagnosis import Report, diagnose
+from fastgpt.doctor.diagnosis import Diagnosis, diagnose
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.findings import rank
 from fastgpt.doctor.reading import read
@@ -80,7 +80,7 @@ def card(name: str | None, evidence: Evidence) -> Gpu | None:
     return hardware.present()
 
 
-def examine(evidence: Evidence, gpu: Gpu | None, *, here: bool, corpus_tokens: int | None = None) -> Report:
+def examine(evidence: Evidence, gpu: Gpu | None, *, here: bool, corpus_tokens: int | None = None) -> Diagnosis:
     """Every finding; ``here``: the run is to start on this machine, so that is looked at too."""
     found = diagnose(evidence, gpu, corpus_tokens)
     if here:

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.doctor import configs, configs_fastgpt
-from fastgpt.doctor.evidence import CheckpointFacts, Place, Unread
+from fastgpt.doctor.evidence import SHAPE, CheckpointFacts, Place, Unread
 from fastgpt.doctor.literals import NotLiteral, checked
 from fastgpt.errors import UserError
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
-"""What a model's tensors depend on, under nanoGPT's names."""
 FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _NAME = re.compile(r"(?:ckpt|step)-(\d{8,})(?:\.pt)?")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fastgpt import flops
 from fastgpt.doctor.evidence import Evidence, Place, Setting
 from fastgpt.doctor.figures import Figures, one_line
-from fastgpt.doctor.findings import Finding
+from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware import Gpu
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
@@ -82,6 +82,7 @@ def agrees(claim: float, shape: flops.Shape) -> bool:
     return any(abs(claim / count - 1) <= 0.12 for count in counts)
 
 
+@check(section=9)
 def tokens_per_step(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A batch that a comment computes ("16 * 32 = 512 sequences") and the settings do not give."""
     tokens, block = figures.tokens_per_step, figures.config.get("block_size")
@@ -144,6 +145,7 @@ def _geometry(figures: Figures, sequences: float) -> str:
     return "Correct the comment, or batch_size and gradient_accumulation_steps."
 
 
+@check(section=9)
 def token_budget(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A token budget that a comment claims ("~3B tokens seen") and max_iters does not give."""
     planned, per_step = figures.tokens_planned, figures.tokens_per_step

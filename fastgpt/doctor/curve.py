@@ -8,31 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from fastgpt.config import EXPERIMENTAL
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import Figures, evaluation_interval, steady
-from fastgpt.doctor.findings import Confidence, Finding, Severity
+from fastgpt.doctor.findings import Finding, check
 from fastgpt.doctor.resume import learning_rate
 from fastgpt.hardware import Gpu
 
 MUCH_EVALUATION = 0.05
 
 
-def _finding(
-    check: str,
-    severity: Severity,
-    title: str,
-    seen: list[tuple[Place, str]],
-    explanation: str,
-    advice: str,
-    confidence: Confidence = "likely",
-    cost: float = 0.0,
-    cost_text: str = "",
-) -> Finding:
-    return Finding("curve", check, severity, title, seen, explanation, advice, confidence, cost, cost_text)
+_finding = partial(Finding, "curve")
 
 
 def _losses(log: LogFacts | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,6 +43,7 @@ def scatter(values: np.ndarray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
 
+@check(section=10)
 def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """NaN or infinity in the loss."""
     log = evidence.log
@@ -81,6 +72,7 @@ def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
     )
 
 
+@check(section=10)
 def start(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """An untrained model guesses among V tokens: its loss is ln V."""
     log = evidence.log
@@ -105,10 +97,12 @@ def start(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         "Initialise with a standard deviation of 0.02, residual projections with 0.02 / sqrt(2 n_layer)."
         if above
         else "Check the data's shift, vocab_size and init_from.",
+        confidence="likely",
         cost=0.02 if above else 0.5,
     )
 
 
+@check(section=10)
 def divergence(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """The run ends well above where it has been: median of the last tenth against the lowest median of a tenth."""
     log = evidence.log
@@ -133,11 +127,13 @@ def divergence(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
         f"The median of the last {width} logged losses lies {rise:.2f} nat above the lowest such median; single "
         f"losses scatter by {noise:.2f}. It does not come back by itself at the same learning rate.",
         "Go back to a checkpoint before it and halve learning_rate; keep grad_clip = 1.0.",
+        confidence="likely",
         cost=lost,
         cost_text=figures.hours(lost),
     )
 
 
+@check(section=10)
 def spikes(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Single losses far above their neighbours, that come back."""
     log = evidence.log
@@ -166,6 +162,7 @@ def spikes(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
     )
 
 
+@check(section=10)
 def plateau(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """No progress over the last third, by a test that can tell: a line through the validation losses."""
     log = evidence.log
@@ -212,6 +209,7 @@ def fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return slope, math.sqrt(float(rest @ rest) / max(1, len(y) - 2) / float(centred @ centred))
 
 
+@check(section=10)
 def overfitting(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Validation rises while train falls."""
     log = evidence.log
@@ -242,6 +240,7 @@ def overfitting(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterat
     )
 
 
+@check(section=10)
 def throughput_drift(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Steps that become slower over the run, or some that are far slower than the rest."""
     log = evidence.log
@@ -290,6 +289,7 @@ def throughput_drift(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> I
         )
 
 
+@check(section=10)
 def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """More than a twentieth of the time spent on evaluations: as measured, else as counted from the config."""
     share, how, seen = figures.evaluation_share, "measured in the log", figures.place("eval_interval", "eval_iters")

@@ -1,21 +1,20 @@
-"""The list of all checks: ``diagnose`` runs them and puts the costliest finding first."""
+"""``diagnose`` runs every check that registered itself and puts the costliest finding first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from fastgpt.doctor import comments, curve, environment, figures, loss, resume, schedule, size, speed, unknowns
+from fastgpt.doctor import checks, comments, curve, environment, figures, loss, resume, schedule, size, speed, unknowns  # noqa: F401
 from fastgpt.doctor.evidence import Evidence, Place
 from fastgpt.doctor.figures import Figures
-from fastgpt.doctor.findings import Finding, rank
+from fastgpt.doctor.findings import Finding, rank, registered_checks
 from fastgpt.hardware import Gpu
 
-Check = Callable[[Evidence, Figures, "Gpu | None"], Iterator[Finding]]
+checks.load()
 
 
 @dataclass
-class Report:
+class Diagnosis:
     """All that the doctor has to say about a run."""
 
     findings: list[Finding]
@@ -28,46 +27,6 @@ class Report:
     @property
     def clean(self) -> bool:
         return not self.findings
-
-
-def checks() -> tuple[Check, ...]:
-    """Every check, in the order of docs/doctor.md."""
-    return (
-        size.param_count_mismatch,
-        size.tokens_per_parameter,
-        loss.val_below_train,
-        loss.dropout_on_large_corpus,
-        speed.mfu_denominator,
-        speed.mfu_other_card,
-        speed.mfu_includes_eval,
-        speed.sm_gate,
-        resume.shape_mismatch,
-        resume.schedule_after_resume,
-        resume.best_val_loss,
-        resume.config_is_not_the_logs,
-        schedule.warmup,
-        schedule.floor,
-        schedule.decay,
-        schedule.ranks,
-        schedule.beta2,
-        schedule.weight_decay,
-        schedule.vocabulary,
-        schedule.head_dimension,
-        schedule.block_size,
-        comments.tokens_per_step,
-        comments.token_budget,
-        curve.not_a_number,
-        curve.start,
-        curve.divergence,
-        curve.spikes,
-        curve.plateau,
-        curve.overfitting,
-        curve.throughput_drift,
-        curve.evaluation_time,
-        environment.from_log,
-        environment.precision,
-        environment.memory,
-    )
 
 
 FASTGPT_NAMES = {"gradient_accumulation_steps": "grad_accum", "learning_rate": "lr", "dtype": "precision"}
@@ -89,13 +48,13 @@ def in_fastgpts_names(advice: str) -> str:
     return "\n".join(lines)
 
 
-def diagnose(evidence: Evidence, gpu: Gpu | None = None, corpus_tokens: int | None = None) -> Report:
+def diagnose(evidence: Evidence, gpu: Gpu | None = None, corpus_tokens: int | None = None) -> Diagnosis:
     """Run every check. ``gpu``: the card of the run, None if it is not known. ``corpus_tokens``: of the training data."""
     numbers = figures.compute(evidence, gpu, corpus_tokens)
-    found = [finding for check in checks() for finding in check(evidence, numbers, gpu)]
+    found = [finding for check in registered_checks() for finding in check(evidence, numbers, gpu)]
     if numbers.config.kind == "fastgpt":
         found = [replace(finding, advice=in_fastgpts_names(finding.advice)) for finding in found]
-    return Report(
+    return Diagnosis(
         rank(found),
         numbers,
         unknowns.not_checked(evidence, numbers, gpu),

@@ -13,7 +13,7 @@ from fastgpt import hardware
 from fastgpt.doctor import vram
 from fastgpt.doctor.evidence import Evidence, Place
 from fastgpt.doctor.figures import Figures
-from fastgpt.doctor.findings import Finding
+from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware import Gpu
 
 HERE = Place("this machine")
@@ -110,6 +110,7 @@ def machine(it: Machine, *, wants_cuda: bool, wants_triton: bool) -> Iterator[Fi
         yield _no_triton([(HERE, f"torch {it.torch}, no triton, {it.platform}")], it.platform.startswith("win"))
 
 
+@check(section=11)
 def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """What the log's own error messages say."""
     log = evidence.log
@@ -149,6 +150,7 @@ def _half(figures: Figures) -> str:
     return vram.lines((smaller, batch * accumulate // smaller))
 
 
+@check(section=11)
 def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """bf16 on a card that has none (Turing, Volta and older)."""
     if gpu is None or gpu.peak_flops("bf16") is not None or not figures.config.settings or figures.precision != "bf16":
@@ -169,6 +171,7 @@ def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator
     )
 
 
+@check(section=11)
 def memory(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A micro-batch that the planner says does not fit; nothing where the log shows that it does."""
     shape, batch = figures.shape, figures.config.get("batch_size")

@@ -11,8 +11,7 @@ import numpy as np
 
 from fastgpt import flops, hardware
 from fastgpt.config import EXPERIMENTAL, PLAIN
-from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, LogFacts, Place, Setting
-from fastgpt.doctor.values import clean, possible, shape_of
+from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, LogFacts, Place, Setting, clean, possible, shape_of
 from fastgpt.flops import Shape
 from fastgpt.hardware import NANOGPT_PEAK, Gpu
 

@@ -1,11 +1,14 @@
-"""What a finding is, and which comes first."""
+"""What a finding is, which checks can make one, and which finding comes first."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fastgpt.doctor.evidence import Place
+from fastgpt.doctor.evidence import Evidence, Place
+from fastgpt.doctor.figures import Figures
+from fastgpt.hardware import Gpu
 
 Severity = Literal["critical", "warning", "info"]
 """critical: the run is not what was meant, or will not survive. warning: it costs compute or quality. info: a number
@@ -56,3 +59,23 @@ def rank(findings: list[Finding]) -> list[Finding]:
     """Gravest first, then costliest; the order of the checks settles ties."""
     order = get_args(Severity)
     return sorted(findings, key=lambda finding: (order.index(finding.severity), -finding.cost))
+
+
+Check = Callable[[Evidence, Figures, Gpu | None], Iterator[Finding]]
+REGISTRY: list[tuple[int, Check]] = []
+
+
+def check(*, section: int) -> Callable[[Check], Check]:
+    """Register the decorated function as a check. ``section`` is the section of docs/doctor.md that describes it: checks
+    run in the order of the sections, those of one section in the order in which its module defines them."""
+
+    def register(function: Check) -> Check:
+        REGISTRY.append((section, function))
+        return function
+
+    return register
+
+
+def registered_checks() -> list[Check]:
+    """Every check of the modules imported so far, in the order of docs/doctor.md."""
+    return [function for _, function in sorted(REGISTRY, key=lambda entry: entry[0])]

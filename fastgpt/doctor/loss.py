@@ -9,13 +9,14 @@ import numpy as np
 from fastgpt.doctor import scaling
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import Figures, Mean
-from fastgpt.doctor.findings import Confidence, Finding
+from fastgpt.doctor.findings import Confidence, Finding, check
 from fastgpt.hardware import Gpu
 
 LARGE_CORPUS = 1e9
 """Tokens of a run beyond which, for want of the corpus' size, it is taken for one pass: nothing that large is small."""
 
 
+@check(section=3)
 def val_below_train(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Validation below train by more than the noise: not dropout, but a difference between the splits."""
     gap, log = figures.val_minus_train, evidence.log
@@ -78,6 +79,7 @@ def _extreme_evaluations(log: LogFacts, gap: Mean) -> list[tuple[Place, str]]:
     ]
 
 
+@check(section=4)
 def dropout_on_large_corpus(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Dropout above 0 where no token is seen twice: it only costs."""
     dropout, tokens = figures.config.get("dropout"), figures.seen()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgpt.doctor.curve_plot import loss_curve
-from fastgpt.doctor.diagnosis import Report
+from fastgpt.doctor.diagnosis import Diagnosis
 from fastgpt.doctor.evidence import Evidence, LogFacts
 from fastgpt.doctor.figures import Figures
 from fastgpt.doctor.findings import Finding
@@ -45,7 +45,7 @@ p { margin: .4rem 0; }
 """
 
 
-def write(path: Path, report: Report, evidence: Evidence, gpu: Gpu | None) -> None:
+def write(path: Path, report: Diagnosis, evidence: Evidence, gpu: Gpu | None) -> None:
     """Write the page. Raises UserError if the file cannot be written."""
     try:
         path.write_text(render(report, evidence, gpu), encoding="utf-8")
@@ -53,7 +53,7 @@ def write(path: Path, report: Report, evidence: Evidence, gpu: Gpu | None) -> No
         raise UserError(f"html is {path}, which cannot be written ({error.strerror}): name another file") from error
 
 
-def render(report: Report, evidence: Evidence, gpu: Gpu | None) -> str:
+def render(report: Diagnosis, evidence: Evidence, gpu: Gpu | None) -> str:
     """The page as text."""
     part = [evidence.log and evidence.log.file, evidence.checkpoint and evidence.checkpoint.file]
     if evidence.config is not None:
@@ -152,7 +152,7 @@ def _utilisation(figures: Figures, gpu: Gpu | None) -> str:
     return f"<h2>MFU in true units</h2><svg viewBox='0 0 900 100' role=img aria-label='{label}'>{''.join(parts)}</svg>"
 
 
-def _curve(report: Report, log: LogFacts | None) -> str:
+def _curve(report: Diagnosis, log: LogFacts | None) -> str:
     """The loss curve, with a numbered pin wherever a finding's evidence is a step of the log."""
     if log is None or not (np.isfinite(log.steps.loss).any() or np.isfinite(log.evals.val).any()):
         return ""

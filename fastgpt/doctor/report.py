@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fastgpt.doctor.diagnosis import Report
+from fastgpt.doctor.diagnosis import Diagnosis
 from fastgpt.doctor.figures import Figures, units
 from fastgpt.doctor.findings import Finding
 from fastgpt.hardware import Gpu
@@ -19,7 +19,7 @@ COLOURS = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
 FIT = "  "  # lines of an explanation that begin with this are a table, and are not wrapped
 
 
-def to_json(report: Report, gpu: Gpu | None) -> dict[str, Any]:
+def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
     """Everything: findings, figures with what they are, what could not be checked or read."""
     return {
         "findings": [finding.to_json() for finding in report.findings],
@@ -72,7 +72,7 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
     ]
 
 
-def print_report(report: Report, gpu: Gpu | None, console: Console) -> None:
+def print_report(report: Diagnosis, gpu: Gpu | None, console: Console) -> None:
     """Figures, findings with their evidence, then what was left open."""
     grid = Table.grid(padding=(0, 2))
     for name, text in summary(report.figures, gpu):
@@ -124,12 +124,12 @@ def _advice(text: str) -> RenderableType:
     return Group(*(Text(line, style="green" if is_code(line) else "") for line in text.split("\n")))
 
 
-def counts(report: Report) -> str:
+def counts(report: Diagnosis) -> str:
     """ "1 critical, 3 warnings, 4 notes"."""
     by = [sum(f.severity == s for f in report.findings) for s in ("critical", "warning", "info")]
     words = [f"{by[0]} critical", f"{by[1]} warning{'s' * (by[1] != 1)}", f"{by[2]} note{'s' * (by[2] != 1)}"]
     return ", ".join(word for n, word in zip(by, words) if n)
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: Diagnosis) -> str:
     return f"[bold]{counts(report)}" if report.findings else "[bold green]nothing found"

@@ -8,16 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place
+from fastgpt.doctor.evidence import SHAPE, ConfigFacts, Evidence, Place, clean
 from fastgpt.doctor.figures import Figures
-from fastgpt.doctor.findings import Finding
-from fastgpt.doctor.values import clean
+from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware import Gpu
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
-"""What nanoGPT takes from the checkpoint on resume, whatever the config says."""
 
-
+@check(section=7)
 def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A checkpoint of another shape than the config."""
     kept, config = evidence.checkpoint, evidence.config
@@ -80,6 +77,7 @@ def learning_rate(step: int, config: ConfigFacts) -> float | None:
     return floor + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup))) * (peak - floor)
 
 
+@check(section=7)
 def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A learning rate that jumps on resume, has already ended, or a run with no steps left."""
     kept, config = evidence.checkpoint, evidence.config
@@ -152,6 +150,7 @@ def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None)
         )
 
 
+@check(section=7)
 def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """nanoGPT's best_val_loss is the last one under always_save_checkpoint, and ckpt.pt with it."""
     log, kept = evidence.log, evidence.checkpoint
@@ -187,6 +186,7 @@ def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iter
     )
 
 
+@check(section=7)
 def config_is_not_the_logs(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """The log was not made with this config: what is read from one may not hold for the other."""
     config, log = evidence.config, evidence.log

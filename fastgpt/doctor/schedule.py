@@ -10,7 +10,7 @@ from fastgpt import flops
 from fastgpt.doctor.comments import remarks
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.figures import Figures
-from fastgpt.doctor.findings import Confidence, Finding, Severity
+from fastgpt.doctor.findings import Confidence, Finding, Severity, check
 from fastgpt.doctor.resume import learning_rate
 from fastgpt.hardware import Gpu
 
@@ -31,6 +31,7 @@ def _finding(
     return Finding("schedule", check, severity, title, seen, explanation, advice, confidence, cost, cost_text)
 
 
+@check(section=8)
 def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A warmup that takes most of the run, or never ends."""
     warm, total = figures.config.get("warmup_iters"), figures.config.get("max_iters")
@@ -56,6 +57,7 @@ def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
     )
 
 
+@check(section=8)
 def floor(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """min_lr above learning_rate: the "decay" is a rise."""
     low, high = figures.config.get("min_lr"), figures.config.get("learning_rate")
@@ -78,6 +80,7 @@ def floor(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
     )
 
 
+@check(section=8)
 def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A decay that ends well before the run, or is cut off by its end."""
     end, total = figures.config.get("lr_decay_iters"), figures.config.get("max_iters")
@@ -116,6 +119,7 @@ def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         )
 
 
+@check(section=8)
 def ranks(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Accumulation that does not divide by the number of processes: nanoGPT stops with an assertion."""
     accumulate = figures.config.get("gradient_accumulation_steps")
@@ -149,6 +153,7 @@ SMALL_BATCH, LARGE_BATCH = 32_768, 262_144  # tokens per step
 SHORT_MEMORY = 250_000  # tokens
 
 
+@check(section=8)
 def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Adam's memory of squared gradients, in tokens: too short for tiny batches, needlessly long for large ones."""
     value, tokens, total = figures.config.get("beta2"), figures.tokens_per_step, figures.config.get("max_iters")
@@ -185,6 +190,7 @@ def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         )
 
 
+@check(section=8)
 def weight_decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Weight decay on norms: nanoGPT says how many tensors it leaves alone."""
     for note in evidence.log.all("no_decay") if evidence.log else []:
@@ -205,6 +211,7 @@ def weight_decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
             return
 
 
+@check(section=8)
 def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A large vocabulary that is not a multiple of 64."""
     size = figures.shape.vocab_size if figures.shape else None
@@ -227,6 +234,7 @@ def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
     )
 
 
+@check(section=8)
 def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Heads whose dimension attention kernels pad, or that are too small to fill a matmul instruction."""
     if figures.shape is None:
@@ -278,6 +286,7 @@ def _indivisible(figures: Figures, width: int, heads: int) -> Finding:
     )
 
 
+@check(section=8)
 def block_size(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A context longer than the data."""
     block, corpus = figures.config.get("block_size"), figures.corpus_tokens

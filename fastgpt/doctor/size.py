@@ -14,7 +14,7 @@ from fastgpt.doctor import scaling, vram
 from fastgpt.doctor.comments import agrees, claimed_sizes
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import Figures
-from fastgpt.doctor.findings import Finding
+from fastgpt.doctor.findings import Finding, check
 from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
 
@@ -51,6 +51,7 @@ def single_change(shape: Shape, wanted: float) -> tuple[str, Shape] | None:
     )
 
 
+@check(section=1)
 def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A comment or the run's name claims another size than the shape gives."""
     shape = figures.shape
@@ -145,6 +146,7 @@ def _advice(change: tuple[str, Shape] | None, batch: str) -> str:
     )
 
 
+@check(section=2)
 def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Far more, or far fewer, tokens than Chinchilla's 20 per parameter."""
     ratio, size, tokens = figures.tokens_per_parameter, figures.parameters, figures.seen()

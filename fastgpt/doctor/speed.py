@@ -10,7 +10,7 @@ from fastgpt import hardware
 from fastgpt.doctor import scaling
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import ABOVE_NOMINAL, NANOGPT_PEAK, Figures, holds_evaluation, steady
-from fastgpt.doctor.findings import Finding
+from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware import Gpu
 
 MIN_SMS = 68
@@ -30,6 +30,7 @@ def _other_card(figures: Figures) -> bool:
     return figures.mfu_nanogpt * NANOGPT_PEAK > ABOVE_NOMINAL * figures.nominal_tflops * 1e12
 
 
+@check(section=5)
 def mfu_denominator(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """nanoGPT's mfu divides by an A100, whatever the card."""
     log = evidence.log
@@ -101,6 +102,7 @@ def _of_an_a100(figures: Figures, seen: list[tuple[Place, str]]) -> Finding:
     )
 
 
+@check(section=5)
 def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A figure that the named card, or an A100, cannot reach: the log is of a faster card."""
     log = evidence.log
@@ -128,6 +130,7 @@ def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
     )
 
 
+@check(section=5)
 def mfu_includes_eval(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """nanoGPT's running mean takes in the iterations that evaluated: what it shows is not the speed of training."""
     log = evidence.log
@@ -174,6 +177,7 @@ def _usual_step(log: LogFacts) -> list[tuple[Place, str]]:
     return [_step(log, int(rows[-1]))] if len(rows) else []
 
 
+@check(section=6)
 def sm_gate(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """ "Not enough SMs to use max_autotune_gemm mode": harmless, and not about the batch."""
     notes = evidence.log.all("sm_gate") if evidence.log else []

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastgpt import hardware
 from fastgpt.doctor.configs import parse_nanogpt
-from fastgpt.doctor.diagnosis import Report, diagnose
+from fastgpt.doctor.diagnosis import Diagnosis, diagnose
 from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Evals, Evidence, LogFacts, Note, Place, Steps
 from fastgpt.doctor.findings import Finding
 from fastgpt.doctor.logs import read_log
@@ -53,7 +53,7 @@ def real(size: str, last_step: int | None = None) -> Evidence:
 
 
 @cache
-def real_report(size: str, last_step: int | None = None) -> Report:
+def real_report(size: str, last_step: int | None = None) -> Diagnosis:
     return diagnose(real(size, last_step), RTX4070)
 
 

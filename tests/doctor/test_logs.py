@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.doctor.evidence import LogFacts
-from fastgpt.doctor.logs import MOST_NOTES, MOST_STEPS, Reader, read_log
-from fastgpt.doctor.series import Series, in_order
+from fastgpt.doctor.logs import MOST_NOTES, MOST_STEPS, LogReader, Series, in_order, read_log
 
 REAL = Path(__file__).parents[2] / "docs" / "rtx4070-runs"
 ITER = "iter {0}: loss 3.{0:04d}, time 3917.80ms, mfu 12.87%\n"
@@ -274,7 +273,7 @@ def real_text() -> str:
 
 def same(facts: LogFacts, text: str, lines: bool = True) -> None:
     """``facts`` is what the plain log gives."""
-    reader = Reader("plain")
+    reader = LogReader("plain")
     reader.take(text.encode())
     plain = reader.facts()
     for mine, other in ((facts.steps, plain.steps), (facts.evals, plain.evals)):
@@ -503,7 +502,7 @@ QUIET = settings(max_examples=120, deadline=None, database=None)
 
 def take(content: bytes, pieces: int = 1) -> LogFacts:
     """Read bytes as ``pieces`` blocks that end where a line ends."""
-    reader, lines = Reader("fuzz", limit=16), content.splitlines(keepends=True) if pieces > 1 else [content]
+    reader, lines = LogReader("fuzz", limit=16), content.splitlines(keepends=True) if pieces > 1 else [content]
     size = max(1, len(lines) // pieces)
     for i in range(0, len(lines), size):
         reader.take(b"".join(lines[i : i + size]))

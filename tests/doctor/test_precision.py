@@ -17,7 +17,7 @@ from fastgpt.doctor import figures, vram
 from fastgpt.doctor.configs_fastgpt import parse_fastgpt
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
-from fastgpt.doctor.logs import Reader
+from fastgpt.doctor.logs import LogReader
 from fastgpt.doctor.page import render
 from fastgpt.doctor.report import summary, to_json
 from fastgpt.training.report import banner
@@ -63,7 +63,7 @@ def test_the_banner_of_a_run_tells(precision, compiled, graphs):
     )
     console = Console(file=io.StringIO(), width=80)
     banner(console, run)
-    reader = Reader("run.log")
+    reader = LogReader("run.log")
     reader.take(console.file.getvalue().encode())
     assert [said.value for said in reader.facts().all("precision")] == [precision]
 
@@ -72,7 +72,7 @@ def test_the_banner_of_a_run_tells(precision, compiled, graphs):
     "line", ["kernels  triton, fp64", "kernels  triton", "kernels  triton, fp8-e4m3", "the kernels  a, fp8"]
 )
 def test_no_other_line_does(line):
-    reader = Reader("run.log")
+    reader = LogReader("run.log")
     reader.take(line.encode() + b"\n")
     assert not reader.facts().all("precision")
 

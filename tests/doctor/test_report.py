@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fastgpt.doctor import findings
 from fastgpt.doctor.diagnosis import diagnose, in_fastgpts_names
 from fastgpt.doctor.evidence import Evidence, Place, Unread
 from fastgpt.doctor.findings import rank
@@ -36,6 +37,17 @@ FIGURES = {
     "mfu_nominal": 0.690,
     "mfu_nanogpt": 0.129,
 }
+
+
+def test_checks_register_themselves_in_the_order_of_the_documentation(monkeypatch):
+    names = [registered.__name__ for registered in findings.registered_checks()]
+    assert len(names) == len(set(names)) == 34
+    assert (names[0], names[-1]) == ("param_count_mismatch", "memory")
+    assert names.index("block_size") < names.index("tokens_per_step") < names.index("not_a_number")
+
+    monkeypatch.setattr(findings, "REGISTRY", [])
+    last, first = (findings.check(section=n)(lambda *_: iter(())) for n in (2, 1))
+    assert findings.registered_checks() == [first, last]
 
 
 def text_of(report, gpu=RTX4070, width=120):
