@@ -143,8 +143,7 @@ def plan(
     job = _Job(model, kernels, precision, world_size, workspace)
     name = gpu.name if gpu else f"a card with {vram_gb:g} GB"
     micro_batch, grad_accum, hint = job.geometry(tokens_per_step, usable, name)
-    speed = _projected(model, gpu, kernels, precision, micro_batch, micro_batch * grad_accum * model.block_size)
-    return RunPlan(
+    found = RunPlan(
         model=model,
         gpu=name,
         kernels=kernels,
@@ -157,11 +156,17 @@ def plan(
         usable=usable,
         hint=hint,
         power_w=gpu.power_w if gpu else None,
-        tokens_per_second=speed and speed.tokens_per_second * world_size,
-        tokens_per_second_low=speed and speed.tokens_per_second_low * world_size,
-        tokens_per_second_high=speed and speed.tokens_per_second_high * world_size,
-        calibrated=speed and speed.calibrated,
-        calibration_error=speed and speed.calibration_error,
+    )
+    speed = _projected(model, gpu, kernels, precision, micro_batch, micro_batch * grad_accum * model.block_size)
+    if speed is None:
+        return found
+    return replace(
+        found,
+        tokens_per_second=speed.tokens_per_second * world_size,
+        tokens_per_second_low=speed.tokens_per_second_low * world_size,
+        tokens_per_second_high=speed.tokens_per_second_high * world_size,
+        calibrated=speed.calibrated,
+        calibration_error=speed.calibration_error,
     )
 
 
