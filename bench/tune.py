@@ -68,7 +68,7 @@ def target_of(card: hardware.Gpu) -> tuning.Target:
 
 def ranked_entries(
     family: Family, found: list[ranking.Facts], default: dict[str, int], card: hardware.Gpu
-) -> Iterator[tuple[tuning.Entry, ranking.Ranked]]:
+) -> Iterator[tuple[tuning.TableEntry, ranking.Ranked]]:
     """An entry per bucket for which some config is fit."""
     evidence: dict[str, Any]
     for bucket in family.buckets:
@@ -87,7 +87,7 @@ def ranked_entries(
             parts = ranking.tile_parts(best.facts, *ranking.linear_step(best.facts), card)
             evidence["tile_clocks"] = {name: round(clocks) for name, clocks in parts.items()}
         key = tuning.Key(family.kernel, family.dtype_name, bucket)
-        yield tuning.Entry(key, best.facts.config, "ranked", best.facts.resources, evidence), best
+        yield tuning.TableEntry(key, best.facts.config, "ranked", best.facts.resources, evidence), best
 
 
 def rank(chosen: list[Family], card: hardware.Gpu, path: Path, deadline: float) -> int:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from fastgpt.kernels import config_space, launch_cases, ranking, runtime, tuning
+from fastgpt.kernels import _attn_launch as attention
+from fastgpt.kernels import _linear_launch as launch
+from fastgpt.kernels import fused_adamw, fused_layernorm, launch_cases, ranking, runtime, tuning
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (384, 768, 1024, 1600)
@@ -31,7 +33,7 @@ class Family:
 
     @property
     def dtype_name(self) -> str:
-        return config_space.DTYPES[self.dtype]
+        return tuning.DTYPES[self.dtype]
 
     @property
     def name(self) -> str:
@@ -41,9 +43,7 @@ class Family:
 
     def configs(self) -> list[dict[str, int]]:
         """Those worth compiling."""
-        space = config_space.spaces()[self.kernel]
-        space = [config for config in space if config != config_space.CUBLAS]
-        return [config for config in space if config_space.sensible(self.kernel, self.buckets[0], config)]
+        return tuning.sensible_configs(self.kernel, self.buckets[0])
 
 
 def families() -> list[Family]:
@@ -51,11 +51,11 @@ def families() -> list[Family]:
 
 
 def _attention() -> list[Family]:
-    bounds = [*config_space.ROW_BOUNDS, config_space.ROW_BOUNDS[-1] + 1]
+    bounds = [*attention.ROW_BOUNDS, attention.ROW_BOUNDS[-1] + 1]
     found = []
     for dtype in (BF16, FP16):
         for dropout in (False, True):
-            buckets = [config_space.attention_bucket(64, rows, plain=True, dropout=dropout) for rows in bounds]
+            buckets = [attention.attention_bucket(64, rows, plain=True, dropout=dropout) for rows in bounds]
             case = partial(launch_cases._qkv, dtype, 64, dropout_p=0.1 if dropout else 0.0)
             cases = (case, partial(case, bias=True))
             for function in ("forward", "backward_q", "backward_kv"):
@@ -78,7 +78,7 @@ def _layer_norm() -> list[Family]:
                 cases = (
                     (inside, everything, alone) if kernel == "backward" or dtype != FP32 else (first, everything, alone)
                 )
-                bucket = config_space.layer_norm_bucket(C)
+                bucket = fused_layernorm.layer_norm_bucket(C)
                 found.append(Family(f"layer_norm.{kernel}", dtype, (bucket,), f"layer_norm_{kernel}_kernel", cases))
     return found
 
@@ -94,7 +94,7 @@ def _rows() -> list[Family]:
 
 def _adamw() -> Family:
     cases = (partial(launch_cases._adamw, FP32, copy=BF16), partial(launch_cases._adamw, FP32, offset=1))
-    return Family("adamw.update", FP32, (config_space.ADAMW_BUCKET,), "_adamw_kernel", cases)
+    return Family("adamw.update", FP32, (fused_adamw.ADAMW_BUCKET,), "_adamw_kernel", cases)
 
 
 # Linear layers of GPT-2's blocks: (N, K) of a weight, in units of the width.
@@ -112,15 +112,13 @@ LINEAR_WIDTHS = WIDTHS[:3]
 
 
 def _linears() -> Iterator[Family]:
-    for kernel in config_space.spaces():
+    for kernel in tuning.spaces():
         if not kernel.startswith("linear"):
             continue
         kind, fast = kernel.split(".")[1], kernel.startswith("linear_fast")
         grad = kind.startswith("weight_grad")
         known = [
-            config_space.linear_bucket(n * C, k * C, config_space.FEWEST_TOKENS)
-            for C in LINEAR_WIDTHS
-            for n, k in _SHAPES[kind]
+            launch.linear_bucket(n * C, k * C, launch.FEWEST_TOKENS) for C in LINEAR_WIDTHS for n, k in _SHAPES[kind]
         ]
         buckets = tuple(bucket for bucket in known if bucket is not None)
         for dtype in (FP16,) if fast else (BF16, FP16):
@@ -143,7 +141,7 @@ def linear(
     fast: bool,
     N: int = 256,
     K: int = 256,
-    tokens: int = config_space.FEWEST_TOKENS,
+    tokens: int = launch.FEWEST_TOKENS,
     device: torch.device | str = "cpu",
     *,
     bias: bool = True,
@@ -156,7 +154,6 @@ def linear(
 
     ``bias`` and ``save``: of "gelu". ``add``: to a gradient that is there. ``transposed``: of "none", an input gradient.
     ``sums``: of "dgelu", with the gradient of a bias."""
-    from fastgpt.kernels import _linear_launch as launch
 
     def make(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
         if runtime.compile_only:
@@ -194,8 +191,6 @@ def default_at(family: Family, bucket: str, default: dict[str, int], sms: int) -
     """The default config in this bucket: that of a weight gradient is split as its shape wants."""
     if "splits" not in default:
         return default
-    from fastgpt.kernels import _linear_launch as launch
-
     N, K = ranking.linear_sizes(bucket)
     ways = launch.splits(N, K, ranking.typical_tokens(bucket), default["block_m"], default["block_n"], sms)
     return {**default, "splits": ways}
@@ -218,7 +213,7 @@ def table_cases(arch: int) -> list[launch_cases.Case]:
     return list(found.values())
 
 
-def _launch_entry(entry: tuning.Entry, family: Family) -> None:
+def _launch_entry(entry: tuning.TableEntry, family: Family) -> None:
     with tuning.forced({entry.key.kernel: entry.config}):
         for case in (*family.cases, *family.rest):
             case()

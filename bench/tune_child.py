@@ -14,7 +14,7 @@ import torch
 import triton
 
 from bench.tune_cases import Family, families
-from fastgpt.kernels import config_space, offline, ranking, tuning
+from fastgpt.kernels import offline, ranking, tuning
 
 LAUNCHED_ONLY = ("programs_per_sm", "splits")
 """Of a config, what changes the grid and no binary."""
@@ -35,7 +35,7 @@ def compile_config(family: Family, config: dict[str, int], arch: int) -> ranking
 
 def default_of(family: Family, arch: int) -> dict[str, int]:
     """The config that the kernel's file falls back to; where that is cuBLAS, the tiles that it would fall back to."""
-    if config_space.has_library(family.kernel):
+    if tuning.has_library(family.kernel):
         from fastgpt.kernels._linear_launch import default_tiles
 
         return default_tiles(family.kernel.split(".")[1], 8192, 768, 768, family.dtype)

@@ -22,7 +22,7 @@ from bench.tune_cases import Family
 from fastgpt import hardware
 from fastgpt.env import environment
 from fastgpt.errors import UserError
-from fastgpt.kernels import config_space, ranking, runtime, tuning
+from fastgpt.kernels import ranking, runtime, tuning
 
 CANDIDATES = 10
 """Configs of a bucket that are timed, beside the default: the model's first."""
@@ -130,12 +130,12 @@ def time_configs(
             results = _tensors(work())
             torch.cuda.synchronize(device)
         except Exception as error:  # OutOfResources, a compiler's error, memory
-            problems.append(f"{config_space.brief(config)}: {type(error).__name__}: {str(error)[:120]}")
+            problems.append(f"{tuning.brief(config)}: {type(error).__name__}: {str(error)[:120]}")
             continue
         expected = expected or results
         apart = max([_distance(a, b) for a, b in zip(results, expected)], default=0.0)
         if not apart <= TOLERANCE:
-            problems.append(f"{config_space.brief(config)}: results differ by {apart:.2g}")
+            problems.append(f"{tuning.brief(config)}: results differ by {apart:.2g}")
             continue
         ready[str(i)] = work
     timed = interleave(ready, device, rounds=30, budget_s=budget_s) if ready else {}
@@ -186,7 +186,7 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
                 continue
             usual = tune_cases.default_at(family, bucket, default, card.sm_count)
             order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, card)
-            first = config_space.CUBLAS if config_space.has_library(family.kernel) else usual
+            first = tuning.CUBLAS if tuning.has_library(family.kernel) else usual
             configs = [first] + [r.facts.config for r in order[:CANDIDATES] if r.facts.config != first]
             budget_s = max(1.0, min(20.0, deadline - time.monotonic()))
             times, problems = time_configs(family, bucket, configs, device, budget_s)
@@ -209,7 +209,7 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
             # What training took before: of a matmul cuBLAS, unless a table had a measurement.
             dtype = family.dtype
             old = tuning.choose(family.kernel, dtype, bucket, device, first).config
-            table.entries[key] = tuning.Entry(key, configs[best], "measured", resources, evidence)
+            table.entries[key] = tuning.TableEntry(key, configs[best], "measured", resources, evidence)
             table.save(path)
             rows.append(tune_table.change(table.entries[key], old, best_ms / times[0].median_ms))
             torch.cuda.empty_cache()

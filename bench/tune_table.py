@@ -15,7 +15,7 @@ from bench.tune_cases import Family
 from fastgpt.env import ROOT
 from fastgpt.errors import UserError
 from fastgpt.files import write_whole
-from fastgpt.kernels import config_space, ranking, tuning
+from fastgpt.kernels import ranking, tuning
 
 SOURCES = {
     "attention": ("_attn_kernels.py", "_attn_launch.py"),
@@ -74,16 +74,19 @@ def open_table(path: Path, target: tuning.Target, gpu: str) -> tuning.Table:
     if not path.exists():
         return tuning.Table(target, gpu, "")
     try:
-        return tuning.read(path)
+        table = tuning.read(path)
+        for key in table.entries:
+            table.check(key.kernel)
+        return table
     except (OSError, ValueError) as error:
         raise UserError(
             f"the tuning table {path} cannot be used ({error}): delete it, or name another by --out"
         ) from None
 
 
-def change(entry: tuning.Entry, old: dict[str, int], figure: float | None) -> tuple[str, ...]:
-    new = "(the same)" if entry.config == old else config_space.brief(entry.config)
-    return " ".join(entry.key), config_space.brief(old), new, "-" if figure is None else f"{figure:.3f}"
+def change(entry: tuning.TableEntry, old: dict[str, int], figure: float | None) -> tuple[str, ...]:
+    new = "(the same)" if entry.config == old else tuning.brief(entry.config)
+    return " ".join(entry.key), tuning.brief(old), new, "-" if figure is None else f"{figure:.3f}"
 
 
 def print_changes(rows: list[tuple[str, ...]], figure: str) -> None:

@@ -22,7 +22,7 @@ from fastgpt import dry_run, hardware
 from fastgpt.config import EXPERIMENTAL, Config
 from fastgpt.dry_run import Chosen, Record
 from fastgpt.errors import UserError
-from fastgpt.kernels import config_space
+from fastgpt.kernels import tuning
 
 HERE = "here"
 """The value of a bare ``--explain-kernels``: the GPU that is present."""
@@ -153,8 +153,8 @@ def matmul_rows(one: Record, two: Record, vocab_size: int) -> list[tuple[str, ..
     for choice in _ordered(two, "linear"):
         kind = choice.kernel.split(".")[1]
         name = f"{KINDS[kind]}, {choice.dtype}" + (", sums in fp16" if choice.kernel.startswith("linear_fast") else "")
-        library, shape = dict(choice.config) == config_space.CUBLAS, " x ".join(map(str, choice.shape or ()))
-        engine, config = ("cuBLAS", "-") if library else ("Triton", config_space.brief(dict(choice.config)))
+        library, shape = dict(choice.config) == tuning.CUBLAS, " x ".join(map(str, choice.shape or ()))
+        engine, config = ("cuBLAS", "-") if library else ("Triton", tuning.brief(dict(choice.config)))
         rows.append((name, shape, engine, config, choice.source, _count(choice, one.choices, two.choices)))
     for key in two.products:
         m, n, k, dtype = key
@@ -171,7 +171,7 @@ def kernel_rows(one: Record, two: Record) -> list[tuple[str, ...]]:
     for choice in _ordered(two):
         if not choice.kernel.startswith("linear"):
             name, count = f"{choice.kernel}, {choice.dtype}", _count(choice, one.choices, two.choices)
-            config = config_space.brief(dict(choice.config))
+            config = tuning.brief(dict(choice.config))
             rows.append((name, choice.bucket, "Triton", config, choice.source, count))
     return rows
 

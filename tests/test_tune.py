@@ -12,7 +12,7 @@ from bench import tune, tune_measure, tune_table
 from bench.tune_cases import Family, families, table_cases
 from fastgpt import hardware
 from fastgpt.errors import UserError
-from fastgpt.kernels import config_space, ranking, runtime, tuning
+from fastgpt.kernels import ranking, runtime, tuning
 from tests.kernels.test_ranking import LINEARS, TILES, matmul, rows
 
 RTX_4070 = hardware.lookup("rtx4070")
@@ -34,14 +34,14 @@ def user_cache(tmp_path, monkeypatch):
 def test_family_names_are_unique_and_their_buckets_are_those_of_the_launchers():
     found = families()
     assert len({family.name for family in found}) == len(found)
-    assert {family.kernel for family in found} == set(config_space.spaces())
+    assert {family.kernel for family in found} == set(tuning.spaces())
     assert "D64 rows<=262144" in next(f for f in found if f.kernel == "attention.forward").buckets
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
 def test_every_family_has_configs_to_compare(family):
     assert len(family.configs()) >= 4
-    assert all(config_space.contains(family.kernel, config) for config in family.configs())
+    assert all(tuning.contains(family.kernel, config) for config in family.configs())
 
 
 @pytest.mark.parametrize("family", LINEARS, ids=lambda family: family.name)
@@ -139,12 +139,16 @@ def test_ranking_leaves_measured_entries_alone(compiled, tmp_path):
     assert tuning.read(path).entries[key].origin == "measured"
 
 
-def test_a_table_that_cannot_be_read_is_not_overwritten(compiled, tmp_path):
+@pytest.mark.parametrize("text", ["mine", "softmax"])
+def test_a_table_that_cannot_be_read_is_not_overwritten(compiled, tmp_path, text):
     path = tmp_path / "sm89_46.json"
-    path.write_text("mine")
+    if text == "softmax":
+        tune.main(["--rank", "--kernel", "cross_entropy.*bf16", "--out", str(tmp_path)])
+        text = path.read_text().replace("cross_entropy.rows", "softmax")
+    path.write_text(text)
     with pytest.raises(UserError, match="cannot be used"):
         tune.main(["--rank", "--kernel", "cross_entropy.*bf16", "--out", str(tmp_path)])
-    assert path.read_text() == "mine"
+    assert path.read_text() == text
 
 
 # ---------------------------------------------------------------- bad input
@@ -200,7 +204,7 @@ def measured(monkeypatch, compiled):
 
     def time_configs(family, bucket, configs, device, budget_s):
         times = [milliseconds.get((c["tile"], c["num_warps"])) for c in configs]
-        problems = [f"{config_space.brief(c)}: OutOfResources" for c, t in zip(configs, times) if t is None]
+        problems = [f"{tuning.brief(c)}: OutOfResources" for c, t in zip(configs, times) if t is None]
         return [None if t is None else tune_measure.Timing(t, 0.0, 30) for t in times], problems
 
     monkeypatch.setattr(tune_measure, "time_configs", time_configs)
@@ -253,7 +257,7 @@ def test_both_engines_give_the_same_results_where_they_are_timed(device, kernel,
     family = next(family for family in LINEARS if family.kernel == kernel)
     tiles = {**TILES, "block_m": 64, "block_n": 32} | ({"splits": 2} if "grad" in kernel else {})
     tiles |= {"chunk": 2} if "fast" in kernel else {}
-    first = config_space.CUBLAS if config_space.has_library(kernel) else {**tiles, "block_k": 16}
+    first = tuning.CUBLAS if tuning.has_library(kernel) else {**tiles, "block_k": 16}
     monkeypatch.setattr(ranking, "typical_tokens", lambda bucket: 128)
     if device.type == "cpu":
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -270,7 +274,7 @@ def test_a_matmul_is_measured_beside_cublas_and_the_quicker_one_is_kept(
     measured, tmp_path, monkeypatch, cublas_ms, engine, capsys
 ):
     def time_configs(family, bucket, configs, device, budget_s):
-        assert configs[0] == config_space.CUBLAS and len(configs) == 1 + tune_measure.CANDIDATES
+        assert configs[0] == tuning.CUBLAS and len(configs) == 1 + tune_measure.CANDIDATES
         times = [cublas_ms] + [2.0] * (len(configs) - 1)
         return [tune_measure.Timing(ms, 0.0, 30) for ms in times], []
 
@@ -284,7 +288,7 @@ def test_a_matmul_is_measured_beside_cublas_and_the_quicker_one_is_kept(
     assert tune_measure.measure([family], tuning.user_folder(), float("inf"), again=False) == 0
     (entry,) = tuning.read(tuning.user_folder() / "sm89_46.json").entries.values()
     assert entry.origin == "measured" and entry.evidence["default_ms"] == cublas_ms
-    assert (entry.config == config_space.CUBLAS) == (engine == "cublas")
+    assert (entry.config == tuning.CUBLAS) == (engine == "cublas")
     tuning.forget()
     from fastgpt.kernels import _linear_launch
 

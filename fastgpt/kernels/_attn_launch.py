@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,12 +12,45 @@ from torch import Tensor
 
 from fastgpt.kernels import _attn_kernels as kernels
 from fastgpt.kernels import _column_sums as column_sums
-from fastgpt.kernels import config_space, runtime, tuning
+from fastgpt.kernels import runtime, tuning
 
 MAX_HEAD_DIM = 256
 LOG2E = math.log2(math.e)
 DECODING = 16
 """Queries up to which a forward pass is taken for sampling's."""
+
+
+ROW_BOUNDS = (2**14, 2**16, 2**18, 2**20)
+"""Upper ends of the tuning tables' buckets: B x heads x T. GPT-2 124M at 8 x 1024 has 98,304."""
+
+
+def attention_bucket(D: int, rows: int, *, plain: bool, dropout: bool) -> str | None:
+    """Bucket of causal attention with ``rows`` = B x heads x T and no option but dropout; None for everything else."""
+    if D != 64 or not plain:
+        return None
+    bound = next((f"<={bound}" for bound in ROW_BOUNDS if rows <= bound), f">{ROW_BOUNDS[-1]}")
+    return f"D{D}{' dropout' if dropout else ''} rows{bound}"
+
+
+def _space(
+    owned: str, walked: str, shapes: tuple[tuple[int, int], ...], stages: tuple[int, ...]
+) -> list[tuning.Config]:
+    """(rows of the side that a program owns, warps) x (rows of the other side) x stages; 8 warps on 128 queries also in
+    128 registers, so that two blocks fit an SM."""
+    found = []
+    for (own, warps), walk, stage in product(shapes, (16, 32, 64), stages):
+        base = {owned: own, walked: walk, "num_warps": warps, "num_stages": stage}
+        found.append(base)
+        if warps == 8 and owned == "BLOCK_M":
+            found.append({**base, "maxnreg": 128})
+    return found
+
+
+_QUERIES = ((64, 4), (128, 4), (128, 8))
+_KEYS = ((32, 4), (32, 8), (64, 4), (64, 8), (128, 8))
+tuning.space("attention.forward", _space("BLOCK_M", "BLOCK_N", _QUERIES, (2, 3)))
+tuning.space("attention.backward_q", _space("BLOCK_M", "BLOCK_N", _QUERIES, (1, 2)))
+tuning.space("attention.backward_kv", _space("BLOCK_N", "BLOCK_M", _KEYS, (2, 3)))
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension. A tensor-core dot holds all of its second operand in
@@ -157,7 +191,7 @@ def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, An
         arch=tuning.arch_of(q.device),
     )  # fmt: skip
     rows = q.shape[0] * heads * T_own
-    bucket = config_space.attention_bucket(D, rows, plain=causal and T_own > DECODING, dropout=dropout)
+    bucket = attention_bucket(D, rows, plain=causal and T_own > DECODING, dropout=dropout)
     # With sums in fp16 another binary, with a limit of its own to its blocks: entries for the usual one are not for it.
     return tuning.choose(f"attention{'_fast' if fp16 else ''}.{kernel}", q.dtype, bucket, q.device, default)
 

@@ -8,6 +8,7 @@ engines: cuBLAS is then followed by a kernel that only sweeps memory.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _column_sums as column_sums
-from fastgpt.kernels import config_space, runtime, tuning
+from fastgpt.kernels import runtime, tuning
 from fastgpt.kernels._linear_kernels import linear_kernel, pointwise_grad_kernel, sum_splits_kernel, weight_grad_kernel
 from fastgpt.kernels.matmul_fp32 import matmul_fp32
 
@@ -24,6 +25,46 @@ FLOPS_PER_BYTE = 128
 """What a GPU computes while it moves a byte: 116 for the RTX 4070 in bf16, up to 300 elsewhere."""
 PARTIALS_IN_L2 = 18 * 2**20
 """Half of the RTX 4070's L2."""
+
+
+FEWEST_TOKENS = 2048
+"""Of a matmul in the tuning tables: a micro-batch of GPT-2 350M on 12 GB has as many."""
+
+
+def linear_bucket(N: int, K: int, tokens: int) -> str | None:
+    """Bucket of a linear layer's matmul: (tokens, K) by (K, N), or the gradient (N, K) of a weight. Exact in N and K, which
+    a model has few of; any number of tokens from FEWEST_TOKENS on, so that a new batch size compiles nothing."""
+    return f"N{N} K{K}" if tokens >= FEWEST_TOKENS else None
+
+
+CHUNK_LIMITS = {"linear": 128, "weight_grad": 64}
+"""Most products that may be summed in fp16 where results are stored in 16 bits, and in weight gradients, stored in fp32:
+docs/precision-modes.md has the errors. In no table is there a config beyond."""
+_TILES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (256, 128, 16), (128, 64, 4))
+_DEPTHS = ((32, 3), (32, 4), (32, 5), (64, 3), (64, 4))
+
+
+def _space(kind: str, *, fast: bool) -> list[tuning.Config]:
+    """Tiles of C and warps, x depth of a block of K and stages, x products to a sum in fp16 (``fast``), x ways to split the
+    tokens of a weight gradient; and cuBLAS, which has no sums in fp16 by chunks."""
+    grad = kind.startswith("weight_grad")
+    limit = CHUNK_LIMITS["weight_grad" if grad else "linear"]
+    found = [] if fast else [tuning.CUBLAS]
+    for (m, n, warps), (k, stages) in product(_TILES, _DEPTHS):
+        base = {"block_m": m, "block_n": n, "block_k": k, "group": 8, "num_warps": warps, "num_stages": stages}
+        chunks = [{"chunk": products // k} for products in (64, 128) if products <= limit] if fast else [{}]
+        ways = [{"splits": splits} for splits in range(1, MAX_SPLITS + 1)] if grad else [{}]
+        found += [{**base, **chunk, **split} for chunk, split in product(chunks, ways)]
+    return found
+
+
+LINEAR_KINDS = ("none", "bias", "residual", "gelu", "dgelu", "weight_grad", "weight_grad_bias")
+"""What follows a matmul (in "dgelu": precedes the next), or which gradient of a weight it is. "none" and "bias" stay with
+cuBLAS, which adds a bias itself, unless sums are in fp16."""
+for _kind in LINEAR_KINDS[2:]:
+    tuning.space(f"linear.{_kind}", _space(_kind, fast=False))
+for _kind in LINEAR_KINDS:
+    tuning.space(f"linear_fast.{_kind}", _space(_kind, fast=True))
 
 
 class Tiles(NamedTuple):
@@ -59,17 +100,17 @@ def choose(
     wide: bool = True,
     usual: bool = True,
 ) -> tuning.Choice:
-    """Who computes (M, K) @ (K, N) and what goes with it, in which tiles: ``config_space.CUBLAS``, or the fields of Tiles.
+    """Who computes (M, K) @ (K, N) and what goes with it, in which tiles: ``tuning.CUBLAS``, or the fields of Tiles.
 
-    ``kind``: one of ``config_space.LINEAR_KINDS``; of weight gradients M and N are the weight's rows and columns and K
+    ``kind``: one of ``LINEAR_KINDS``; of weight gradients M and N are the weight's rows and columns and K
     counts tokens. ``wide``: see ``_wide``. ``usual``: whether layout and options are those that tables were made for.
     """
     fast = accumulate == "fp16"
     bucket = None
     if wide and usual:
         rows, columns, tokens = (M, N, K) if kind.startswith("weight_grad") else (N, K, M)
-        bucket = config_space.linear_bucket(rows, columns, tokens)
-    default = config_space.CUBLAS
+        bucket = linear_bucket(rows, columns, tokens)
+    default = tuning.CUBLAS
     if fast:
         sms, arch = runtime.sm_count(device), tuning.arch_of(device)
         default = default_tiles(kind, M, N, K, dtype, accumulate, sms, wide, arch)
@@ -82,7 +123,7 @@ def engine(
     """ "cublas" or "triton": see ``choose``."""
     if accumulate == "fp32" and kind in ("none", "bias"):  # in no table; torch.compile traces this, and no further
         return "cublas"
-    return "cublas" if choose(kind, M, N, K, dtype, device, accumulate).config == config_space.CUBLAS else "triton"
+    return "cublas" if choose(kind, M, N, K, dtype, device, accumulate).config == tuning.CUBLAS else "triton"
 
 
 @lru_cache(maxsize=1024)
@@ -203,7 +244,7 @@ def matmul(
     kind = "residual" if ends else "none" if bias is None else "bias"
 
     def run(config: tuning.Config) -> Tensor:
-        if config == config_space.CUBLAS:
+        if config == tuning.CUBLAS:
             y = _cublas(a, b, bias)
             if seed is not None:
                 y, _ = pointwise_grad(y, y.dtype, None, seed, dropout_p, False, None)  # dropout is its own gradient
@@ -219,7 +260,7 @@ def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool
     """(gelu(z), z) of z = a @ b + bias, both (M, N) in a's dtype; z is empty if not ``save``."""
 
     def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
-        if config == config_space.CUBLAS:
+        if config == tuning.CUBLAS:
             pre = _cublas(a, b, bias)
             out = torch.nn.functional.gelu(pre, approximate="none" if erf else "tanh")
             return out, pre if save else a.new_empty(0)
@@ -237,7 +278,7 @@ def matmul_dgelu(
     """(a @ b) * gelu'(pre), in a's dtype, and with ``bias_dtype`` its column sums, from the kernel that forms it."""
 
     def run(config: tuning.Config) -> tuple[Tensor, Tensor | None]:
-        if config == config_space.CUBLAS:
+        if config == tuning.CUBLAS:
             return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, bias_dtype)
         out = a.new_empty(a.shape[0], b.shape[1])
         sums = None if bias_dtype is None else a.new_zeros(b.shape[1], dtype=bias_dtype)
@@ -271,7 +312,7 @@ def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool
     choice = choose(kind, N, K, M, x.dtype, x.device, _accumulate(fp16), wide=_wide(dz, x, dw), usual=usual)
 
     def run(config: tuning.Config) -> None:
-        if config != config_space.CUBLAS:
+        if config != tuning.CUBLAS:
             _weight_grad_in_tiles(Tiles(**config), dz, x, dw, db, add)
             return
         if dw.dtype == torch.float32:

@@ -28,6 +28,7 @@ written, + 4 for the norm's own reading of g. A skipped step costs those 4 only.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import List, Optional  # noqa: UP035  (custom_op reads the schema from the annotations)
 
 import torch
@@ -35,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import config_space, runtime, tuning
+from fastgpt.kernels import runtime, tuning
 from fastgpt.kernels._adamw_plan import (
     COEFFICIENTS,
     COPY,
@@ -61,6 +62,16 @@ MAX_GRAD_NORM = tl.constexpr(5)  # the first group's counts; inf: no clipping
 HYPERPARAMETERS = tl.constexpr(6)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+ADAMW_BUCKET = "any"
+tuning.space(
+    "adamw.update",
+    [  # 4 elements a thread: with more, triton passes every store through shared memory to keep it coalesced.
+        {"BLOCK": 128 * warps, "CHUNK": chunk, "num_warps": warps}
+        for warps, chunk in product((4, 8, 16), (4096, 8192, 16384, 32768))
+    ],
+)
 
 
 def config() -> dict[str, int]:
@@ -286,7 +297,7 @@ def _adamw_kernel(
 def _launch(s: Step) -> None:
     # Not through tuning.launch: a step cannot be begun twice. These kernels take hardly any shared memory: all configs fit.
     first = s.params[0]
-    settings = tuning.choose("adamw.update", first.dtype, config_space.ADAMW_BUCKET, first.device, config()).config
+    settings = tuning.choose("adamw.update", first.dtype, ADAMW_BUCKET, first.device, config()).config
     block, chunk, num_warps = settings["BLOCK"], settings["CHUNK"], settings["num_warps"]
     plan = plan_for(s, chunk)
     for launch in plan.launches if s.total is None else ():

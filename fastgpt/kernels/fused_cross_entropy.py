@@ -37,12 +37,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import config_space, reference, runtime, tuning
+from fastgpt.kernels import reference, runtime, tuning
 from fastgpt.kernels._cross_entropy_kernels import rows_kernel
 from fastgpt.kernels._cross_entropy_matmuls import Fp16Sums, Fp32Sums, padded
 
@@ -51,6 +52,16 @@ LOGITS_BUDGET = 256 * 2**20
 
 GEMM_TILE = 128
 """Rows and columns of cuBLAS's usual output tile."""
+
+
+def cross_entropy_bucket(V: int, logit_softcap: float | None) -> str | None:
+    return "V>=8192" if V >= 8192 and logit_softcap is None else None
+
+
+tuning.space(
+    "cross_entropy.rows",
+    [{"tile": tile, "num_warps": warps} for tile, warps in product((2048, 4096, 8192), (4, 8, 16))],
+)
 
 
 def chunk_rows(rows: int, V: int, C: int, dtype: torch.dtype, sm_count: int) -> int:
@@ -76,7 +87,7 @@ def _choice(x: Tensor, V: int, logit_softcap: float | None) -> tuning.Choice:
     logits a thread, two 128-bit accesses in bf16 and four in fp32; half of that with a softcap, whose exponentials take
     registers."""
     default = {"tile": 4096 if logit_softcap is None else 2048, "num_warps": 8}
-    bucket = config_space.cross_entropy_bucket(V, logit_softcap)
+    bucket = cross_entropy_bucket(V, logit_softcap)
     return tuning.choose("cross_entropy.rows", x.dtype, bucket, x.device, default)
 
 

@@ -31,6 +31,8 @@ Both kernels can write what they make in fp8 too, with a scale per row: for fuse
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
 from typing import NamedTuple, overload
 
 import torch
@@ -38,7 +40,7 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _column_sums as column_sums
-from fastgpt.kernels import config_space, reference, runtime, tuning
+from fastgpt.kernels import reference, runtime, tuning
 from fastgpt.kernels._layernorm_kernels import layer_norm_backward_kernel, layer_norm_forward_kernel
 
 MAX_WIDTH = 16_384
@@ -46,7 +48,30 @@ MAX_BACKWARD_BLOCK = 4_096
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Config(NamedTuple):
+def layer_norm_bucket(C: int) -> str:
+    """One bucket for any number of rows: a new batch size compiles nothing."""
+    return f"C{C}"
+
+
+def _sensible(fewest: int, most: int, bucket: str, config: tuning.Config) -> bool:
+    """Whether a thread holds from ``fewest`` to ``most`` elements of a tile."""
+    block = max(16, triton.next_power_of_2(int(bucket[1:])))
+    return fewest <= config["rows"] * block / (32 * config["num_warps"]) <= most
+
+
+def _space(**values: tuple[int, ...]) -> list[tuning.Config]:
+    return [dict(zip(values, chosen)) for chosen in product(*values.values())]
+
+
+tuning.space("layer_norm.forward", _space(rows=(1, 2, 4, 8, 16), num_warps=(2, 4, 8)), partial(_sensible, 8, 32))
+tuning.space(
+    "layer_norm.backward",
+    _space(rows=(1, 2, 4, 8), num_warps=(4, 8, 16), programs_per_sm=(1, 2, 3, 4, 6), num_stages=(1, 2)),
+    partial(_sensible, 4, 16),  # two accumulators take registers, too
+)
+
+
+class LayerNormLaunch(NamedTuple):
     """Launch geometry of one kernel: tiles of ``rows`` x ``block`` elements."""
 
     rows: int
@@ -56,7 +81,7 @@ class Config(NamedTuple):
     num_stages: int = 1  # of the loop over tiles: 2 loads the next tile while this one is worked on
 
 
-def config(kernel: str, C: int) -> Config:
+def config(kernel: str, C: int) -> LayerNormLaunch:
     """Geometry for rows of C elements that is safe on any card. ``kernel``: "forward" or "backward". ``_choice`` asks the
     tuning tables first.
 
@@ -68,14 +93,14 @@ def config(kernel: str, C: int) -> Config:
     if kernel == "forward":
         # 2 rows of 2048 in 4 warps spill on sm_90 with bf16 in, fp32 out and a bias.
         rows = 1 if block == 2048 else min(64, max(1, 4096 // block))
-        cfg = Config(rows, block, num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16)
+        cfg = LayerNormLaunch(rows, block, num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16)
     else:
         block = min(block, MAX_BACKWARD_BLOCK)
         rows = min(64, max(1, 2048 // block))
         num_warps = 8 if block <= 2048 else 16
         # As many as fit at once with a residual (97 to 128 registers a thread): a third block per SM would wait for the
         # other two and then run alone, on a half empty card.
-        cfg = Config(rows, block, num_warps, programs_per_sm=16 // num_warps, num_stages=2)
+        cfg = LayerNormLaunch(rows, block, num_warps, programs_per_sm=16 // num_warps, num_stages=2)
     # The interpreter's cost is per program, whatever its size.
     return cfg._replace(rows=32) if runtime.INTERPRET else cfg
 
@@ -85,7 +110,7 @@ def _choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tu
     default = {key: value for key, value in config(kernel, C)._asdict().items() if key != "block"}
     if kernel == "forward":
         default = {key: default[key] for key in ("rows", "num_warps")}
-    return tuning.choose(f"layer_norm.{kernel}", dtype, config_space.layer_norm_bucket(C), device, default)
+    return tuning.choose(f"layer_norm.{kernel}", dtype, layer_norm_bucket(C), device, default)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ from statistics import mean
 from typing import Any
 
 from fastgpt.hardware import Gpu
-from fastgpt.kernels import config_space, cubin
+from fastgpt.kernels import cubin, tuning
+from fastgpt.kernels._attn_launch import ROW_BOUNDS
 
 MODEL = 1
 """Raised when figures of the model change: entries ranked by another one are ranked anew."""
@@ -264,7 +265,7 @@ def linear_step(found: Facts) -> tuple[dict[str, float], float]:
 
 
 def linear_time(kernel: str, found: Facts, N: int, K: int, tokens: int, gpu: Gpu) -> tuple[float, float]:
-    """(clocks, fill) of a matmul of a bucket ``N.. K..`` (config_space.linear_bucket) at this many tokens."""
+    """(clocks, fill) of a matmul of a bucket ``N.. K..`` (_linear_launch.linear_bucket) at this many tokens."""
     config, kind = found.config, kernel.split(".")[1]
     m, n, k = (N, K, tokens) if kind.startswith("weight_grad") else (tokens, N, K)
     ways = config.get("splits", 1)
@@ -344,7 +345,7 @@ def sizes(bucket: str) -> list[int]:
     """Heads x batch at T = 1024 that stand for a bucket of attention: spread over it, and 96, GPT-2 124M's (8 x 12) and
     40M's (16 x 6), once more."""
     bound = re.search(r"rows<=(\d+)", bucket)
-    upper = int(bound[1]) if bound else 4 * config_space.ROW_BOUNDS[-1]
+    upper = int(bound[1]) if bound else 4 * ROW_BOUNDS[-1]
     found = [max(1, round(upper * share / 1024)) for share in (0.3, 0.5, 0.7, 0.85, 1.0)]
     return found + [96] * (upper // 4 < 96 * 1024 <= upper)
 
@@ -389,7 +390,8 @@ class Ranked:
 
 def rank(kernel: str, dtype: str, bucket: str, found: list[Facts], default: dict[str, int], gpu: Gpu) -> list[Ranked]:
     """Configs without problems, best first. The default comes first unless another is better by RESOLUTION."""
-    candidates = [f for f in found if not f.problem and config_space.sensible(kernel, bucket, f.config)]
+    sensible = tuning.sensible_configs(kernel, bucket)
+    candidates = [f for f in found if not f.problem and f.config in sensible]
     candidates = [f for f in candidates if f.config.get("programs_per_sm", 1) <= f.blocks_per_sm or f.config == default]
     clocks = [times(kernel, dtype, bucket, f, gpu) for f in candidates]
     if not clocks:

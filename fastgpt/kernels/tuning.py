@@ -1,25 +1,29 @@
 """Which launch config for which GPU and shape: tables looked up at the first launch of a shape bucket, never a search.
 
-A kernel file's ``config`` function asks ``choose``, naming the kernel, the dtype it reads, its shape bucket, and a safe
-default. The answer comes from tables, one JSON file per architecture and SM count: the user's own in
+A kernel's file registers its config space with ``space`` at import: every config that is compared for the kernel. Before a
+launch it asks ``choose``, naming the kernel, the dtype it reads, its shape bucket, and a safe default. Buckets are coarse on
+purpose: a bucket is one config, so a new batch size or sequence length compiles a kernel at most once per bucket.
+
+The answer comes from tables, one JSON file per architecture and SM count: the user's own in
 ``hardware.cache_dir()/tuning`` (``python -m bench.tune`` measures it) before those shipped in ``tables/``. Among the
 files of the device's architecture whose shared-memory limit it has, the nearest SM count that has an entry for the
 bucket wins; if none has one, the default. Each entry says whether it was ``measured`` on such a card or ``ranked`` by the
 model of ranking.py, from what the compiler says of it.
 
-A table that is damaged, or foreign (of another architecture, with configs this version does not know), is left out with
-one warning. A config that turns out not to fit when it is launched is replaced by the default, with one warning.
-Training goes on in both cases. Nothing here touches a GPU at import.
+A table that is damaged, or made for another architecture, is left out with one warning, and so are a table's entries for a
+kernel that have a config outside its space: they are checked when that kernel first asks. A config that turns out not to fit
+when it is launched is replaced by the default, with one warning. Training goes on in all cases. Nothing here touches a GPU at
+import.
 
-A matmul that cuBLAS can compute (``config_space.has_library``) is cuBLAS's until a measurement says otherwise: only an entry
-``measured`` on a card of this SM count takes it away. A ``ranked`` one says which tiles to measure first, and no more.
+A matmul that cuBLAS can compute (``has_library``) is cuBLAS's until a measurement says otherwise: only an entry ``measured``
+on a card of this SM count takes it away.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,12 +35,65 @@ import torch
 from fastgpt import hardware
 from fastgpt.errors import UserError
 from fastgpt.files import write_whole
-from fastgpt.kernels import config_space, runtime
+from fastgpt.kernels import runtime
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.tuning", 1
 ORIGINS = ("measured", "ranked")
 SHIPPED = Path(__file__).parent / "tables"
 Config = dict[str, int]
+"""What a launcher passes on to its kernel: integers by name."""
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+CUBLAS: Config = {"cublas": 1}
+"""The config of a matmul that cuBLAS computes; what follows it then is a sweep over memory of its own."""
+
+
+# ---------------------------------------------------------------- spaces
+
+_spaces: dict[str, list[Config]] = {}
+_sensible: dict[str, Callable[[str, Config], bool]] = {}
+
+
+def space(kernel: str, configs: Iterable[Config], sensible: Callable[[str, Config], bool] | None = None) -> None:
+    """Register every config of ``kernel``, by its name in the tables. ``sensible(bucket, config)``: whether a config is worth
+    compiling for a bucket (default: all are)."""
+    _spaces[kernel] = list(configs)
+    if sensible is not None:
+        _sensible[kernel] = sensible
+
+
+def spaces() -> dict[str, list[Config]]:
+    """Every config of every kernel whose file has been imported, by the kernel's name."""
+    return dict(_spaces)
+
+
+def sensible_configs(kernel: str, bucket: str) -> list[Config]:
+    """The configs of ``kernel`` that are worth compiling for ``bucket``; cuBLAS is not compiled."""
+    worth = _sensible.get(kernel, lambda bucket, config: True)
+    return [config for config in _spaces[kernel] if config != CUBLAS and worth(bucket, config)]
+
+
+def contains(kernel: str, config: object) -> bool:
+    """Whether ``config`` is one of ``kernel``'s, with integers for values."""
+    if not isinstance(config, dict) or not all(type(value) is int for value in config.values()):
+        return False
+    return config in _spaces.get(kernel, ())
+
+
+def has_library(kernel: str) -> bool:
+    """Whether cuBLAS competes with ``kernel``: it then computes until a measurement on such a card says otherwise."""
+    return CUBLAS in _spaces.get(kernel, ())
+
+
+def brief(config: Config) -> str:
+    """``128x128x64 w8 s3 chunk=2``, or ``BLOCK_M=128 BLOCK_N=32 w8 s3``; ``cuBLAS``."""
+    values = dict(config)
+    if values == CUBLAS:
+        return "cuBLAS"
+    blocks = [str(values.pop(key)) for key in ("block_m", "block_n", "block_k") if key in values]
+    values.pop("group", None)
+    short = {"num_warps": "w", "num_stages": "s"}
+    words = [f"{short.get(key, key + '=')}{value}" for key, value in values.items()]
+    return " ".join((["x".join(blocks)] if blocks else []) + words)
 
 
 # ---------------------------------------------------------------- tables
@@ -63,9 +120,9 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """``origin``: one of ORIGINS. ``resources``: what the compiler reports of the config. ``evidence``: of a ranked one
-    the model's time over the default's, and wave fill; of a measured one its and the default's milliseconds."""
+class TableEntry:
+    """``origin``: one of ORIGINS. ``resources``: what the compiler reports of the config. ``evidence``: for a ranked entry
+    the model's time over the default's, and wave fill; for a measured one its own and the default's milliseconds."""
 
     key: Key
     config: Config
@@ -80,9 +137,17 @@ class Table:
     gpu: str
     compiler: str
     """Such as "triton 3.7.1"."""
-    entries: dict[Key, Entry] = field(default_factory=dict)
+    entries: dict[Key, TableEntry] = field(default_factory=dict)
     mine: bool = False
     """Whether it lies in the user's cache directory."""
+    path: Path | None = None
+    """The file that it was read from."""
+
+    def check(self, kernel: str) -> None:
+        """Raise ValueError if an entry for ``kernel`` has a config that is not in its space."""
+        for key, entry in self.entries.items():
+            if key.kernel == kernel and not contains(kernel, entry.config):
+                raise ValueError(f"config {entry.config} of {' '.join(key)} is none that this version knows")
 
     def to_json(self) -> dict[str, Any]:
         about = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "arch": f"sm_{self.target.arch}"}
@@ -107,7 +172,8 @@ class Table:
 
 
 def read(path: Path) -> Table:
-    """The table in a file. Raises ValueError, saying what is wrong with it; OSError if it cannot be read."""
+    """The table in a file, whose configs are not checked yet (``Table.check``). Raises ValueError, saying what is wrong with
+    it; OSError if it cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -118,7 +184,7 @@ def read(path: Path) -> Table:
         target = Target(int(found["arch"].removeprefix("sm_")), found["sms"], found["shared_per_block"])
         if path.name != target.file_name:
             raise ValueError(f"it is the table of sm_{target.arch} with {target.sms} SMs, {target.file_name}")
-        table = Table(target, str(found["gpu"]), str(found["compiler"]))
+        table = Table(target, str(found["gpu"]), str(found["compiler"]), path=path)
         for item in found["entries"]:
             entry = _entry(item, target)
             table.entries[entry.key] = entry
@@ -127,16 +193,14 @@ def read(path: Path) -> Table:
     return table
 
 
-def _entry(item: dict[str, Any], target: Target) -> Entry:
+def _entry(item: dict[str, Any], target: Target) -> TableEntry:
     key = Key(item["kernel"], item["dtype"], item["bucket"])
     config, resources = item["config"], item["resources"]
     if item["origin"] not in ORIGINS:
         raise ValueError(f"origin {item['origin']!r} of {' '.join(key)} is not one of {', '.join(ORIGINS)}")
-    if not config_space.contains(key.kernel, config):
-        raise ValueError(f"config {config} of {' '.join(key)} is none that this version knows")
     if resources["shared"] > target.shared:
         raise ValueError(f"config of {' '.join(key)} takes {resources['shared']:,} bytes of shared memory")
-    return Entry(key, dict(config), item["origin"], dict(resources), dict(item["evidence"]))
+    return TableEntry(key, config, item["origin"], dict(resources), dict(item["evidence"]))
 
 
 def user_folder() -> Path:
@@ -145,7 +209,7 @@ def user_folder() -> Path:
 
 @lru_cache(maxsize=16)
 def _tables(arch: int, user: Path) -> tuple[Table, ...]:
-    """Of an architecture: the user's first. Damaged ones are left out and said."""
+    """Those of an architecture, the user's first. Damaged ones are left out with a warning."""
     found = []
     for folder in (user, SHIPPED):
         for path in sorted(folder.glob(f"sm{arch}_*.json")):
@@ -154,19 +218,37 @@ def _tables(arch: int, user: Path) -> tuple[Table, ...]:
                 table.mine = folder == user
                 found.append(table)
             except (ValueError, OSError) as error:
-                warnings.warn(
-                    f"tuning table {path} is left out ({getattr(error, 'strerror', None) or error}): the next best "
-                    "config is used; delete the file, or measure again with python -m bench.tune",
-                    stacklevel=2,
-                )
+                _warn_of(path, getattr(error, "strerror", None) or error)
     return tuple(found)
 
 
-def entries_for(key: Key, target: Target) -> list[tuple[Entry, Table]]:
+def _warn_of(path: Path | None, why: object) -> None:
+    warnings.warn(
+        f"tuning table {path} is left out ({why}): the next best config is used; delete the file, or measure again with "
+        "python -m bench.tune",
+        stacklevel=2,
+    )
+
+
+@lru_cache(maxsize=256)
+def _tables_for(kernel: str, arch: int, user: Path) -> tuple[Table, ...]:
+    """The tables whose entries for ``kernel`` are of this version. Checked here, once the kernel's file has registered its
+    space, and not when the table is read: it has entries for kernels that this process may never import."""
+    found = []
+    for table in _tables(arch, user):
+        try:
+            table.check(kernel)
+            found.append(table)
+        except ValueError as error:
+            _warn_of(table.path, error)
+    return tuple(found)
+
+
+def entries_for(key: Key, target: Target) -> list[tuple[TableEntry, Table]]:
     """Entries that serve ``key`` on ``target``, best first: by distance in SMs, the user's before shipped ones."""
     serving = [
         (abs(table.target.sms - target.sms), not table.mine, table)
-        for table in _tables(target.arch, user_folder())
+        for table in _tables_for(key.kernel, target.arch, user_folder())
         if key in table.entries and table.entries[key].resources["shared"] <= target.shared
     ]
     return [(table.entries[key], table) for _, _, table in sorted(serving, key=lambda item: item[:2])]
@@ -229,7 +311,7 @@ def choose(kernel: str, dtype: torch.dtype, bucket: str | None, device: torch.de
         found = _chosen.get((kernel, dtype, bucket, here))
         if found is not None and found.default == default:
             return found
-    key = Key(kernel, config_space.DTYPES.get(dtype, str(dtype)), bucket or "-")
+    key = Key(kernel, DTYPES.get(dtype, str(dtype)), bucket or "-")
     if kernel in _forced:
         return Choice(key, _forced[kernel], _forced[kernel], "forced")
     here = target(device) if bucket is not None else None
@@ -240,21 +322,16 @@ def choose(kernel: str, dtype: torch.dtype, bucket: str | None, device: torch.de
 
 
 def _look_up(key: Key, here: Target, default: Config) -> Choice:
-    why = "default"
+    library = has_library(key.kernel)
     for entry, table in entries_for(key, here):
         if _name(key.kernel, entry.config) in _refused:
             continue
-        if config_space.has_library(key.kernel) and not _may_replace_library(entry, table, here):
-            why = "default: never measured"
+        if library and not (entry.origin == "measured" and table.target.sms == here.sms):
             continue
         exact = "" if table.target.sms == here.sms else f", {table.target.sms} SMs"
         whose = "your table, " if table.mine else ""
         return Choice(key, entry.config, default, f"{entry.origin} ({whose}{table.gpu}{exact})")
-    return Choice(key, default, default, why)
-
-
-def _may_replace_library(entry: Entry, table: Table, here: Target) -> bool:
-    return entry.origin == "measured" and table.target.sms == here.sms
+    return Choice(key, default, default, "default: never measured" if library else "default")
 
 
 def _name(kernel: str, config: Config) -> tuple:
@@ -292,7 +369,7 @@ def chosen() -> list[Choice]:
 
 @contextmanager
 def forced(configs: dict[str, Config]) -> Iterator[None]:
-    """Inside, these kernels run with these configs, whatever the tables say: for those who compare configs."""
+    """Inside, these kernels run with these configs, whatever the tables say: for comparing configs."""
     before = dict(_forced)
     _forced.update(configs)
     try:
@@ -305,5 +382,6 @@ def forced(configs: dict[str, Config]) -> Iterator[None]:
 def forget() -> None:
     """Read the tables anew at the next launch: after one was written, or for tests."""
     _tables.cache_clear()
+    _tables_for.cache_clear()
     _chosen.clear()
     _refused.clear()

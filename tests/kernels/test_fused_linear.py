@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from bench import parity
 from fastgpt.kernels import _linear_launch as launch
-from fastgpt.kernels import config_space, reference, runtime, tuning, working_copy
 from fastgpt.kernels import fused_linear as module
+from fastgpt.kernels import reference, runtime, tuning, working_copy
 from fastgpt.kernels.fused_linear import gradients_in_place, linear, linear_gelu, mlp
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -33,7 +33,7 @@ def chosen(kind: str, config: dict) -> tuning.Choice:
 
 def run_by(monkeypatch, name: str) -> None:
     if name == "cublas":
-        monkeypatch.setattr(launch, "choose", lambda kind, *_, **__: chosen(kind, config_space.CUBLAS))
+        monkeypatch.setattr(launch, "choose", lambda kind, *_, **__: chosen(kind, tuning.CUBLAS))
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgpt.kernels import _linear_launch as launch
-from fastgpt.kernels import config_space, runtime, tuning
+from fastgpt.kernels import runtime, tuning
 from tests.kernels import test_tuning
 
 KEY = tuning.Key("linear", "-", "-")
@@ -45,29 +45,29 @@ def of_mlp(kind, accumulate="fp32", tokens=8192, **options):
     return launch.choose(kind, *sizes, torch.float16, CPU, accumulate, **options)
 
 
-@pytest.mark.parametrize("kind", config_space.LINEAR_KINDS)
+@pytest.mark.parametrize("kind", launch.LINEAR_KINDS)
 def test_without_a_table_matmuls_are_cublas_unless_they_accumulate_in_fp16(kind, tables):
-    assert of_mlp(kind).config == config_space.CUBLAS
+    assert of_mlp(kind).config == tuning.CUBLAS
     fast = of_mlp(kind, "fp16")
     assert fast.source == "default" and launch.Tiles(**fast.config).chunk >= 1
 
 
 def test_a_ranked_entry_takes_no_matmul_from_cublas_a_measured_one_does(tables):
     tables("linear.gelu", TILES, "ranked")
-    assert of_mlp("gelu").config == config_space.CUBLAS and of_mlp("gelu").source == "default: never measured"
+    assert of_mlp("gelu").config == tuning.CUBLAS and of_mlp("gelu").source == "default: never measured"
     tables("linear.gelu", TILES, "measured")
     assert of_mlp("gelu").config == TILES and of_mlp("gelu").source.startswith("measured")
-    assert of_mlp("dgelu").config == config_space.CUBLAS, "of another epilogue nothing is known"
+    assert of_mlp("dgelu").config == tuning.CUBLAS, "of another epilogue nothing is known"
 
 
 def test_a_measurement_on_a_card_of_other_size_takes_no_matmul_from_cublas(tables):
     tables("linear.gelu", TILES, "measured", sms=60)
-    assert of_mlp("gelu").config == config_space.CUBLAS
+    assert of_mlp("gelu").config == tuning.CUBLAS
 
 
 def test_a_measurement_that_cublas_won_says_so(tables):
-    tables("linear.gelu", config_space.CUBLAS, "measured", shared=0)
-    assert of_mlp("gelu").config == config_space.CUBLAS and of_mlp("gelu").source.startswith("measured")
+    tables("linear.gelu", tuning.CUBLAS, "measured", shared=0)
+    assert of_mlp("gelu").config == tuning.CUBLAS and of_mlp("gelu").source.startswith("measured")
 
 
 def test_sums_in_fp16_take_the_ranked_tiles_of_the_nearest_card(tables):
@@ -78,7 +78,7 @@ def test_sums_in_fp16_take_the_ranked_tiles_of_the_nearest_card(tables):
 @pytest.mark.parametrize("options", [{"tokens": 1024}, {"wide": False}, {"usual": False}], ids=str)
 def test_tables_serve_what_they_were_made_for_only(tables, options):
     tables("linear.gelu", TILES, "measured")
-    assert of_mlp("gelu", **options).config == config_space.CUBLAS
+    assert of_mlp("gelu", **options).config == tuning.CUBLAS
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_config_that_does_not_fit_gives_the_matmul_back_to_cublas(tables, monk
     with pytest.warns(UserWarning, match="does not fit this GPU"):
         out, _ = launch.matmul_gelu(x, weight.t(), None, False, False, False)
     assert torch.allclose(out.float(), torch.nn.functional.gelu(torch.ones(())), atol=0.02)
-    assert of_mlp("gelu").config == config_space.CUBLAS
+    assert of_mlp("gelu").config == tuning.CUBLAS
 
 
 @pytest.mark.parametrize("kind", ["gelu", "dgelu", "none", "weight_grad"])
@@ -118,7 +118,7 @@ def test_tables_are_asked_about_the_layouts_of_a_linear_only(device, tables, kin
 
     def choose(kind, *_, usual, **__):
         asked.append(usual)
-        return tuning.Choice(KEY, config_space.CUBLAS, config_space.CUBLAS, "default")
+        return tuning.Choice(KEY, tuning.CUBLAS, tuning.CUBLAS, "default")
 
     monkeypatch.setattr(launch, "choose", choose)
     x, weight, dz = (torch.ones(*size, device=device) for size in ((64, 32), (48, 32), (64, 48)))
@@ -148,7 +148,7 @@ def test_few_tokens_are_not_split(K, ways):
     assert launch.splits(1024, 256, K, 128, 128, sms=46) == ways
 
 
-@pytest.mark.parametrize("kind", config_space.LINEAR_KINDS)
+@pytest.mark.parametrize("kind", launch.LINEAR_KINDS)
 @pytest.mark.parametrize("interpreted", [False, True])
 def test_fp16_sums_are_of_64_products_where_no_table_says_otherwise(kind, interpreted, compiled_for_a_gpu, monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRET", interpreted)

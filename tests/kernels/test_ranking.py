@@ -6,7 +6,9 @@ import pytest
 
 from bench.tune_cases import families
 from fastgpt import hardware
-from fastgpt.kernels import config_space, ranking
+from fastgpt.kernels import _linear_launch as launch
+from fastgpt.kernels import ranking, tuning
+from fastgpt.kernels._attn_launch import attention_bucket
 from fastgpt.kernels.ranking import Facts
 
 RTX_4070 = hardware.lookup("rtx4070")
@@ -111,7 +113,7 @@ def test_causal_tiles_are_those_at_or_below_the_diagonal(kernel, m, n):
 
 
 def test_gpt2_124m_counts_in_its_bucket_and_no_other():
-    bucket = config_space.attention_bucket(64, 8 * 12 * 1024, plain=True, dropout=False)
+    bucket = attention_bucket(64, 8 * 12 * 1024, plain=True, dropout=False)
     assert ranking.sizes(bucket)[-1] == 96
     assert 96 not in ranking.sizes("D64 rows<=65536") and 96 not in ranking.sizes("D64 rows>1048576")
 
@@ -163,25 +165,25 @@ def test_a_weight_gradient_that_leaves_sms_idle_gains_from_a_split_and_a_large_o
 @pytest.mark.parametrize("C, tokens", [(384, 16384), (768, 8192), (1024, 2048)])
 def test_a_bucket_is_timed_at_its_models_micro_batch(C, tokens):
     for N, K in ((3 * C, C), (C, C), (C, 4 * C)):
-        bucket = config_space.linear_bucket(N, K, tokens)
+        bucket = launch.linear_bucket(N, K, tokens)
         assert bucket is not None and ranking.typical_tokens(bucket) == tokens
-    assert config_space.linear_bucket(C, C, 2047) is None
+    assert launch.linear_bucket(C, C, 2047) is None
 
 
 @pytest.mark.parametrize("family", LINEARS, ids=lambda family: family.name)
 def test_cublas_is_what_a_matmul_is_compared_with_and_is_not_compiled(family):
-    has = config_space.CUBLAS in config_space.spaces()[family.kernel]
-    assert has == config_space.has_library(family.kernel) == (not family.kernel.startswith("linear_fast"))
-    assert config_space.CUBLAS not in family.configs()
+    has = tuning.CUBLAS in tuning.spaces()[family.kernel]
+    assert has == tuning.has_library(family.kernel) == (not family.kernel.startswith("linear_fast"))
+    assert tuning.CUBLAS not in family.configs()
 
 
 def test_no_config_sums_more_products_in_fp16_than_the_error_allows():
-    for kernel, space in config_space.spaces().items():
+    for kernel, space in tuning.spaces().items():
         if kernel.startswith("linear_fast"):
-            limit = config_space.CHUNK_LIMITS["weight_grad" if "weight_grad" in kernel else "linear"]
+            limit = launch.CHUNK_LIMITS["weight_grad" if "weight_grad" in kernel else "linear"]
             products = {config["chunk"] * config["block_k"] for config in space}
             assert max(products) == limit <= 128
-    assert config_space.CHUNK_LIMITS == {"linear": 128, "weight_grad": 64}, "docs/precision-modes.md"
+    assert launch.CHUNK_LIMITS == {"linear": 128, "weight_grad": 64}, "docs/precision-modes.md"
 
 
 # ---------------------------------------------------------------- ranking

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ import torch
 
 from fastgpt import hardware
 from fastgpt.errors import UserError
-from fastgpt.kernels import config_space, tuning
-from fastgpt.kernels.tuning import Entry, Key, Table, Target
+from fastgpt.kernels import _linear_launch, fused_adamw, fused_cross_entropy, fused_layernorm, tuning  # noqa: F401  (register their spaces)
+from fastgpt.kernels._attn_launch import attention_bucket
+from fastgpt.kernels.tuning import Key, Table, TableEntry, Target
 
 ROOT = Path(__file__).parents[2]
 RTX_4070 = Target(89, 46, 101_376)
@@ -44,7 +46,9 @@ def on_rtx_4070(monkeypatch):
 def write(folder, config, sms=46, *, origin="ranked", key=KEY, arch=89, shared=32):
     target = Target(arch, sms, hardware.ARCHS[f"sm_{arch}"].shared_per_block)
     resources = {"spills": 0, "registers": 38, "shared": shared, "blocks_per_sm": 6}
-    table = Table(target, f"a card with {sms} SMs", "triton 3.7.1", {key: Entry(key, config, origin, resources, {})})
+    table = Table(
+        target, f"a card with {sms} SMs", "triton 3.7.1", {key: TableEntry(key, config, origin, resources, {})}
+    )
     path = folder / target.file_name
     table.save(path)
     return path
@@ -172,7 +176,6 @@ BAD = {
     "a config of another kernel": {"config": {"rows": 4, "num_warps": 4}},
     "a config that is no numbers": {"config": {"tile": "4096", "num_warps": 8}},
     "a config that is a list": {"config": [4096, 8]},
-    "an unknown kernel": {"kernel": "softmax"},
     "an unknown origin": {"origin": "guessed"},
     "too much shared memory": {"resources": {"shared": 200_000}},
     "no resources": {"resources": {}},
@@ -189,6 +192,24 @@ def test_a_bad_table_is_one_warning_and_the_default(folders, on_rtx_4070, what):
         assert choose().config == DEFAULT
     (message,) = [str(w.message) for w in caught]
     assert str(path) in message and "bench.tune" in message and "\n" not in message
+
+
+def test_an_entry_for_a_kernel_that_was_not_imported_is_no_reason_to_warn(folders, on_rtx_4070):
+    edited(write(folders[1], OTHER), kernel="softmax")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose().config == DEFAULT
+
+
+def test_a_foreign_entry_costs_a_table_that_kernels_entries_only(folders, on_rtx_4070):
+    update = Key("adamw.update", "bf16", "any")
+    path = write(folders[1], OTHER)
+    table = tuning.read(path)
+    table.entries[update] = replace(table.entries[KEY], key=update)
+    table.save(path)
+    with pytest.warns(UserWarning, match="left out"):
+        assert choose(update, {"BLOCK": 1024}).config == {"BLOCK": 1024}
+    assert choose().config == OTHER
 
 
 def test_a_damaged_table_of_the_users_leaves_the_shipped_one(folders, on_rtx_4070):
@@ -300,6 +321,7 @@ def test_shipped_entries_say_that_they_are_ranked_and_by_what():
     for table in shipped_tables():
         assert table.compiler.startswith("triton ") and table.entries
         for key, entry in table.entries.items():
+            table.check(key.kernel)
             assert entry.origin == "ranked", f"{key}: nothing was measured on {table.gpu}"
             assert entry.resources["spills"] == 0 and entry.resources["blocks_per_sm"] >= 1
             assert 0 < entry.evidence["fill"] <= 1 and entry.evidence["model"] >= 1
@@ -333,14 +355,14 @@ def test_a_shipped_entry_differs_from_the_default_only_for_a_gain():
     ],
 )
 def test_buckets_of_attention(rows, bucket):
-    assert config_space.attention_bucket(64, rows, plain=True, dropout=False) == bucket
-    assert config_space.attention_bucket(64, rows, plain=False, dropout=False) is None
-    assert config_space.attention_bucket(80, rows, plain=True, dropout=False) is None
+    assert attention_bucket(64, rows, plain=True, dropout=False) == bucket
+    assert attention_bucket(64, rows, plain=False, dropout=False) is None
+    assert attention_bucket(80, rows, plain=True, dropout=False) is None
 
 
 def test_every_space_has_its_default():
     found = in_child(
-        "from fastgpt.kernels import config_space as s, _attn_launch as a, fused_layernorm as n, tuning\n"
+        "from fastgpt.kernels import _attn_launch as a, fused_layernorm as n, tuning as s\n"
         "from fastgpt.kernels import fused_cross_entropy as c, fused_adamw as w, offline\nimport torch\n"
         "ok = [s.contains(f'attention.{k}', a.config(k, torch.bfloat16, 64, 1024, plain=not d, dropout=d, arch=arch))\n"
         "      for k in ('forward', 'backward_q', 'backward_kv') for d in (False, True) for arch in (80, 89, 90, 120)]\n"
@@ -367,8 +389,11 @@ COUNT_COMPILES = """
 from collections import Counter
 import torch
 from triton.runtime.jit import JITFunction
-from fastgpt.kernels import config_space, launch_cases, offline
+from fastgpt.kernels import launch_cases, offline
+from fastgpt.kernels._attn_launch import attention_bucket
 from fastgpt.kernels.fused_attn import qkv_attention
+from fastgpt.kernels.fused_cross_entropy import cross_entropy_bucket
+from fastgpt.kernels.fused_layernorm import layer_norm_bucket
 
 torch.set_num_threads(1)
 compiles, run, bucket = Counter(), JITFunction.run, ""
@@ -384,13 +409,13 @@ JITFunction.run = lambda self, *args, grid, warmup=False, **kwargs: run(self, *a
 with offline.compile_for(89, 46):
     for B in (1, 2, 3, 8, 17):
         for T in (64, 100, 512, 1000, 1024, 1025):
-            bucket = config_space.attention_bucket(64, B * 2 * T, plain=True, dropout=False)
+            bucket = attention_bucket(64, B * 2 * T, plain=True, dropout=False)
             qkv = torch.empty(B, T, 3 * 128, dtype=torch.bfloat16, requires_grad=True)
             launch_cases._backward(qkv_attention(qkv, 2))
-            bucket = config_space.layer_norm_bucket(768)
+            bucket = layer_norm_bucket(768)
             launch_cases._norm(768, torch.bfloat16, torch.float32, rows=B * T, out_dtype=torch.bfloat16)
     for N in (64, 100, 1000, 1024):
-        bucket = config_space.cross_entropy_bucket(8192, None)
+        bucket = cross_entropy_bucket(8192, None)
         launch_cases._loss(torch.bfloat16, V=8192, N=N)
 print(json.dumps(compiles))
 """
