@@ -25,9 +25,9 @@ import torch
 
 from bench.ablation_variants import VARIANTS, Variant
 from bench.tune import parse_budget
-from fastgpt import cli, hardware
+from fastgpt import common, hardware
+from fastgpt.common import UserError
 from fastgpt.config import Config, load_preset, preset_names
-from fastgpt.errors import UserError
 from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
 from fastgpt.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, operations
@@ -248,4 +248,4 @@ def _card(name: str | None, measure: bool) -> Gpu:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

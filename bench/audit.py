@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from fastgpt import cli, hardware
+from fastgpt import common, hardware
+from fastgpt.common import UserError
 from fastgpt.env import ROOT
-from fastgpt.errors import UserError
 
 SCHEMA_VERSION = 1
 DEFAULT_GPU = {"sm_80": "a100", "sm_86": "rtx3070", "sm_89": "rtx4070", "sm_90": "h100", "sm_120": "rtx5070"}
@@ -281,4 +281,4 @@ def _shard(shard: str | None, seed: int | None) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

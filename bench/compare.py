@@ -16,8 +16,8 @@ import sys
 from typing import Any
 
 from bench import results
-from fastgpt import cli
-from fastgpt.errors import UserError
+from fastgpt import common
+from fastgpt.common import UserError
 
 FLOOR = 0.01
 """Differences below this share are never called a change."""
@@ -136,4 +136,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastgpt import hardware
+from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, load_preset, preset_names
-from fastgpt.errors import UserError
 from fastgpt.hardware import Gpu
 
 KERNELS = ("nanogpt-compile", "eager", "compile", "triton")

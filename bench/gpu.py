@@ -30,11 +30,11 @@ import torch
 
 from bench import report, results
 from bench.entries import ENTRIES
-from bench.session import Session, json_in, last_json, read_json
-from fastgpt import cli, hardware
+from bench.session import Session, json_in, last_json
+from fastgpt import common, hardware
+from fastgpt.common import UserError, read_json
 from fastgpt.config import EXPERIMENTAL, load_preset
 from fastgpt.env import environment
-from fastgpt.errors import UserError
 from fastgpt.memory import memory
 
 CAP_GB = 12.0
@@ -403,4 +403,4 @@ def keep(found: dict[str, Any], label: str | None) -> Path:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

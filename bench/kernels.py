@@ -31,9 +31,9 @@ import torch
 
 from bench import report, results
 from bench.timing import Timing, Work, interleave, peak_memory
-from fastgpt import cli, flops, hardware
+from fastgpt import common, flops, hardware
+from fastgpt.common import UserError
 from fastgpt.env import environment
-from fastgpt.errors import UserError
 
 if TYPE_CHECKING:
     from bench.entries import Entry
@@ -184,4 +184,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -26,9 +26,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from fastgpt import cli, device, flops
+from fastgpt import common, device, flops
+from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, ModelConfig, Precision, load_preset, preset_names
-from fastgpt.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -294,4 +294,4 @@ def load(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

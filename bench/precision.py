@@ -26,8 +26,8 @@ from bench import precision_report
 from bench.environment import environment
 from bench.precision_errors import COMPARED, FP8_MODES, KS, VALUES, drawn, over_scales, readings, recorded
 from bench.precision_training import QUICK, RECORDED, Experiment, SimulatedRun, corpus, record, train
-from fastgpt import cli
-from fastgpt.errors import UserError
+from fastgpt import common
+from fastgpt.common import UserError
 from fastgpt.numerics import BF16, FP8_FP32, FP16, FP16_FAST, FP32
 
 LOSS_SCALE = 2.0**16
@@ -135,4 +135,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastgpt import cli, hardware
+from fastgpt import common, hardware
+from fastgpt.common import UserError
 from fastgpt.config import load_preset, preset_names
-from fastgpt.errors import UserError
 from fastgpt.flops import FORMULAS, Shape
 from fastgpt.hardware import Gpu
 from fastgpt.operations import KERNELS, PRECISIONS
@@ -342,4 +342,4 @@ def _print(console: Console, title: str, cells: Cells) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

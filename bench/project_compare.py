@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt import hardware
+from fastgpt.common import UserError
 from fastgpt.config import load_preset
-from fastgpt.errors import UserError
 from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
 from fastgpt.operations import KERNELS, Operation, operations

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.bench", 1
 KINDS = ("kernels", "gpu", "suite", "ablation")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
+from fastgpt.common import write_whole
 from fastgpt.env import ROOT
-from fastgpt.files import write_whole
 
 
 @dataclass
@@ -74,14 +74,6 @@ def _end(process: subprocess.Popen) -> None:
     elif process.poll() is None:
         process.kill()
     process.wait()
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What a child has left in a file; None if nothing, or half of it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def last_json(output: str) -> dict[str, Any] | None:

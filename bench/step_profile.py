@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import step, step_marks, step_roofs, timing
 from fastgpt import flops, hardware, op_names, ops, profiling
+from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, PLAIN, Config, ModelConfig
 from fastgpt.data import TokenLoader
-from fastgpt.errors import UserError
 from fastgpt.flops import Shape
 from fastgpt.training.step import autocast
 

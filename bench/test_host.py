@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastgpt.common import UserError
 from fastgpt.config import load_preset
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.shards import write_shard
 from fastgpt.data.tokenizer import get_tokenizer
-from fastgpt.errors import UserError
 from fastgpt.kernels import offline, runtime
 from fastgpt.training.schedule import learning_rate
 

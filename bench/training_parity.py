@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import tyro
 
-from fastgpt import cli, device
+from fastgpt import common, device
+from fastgpt.common import UserError
 from fastgpt.config import Device, ModelConfig, OptimConfig
-from fastgpt.errors import UserError
 
 # T and C of 32: one block per attention row and one per norm row, so that the interpreter needs a minute.
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=256, bias=True)
@@ -137,4 +137,4 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

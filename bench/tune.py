@@ -28,8 +28,8 @@ import torch
 from bench import tune_measure
 from bench.tune_cases import Family, default_at, families
 from bench.tune_table import change, facts_of, open_table, print_changes
-from fastgpt import cli, hardware
-from fastgpt.errors import UserError
+from fastgpt import common, hardware
+from fastgpt.common import UserError
 from fastgpt.kernels import ranking, tuning
 
 # ---------------------------------------------------------------- ranking
@@ -172,4 +172,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -20,8 +20,8 @@ from bench import tune_cases, tune_table
 from bench.timing import Timing, Work, interleave
 from bench.tune_cases import Family
 from fastgpt import hardware
+from fastgpt.common import UserError
 from fastgpt.env import environment
-from fastgpt.errors import UserError
 from fastgpt.kernels import ranking, runtime, tuning
 
 CANDIDATES = 10

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.tune_cases import Family
+from fastgpt.common import UserError, write_whole
 from fastgpt.env import ROOT
-from fastgpt.errors import UserError
-from fastgpt.files import write_whole
 from fastgpt.kernels import ranking, tuning
 
 SOURCES = {

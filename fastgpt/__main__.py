@@ -14,8 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgpt import __version__, cli
-from fastgpt.errors import UserError
+from fastgpt import __version__, common
+from fastgpt.common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 _FOOTER = """fastgpt COMMAND --help has the options and more examples. What help calls python train.py or python -m fastgpt.NAME
@@ -148,7 +148,7 @@ def _bench_entry(path: Path) -> list[tuple[str, str]]:
 
 def entry() -> None:
     """What the installed ``fastgpt`` calls."""
-    cli.run(main)
+    common.run(main)
 
 
 if __name__ == "__main__":

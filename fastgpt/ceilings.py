@@ -18,7 +18,7 @@ from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt.files import write_whole
+from fastgpt.common import write_whole
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

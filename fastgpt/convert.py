@@ -11,11 +11,11 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import cli
+from fastgpt import common
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 from fastgpt.conversion import huggingface, nanogpt, own
 from fastgpt.conversion.portable import Portable, refuse_existing
-from fastgpt.errors import UserError
 from fastgpt.training import checkpoint
 
 Format = Literal["nanogpt", "fastgpt", "hf"]
@@ -123,4 +123,4 @@ def _print(kind: Format, to: Format, config: ConvertConfig, portable: Portable, 
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 
 
 def pick(device: str, kernels: str) -> torch.device:

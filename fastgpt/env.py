@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastgpt import __version__, cli, hardware
+from fastgpt import __version__, common, hardware
 from fastgpt.device import present
 
 ROOT = Path(__file__).parents[1]
@@ -103,4 +103,4 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastgpt import dry_run, hardware
+from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, Config
 from fastgpt.dry_run import Chosen, Record
-from fastgpt.errors import UserError
 from fastgpt.kernels import tuning
 
 HERE = "here"

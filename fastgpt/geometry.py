@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastgpt import flops, hardware
+from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
-from fastgpt.errors import UserError
 from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, Memory, memory
 from fastgpt.projection import Projection, project
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from fastgpt import cli, device
+from fastgpt import common, device
+from fastgpt.common import UserError
 from fastgpt.config import Device, Kernels
-from fastgpt.errors import UserError
 
 HUB = "Rowan/hellaswag"
 
@@ -154,4 +154,4 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from fastgpt import flops
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
-from fastgpt.errors import UserError
 
 KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
 """nanoGPT under torch.compile; fastgpt's model in plain PyTorch, under torch.compile, and on the Triton kernels."""

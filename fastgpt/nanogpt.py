@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastgpt import cli
-from fastgpt.errors import UserError
+from fastgpt import common
+from fastgpt.common import UserError
 
 HELP = """usage: python -m fastgpt.nanogpt [--fused-adamw] path/to/train.py [config.py] [--key=value ...]
 
@@ -110,4 +110,4 @@ def _patch_every_model(module: Any, fused_adamw: bool) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

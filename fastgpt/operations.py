@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastgpt import flops
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.flops import Shape
 from fastgpt.operation_types import (
     AS_SHIPPED,

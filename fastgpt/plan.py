@@ -16,9 +16,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import cli, flops, hardware
+from fastgpt import common, flops, hardware
+from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
-from fastgpt.errors import UserError
 from fastgpt.geometry import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
 from fastgpt.memory import KERNELS, Memory
 
@@ -300,4 +300,4 @@ def _toml(value: object) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from fastgpt import cli
+from fastgpt import common
+from fastgpt.common import UserError
 from fastgpt.doctor.logs import read_log
-from fastgpt.errors import UserError
 from fastgpt.training import metrics
 
 
@@ -175,4 +175,4 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

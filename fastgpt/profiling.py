@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.flops import Shape
 from fastgpt.op_names import COPY, DATA, GAPS, HOST, KERNEL, LAUNCH, STEP, Event, Namer
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from fastgpt import flops, hardware
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.flops import GPT2_124M, Shape
 from fastgpt.hardware import NANOGPT_PEAK, Gpu
 from fastgpt.operations import operations

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from fastgpt import cli, device
+from fastgpt import common, device
+from fastgpt.common import UserError
 from fastgpt.config import Device, Kernels, ModelConfig
-from fastgpt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -108,4 +108,4 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

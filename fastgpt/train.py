@@ -7,7 +7,7 @@ import sys
 
 from rich.console import Console
 
-from fastgpt import cli, device
+from fastgpt import common, device
 from fastgpt.config import parse
 
 
@@ -28,4 +28,4 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

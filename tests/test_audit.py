@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench import audit, audit_child, audit_step
+from fastgpt.common import UserError
 from fastgpt.dry_run import no_arithmetic
-from fastgpt.errors import UserError
 from fastgpt.kernels.offline import Row
 
 RTX4070 = audit.target("sm_89", None)

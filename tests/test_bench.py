@@ -11,8 +11,8 @@ import torch
 
 from bench import entries, kernels, report, results, step, timing
 from bench.entries import Entry
+from fastgpt.common import UserError
 from fastgpt.env import ROOT
-from fastgpt.errors import UserError
 from fastgpt.flops import Work
 from fastgpt.hardware import Ceilings
 

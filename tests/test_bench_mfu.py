@@ -11,9 +11,9 @@ import torch
 
 from bench import elsewhere, mfu, mfu_tables, step_profile
 from bench.step_profile import Setup, mfu_figures
-from fastgpt import cli, hardware
+from fastgpt import common, hardware
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig, Precision
-from fastgpt.errors import UserError
 from fastgpt.flops import GPT2_40M, GPT2_124M, Shape
 from tests.mfu_run import AUDIT_ROW, CEILINGS, TINY, quick, result
 
@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_sentence_and_exit_code_2(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(sys, "argv", ["bench.mfu", *quick, flag, str(tmp_path / "file" / "traces")])
     with pytest.raises(SystemExit) as end:
-        cli.run(mfu.main)
+        common.run(mfu.main)
     error = capsys.readouterr().err
     assert end.value.code == 2 and "cannot be written (Not a directory): give another --out or --trace" in error
     assert len(error.splitlines()) == 1

@@ -11,7 +11,7 @@ import torch
 from bench import precision, precision_errors, precision_report, precision_training
 from bench.precision_ops import simulated
 from bench.precision_training import QUICK, Operands, SimulatedRun
-from fastgpt import cli
+from fastgpt import common
 from fastgpt.model import GPT
 from fastgpt.numerics import BF16, FP8, FP16, FP16_FAST, FP32, MODES
 from fastgpt.ops import EAGER
@@ -200,7 +200,7 @@ def test_bad_input_is_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch):
     for argv, said in ((["--out", str(tmp_path / "file")], "cannot be made a folder"), (["--chunk", "3"], "--chunk 3")):
         monkeypatch.setattr("sys.argv", ["precision", *argv])
         with pytest.raises(SystemExit) as stopped:
-            cli.run(precision.main)
+            common.run(precision.main)
         captured = capsys.readouterr()
         assert stopped.value.code == 2 and said in captured.err and "Traceback" not in captured.err
 

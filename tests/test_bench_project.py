@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from bench import entries, project, project_compare
-from fastgpt import cli
-from fastgpt.errors import UserError
+from fastgpt import common
+from fastgpt.common import UserError
 from fastgpt.operations import KERNELS
 from fastgpt.projection import (
     ANCHORS,
@@ -137,7 +137,7 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(argv, message, capsys, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench.project", *argv])
     with pytest.raises(SystemExit) as ended:
-        cli.run(project.main)
+        common.run(project.main)
     assert ended.value.code == 2
     assert f"error: {message}" in capsys.readouterr().err
 

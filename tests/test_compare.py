@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench import compare, results
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 
 ENVIRONMENT = {"device": "RTX 4070", "commit": "aaaa1111", "time": "2026-01-01", "torch": "2.13.0", "driver": "580.1"}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig, differences, load_preset, load_toml, parse, preset_names
-from fastgpt.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["demo", "gpt2-40m", "gpt2-124m", "gpt2-350m", "gpt2-xl"])

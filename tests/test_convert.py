@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from fastgpt import convert
+from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
 from fastgpt.conversion import huggingface
-from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.training import checkpoint
 from tests import nanogpt_model
@@ -328,7 +328,7 @@ class TestRefused:
             before = sorted(tmp_path.rglob("*"))
             capsys.readouterr()
             with pytest.raises(SystemExit) as stop:
-                convert.cli.run(convert.main)
+                convert.common.run(convert.main)
             printed = capsys.readouterr()
             assert stop.value.code == 2
             assert message in printed.err, printed.err

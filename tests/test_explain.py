@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from fastgpt import explain, train
+from fastgpt.common import UserError
 from fastgpt.config import load_preset, parse
 from fastgpt.dry_run import Chosen, Record
-from fastgpt.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CARD = explain.Card("NVIDIA GeForce RTX 4070", 89, 46)

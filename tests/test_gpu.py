@@ -11,7 +11,7 @@ import torch
 from bench import gpu, kernels, report, results, session, timing
 from bench.session import Session
 from fastgpt import hardware
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.flops import Work
 from fastgpt.hardware import Ceilings
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastgpt import hellaswag
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 from fastgpt.data import get_tokenizer
-from fastgpt.errors import UserError
 from fastgpt.hellaswag import Example
 from fastgpt.model import GPT
 

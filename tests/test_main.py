@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from fastgpt import __main__ as command
-from fastgpt import cli
-from fastgpt.errors import UserError
+from fastgpt import common
+from fastgpt.common import UserError
 
 ROOT = Path(__file__).parents[1]
 ENTRIES = [name for name in command.COMMANDS if name != "bench"]
@@ -107,7 +107,7 @@ def test_a_reader_that_goes_away_is_no_error():
 
 def test_an_entrys_exit_code_is_the_commands(monkeypatch):
     with pytest.raises(SystemExit) as exit:
-        cli.run(lambda args: 1)
+        common.run(lambda args: 1)
     assert exit.value.code == 1
 
 

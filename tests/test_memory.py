@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bench import memory as bench_memory
 from fastgpt import hardware, memory, ops, plan
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig, OptimConfig, load_preset
-from fastgpt.errors import UserError
 from fastgpt.kernels.fused_cross_entropy import LOGITS_BUDGET, chunk_rows, linear_cross_entropy
 from fastgpt.model import GPT
 from fastgpt.training.step import Stepper, build_optimizer

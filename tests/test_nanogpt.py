@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastgpt import nanogpt
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastgpt import flops, operations
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.flops import GPT2_124M, Shape
 from fastgpt.operation_types import Sizes
 from fastgpt.operations import AS_SHIPPED, GROUPS, KERNELS, LINEARS, PASSES, Fusions

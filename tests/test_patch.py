@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
-from fastgpt.errors import UserError
 from fastgpt.kernels import working_copy
 from fastgpt.model import GPT
 from fastgpt.patching import patch, unpatch

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import pytest
 
-from fastgpt import cli, geometry, hardware, projection
+from fastgpt import common, geometry, hardware, projection
 from fastgpt import plan as plan_command
+from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig, load_preset, load_toml
-from fastgpt.errors import UserError
 from fastgpt.geometry import (
     CUDA_CONTEXT,
     DESKTOP,
@@ -489,7 +489,7 @@ def test_the_command_ends_with_2_and_one_line_for_bad_input():
 def test_help_shows_examples(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fastgpt.plan", "--help"])
     with pytest.raises(SystemExit) as ended:
-        cli.run(main)
+        common.run(main)
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert "--gpu rtx4070 --model gpt2-124m" in out and "Chinchilla" in out

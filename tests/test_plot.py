@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastgpt import plot
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 
 REAL = Path(__file__).parents[1] / "docs" / "rtx4070-runs"
 

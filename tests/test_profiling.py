@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bench.step_profile import Runner, Setup, random_tokens, record
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
-from fastgpt.errors import UserError
 from fastgpt.flops import Shape
 from fastgpt.op_names import (
     COPY,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastgpt import flops, hardware, projection
+from fastgpt.common import UserError
 from fastgpt.config import load_preset
-from fastgpt.errors import UserError
 from fastgpt.projection import ANCHORS, GPT2_40M, GPT2_124M, RUN_40M, RUN_124M, project
 from fastgpt.step_time import CONSTANTS, Constants
 

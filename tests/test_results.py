@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bench import results
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 
 ENVIRONMENT = {"device": "NVIDIA GeForce RTX 4070", "commit": "bec0e0ff0810", "time": "2026-01-01T00:00:00+00:00"}
 ENTRIES = {"layer_norm | triton": {"ms": 0.3, "iqr_ms": 0.01, "runs": 40}, "loss | triton": {"error": "no speed"}}

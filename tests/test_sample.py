@@ -2,8 +2,8 @@
 
 import pytest
 
+from fastgpt.common import UserError
 from fastgpt.data import get_tokenizer
-from fastgpt.errors import UserError
 from fastgpt.sample import SampleConfig, pieces
 
 

@@ -11,7 +11,7 @@ import torch
 from bench import tune, tune_measure, tune_table
 from bench.tune_cases import Family, families, table_cases
 from fastgpt import hardware
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.kernels import ranking, runtime, tuning
 from tests.kernels.test_ranking import LINEARS, TILES, matmul, rows
 

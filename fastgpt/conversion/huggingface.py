@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
 from fastgpt.conversion.nanogpt import load_file
 from fastgpt.conversion.portable import Portable, check, expected, in_fp32, model_config
-from fastgpt.errors import UserError
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")

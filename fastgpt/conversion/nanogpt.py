@@ -6,7 +6,6 @@ the model's order. ``torch.load`` runs with weights_only, so that a pickle namin
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.common import UserError, atomic_file
 from fastgpt.conversion.portable import Portable, check, check_optimizer, in_fp32, model_config
-from fastgpt.errors import UserError
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask of attention without SDPA
 _COMPILED = "_orig_mod."
@@ -99,12 +98,8 @@ def write(path: Path, portable: Portable) -> None:
         else:
             saved["optimizer"] = by_index
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        torch.save({key: saved[key] for key in (*_KEYS, *(saved.keys() - set(_KEYS))) if key in saved}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        torch.save({key: saved[key] for key in (*_KEYS, *(saved.keys() - set(_KEYS))) if key in saved}, file)
 
 
 def _order(weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:

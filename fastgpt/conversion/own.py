@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fastgpt.common import UserError
 from fastgpt.config import Config
 from fastgpt.conversion.portable import Portable, check, check_optimizer, model_config
-from fastgpt.errors import UserError
 from fastgpt.training import checkpoint
 
 

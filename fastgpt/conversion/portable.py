@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
-from fastgpt.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -13,14 +13,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import cli
+from fastgpt import common
+from fastgpt.common import UserError
 from fastgpt.data.corpora import STDLIB
 from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, read_manifest
 from fastgpt.data.preparation import prepare
 from fastgpt.data.progress import duration
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.data.verification import verify_files
-from fastgpt.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -148,4 +148,4 @@ def _table(manifest: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

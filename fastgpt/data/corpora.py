@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
+from fastgpt.common import UserError
 from fastgpt.data.hub import HUB, HubCorpus
 from fastgpt.data.readers import (
     ALL_SUFFIXES,
@@ -28,7 +29,6 @@ from fastgpt.data.readers import (
     read_cut_text,
     reader_of,
 )
-from fastgpt.errors import UserError
 
 STDLIB = "stdlib"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from fastgpt.common import UserError
 from fastgpt.data.corpora import Reading
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
-from fastgpt.errors import UserError
 
 BATCH_CHARS = 1 << 20
 """Text that one worker takes at a time: some 30 ms of work, so that handing it over costs nothing beside it."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt.common import UserError
 from fastgpt.data.readers import Document, first_line
-from fastgpt.errors import UserError
 
 HUB = "hf:"
 

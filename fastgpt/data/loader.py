@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgpt.common import UserError
 from fastgpt.data.verification import verify_files
 from fastgpt.data.windows import ORDER, Windows
-from fastgpt.errors import UserError
 
 BLOCK_TOKENS = 1 << 17
 """Tokens per block, at least one batch: 2 MiB as two int64 tensors."""

@@ -6,15 +6,13 @@ each shard's sha256.
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
+from fastgpt.common import UserError, read_json
 from fastgpt.data.corpora import Corpus
-from fastgpt.data.shards import atomic_file, open_shard
+from fastgpt.data.shards import open_shard
 from fastgpt.data.tokenizer import Tokenizer
-from fastgpt.errors import UserError
 
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
@@ -87,30 +85,3 @@ def whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
                 f"{shard['tokens']}; delete {str(folder)!r} to prepare it again"
             )
     return manifest
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replaces a file by all of it, on the disk when this returns."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(value, indent=2).encode())
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Names are on the disk only when their folder is."""
-    if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from fastgpt import __version__
+from fastgpt.common import UserError, read_json, sync_folder, write_json
 from fastgpt.data import encoding
 from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encoding import Encoded, cores, encode_corpus
@@ -37,16 +38,12 @@ from fastgpt.data.manifest import (
     SHARD_TOKENS,
     VAL_FRACTION,
     differences,
-    read_json,
     recipe_of,
-    sync_folder,
     whole,
-    write_json,
 )
 from fastgpt.data.progress import ProgressReport
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.data.writing import ShardWriter
-from fastgpt.errors import UserError
 
 SIDES = ("train", "val")
 COMMIT_SECONDS = 5.0

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 
 PIECE = 1 << 20
 """Bytes after which a long text file goes on as another document, at the end of a line: no file is ever in memory

@@ -9,13 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
+from fastgpt.common import UserError
 from fastgpt.data.corpora import STDLIB, is_hub_name, open_corpus
 from fastgpt.data.manifest import PROGRESS, read_manifest, recipe_of
 from fastgpt.data.preparation import prepare
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
 from fastgpt.data.verification import cache_root
 from fastgpt.data.windows import Windows
-from fastgpt.errors import UserError
 
 
 class ResolvedData(NamedTuple):

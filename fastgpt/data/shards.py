@@ -12,11 +12,10 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError, atomic_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -55,29 +54,6 @@ def header(count: int) -> bytes:
     words = np.zeros(256, "<u4")
     words[:3] = MAGIC, VERSION, count
     return words.tobytes()
-
-
-class atomic_file:
-    """``with atomic_file(path) as f: f.write(bytes)``: path is replaced at the end, by all of it, or left as it was."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def __enter__(self) -> Any:
-        self.file = self.partial.open("wb")
-        return self.file
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
-            with self.file:
-                if kind is None:
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
-            if kind is None:
-                os.replace(self.partial, self.path)
-        finally:
-            self.partial.unlink(missing_ok=True)
 
 
 def open_shard(path: str | os.PathLike[str]) -> np.memmap:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 
 if TYPE_CHECKING:
     import tiktoken

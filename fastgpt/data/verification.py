@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from fastgpt.common import UserError, write_json
 from fastgpt.data.manifest import read_manifest
-from fastgpt.data.shards import CHUNK, atomic_file, check_ids, open_shard
-from fastgpt.errors import UserError
+from fastgpt.data.shards import CHUNK, check_ids, open_shard
 
 CACHED_FROM = 32 << 20
 """Bytes from which on remembering is worth a file: a smaller one is read in less than 20 ms."""
@@ -92,9 +92,7 @@ def examine(path: Path) -> Facts:
     if path.stat().st_size >= CACHED_FROM and _state_of(path) == state:
         with suppress(OSError):  # a read-only home costs time, nothing else
             memory = _memory_of(path)
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(memory) as file:
-                file.write(json.dumps({"state": state, **asdict(facts)}).encode())
+            write_json(memory, {"state": state, **asdict(facts)})
     return facts
 
 

@@ -20,8 +20,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from fastgpt.common import UserError
 from fastgpt.data.shards import open_shard
-from fastgpt.errors import UserError
 
 ROUNDS = 8
 ORDER = 2

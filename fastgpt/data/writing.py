@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fastgpt.common import UserError
 from fastgpt.data.shards import HEADER_BYTES, header
-from fastgpt.errors import UserError
 
 
 class ShardWriter:

@@ -20,13 +20,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastgpt import cli, hardware
+from fastgpt import common, hardware
+from fastgpt.common import UserError
 from fastgpt.doctor import corpus, environment, page, report
 from fastgpt.doctor.diagnosis import Diagnosis, diagnose
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.findings import rank
 from fastgpt.doctor.reading import read
-from fastgpt.errors import UserError
 from fastgpt.hardware import Gpu
 
 
@@ -111,4 +111,4 @@ def main(args: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

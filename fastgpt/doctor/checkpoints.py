@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastgpt.common import UserError
 from fastgpt.doctor import configs, configs_fastgpt
 from fastgpt.doctor.evidence import SHAPE, CheckpointFacts, Place, Unread
 from fastgpt.doctor.literals import NotLiteral, checked
-from fastgpt.errors import UserError
 
 FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _NAME = re.compile(r"(?:ckpt|step)-(\d{8,})(?:\.pt)?")

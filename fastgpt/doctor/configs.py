@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fastgpt.common import UserError
 from fastgpt.doctor import configs_fastgpt
 from fastgpt.doctor.evidence import ConfigFacts, Place, Setting, Unread
 from fastgpt.doctor.literals import (
@@ -25,7 +26,6 @@ from fastgpt.doctor.literals import (
     names_set_by,
     parse,
 )
-from fastgpt.errors import UserError
 
 COMMAND_LINE = Place("command line")
 

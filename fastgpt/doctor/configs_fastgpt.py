@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from fastgpt.common import UserError
 from fastgpt.config import SECTIONS, Config
 from fastgpt.doctor.evidence import ConfigFacts, Place, Setting, Unread
 from fastgpt.doctor.literals import NotLiteral, checked, comment_of
-from fastgpt.errors import UserError
 
 if sys.version_info >= (3, 11):
     import tomllib

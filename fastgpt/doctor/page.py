@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from fastgpt.common import UserError
 from fastgpt.doctor.curve_plot import loss_curve
 from fastgpt.doctor.diagnosis import Diagnosis
 from fastgpt.doctor.evidence import Evidence, LogFacts
 from fastgpt.doctor.figures import Figures
 from fastgpt.doctor.findings import Finding
 from fastgpt.doctor.report import FIT, counts, is_code, summary
-from fastgpt.errors import UserError
 from fastgpt.hardware import NANOGPT_PEAK, Gpu
 
 STYLE = """

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from stat import S_ISREG
 
+from fastgpt.common import UserError
 from fastgpt.config import config_folder, preset_names
 from fastgpt.doctor import checkpoints, configs, configs_fastgpt
 from fastgpt.doctor.encoding import decode, is_text
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Unread
 from fastgpt.doctor.logs import read_log
-from fastgpt.errors import UserError
 
 LARGEST_CONFIG = 1 << 18
 """Bytes past which a file is no config."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 from fastgpt.doctor.figures import Figures
-from fastgpt.errors import UserError
 from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
 

@@ -33,8 +33,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from fastgpt import hardware
-from fastgpt.errors import UserError
-from fastgpt.files import write_whole
+from fastgpt.common import UserError, write_whole
 from fastgpt.kernels import runtime
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.tuning", 1

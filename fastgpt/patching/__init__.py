@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastgpt import ops as operations
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.patching import huggingface, nanogpt
 from fastgpt.patching.plan import Plan, Report
 from fastgpt.patching.swap import base_class, fuse, fused_modules, restore

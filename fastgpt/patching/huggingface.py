@@ -19,7 +19,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.ops import compute_dtype
 from fastgpt.patching.modules import LayerNorm, supported
 from fastgpt.patching.plan import Plan, blocker, plan_blocks, unknown_children

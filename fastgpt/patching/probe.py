@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.ops import EAGER
 from fastgpt.patching.swap import Fused, fuse, restore
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from fastgpt import ops as operations
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.ops import Ops
 
 _PREFIX = "_fastgpt_"  # of attributes that a patch adds to an instance

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig, differences
-from fastgpt.errors import UserError
 from fastgpt.training import checkpoint_migrate, checkpoint_read
 from fastgpt.training.checkpoint_folder import best, clean, existing, set_aside, step_of
 from fastgpt.training.checkpoint_read import Damaged, Reader, Source

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from fastgpt.common import write_whole
 from fastgpt.training.checkpoint_read import Damaged, read_json
-from fastgpt.training.checkpoint_write import fsync_folder
 
 _DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _FILE = re.compile(r"ckpt-(\d{8})\.pt")
-_LEFTOVER = re.compile(r"(step-\d{8,}(\.\d+)?\.(partial|deleted)|best\.json\.partial|ckpt-\d{8}\.tmp)")
+_LEFTOVER = re.compile(
+    r"(step-\d{8,}(\.\d+)?\.(partial|deleted)|best\.json\.partial|\.(best\.json|metrics\.jsonl)\.\d+\.tmp|ckpt-\d{8}\.tmp)"
+)
 BEST = "best.json"
 METRICS = "metrics.jsonl"
 
@@ -130,10 +131,4 @@ def _write_best(folder: Path, path: Path, loss: float) -> None:
     target = folder / BEST
     if target.exists() and target.read_text() == content:
         return
-    partial = folder / f"{BEST}.partial"
-    with open(partial, "w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, target)
-    fsync_folder(folder)
+    write_whole(target, content)

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from fastgpt.common import sync_folder
 from fastgpt.training.checkpoint_read import DTYPES, FORMAT
 from fastgpt.training.checkpoint_tree import Shard
 
@@ -152,9 +153,9 @@ class Writer(StorageWriter):
         for file_name, content in (("tensors.json", table), ("state.json", {**self.header, "serial": serial})):
             files[file_name] = _write_json(self.partial / file_name, content)
         _write_json(self.partial / "manifest.json", {"format": FORMAT, "files": files})
-        fsync_folder(self.partial)
+        sync_folder(self.partial)
         os.rename(self.partial, final)
-        fsync_folder(final.parent)
+        sync_folder(final.parent)
         metadata.storage_meta = StorageMeta(checkpoint_id=str(final))  # DCP hands it to every rank
 
     @classmethod
@@ -200,13 +201,3 @@ def _write_json(path: Path, content: Any) -> dict[str, Any]:
 def _bytes(tensor: Tensor) -> Any:
     """The tensor's numbers in row-major order, without a copy if they lie so already."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable. Windows cannot, and does not need it."""
-    if os.name != "nt":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

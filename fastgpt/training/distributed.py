@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.kernels import working_copy
 
 

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.kernels import working_copy
 from fastgpt.training.checkpoint_rng import rng_state, set_rng_state
 from fastgpt.training.step import Stepper

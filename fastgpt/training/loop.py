@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import cli, flops, hellaswag
+from fastgpt import common, flops, hellaswag
+from fastgpt.common import UserError
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
 from fastgpt.env import environment
-from fastgpt.errors import UserError
 from fastgpt.mfu import StepMeter, StepReport
 from fastgpt.training import checkpoint, distributed
 from fastgpt.training.distributed import World
@@ -75,7 +75,7 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
             return _Loop(config, device, world, console).run()
         except RuntimeError as error:
             if distributed.lost_rank(error, world):
-                cli.report(
+                common.report(
                     UserError(
                         f"another rank of this run is gone, so rank {world.rank} stops: start again with --resume "
                         "(on any number of GPUs that divides grad_accum)"

@@ -11,9 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastgpt.common import UserError, write_whole
 from fastgpt.config import Config
-from fastgpt.errors import UserError
-from fastgpt.files import write_whole
 from fastgpt.training.checkpoint_folder import METRICS as NAME
 
 

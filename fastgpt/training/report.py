@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from fastgpt import flops, hardware
+from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL
-from fastgpt.errors import UserError
 from fastgpt.memory import memory
 from fastgpt.projection import project
 from fastgpt.training.run import Run

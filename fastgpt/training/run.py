@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.common import UserError
 from fastgpt.config import SECTIONS, Config, differences
 from fastgpt.data import TokenLoader, resolve
-from fastgpt.errors import UserError
 from fastgpt.geometry import check_fits, fit_batch, free_bytes
 from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgpt.common import UserError
 from fastgpt.data import documents, open_corpus, readers
-from fastgpt.errors import UserError
 
 
 def test_stdlib_is_the_running_interpreters_sources():

@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import fastgpt.data.preparation as module
+from fastgpt.common import UserError
 from fastgpt.data import encoding, get_tokenizer, hub, open_corpus, prepare, resolve
 from fastgpt.data.corpora import is_hub_name
 from fastgpt.data.tokenizer import BytesTokenizer
-from fastgpt.errors import UserError
 
 BYTES = get_tokenizer("bytes")
 TEXTS = [f"document {i}" for i in range(120)]

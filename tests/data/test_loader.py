@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt.data.loader as module
+from fastgpt.common import UserError
 from fastgpt.data import TokenLoader, write_shard
-from fastgpt.errors import UserError
 
 
 @pytest.fixture

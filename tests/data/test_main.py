@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import fastgpt
+from fastgpt.common import UserError
 from fastgpt.data import __main__ as command
 from fastgpt.data import progress
 from fastgpt.data.progress import ProgressReport, duration
-from fastgpt.errors import UserError
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt.data.preparation as module
+from fastgpt.common import UserError
 from fastgpt.data import encoding, get_tokenizer, open_shard, prepare, readers, resolve, writing
 from fastgpt.data.tokenizer import BytesTokenizer
-from fastgpt.errors import UserError
 
 BYTES = get_tokenizer("bytes")
 ENV = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
@@ -204,7 +204,7 @@ def test_a_script_without_a_main_guard_ends_in_one_sentence(tmp_path):
     script.write_text(
         "import sys\n"
         "from fastgpt.data import encoding, get_tokenizer, prepare\n"
-        "from fastgpt.errors import UserError\n"
+        "from fastgpt.common import UserError\n"
         "encoding.SMALL = 0\n"
         "try:\n"
         "    prepare(*sys.argv[1:], get_tokenizer('bytes'), workers=2)\n"

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastgpt.data.tokenizer as module
+from fastgpt.common import UserError
 from fastgpt.data import documents, get_tokenizer
-from fastgpt.errors import UserError
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 

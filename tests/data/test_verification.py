@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import fastgpt.data.verification as module
+from fastgpt.common import UserError
 from fastgpt.data import get_tokenizer, prepare, write_shard
 from fastgpt.data.verification import verify_files
-from fastgpt.errors import UserError
 
 
 @pytest.fixture(autouse=True)

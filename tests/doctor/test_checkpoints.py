@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig, load_preset
 from fastgpt.doctor.checkpoints import is_checkpoint, newest, read_checkpoint
-from fastgpt.errors import UserError
 from fastgpt.model import GPT
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16, "bias": False, "vocab_size": 64}

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, Precision, load_preset, preset_names
 from fastgpt.doctor.configs import DEFAULTS, apply_overrides, is_nanogpt, parse_nanogpt
 from fastgpt.doctor.configs_fastgpt import is_fastgpt, of_config, parse_fastgpt
 from fastgpt.doctor.evidence import ConfigFacts, Place
-from fastgpt.errors import UserError
 
 REAL = Path(__file__).parents[2] / "docs" / "rtx4070-runs"
 

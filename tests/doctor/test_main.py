@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt.common import UserError
 from fastgpt.doctor import __main__ as doctor
 from fastgpt.doctor import corpus
 from fastgpt.doctor.evidence import Evidence
-from fastgpt.errors import UserError
 from tests.doctor.runs import REAL, SOUND, config
 
 REPOSITORY = Path(__file__).parents[2]

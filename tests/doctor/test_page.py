@@ -7,11 +7,11 @@ import subprocess
 import numpy as np
 import pytest
 
+from fastgpt.common import UserError
 from fastgpt.doctor.curve_plot import ticks
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.page import render, write
-from fastgpt.errors import UserError
 from tests.doctor.runs import RTX4070, config, curve, log, real, real_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastgpt.common import UserError
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.reading import LARGEST_CONFIG, read
-from fastgpt.errors import UserError
 from tests.doctor.test_checkpoints import Code, folder, nanogpt, sections
 
 REAL = Path(__file__).parents[2] / "docs" / "rtx4070-runs"

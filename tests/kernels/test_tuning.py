@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastgpt import hardware
-from fastgpt.errors import UserError
+from fastgpt.common import UserError
 from fastgpt.kernels import _linear_launch, fused_adamw, fused_cross_entropy, fused_layernorm, tuning  # noqa: F401  (register their spaces)
 from fastgpt.kernels._attn_launch import attention_bucket
 from fastgpt.kernels.tuning import Key, Table, TableEntry, Target

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
-from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.optim import FusedAdamW
 from fastgpt.training import checkpoint

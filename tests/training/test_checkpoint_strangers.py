@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
-from fastgpt.errors import UserError
 from fastgpt.model import GPT
 from fastgpt.training import checkpoint
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data import TokenLoader, write_shard
-from fastgpt.errors import UserError
 from fastgpt.training import checkpoint
 from fastgpt.training.evaluation import evaluate
 from fastgpt.training.loop import train
@@ -534,7 +534,7 @@ def bad_data(tmp_path_factory):
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_in_one_sentence_exit_2_and_nothing_written(name, bad_data, tmp_path, monkeypatch, capsys):
     import train as entry
-    from fastgpt import cli
+    from fastgpt import common
 
     args, words = BAD[name]
     args = [arg.format(tmp=bad_data) for arg in args]
@@ -542,7 +542,7 @@ def test_bad_input_ends_in_one_sentence_exit_2_and_nothing_written(name, bad_dat
     # Where there is a GPU, the presets' [cuda] sections would change shape and tokenizer.
     monkeypatch.setattr(sys, "argv", ["train.py", "--kernels", "eager", "--device", "cpu", *args])
     with pytest.raises(SystemExit) as exit:
-        cli.run(entry.main)
+        common.run(entry.main)
     assert exit.value.code == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from fastgpt.common import UserError
 from fastgpt.config import Config, TrainConfig
-from fastgpt.errors import UserError
 from fastgpt.training import metrics
 from fastgpt.training.metrics import Metrics
 

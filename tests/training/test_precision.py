@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from fastgpt import hardware, memory, ops
-from fastgpt.cli import run as command
+from fastgpt.common import run as command
 from fastgpt.config import EXPERIMENTAL, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, parse
 from fastgpt.data import write_shard
 from fastgpt.kernels import runtime

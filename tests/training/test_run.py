@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fastgpt.common import UserError
 from fastgpt.config import load_preset
-from fastgpt.errors import UserError
 from fastgpt.training import run
 from fastgpt.training.distributed import World
 from fastgpt.training.run import choose_geometry
