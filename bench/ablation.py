@@ -26,9 +26,9 @@ import torch
 from bench.ablation_variants import VARIANTS, Variant
 from bench.tune import parse_budget
 from fastgpt import common, hardware
+from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import Config, load_preset, preset_names
-from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
 from fastgpt.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, operations
 from fastgpt.step_time import CONSTANTS, OperationTime, step_times

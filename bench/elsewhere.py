@@ -30,7 +30,7 @@ def target(name: str) -> Gpu:
 def projection(model: str | None, gpu: Gpu, precision: str = "bf16") -> dict[str, Any]:
     """One step of a preset (GPT-2 124M if ``model`` is none of them) on every kind of kernels, in bf16; and on ours in
     ``precision``, if that is an experimental one."""
-    from fastgpt.flops import Shape
+    from fastgpt.anatomy import Shape
     from fastgpt.projection import project
 
     name = model if model in preset_names() and model != "demo" else "gpt2-124m"

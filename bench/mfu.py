@@ -26,7 +26,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from fastgpt import common, device, flops
+from fastgpt import anatomy, common, device
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, ModelConfig, Precision, load_preset, preset_names
 
@@ -163,7 +163,7 @@ def setup_of(args: argparse.Namespace, where: torch.device, precision: str) -> S
     if args.batch is not None:
         batch = args.batch
     elif on_cpu:
-        batch = 1 if flops.n_params(flops.Shape.of(config)) > 10**7 else min(batch, 4)
+        batch = 1 if anatomy.n_params(config) > 10**7 else min(batch, 4)
     for flag, value in (("batch", batch), ("seq", args.seq), ("grad-accum", accum), ("steps", args.steps)):
         if value is not None and value < 1:
             raise UserError(f"{flag} is {value}: it must be at least 1")

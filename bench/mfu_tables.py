@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench import elsewhere
-from bench.step_roofs import arithmetics
 from fastgpt.config import EXPERIMENTAL
+from fastgpt.operations import arithmetics
 from fastgpt.roofline import advice
 
 Cells = list[list[str]]

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.mfu_tables import milliseconds, what, where
-from bench.step_roofs import arithmetics
-from fastgpt.operations import LINEARS
+from fastgpt.operations import LINEARS, arithmetics
 
 GROUPS = {
     "matmuls of the blocks": "#1f4e79",

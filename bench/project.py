@@ -26,11 +26,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastgpt import common, hardware
+from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import load_preset, preset_names
-from fastgpt.flops import FORMULAS, Shape
+from fastgpt.flops import FORMULAS
 from fastgpt.hardware import Gpu
-from fastgpt.operations import KERNELS, PRECISIONS
+from fastgpt.memory import KERNELS
+from fastgpt.operations import PRECISIONS
 from fastgpt.projection import (
     ANCHORS,
     FITTED_CLOCKS,

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt import hardware
+from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import load_preset
-from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
-from fastgpt.operations import KERNELS, Operation, operations
+from fastgpt.memory import KERNELS
+from fastgpt.operations import Operation, operations
 from fastgpt.projection import Projection, project
 from fastgpt.step_time import CONSTANTS, step_times
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from bench.timing import Timing
-from fastgpt import flops, hardware, ops
+from fastgpt import anatomy, flops, hardware, ops
 from fastgpt.config import EXPERIMENTAL, Config, Precision, load_preset
 from fastgpt.model import GPT
 from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
@@ -103,7 +103,7 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
     )  # fmt: skip
     found = time_steps(stepper, config, device, args.batch_size, args.grad_accum, args.steps, args.seconds)
     rate = args.grad_accum * args.batch_size * config.model.block_size / (found.timing.median_ms / 1e3)
-    per_token = flops.palm(flops.Shape.of(config.model))
+    per_token = flops.palm(anatomy.Shape.of(config.model))
     peak = hardware.peak_flops(device, precision)
     return {
         "tokens_per_second": rate,

@@ -14,7 +14,7 @@ from unittest import mock
 
 from torch.profiler import record_function
 
-from fastgpt.flops import Shape
+from fastgpt.anatomy import Shape
 from fastgpt.op_names import OPTIMIZER
 from fastgpt.profiling import IS
 from fastgpt.training.step import Stepper

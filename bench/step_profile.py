@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import step, step_marks, step_roofs, timing
-from fastgpt import flops, hardware, op_names, ops, profiling
+from fastgpt import anatomy, flops, hardware, op_names, ops, profiling
+from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, PLAIN, Config, ModelConfig
 from fastgpt.data import TokenLoader
-from fastgpt.flops import Shape
 from fastgpt.training.step import autocast
 
 BACKENDS = {
@@ -68,7 +68,7 @@ class Setup:
         return {
             "model": self.model,
             "shape": asdict(self.shape),
-            "parameters": flops.n_params(self.shape, positions=False),
+            "parameters": anatomy.n_params(self.shape, positions=False),
             "batch_size": self.batch_size,
             "seq": self.seq,
             "grad_accum": self.grad_accum,

@@ -11,18 +11,13 @@ from collections import defaultdict
 from dataclasses import asdict, replace
 from typing import Any
 
-from fastgpt import hardware, roofline
+from fastgpt import roofline
+from fastgpt.anatomy import Shape
 from fastgpt.ceilings import Ceilings
 from fastgpt.config import PLAIN
-from fastgpt.flops import Shape, Work
-from fastgpt.operations import AS_SHIPPED, Fusions, Operation, operations
+from fastgpt.flops import Work
+from fastgpt.operations import AS_SHIPPED, Fusions, Operation, arithmetics, operations
 from fastgpt.profiling import StepProfile
-
-
-def arithmetics(precision: str) -> tuple[str, ...]:
-    """Of hardware.ARITHMETICS: what a step at this --precision computes its matmuls in. MFU is of the first one's peak."""
-    rest = (PLAIN[precision],) if precision in PLAIN else ()
-    return hardware.arithmetic_of(precision), *rest
 
 
 def needed(

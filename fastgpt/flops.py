@@ -3,51 +3,22 @@
 N counts parameters, L blocks, C the width, T the tokens of a sequence, V the vocabulary. A matmul weight costs 2 FLOP
 per token forward and 4 backward, hence the 6. Attention in one block is two T x T matmuls forward and four backward, 2C
 FLOP per query and key each, hence the 12; a causal query sees (T + 1) / 2 keys on average. Norms, GELU, softmax and the
-optimizer count for nothing here: their roof is memory. Plain integers, nothing imported from the model.
+optimizer count for nothing here: their roof is memory. The sizes are those of fastgpt/anatomy.py, whose parts are added up;
+the closed forms of the docstrings are GPT-2's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from fastgpt import anatomy
+from fastgpt.anatomy import Shape, matmul_params, n_params
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The integers that a GPT-2's FLOPs depend on; ``Shape.of`` takes them from any config with these names."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    vocab_size: int
-    bias: bool = False
-
-    @classmethod
-    def of(cls, config: Any) -> Shape:
-        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
-        return cls(**{name: getattr(config, name) for name in names})
-
-
-GPT2_124M = Shape(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
-GPT2_40M = Shape(n_layer=12, n_head=12, n_embd=384, block_size=1024, vocab_size=50304)
-
-
-def n_params(shape: Shape, *, positions: bool = True) -> int:
-    """Every parameter once (the head shares the token embedding). ``positions=False`` is nanoGPT's N.
-
-    L (12 C^2 + 2C) + C + VC [+ TC]; with bias also L (11C) + C.
-    """
-    L, C = shape.n_layer, shape.n_embd
-    per_block = 12 * C * C + 2 * C + (11 * C if shape.bias else 0)  # 3C + C + 4C + C in the linears, 2C in the norms
-    final_norm = 2 * C if shape.bias else C
-    return L * per_block + final_norm + shape.vocab_size * C + (shape.block_size * C if positions else 0)
-
-
-def matmul_params(shape: Shape) -> int:
-    """Weights that each token is multiplied by: 12LC^2 + VC. The embedding counts once, as head; lookups are free."""
-    return 12 * shape.n_layer * shape.n_embd**2 + shape.vocab_size * shape.n_embd
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
 
 
 def attended_keys(T: int, *, causal: bool = True, tile: int = 1) -> float:
@@ -57,20 +28,24 @@ def attended_keys(T: int, *, causal: bool = True, tile: int = 1) -> float:
     """
     if not causal:
         return float(T)
-    n = -(-T // tile)
+    n = cdiv(T, tile)
     return tile * tile * n * (n + 1) / 2 / T
+
+
+def _attention_width(shape: Shape) -> int:
+    """LC: columns of the queries of all blocks together."""
+    attention = anatomy.of(shape).attention
+    return attention.count * attention.width
 
 
 def palm(shape: Shape, T: int | None = None) -> float:
     """6N + 12LCT per token, N without positions: nanoGPT's and PaLM's (Chowdhery et al. 2022, appendix B)."""
-    T = T or shape.block_size
-    return 6 * n_params(shape, positions=False) + 12 * shape.n_layer * shape.n_embd * T
+    return 6 * n_params(shape, positions=False) + 12 * _attention_width(shape) * (T or shape.block_size)
 
 
 def causal(shape: Shape, T: int | None = None) -> float:
     """6N + 6LCT per token: palm with half the attention. llm.c's, but for its N, which has the positions in it."""
-    T = T or shape.block_size
-    return 6 * n_params(shape, positions=False) + 6 * shape.n_layer * shape.n_embd * T
+    return 6 * n_params(shape, positions=False) + 6 * _attention_width(shape) * (T or shape.block_size)
 
 
 def exact(shape: Shape, T: int | None = None, *, is_causal: bool = True) -> float:
@@ -79,7 +54,7 @@ def exact(shape: Shape, T: int | None = None, *, is_causal: bool = True) -> floa
     ``is_causal=False`` has 12LCT instead: what torch's FlopCounterMode counts for attention written as two matmuls.
     """
     keys = attended_keys(T or shape.block_size, causal=is_causal)
-    return 6 * matmul_params(shape) + 12 * shape.n_layer * shape.n_embd * keys
+    return 6 * matmul_params(shape) + 12 * _attention_width(shape) * keys
 
 
 def hardware(
@@ -99,13 +74,13 @@ def hardware(
     ``tile`` is the kernel's, see ``attended_keys``. ``checkpoint`` adds the forward pass of every block, 24LC^2 + L 4C
     keys; ``recompute_logits`` adds 2VC, for a loss that does not keep them (Wijmans et al. 2024).
     """
-    L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
+    model, LC = anatomy.of(shape), _attention_width(shape)
     keys = attended_keys(T or shape.block_size, causal=is_causal, tile=tile)
-    flops = 6 * matmul_params(shape) + L * (2 + (7 if split_backward else 5)) * 2 * C * keys
+    flops = 6 * matmul_params(shape) + (2 + (7 if split_backward else 5)) * 2 * LC * keys
     if checkpoint:
-        flops += 24 * L * C * C + L * 4 * C * keys
+        flops += 2 * model.block_weights + 4 * LC * keys
     if recompute_logits:
-        flops += 2 * V * C
+        flops += 2 * model.head.weights
     return flops
 
 

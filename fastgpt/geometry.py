@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastgpt import flops, hardware
+from fastgpt import anatomy, hardware
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
 from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, Memory, memory
@@ -134,7 +134,7 @@ def plan(
     divide, naming the nearest that work, and when not even one sequence fits, naming what would.
     """
     if tokens is None:
-        tokens = CHINCHILLA * flops.n_params(flops.Shape.of(model), positions=False)
+        tokens = CHINCHILLA * anatomy.n_params(model, positions=False)
     if tokens < 1:
         raise UserError(f"tokens is {tokens}: it must be at least 1")
     usable = usable_vram(gpu, vram_gb)
@@ -287,7 +287,7 @@ class _Job:
         card = next((gpu for gpu in sorted(hardware.GPUS, key=lambda g: g.vram_gb) if usable_vram(gpu) >= needed), None)
         if card:
             ways.append(f"a card with {card.vram_gb} GB fits it")
-        millions = flops.n_params(flops.Shape.of(self.model), positions=False) / 1e6
+        millions = anatomy.n_params(self.model, positions=False) / 1e6
         return (
             f"micro_batch is 1 and does not fit: one sequence of {self.model.block_size} tokens through {millions:,.0f}M "
             f"parameters ({self.kernels}, {self.precision}) needs {needed / 1e9:.1f} GB, and {where} has "
@@ -330,7 +330,7 @@ def _projected(
         return None
     try:
         return project(
-            flops.Shape.of(model),
+            anatomy.Shape.of(model),
             gpu,
             kernels=kernels,
             precision=precision,

@@ -12,10 +12,11 @@ Letters as in flops.py, N = micro_batch x T tokens, s = bytes of the compute dty
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from fastgpt import flops
+from fastgpt import anatomy
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 
@@ -23,10 +24,10 @@ KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
 """nanoGPT under torch.compile; fastgpt's model in plain PyTorch, under torch.compile, and on the Triton kernels."""
 
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp16-fast": 2, "fp8": 2}
-"""Bytes of the compute dtype per ``--precision``; of a weight in fp8 there are two copies of one byte."""
+"""Bytes of the compute dtype per ``--precision``; fp8 keeps two copies of a weight, of one byte each."""
 
 LOGITS_BUDGET = 256 * 2**20
-"""Most that the logits of one chunk take: fused_cross_entropy.LOGITS_BUDGET, repeated so that no kernel is imported."""
+"""Most bytes that the logits of one chunk take: fused_cross_entropy.LOGITS_BUDGET, repeated so that no kernel is imported."""
 
 CUBLAS_WORKSPACE = 8_519_680
 """PyTorch's cuBLAS workspace before Hopper: 2 x 4096 KiB + 8 x 16 KiB per handle and stream (CUDABlas, seen as such in
@@ -41,8 +42,8 @@ FRAGMENTATION = 0.015
 reports: 0.9% (nanoGPT#391), 0.4% (transformers#3360)."""
 
 
-class Saved(NamedTuple):
-    """What autograd keeps from the end of forward on, parameters and their working copies apart."""
+class SavedForBackward(NamedTuple):
+    """What autograd keeps from the end of forward on, excluding parameters and their working copies."""
 
     activations: int  # embeddings, blocks, final norm
     loss: int
@@ -82,28 +83,33 @@ class Memory:
         return {**named, "fragmentation": self.fragmentation}
 
 
-def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str = "bf16") -> Saved:
+def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str = "bf16") -> SavedForBackward:
     """Bytes that autograd saves in one forward pass on a GPU (docs/memory.md, 2 and 3). Dropout masks are bool there.
 
     Raises UserError for kernels, precision or micro_batch that do not exist.
     """
-    s = _compute_size(kernels, precision, micro_batch)
-    L, H, C, T, V = model.n_layer, model.n_head, model.n_embd, model.block_size, model.vocab_size
+    check_step(kernels, precision, micro_batch)
+    s, parts = SIZES[precision], anatomy.of(model)
+    C, T, V = model.n_embd, model.block_size, model.vocab_size
     N = micro_batch * T
     # Per norm: eager and the kernels keep its input, mean and 1/std; Inductor the normalised input and 1/(std C).
-    norm = 4 * C + (4 if _compiled(kernels) else 8)
-    # Norm output, q, k and v, attention output, log-sum-exp; norm output, input and output of the GELU.
-    block = 2 * norm + s * (C + 3 * C + C) + 4 * H + s * (C + 4 * C + 4 * C)
-    activations = N * (L * block + norm)
+    norms = sum(norm.count * (4 * norm.width + (4 if _compiled(kernels) else 8)) for norm in parts.norms)
+    # The input of every linear: norm output, attention output, norm output, GELU output. The outputs that attention (q, k and
+    # v) and the GELU read; the norms' residual sum is kept instead of a branch. Attention's log-sum-exp.
+    linears = sum(
+        linear.count * (linear.n_in + (linear.n_out if linear.sink in ("attention", "activation") else 0))
+        for linear in parts.block_linears
+    )
+    activations = N * (norms + s * linears + 4 * parts.attention.count * parts.attention.heads)
     if kernels == "triton":  # ids in 32 bits; seeds instead of masks; the loss's gradients instead of its inputs
-        return Saved(activations + 4 * N, 4 * N * C + 4 * V * C)
+        return SavedForBackward(activations + 4 * N, 4 * N * C + 4 * V * C)
     activations += 8 * N + 8 * T  # token ids and positions
     if model.dropout:
-        activations += N * C * (1 + 2 * L)
+        activations += N * C * sum(norm.count for norm in parts.norms)  # each norm but the first, and the embedding
     activations += N * s * C  # the final norm's output: the head's operand
     if kernels == "eager":  # log-probabilities in fp32, and targets
-        return Saved(activations, 4 * N * V + 8 * N)
-    return Saved(activations, s * N * V + 8 * N)  # logits; each row's largest and log-sum-exp
+        return SavedForBackward(activations, 4 * N * V + 8 * N)
+    return SavedForBackward(activations, s * N * V + 8 * N)  # logits; each row's largest and log-sum-exp
 
 
 def memory(
@@ -120,18 +126,19 @@ def memory(
     ``kernels`` is one of KERNELS, ``precision`` one of SIZES; ``workspace``: cuBLAS's per handle. Counts
     DistributedDataParallel's buckets for world_size > 1. Raises UserError for values that do not exist.
     """
-    s = _compute_size(kernels, precision, micro_batch)
-    L, C, V, N = model.n_layer, model.n_embd, model.vocab_size, micro_batch * model.block_size
     kept = saved(model, micro_batch=micro_batch, kernels=kernels, precision=precision)
-    params = flops.n_params(flops.Shape.of(model))
+    s, parts = SIZES[precision], anatomy.of(model)
+    C, V, N = model.n_embd, model.vocab_size, micro_batch * model.block_size
+    params = anatomy.n_params(model)
 
     low = 0 if precision == "fp32" else s
-    # Of biases the kernels keep no copy.
-    in_blocks = L * (12 * C * C + (9 * C if model.bias and kernels != "triton" else 0))
-    head_copy = low * V * C  # triton casts the head inside the loss, and frees the copy with it
+    in_blocks = parts.block_weights
+    if kernels != "triton":  # the kernels keep no copy of biases
+        in_blocks = sum(linear.n_params for linear in parts.block_linears)
+    head_copy = low * parts.head.weights  # triton casts the head inside the loss, and frees the copy with it
     copies = low * in_blocks + (0 if kernels == "triton" else head_copy)
 
-    head = 4 * V * C  # the head's gradient in fp32
+    head = 4 * parts.head.weights  # the head's gradient in fp32
     if kernels == "eager":
         loss = 12 * N * V + 8 * N  # log-probabilities, their gradient, that of the logits
         last = 2 * head  # the embedding's gradient beside the head's: one parameter
@@ -147,7 +154,7 @@ def memory(
         loss = max((2 + held) * logits, (1 + held) * logits + head_copy + head + s * N * C) + 8 * N
         last = 4 * params  # a compiled backward returns every gradient at once
     # Gradients of the residual stream, of a branch, and of the GELU's output and input.
-    temporaries = N * (4 * C + s * (C + 8 * C))
+    temporaries = N * (4 * C + s * (C + 2 * parts.hidden))
 
     moments = {
         "loss": (kept.activations, loss, 0),
@@ -173,11 +180,10 @@ def _compiled(kernels: str) -> bool:
     return kernels in ("compile", "nanogpt-compile")
 
 
-def _compute_size(kernels: str, precision: str, micro_batch: int) -> int:
-    if kernels not in KERNELS:
-        raise UserError(f"kernels is {kernels!r}: it can be {', '.join(KERNELS)}")
-    if precision not in SIZES:
-        raise UserError(f"precision is {precision!r}: it can be {', '.join(SIZES)}")
+def check_step(kernels: str, precision: str, micro_batch: int, precisions: Iterable[str] = tuple(SIZES)) -> None:
+    """Raise UserError for kernels, a precision or a micro_batch that do not exist."""
+    for name, value, known in (("kernels", kernels, KERNELS), ("precision", precision, precisions)):
+        if value not in known:
+            raise UserError(f"{name} is {value!r}: it can be {', '.join(known)}")
     if micro_batch < 1:
         raise UserError(f"micro_batch is {micro_batch}: it must be at least 1")
-    return SIZES[precision]

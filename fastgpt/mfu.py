@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgpt import flops, hardware
+from fastgpt import anatomy, flops, hardware
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class StepMeter:
     @classmethod
     def for_shape(
         cls,
-        shape: flops.Shape,
+        shape: anatomy.Shape,
         device: torch.device | str,
         precision: str,
         *,

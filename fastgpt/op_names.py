@@ -12,8 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastgpt.flops import Shape
-from fastgpt.operations import GAPS, LINEARS
+from fastgpt import anatomy
+from fastgpt.anatomy import Shape
+from fastgpt.operations import GAPS
 
 STEP, DATA, OPTIMIZER = "fastgpt::step", "fastgpt::data", "fastgpt::optimizer"
 """Ranges that the profiled step has to carry (torch.profiler.record_function)."""
@@ -78,10 +79,8 @@ class Namer:
     """Names the operation that a stack of frames belongs to, in a model of this shape with ``rows`` = B T tokens."""
 
     def __init__(self, shape: Shape, rows: int):
-        C, V = shape.n_embd, shape.vocab_size
-        self.rows, self.vocab_size = rows, V
-        sizes = ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, V))
-        self.linears = dict(zip(LINEARS, sizes))
+        self.rows, self.vocab_size = rows, shape.vocab_size
+        self.linears = {linear.name: (linear.n_in, linear.n_out) for linear in anatomy.of(shape).linears}
         """Name -> (in, out)."""
 
     def __call__(self, stack: Sequence[Event]) -> tuple[str | None, Event]:
@@ -149,7 +148,7 @@ class Namer:
         return self._role(m, k, n, backward) or UNTOLD_GEMM
 
     def _template(self, dims: list[tuple[int, ...]], backward: bool) -> str | None:
-        """Inductor's own GEMM: its arguments in whatever order."""
+        """Inductor's own GEMM, whose arguments come in any order."""
         flat = {(math.prod(d[:-1]), d[-1]) for d in dims}
         roles = {self._role(m, k, n, backward) for m, k in flat for k2, n in flat if k == k2 and (m, n) in flat} - {
             None

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import common, flops, hardware
+from fastgpt import anatomy, common, hardware
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
 from fastgpt.geometry import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
@@ -173,7 +173,7 @@ def _card(asked: PlanConfig) -> tuple[hardware.Gpu | None, float | None]:
 
 def _head(best: RunPlan, card: hardware.Gpu | None, vram_gb: float | None) -> str:
     model = best.model
-    parameters = flops.n_params(flops.Shape.of(model), positions=False)
+    parameters = anatomy.n_params(model, positions=False)
     on_box = vram_gb if vram_gb is not None else card.vram_gb if card else 0
     total = on_box * 2**30
     margin = MARGIN * total
@@ -229,7 +229,7 @@ def _number(value: float | None, digits: int = 0) -> str:
 def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> list[str]:
     """What a reader has to know about the table's figures."""
     some = next(iter(plans.values()))
-    per_parameter = some.tokens / flops.n_params(flops.Shape.of(some.model), positions=False)
+    per_parameter = some.tokens / anatomy.n_params(some.model, positions=False)
     notes = []
     if some.precision in EXPERIMENTAL:
         notes.append(f"{some.precision} is experimental: no GPU has confirmed it yet.")

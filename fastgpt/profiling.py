@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
-from fastgpt.flops import Shape
 from fastgpt.op_names import COPY, DATA, GAPS, HOST, KERNEL, LAUNCH, STEP, Event, Namer
 
 IS = "fastgpt::is "
@@ -47,7 +47,7 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Operation:
+class ProfiledOperation:
     """All of one operation in a step. ``kernels``: what ran for it, by name, in ms (the host's operations on a CPU)."""
 
     name: str
@@ -61,7 +61,7 @@ class StepProfile:
     """One step: ``operations`` (gaps among them, longest first) and ``unaccounted`` add up to ``wall_ms``."""
 
     wall_ms: float
-    operations: tuple[Operation, ...]
+    operations: tuple[ProfiledOperation, ...]
     unaccounted: dict[str, float]
     """Time in what no rule knows, by name, in ms."""
     launches: int | None
@@ -237,9 +237,11 @@ class _Tally:
             self.calls[name].add(id(frame))
             self.kernels[name][stack[-1].name] += microseconds
 
-    def operations(self) -> tuple[Operation, ...]:
+    def operations(self) -> tuple[ProfiledOperation, ...]:
         return tuple(
-            Operation(name, len(self.calls[name]), us / 1e3, dict(list(_longest_ms(self.kernels[name]).items())[:5]))
+            ProfiledOperation(
+                name, len(self.calls[name]), us / 1e3, dict(list(_longest_ms(self.kernels[name]).items())[:5])
+            )
             for name, us in sorted(self.time.items(), key=lambda item: -item[1])
             if us > 0
         )

@@ -16,8 +16,8 @@ from functools import lru_cache
 from typing import Any
 
 from fastgpt import flops, hardware
+from fastgpt.anatomy import GPT2_124M, Shape
 from fastgpt.common import UserError
-from fastgpt.flops import GPT2_124M, Shape
 from fastgpt.hardware import NANOGPT_PEAK, Gpu
 from fastgpt.operations import operations
 from fastgpt.step_time import CONSTANTS, Constants, OperationTime, step_ms, step_times

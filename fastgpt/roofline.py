@@ -3,16 +3,17 @@
 The roof of an operation is the later of two limits: its matmul FLOPs at the device's matmul rate, and the bytes that it has
 to move at the device's bandwidth (Williams et al. 2009). FLOPs and bytes are those of fastgpt/flops.py, summed over a step:
 least figures, each input read once and each output written once. An operation that a fused step does not need (casts, adds
-apart from the norm) has no work, so all of its time counts as a gap.
+outside the norm) has no work, so all of its time counts as a gap.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastgpt import flops
+from fastgpt import anatomy, flops
+from fastgpt.anatomy import Shape
 from fastgpt.ceilings import Ceilings
-from fastgpt.flops import Shape, Work
+from fastgpt.flops import Work
 from fastgpt.op_names import GAPS
 from fastgpt.operations import LINEARS
 from fastgpt.profiling import StepProfile
@@ -32,7 +33,7 @@ class Roofs:
 
 
 @dataclass(frozen=True)
-class Row:
+class JudgedOperation:
     """One operation of a profiled step beside its roof. ``flops`` and ``bytes`` are None where nothing is counted."""
 
     name: str
@@ -69,8 +70,9 @@ def step_work(
     eager does it apart, as pointwise work. ``one_pass_loss``: dlogits overwrite logits as they are read (triton).
     ``distinct``: different tokens in a micro-batch, for the embedding's rows; all by default.
     """
-    L, C, V, H = shape.n_layer, shape.n_embd, shape.vocab_size, shape.n_head
-    rows, D = B * T, shape.n_embd // shape.n_head
+    model = anatomy.of(shape)
+    attention, rows = model.attention, B * T
+    L, C, V = shape.n_layer, shape.n_embd, shape.vocab_size
     distinct = min(rows, V) if distinct is None else distinct
     stream = (size + 4) // 2  # a norm touches as many elements of the fp32 residual stream as of activations
     work: dict[str, Work] = {}
@@ -79,25 +81,26 @@ def step_work(
         before = work.get(name, Work(0, 0))
         work[name] = Work(before.flops + one.flops * times, before.bytes + one.bytes * times)
 
-    sizes = ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C), (C, V))
-    for name, (K, N) in zip(LINEARS, sizes):
-        head = name == "head"
-        times, grad_size = (1, 4 if one_pass_loss else size) if head else (L, size)
-        add(f"{name} forward", flops.linear_forward(rows, N, K, size, bias=shape.bias and not head), times)
-        add(f"{name} dX", flops.linear_input_grad(rows, N, K, size), times)
-        add(f"{name} dW", flops.linear_weight_grad(rows, N, K, size, grad_size=grad_size), times)
-    add("attention forward", flops.attention_forward(B, T, H, D, size), L)
-    add("attention backward", flops.attention_backward(B, T, H, D, size), L)
+    for linear in model.linears:
+        N, K = linear.n_out, linear.n_in
+        grad_size = 4 if one_pass_loss and linear.sink == "loss" else size
+        add(f"{linear.name} forward", flops.linear_forward(rows, N, K, size, bias=linear.bias), linear.count)
+        add(f"{linear.name} dX", flops.linear_input_grad(rows, N, K, size), linear.count)
+        add(f"{linear.name} dW", flops.linear_weight_grad(rows, N, K, size, grad_size=grad_size), linear.count)
+    heads = (B, T, attention.heads, attention.head_dim, size)
+    add("attention forward", flops.attention_forward(*heads), attention.count)
+    add("attention backward", flops.attention_backward(*heads), attention.count)
     bias = shape.bias
     add("norms forward", flops.layer_norm_forward(rows, C, stream, bias=bias))  # the first one has no residual yet
     add("norms backward", flops.layer_norm_backward(rows, C, stream, bias=bias))
-    add("norms forward", flops.layer_norm_forward(rows, C, stream, residual=fused, bias=bias), 2 * L)
-    add("norms backward", flops.layer_norm_backward(rows, C, stream, residual=fused, bias=bias), 2 * L)
+    behind_a_branch = sum(norm.count for norm in model.norms) - 1
+    add("norms forward", flops.layer_norm_forward(rows, C, stream, residual=fused, bias=bias), behind_a_branch)
+    add("norms backward", flops.layer_norm_backward(rows, C, stream, residual=fused, bias=bias), behind_a_branch)
     add("pointwise", Work(0, 0))
     if not fused:  # x + branch, and the sum of its two gradients
-        add("pointwise", Work(0, rows * C * ((size + 8) + 12)), 2 * L)
-    add("GELU forward", Work(0, 2 * rows * 4 * C * size), L)
-    add("GELU backward", Work(0, 3 * rows * 4 * C * size), L)
+        add("pointwise", Work(0, rows * C * ((size + 8) + 12)), behind_a_branch)
+    add("GELU forward", Work(0, 2 * rows * model.hidden * size), L)
+    add("GELU backward", Work(0, 3 * rows * model.hidden * size), L)
     if one_pass_loss:
         forward = flops.cross_entropy(rows, V, size, grad=False)
         add("loss", Work(0, forward.bytes + rows * V * size))
@@ -107,22 +110,24 @@ def step_work(
         add("embedding", flops.embedding_forward(table_rows, different, C, 4))
         add("embedding", flops.embedding_backward(table_rows, different, C, 4))
     work = {name: Work(w.flops * grad_accum, w.bytes * grad_accum) for name, w in work.items()}
-    params = flops.n_params(shape)
+    params = anatomy.n_params(shape)
     work["gradient accumulation"] = Work(0, 12 * params * (grad_accum - 1))
-    copied = 12 * L * C * C + V * C if fused and one_pass_loss and size < 4 else 0  # the working copy of the matrices
+    copied = (
+        anatomy.matmul_params(shape) if fused and one_pass_loss and size < 4 else 0
+    )  # the working copy of the matrices
     optimizer = flops.adamw(params)
     work["optimizer"] = Work(0, optimizer.bytes + copied * size)
     return work
 
 
-def judge(profile: StepProfile, work: dict[str, Work], roofs: Roofs) -> list[Row]:
+def judge(profile: StepProfile, work: dict[str, Work], roofs: Roofs) -> list[JudgedOperation]:
     """Every operation of a step beside its roof, longest first; what has no name comes last, as "unaccounted"."""
     rows = []
     for op in profile.operations:
         todo = work.get(op.name)
         roof = _roof(todo, roofs)
         rows.append(
-            Row(
+            JudgedOperation(
                 name=op.name,
                 calls=op.calls,
                 ms=op.ms,
@@ -138,7 +143,7 @@ def judge(profile: StepProfile, work: dict[str, Work], roofs: Roofs) -> list[Row
     unknown = sum(profile.unaccounted.values())
     if unknown:
         count, share = len(profile.unaccounted), unknown / profile.wall_ms
-        rows.append(Row("unaccounted", count, unknown, share, None, None, None, None, None, unknown))
+        rows.append(JudgedOperation("unaccounted", count, unknown, share, None, None, None, None, None, unknown))
     return rows
 
 

@@ -22,8 +22,8 @@ from functools import lru_cache
 from typing import Any
 
 from fastgpt import hardware
+from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
-from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
 from fastgpt.operations import AS_SHIPPED, GAPS, Fusions, Operation, cdiv, operations
 

@@ -11,9 +11,9 @@ import torch
 from bench import ablation, ablation_measure, results
 from bench.ablation_variants import VARIANTS, Variant
 from fastgpt import hardware
+from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import load_preset
-from fastgpt.flops import Shape
 from fastgpt.operations import AS_SHIPPED, Fusions
 from fastgpt.projection import project
 

@@ -12,9 +12,9 @@ import torch
 from bench import elsewhere, mfu, mfu_tables, step_profile
 from bench.step_profile import Setup, mfu_figures
 from fastgpt import common, hardware
+from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig, Precision
-from fastgpt.flops import GPT2_40M, GPT2_124M, Shape
 from tests.mfu_run import AUDIT_ROW, CEILINGS, TINY, quick, result
 
 __all__ = ["quick", "result"]  # fixtures

@@ -9,8 +9,8 @@ import torch
 from bench import mfu, mfu_tables, step_profile, timing
 from bench.step_profile import Setup
 from fastgpt import hardware
+from fastgpt.anatomy import Shape
 from fastgpt.config import EXPERIMENTAL, ModelConfig
-from fastgpt.flops import Shape
 from fastgpt.operations import GAPS, operations
 from fastgpt.training.step import usable_precision
 from tests.mfu_run import CEILINGS, INTERPRETED, TINY, quick_run

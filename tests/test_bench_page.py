@@ -14,7 +14,7 @@ import pytest
 
 from bench import mfu_tables, page, pictures
 from fastgpt import hardware, roofline
-from fastgpt.flops import GPT2_124M
+from fastgpt.anatomy import GPT2_124M
 from fastgpt.op_names import GAPS
 from tests.mfu_run import result
 

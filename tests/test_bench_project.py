@@ -10,7 +10,7 @@ from rich.console import Console
 from bench import entries, project, project_compare
 from fastgpt import common
 from fastgpt.common import UserError
-from fastgpt.operations import KERNELS
+from fastgpt.memory import KERNELS
 from fastgpt.projection import (
     ANCHORS,
     FITTED_CLOCKS,

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt import flops
+from fastgpt import anatomy, flops
+from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
 from fastgpt.config import ModelConfig
-from fastgpt.flops import GPT2_40M, GPT2_124M, Shape
 from fastgpt.model import GPT
 
 SHAPES = [
@@ -44,8 +44,8 @@ def test_exact_is_what_torch_counts_of_our_model(shape):
     assert counted(loss, shape) == flops.exact(shape, is_causal=False)
     half = max(1, shape.block_size // 2)
     assert counted(loss, shape, T=half) == flops.exact(shape, T=half, is_causal=False)
-    assert model.n_params(positions=True) == flops.n_params(shape)
-    assert model.n_params() == flops.n_params(shape, positions=False)
+    assert model.n_params(positions=True) == anatomy.n_params(shape)
+    assert model.n_params() == anatomy.n_params(shape, positions=False)
 
 
 # A GPT of nothing but matmuls, with the attention under test and no causal shortcut that the counter cannot see.
@@ -146,16 +146,16 @@ def test_published_figures():
 
     assert (mega(flops.palm(GPT2_124M)), mega(flops.palm(GPT2_40M))) == (854.8, 300.0)
     assert mega(flops.exact(GPT2_124M)) == 798.1
-    assert mega(6 * flops.matmul_params(GPT2_124M)) == 741.4
-    assert flops.n_params(GPT2_40M, positions=False) == 40_560_000
-    assert round(flops.n_params(GPT2_124M, positions=False) / 1e6, 2) == 123.59
+    assert mega(6 * anatomy.matmul_params(GPT2_124M)) == 741.4
+    assert anatomy.n_params(GPT2_40M, positions=False) == 40_560_000
+    assert round(anatomy.n_params(GPT2_124M, positions=False) / 1e6, 2) == 123.59
     gpt2 = Shape(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True)
-    assert flops.n_params(gpt2) == 124_439_808  # OpenAI's checkpoint
+    assert anatomy.n_params(gpt2) == 124_439_808  # OpenAI's checkpoint
     # llm.c: causal, with the positions in N
     llm_c = Shape(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, bias=True)
-    assert mega(flops.causal(llm_c) + 6 * (flops.n_params(llm_c) - flops.n_params(llm_c, positions=False))) == 803.5
+    assert mega(flops.causal(llm_c) + 6 * (anatomy.n_params(llm_c) - anatomy.n_params(llm_c, positions=False))) == 803.5
     # causal attention of 124M: 66 MFLOP per token with the fewest matmuls, 85 with split loops
-    gemms = 6 * flops.matmul_params(GPT2_124M)
+    gemms = 6 * anatomy.matmul_params(GPT2_124M)
     assert mega(flops.hardware(GPT2_124M, split_backward=False) - gemms) == 66.1
     assert mega(flops.hardware(GPT2_124M) - gemms) == 85.0
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastgpt import flops, hardware
-from fastgpt.flops import GPT2_40M, GPT2_124M
+from fastgpt.anatomy import GPT2_40M, GPT2_124M
 from fastgpt.mfu import StepMeter
 
 TOKENS = 1000

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import flops, operations
+from fastgpt import anatomy, flops, operations
+from fastgpt.anatomy import GPT2_124M, Shape
 from fastgpt.common import UserError
-from fastgpt.flops import GPT2_124M, Shape
-from fastgpt.operation_types import Sizes
-from fastgpt.operations import AS_SHIPPED, GROUPS, KERNELS, LINEARS, PASSES, Fusions
-from fastgpt.operations_linear import fp8_group
+from fastgpt.memory import KERNELS
+from fastgpt.operations import AS_SHIPPED, GROUPS, LINEARS, PASSES, Fusions, StepSizes, fp8_group
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,7 +41,7 @@ def named(ops, name):
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_matmul_flops_are_six_per_weight_and_token(kernels):
     tokens = B * SHAPE.block_size
-    assert total(step(kernels), "flops", accum=1, kind="matmul") == 6 * flops.matmul_params(SHAPE) * tokens
+    assert total(step(kernels), "flops", accum=1, kind="matmul") == 6 * anatomy.matmul_params(SHAPE) * tokens
 
 
 @pytest.mark.parametrize("kernels", ["eager", "compile", "nanogpt-compile"])
@@ -121,8 +120,10 @@ def test_the_loss_holds_logits_twice_in_eager_once_in_compile_and_in_chunks_in_t
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_optimizer_reads_and_writes_every_parameter_once_a_step(kernels):
     update = named(step(kernels), "clip and AdamW")
-    least = flops.adamw(flops.n_params(SHAPE)).bytes
-    extra = 2 * flops.matmul_params(SHAPE) if kernels == "triton" else 8 * flops.n_params(SHAPE)  # copies; clip scales
+    least = flops.adamw(anatomy.n_params(SHAPE)).bytes
+    extra = (
+        2 * anatomy.matmul_params(SHAPE) if kernels == "triton" else 8 * anatomy.n_params(SHAPE)
+    )  # copies; clip scales
     assert update.bytes == least + extra
     assert update.executions(grad_accum=64) == 1
 
@@ -132,7 +133,7 @@ def test_gradients_are_added_for_every_micro_batch_but_the_first(kernels):
     added = named(step(kernels), "gradients added")
     in_place = kernels == "triton"  # all but the head's, whose chunks make a gradient of their own, and the norms'
     outside = SHAPE.vocab_size * SHAPE.n_embd + (2 * SHAPE.n_layer + 1) * SHAPE.n_embd
-    assert added.bytes == 12 * (outside if in_place else flops.n_params(SHAPE))
+    assert added.bytes == 12 * (outside if in_place else anatomy.n_params(SHAPE))
     assert [added.executions(accum) for accum in (1, 2, 64)] == [0, 1, 63]
 
 
@@ -355,7 +356,7 @@ def test_heads_are_cut_into_the_groups_that_attention_writes_in_fp8():
 
     for D in (16, 32, 48, 64, 80, 96, 128, 192, 256):
         shape = Shape(n_layer=1, n_head=2, n_embd=2 * D, block_size=64, vocab_size=64)
-        assert fp8_group(Sizes(shape, "triton", "fp8", 1, 64, 0.0, 46)) == group_size(D)
+        assert fp8_group(StepSizes(shape, "triton", "fp8", 1, 64, 0.0, 46)) == group_size(D)
 
 
 @pytest.mark.parametrize("rows", [1, 100, 2048, 8192, 16384, 65536])

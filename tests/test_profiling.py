@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bench.step_profile import Runner, Setup, random_tokens, record
+from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
-from fastgpt.flops import Shape
 from fastgpt.op_names import (
     COPY,
     DATA,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import flops, hardware, projection
+from fastgpt import anatomy, flops, hardware, projection
 from fastgpt.common import UserError
 from fastgpt.config import load_preset
 from fastgpt.projection import ANCHORS, GPT2_40M, GPT2_124M, RUN_40M, RUN_124M, project
@@ -42,7 +42,7 @@ def test_the_runs_have_the_shapes_and_batches_of_their_configs(run, preset):
     assert all(getattr(run.shape, key) == config[key] for key in keys)
     assert run.micro_batch == config["batch_size"] and run.dropout == config["dropout"]
     assert run.tokens_per_step == config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
-    assert run.shape == flops.Shape.of(load_preset(preset).model)
+    assert run.shape == anatomy.Shape.of(load_preset(preset).model)
 
 
 # ---- calibration

@@ -2,12 +2,13 @@
 
 import pytest
 
-from fastgpt import flops, roofline
+from fastgpt import anatomy, flops, roofline
+from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
 from fastgpt.ceilings import Ceilings
-from fastgpt.flops import GPT2_40M, GPT2_124M, Shape, Work
+from fastgpt.flops import Work
 from fastgpt.op_names import GAPS
 from fastgpt.operations import LINEARS
-from fastgpt.profiling import Operation, StepProfile
+from fastgpt.profiling import ProfiledOperation, StepProfile
 from fastgpt.roofline import Roofs, judge, step_work
 
 ROOFS = Roofs(flops_per_second=1e12, bytes_per_second=1e11)
@@ -26,7 +27,7 @@ def test_every_micro_batch_counts_and_the_update_once():
     one, four = (step_work(GPT2_124M, 8, 1024, grad_accum=n) for n in (1, 4))
     for name in one:
         if name == "gradient accumulation":
-            assert one[name].bytes == 0 and four[name].bytes == 3 * 12 * flops.n_params(GPT2_124M)
+            assert one[name].bytes == 0 and four[name].bytes == 3 * 12 * anatomy.n_params(GPT2_124M)
         else:
             factor = 1 if name == "optimizer" else 4
             assert four[name] == Work(one[name].flops * factor, one[name].bytes * factor), name
@@ -50,7 +51,7 @@ def test_a_loss_in_one_pass_moves_the_logits_twice_and_not_three_times():
 
 def test_the_working_copy_belongs_to_the_optimizer_of_our_kernels():
     plain, ours = step_work(GPT2_124M, 8, 1024), step_work(GPT2_124M, 8, 1024, one_pass_loss=True)
-    assert ours["optimizer"].bytes - plain["optimizer"].bytes == 2 * flops.matmul_params(GPT2_124M)
+    assert ours["optimizer"].bytes - plain["optimizer"].bytes == 2 * anatomy.matmul_params(GPT2_124M)
 
 
 def profile(*operations, wall_ms=10.0, unaccounted=None):
@@ -59,7 +60,9 @@ def profile(*operations, wall_ms=10.0, unaccounted=None):
 
 def test_the_nearer_roof_decides_and_the_gap_is_what_it_would_save():
     work = {"qkv forward": Work(2 * 10**9, 10**7), "norms forward": Work(0, 10**8)}
-    rows = judge(profile(Operation("qkv forward", 12, 4.0), Operation("norms forward", 24, 5.0)), work, ROOFS)
+    rows = judge(
+        profile(ProfiledOperation("qkv forward", 12, 4.0), ProfiledOperation("norms forward", 24, 5.0)), work, ROOFS
+    )
     matmul, norm = rows
     assert (matmul.roof_ms, matmul.bound, matmul.achieved, matmul.gap_ms) == (2.0, "compute", 0.5, 2.0)
     assert (norm.roof_ms, norm.bound, norm.achieved, norm.gap_ms) == (1.0, "memory", 0.2, 4.0)
@@ -67,7 +70,9 @@ def test_the_nearer_roof_decides_and_the_gap_is_what_it_would_save():
 
 
 def test_time_without_work_is_all_gap_and_the_unknown_comes_last():
-    found = profile(Operation(GAPS, 0, 3.0), Operation("pointwise", 9, 1.0), unaccounted={"a": 0.5, "b": 0.25})
+    found = profile(
+        ProfiledOperation(GAPS, 0, 3.0), ProfiledOperation("pointwise", 9, 1.0), unaccounted={"a": 0.5, "b": 0.25}
+    )
     gaps, pointwise, unknown = judge(found, {"pointwise": Work(0, 0)}, ROOFS)
     assert (gaps.gap_ms, gaps.roof_ms, gaps.achieved) == (3.0, None, None)
     assert (pointwise.gap_ms, pointwise.bound, pointwise.achieved) == (1.0, None, None)
@@ -75,7 +80,7 @@ def test_time_without_work_is_all_gap_and_the_unknown_comes_last():
 
 
 def test_an_operation_faster_than_memory_has_no_gap():
-    (row,) = judge(profile(Operation("norms forward", 1, 0.5)), {"norms forward": Work(0, 10**8)}, ROOFS)
+    (row,) = judge(profile(ProfiledOperation("norms forward", 1, 0.5)), {"norms forward": Work(0, 10**8)}, ROOFS)
     assert row.achieved == 2.0 and row.gap_ms == 0.0
 
 
@@ -83,7 +88,9 @@ def test_without_a_matmul_rate_a_matmul_has_no_roof_but_a_norm_has():
     ceilings = Ceilings("card", "host", "2.13", 0, copy_gbs=100.0, matmul_tflops={"bf16": None})
     roofs = Roofs.measured(ceilings, "bf16")
     work = {"qkv forward": Work(10**9, 10**7), "norms forward": Work(0, 10**8)}
-    matmul, norm = judge(profile(Operation("qkv forward", 1, 4.0), Operation("norms forward", 1, 5.0)), work, roofs)
+    matmul, norm = judge(
+        profile(ProfiledOperation("qkv forward", 1, 4.0), ProfiledOperation("norms forward", 1, 5.0)), work, roofs
+    )
     assert matmul.roof_ms is None and matmul.achieved is None and norm.roof_ms == pytest.approx(1.0)
 
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from bench import mfu_tables, step_roofs
-from fastgpt import roofline
+from fastgpt import operations, roofline
+from fastgpt.anatomy import GPT2_124M
 from fastgpt.ceilings import Ceilings
-from fastgpt.flops import GPT2_124M, Work
+from fastgpt.flops import Work
 from fastgpt.op_names import GAPS
-from fastgpt.profiling import Operation, StepProfile
+from fastgpt.profiling import ProfiledOperation, StepProfile
 
 B, T = 8, 1024
 M, C = B * T, GPT2_124M.n_embd
@@ -18,7 +19,7 @@ CEILINGS = Ceilings("a card", "host", "2.13", 0, copy_gbs=400.0, matmul_tflops=R
 
 
 def profile(*names):
-    return StepProfile(9e3, tuple(Operation(name, 1, 1e3) for name in names), {}, None, 0.0)
+    return StepProfile(9e3, tuple(ProfiledOperation(name, 1, 1e3) for name in names), {}, None, 0.0)
 
 
 def needed(precision, *names, kernels="triton", compiled=False, shape=GPT2_124M, grad_accum=1):
@@ -37,7 +38,7 @@ def judged(precision, *names, ceilings=CEILINGS):
     [("fp32", ("fp32",)), ("bf16", ("bf16",)), ("fp8", ("fp8", "bf16")), ("fp16-fast", ("fp16_fp16acc", "fp16"))],
 )
 def test_arithmetics_begin_with_the_one_that_mfu_is_a_share_of(precision, expected):
-    assert step_roofs.arithmetics(precision) == expected
+    assert operations.arithmetics(precision) == expected
 
 
 def test_fp8_is_judged_by_its_own_rate_where_it_computes_in_it_and_by_bf16s_elsewhere():
@@ -85,7 +86,7 @@ def test_one_arithmetic_is_judged_as_ever(precision):
     assert needed(precision, *names) == work
     rows = step_roofs.judge(unknown, work, ceilings, GPT2_124M, B, T, precision)
     plain = roofline.judge(unknown, work, roofline.Roofs.measured(ceilings, precision))
-    assert [roofline.Row(**{k: v for k, v in row.items() if k != "arithmetic"}) for row in rows] == plain
+    assert [roofline.JudgedOperation(**{k: v for k, v in row.items() if k != "arithmetic"}) for row in rows] == plain
     assert rows[-1]["name"] == "unaccounted" and {row["arithmetic"] for row in rows[:2]} == {precision}
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fastgpt import hardware, operations, step_time
+from fastgpt.anatomy import GPT2_124M, Shape
 from fastgpt.common import UserError
-from fastgpt.flops import GPT2_124M, Shape
 from fastgpt.operations import Operation
 from fastgpt.step_time import CONSTANTS, Chip, Constants, step_times
 

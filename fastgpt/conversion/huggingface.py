@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt import anatomy
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
 from fastgpt.conversion.nanogpt import load_file
-from fastgpt.conversion.portable import Portable, check, expected, in_fp32, model_config
+from fastgpt.conversion.portable import Portable, check, in_fp32, model_config
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -97,7 +98,7 @@ def read(folder: Path) -> Portable:
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise UserError(f"{folder} has a head that is not tied to its token embedding, which GPT-2's is")
     if not config.bias:
-        names = expected(config)
+        names = anatomy.parameters(config)
         found = {n: t for n, t in found.items() if n in names or not n.endswith(".bias") or t.any()}
     weights = in_fp32(check(source, found, config), notes)
     step = own.get("step", 0)
@@ -116,7 +117,7 @@ def write(folder: Path, portable: Portable) -> None:
     from safetensors.torch import save_file
 
     config = portable.config
-    with_bias = expected(ModelConfig(**{**vars(config), "bias": True}))
+    with_bias = anatomy.parameters(ModelConfig(**{**vars(config), "bias": True}))
     tensors = {}
     for name, shape in with_bias.items():
         tensor = portable.weights.get(name)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt import anatomy
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 
@@ -38,18 +39,10 @@ class Portable:
         return sum(tensor.numel() for tensor in self.weights.values())
 
 
-def expected(config: ModelConfig) -> dict[str, torch.Size]:
-    """{name: shape} of every weight of a model, in the order of its parameters. Allocates nothing."""
-    from fastgpt.model import GPT
-
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in GPT(config).named_parameters()}
-
-
 def check(source: str, weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The weights in the order of the model's parameters. Raises UserError unless they are exactly the model's: no name too
     few, none too many, every shape right."""
-    shapes = expected(config)
+    shapes = anatomy.parameters(config)
     wrong = [f"{name} is missing" for name in shapes if name not in weights]
     wrong += [f"{name} is not GPT-2's" for name in weights if name not in shapes]
     for name in shapes.keys() & weights.keys():
@@ -83,7 +76,7 @@ def in_fp32(weights: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor
 def model_config(source: str, values: Mapping[str, Any]) -> ModelConfig:
     """A ModelConfig of plain values. Raises UserError for one that is missing or of another type."""
     kinds = {"bias": bool, "dropout": (float, int)}
-    fields = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
+    fields = (*anatomy.SHAPE, "dropout")
     for name in fields:
         value = values.get(name)
         kind: Any = kinds.get(name, int)

@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastgpt.anatomy import SHAPE, Shapes, shape_told_by
 from fastgpt.common import UserError
 from fastgpt.doctor import configs, configs_fastgpt
-from fastgpt.doctor.evidence import SHAPE, CheckpointFacts, Place, Unread
+from fastgpt.doctor.evidence import CheckpointFacts, Place, Unread
 from fastgpt.doctor.literals import NotLiteral, checked
 
 FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _NAME = re.compile(r"(?:ckpt|step)-(\d{8,})(?:\.pt)?")
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def is_checkpoint(path: Path, head: bytes) -> bool:
@@ -145,29 +144,13 @@ def _facts(kind: Any, path: Path, said: Mapping[Any, Any], shapes: Shapes) -> Ch
             facts.shape[name] = checked(name, said[name], configs.DEFAULTS[name])
         except NotLiteral as error:
             facts.unread.append(Unread(Place(str(path)), name, str(error)))
-    for name, value in _shape_of(shapes).items():
+    for name, value in shape_told_by(shapes).items():
         if name in facts.shape and facts.shape[name] != value:
             why = f"the checkpoint says {facts.shape[name]}, its tensors {value}: the tensors count"
             facts.unread.append(Unread(Place(str(path)), name, why))
         facts.shape[name] = value
     facts.parameters = _count(shapes) or None
     return facts
-
-
-def _shape_of(shapes: Shapes) -> dict[str, Any]:
-    """What tensors say of the shape: all but the number of heads."""
-    found: dict[str, Any] = {}
-    wte, wpe = shapes.get("transformer.wte.weight", ()), shapes.get("transformer.wpe.weight", ())
-    if len(wte) == 2:
-        found.update(vocab_size=wte[0], n_embd=wte[1])
-    if len(wpe) == 2:
-        found["block_size"] = wpe[0]
-    layers = {int(m[1]) for name in shapes if (m := re.match(r"transformer\.h\.(\d{1,6})\.", name))}
-    if layers:
-        found["n_layer"] = max(layers) + 1
-    if "transformer.ln_f.weight" in shapes:
-        found["bias"] = "transformer.ln_f.bias" in shapes
-    return found
 
 
 def _count(shapes: Shapes) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastgpt import flops
+from fastgpt import anatomy
 from fastgpt.doctor.evidence import Evidence, Place, Setting
 from fastgpt.doctor.figures import Figures, one_line
 from fastgpt.doctor.findings import Finding, check
@@ -71,13 +71,13 @@ def claimed_sizes(figures: Figures) -> list[Claim]:
     return [Claim(value, words, setting.place, _line(setting)) for value, words, setting in claims if value]
 
 
-def agrees(claim: float, shape: flops.Shape) -> bool:
+def agrees(claim: float, shape: anatomy.Shape) -> bool:
     """Whether any usual way of counting gives the claimed size, within 12% (GPT-2 was published as 117M)."""
     counts = (
-        flops.n_params(shape, positions=False),
-        flops.n_params(shape),
-        flops.n_params(shape) + shape.vocab_size * shape.n_embd,  # an untied head
-        12 * shape.n_layer * shape.n_embd**2,  # without embeddings
+        anatomy.n_params(shape, positions=False),
+        anatomy.n_params(shape),
+        anatomy.n_params(shape) + anatomy.of(shape).head.weights,  # an untied head
+        anatomy.of(shape).block_weights,  # without embeddings
     )
     return any(abs(claim / count - 1) <= 0.12 for count in counts)
 

@@ -9,10 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
-"""What a model's tensors depend on, under nanoGPT's names: nanoGPT takes it from the checkpoint on resume, whatever the
-config says."""
-
 
 @dataclass(frozen=True)
 class Place:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt import flops, hardware
+from fastgpt import anatomy, flops, hardware
+from fastgpt.anatomy import Shape
 from fastgpt.config import EXPERIMENTAL, PLAIN
 from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, LogFacts, Place, Setting, clean, possible, shape_of
-from fastgpt.flops import Shape
 from fastgpt.hardware import NANOGPT_PEAK, Gpu
 
 SETTLED = 3000
@@ -211,7 +211,7 @@ def _size(figures: Figures, evidence: Evidence) -> None:
         counted = [evidence.checkpoint.parameters]
     if figures.shape is not None:
         figures.flops_per_token = flops.palm(figures.shape)
-        figures.parameters = flops.n_params(figures.shape, positions=False)
+        figures.parameters = anatomy.n_params(figures.shape, positions=False)
     if counted and (figures.parameters is None or abs(counted[-1] / figures.parameters - 1) > 0.01):
         if figures.shape is not None and evidence.log is not None:
             figures.shape = figures.flops_per_token = None  # the log is of another model than the config

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.doctor.evidence import SHAPE, ConfigFacts, Evidence, Place, clean
+from fastgpt.anatomy import SHAPE
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place, clean
 from fastgpt.doctor.figures import Figures
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware import Gpu
@@ -22,7 +23,7 @@ def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         return
     differing = [
         name
-        for name in SHAPE
+        for name in SHAPE  # nanoGPT takes these from the checkpoint on resume, whatever the config says
         if name in kept.shape and config.get(name) is not None and config.get(name) != kept.shape[name]
     ]
     if kept.kind == "nanogpt" and not config.is_set("vocab_size"):

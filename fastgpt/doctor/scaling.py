@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastgpt import flops
-from fastgpt.flops import GPT2_40M, GPT2_124M, Shape
+from fastgpt import anatomy, flops
+from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
 
 TOKENS_PER_PARAMETER = 20.0
 """Hoffmann et al. 2022, table 3, for models of this size: how to split compute, not when to stop."""
@@ -64,7 +64,7 @@ def offers(shape: Shape, compute: float) -> list[Offer]:
     sizes = [(6, 6, 384), (12, 6, 384), (12, 12, 768), (24, 16, 1024), (36, 20, 1280)]
     for layers, heads, width in [(shape.n_layer, shape.n_head, shape.n_embd), *sizes]:
         other = replace(shape, n_layer=layers, n_head=heads, n_embd=width)
-        size, tokens = flops.n_params(other, positions=False), compute / flops.palm(other)
+        size, tokens = anatomy.n_params(other, positions=False), compute / flops.palm(other)
         found.setdefault(size, Offer(other, size, tokens, HOFFMANN.loss(size, tokens), BESIROGLU.loss(size, tokens)))
     return sorted(found.values(), key=lambda offer: offer.parameters)
 
@@ -87,7 +87,7 @@ class Measured:
 
     @property
     def parameters(self) -> int:
-        return flops.n_params(self.shape, positions=False)
+        return anatomy.n_params(self.shape, positions=False)
 
     def at_compute(self, compute: float) -> tuple[int, float] | None:
         """Last evaluated step whose FLOPs so far do not exceed ``compute``, and its loss."""

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from fastgpt import flops
+from fastgpt import anatomy, flops
+from fastgpt.anatomy import Shape
 from fastgpt.doctor import scaling, vram
 from fastgpt.doctor.comments import agrees, claimed_sizes
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import Figures
 from fastgpt.doctor.findings import Finding, check
-from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
 
 ADAM_BYTES = 16
@@ -39,14 +39,14 @@ def single_change(shape: Shape, wanted: float) -> tuple[str, Shape] | None:
     fitting = [
         (name, other)
         for name, other in candidates
-        if other != shape and abs(flops.n_params(other, positions=False) / wanted - 1) <= 0.08
+        if other != shape and abs(anatomy.n_params(other, positions=False) / wanted - 1) <= 0.08
     ]
     return min(
         fitting,
         default=None,
         key=lambda item: (
             round(abs(math.log(item[1].n_embd / item[1].n_layer / 64)), 1),
-            abs(flops.n_params(item[1], positions=False) - wanted),
+            abs(anatomy.n_params(item[1], positions=False) - wanted),
         ),
     )
 
@@ -108,7 +108,7 @@ def _log_says(evidence: Evidence, figures: Figures) -> tuple[Place, str] | None:
 
 def _consequences(figures: Figures, shape: Shape, other: Shape, gpu: Gpu | None) -> str:
     """What the change does to memory and time."""
-    size, before = flops.n_params(other, positions=False), flops.n_params(shape, positions=False)
+    size, before = anatomy.n_params(other, positions=False), anatomy.n_params(shape, positions=False)
     work = flops.palm(other) / flops.palm(shape)
     text = (
         f"The change gives {millions(size)}. Memory: weights, gradients and AdamW's moments grow from "
@@ -138,7 +138,7 @@ def _advice(change: tuple[str, Shape] | None, batch: str) -> str:
     if change is None:
         return "Correct the comment or the name: no single change of n_embd or n_layer gives the size it claims."
     name, shape = change
-    gives = millions(flops.n_params(shape, positions=False))
+    gives = millions(anatomy.n_params(shape, positions=False))
     return (
         f"{name} = {getattr(shape, name)}    # gives {gives}\n{batch}"
         "in a new out_dir and with init_from = 'scratch' (a resumed nanoGPT run silently keeps the old shape); if the "

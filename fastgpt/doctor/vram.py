@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
+from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 from fastgpt.doctor.figures import Figures
-from fastgpt.flops import Shape
 from fastgpt.hardware import Gpu
 
 
@@ -24,10 +25,9 @@ def needed(shape: Shape, micro_batch: int, figures: Figures) -> int | None:
     from fastgpt import geometry
 
     dropout = figures.config.get("dropout") or 0.0
-    size = (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size, shape.bias)
     precision = "fp32" if figures.precision == "tf32" else figures.precision
     try:
-        model = ModelConfig(*size, dropout if dropout < 1 else 0.0)
+        model = ModelConfig(**asdict(shape), dropout=dropout if dropout < 1 else 0.0)
         return geometry.memory(model, micro_batch=micro_batch, kernels=kernels(figures), precision=precision).total
     except UserError:
         return None

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import common, flops, hellaswag
+from fastgpt import anatomy, common, hellaswag
 from fastgpt.common import UserError
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
@@ -110,7 +110,7 @@ class _Loop:
             self.say(f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)")
         # Read now: a file that cannot be read must not be found out after three days.
         self.hellaswag = hellaswag.load(self.settings.hellaswag) if self.settings.hellaswag else None
-        self.meter = StepMeter.for_shape(flops.Shape.of(config.model), device, self.state.stepper.precision)
+        self.meter = StepMeter.for_shape(anatomy.Shape.of(config.model), device, self.state.stepper.precision)
         self.pending: list[_Pending] = []
         self.losses: list[float] = []  # since the last log line
         self.skipped_in_a_row = 0

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from fastgpt import flops, hardware
+from fastgpt import anatomy, flops, hardware
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL
 from fastgpt.memory import memory
@@ -97,7 +97,7 @@ def _projected(run: Run) -> str:
         return ""
     try:
         step = project(
-            flops.Shape.of(config.model),
+            anatomy.Shape.of(config.model),
             gpu,
             kernels="compile" if config.train.compile and config.train.kernels == "eager" else config.train.kernels,
             precision=run.stepper.precision,

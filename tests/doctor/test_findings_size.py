@@ -2,12 +2,12 @@
 
 import pytest
 
-from fastgpt import flops, geometry
+from fastgpt import anatomy, geometry
+from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
 from fastgpt.config import ModelConfig
 from fastgpt.doctor import scaling
 from fastgpt.doctor.comments import agrees
 from fastgpt.doctor.size import single_change
-from fastgpt.flops import GPT2_40M, GPT2_124M, Shape
 from tests.doctor.runs import REAL, RTX4070, config, examine, log, names, note, only, real, real_report
 
 # --- 1. size -----------------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_the_log_of_another_model_is_believed_over_the_config():
 def test_single_change(shape, wanted, name, value):
     changed = single_change(shape, wanted)
     assert changed is not None and changed[0] == name and getattr(changed[1], name) == value
-    assert abs(flops.n_params(changed[1], positions=False) / wanted - 1) < 0.08
+    assert abs(anatomy.n_params(changed[1], positions=False) / wanted - 1) < 0.08
 
 
 def test_no_single_change_is_claimed_where_there_is_none():

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from fastgpt import hardware
+from fastgpt.anatomy import GPT2_124M
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.figures import compute
-from fastgpt.flops import GPT2_124M, palm
+from fastgpt.flops import palm
 from tests.doctor.runs import RTX4070, config, curve, examine, log, names, note, only, real, real_report
 
 H100, A100 = hardware.lookup("h100"), hardware.lookup("a100")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import audit
-from fastgpt import flops
+from fastgpt import anatomy
 from fastgpt.config import load_preset
 from tests.kernels.test_tuning import in_child
 
@@ -151,7 +151,7 @@ def test_the_grids_of_a_step_are_those_of_its_real_shapes(compiled):
     assert forward["grid"] == [blocks_of_queries * config.model.n_head * config.data.batch_size]
     assert forward["waves"] == pytest.approx(forward["grid"][0] / (46 * forward["blocks_per_sm"]))
     adamw = next(row for row in rows if row["kernel"] == "_adamw_kernel")
-    chunks = flops.n_params(flops.Shape.of(config.model), positions=True) / option(adamw, "CHUNK")
+    chunks = anatomy.n_params(config.model, positions=True) / option(adamw, "CHUNK")
     assert chunks <= adamw["grid"][0] <= chunks + 100, "a chunk is of one parameter"
 
 
