@@ -5,5 +5,9 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.configs"],
     package_dir={"fastgpt.configs": "configs"},
-    package_data={"fastgpt.configs": ["*.toml"], "fastgpt.kernels": ["tables/*.json"]},
+    package_data={
+        "fastgpt.configs": ["*.toml"],
+        "fastgpt.kernels": ["tables/*.json"],
+        "fastgpt.templates": ["*.jinja", "*.css"],
+    },
 )

@@ -16,7 +16,6 @@ from fastgpt.doctor.findings import Finding
 from fastgpt.hardware import Gpu
 
 COLOURS = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
-FIT = "  "  # lines of an explanation that begin with this are a table, and are not wrapped
 
 
 def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
@@ -111,8 +110,13 @@ def _prose(text: str) -> RenderableType:
     """Paragraphs wrap; tables keep their lines."""
     parts: list[RenderableType] = []
     for line in text.split("\n"):
-        parts.append(Text(line, no_wrap=line.startswith(FIT), overflow="ignore" if line.startswith(FIT) else "fold"))
+        parts.append(Text(line, no_wrap=is_table(line), overflow="ignore" if is_table(line) else "fold"))
     return Group(*parts)
+
+
+def is_table(line: str) -> bool:
+    """Whether a line of an explanation belongs to a table, and is not wrapped."""
+    return line.startswith("  ")
 
 
 def is_code(line: str) -> bool:

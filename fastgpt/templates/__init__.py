@@ -1,0 +1,24 @@
+"""HTML pages: one base template and one stylesheet, for the doctor's report and for that of bench.mfu.
+
+A page is one file that needs nothing else: no script, no font, no request to anywhere. Values are escaped where a template
+inserts them, unless they are ``markupsafe.Markup``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def render(template: str, **values: Any) -> str:
+    """The page that a template of this folder makes of these values. A value that it lacks is an error, not a blank."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # only pages need it
+
+    environment = Environment(
+        loader=PackageLoader(__name__, ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(values)
