@@ -16,6 +16,12 @@ class UserError(Exception):
     it and exit with 2."""
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """An exception's message, short enough to be part of one sentence."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
 # ---------------------------------------------------------------- files
 
 

@@ -1,10 +1,10 @@
-"""Text to tokens to batches.
+"""From text to tokens to batches.
 
-``corpora`` finds documents (``readers``: in files, ``hub``: of Hugging Face datasets), ``tokenizer`` turns them into
-ids, ``encoding`` does so on all cores, ``shards`` is the file format, ``preparation`` makes a folder of shards out of a
-corpus once (``manifest``, ``writing``, ``progress``); ``loader`` reads batches from it (``windows``: which and in what order,
-``verification``: that no id is past the vocabulary). ``resolution`` puts them together: what ``--data`` names becomes
-shards to train on. ``python -m fastgpt.data --help`` is the command.
+``corpora`` finds documents, in files (``readers``) and in Hugging Face datasets (``hub``). ``tokenizer`` turns them into
+ids, and ``encoding`` does so on all cores. ``shards`` is the file format. ``preparation`` turns a corpus into a folder of
+shards, once (``manifest``, ``writing``, ``progress``). ``loader`` reads batches from it; ``windows`` decides which tokens and
+in what order, and ``verification`` checks that no id is past the vocabulary. ``resolution`` puts them together: it turns
+the value of ``--data`` into shards to train on. ``python -m fastgpt.data --help`` is the command.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The loader brings torch, which the workers of a preparation do without."""
+    """Import the loader only when it is asked for: it imports torch, which the workers of a preparation do not need."""
     if name == "TokenLoader":
         from fastgpt.data.loader import TokenLoader
 

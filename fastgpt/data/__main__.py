@@ -106,7 +106,7 @@ def _prepare(options: Prepare) -> int:
             workers=options.workers,
         )
     except KeyboardInterrupt:
-        print("stopped: give the same command again to go on from there", file=sys.stderr)
+        print("stopped: give the same command again to continue", file=sys.stderr)
         return 130
     console.print(
         f"{options.out} is ready ({duration(time.monotonic() - begin)}); train on it with --data {options.out}"

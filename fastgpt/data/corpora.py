@@ -1,7 +1,7 @@
-"""Where text comes from: the standard library's sources, files of the user's, a dataset of the Hugging Face hub.
+"""Where text comes from: the standard library's sources, the user's files, or a dataset of the Hugging Face hub.
 
-A corpus is a stream of documents in an order that never changes, and every point of it can be named: what ``prepare``
-makes of it can be repeated, and continued where it was left, exactly.
+A corpus is a stream of documents in an order that never changes, and every position in it has a name. So ``prepare``
+can repeat its work exactly, and continue exactly where it was interrupted.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, first_line
 from fastgpt.data.hub import HUB, HubCorpus
 from fastgpt.data.readers import (
     ALL_SUFFIXES,
     TABLE_SUFFIXES,
     Document,
-    Row,
+    TextRow,
     cut_position,
-    first_line,
     read_cut_text,
     reader_of,
 )
@@ -36,48 +35,48 @@ NOT_IN_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "i
 
 
 class Reading(Protocol):
-    """One pass over a corpus: an iterator that knows where it is."""
+    """One pass over a corpus: an iterator that knows its position."""
 
     def __iter__(self) -> Iterator[Document]: ...
 
     def position(self) -> dict[str, Any]:
-        """Just after the document last given, as JSON: ``corpus.read(position)`` goes on there."""
+        """The position after the last document, as JSON; ``corpus.read(position)`` continues there."""
 
     def done(self) -> float | None:
-        """The share of the corpus that is behind, 0..1, for a progress bar; None if unknown."""
+        """The share of the corpus that has been read, 0..1, for a progress bar; None if unknown."""
 
     def skipped(self) -> list[str]:
-        """Files that could not be decoded and were passed over."""
+        """Files that could not be decoded and were skipped."""
 
 
 class Corpus(Protocol):
     @property
     def source(self) -> str:
-        """What the user called it."""
+        """The name by which the user asked for it."""
 
     @property
     def size(self) -> int | None:
-        """Bytes on the disk, None if unknown."""
+        """Bytes on the disk; None if unknown."""
 
     def recipe(self) -> dict[str, Any]:
-        """All that the documents are a function of, as JSON."""
+        """Everything that determines the documents, as JSON."""
 
     def split_by_position(self, val_fraction: float) -> int | None:
-        """Where a corpus that is one single text is cut in two, in bytes; None for one of documents."""
+        """The byte at which a corpus of one single text is split in two; None for a corpus of documents."""
 
     def read(self, position: dict[str, Any] | None = None) -> Reading: ...
 
 
 @dataclass
-class Files:
-    """An ordered list of files as a corpus."""
+class FileCorpus:
+    """An ordered list of files."""
 
     source: str
     root: Path
     files: list[Path]
     text_column: str = "text"
     strict: bool = False
-    """An undecodable file is an error, not skipped: it was named by the user himself."""
+    """A file that cannot be decoded is an error instead of being skipped, since the user named it."""
     cut: int | None = None
 
     @property
@@ -89,8 +88,8 @@ class Files:
         return {"source": where, "source_digest": self.digest(), "text_column": self.text_column}
 
     def digest(self) -> str:
-        """Changes when the files do. From names, sizes and times: hashing 100 GB of text at every start would not do.
-        The standard library goes by version, names and sizes, so that a reinstalled interpreter finds its cache."""
+        """A hash of names, sizes and times, since hashing 100 GB of text at every start would take too long. For the
+        standard library it is version, names and sizes, so that a reinstalled interpreter finds its cache."""
         known = hashlib.sha256(platform.python_version().encode() if self.source == STDLIB else b"")
         for path in self.files:
             stat = path.stat()
@@ -111,9 +110,9 @@ class Files:
 
 @dataclass
 class FileReading:
-    """``row`` rows of file number ``file`` are behind, and all files before it."""
+    """A pass that has read all files before number ``file``, and ``row`` rows of that one."""
 
-    corpus: Files
+    corpus: FileCorpus
     file: int = 0
     row: int = 0
     undecoded: list[str] = field(default_factory=list)
@@ -140,7 +139,7 @@ class FileReading:
                 self.undecoded = [*self.undecoded, name]
             self.file, self.row, self._offset = self.file + 1, 0, 0
 
-    def _rows(self, path: Path) -> Iterator[tuple[str | None, Row]]:
+    def _rows(self, path: Path) -> Iterator[tuple[str | None, TextRow]]:
         if self.corpus.cut is not None:
             yield from read_cut_text(path, self.corpus.cut, self.row)
         else:
@@ -164,23 +163,23 @@ def open_corpus(
     split: str = "train",
     revision: str | None = None,
 ) -> Corpus:
-    """``"stdlib"``; a text, ``.jsonl`` (also ``.gz``, ``.zst``) or ``.parquet`` file, or a folder of those; or, where
-    there is no such file, a dataset of the Hugging Face hub. ``hf:NAME`` is always one for the datasets library.
+    """The corpus that ``source`` names.
 
     Args:
-        source: see above.
+        source: ``"stdlib"``; a text, ``.jsonl`` (also ``.gz``, ``.zst``) or ``.parquet`` file, or a folder of those; if there
+            is no such file, a dataset of the Hugging Face hub. ``hf:NAME`` is always opened by the datasets library.
         text_column: the field of a JSON line, or the column of a table, that holds the text.
         config_name, split, revision: of a Hugging Face dataset.
 
     Raises:
-        UserError: there is nothing there, or nothing in it.
+        UserError: the source does not exist or is empty.
     """
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = _walk(root, (".py",), without=NOT_IN_STDLIB)
         if not files:
             raise UserError(f"data 'stdlib': {root} holds no .py files; name a text file or a folder of your own")
-        return Files(STDLIB, root, files)
+        return FileCorpus(STDLIB, root, files)
     path = Path(source).expanduser()
     if is_hub_name(source):
         return HubCorpus(str(source).removeprefix(HUB), config_name, split, text_column, revision)
@@ -194,16 +193,16 @@ def open_corpus(
             raise UserError(
                 f"data {str(source)!r} is a folder without text: it must hold files that end in {' '.join(ALL_SUFFIXES)}"
             )
-        return Files(str(source), path, files, text_column)
+        return FileCorpus(str(source), path, files, text_column)
     if not path.is_file():
         raise UserError(f"data {str(source)!r} does not exist: it must be 'stdlib', or a file or folder of text")
     if path.stat().st_size == 0:
         raise UserError(f"data {str(source)!r} is empty: it must hold text")
-    return Files(str(source), path.parent, [path], text_column, strict=True)
+    return FileCorpus(str(source), path.parent, [path], text_column, strict=True)
 
 
 def is_hub_name(source: str | os.PathLike[str]) -> bool:
-    """``hf:...``, or ``owner/name`` or ``name`` where no such file is and no ending says that one was meant."""
+    """``hf:...``; or ``owner/name`` or ``name`` if there is no such file and no ending that suggests a file."""
     if not isinstance(source, str) or source == STDLIB:
         return False
     if source.startswith(HUB):
@@ -213,7 +212,7 @@ def is_hub_name(source: str | os.PathLike[str]) -> bool:
 
 
 def documents(source: str | os.PathLike[str], **options: Any) -> Iterator[tuple[str, str]]:
-    """The (name, text) documents of a source, see ``open_corpus``."""
+    """The documents of a source (see ``open_corpus``) as (name, text)."""
     return ((document.name, document.text) for document in open_corpus(source, **options).read())
 
 

@@ -1,8 +1,8 @@
-"""Documents to tokens on all cores, in the order of the corpus.
+"""Tokenise documents on all cores, in the order of the corpus.
 
-Documents go to the workers in batches and come back in order, so that the result is the same with one worker and with
-sixty-four. A small corpus is tokenised by threads (tiktoken works outside the GIL), since starting a process takes
-longer than it needs; a large one by processes, which are not held up by the reading of the next documents.
+Documents go to the workers in batches and come back in order, so the result is the same with one worker and with
+sixty-four. A small corpus is tokenised by threads (tiktoken releases the GIL), since starting processes would take
+longer than the work; a large one by processes, which do not wait while the next documents are read.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from fastgpt.data.corpora import Reading
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
 
 BATCH_CHARS = 1 << 20
-"""Text that one worker takes at a time: some 30 ms of work, so that handing it over costs nothing beside it."""
+"""Text that one worker takes at a time: about 30 ms of work, so that the cost of handing it over does not matter."""
 SMALL = 64 << 20
-"""Bytes of a corpus up to which threads do."""
+"""Bytes of a corpus up to which threads are used."""
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
-class Encoded:
-    """A batch of documents in tokens, and the point of the corpus just after it."""
+class EncodedBatch:
+    """A batch of tokenised documents, and the position in the corpus after it."""
 
     ids: np.ndarray
     """uint16; each document is preceded by end-of-text."""
@@ -51,14 +51,14 @@ class Encoded:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encode_corpus(
     reading: Reading, tok: Tokenizer, seed: int, workers: int, processes: bool
-) -> Generator[Encoded, None, None]:
-    """The corpus from where ``reading`` is, batch by batch, a few batches ahead of what is asked for."""
+) -> Generator[EncodedBatch, None, None]:
+    """The rest of ``reading``, batch by batch, tokenised a few batches ahead of the caller."""
     pool: Executor = (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tok.name,))
         if processes
@@ -79,7 +79,7 @@ def encode_corpus(
                     ahead.append((task, about))
                     if len(ahead) > 2 * workers:
                         yield _finished(*ahead.popleft())
-        except UserError as error:  # a stream that broke, a bad line: what was read before it is not lost
+        except UserError as error:  # a broken stream or a bad line: keep what was read before it
             broken = error
         while ahead:
             yield _finished(*ahead.popleft())
@@ -94,13 +94,13 @@ def encode_corpus(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _finished(task: Future[Arrays], about: dict[str, Any]) -> Encoded:
+def _finished(task: Future[Arrays], about: dict[str, Any]) -> EncodedBatch:
     ids, lengths, hashes = task.result()
-    return Encoded(ids, lengths, hashes, **about)
+    return EncodedBatch(ids, lengths, hashes, **about)
 
 
 def encode_texts(tok: Tokenizer, texts: list[str], seed: int) -> Arrays:
-    """ids, lengths and hashes as in ``Encoded``."""
+    """ids, lengths and hashes, as in ``EncodedBatch``."""
     eot = np.array([tok.eot], np.uint16)
     documents = tok.encode_batch(texts)
     ids = np.concatenate([part for ids in documents for part in (eot, ids)])
@@ -109,7 +109,7 @@ def encode_texts(tok: Tokenizer, texts: list[str], seed: int) -> Arrays:
 
 
 def document_hash(text: str, seed: int) -> int:
-    """64 bits of BLAKE2b of the text, salted with the seed: a function of nothing else."""
+    """64 bits of BLAKE2b of the text, salted with the seed."""
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=str(seed).encode()[:16]).digest()
     return int.from_bytes(digest, "big")
 
@@ -142,12 +142,12 @@ _worker_tokenizer: Tokenizer
 
 
 def _start_worker(tokenizer: str) -> None:
-    """Runs first in each worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent ends its workers
+    """The initializer of each worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_the_parent() -> None:  # a killed parent cannot tell them, and they would wait for ever
+    def end_with_the_parent() -> None:  # a killed parent cannot tell its workers, which would wait for ever
         wait([parent.sentinel])
         os._exit(1)
 

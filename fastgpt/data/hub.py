@@ -1,8 +1,8 @@
-"""A dataset of the Hugging Face hub as a corpus, streamed: documents are read off the network as they are tokenised,
-and nothing but the tokens is kept.
+"""A dataset of the Hugging Face hub as a corpus. It is streamed: documents are tokenised as they arrive, and only the
+tokens are kept.
 
-The revision (a commit of the dataset's repository) is fixed when a preparation begins and kept in its manifest: one
-that goes on a day later reads the same data, whatever was uploaded in between.
+The revision (a commit of the dataset's repository) is fixed when a preparation begins and recorded in its manifest, so
+a preparation that continues a day later reads the same data, whatever was uploaded in between.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.common import UserError
-from fastgpt.data.readers import Document, first_line
+from fastgpt.common import UserError, first_line
+from fastgpt.data.readers import Document
 
 HUB = "hf:"
 
 
 @dataclass
 class HubCorpus:
-    """``name`` is a dataset on the hub, or a local folder that the datasets library understands."""
+    """``name`` is a dataset on the hub, or a local folder that the datasets library can read."""
 
     name: str
     config_name: str | None = None
@@ -77,7 +77,7 @@ class HubCorpus:
                 revision=None if self._is_local() else self.revision,
             )
         except Exception as error:
-            # ValueErrors of the library name the configs or splits there are, on several lines.
+            # The library's ValueErrors list the configs or splits that exist, on several lines.
             what = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"data {self.source!r} cannot be opened: {what[:400]}") from error
         if stream.column_names is not None and self.text_column not in stream.column_names:
@@ -92,7 +92,7 @@ class HubReading:
     def __init__(self, corpus: HubCorpus, stream: Any, position: dict[str, Any] | None) -> None:
         self.corpus, self.stream = corpus, stream
         self.count = 0
-        """Rows read so far, those before a resumption too."""
+        """Rows read so far, including those before an interruption."""
         self._state: dict[str, Any] | None = None
         if position is not None:
             self.count, self._state = position["row"], position["state"]
@@ -106,7 +106,7 @@ class HubReading:
         try:
             for row in rows:
                 self.count += 1
-                self._state = None  # from here on the stream knows
+                self._state = None  # from here on the stream itself knows its state
                 text = row.get(column)
                 if text is not None and not isinstance(text, str):
                     raise UserError(
@@ -121,7 +121,7 @@ class HubReading:
         except Exception as error:
             raise UserError(
                 f"the stream of {source!r} broke after {self.count} rows ({type(error).__name__}: {first_line(error)}): "
-                "give the same command again to go on from there"
+                "give the same command again to continue"
             ) from error
         finally:
             rows.close()
@@ -137,8 +137,8 @@ class HubReading:
 
 
 def _newest_revision(name: str) -> str | None:
-    """The commit that the hub's main branch is at. Also the quick way to learn that there is no network: loading the
-    dataset would try for half a minute."""
+    """The newest commit of the dataset on the hub. This is also the quick way to find out that there is no network:
+    loading the dataset would try for half a minute."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 

@@ -1,13 +1,13 @@
-"""Batches from token files, prepared ahead by a thread: every window once per epoch, in an order that is one function
-of (seed, epoch). What a window is, and the order, is in ``windows``.
+"""Batches from token files, made ahead by a thread. Every window appears once per epoch, in an order that is a function
+of (seed, epoch); ``windows`` defines both.
 
-All windows of all epochs form one endless sequence: epoch 0 shuffled, epoch 1 shuffled, ... Step s of a run on R ranks
-takes the next R * batch_size of it, and rank i its i-th part. So ranks never overlap and always have equal batches, a
-batch at the end of an epoch goes on into the next rather than being cut or dropped, and the loader's whole state is
-how many windows were taken: it resumes at the very next one, on another number of ranks or another batch size too.
+All windows of all epochs form one endless sequence: epoch 0 shuffled, epoch 1 shuffled, ... A step on R ranks takes the
+next R * batch_size windows, and rank i the i-th batch_size of them. So ranks never overlap and always have equal batches,
+and a batch at the end of an epoch continues into the next instead of being cut or dropped. The loader's state is the
+number of windows taken, so it resumes at the very next one, also on another number of ranks or with another batch size.
 
-Windows are fetched in blocks of many batches, since a batch of 4 x 32 tokens is not worth a call to NumPy; one thread
-makes the next blocks while the current one is used. The state counts what was handed out, not what is ready.
+Windows are fetched in blocks of many batches, since one batch of 4 x 32 tokens is not worth a call to NumPy. The state
+counts the windows that were handed out, not those that the thread has ready.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastgpt.data.verification import verify_files
 from fastgpt.data.windows import ORDER, Windows
 
 BLOCK_TOKENS = 1 << 17
-"""Tokens per block, at least one batch: 2 MiB as two int64 tensors."""
+"""Tokens per block, but at least one batch: 2 MiB as two int64 tensors."""
 
 
 class TokenLoader:
@@ -37,10 +37,10 @@ class TokenLoader:
         paths: shards (llm.c) or headerless uint16 files (nanoGPT), memory-mapped.
         block_size: tokens per row, T.
         batch_size: rows per batch and rank, B.
-        vocab_size: if given, every id of every file is checked against it here, see ``verification``.
-        doc_ids: batches have a third part, the number of each token's document within its row.
-        eot: the id that documents begin with, for ``doc_ids``.
-        prefetch: blocks made ahead by a thread; 0 makes each when it is asked for, without a thread.
+        vocab_size: if given, every id of every file is checked against it here (see ``verification``).
+        doc_ids: batches have a third tensor, the number of each token's document within its row.
+        eot: the id with which documents begin, for ``doc_ids``.
+        prefetch: blocks made ahead by a thread; 0 makes each block when it is needed, without a thread.
 
     Raises:
         UserError: a file is damaged or holds other ids, or all files together hold no window.
@@ -74,7 +74,6 @@ class TokenLoader:
         self.rank, self.world_size = rank, world_size
         self.position = 0
         """Windows taken so far by all ranks together, over all epochs."""
-
         self._windows = Windows(paths, block_size)
         if vocab_size is not None:
             verify_files(paths, vocab_size)
@@ -82,7 +81,7 @@ class TokenLoader:
         """Windows per epoch, and tokens of all files."""
         self._eot = eot if doc_ids else None
         self._step = world_size * batch_size
-        # Of little data an epoch at most, since each epoch has an order to draw.
+        # At most one epoch, since each epoch's order has to be drawn.
         self._batches_per_block = max(1, min(BLOCK_TOKENS // (batch_size * block_size), self.windows // self._step))
         self._prefetch = prefetch
         self._ready: deque[tuple[Tensor, ...]] = deque()
@@ -94,14 +93,14 @@ class TokenLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next window belongs to, from 0."""
+        """The epoch of the next window, from 0."""
         return self.position // self.windows
 
     def next_batch(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """Inputs x and targets y, int64 (batch_size, block_size), on the device; y is x one token later.
 
-        With ``doc_ids`` also ids int32 (batch_size, block_size): 0 for what a row begins with, one more from each
-        end-of-text on. An exception of the thread that makes the batches is raised here; the position stays.
+        With ``doc_ids`` also document ids, int32 (batch_size, block_size): they start at 0 in each row and go up by one
+        at each end-of-text. An exception in the thread is raised here, and the position stays where it is.
         """
         if not self._ready or device != self._asked:
             self._next_block(device)
@@ -109,10 +108,10 @@ class TokenLoader:
         return self._ready.popleft()
 
     def eval_batches(self, n: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, ...]]:
-        """The same windows at every call, spread evenly over the data: at most n batches, all of one size, so that the
-        mean of their losses is the mean over tokens. ``next_batch`` is not moved by it.
+        """At most n batches of the same windows at every call, spread evenly over the data. All have one size, so the
+        mean of their losses is the mean over tokens. ``next_batch`` is not affected.
 
-        Data with fewer windows than asked for gives fewer batches; with fewer than one batch, one smaller batch.
+        With too few windows there are fewer batches; with too few for one batch, one smaller batch.
         """
         size = max(1, min(self.batch_size, self.windows // self.world_size))
         step = size * self.world_size
@@ -132,12 +131,12 @@ class TokenLoader:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on at the very next window, in the order of the seed that the state was made with.
+        """Continue at the very next window, in the order of the state's seed.
 
-        A state from before ``ORDER`` 2 goes on at the same place of an epoch that is shuffled otherwise.
+        A state from before ``ORDER`` 2 continues at the same place of an epoch that is shuffled differently.
 
         Raises:
-            UserError: the state belongs to other data or another block_size, where a position means nothing.
+            UserError: the state belongs to other data or another block_size, for which a position means nothing.
         """
         wrong = [
             f"{name} {state[name]} then, {getattr(self, name)} now"
@@ -150,7 +149,7 @@ class TokenLoader:
         self._forget()
 
     def close(self) -> None:
-        """Ends the thread, at once and for good. (``next_batch`` would start another.)"""
+        """End the thread now. (``next_batch`` would start another.)"""
         self._forget()
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
@@ -163,7 +162,7 @@ class TokenLoader:
         self.close()
 
     def _forget(self) -> None:
-        """Drops what is ready or on its way: it no longer follows on ``position``."""
+        """Drop the batches that are ready or being made: they no longer continue at ``position``."""
         self._ready.clear()
         for block in self._ahead:
             block.cancel()
@@ -173,7 +172,7 @@ class TokenLoader:
         if device != self._asked:
             self._asked, self._device = device, torch.device(device)
             self._forget()
-        if os.getpid() != self._process:  # a forked child has the queue but not the thread
+        if os.getpid() != self._process:  # a forked child inherits the queue but not the thread
             self._process, self._thread = os.getpid(), None
             self._forget()
         try:
@@ -184,7 +183,7 @@ class TokenLoader:
         self._ready.extend(_batches_of(block.to(self._device, non_blocking=True), self._eot))
 
     def _from_thread(self) -> Tensor:
-        """The block at ``position``; the ones after it are on their way when this returns."""
+        """The block at ``position``. When this returns, the thread is making the blocks after it."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "tokens")
         span = self._batches_per_block * self._step
@@ -194,10 +193,10 @@ class TokenLoader:
         return self._ahead.popleft().result()
 
     def _make_block(self, position: int) -> Tensor:
-        """The batches of this rank from a position on, as one tensor, see ``_to_block``."""
+        """The batches of this rank from a position on, as one tensor (see ``_to_block``)."""
         steps = np.arange(self._batches_per_block, dtype=np.int64)[:, None] * self._step
         mine = position + self.rank * self.batch_size + steps + np.arange(self.batch_size)
-        # A thread starts on GPU 0, and pinned memory belongs to a GPU.
+        # A new thread is on GPU 0, and pinned memory belongs to a GPU.
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             return _to_block(self._windows.in_order(mine.ravel(), self.seed), len(steps), self._device)
 
@@ -205,8 +204,7 @@ class TokenLoader:
 def _to_block(rows: np.ndarray, batches: int, device: torch.device) -> Tensor:
     """uint16 (batches * B, T + 1) -> int64 (2, batches, B, T): all x, all y.
 
-    The memory is pinned if it is to be copied to a GPU, and new each time: PyTorch's allocator hands it out again only
-    after the copy has happened.
+    For a GPU the memory is pinned. It is new each time: PyTorch's allocator reuses it only after the copy has been made.
     """
     block = torch.empty(
         (2, batches, len(rows) // batches, rows.shape[1] - 1), dtype=torch.int64, pin_memory=device.type == "cuda"
@@ -217,7 +215,7 @@ def _to_block(rows: np.ndarray, batches: int, device: torch.device) -> Tensor:
 
 
 def _batches_of(block: Tensor, eot: int | None) -> list[tuple[Tensor, ...]]:
-    """(x, y) or (x, y, document ids) of each batch of a block, views of it."""
+    """(x, y) or (x, y, document ids) of each batch of a block, as views."""
     x, y = block
     parts = (x, y) if eot is None else (x, y, (x == eot).cumsum(-1, dtype=torch.int32))
     return list(zip(*(part.unbind(0) for part in parts)))

@@ -1,7 +1,7 @@
-"""What a folder of prepared tokens says of itself: manifest.json in a finished one, progress.json in one on its way.
+"""The description of a folder of prepared tokens: manifest.json in a finished folder, progress.json in an unfinished one.
 
-A manifest is the recipe (all that the shards are a function of) and what came of it: counts, the rule of the split, and
-each shard's sha256.
+A manifest holds the recipe (everything that determines the shards) and the result: counts, the rule of the split, and the
+sha256 of each shard.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def recipe_of(
     shard_tokens: int = SHARD_TOKENS,
     max_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """All that the shards are a function of."""
+    """Everything that determines the shards."""
     return {
         "format": FORMAT,
         **corpus.recipe(),
@@ -42,7 +42,7 @@ def recipe_of(
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a prepared folder says of itself; None for one without, or made by others."""
+    """The manifest of a prepared folder; None if it has none, or one of another program."""
     manifest = read_json(folder / MANIFEST)
     return manifest if manifest is not None and isinstance(manifest.get("shards"), list) else None
 
@@ -56,9 +56,9 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest, if the folder is what the recipe would make; None if there is nothing there.
+    """The manifest, if the folder holds what the recipe would make; None if it does not exist or is empty.
 
-    Raises UserError for anything else: a damaged shard is no silent redo, and nothing is ever overwritten.
+    Raises UserError for anything else: nothing is ever overwritten, and a damaged shard is not made again in silence.
     """
     if not folder.exists() or (folder.is_dir() and not any(p for p in folder.iterdir())):
         return None
@@ -67,7 +67,7 @@ def whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if manifest is None:
         if folder.name.endswith(".partial"):
-            return None  # taken up, or refused, by its own rules
+            return None  # _Preparation decides whether it can continue there
         raise UserError(f"{str(folder)!r} already holds something else: name another folder, or move it away")
     then = {key: manifest.get(key) for key in recipe}
     if then != recipe:

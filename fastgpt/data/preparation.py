@@ -1,13 +1,13 @@
-"""A corpus becomes a folder of shards, once, however often the process is killed on the way.
+"""Turn a corpus into a folder of shards, once, however often the process is killed on the way.
 
-``prepare`` writes train_000000.bin, ..., val_000000.bin, ... and manifest.json. Each document is preceded by the
-end-of-text id (as llm.c and modded-nanogpt write it: the id counts as the first of its document). The work happens in
-``OUT.partial``, which is renamed when all of it is on the disk: what bears the name is whole.
+``prepare`` writes train_000000.bin, ..., val_000000.bin, ... and manifest.json. Each document begins with the end-of-text
+id, as in llm.c and modded-nanogpt. The work happens in ``OUT.partial``, which is renamed when all of it is on the disk, so
+a folder with the final name is complete.
 
-``OUT.partial/progress.json`` says how far it is: the point of the corpus, and the sizes of the shards there. It is
-replaced, all at once, every few seconds, after the tokens that it counts are on the disk. Another process takes up
-from it, cuts off what came later and does that again. What is written depends on the corpus alone, not on where it was
-interrupted nor on how many cores worked: the shards and the manifest are the same byte for byte.
+``OUT.partial/progress.json`` records the position in the corpus and the sizes of the shards at that position. It is
+replaced atomically every few seconds, after the tokens that it counts are on the disk. The next process starts from it,
+cuts off whatever was written later, and does that part again. Neither interruptions nor the number of cores change the
+result: the shards and the manifest are the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -24,13 +25,12 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
-from rich.console import Console
 
 from fastgpt import __version__
 from fastgpt.common import UserError, read_json, sync_folder, write_json
 from fastgpt.data import encoding
 from fastgpt.data.corpora import Corpus, open_corpus
-from fastgpt.data.encoding import Encoded, cores, encode_corpus
+from fastgpt.data.encoding import EncodedBatch, cores, encode_corpus
 from fastgpt.data.hub import HUB
 from fastgpt.data.manifest import (
     MANIFEST,
@@ -46,8 +46,10 @@ from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.data.writing import ShardWriter
 
 SIDES = ("train", "val")
+SAVED = ("limit", "smallest", "largest", "position", "skipped")
+"""Attributes of a preparation that progress.json holds."""
 COMMIT_SECONDS = 5.0
-"""What a killed process loses at most, of work."""
+"""The most work that a killed process loses."""
 
 
 def prepare(
@@ -64,22 +66,22 @@ def prepare(
     split: str = "train",
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Tokenises a source into ``out_dir`` and returns the manifest; goes on where an earlier call with the same
-    arguments was interrupted; with the very same one there already, just returns it.
+    """Tokenise a source into ``out_dir`` and return the manifest. Continue where an earlier call with the same arguments
+    was interrupted; if the result exists already, only return its manifest.
 
-    The split is a function of each document's text, salted with ``seed``: equal documents go to the same side, so
-    nothing in validation was trained on. A source of one text file is split by position, its end for validation.
+    The split depends on each document's text, salted with ``seed``: equal documents go to the same side, so nothing in
+    validation was trained on. A single text file is split by position, and its end is for validation.
 
     Args:
         source, text_column, config_name, split: see ``corpora.open_corpus``.
-        val_fraction: the share of documents (of bytes, for one text) that is validation.
+        val_fraction: the share of documents (of bytes, for a single text) that goes to validation.
         shard_tokens: tokens per shard.
-        max_tokens: stop with the document that reaches so many tokens of both sides together; None reads everything.
+        max_tokens: stop after the document with which both sides together reach this many tokens; None: no limit.
         workers: default all cores. The result does not depend on it.
 
     Raises:
-        UserError: nothing to read, too little to split, ``out_dir`` or its ``.partial`` holds something else (it is
-            never overwritten), or the disk is full (what is there stays, and can be continued).
+        UserError: there is nothing to read or too little to split; ``out_dir`` or its ``.partial`` holds something else
+            (which is never overwritten); or the disk is full (what was written stays and can be continued).
     """
     _check_options(val_fraction=val_fraction, shard_tokens=shard_tokens, max_tokens=max_tokens, workers=workers)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -94,15 +96,14 @@ def prepare(
         revision=_known_revision(source, out / MANIFEST, work / PROGRESS),
     )
     recipe = recipe_of(corpus, tokenizer, val_fraction, seed, shard_tokens, max_tokens)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
     if (manifest := whole(out, recipe)) is not None:
         return manifest
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(out, console):
-            if (manifest := whole(out, recipe)) is not None:  # another process was faster
+        with _lock(out):
+            if (manifest := whole(out, recipe)) is not None:  # another process has finished it meanwhile
                 return manifest
-            manifest = _Preparation(work, corpus, tokenizer, recipe, workers or cores(), console).run()
+            manifest = _Preparation(work, corpus, tokenizer, recipe, workers or cores()).run()
             _publish(work, out)
             return manifest
     except OSError as error:
@@ -118,20 +119,20 @@ class _Preparation:
     tok: Tokenizer
     recipe: dict[str, Any]
     workers: int
-    console: Console
     cut: int | None = None
-    """Where a single text is split, in bytes."""
-    # What progress.json holds besides the recipe:
+    """The byte at which a single text is split."""
+    # The state in progress.json:
     limit: int = 0
-    """Documents whose hash is below it are validation."""
+    """Documents whose hash is below it go to validation."""
     smallest: int | None = None
+    """Smallest and largest hash so far."""
     largest: int | None = None
     position: dict[str, Any] | None = None
     skipped: list[str] = field(default_factory=list)
     writers: dict[str, ShardWriter] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
-        """Returns the manifest when it and all shards are on the disk in the work folder."""
+        """Return the manifest when it and all shards are on the disk in the work folder."""
         if (manifest := whole(self.work, self.recipe)) is not None:
             return manifest  # killed just before it was renamed
         self.cut = self.corpus.split_by_position(self.recipe["val_fraction"])
@@ -145,7 +146,7 @@ class _Preparation:
         except UserError:
             if self._tokens():
                 self._commit()
-            else:  # nothing to go on with: leave nothing in the way
+            else:  # nothing worth continuing: leave nothing behind
                 (self.work / PROGRESS).unlink()
                 with suppress(OSError):
                     self.work.rmdir()
@@ -157,7 +158,7 @@ class _Preparation:
         return manifest
 
     def _manifest(self, rule: str) -> dict[str, Any]:
-        """Ends the shards."""
+        """Finish the shards and describe them."""
         return {
             **self.recipe,
             "fastgpt": __version__,
@@ -172,7 +173,7 @@ class _Preparation:
         }
 
     def _fill(self) -> str:
-        """Writes all tokens; returns the rule of the split, in words."""
+        """Write all tokens; return the rule of the split in words."""
         self._pass()
         documents = {side: w.documents for side, w in self.writers.items()}
         if not all(documents.values()):
@@ -183,7 +184,7 @@ class _Preparation:
         return f"by document: blake2b-64(text, salt=seed) < {self.limit} is validation"
 
     def _no_empty_side(self, documents: dict[str, int]) -> None:
-        """A small corpus, and chance left one side without any: its document of the smallest hash validates."""
+        """In a small corpus chance may leave one side without documents: the one with the smallest hash then validates."""
         if not any(documents.values()):
             self._start_over()
             files = f" ({len(self.skipped)} files were not UTF-8)" if self.skipped else ""
@@ -197,11 +198,11 @@ class _Preparation:
         self._start_over()
 
     def _pass(self) -> None:
-        """From where the corpus is to its end."""
+        """Write the corpus from the current position to its end."""
         reading = self.corpus.read(self.position)
         size = self.corpus.size
         processes = self.workers > 1 and (size is None or size >= encoding.SMALL)
-        report = ProgressReport(f"{self.corpus.source} ({self.tok.name})", self._tokens(), self.console)
+        report = ProgressReport(f"{self.corpus.source} ({self.tok.name})", self._tokens())
         encoded = encode_corpus(reading, self.tok, self.recipe["seed"], self.workers, processes)
         max_tokens = self.recipe["max_tokens"]
         committed = time.monotonic()
@@ -217,11 +218,11 @@ class _Preparation:
                 if time.monotonic() - committed >= COMMIT_SECONDS:
                     self._commit()
                     committed = time.monotonic()
-            else:  # not if it stopped early: the reading is ahead of what was written
+            else:  # after a break the reading would be ahead of what was written
                 self.skipped = reading.skipped()
 
-    def _add(self, batch: Encoded, max_tokens: int | None) -> bool:
-        """Appends a batch; True if ``max_tokens`` is reached, which ends at the document that reaches it."""
+    def _add(self, batch: EncodedBatch, max_tokens: int | None) -> bool:
+        """Append a batch, up to the document that reaches ``max_tokens``; return whether that was reached."""
         keep = len(batch.lengths)
         if max_tokens is not None:
             keep = min(keep, 1 + int(np.searchsorted(np.cumsum(batch.lengths), max_tokens - self._tokens())))
@@ -246,7 +247,7 @@ class _Preparation:
         return sum(w.tokens for w in self.writers.values())
 
     def _take_up(self) -> None:
-        """From progress.json if there is one, else from the beginning."""
+        """Continue from progress.json if there is one, else start from the beginning."""
         self.limit = int(self.recipe["val_fraction"] * 2**64)
         saved = read_json(self.work / PROGRESS)
         if saved is None or not isinstance(saved.get("sides"), dict):
@@ -256,7 +257,7 @@ class _Preparation:
             self._start_over()
             return
         if saved.get("recipe") != self.recipe and not any(saved["sides"].values()):
-            self._start_over()  # begun, but nothing was written
+            self._start_over()  # of another recipe, but nothing was written
             return
         if saved.get("recipe") != self.recipe:
             then = saved.get("recipe") or {}
@@ -264,17 +265,17 @@ class _Preparation:
                 f"{str(self.work)!r} holds an unfinished preparation of something else "
                 f"({differences(then, self.recipe)}): finish it as it was begun, delete it, or name another --out"
             )
-        for key in ("limit", "smallest", "largest", "position", "skipped"):
+        for key in SAVED:
             setattr(self, key, saved[key])
         self._open_writers(saved["sides"])
         if self._tokens():
-            self.console.print(f"going on in {self.work} after {self._tokens():,} tokens", markup=False)
+            print(f"continuing in {self.work} after {self._tokens():,} tokens", file=sys.stderr)
 
     def _start_over(self) -> None:
         self.smallest = self.largest = self.position = None
         for writer in self.writers.values():
             writer.abandon()
-        # First the note that nothing counts, then the files.
+        # Record that nothing counts before the files change.
         write_json(self.work / PROGRESS, self._state({side: None for side in SIDES}))
         self._open_writers({side: None for side in SIDES})
 
@@ -286,33 +287,32 @@ class _Preparation:
         write_json(self.work / PROGRESS, self._state(sides))
 
     def _state(self, sides: dict[str, Any]) -> dict[str, Any]:
-        kept = {key: getattr(self, key) for key in ("limit", "smallest", "largest", "position", "skipped")}
-        return {"recipe": self.recipe, **kept, "sides": sides}
+        return {"recipe": self.recipe, **{key: getattr(self, key) for key in SAVED}, "sides": sides}
 
 
 def _publish(work: Path, out: Path) -> None:
     (work / PROGRESS).unlink(missing_ok=True)
-    for left in work.glob(".*.tmp"):  # of a process that was killed while it replaced a file
+    for left in work.glob(".*.tmp"):  # left by a process that was killed while it replaced a file
         left.unlink()
     if out.is_dir():
-        out.rmdir()  # an empty folder gives way
+        out.rmdir()  # an empty folder may be replaced
     os.rename(work, out)
     sync_folder(out.parent)
 
 
 @contextmanager
-def _lock(out: Path, console: Console) -> Iterator[None]:
-    """One process at a time; the others wait and then find it done. The system frees the lock of a killed process."""
+def _lock(out: Path) -> Iterator[None]:
+    """Let one process work; the others wait and then find it done. The system frees the lock of a killed process."""
     path = out.with_name(f".{out.name}.lock")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0.1)
     except Timeout:
-        console.print(f"another process prepares {out}: waiting for it", markup=False)
+        print(f"another process prepares {out}: waiting for it", file=sys.stderr)
         lock.acquire()
     try:
         yield
-        path.unlink(missing_ok=True)  # only after success: whoever still waits for it finds the folder whole
+        path.unlink(missing_ok=True)  # only after success: a process that waits for it then finds the folder complete
     finally:
         lock.release()
 
@@ -329,13 +329,13 @@ def _cannot_write(error: OSError, out: Path, work: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"the disk is full ({error.strerror}): what {str(work)!r} holds is whole; "
-            "free some space and give the same command again to go on from there"
+            "free some space and give the same command again to continue"
         )
     return f"the prepared data cannot be written to {str(out)!r}: {error}"
 
 
 def _known_revision(source: str | os.PathLike[str], *notes: Path) -> str | None:
-    """The revision of this hub dataset that an earlier call fixed."""
+    """The revision of this hub dataset that an earlier call recorded."""
     for note in notes:
         saved = read_json(note) or {}
         saved = saved.get("recipe", saved)

@@ -1,12 +1,13 @@
-"""How far a preparation is: a bar on a terminal, a line every half minute elsewhere."""
+"""Report the progress of a preparation: a bar on a terminal, a line every half minute elsewhere."""
 
 from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LINE_SECONDS = 30.0
 
@@ -15,12 +16,24 @@ class ProgressReport:
     """``with ProgressReport(...) as report: report.update(tokens, share)``.
 
     Args:
-        label: what is tokenised.
-        tokens: how many there are already, from an earlier process: not counted into the rate.
+        label: the name of the corpus.
+        tokens: the tokens written by an earlier process, which do not count towards the rate.
+        console: default stderr.
     """
 
-    def __init__(self, label: str, tokens: int, console: Console) -> None:
-        self.label, self.console = label, console
+    def __init__(self, label: str, tokens: int, console: Console | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.label = label
+        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
         self._first_tokens = tokens
         self._first_share: float | None = None
         self._begin = self._said = time.monotonic()
@@ -32,9 +45,9 @@ class ProgressReport:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=console,
+            console=self.console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not self.console.is_terminal,
         )
         self._task = self._bar.add_task(label, total=None, counts="")
 
@@ -46,7 +59,7 @@ class ProgressReport:
         self._bar.stop()
 
     def update(self, tokens: int, share: float | None) -> None:
-        """``tokens`` written in all; ``share`` of the corpus read, None if unknown."""
+        """``tokens``: written in total; ``share``: of the corpus, None if unknown."""
         now = time.monotonic()
         if self._first_share is None:
             self._first_share = share

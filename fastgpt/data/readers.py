@@ -1,7 +1,7 @@
-"""How each kind of file gives its rows: text in pieces, JSON lines (plain, gzip, zstd), parquet.
+"""Read the rows of each kind of file: text in pieces, JSON lines (plain, gzip, zstd), parquet.
 
-A reader takes the file, the column that holds the text and how many rows to pass over, and yields ``Row``s. Passing
-over is much cheaper than reading (no decoding, whole row groups at once): it is how an interrupted preparation goes on.
+A reader takes the file, the column that holds the text, and the number of rows to skip, and yields ``TextRow``s. Skipping
+is how an interrupted preparation continues; it is much cheaper than reading (no decoding, whole row groups at once).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, first_line
 
 PIECE = 1 << 20
-"""Bytes after which a long text file goes on as another document, at the end of a line: no file is ever in memory
-whole, and a long file is spread over both sides of the split."""
+"""Bytes after which a long text file continues as another document, at the end of a line. So no file is ever in memory
+as a whole, and a long file contributes to both sides of the split."""
 LONG_LINE = 1 << 16
 
 
@@ -29,39 +29,39 @@ class Document(NamedTuple):
     name: str
     text: str
     side: str | None = None
-    """``"train"`` or ``"val"`` where the corpus itself is split, by position; else the text's hash decides."""
+    """``"train"`` or ``"val"`` where the corpus is split by position; None where the text's hash decides."""
 
 
-class Row(NamedTuple):
+class TextRow(NamedTuple):
     at: str
-    """Where in the file, for names and messages: ``""``, ``"#piece"`` or ``":line"``."""
+    """The place in the file, for names and messages: ``""``, ``"#piece"`` or ``":line"``."""
     text: str
-    """Empty for a row that holds none."""
+    """Empty for a row without text."""
     offset: int
-    """Bytes of the file (as it lies on the disk) read so far, about: for a progress bar."""
+    """About how many bytes of the file on the disk have been read, for a progress bar."""
 
 
-Reader = Callable[[Path, str, int], Iterator[Row]]
+RowReader = Callable[[Path, str, int], Iterator[TextRow]]
 
 
-def reader_of(path: Path) -> Reader:
+def reader_of(path: Path) -> RowReader:
     for suffixes, reader in _READERS.items():
         if path.name.endswith(suffixes):
             return reader
     return read_text
 
 
-def read_text(path: Path, column: str = "text", skip: int = 0) -> Iterator[Row]:
-    """A text file as pieces; it has no columns."""
+def read_text(path: Path, column: str = "text", skip: int = 0) -> Iterator[TextRow]:
+    """A text file in pieces. ``column`` has no meaning for it."""
     offset = 0
     for i, piece in enumerate(_pieces(path, 0, path.stat().st_size)):
         offset += len(piece)
         if i >= skip:
-            yield Row(f"#{i}" if i else "", piece.decode("utf-8"), offset)
+            yield TextRow(f"#{i}" if i else "", piece.decode("utf-8"), offset)
 
 
-def read_cut_text(path: Path, cut: int, skip: int = 0) -> Iterator[tuple[str, Row]]:
-    """A text file in two parts, ("train", row) up to byte ``cut`` and ("val", row) from there."""
+def read_cut_text(path: Path, cut: int, skip: int = 0) -> Iterator[tuple[str, TextRow]]:
+    """A text file in two parts: ("train", row) up to byte ``cut``, ("val", row) after it."""
     offset = 0
     for side, start, stop in (("train", 0, cut), ("val", cut, path.stat().st_size)):
         for piece in _pieces(path, start, stop):
@@ -69,7 +69,7 @@ def read_cut_text(path: Path, cut: int, skip: int = 0) -> Iterator[tuple[str, Ro
             if skip > 0:
                 skip -= 1
             else:
-                yield side, Row("", piece.decode("utf-8"), offset)
+                yield side, TextRow("", piece.decode("utf-8"), offset)
 
 
 def cut_position(path: Path, fraction: float) -> int:
@@ -77,7 +77,7 @@ def cut_position(path: Path, fraction: float) -> int:
     size = path.stat().st_size
     with path.open("rb") as file:
         target = file.seek(int(size * (1 - fraction)))
-        # Looks at half of the remainder at most: a file of one line must not lose all of it.
+        # Look at half of the remainder at most: a file of one line must not lose all of it.
         return target + len(_rest_of_line(file, min(LONG_LINE, (size - target) // 2)))
 
 
@@ -97,7 +97,7 @@ def _pieces(path: Path, start: int, stop: int) -> Iterator[bytes]:
 
 
 def _rest_of_line(file: BinaryIO, limit: int) -> bytes:
-    """Up to and with the next newline; without one in ``limit`` bytes, to the end of a UTF-8 character."""
+    """The bytes up to and including the next newline; if there is none in ``limit`` bytes, to the end of a character."""
     rest = file.readline(limit) if limit > 0 else b""
     while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:
         rest += byte
@@ -106,14 +106,14 @@ def _rest_of_line(file: BinaryIO, limit: int) -> bytes:
     return rest
 
 
-def read_jsonl(path: Path, column: str = "text", skip: int = 0) -> Iterator[Row]:
-    """One JSON object a line, its text in the field ``column``; ``.gz`` and ``.zst`` are decompressed on the way."""
+def read_jsonl(path: Path, column: str = "text", skip: int = 0) -> Iterator[TextRow]:
+    """One JSON object per line, with its text in the field ``column``. ``.gz`` and ``.zst`` are decompressed on the way."""
     with ExitStack() as stack:
         raw = stack.enter_context(path.open("rb"))
         lines = stack.enter_context(_decompressed(path, raw))
         try:
             for i, line in enumerate(islice(lines, skip, None), skip + 1):
-                yield Row(f":{i}", _text_of(line, path, i, column) if line.strip() else "", raw.tell())
+                yield TextRow(f":{i}", _text_of(line, path, i, column) if line.strip() else "", raw.tell())
         except UnicodeDecodeError:
             raise
         except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
@@ -141,7 +141,7 @@ def _text_of(line: bytes, path: Path, number: int, column: str) -> str:
     return text
 
 
-def read_parquet(path: Path, column: str = "text", skip: int = 0) -> Iterator[Row]:
+def read_parquet(path: Path, column: str = "text", skip: int = 0) -> Iterator[TextRow]:
     """The strings of one column."""
     pa = _pyarrow(path, "parquet")
     import pyarrow.parquet as pq
@@ -165,7 +165,7 @@ def read_parquet(path: Path, column: str = "text", skip: int = 0) -> Iterator[Ro
                 for text in batch.column(0).to_pylist():
                     row += 1
                     if row > skip:
-                        yield Row(f":{row}", text or "", size * row // total)
+                        yield TextRow(f":{row}", text or "", size * row // total)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data {str(path)!r} cannot be read as parquet: {first_line(error)}") from error
 
@@ -178,13 +178,7 @@ def _pyarrow(path: Path, kind: str) -> Any:
     return pa
 
 
-def first_line(error: BaseException, limit: int = 200) -> str:
-    """An exception's message, short enough for one sentence."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-_READERS: dict[tuple[str, ...], Reader] = {
+_READERS: dict[tuple[str, ...], RowReader] = {
     (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst"): read_jsonl,
     (".parquet",): read_parquet,
 }

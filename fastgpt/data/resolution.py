@@ -1,4 +1,4 @@
-"""What ``--data`` names becomes lists of shards, prepared first where it is text."""
+"""Turn the value of ``--data`` into lists of shards; text is prepared first."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def resolve(
     block_size: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> ResolvedData:
-    """What the user calls data, as shards to train on.
+    """The shards to train on.
 
     Args:
         data: ``"stdlib"``; a folder with ``*train*.bin`` and ``*val*.bin`` (what ``prepare`` made, llm.c shards, or
-            nanoGPT's headerless files, read as they are); or any file or folder of text that ``open_corpus`` knows,
-            which is tokenised into the cache, by one process while the others of a run wait for it.
-        tokenizer: ``"gpt2"`` or ``"bytes"``; for shards, what they were made with.
-        vocab_size: of the model; it must have a row for every id of the tokenizer. (That files hold no other ids is
-            checked by TokenLoader, which reads them.)
+            nanoGPT's headerless files, which are read as they are); or any file or folder of text that ``open_corpus``
+            accepts, which one process tokenises into the cache while the other processes of the run wait.
+        tokenizer: ``"gpt2"`` or ``"bytes"``; for shards, the one they were made with.
+        vocab_size: of the model, which must have a row for every id of the tokenizer. (TokenLoader checks that the files
+            hold no other ids.)
         block_size: if given, both splits must hold at least one window of block_size + 1 tokens.
         cache_dir: default ``$XDG_CACHE_HOME/fastgpt`` or ``~/.cache/fastgpt``.
 
@@ -57,7 +57,7 @@ def resolve(
             "something to validate on"
         )
     if (path / PROGRESS).exists() or (not path.exists() and (path.with_name(path.name + ".partial")).exists()):
-        raise UserError(f"data {data!r} is not finished: give the command that prepares it again to go on from there")
+        raise UserError(f"data {data!r} is not finished: give the command that prepares it again to continue")
     train, val = _shards_in(path, "train"), _shards_in(path, "val")
     if data == STDLIB or not (train or val):
         folder = _prepare_in_cache(data, tok, cache_dir)
@@ -71,7 +71,7 @@ def resolve(
             raise UserError(f"data {data!r} was made with the {made_with} tokenizer: tokenizer is {tok.name!r}")
     if block_size is not None:
         for paths in (train, val):
-            Windows(paths, block_size)  # opens every file and finds a window, or says what is wrong
+            Windows(paths, block_size)  # opens every file and finds a window, or raises
     return ResolvedData(train, val, tok)
 
 

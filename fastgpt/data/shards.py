@@ -1,16 +1,15 @@
-"""Token files: the shard format of llm.c and modded-nanogpt, written and read; nanoGPT's headerless one, read.
+"""Token files: write and read the shard format of llm.c and modded-nanogpt, and read nanoGPT's headerless files.
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros) and then the tokens as little-endian uint16.
-(The header is handled as unsigned, which is the same up to 2**31 tokens and serves files of 4 to 8 GiB too.)
-nanoGPT's ``train.bin`` is the tokens alone. The two cannot be mistaken for one another: the magic number read as two
-tokens begins with 55448, which is no GPT-2 id.
+(The header is handled as unsigned, which is the same up to 2**31 tokens and also allows files of 4 to 8 GiB.)
+nanoGPT's ``train.bin`` is the tokens alone. The two cannot be confused: read as two tokens, the magic number begins with
+55448, which is not a GPT-2 id.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +21,20 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 OTHER_MAGICS = {20240522: "an evaluation file of llm.c", 20240801: "a 32-bit token file of llm.c (Llama 3)"}
 CHUNK = 1 << 24
-"""Tokens looked at in one go: 32 MiB."""
+"""Tokens processed at a time: 32 MiB."""
 
 
 def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> str:
-    """Writes tokens (1-D integers in 0..65535) and returns the file's sha256.
-
-    The file appears under its name complete and on the disk, or not at all (temporary name, fsync, rename).
-    """
+    """Write tokens (1-D integers in 0..65535) and return the file's sha256. The file appears complete or not at all."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; a shard takes one dimension of integers")
     if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > 0xFFFF):
         raise ValueError(f"tokens span {int(tokens.min())}..{int(tokens.max())}; a shard holds uint16, 0..65535")
-    digest = hashlib.sha256()
-
-    def parts() -> Iterator[bytes]:
-        yield header(tokens.size)
-        for start in range(0, tokens.size, CHUNK):
-            yield tokens[start : start + CHUNK].astype("<u2").tobytes()
-
+    content = header(tokens.size) + tokens.astype("<u2").tobytes()
     with atomic_file(Path(path)) as file:
-        for part in parts():
-            digest.update(part)
-            file.write(part)
-    return digest.hexdigest()
+        file.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def header(count: int) -> bytes:
@@ -60,7 +48,7 @@ def open_shard(path: str | os.PathLike[str]) -> np.memmap:
     """The tokens of a shard or of a headerless file, uint16, memory-mapped read-only.
 
     Raises:
-        UserError: the file is missing, empty, truncated, longer than it says, or of another format.
+        UserError: the file is missing, empty, truncated, longer than its header says, or of another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,9 +81,9 @@ def open_shard(path: str | os.PathLike[str]) -> np.memmap:
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, path: str | os.PathLike[str]) -> None:
-    """Raises UserError with the first id that the vocabulary does not have, and where it is."""
+    """Raises UserError with the first id past the vocabulary and its position."""
     if vocab_size > 0xFFFF:
-        return  # every uint16 is an id
+        return  # every uint16 is in the vocabulary
     for start in range(0, len(tokens), CHUNK):
         chunk = np.asarray(tokens[start : start + CHUNK])
         if chunk.max() >= vocab_size:

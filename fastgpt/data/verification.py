@@ -1,10 +1,10 @@
-"""Every id of every token file is looked at before it is trained on, once.
+"""Check every id of every token file once, before training on it.
 
-An id past the vocabulary is an out-of-bounds read in the embedding: on a GPU at best a crash without a name, hours in.
-So no file is trusted, whoever made it. A file is read whole: its largest id is compared with the vocabulary, and its
-sha256 with that of the manifest beside it, if there is one. For a large file both are remembered in the user's cache,
-together with its size, inode and times; a file that has changed in any of these is read again. (The time of the last
-change of the inode is among them, which no program can set back.)
+An id past the vocabulary is an out-of-bounds read in the embedding: on a GPU at best an unexplained crash hours into the
+run. So no file is trusted. Each is read completely; its largest id is compared with the vocabulary, and its sha256 with
+that of the manifest beside it, if there is one. For a large file both are remembered in the user's cache together with
+its size, inode and times, and it is read again if any of these has changed. (No program can set back the inode's change
+time, which is one of them.)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,15 +20,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from fastgpt.common import UserError, write_json
 from fastgpt.data.manifest import read_manifest
 from fastgpt.data.shards import CHUNK, check_ids, open_shard
 
 CACHED_FROM = 32 << 20
-"""Bytes from which on remembering is worth a file: a smaller one is read in less than 20 ms."""
+"""Bytes from which on the result is remembered: a smaller file is read in less than 20 ms."""
 SAID_FROM = 1 << 30
+"""Bytes to read from which on a message says so."""
 THREADS = 8
 
 
@@ -39,26 +40,24 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What reading a whole file tells."""
+class FileFacts:
+    """What a token file holds."""
 
     sha256: str
     largest_id: int
 
 
 def verify_files(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> None:
-    """All ids of all files are below ``vocab_size``, and the files are what their manifests say.
+    """Check that all ids of all files are below ``vocab_size``, and that the files match their manifests.
 
     Raises:
-        UserError: naming the file, and the first such id with its position.
+        UserError: names the file, and the first id past the vocabulary with its position.
     """
     files = [Path(path) for path in paths]
     shas = {folder: _manifest_shas(folder) for folder in {path.parent for path in files}}
     unknown = [path for path in files if _remembered(path) is None]
     if (size := sum(path.stat().st_size for path in unknown)) >= SAID_FROM:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"checking {len(unknown)} token files, {size / 1e9:.1f} GB: done once, then remembered", markup=False
-        )
+        print(f"checking {len(unknown)} token files, {size / 1e9:.1f} GB (only once)", file=sys.stderr)
     with ThreadPoolExecutor(min(THREADS, max(1, len(unknown)))) as pool:
         for path, facts in zip(files, pool.map(examine, files)):
             if facts.largest_id >= vocab_size:
@@ -71,11 +70,8 @@ def verify_files(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> No
                 )
 
 
-def examine(path: Path) -> Facts:
-    """Reads the whole file, or remembers what it held.
-
-    Raises UserError as ``open_shard`` does.
-    """
+def examine(path: Path) -> FileFacts:
+    """Read the whole file, or remember an earlier reading. Raises UserError as ``open_shard`` does."""
     tokens = open_shard(path)
     if (facts := _remembered(path)) is not None:
         return facts
@@ -88,20 +84,20 @@ def examine(path: Path) -> Facts:
         chunk = np.asarray(tokens[start : start + CHUNK])
         digest.update(chunk.data)
         largest = max(largest, int(chunk.max()))
-    facts = Facts(digest.hexdigest(), largest)
+    facts = FileFacts(digest.hexdigest(), largest)
     if path.stat().st_size >= CACHED_FROM and _state_of(path) == state:
-        with suppress(OSError):  # a read-only home costs time, nothing else
+        with suppress(OSError):  # in a read-only home the file is read again next time
             memory = _memory_of(path)
             write_json(memory, {"state": state, **asdict(facts)})
     return facts
 
 
-def _remembered(path: Path) -> Facts | None:
+def _remembered(path: Path) -> FileFacts | None:
     try:
         if path.stat().st_size < CACHED_FROM:
             return None
         saved = json.loads(_memory_of(path).read_text())
-        return Facts(str(saved["sha256"]), int(saved["largest_id"])) if saved["state"] == _state_of(path) else None
+        return FileFacts(str(saved["sha256"]), int(saved["largest_id"])) if saved["state"] == _state_of(path) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -1,14 +1,14 @@
-"""The windows of token files, and the order in which an epoch takes them: pure functions of (seed, epoch, position).
+"""The windows of token files and their order in an epoch, as pure functions of (seed, epoch, position).
 
-A window is block_size + 1 tokens, and the next begins block_size later, so that every token but a file's first is the
-target of exactly one window. A file of n tokens has w = (n - 1) // block_size windows; the r = n - 1 - w * block_size
-targets left over (always fewer than block_size) are dropped, at its start, its end or both: each epoch begins at
-another of the r + 1 offsets, so nothing is skipped for ever and the number of windows never changes.
+A window is block_size + 1 tokens, and the next one begins block_size later, so every token except a file's first is the
+target of exactly one window. A file of n tokens has w = (n - 1) // block_size windows. The r = n - 1 - w * block_size
+remaining targets (always fewer than block_size) are dropped at its start, its end or both: each epoch begins at another
+of the r + 1 offsets, so no token is skipped in every epoch, and the number of windows stays the same.
 
-The order of an epoch is a permutation that is computed where it is needed, not drawn and kept: ten billion tokens are
-ten million windows, whose shuffled list would take a second and 80 MB at every start. It is a Feistel network over
-Z_a x Z_b with a * b just above the number of windows (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002,
-their generalised Feistel construction); the few results that fall outside go through it again.
+The order of an epoch is a permutation that is computed where it is needed: ten billion tokens are ten million windows,
+and drawing a shuffled list of them would take a second and 80 MB at every start. It is a Feistel network over Z_a x Z_b
+with a * b just above the number of windows (the generalised Feistel construction of Black and Rogaway, Ciphers with
+Arbitrary Finite Domains, 2002); the few results outside the range go through it again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastgpt.data.shards import open_shard
 
 ROUNDS = 8
 ORDER = 2
-"""Changes when the order of the windows does (1 was a sort of random numbers)."""
+"""The version of the order of windows (1 sorted random numbers)."""
 
 
 class Windows:
@@ -59,10 +59,8 @@ class Windows:
         self._epoch = lru_cache(maxsize=4)(self._draw_epoch)
 
     def in_order(self, positions: np.ndarray, seed: int) -> np.ndarray:
-        """The windows at these positions of the endless sequence epoch 0, epoch 1, ... (int64, ascending).
-
-        Returns uint16 (len(positions), block_size + 1).
-        """
+        """The windows at these positions (int64, ascending) of the endless sequence epoch 0, epoch 1, ..., as uint16
+        (len(positions), block_size + 1)."""
         batch = np.empty((len(positions), self.block_size + 1), np.uint16)
         epochs = positions // self.count
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
@@ -72,7 +70,7 @@ class Windows:
         return batch
 
     def read(self, ids: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
-        """Windows ids (0..count-1, in the order of the files) as uint16 (len(ids), block_size + 1)."""
+        """The windows with these numbers (0..count-1 in the order of the files), as uint16 (len(ids), block_size + 1)."""
         offsets = np.zeros_like(self._slack) if offsets is None else offsets
         if len(self._views) == 1:
             return self._view(0)[ids * self.block_size + offsets[0]]
@@ -90,17 +88,15 @@ class Windows:
         return view
 
     def _draw_epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys of the permutation, and where in each file the first window begins.
-
-        From raw PCG64 output, which NumPy promises never to change: a resumed run goes on in the same order.
-        """
+        """Keys of the permutation, and the offset of the first window in each file. They come from raw PCG64 output, which
+        NumPy promises never to change, so a resumed run continues in the same order."""
         raw = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(ROUNDS + len(self._slack))
         offsets = raw[ROUNDS:] % (self._slack + 1).astype(np.uint64)
         return raw[:ROUNDS], offsets.astype(np.int64)
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where index (int64, in 0..n-1) goes in the permutation of 0..n-1 that the keys (uint64) choose."""
+    """The images of index (int64, in 0..n-1) under the permutation of 0..n-1 that the keys (uint64) select."""
     a = math.isqrt(n - 1) + 1 if n > 1 else 1
     b = -(-n // a)
     out = _feistel(index.astype(np.uint64), a, b, keys)
@@ -110,7 +106,7 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, a: int, b: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of 0..a*b-1: x = left * b + right, and each round shifts one of them by a hash of the other."""
+    """A permutation of 0..a*b-1: x = left * b + right, and each round shifts one of the two by a hash of the other."""
     left, right = x // np.uint64(b), x % np.uint64(b)
     for i, key in enumerate(keys):
         if i % 2 == 0:

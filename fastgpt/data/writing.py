@@ -1,7 +1,7 @@
-"""One side of a preparation: tokens appended to shards in a way that a killed process can continue.
+"""Write one side of a preparation: append tokens to shards so that another process can continue after a kill.
 
-Tokens go straight into the shard's file. ``commit`` puts them on the disk and says in a few numbers what is there;
-whatever a process wrote after its last commit is cut off when the next one begins from those numbers.
+Tokens go straight into the shard's file. ``commit`` flushes them to the disk and returns a few numbers that describe what
+is there. The next process starts from those numbers and cuts off whatever was written after the last commit.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fastgpt.data.shards import HEADER_BYTES, header
 
 
 class ShardWriter:
-    """Shards of exactly ``shard_tokens`` tokens; the last has the rest.
+    """Writes shards of exactly ``shard_tokens`` tokens; the last holds the rest.
 
     Args:
-        folder: where ``SIDE_000000.bin``, ... go; files of that side that ``state`` does not know are removed.
-        state: what ``commit`` returned, to go on from there.
+        folder: holds ``SIDE_000000.bin``, ...; files of that side that are not in ``state`` are removed.
+        state: the result of the ``commit`` to continue from.
     """
 
     def __init__(self, folder: Path, side: str, shard_tokens: int, state: dict[str, Any] | None = None) -> None:
@@ -38,7 +38,7 @@ class ShardWriter:
         self._take_up()
 
     def append(self, ids: np.ndarray, documents: int) -> None:
-        """uint16 ids, with which ``documents`` documents begin."""
+        """Append uint16 ids, in which ``documents`` documents begin."""
         self.documents += documents
         self.tokens += len(ids)
         while len(ids):
@@ -52,21 +52,21 @@ class ShardWriter:
                 self._finish()
 
     def commit(self) -> dict[str, Any]:
-        """Everything appended so far is on the disk when this returns; what it returns continues it."""
+        """Flush everything appended so far to the disk, and return the state from which to continue."""
         if self._file is not None:
             _to_disk(self._file)
         return {"documents": self.documents, "tokens": self.tokens, "shards": self.shards, "held": self.held}
 
     def close(self) -> list[dict[str, Any]]:
-        """Ends the last shard and returns file name, tokens and sha256 of each."""
+        """Finish the last shard, and return file name, tokens and sha256 of each."""
         if self.held:
             self._finish()
         return self.shards
 
     def abandon(self) -> None:
-        """Lets go of the file; what was not committed may or may not be in it."""
+        """Close the file. It may or may not hold what was not committed."""
         if self._file is not None:
-            with suppress(OSError):  # a full disk fails once more here
+            with suppress(OSError):  # a full disk fails again here
                 self._file.close()
             self._file = None
 
@@ -81,7 +81,7 @@ class ShardWriter:
         _to_disk(self._file)
         self._file.close()
         self._file = None
-        with self._path().open("rb") as file:  # read back: a hash cannot be put aside half done
+        with self._path().open("rb") as file:  # read back, since an unfinished hash cannot be saved
             digest = hashlib.sha256()
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
@@ -92,7 +92,7 @@ class ShardWriter:
         self.held = 0
 
     def _take_up(self) -> None:
-        """The files exactly as they were at the commit."""
+        """Restore the files as they were at the commit."""
         known = {shard["file"]: shard["tokens"] for shard in self.shards}
         if self.held:
             known[self._path().name] = self.held
@@ -103,12 +103,12 @@ class ShardWriter:
             path = self.folder / name
             if not path.is_file() or path.stat().st_size < HEADER_BYTES + 2 * tokens:
                 raise UserError(
-                    f"data file {str(path)!r} is missing or cut short: delete {str(self.folder)!r} to begin anew"
+                    f"data file {str(path)!r} is missing or cut short: delete {str(self.folder)!r} to start again"
                 )
         if self.held:
             self._file = self._path().open("r+b")
             self._file.truncate(HEADER_BYTES + 2 * self.held)
-            self._file.write(header(self.shard_tokens))  # a killed process may have written that of a last shard
+            self._file.write(header(self.shard_tokens))  # a killed process may have written the count of a last shard
             self._file.seek(0, os.SEEK_END)
 
 

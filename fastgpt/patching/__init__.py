@@ -1,4 +1,4 @@
-"""``fastgpt.patch(model)``: the fused operations inside a nanoGPT or Hugging Face GPT-2, in place.
+"""``fastgpt.patch(model)`` puts the fused operations into a nanoGPT or Hugging Face GPT-2, in place.
 
 docs/patch.md has the table of what is replaced and what is not."""
 
@@ -14,25 +14,23 @@ from torch import nn
 from fastgpt import ops as operations
 from fastgpt.common import UserError
 from fastgpt.patching import huggingface, nanogpt
-from fastgpt.patching.plan import Plan, Report
-from fastgpt.patching.swap import base_class, fuse, fused_modules, restore
-
-__all__ = ["Report", "patch", "unpatch"]
+from fastgpt.patching.plan import PatchPlan, PatchReport
+from fastgpt.patching.swap import base_class, check_restorable, fuse, fused_modules, restore
 
 
-def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -> Report:
+def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -> PatchReport:
     """Replace attention, layer norms (with the residual add and its dropout), MLP and loss of ``model`` by the fused
-    operations, in place, and return (and print, unless ``quiet``) what was replaced and what was kept.
+    operations, in place. Return a report of what was replaced and what was kept; print it unless ``quiet``.
 
     ``model`` is a nanoGPT ``GPT`` (or a fork whose modules have its names) or transformers' ``GPT2LMHeadModel`` or
     ``GPT2Model``: before or after its weights are loaded, on any device, in fp32, fp16 or bf16; before DDP,
     torch.compile, fully_shard or ``accelerator.prepare``. Parameters, names, state_dict, tied weights and ``generate`` stay
-    as they are. Patching again starts anew with the new options.
+    as they are. Patching a patched model starts again with the new options.
 
     In train mode with targets (labels) the loss is computed without the logits, which are then None; with ``keep_logits``
-    it is the model's own, and so are they. In eval mode both are returned.
+    loss and logits are the model's own. In eval mode both are returned.
 
-    Raises UserError for a model of another family, a wrapped or half-patched one: nothing has changed then.
+    Raises UserError, and changes nothing, if the model is of another family, wrapped, or partly patched.
     """
     family = _family(model)
     done = [module for _, module in fused_modules(model)]
@@ -46,7 +44,7 @@ def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -
         restore(module)
     changed: list[nn.Module] = []
     try:
-        plan = Plan()
+        plan = PatchPlan()
         family.plan(model, plan)
         ops = operations.get("triton" if find_spec("triton") else "eager")
         for _, module, mixin in plan.changes:
@@ -67,15 +65,14 @@ def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Give every patched module in ``model`` its own forward again, and return the model. One that was never patched, or
-    only in part, is no error. Raises UserError if something was wrapped around a module since: nothing has changed then."""
+    """Give every patched module in ``model`` its own forward again, and return the model, which may also be unpatched or
+    partly patched. Raises UserError, and changes nothing, if a module has been wrapped since."""
     for wrapper in ("_orig_mod", "module"):
         if type(model).__name__ in _WRAPPERS and isinstance(getattr(model, wrapper, None), nn.Module):
             model = getattr(model, wrapper)
     modules = [module for _, module in fused_modules(model)]
     for module in modules:
-        if "_fastgpt_base" not in vars(type(module)):
-            raise UserError(f"a {type(module).__name__} was wrapped after patch: unwrap it, then unpatch")
+        check_restorable(module)
     for module in modules:
         restore(module)
     for name in [name for name in vars(model) if name.startswith("_fastgpt_")]:
@@ -84,7 +81,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether ``patch`` has been through this very model (not just a part of it)."""
+    """Whether this whole model has been patched, not just a part of it."""
     return bool(vars(model).get("_fastgpt_patched", False))
 
 
@@ -92,7 +89,7 @@ _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParalle
 
 
 def _family(model: Any) -> Any:
-    """The module of this package that knows the model. Raises UserError."""
+    """The module of this package that patches models of this kind. Raises UserError."""
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -112,7 +109,7 @@ def _family(model: Any) -> Any:
     raise UserError(f"model is a {name}: patch knows nanoGPT's GPT, and GPT2LMHeadModel and GPT2Model of transformers")
 
 
-def _report(model: Any, family: Any, plan: Plan, keep_logits: bool) -> Report:
+def _report(model: Any, family: Any, plan: PatchPlan, keep_logits: bool) -> PatchReport:
     name = base_class(model).__name__
     notes: list[str] = []
     if family is huggingface:
@@ -130,7 +127,7 @@ def _report(model: Any, family: Any, plan: Plan, keep_logits: bool) -> Report:
         kept["loss"] = "keep_logits=True"
     elif "loss" in replaced:
         notes.append("in train mode with targets the logits are None (keep_logits=True returns them)")
-    return Report(name, _runs_in(model), replaced, kept, tuple(notes))
+    return PatchReport(name, _runs_in(model), replaced, kept, tuple(notes))
 
 
 def _runs_in(model: nn.Module) -> str:

@@ -8,7 +8,7 @@ How a block is called and what it returns has changed over the versions:
     5 - 5.23      attn(h, past_key_values=Cache)    -> (y, weights)                block -> x
     5.24          attn(h, cache=Cache)              -> (y, weights)                block -> x
 
-The names of the parameters tell which; what does not fit any of them is left alone, as probe.py finds out.
+The names of the parameters tell which version it is. What fits none of them is left alone: probe.py finds that out.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt.common import UserError
-from fastgpt.ops import compute_dtype
-from fastgpt.patching.modules import LayerNorm, supported
-from fastgpt.patching.plan import Plan, blocker, plan_blocks, unknown_children
+from fastgpt.patching.modules import FusedBlock, supported
+from fastgpt.patching.plan import PatchPlan, blocker, plan_blocks, unknown_children
 from fastgpt.patching.swap import Fused, base_class, is_fused, parameters
 
 OLDEST = (4, 45)
 
 
 def notes() -> list[str]:
-    """Which calls go the model's own way although its attention is replaced."""
+    """Which calls still use the model's own attention although it has been replaced."""
     found = ["padding masks, cached decoding steps, head masks and output_attentions take the model's own attention"]
     if (4, 53) <= _version() < (5, 0):
         found.append(
@@ -45,34 +44,20 @@ def _version() -> tuple[int, ...]:
 
 
 _CACHES = ("layer_past", "past_key_value", "past_key_values", "cache")
-_KNOWN = frozenset(
-    (
-        "hidden_states",
-        "attention_mask",
-        "head_mask",
-        "encoder_hidden_states",
-        "encoder_attention_mask",
-        "output_attentions",
-    )
-    + (
-        *_CACHES,
-        "use_cache",
-        "cache_position",
-        "position_ids",
-        "output_hidden_states",
-        "return_dict",
-        "num_items_in_batch",
-    )
-)
-"""Arguments of attention whose meaning is known: with any other it goes its own way, as a later version may have renamed or
-added one."""
+_KNOWN = {
+    *_CACHES, "hidden_states", "attention_mask", "head_mask", "encoder_hidden_states", "encoder_attention_mask",
+    "output_attentions", "use_cache", "cache_position", "position_ids", "output_hidden_states", "return_dict",
+    "num_items_in_batch",
+}  # fmt: skip
+"""Arguments of attention whose meaning is known. With any other the model's own attention runs, since a later version may
+have renamed or added one."""
 
 
 def _cache_in(call: dict[str, Any]) -> Any:
     return next((call[name] for name in _CACHES if call.get(name) is not None), None)
 
 
-class Attention(Fused):
+class HuggingFaceAttention(Fused):
     """c_attn -> causal flash attention on its packed output -> c_proj -> dropout."""
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, defer_dropout: bool = False, **kwargs: Any) -> Any:
@@ -106,7 +91,7 @@ class Attention(Fused):
         return supported(call["hidden_states"])
 
     def _remember(self: Any, qkv: Tensor, call: dict[str, Any]) -> Any:
-        """Put keys and values into the cache that the call brings. Returns them where that is how they are handed on."""
+        """Put keys and values into the cache of the call. Returns them for a version that returns them from attention."""
         cache = _cache_in(call)
         old_style = "layer_past" in self.names
         if cache is None and not (old_style and call.get("use_cache")):
@@ -119,16 +104,13 @@ class Attention(Fused):
         return None
 
 
-class Block(Fused):
-    """x + attn(ln_1(x)), then x + mlp(ln_2(x)): the first sum, with the dropout before it, is formed inside ln_2."""
-
+class HuggingFaceBlock(FusedBlock):
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         call = self.named((hidden_states, *args), kwargs)
         if call.get("encoder_hidden_states") is not None or not supported(hidden_states):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         x = hidden_states
-        # Norms inside a block come out as the matrix multiplication after them wants them.
-        h = self.ln_1(x, dtype=compute_dtype(x)) if is_fused(self.ln_1) else self.ln_1(x)
+        h = self.before_attention(x)
         own = ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")
         options = {name: value for name, value in call.items() if name not in own}
         dropout_p = 0.0
@@ -137,9 +119,7 @@ class Block(Fused):
             dropout_p = self.attn.resid_dropout.p if self.training else 0.0
         else:
             outputs = self.attn(h, **options)
-        branch = outputs[0]
-        h, x = self.ln_2(branch, residual=x, dropout_p=dropout_p, dtype=compute_dtype(branch))
-        x = self.mlp(h, residual=x) if is_fused(self.mlp) else x + self.mlp(h)
+        x = self.after_attention(x, outputs[0], dropout_p)
         if "layer_past" in self.names:
             return (x, *outputs[1:]) if call.get("use_cache") else (x, *outputs[2:])
         if "output_attentions" in self.names:
@@ -147,8 +127,8 @@ class Block(Fused):
         return x
 
 
-class LMHeadModel(Fused):
-    """In training with labels: the fused loss, and None for the logits. Otherwise the model's own forward."""
+class HuggingFaceLMHeadModel(Fused):
+    """In train mode with labels: the fused loss, and None for the logits. Otherwise the model's own forward."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = self.named(args, kwargs)
@@ -162,10 +142,10 @@ class LMHeadModel(Fused):
         passed_on = call if self._fastgpt_passes_on else {n: call[n] for n in call if n in self.names}
         outputs = self.transformer(**passed_on)
         loss = self._loss(outputs[0], labels, **options)
-        # The cache's name has changed: whatever the model's own outputs have is handed on.
+        # The name of the cache differs between versions, so every field of the body's outputs is passed on.
         names = {field.name for field in fields(CausalLMOutputWithCrossAttentions)} - {"loss", "logits"}
-        handed_on = {name: getattr(outputs, name) for name in names}
-        return CausalLMOutputWithCrossAttentions(loss=loss, logits=None, **handed_on)
+        passed_through = {name: getattr(outputs, name) for name in names}
+        return CausalLMOutputWithCrossAttentions(loss=loss, logits=None, **passed_through)
 
     def _wants_fused_loss(self: Any, call: dict[str, Any]) -> bool:
         if call.get("labels") is None or not self.training or self._fastgpt_keep_logits:
@@ -216,8 +196,8 @@ def matches(model: nn.Module) -> bool:
     )
 
 
-def plan(model: Any, plan: Plan) -> None:
-    """Decide what of ``model`` is replaced. Changes nothing. Raises UserError for a transformers that is too old."""
+def plan(model: Any, plan: PatchPlan) -> None:
+    """Decide what of ``model`` is replaced. Changes nothing. Raises UserError if transformers is too old."""
     if _version() < OLDEST:
         raise UserError(f"transformers is {'.'.join(map(str, _version()))}: patch knows 4.45 and later, so upgrade it")
     base = getattr(model, "transformer", model)
@@ -226,14 +206,13 @@ def plan(model: Any, plan: Plan) -> None:
     plan_blocks(
         plan,
         {f"{prefix}h.{i}": block for i, block in enumerate(base.h)},
-        norm=LayerNorm,
-        attention=Attention,
-        block=Block,
+        attention=HuggingFaceAttention,
+        block=HuggingFaceBlock,
         attention_blocker=_attention_blocker,
-        calls={"attention": lambda x: lambda module: module.attn(x)[0], "block": lambda x: lambda module: module(x)},
+        call_attention=lambda block, x: block.attn(x)[0],
         shape=(2, min(base.wpe.weight.shape[0], 64), C),
     )
-    plan.norm(f"{prefix}ln_f", base.ln_f, LayerNorm, (2, 3, C))
+    plan.norm(f"{prefix}ln_f", base.ln_f, C)
     if base is model:
         plan.keep("loss", "a GPT2Model has none")
     else:
@@ -250,7 +229,7 @@ def _attention_blocker(attention: Any) -> str | None:
     return None
 
 
-def _plan_loss(model: Any, plan: Plan) -> None:
+def _plan_loss(model: Any, plan: PatchPlan) -> None:
     head = model.lm_head
     if base_class(model).forward.__qualname__ != "GPT2LMHeadModel.forward":  # type: ignore[attr-defined]
         plan.keep("loss", f"{type(model).__name__} has a forward of its own")
@@ -258,8 +237,8 @@ def _plan_loss(model: Any, plan: Plan) -> None:
         plan.keep("loss", f"its lm_head is a {type(head).__name__}")
     elif (why := blocker(model)) is not None:
         plan.keep("loss", why)
-    elif not LMHeadModel._own_loss(model):
+    elif not HuggingFaceLMHeadModel._own_loss(model):
         plan.keep("loss", "it has a loss function of its own")
     else:
-        plan.change("loss", "", model, LMHeadModel)
+        plan.change("loss", "", model, HuggingFaceLMHeadModel)
         plan.attributes = {"_fastgpt_passes_on": parameters(type(model.transformer).forward)[1]}

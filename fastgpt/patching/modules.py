@@ -1,4 +1,4 @@
-"""What nanoGPT's and Hugging Face's blocks have in common: the layer norm and the MLP."""
+"""What nanoGPT's and Hugging Face's blocks have in common: layer norms, the MLP, and the order in which they are called."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt.ops import EAGER, compute_dtype
-from fastgpt.patching.swap import Fused
+from fastgpt.patching.swap import Fused, is_fused
 
-# The kernels' limits; theirs cannot be imported where triton is not installed.
+# Limits of the kernels, repeated here because the kernels cannot be imported where triton is not installed.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_WIDTH = 16_384
 MAX_HEAD_DIM = 256
 
 
 def supported(x: Tensor) -> bool:
-    """Whether the kernels take this tensor; others go the model's own way."""
+    """Whether the kernels accept this tensor. For any other, the model's own forward runs."""
     return x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_WIDTH and x.numel() > 0
 
 
 def stream_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that F.layer_norm gives for ``x``: on CUDA, autocast computes norms in fp32."""
+    """The dtype that F.layer_norm returns for ``x``: on CUDA, autocast computes norms in fp32."""
     return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
 
 
-class LayerNorm(Fused):
-    """nn.LayerNorm, or any module with ``weight`` (C,), ``bias`` (C,) or None, and eps 1e-5 unless it says otherwise."""
+class FusedLayerNorm(Fused):
+    """nn.LayerNorm, or any module with ``weight`` (C,) and ``bias`` (C,) or None. eps is 1e-5 if the module has none."""
 
     def forward(
         self: Any, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0, dtype: torch.dtype | None = None
     ) -> Any:
-        """x -> norm(x); or (norm(s), s) with s = dropout(x) + residual, in the dtype that x + residual has. ``dtype`` is
-        the norm's (default: PyTorch's)."""
+        """norm(x); with a residual (norm(s), s), where s = dropout(x) + residual has the dtype of x + residual.
+        ``dtype`` is that of the norm's output (default: as in PyTorch)."""
         if not supported(x):
             if residual is None:
                 return super().forward(x)  # type: ignore[misc]
@@ -49,11 +49,8 @@ class LayerNorm(Fused):
         )  # fmt: skip
 
 
-# ---- MLP
-
-
 def gelu_kind(activation: Any) -> str | None:
-    """ "tanh" or "none" (as F.gelu's ``approximate``) if ``activation`` is a GELU, else None."""
+    """``approximate`` as F.gelu takes it ("tanh" or "none") if ``activation`` is a GELU, else None."""
     if isinstance(activation, nn.GELU):
         return activation.approximate
     name = type(activation).__name__  # transformers.activations
@@ -62,12 +59,12 @@ def gelu_kind(activation: Any) -> str | None:
     return "none" if name == "GELUActivation" and getattr(activation, "act", F.gelu) is F.gelu else None
 
 
-class MLP(Fused):
-    """c_fc -> GELU -> c_proj -> dropout. c_fc and c_proj are nn.Linear, or Conv1D whose (in, out) weight is read as the
-    strided view (out, in): its gradient arrives in its own layout."""
+class FusedMLP(Fused):
+    """c_fc -> GELU -> c_proj -> dropout. c_fc and c_proj are nn.Linear, or Conv1D, whose (in, out) weight is read as the
+    strided view (out, in); its gradient arrives in the weight's own layout."""
 
     def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """With a residual, returns residual + dropout(MLP(x)), in the dtype that this sum has, formed inside c_proj."""
+        """dropout(MLP(x)); with a residual, residual + dropout(MLP(x)) in the dtype of that sum, formed inside c_proj."""
         kind = gelu_kind(self.act if hasattr(self, "act") else self.gelu)
         plain = is_plain(self.c_fc) and is_plain(self.c_proj) and kind is not None and supported(x)
         if not plain:
@@ -75,7 +72,7 @@ class MLP(Fused):
             return y if residual is None else residual + y
         if residual is not None:
             residual = residual.to(torch.promote_types(compute_dtype(x), residual.dtype))
-        # Optimizers here may write through param.data, which leaves no trace: no copy of a weight is kept.
+        # The optimizer may write through param.data, which leaves no trace, so no 16-bit copy of a weight is kept.
         options = {} if self.ops is EAGER else {"keep_copy": False}
         return self.ops.mlp(
             x, weight_of(self.c_fc), self.c_fc.bias, weight_of(self.c_proj), self.c_proj.bias,
@@ -84,7 +81,7 @@ class MLP(Fused):
 
 
 def is_plain(module: nn.Module) -> bool:
-    """An nn.Linear or Conv1D as they come: no subclass (LoRA, quantised), no hook that has to see its input."""
+    """An unmodified nn.Linear or Conv1D: no subclass (LoRA, quantised), no hook that has to see its input."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
     return (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and not hooks
 
@@ -92,3 +89,16 @@ def is_plain(module: nn.Module) -> bool:
 def weight_of(module: Any) -> Tensor:
     """The weight as (out, in): a view."""
     return module.weight if isinstance(module, nn.Linear) else module.weight.t()
+
+
+class FusedBlock(Fused):
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x)). The first sum, with the dropout before it, is formed inside ln_2."""
+
+    def before_attention(self: Any, x: Tensor) -> Tensor:
+        """ln_1(x), in the dtype that the matmul after it reads."""
+        return self.ln_1(x, dtype=compute_dtype(x)) if is_fused(self.ln_1) else self.ln_1(x)
+
+    def after_attention(self: Any, x: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
+        """The block's output from its input ``x`` and attention's output ``branch``, on which dropout is still due."""
+        h, x = self.ln_2(branch, residual=x, dropout_p=dropout_p, dtype=compute_dtype(branch))
+        return self.mlp(h, residual=x) if is_fused(self.mlp) else x + self.mlp(h)

@@ -1,4 +1,4 @@
-"""nanoGPT's GPT, and forks of it: any model whose modules have its names and compute what its modules compute.
+"""nanoGPT's GPT and its forks: any model whose modules have the same names and compute the same.
 
 transformer.{wte, wpe, drop, h[i].{ln_1, attn.{c_attn, c_proj}, ln_2, mlp.{c_fc, gelu, c_proj}}, ln_f}, lm_head
 """
@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.ops import compute_dtype
-from fastgpt.patching.modules import LayerNorm, supported
-from fastgpt.patching.plan import Plan, blocker, plan_blocks, unknown_children
+from fastgpt.patching.modules import FusedBlock, supported
+from fastgpt.patching.plan import PatchPlan, blocker, plan_blocks, unknown_children
 from fastgpt.patching.probe import Probe
 from fastgpt.patching.swap import Fused, is_fused, parameters
 
 
-class Attention(Fused):
+class NanoGPTAttention(Fused):
     """c_attn -> causal flash attention on its packed output -> c_proj -> dropout."""
 
     def forward(self: Any, x: Tensor, defer_dropout: bool = False) -> Tensor:
@@ -37,26 +36,21 @@ class Attention(Fused):
         return float(own) if self.training else 0.0
 
 
-class Block(Fused):
-    """x + attn(ln_1(x)), then x + mlp(ln_2(x)): the first sum, with the dropout before it, is formed inside ln_2."""
-
+class NanoGPTBlock(FusedBlock):
     def forward(self: Any, x: Tensor) -> Tensor:
         if not supported(x):
             return super().forward(x)  # type: ignore[misc]
-        # Norms inside a block come out as the matrix multiplication after them wants them.
-        h = self.ln_1(x, dtype=compute_dtype(x)) if is_fused(self.ln_1) else self.ln_1(x)
-        dropout_p = 0.0
+        h, dropout_p = self.before_attention(x), 0.0
         if is_fused(self.attn) and self.attn.fusable(h):
             branch = self.attn(h, defer_dropout=True)
             dropout_p = self.attn.resid_dropout.p if self.training else 0.0
         else:
             branch = self.attn(h)
-        h, x = self.ln_2(branch, residual=x, dropout_p=dropout_p, dtype=compute_dtype(branch))
-        return self.mlp(h, residual=x) if is_fused(self.mlp) else x + self.mlp(h)
+        return self.after_attention(x, branch, dropout_p)
 
 
-class Model(Fused):
-    """In training with targets: the fused loss, and None for the logits. Otherwise the model's own forward."""
+class NanoGPTModel(Fused):
+    """In train mode with targets: the fused loss, and None for the logits. Otherwise the model's own forward."""
 
     def forward(self: Any, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         plain_head = type(self.lm_head) is nn.Linear
@@ -77,7 +71,7 @@ class Model(Fused):
 
 
 def matches(model: nn.Module) -> bool:
-    """Whether the modules have nanoGPT's names (what they compute is tried out later)."""
+    """Whether the modules have nanoGPT's names. What they compute is tried out later."""
     transformer = getattr(model, "transformer", None)
     names = ("wte", "wpe", "drop", "h", "ln_f")
     if not isinstance(getattr(model, "lm_head", None), nn.Module) or not isinstance(transformer, nn.ModuleDict):
@@ -89,26 +83,25 @@ def matches(model: nn.Module) -> bool:
     return bool(blocks) and all(isinstance(getattr(block, part, None), nn.Module) for block in blocks for part in parts)
 
 
-def plan(model: Any, plan: Plan) -> None:
+def plan(model: Any, plan: PatchPlan) -> None:
     """Decide what of ``model`` is replaced. Changes nothing."""
     T = min(model.transformer.wpe.weight.shape[0], 1024)
     C = model.transformer.wte.weight.shape[1]
     plan_blocks(
         plan,
         {f"transformer.h.{i}": block for i, block in enumerate(model.transformer.h)},
-        norm=LayerNorm,
-        attention=Attention,
-        block=Block,
+        attention=NanoGPTAttention,
+        block=NanoGPTBlock,
         attention_blocker=_attention_blocker,
-        calls={"attention": lambda x: lambda module: module.attn(x), "block": lambda x: lambda module: module(x)},
+        call_attention=lambda block, x: block.attn(x),
         shape=(1, T, C),
     )
-    plan.norm("transformer.ln_f", model.transformer.ln_f, LayerNorm, (2, 3, C))
+    plan.norm("transformer.ln_f", model.transformer.ln_f, C)
     _plan_loss(model, plan)
 
 
 def _attention_blocker(attention: Any) -> str | None:
-    """Why this attention cannot be replaced, as far as its modules tell."""
+    """Why this attention cannot be replaced, as far as its modules show it."""
     unknown = unknown_children(attention, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"})
     if unknown:
         return f"it has a part that nanoGPT's has not ({unknown})"
@@ -121,7 +114,7 @@ def _attention_blocker(attention: Any) -> str | None:
     return None if isinstance(getattr(attention, "n_head", None), int) else "it has no n_head"
 
 
-def _plan_loss(model: Any, plan: Plan) -> None:
+def _plan_loss(model: Any, plan: PatchPlan) -> None:
     why = blocker(model) or _loss_blocker(model)
     if why is None:
         probe = Probe(model, leave_out=[model.transformer.h])
@@ -137,14 +130,14 @@ def _plan_loss(model: Any, plan: Plan) -> None:
                 module._fastgpt_keep_logits, module._fastgpt_ignore_index = False, ignore_index
                 return module(idx, targets)[1]
 
-            why = probe.why_not([("", Model)], loss, train=True)
+            why = probe.why_not([("", NanoGPTModel)], loss, train=True)
             if why is None:
                 plan.attributes = {"_fastgpt_ignore_index": ignore_index}
                 break
             reasons.append(why)
         why = why and reasons[0]
     if why is None:
-        plan.change("loss", "", model, Model)
+        plan.change("loss", "", model, NanoGPTModel)
     else:
         plan.keep("loss", why)
 

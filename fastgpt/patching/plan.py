@@ -1,4 +1,4 @@
-"""What a patch is going to do, decided before anything is changed; and the report of it."""
+"""What a patch will change, decided before anything is changed, and the report of it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastgpt.patching.modules import DTYPES, MAX_HEAD_DIM, MAX_WIDTH, MLP, gelu_kind
+from fastgpt.patching.modules import DTYPES, MAX_HEAD_DIM, MAX_WIDTH, FusedLayerNorm, FusedMLP, gelu_kind
 from fastgpt.patching.probe import Change, Probe
 from fastgpt.patching.swap import Fused
 
 
 @dataclass(frozen=True)
-class Report:
+class PatchReport:
     """What ``patch`` replaced, what it kept, and why. ``print(report)`` shows it."""
 
     model: str
     """The kind of model."""
     runs_in: str
-    """What computes the fused operations where the model is now."""
+    """What computes the fused operations on the device the model is on."""
     replaced: dict[str, int]
     """{operation: how many}."""
     kept: dict[str, str]
     """{operation: why it stays the model's own}."""
     at_run_time: tuple[str, ...] = ()
-    """Calls that go the model's own way although the operation is replaced."""
+    """Calls that still use the model's own forward although the operation is replaced."""
 
     def __str__(self) -> str:
         def count(name: str, n: int) -> str:
@@ -42,13 +42,13 @@ class Report:
 
 
 @dataclass
-class Plan:
+class PatchPlan:
     """The changes to make and the parts to keep."""
 
     changes: list[tuple[str, nn.Module, type[Fused]]] = field(default_factory=list)
     """(name in the model, module, mixin)."""
     attributes: dict[str, Any] = field(default_factory=dict)
-    """What the model itself is given (names start with _fastgpt_)."""
+    """Set on the model itself; names start with _fastgpt_."""
     replaced: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -59,61 +59,76 @@ class Plan:
     def keep(self, operation: str, why: str) -> None:
         self.kept.setdefault(operation, why)
 
-    def norm(self, name: str, module: nn.Module, mixin: type[Fused], shape: tuple[int, ...]) -> bool:
-        """Plan one layer norm on its own; False if it is kept."""
-        why = blocker(module) or _width_blocker(module)
+    def norm(self, name: str, module: nn.Module, width: int) -> None:
+        """Plan one layer norm that stands outside the blocks."""
+        why = _norm_blocker(module)
         if why is None:
             probe = Probe(module)
-            x = probe.randn(*shape)
-            why = probe.why_not([("", mixin)], lambda part: part(x))
+            x = probe.randn(2, 3, width)
+            why = probe.why_not([("", FusedLayerNorm)], lambda norm: norm(x))
         if why is None:
-            self.change("layer norm", name, module, mixin)
+            self.change("layer norm", name, module, FusedLayerNorm)
         else:
             self.keep(f"layer norm {name}", why)
-        return why is None
+
+
+PARTS = {
+    "ln_1": "layer norm",
+    "ln_2": "layer norm",
+    "attn": "attention",
+    "mlp": "MLP",
+    "": "residual add with its norm",
+}
+"""{name in a block ("" is the block itself): what the report calls it}."""
+Call = Callable[[Any, Tensor], Any]
+"""How a part is called: (block, input) -> result."""
 
 
 def plan_blocks(
-    plan: Plan,
+    plan: PatchPlan,
     blocks: dict[str, Any],
     *,
-    norm: type[Fused],
     attention: type[Fused],
     block: type[Fused],
     attention_blocker: Callable[[Any], str | None],
-    calls: dict[str, Callable[[Any], Callable[[Any], Any]]],
+    call_attention: Call,
     shape: tuple[int, ...],
 ) -> None:
-    """Plan every part of every block. ``calls``: how "attention" and "block" are called on an input of ``shape``, given
-    (input) -> (block) -> result. Blocks that differ in nothing but parameters are tried out once."""
-    decided: dict[Any, dict[str, str | None]] = {}
-    mixins = {"ln_1": norm, "ln_2": norm, "attn": attention, "mlp": MLP, "": block}
-    operations = {
-        "ln_1": "layer norm",
-        "ln_2": "layer norm",
-        "attn": "attention",
-        "mlp": "MLP",
-        "": "residual add with its norm",
+    """Plan every part of every block. Blocks that differ only in the values of their parameters are tried out once.
+
+    Args:
+        attention, block: the mixins of this family of models.
+        attention_blocker: why an attention module cannot be replaced, or None.
+        shape: of the input on which the parts are tried out, (B, T, C).
+    """
+    mixins: dict[str, type[Fused]] = {
+        "ln_1": FusedLayerNorm,
+        "ln_2": FusedLayerNorm,
+        "attn": attention,
+        "mlp": FusedMLP,
+        "": block,
     }
+    decided: dict[Any, dict[str, str | None]] = {}
     for name, module in blocks.items():
         key = _fingerprint(module)
         if key not in decided:
-            decided[key] = _try_out(module, mixins, attention_blocker, calls, shape)
+            reason = blocker(module.attn) or attention_blocker(module.attn) or _head_blocker(module.attn, shape[-1])
+            decided[key] = _try_out(module, mixins, reason, call_attention, shape)
         for part, why in decided[key].items():
             path = f"{name}.{part}" if part else name
             if why is None:
-                plan.change(operations[part], path, module.get_submodule(part), mixins[part])
+                plan.change(PARTS[part], path, module.get_submodule(part), mixins[part])
             elif len(decided) == 1:
-                plan.keep(operations[part], why)
+                plan.keep(PARTS[part], why)
             else:
-                plan.keep(f"{operations[part]} of {name}", why)
+                plan.keep(f"{PARTS[part]} of {name}", why)
 
 
 def _try_out(
     module: Any,
     mixins: dict[str, type[Fused]],
-    attention_blocker: Callable[[Any], str | None],
-    calls: dict[str, Callable[[Any], Callable[[Any], Any]]],
+    attention_reason: str | None,
+    call_attention: Call,
     shape: tuple[int, ...],
 ) -> dict[str, str | None]:
     """{part of a block: why it is kept, or None}."""
@@ -122,30 +137,25 @@ def _try_out(
     few = x[:, :16].contiguous()
     why: dict[str, str | None] = {}
 
-    def decide(
-        part: str, reason: str | None, call: Callable[[Any], Callable[[Any], Any]], changes: list[Change]
-    ) -> None:
-        """In eval mode over the whole context (a window would show), in train mode over a few tokens (noise would)."""
-        why[part] = reason or probe.why_not(changes, call(x)) or probe.why_not(changes, call(few), train=True)
+    def decide(part: str, reason: str | None, call: Call, *others: Change) -> None:
+        # Eval mode over the whole context would show a window, train mode over a few tokens would show noise.
+        changes = [*others, (part, mixins[part])]
+        why[part] = (
+            reason
+            or probe.why_not(changes, lambda block: call(block, x))
+            or probe.why_not(changes, lambda block: call(block, few), train=True)
+        )
 
-    def child(part: str) -> Callable[[Any], Callable[[Any], Any]]:
-        return lambda x: lambda block: block.get_submodule(part)(x)
-
-    def alone(part: str) -> list[Change]:
-        return [(part, mixins[part])]
-
-    for part in ("ln_1", "ln_2"):
-        norm = module.get_submodule(part)
-        decide(part, blocker(norm) or _width_blocker(norm), child(part), alone(part))
-    reason = blocker(module.attn) or attention_blocker(module.attn) or _head_blocker(module.attn, shape[-1])
-    decide("attn", reason, calls["attention"], alone("attn"))
-    decide("mlp", blocker(module.mlp) or _mlp_blocker(module.mlp), child("mlp"), alone("mlp"))
+    decide("ln_1", _norm_blocker(module.ln_1), lambda block, x: block.ln_1(x))
+    decide("ln_2", _norm_blocker(module.ln_2), lambda block, x: block.ln_2(x))
+    decide("attn", attention_reason, call_attention)
+    decide("mlp", blocker(module.mlp) or _mlp_blocker(module.mlp), lambda block, x: block.mlp(x))
     good = [(part, mixins[part]) for part, reason in why.items() if reason is None]
     unknown = unknown_children(module, {"ln_1", "ln_2", "attn", "mlp"})
     reason = blocker(module) or (f"a block has a part that is not GPT-2's ({unknown})" if unknown else None)
     if why["ln_2"] is not None:
         reason = reason or "ln_2 is kept"
-    decide("", reason, calls["block"], [*good, ("", mixins[""])])
+    decide("", reason, lambda block, x: block(x), *good)
     return why
 
 
@@ -161,7 +171,9 @@ def blocker(module: nn.Module) -> str | None:
     return f"its parameters are {str(wrong)[6:]}, and the kernels take float32, float16 and bfloat16" if wrong else None
 
 
-def _width_blocker(norm: Any) -> str | None:
+def _norm_blocker(norm: Any) -> str | None:
+    if (why := blocker(norm)) is not None:
+        return why
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
         return "it has no weight of shape (C,)"
@@ -187,12 +199,12 @@ def _mlp_blocker(mlp: Any) -> str | None:
 
 
 def _fingerprint(module: nn.Module) -> Any:
-    """What a block is apart from its parameters' values: classes, shapes, and plain attributes."""
+    """What describes a block except the values of its parameters: classes, shapes and plain attributes."""
     parts = []
     for name, part in module.named_modules():
         plain = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str)) and k != "training"}
         if not getattr(part, "scale_attn_by_inverse_layer_idx", True):
-            plain.pop("layer_idx", None)  # transformers: only counts the cache
+            plain.pop("layer_idx", None)  # transformers: it only indexes the cache
         shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in part.named_parameters(recurse=False))
         parts.append((name, type(part), shapes, tuple(sorted(plain.items()))))
     return tuple(parts)

@@ -1,8 +1,8 @@
 """Does a fused module compute what the model's own does? Tried out at patch time, on a copy, in plain PyTorch.
 
-Names that match prove little: a fork may scale, rotate or window what it computes. So each kind of module is copied to the
-CPU with random weights (which no zero initialisation can make vacuous), run as it is and with the fused forward, and left
-alone if the results differ. The model itself, its device and torch's random state are not touched.
+Matching names prove little: a fork may scale, rotate or window what it computes. So each kind of module is copied to the
+CPU with random weights (zeros would hide differences), run as it is and with the fused forward, and left alone if the
+results differ. The model itself, its device and torch's random state are not touched.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, first_line
 from fastgpt.ops import EAGER
 from fastgpt.patching.swap import Fused, fuse, restore
 
 TOLERANCE = 1e-4
-"""Largest difference, over the largest value, in fp32: rounding makes about 1e-6."""
+"""Largest difference over the largest value, in fp32. Rounding alone causes about 1e-6."""
 
 Change = tuple[str, type[Fused]]
-"""A module's name inside the probed one ("" is itself), and its mixin."""
+"""(name inside the probed module, "" for the module itself; mixin)."""
 
 
 class Probe:
-    """A CPU copy of ``module``. ``leave_out`` names children whose place an empty ModuleList takes (a model's blocks)."""
+    """A CPU copy of ``module``. The children in ``leave_out`` (a model's blocks) are replaced by empty ModuleLists."""
 
     def __init__(self, module: nn.Module, leave_out: Sequence[nn.Module] = ()) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -47,19 +47,19 @@ class Probe:
                 hooks.clear()
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
-            if isinstance(vars(part).get("dropout"), float):  # nanoGPT's attention has its probability twice
+            if isinstance(vars(part).get("dropout"), float):  # nanoGPT's attention keeps its probability twice
                 part.__dict__["dropout"] = 0.0
         self.generator = generator
 
     def why_not(self, changes: Sequence[Change], call: Callable[[Any], Any], train: bool = False) -> str | None:
-        """None if ``call(module)`` gives the same with the changes as without, else a few words about what is wrong.
-        ``call`` may set state on the module."""
+        """None if ``call(module)`` returns the same with the changes as without, else the reason in a few words.
+        ``call`` may set attributes of the module."""
         self.module.train(train)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
             try:
                 want = call(self.module)
             except Exception as error:
-                return f"its own forward cannot be tried out ({type(error).__name__}: {_first_line(error)})"
+                return f"its own forward cannot be tried out ({type(error).__name__}: {first_line(error)})"
             parts = dict(self.module.named_modules(remove_duplicate=False))
             done = []
             try:
@@ -68,7 +68,7 @@ class Probe:
                     done.append(parts[name])
                 got = call(self.module)
             except Exception as error:
-                return f"it is built otherwise ({type(error).__name__}: {_first_line(error)})"
+                return f"it is built otherwise ({type(error).__name__}: {first_line(error)})"
             finally:
                 for part in done:
                     restore(part)
@@ -93,8 +93,3 @@ def _same(want: Any, got: Any) -> bool:
     if is_dataclass(want):
         return all(_same(getattr(want, f.name), getattr(got, f.name)) for f in fields(want))
     return want is None or want == got
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else "no message"

@@ -1,4 +1,4 @@
-"""A module's class is exchanged in place for a subclass that computes differently; everything else about it stays.
+"""Replace a module's class in place by a subclass that computes differently, and leave everything else as it is.
 
 ``fuse(module, Mixin, ops)`` makes ``class GPT2Block(Mixin, GPT2Block)`` and assigns it to ``module.__class__``. Parameters,
 buffers, names, hooks, training flag and isinstance tests are untouched, ``super().forward`` is the module's own forward, and
@@ -19,21 +19,21 @@ from fastgpt import ops as operations
 from fastgpt.common import UserError
 from fastgpt.ops import Ops
 
-_PREFIX = "_fastgpt_"  # of attributes that a patch adds to an instance
+_PREFIX = "_fastgpt_"  # begins the names of attributes that a patch adds to an instance
 
 
 class Fused:
     """Base of the mixins."""
 
     ops: Ops
-    """The table of operations that they call."""
+    """The table of operations that the mixin calls."""
     names: tuple[str, ...]
-    """The own forward's parameters after self."""
+    """Parameters of the module's own forward, after self."""
     takes_more: bool
-    """Whether the own forward takes any other keyword."""
+    """Whether the module's own forward accepts other keywords."""
 
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call of forward by name."""
+        """The arguments of a call of forward, by name."""
         return {**dict(zip(self.names, args)), **kwargs}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -43,7 +43,7 @@ class Fused:
 
 
 def parameters(forward: Any) -> tuple[tuple[str, ...], bool]:
-    """(names of a method's parameters after self, whether it takes any other keyword)."""
+    """(names of a method's parameters after self, whether it accepts other keywords)."""
     found = list(inspect.signature(forward).parameters.values())[1:]
     kinds = inspect.Parameter
     names = tuple(p.name for p in found if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY))
@@ -57,8 +57,8 @@ def _fused_class(base: Any, mixin: Any, ops_name: str) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return mixin.forward(self, *args, **kwargs)
 
-    # Others look at the signature: a Trainer decides by it which columns and arguments to pass. Not at __wrapped__, which
-    # Accelerate follows to the end when it unwraps a model, past this function.
+    # Keep the signature: a Trainer decides by it which columns and arguments to pass. Do not keep __wrapped__: Accelerate
+    # follows it to the end when it unwraps a model, and would go past this function.
     update_wrapper(forward, own)
     del forward.__wrapped__  # type: ignore[attr-defined]
     forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def _new(base: type, mixin: type, ops_name: str) -> nn.Module:
 
 
 def fuse(module: nn.Module, mixin: type[Fused], ops: Ops) -> None:
-    """Give ``module`` the forward pass of ``mixin``, computed with ``ops``. It must not have one already."""
+    """Give ``module`` the forward pass of ``mixin``, computed with ``ops``. It must not be fused already."""
     base: Any = type(module)
     added: Any = mixin
     module.__class__ = _fused_class(base, added, ops.name)
@@ -95,15 +95,21 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def base_class(module: nn.Module) -> type:
-    """The class that the module has, or had before ``fuse``."""
+    """The class of the module, without what ``fuse`` added."""
     return getattr(type(module), "_fastgpt_base", type(module))
 
 
-def restore(module: nn.Module) -> None:
-    """Undo ``fuse``. Raises UserError if something has subclassed the module's class since (FSDP2 does)."""
+def check_restorable(module: nn.Module) -> None:
+    """Raises UserError if something has subclassed the class of a fused module since (FSDP2 does)."""
     cls = type(module)
     if "_fastgpt_base" not in vars(cls):
         raise UserError(f"a {cls.__name__} was wrapped after patch: it cannot be unpatched until it is unwrapped")
+
+
+def restore(module: nn.Module) -> None:
+    """Undo ``fuse``. Raises UserError as ``check_restorable`` does."""
+    check_restorable(module)
+    cls = type(module)
     if getattr(vars(module).get("forward"), "__func__", None) is vars(cls)["forward"]:
         del module.forward  # Accelerate's unwrap_model leaves the class's forward on the instance
     module.__class__ = cls._fastgpt_base  # type: ignore[attr-defined]

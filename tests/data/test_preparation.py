@@ -241,7 +241,7 @@ def test_an_interrupted_preparation_is_gone_on_with(tmp_path, monkeypatch, capsy
     with pytest.raises(UserError, match=r"unfinished preparation of something else \(seed 0 then, 5 now\)"):
         prepare(source, tmp_path / "out", BYTES, shard_tokens=16, seed=5)
     prepare(source, tmp_path / "out", BYTES, shard_tokens=16)
-    assert "going on in" in capsys.readouterr().err
+    assert "continuing in" in capsys.readouterr().err
     assert _files(tmp_path / "out") == _files(tmp_path / "undisturbed")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out", "undisturbed"]
 
@@ -328,8 +328,8 @@ def test_killed_by_the_clock_with_worker_processes_which_end_too(tmp_path):
         "commit = module._Preparation._commit\n"
         "def first_commit(self):\n"
         "    module._Preparation._commit = commit\n"
-        "    threading.Timer(float(sys.argv[3]), os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
         "    commit(self)\n"
+        "    threading.Timer(float(sys.argv[3]), os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
         "module._Preparation._commit = first_commit\n"
         "module.prepare(*sys.argv[1:3], get_tokenizer('bytes'), shard_tokens=50_000, workers=2)\n"
         "os._exit(0)\n"

@@ -83,8 +83,8 @@ def test_a_shard_that_is_not_its_manifests_is_refused(tmp_path):
 
 def test_the_sha256_is_the_files(tmp_path):
     sha = write_shard(tmp_path / "a.bin", np.arange(1000))
-    assert module.examine(tmp_path / "a.bin") == module.Facts(sha, 999)
-    assert module.examine(tmp_path / "a.bin") == module.Facts(sha, 999)
+    assert module.examine(tmp_path / "a.bin") == module.FileFacts(sha, 999)
+    assert module.examine(tmp_path / "a.bin") == module.FileFacts(sha, 999)
 
 
 def test_small_files_leave_no_trace_and_a_damaged_memory_is_no_harm(tmp_path, cache, monkeypatch):
