@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import tables
 from bench.ablation_variants import VARIANTS, Variant
 from bench.tune import parse_budget
 from fastgpt import common, hardware
@@ -109,7 +110,7 @@ def table(
 # ---------------------------------------------------------------- output
 
 
-def cells(rows: list[AblationRow]) -> list[list[str]]:
+def cells(rows: list[AblationRow]) -> tables.Cells:
     """The table of one model."""
     found = [["precision", "variant", "projected ms", "projected change", "measured change", "what runs instead"]]
     for row in rows:
@@ -130,30 +131,21 @@ def _measured(row: AblationRow) -> str:
 
 def markdown(rows: list[AblationRow]) -> str:
     """The tables, as docs/performance.md has them."""
-    parts = []
+    return "\n".join(f"{model}:\n\n{tables.markdown(found)}\n" for model, found in _by_model(rows))
+
+
+def _by_model(rows: list[AblationRow]) -> Iterator[tuple[str, tables.Cells]]:
     for model in dict.fromkeys(row.model for row in rows):
-        head, *body = cells([row for row in rows if row.model == model])
-        lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)]
-        parts.append(f"{model}:\n\n" + "\n".join(lines) + "\n")
-    return "\n".join(parts)
+        yield model, cells([row for row in rows if row.model == model])
 
 
 def show(rows: list[AblationRow], gpu: Gpu) -> None:
-    from rich import box
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    for model in dict.fromkeys(row.model for row in rows):
-        head, *body = cells([row for row in rows if row.model == model])
-        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
-        shown.title = f"{gpu.name}, {model}: one thing changed (projected is a model's figure, not a measurement)"
-        for i, name in enumerate(head):
-            shown.add_column(name, justify="right" if i in (2, 3, 4) else "left", no_wrap=i < 5)
-        for line in body:
-            shown.add_row(*map(escape, line), style="bold" if line[1] == "as shipped" else None)
-        console.print(shown)
+    console = tables.terminal(140)
+    for model, found in _by_model(rows):
+        title = f"{gpu.name}, {model}: one thing changed (projected is a model's figure, not a measurement)"
+        tables.print_table(console, title, found, lambda line: "bold" if line[1] == "as shipped" else None)
     for row in rows:
         if row.measured and "error" in row.measured:
             console.print(f"{row.model}, {row.variant.key}: {escape(row.measured['error'])}", style="yellow")

@@ -16,6 +16,7 @@ import sys
 from typing import Any
 
 from bench import results
+from bench.tables import print_table, terminal
 from fastgpt import common
 from fastgpt.common import UserError
 
@@ -67,38 +68,29 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def print_changes(old: dict[str, Any], new: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal(160)
     for side, m in (("A", old), ("B", new)):
         e = m["environment"]
         label = f" ({m['label']})" if m["label"] else ""
-        console.print(f"{side}: {e['device']}, commit {e['commit'] or 'n/a'}{label}, {e['time']}", highlight=False)
+        console.print(f"{side}: {e['device']}, commit {e['commit'] or 'n/a'}{label}, {e['time']}")
     for sentence in differences(old, new):
-        console.print(f"also different: {escape(sentence)}", style="yellow", highlight=False)
-    table = Table()
-    table.add_column("entry", overflow="fold")
-    for header in ("A ms", "± IQR", "B ms", "± IQR", "B / A", "peak MiB", "verdict"):
-        table.add_column(header, justify="right")
-    styles = {"faster": "green", "slower": "red", "no figure": "yellow"}
+        console.print(f"also different: {escape(sentence)}", style="yellow")
+    cells = [["entry", "A ms", "± IQR", "B ms", "± IQR", "B / A", "peak MiB", "verdict"]]
     for row in rows:
         a, b = row["old"] or {}, row["new"] or {}
-        cells = [f"{side[key]:.4g}" if key in side else "-" for side in (a, b) for key in ("ms", "iqr_ms")]
+        figures = [f"{side[key]:.4g}" if key in side else "-" for side in (a, b) for key in ("ms", "iqr_ms")]
         ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
-        table.add_row(
-            escape(row["name"]), *cells, ratio, _memory(a, b), row["verdict"], style=styles.get(row["verdict"])
-        )
-    console.print(table)
+        cells.append([row["name"], *figures, ratio, _memory(a, b), row["verdict"]])
+    styles = {"faster": "green", "slower": "red", "no figure": "yellow"}
+    print_table(console, "A and B", cells, lambda line: styles.get(line[-1]))
     for row in rows:
         for side, entry in (("A", row["old"]), ("B", row["new"])):
             if row["verdict"] == "no figure" and entry and "error" in entry:
-                console.print(
-                    f"{escape(row['name'])}, {side}: {escape(entry['error'])}", style="yellow", highlight=False
-                )
+                console.print(f"{escape(row['name'])}, {side}: {escape(entry['error'])}", style="yellow")
     count = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("faster", "slower", "same")}
-    console.print(", ".join(f"{n} {verdict}" for verdict, n in count.items()), highlight=False)
+    console.print(", ".join(f"{n} {verdict}" for verdict, n in count.items()))
 
 
 def _memory(a: dict[str, Any], b: dict[str, Any]) -> str:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from bench.tables import Cells, print_table, terminal
 from fastgpt import hardware
 from fastgpt.config import load_preset
 from fastgpt.env import ROOT, environment
@@ -59,9 +58,9 @@ def compare(point: dict[str, Any], predicted: dict[str, Any], measured: dict[str
     return row
 
 
-def table(rows: list[dict[str, Any]], device: str) -> Table:
-    view = Table(title=f"Peak memory of a step, GB (10^9 bytes), {device}", title_justify="left")
-    for name in (
+def cells(rows: list[dict[str, Any]]) -> Cells:
+    """A row per point: allocated, then reserved, each predicted, measured, and the error of the prediction."""
+    head = [
         "preset",
         "kernels",
         "micro-batch",
@@ -71,18 +70,18 @@ def table(rows: list[dict[str, Any]], device: str) -> Table:
         "reserved: predicted",
         "measured",
         "off",
-    ):
-        view.add_column(name, justify="left" if name in ("preset", "kernels") else "right")
+    ]
+    found = [head]
     for row in rows:
-        cells = []
+        figures = []
         for key in ("allocated", "reserved"):
-            cells.append(f"{row['predicted'][key] / 1e9:.2f}")
+            figures.append(f"{row['predicted'][key] / 1e9:.2f}")
             if row["measured"]:
-                cells += [f"{row['measured'][key] / 1e9:.2f}", f"{row['off'][key]:+.1%}"]
+                figures += [f"{row['measured'][key] / 1e9:.2f}", f"{row['off'][key]:+.1%}"]
             else:
-                cells += [row["error"] or "-", "-"]
-        view.add_row(row["preset"], row["kernels"], str(row["micro_batch"]), *cells)
-    return view
+                figures += [row["error"] or "-", "-"]
+        found.append([row["preset"], row["kernels"], str(row["micro_batch"]), *figures])
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
                 if args.out:
                     args.out.parent.mkdir(parents=True, exist_ok=True)
                     args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    Console().print(table(found["rows"], hardware.device_name(device)))
+    title = f"Peak memory of a step, GB (10^9 bytes), {hardware.device_name(device)}"
+    print_table(terminal(140), title, cells(found["rows"]))
     return 0
 
 

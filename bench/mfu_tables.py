@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from bench import elsewhere
+from bench.tables import Cells, print_table, terminal
 from fastgpt.config import EXPERIMENTAL
 from fastgpt.operations import arithmetics
 from fastgpt.roofline import advice
-
-Cells = list[list[str]]
-
-TEXT_COLUMNS = frozenset(
-    {
-        "operation",
-        "backend",
-        "which roof",
-        "what would close it",
-        "kernels",
-        "kernel",
-        "limit",
-        "tensor cores",
-        "what",
-        "value",
-    }
-)
-"""Columns of words, which stand on the left; all others are figures."""
 
 DOUBLED = frozenset(arithmetics(precision)[0] for precision in EXPERIMENTAL)
 
@@ -235,12 +216,12 @@ def projected_in(found: dict[str, Any]) -> str:
 
 def show(result: dict[str, Any]) -> None:
     """Print everything."""
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = terminal(160)
     console.print(f"\n[bold]{escape(what(result['setup']))}[/]\n{escape(where(result))}", soft_wrap=True)
     for note in result.get("notes", ()):
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     if result["backends"]:
-        _print(console, "Training step, backends in turns", speed_cells(result))
+        print_table(console, "Training step, backends in turns", speed_cells(result))
     for note in mfu_notes(result):
         console.print(escape(note), soft_wrap=True)
     for failure in failures(result):
@@ -248,8 +229,8 @@ def show(result: dict[str, Any]) -> None:
     for name, backend in result["backends"].items():
         if "rows" not in backend:
             continue
-        _print(console, f"{name}: where a step's time goes ({overhead(backend)})", operation_cells(backend))
-        _print(console, f"{name}: what would help", help_cells(backend))
+        print_table(console, f"{name}: where a step's time goes ({overhead(backend)})", operation_cells(backend))
+        print_table(console, f"{name}: what would help", help_cells(backend))
     if any("rows" in backend for backend in result["backends"].values()):
         console.print(
             f"Roofs measured here: {roofs(result)}. FLOPs and bytes are least figures (fastgpt/flops.py); {CACHED}.",
@@ -267,7 +248,7 @@ def _show_interpreted(console: Console, found: dict[str, Any]) -> None:
     if "error" in found:
         console.print(f"[yellow]failed[/] triton in the interpreter: {escape(found['error'])}", soft_wrap=True)
         return
-    _print(console, f"triton, interpreted: {what(found['setup'])}", operation_cells(found, roofs=False))
+    print_table(console, f"triton, interpreted: {what(found['setup'])}", operation_cells(found, roofs=False))
     console.print(INTERPRETED, soft_wrap=True)
 
 
@@ -276,22 +257,12 @@ def _show_audit(console: Console, found: dict[str, Any]) -> None:
     if "error" in found:
         console.print(f"[yellow]failed[/] {escape(title)}: {escape(found['error'])}", soft_wrap=True)
         return
-    _print(console, title, elsewhere.audit_cells(found))
+    print_table(console, title, elsewhere.audit_cells(found))
     console.print(escape(elsewhere.audit_note(found)), soft_wrap=True)
 
 
 def _show_projection(console: Console, found: dict[str, Any]) -> None:
     title = f"Projected, not measured: {found['model']} on {found['gpu']}{projected_in(found)}"
-    _print(console, title, elsewhere.projection_cells(found))
+    print_table(console, title, elsewhere.projection_cells(found))
     for note in elsewhere.projection_notes(found):
         console.print(escape(note), soft_wrap=True)
-
-
-def _print(console: Console, title: str, cells: Cells) -> None:
-    table = Table()
-    for i, name in enumerate(cells[0]):
-        table.add_column(name, justify="left" if name in TEXT_COLUMNS else "right", no_wrap=i == 0)
-    for row in cells[1:]:
-        table.add_row(*map(escape, row), style="bold" if row[0] == "sum" else "")
-    console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
-    console.print(table)

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench import elsewhere, pictures
 from bench import mfu_tables as tables
+from bench.tables import is_figures
 from fastgpt import templates
 
 
@@ -30,7 +31,7 @@ def render(result: dict[str, Any], images: dict[str, bytes]) -> str:
     return templates.render(
         "mfu.html.jinja",
         title=f"fastgpt: a training step on {result['environment']['device']}",
-        text_columns=tables.TEXT_COLUMNS,
+        is_figures=is_figures,
         pictures={name: base64.b64encode(image).decode() for name, image in images.items()},
         what=tables.what(result["setup"]),
         where=tables.where(result),

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bench.tables import markdown
+
 ALLOWED = 0.01
 """Nats between the final validation losses of a mode and of bf16."""
 
@@ -28,9 +30,7 @@ COLOURS = {
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, all columns but the first to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return markdown([header, *rows], right=True) + "\n"
 
 
 def figure(value: float) -> str:

@@ -20,11 +20,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from bench.tables import Cells, print_table, terminal
 from fastgpt import common, hardware
 from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
@@ -50,8 +49,6 @@ from fastgpt.projection import (
     refits,
 )
 from fastgpt.step_time import CONSTANTS, Constants
-
-Cells = list[list[str]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Project, and print. Raises UserError for bad input."""
     args = parser().parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    console = terminal(130)
     if args.measured:
         return _measured(args.measured, args.json, console)
     if args.calibration:
@@ -148,12 +145,12 @@ def show(found: Projection, model: str, console: Console) -> None:
         f"{found.tokens_per_step:,} tokens per step: {found.grad_accum} micro-batches of {found.micro_batch} x {found.T}",
         soft_wrap=True,
     )
-    _print(console, f"The step ({found.status})", step_cells(found))
+    print_table(console, f"The step ({found.status})", step_cells(found))
     console.print(
         f"MFU: {FORMULAS['palm']}, of the {found.mfu_of}; as nanoGPT prints it, of an A100's 312 TFLOP/s.",
         soft_wrap=True,
     )
-    _print(console, f"Operations of a step, projected ({found.status})", operation_cells(found))
+    print_table(console, f"Operations of a step, projected ({found.status})", operation_cells(found))
     for line in ("Assumed: " + "; ".join(found.assumptions) + ".", _most(found.sensitivities), INTERVAL):
         console.print(escape(line), soft_wrap=True)
 
@@ -278,7 +275,7 @@ def show_calibration(found: dict[str, Any], console: Console) -> None:
     for each in found["fits"]:
         figures = [f"{each['measured_ms']:,.0f}", f"{each['projected_ms']:,.0f}", f"{each['error']:+.1%}"]
         rows.append([each["fitted_on"], f"{each['clock']:.4f}", each["predicted"], *figures])
-    _print(console, title, rows)
+    print_table(console, title, rows)
     console.print(
         f"Medians of a step of 524,288 tokens: {medians}. Calibration error: {found['calibration_error']:.1%}. "
         f"Used: {CONSTANTS.clock}, the fit on the 124M run, so that run itself is no test.\n",
@@ -287,7 +284,7 @@ def show_calibration(found: dict[str, Any], console: Console) -> None:
     rows = [["constant", "at", "clock fitted on 124M", "error of step time on 40M"]]
     for each in found["refits"]:
         rows.append([each["constant"], f"{each['value']:g}", f"{each['clock']:.4f}", f"{each['error']:+.1%}"])
-    _print(console, "The first fit again, with one fixed constant at an end of its range (projected)", rows)
+    print_table(console, "The first fit again, with one fixed constant at an end of its range (projected)", rows)
     rows = [["public figure", "measured tokens/s", "projected tokens/s", "error of step time", "note"]]
     for each in found["anchors"]:
         low, high = each["measured_tokens_per_second"]
@@ -296,12 +293,12 @@ def show_calibration(found: dict[str, Any], console: Console) -> None:
         rows.append(
             [each["name"], measured, f"{each['projected_tokens_per_second']:,.0f}", f"{each['error']:+.1%}", note]
         )
-    _print(console, "Public figures that nothing was fitted on (projected as nanogpt-compile, bf16)", rows)
+    print_table(console, "Public figures that nothing was fitted on (projected as nanogpt-compile, bf16)", rows)
     rows = [["constant", "value", "range", "meaning", "source"]]
     for each in found["constants"]:
         span = f"{each['low']:g} to {each['high']:g}"
         rows.append([each["name"], f"{each['value']:g}", span, each["meaning"], each["source"]])
-    _print(console, "Constants: one fitted (clock), all others fixed", rows)
+    print_table(console, "Constants: one fitted (clock), all others fixed", rows)
 
 
 # ---------------------------------------------------------------- predicted beside measured
@@ -321,26 +318,8 @@ def _measured(path: Path, as_json: bool, console: Console) -> int:
         error = "-" if pair.error is None else f"{pair.error:+.0%}"
         note = pair.note or ("uncalibrated" if "uncalibrated" in pair.status else "calibrated")
         rows.append([pair.what, pair.variant, *times, error, note])
-    _print(console, f"Measured on {gpu.name} beside projected (calibration error {calibration_error():.1%})", rows)
+    print_table(console, f"Measured on {gpu.name} beside projected (calibration error {calibration_error():.1%})", rows)
     return 0
-
-
-def _print(console: Console, title: str, cells: Cells) -> None:
-    """A table whose first row is its head. Figures stand to the right and are never cut; text wraps where it is narrow."""
-    console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(cells[0]):
-        column = [row[i] for row in cells[1:]]
-        figures = all(cell[:1] in "-+0123456789" for cell in column)
-        table.add_column(
-            name,
-            justify="right" if figures else "left",
-            overflow="fold",
-            min_width=max(map(len, column)) if figures else None,
-        )
-    for row in cells[1:]:
-        table.add_row(*map(escape, row), style="bold" if row[0] == "sum" else None)
-    console.print(table)
 
 
 if __name__ == "__main__":

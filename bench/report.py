@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench.tables import markdown, print_table, terminal
+
 
 def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
     return "n/a" if value is None else format(value * scale, form)
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in line) + " |" for line in lines
-    )
 
 
 def _where(environment: dict[str, Any]) -> str:
@@ -87,22 +81,13 @@ def kernels_markdown(results: dict[str, Any]) -> str:
         "but for the column that says otherwise, rates and shares included."
     )
     return "\n\n".join(
-        ["## Kernels", _where(results["environment"]), roofs, _markdown(KERNEL_HEADER, kernel_rows(results))]
+        ["## Kernels", _where(results["environment"]), roofs, markdown([KERNEL_HEADER, *kernel_rows(results)])]
     )
 
 
 def print_kernels(results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=_where(results["environment"]))
-    for i, name in enumerate(KERNEL_HEADER):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    for row in kernel_rows(results):
-        table.add_row(*map(escape, row))  # an error message may hold [brackets]
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(table)
+    console = terminal(180)
+    print_table(console, _where(results["environment"]), [KERNEL_HEADER, *kernel_rows(results)])
     if results["environment"]["kernels"] == "interpreted":
         console.print("Interpreted on a CPU: parity is real, the times say nothing about speed.", style="yellow")
 
@@ -180,7 +165,7 @@ def _steps(steps: list[dict[str, Any]]) -> list[str]:
         "torch's fused AdamW and clip_grad_norm_; compile: the same under torch.compile; triton+compile: our kernels "
         "under torch.compile. MFU: 6N + 12LCT over the card's nominal dense bf16 peak."
     )
-    return ["## Training steps", about, _markdown(STEP_HEADER, step_rows(steps))]
+    return ["## Training steps", about, markdown([STEP_HEADER, *step_rows(steps)])]
 
 
 def _profile(profile: dict[str, Any]) -> list[str]:
@@ -189,7 +174,7 @@ def _profile(profile: dict[str, Any]) -> list[str]:
         for name, b in profile["backends"].items()
     ]
     about = f"A step of GPT-2 124M, operation by operation: {profile['report']} (figures: {profile['file']})."
-    return ["## Where the time goes", about, _markdown(["backend", "ms/step"], rows)]
+    return ["## Where the time goes", about, markdown([["backend", "ms/step"], *rows])]
 
 
 def _memory(memory: dict[str, Any]) -> list[str]:
@@ -202,7 +187,7 @@ def _memory(memory: dict[str, Any]) -> list[str]:
         )
         rows.append([f"{row['preset']}, {row['kernels']}, micro-batch {row['micro_batch']}", *cells])
     header = ["step", "predicted GiB", "measured GiB", "prediction is off by"]
-    return ["## Peak memory", "Allocated at the peak.", _markdown(header, rows)]
+    return ["## Peak memory", "Allocated at the peak.", markdown([header, *rows])]
 
 
 def _projection(projection: dict[str, Any]) -> list[str]:
@@ -222,7 +207,7 @@ def _projection(projection: dict[str, Any]) -> list[str]:
         about += f" Error of its calibration: {projection['calibration_error']:.1%}."
     header = ["what", "variant", "measured ms", "projected ms", "projection is off by", "note"]
     parts = (
-        ["## Predicted beside measured", about, _markdown(header, rows)] if rows else ["## Predicted beside measured"]
+        ["## Predicted beside measured", about, markdown([header, *rows])] if rows else ["## Predicted beside measured"]
     )
     return parts + [f"Not projected: {error}" for error in projection.get("errors", [])]
 
@@ -238,7 +223,7 @@ def _ablation(found: dict[str, Any]) -> list[str]:
         cells = [figure, "-" if projected is None or shipped else f"{projected:+.1%}"]
         rows.append([row["precision"], row["variant"], *cells, row["meaning"]])
     header = ["precision", "variant", "measured", "projected", "what runs instead"]
-    return ["## What each fusion is worth", about, _markdown(header, rows)]
+    return ["## What each fusion is worth", about, markdown([header, *rows])]
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {

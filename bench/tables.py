@@ -1,0 +1,54 @@
+"""Tables of results: rows of strings whose first row is the head, printed on a terminal or written as Markdown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Cells = list[list[str]]
+
+
+def is_figures(cells: Cells, column: int) -> bool:
+    """Whether a column holds figures, or words that stand for a missing one. Such a column is aligned to the right."""
+    return all(row[column][:1] in "-+0123456789" or row[column] in ("n/a", "failed") for row in cells[1:])
+
+
+def terminal(width: int) -> Console:
+    """A console as wide as the terminal, or of ``width`` columns where the output goes to a file or another program."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
+
+
+def print_table(
+    console: Console, title: str, cells: Cells, style: Callable[[list[str]], str | None] = lambda row: None
+) -> None:
+    """Print a table under its title. Figures are never cut; text wraps where the terminal is narrow. ``style``: of a row."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(cells[0]):
+        figures = is_figures(cells, i)
+        table.add_column(
+            name,
+            justify="right" if figures else "left",
+            overflow="fold",
+            min_width=max((len(row[i]) for row in cells[1:]), default=0) if figures else None,
+        )
+    for row in cells[1:]:
+        table.add_row(*map(escape, row), style="bold" if row[0] == "sum" else style(row))
+    console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
+    console.print(table)
+
+
+def markdown(cells: Cells, *, right: bool = False) -> str:
+    """The table in Markdown, without a line break at its end. ``right``: all columns but the first are aligned to the right."""
+    rule = ["---"] + ["---:" if right else "---"] * (len(cells[0]) - 1)
+    lines = [[cell.replace("|", "/").replace("\n", " ") for cell in row] for row in cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
