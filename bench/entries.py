@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.parity import assert_parity, check
 from bench.timing import Work
-from fastgpt import flops
+from fastgpt import anatomy, flops
 from fastgpt.kernels import reference
 
 OURS = "triton"
@@ -227,9 +227,7 @@ def adamw(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     """Clip and update of all parameters of a GPT-2, fp32; the peer is torch's fused AdamW after clip_grad_norm_."""
     from fastgpt.optim import FusedAdamW
 
-    C = size.C
-    block = [(C,), (3 * C, C), (C, C), (C,), (4 * C, C), (C, 4 * C)]
-    shapes = [(size.V, C), (size.T, C), *block * size.n_layer, (C,)]
+    shapes = list(anatomy.parameters(anatomy.Shape(size.n_layer, size.H, size.C, size.T, size.V)).values())
     options: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
     def parameters(shapes: list[tuple[int, ...]]) -> list[torch.nn.Parameter]:
@@ -251,7 +249,7 @@ def adamw(size: Sizes, device: torch.device, compiled: bool) -> Entry:
         return step
 
     def parity() -> None:
-        start = parameters(block)
+        start = parameters(shapes[2:8])  # the first block
         results = []
         for make, dtype in ((ours, torch.float32), (torchs, torch.float32), (torchs, torch.float64)):
             params = [torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in start]

@@ -48,11 +48,14 @@ def needed(
     )
     if not triton or precision == "fp32":
         return work
-    apart, in_matmuls = any(op.name == "GELU forward" for op in profile.operations), replace(AS_SHIPPED, epilogues=True)
+    own_pass, in_matmuls = (
+        any(op.name == "GELU forward" for op in profile.operations),
+        replace(AS_SHIPPED, epilogues=True),
+    )
     plain = PLAIN.get(precision, precision)
-    before = _bytes(shape, B, T, grad_accum, plain, in_matmuls if apart and precision != plain else AS_SHIPPED)
-    after = _bytes(shape, B, T, grad_accum, precision, AS_SHIPPED if apart else in_matmuls)
-    # Passes apart from matmuls and norms stay what could be saved; compiled, nothing but them writes copies in fp8.
+    before = _bytes(shape, B, T, grad_accum, plain, in_matmuls if own_pass and precision != plain else AS_SHIPPED)
+    after = _bytes(shape, B, T, grad_accum, precision, AS_SHIPPED if own_pass else in_matmuls)
+    # Passes outside matmuls and norms stay what could be saved; compiled, nothing but them writes copies in fp8.
     unchanged = ("pointwise", *(("norms", "attention forward", "attention backward") if compiled else ()))
     return {
         name: one if name.startswith(unchanged) else Work(one.flops, one.bytes + after[name] - before[name])

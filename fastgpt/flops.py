@@ -3,7 +3,7 @@
 N counts parameters, L blocks, C the width, T the tokens of a sequence, V the vocabulary. A matmul weight costs 2 FLOP
 per token forward and 4 backward, hence the 6. Attention in one block is two T x T matmuls forward and four backward, 2C
 FLOP per query and key each, hence the 12; a causal query sees (T + 1) / 2 keys on average. Norms, GELU, softmax and the
-optimizer count for nothing here: their roof is memory. The sizes are those of fastgpt/anatomy.py, whose parts are added up;
+optimizer are not counted: memory bounds them. The sizes are those of fastgpt/anatomy.py, whose parts are added up;
 the closed forms of the docstrings are GPT-2's.
 """
 
@@ -67,7 +67,7 @@ def hardware(
     checkpoint: bool = False,
     recompute_logits: bool = False,
 ) -> float:
-    """What the chip is made to compute per token, recomputation included: never a numerator for MFU, the one for roofs.
+    """FLOPs that the chip executes per token, including recomputation: for roofs, never the numerator of an MFU.
 
     6 (12LC^2 + VC) + L (2 + b) 2C keys, where flash attention's backward has b matmuls: 5 in one loop (scores again,
     dP, dV, dQ, dK; Dao et al. 2022), 7 with one loop for dQ and one for dK and dV (scores and dP in both).

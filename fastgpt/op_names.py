@@ -1,6 +1,6 @@
-"""Which operation of a GPT's training step some host operation, or a kernel that it launched, belongs to.
+"""Which operation of a GPT's training step a host operation belongs to, or a kernel that it launched.
 
-Decided by the frames around it, innermost first: by name, and for a matmul by its shape and by whether autograd's backward
+The frames around it decide, innermost first: by name, and for a matmul by its shape and by whether autograd's backward
 pass is running. That holds for plain PyTorch, for Inductor's kernels (their names list the operations fused into them) and
 for our own registered ones.
 """
@@ -101,7 +101,7 @@ class Namer:
         for frame in reversed(stack):
             name = self._strong(frame, backward)
             if name is not None and found in (None, UNTOLD_GEMM, name):
-                found, outermost = name, frame  # a kernel named "gemm" is told by the operation that launched it
+                found, outermost = name, frame  # the operation that launched a kernel named "gemm" says which one it is
         if found is not None:
             return found, outermost
         for frame in reversed(stack):
@@ -112,7 +112,7 @@ class Namer:
 
     def _strong(self, frame: Event, backward: bool) -> str | None:
         name = frame.name.lower()
-        # A hash follows that may hold any word; and what autograd's engine itself runs is the sum of two branches.
+        # Inductor's names end in a hash, which may contain any word; autograd's engine itself only adds up two branches.
         if "compiledfxgraph" in name or name.startswith(_BACKWARD_PASS):
             return None
         gemm = self._gemm(frame, backward)
@@ -156,7 +156,7 @@ class Namer:
         return roles.pop() if len(roles) == 1 else None
 
     def _own_linear(self, name: str, dims: list[tuple[int, ...]]) -> str | None:
-        """A fused linear of ours: told by its weight (out, in); one op may form both gradients."""
+        """A fused linear of ours, recognised by the shape of its weight (out, in). One op may form both gradients."""
         role = "forward"
         if re.search(r"bwd|backward|grad", name):
             role = "dW" if re.search(r"weight|dw", name) else "dX" if re.search(r"input|dx", name) else "dX + dW"
@@ -164,7 +164,7 @@ class Namer:
         return f"{found[0]} {role}" if len(found) == 1 else UNTOLD_GEMM
 
     def _role(self, m: int, k: int, n: int, backward: bool) -> str | None:
-        """(m, k) x (k, n) as one of the model's matmuls, or its transpose; None if several are possible, or none."""
+        """The name of the model's matmul that is (m, k) x (k, n) or its transpose; None unless exactly one fits."""
         found: list[tuple[str, str]] = []
         for name, (K, N) in self.linears.items():
             any_rows = name == "head"  # the loss takes its tokens in chunks

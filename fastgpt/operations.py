@@ -54,8 +54,8 @@ GROUPS = (
     "gradient accumulation",
     "optimizer",
 )
-"""Every group that an operation can belong to, under the names of fastgpt/profiling.py; a cast, a residual add apart from
-the norm and whatever else is not needed is "pointwise"."""
+"""Every group that an operation can belong to, under the names of fastgpt/profiling.py; casts, residual adds
+outside the norm and everything else that a fused step does not need are "pointwise"."""
 
 Kind = Literal["matmul", "attention", "memory"]
 Per = Literal["micro-batch", "accumulation", "step"]
@@ -176,10 +176,10 @@ def operations(
     sm_count: int = 46,
     fusions: Fusions = AS_SHIPPED,
 ) -> list[Operation]:
-    """Every operation of one optimizer step, in the order of forward, backward, update.
+    """Every operation of one optimizer step, grouped by part of the model.
 
     ``micro_batch`` sequences of ``T`` tokens (default: the block size). ``sm_count`` matters to triton's loss, which cuts its
-    chunks to fill the SMs; ``fusions`` say what of triton is on. Raises UserError for a name that is not in KERNELS or
+    chunks to fill the SMs; ``fusions`` are those of triton that are on. Raises UserError for a name that is not in KERNELS or
     PRECISIONS, and for sizes below 1.
     """
     T = shape.block_size if T is None else T
@@ -252,12 +252,12 @@ def _norms(s: StepSizes) -> list[Operation]:
         own = s.fused("norms") and group != "pointwise"
         return sweep(name, group, per_element * elements, launches, count=count, fresh=fresh * elements, own=own)
 
-    forward, backward, apart = "norms forward", "norms backward", "pointwise"
+    forward, backward, extra = "norms forward", "norms backward", "pointwise"
     mask = 1 if s.dropout else 0  # a byte per element, kept from forward for backward
     first = [
         op("first norm forward", forward, 4 + 2, count=1),
         op("first norm backward", backward, 2 + 4 + 4, 2, count=1),
-        op("first norm, gradients added", apart, 12, count=1),
+        op("first norm, gradients added", extra, 12, count=1),
     ]
     if s.fused("norms"):  # Philox again in backward: no mask
         return [
@@ -280,17 +280,17 @@ def _norms(s: StepSizes) -> list[Operation]:
         ]
     passes = [
         *first,
-        op("residual add", apart, 2 + 4 + 4, fresh=2),
+        op("residual add", extra, 2 + 4 + 4, fresh=2),
         op("norm forward", forward, 4 + 4, fresh=4),
-        op("norm cast", apart, 4 + 2, fresh=4),
-        op("norm gradient cast", apart, 2 + 4, fresh=2),
+        op("norm cast", extra, 4 + 2, fresh=4),
+        op("norm gradient cast", extra, 2 + 4, fresh=2),
         op("norm backward", backward, 4 + 4 + 4, fresh=4),
         op("norm weight gradient", backward, 8),
-        op("residual gradient add", apart, 12, fresh=4),
-        op("branch gradient cast", apart, 4 + 2, fresh=4),
+        op("residual gradient add", extra, 12, fresh=4),
+        op("branch gradient cast", extra, 4 + 2, fresh=4),
     ]
     if s.dropout:
-        passes += [op("dropout", apart, 2 + 2 + 1, fresh=2), op("dropout backward", apart, 2 + 1 + 2, fresh=2)]
+        passes += [op("dropout", extra, 2 + 2 + 1, fresh=2), op("dropout backward", extra, 2 + 1 + 2, fresh=2)]
     return passes
 
 
@@ -532,7 +532,7 @@ def _update(s: StepSizes) -> list[Operation]:
 
 
 def _casts(s: StepSizes) -> list[Operation]:
-    """Casts of triton: the head's weight in every micro-batch, the blocks' only when no kernel has written a copy of them."""
+    """Casts in triton: the head's weight in every micro-batch, the blocks' only when no kernel has written a copy of them."""
     head, blocks = s.model.head.weights, s.model.block_weights
     matrices = sum(linear.count for linear in s.model.block_linears)
     found = [sweep("head weight cast", "pointwise", 6 * head)]

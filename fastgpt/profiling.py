@@ -7,8 +7,8 @@ it adds up to the wall time of the step exactly:
   counted twice), and time with nothing running is a gap, or data if the host was loading some;
 * without one, by the self time of the host's operations; Python and dispatch between them are the gap.
 
-What an operation is gets decided by the host operations around it (for a kernel: around its launch), see op_names.py; where
-these cannot tell, by a range that says it (``IS``). What no rule knows is listed as unaccounted, never added to something else.
+The name of an operation comes from the host operations around it (for a kernel: around its launch), see op_names.py; where
+these are ambiguous, from a range that names it (``IS``). Time that no rule can name is listed as unaccounted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ IS = "fastgpt::is "
 _SILENT = re.compile(
     r"^GeneratedBackwardFor_\w+_default$|^GeneratedBackwardFor_fastgpt_linear_gelu_\w+Backward$|^fastgpt::linear_fp8_mlp_fwd$"
 )
-"""Frames that do not tell an operation. Autograd's inside of one of our operations have its name without the shapes that tell
-which; its node of a linear with a GELU runs matmuls, and fp8's MLP two of them, which have frames of their own."""
+"""Frames that do not identify an operation: autograd's frames within one of our operations have its name but no shapes, and
+the matmuls inside autograd's node of a linear with a GELU, and inside fp8's MLP, have frames of their own."""
 
 _KINDS = {
     "cpu_op": HOST,
@@ -48,7 +48,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class ProfiledOperation:
-    """All of one operation in a step. ``kernels``: what ran for it, by name, in ms (the host's operations on a CPU)."""
+    """One operation, summed over a step. ``kernels``: what ran for it, by name, in ms (the host's operations on a CPU)."""
 
     name: str
     calls: int
@@ -63,7 +63,7 @@ class StepProfile:
     wall_ms: float
     operations: tuple[ProfiledOperation, ...]
     unaccounted: dict[str, float]
-    """Time in what no rule knows, by name, in ms."""
+    """Time in ms, by the name of the event, that no rule assigns to an operation."""
     launches: int | None
     """Kernels that the device ran; None on a CPU."""
     overlap_ms: float
@@ -107,7 +107,7 @@ def _event(raw: dict[str, Any]) -> Event:
         kind=_KINDS[raw["cat"]],
         thread=raw.get("tid", 0),
         correlation=args.get("correlation"),
-        # A list of tensors is one argument whose "shape" is a list of shapes: no operation is told by it.
+        # A list of tensors is one argument whose "shape" is a list of shapes: it identifies no operation.
         dims=tuple(tuple(d) for d in dims if isinstance(d, list) and all(isinstance(n, int) for n in d)),
         external=args.get("External id"),
     )

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from fastgpt import flops, hardware
-from fastgpt.anatomy import GPT2_124M, Shape
+from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
 from fastgpt.common import UserError
 from fastgpt.hardware import NANOGPT_PEAK, Gpu
 from fastgpt.operations import operations
@@ -60,8 +60,6 @@ class MeasuredRun:
         """Relative error of the predicted step time: above 0, the model is too slow."""
         return self.measured / self.predicted(constants) - 1
 
-
-GPT2_40M = replace(GPT2_124M, n_embd=384)  # twelve heads of 32
 
 MEDIAN_MS = {"40M": 3911.0, "124M": 9350.0}
 """Median duration of a step of 524,288 tokens, from the logs in docs/rtx4070-runs/, without steps that evaluate."""

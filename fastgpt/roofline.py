@@ -40,7 +40,7 @@ class JudgedOperation:
     calls: int
     ms: float
     share: float
-    """Of the step's wall time."""
+    """Share of the step's wall time."""
     flops: int | None
     bytes: int | None
     roof_ms: float | None
@@ -67,7 +67,8 @@ def step_work(
 
     Names are those of fastgpt/profiling.py. ``size``: bytes of an activation (2 for bf16); the residual stream, the
     masters and the optimizer are fp32. ``fused``: a norm adds the residual in the same pass (triton, torch.compile);
-    eager does it apart, as pointwise work. ``one_pass_loss``: dlogits overwrite logits as they are read (triton).
+    eager does it in a pass of its own, as pointwise work. ``one_pass_loss``: dlogits overwrite logits as they are
+    read (triton).
     ``distinct``: different tokens in a micro-batch, for the embedding's rows; all by default.
     """
     model = anatomy.of(shape)
@@ -106,7 +107,8 @@ def step_work(
         add("loss", Work(0, forward.bytes + rows * V * size))
     else:
         add("loss", flops.cross_entropy(rows, V, size))
-    for table_rows, different in ((rows, distinct), (T, T)):  # tokens, positions
+    for table in model.tables:
+        table_rows, different = (T, T) if table.positions else (rows, distinct)
         add("embedding", flops.embedding_forward(table_rows, different, C, 4))
         add("embedding", flops.embedding_backward(table_rows, different, C, 4))
     work = {name: Work(w.flops * grad_accum, w.bytes * grad_accum) for name, w in work.items()}

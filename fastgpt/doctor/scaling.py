@@ -98,7 +98,7 @@ class Measured:
 
 SMALL = Measured(
     name="the 40.56M run",
-    shape=replace(GPT2_40M, n_head=12),
+    shape=GPT2_40M,
     gpu="NVIDIA GeForce RTX 4070",
     dataset="fineweb",
     dropout=0.1,
