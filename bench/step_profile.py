@@ -25,7 +25,7 @@ from fastgpt import anatomy, flops, hardware, op_names, ops, profiling
 from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, PLAIN, Config, ModelConfig
-from fastgpt.data import TokenLoader
+from fastgpt.data.loader import TokenLoader
 from fastgpt.training.step import autocast
 
 BACKENDS = {

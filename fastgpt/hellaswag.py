@@ -144,7 +144,7 @@ class HellaSwagConfig:
 def main(args: list[str]) -> int:
     config = tyro.cli(HellaSwagConfig, args=args, prog="python -m fastgpt.hellaswag")
     where = device.pick(config.device, config.kernels)
-    from fastgpt.data import get_tokenizer
+    from fastgpt.data.tokenizer import get_tokenizer
     from fastgpt.sample import load_model
 
     examples = load(config.data)[: config.examples]

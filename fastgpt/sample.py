@@ -84,7 +84,7 @@ def pieces(tokenizer: Any, ids: list[int], new: Iterable[int]) -> Iterator[str]:
 def main(args: list[str]) -> int:
     config = tyro.cli(SampleConfig, args=args, prog="python -m fastgpt.sample")
     where = device.pick(config.device, config.kernels)
-    from fastgpt.data import get_tokenizer
+    from fastgpt.data.tokenizer import get_tokenizer
 
     model, trained = load_model(config.checkpoint, config.kernels, where)
     tokenizer = get_tokenizer(trained["data"]["tokenizer"])

@@ -8,7 +8,7 @@ import torch
 from fastgpt import hellaswag
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
-from fastgpt.data import get_tokenizer
+from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.hellaswag import Example
 from fastgpt.model import GPT
 

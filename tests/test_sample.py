@@ -3,7 +3,7 @@
 import pytest
 
 from fastgpt.common import UserError
-from fastgpt.data import get_tokenizer
+from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.sample import SampleConfig, pieces
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fastgpt import hellaswag
-from fastgpt.data import get_tokenizer
+from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.training.distributed import evaluating
 from fastgpt.training.run import Run
 from fastgpt.training.step import autocast

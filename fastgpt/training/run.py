@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastgpt.common import UserError
 from fastgpt.config import SECTIONS, Config, differences
-from fastgpt.data import TokenLoader, resolve
+from fastgpt.data.loader import TokenLoader
+from fastgpt.data.resolution import resolve
 from fastgpt.geometry import check_fits, fit_batch, free_bytes
 from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.common import UserError
-from fastgpt.data import documents, open_corpus, readers
+from fastgpt.data import readers
+from fastgpt.data.corpora import documents, open_corpus
 
 
 def test_stdlib_is_the_running_interpreters_sources():

@@ -10,9 +10,11 @@ import pytest
 
 import fastgpt.data.preparation as module
 from fastgpt.common import UserError
-from fastgpt.data import encoding, get_tokenizer, hub, open_corpus, prepare, resolve
-from fastgpt.data.corpora import is_hub_name
-from fastgpt.data.tokenizer import BytesTokenizer
+from fastgpt.data import encoding, hub
+from fastgpt.data.corpora import is_hub_name, open_corpus
+from fastgpt.data.preparation import prepare
+from fastgpt.data.resolution import resolve
+from fastgpt.data.tokenizer import BytesTokenizer, get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 TEXTS = [f"document {i}" for i in range(120)]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import fastgpt.data.loader as module
 from fastgpt.common import UserError
-from fastgpt.data import TokenLoader, write_shard
+from fastgpt.data.loader import TokenLoader
+from fastgpt.data.shards import write_shard
 
 
 @pytest.fixture
@@ -317,7 +318,7 @@ def test_a_program_with_a_running_loader_ends_and_a_fork_of_it_reads_on(files):
     """In a process of its own: no hang at the exit, without close(); and in a forked child, which has no thread."""
     program = (
         "import os, sys\n"
-        "from fastgpt.data import TokenLoader\n"
+        "from fastgpt.data.loader import TokenLoader\n"
         "loader = TokenLoader(sys.argv[1:], 16, 4)\n"
         "loader.next_batch()\n"
         "if (pid := os.fork()) == 0:\n"

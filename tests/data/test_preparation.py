@@ -20,8 +20,11 @@ from hypothesis import strategies as st
 
 import fastgpt.data.preparation as module
 from fastgpt.common import UserError
-from fastgpt.data import encoding, get_tokenizer, open_shard, prepare, readers, resolve, writing
-from fastgpt.data.tokenizer import BytesTokenizer
+from fastgpt.data import encoding, readers, writing
+from fastgpt.data.preparation import prepare
+from fastgpt.data.resolution import resolve
+from fastgpt.data.shards import open_shard
+from fastgpt.data.tokenizer import BytesTokenizer, get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 ENV = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
@@ -203,7 +206,9 @@ def test_a_script_without_a_main_guard_ends_in_one_sentence(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
-        "from fastgpt.data import encoding, get_tokenizer, prepare\n"
+        "from fastgpt.data import encoding\n"
+        "from fastgpt.data.preparation import prepare\n"
+        "from fastgpt.data.tokenizer import get_tokenizer\n"
         "from fastgpt.common import UserError\n"
         "encoding.SMALL = 0\n"
         "try:\n"
@@ -251,7 +256,8 @@ KILLED_AT_EVERY_STEP = """
 import os, signal, sys
 from pathlib import Path
 import fastgpt.data.preparation as module
-from fastgpt.data import encoding, get_tokenizer, shards, writing
+from fastgpt.data import encoding, shards, writing
+from fastgpt.data.tokenizer import get_tokenizer
 
 module.COMMIT_SECONDS = 0
 encoding.BATCH_CHARS = int(sys.argv[3])
@@ -323,7 +329,8 @@ def test_killed_by_the_clock_with_worker_processes_which_end_too(tmp_path):
     program = (
         "import os, signal, sys, threading\n"
         "import fastgpt.data.preparation as module\n"
-        "from fastgpt.data import encoding, get_tokenizer\n"
+        "from fastgpt.data import encoding\n"
+        "from fastgpt.data.tokenizer import get_tokenizer\n"
         "module.COMMIT_SECONDS, encoding.BATCH_CHARS, encoding.SMALL = 0.01, 1000, 0\n"
         "commit = module._Preparation._commit\n"
         "def first_commit(self):\n"

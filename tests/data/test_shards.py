@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.common import UserError
-from fastgpt.data import check_ids, open_shard, shards, write_shard
+from fastgpt.data import shards
+from fastgpt.data.shards import check_ids, open_shard, write_shard
 
 tokens_lists = st.lists(st.integers(0, 65535), min_size=1, max_size=300)
 

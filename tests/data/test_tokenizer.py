@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import fastgpt.data.tokenizer as module
 from fastgpt.common import UserError
-from fastgpt.data import documents, get_tokenizer
+from fastgpt.data.corpora import documents
+from fastgpt.data.tokenizer import get_tokenizer
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 

@@ -8,7 +8,9 @@ import pytest
 
 import fastgpt.data.verification as module
 from fastgpt.common import UserError
-from fastgpt.data import get_tokenizer, prepare, write_shard
+from fastgpt.data.preparation import prepare
+from fastgpt.data.shards import write_shard
+from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.data.verification import verify_files
 
 

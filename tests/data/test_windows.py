@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.data import write_shard
+from fastgpt.data.shards import write_shard
 from fastgpt.data.windows import ROUNDS, Windows, permute
 
 

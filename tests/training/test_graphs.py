@@ -12,7 +12,7 @@ from rich.console import Console
 from fastgpt import ops
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from fastgpt.data import write_shard
+from fastgpt.data.shards import write_shard
 from fastgpt.kernels import _fp8_launch, runtime
 from fastgpt.kernels.working_copy import existing, forget, working_copy
 from fastgpt.model import GPT

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from fastgpt.data import TokenLoader, write_shard
+from fastgpt.data.loader import TokenLoader
+from fastgpt.data.shards import write_shard
 from fastgpt.training import checkpoint
 from fastgpt.training.evaluation import evaluate
 from fastgpt.training.loop import train

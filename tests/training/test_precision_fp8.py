@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fastgpt import hardware, memory, ops
 from fastgpt.config import EXPERIMENTAL, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, parse
-from fastgpt.data import write_shard
+from fastgpt.data.shards import write_shard
 from fastgpt.kernels import _fp8_launch as launch
 from fastgpt.kernels import runtime
 from fastgpt.model import GPT
