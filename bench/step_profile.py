@@ -253,7 +253,7 @@ def record(runner: Runner, trace: Path, repeats: int) -> None:
     if runner.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with (
-        step_marks.marked(runner.setup.shape, triton=runner.kernels == "triton"),
+        step_marks.marked(runner.setup.shape),
         profile(activities=activities, record_shapes=True) as recorder,
     ):
         for _ in range(repeats):

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ class Chosen:
     bucket: str
     config: tuple[tuple[str, int], ...]
     source: str
-    shape: tuple[int, int, int] | None
+    shape: tuple[int, ...] | None
     """(m, n, k) of a matrix product."""
 
 
@@ -131,64 +130,51 @@ class Record:
 def record(config: Config, precision: str, arch: int, sms: int, micro_batches: int = 2) -> Record:
     """What a step of ``config`` would launch on a card of compute capability ``arch`` with ``sms`` SMs, and which configs the
     tables choose for it. Nothing is compiled. Raises RuntimeError under Triton's interpreter."""
-    from fastgpt.kernels import offline, tuning
+    from fastgpt.kernels import offline, runtime, tuning
 
-    found = Record()
+    found, quiet, matmul = Record(), False, None
     tuning.forget()  # choices of another target, or refused by a card that is here
-    with offline.compile_for(arch, sms), _noted(found):
-        step(config, precision, micro_batches, _noting(found))
-    return found
 
-
-def _noting(found: Record) -> Any:
-    """For ``no_arithmetic``: what PyTorch itself computes goes into ``found``."""
-
-    def note(name: str, arguments: list[Tensor], results: list[Tensor]) -> None:
+    def operation(name: str, arguments: list[Tensor], results: list[Tensor]) -> None:
+        if quiet:
+            return
         if name in ("mm", "addmm", "bmm"):
             a, b = arguments[1:3] if name == "addmm" else arguments[:2]  # addmm's first is what it adds to
-            found.products[a.shape[-2], b.shape[-1], a.shape[-1], str(a.dtype).removeprefix("torch.")] += 1
+            found.products[a.shape[-2], b.shape[-1], a.shape[-1], _plain(a.dtype)] += 1
         elif not name.endswith(("empty", "empty_like", "empty_strided")):
             found.sweeps[name] += 1
             found.moved[name] += sum(x.numel() * x.element_size() for x in (*arguments, *results))
 
-    return note
+    def chosen(choice: tuning.Choice, shape: tuple[int, ...] | None = None) -> None:
+        nonlocal matmul
+        if choice.key.kernel.startswith("linear") and shape is None:
+            matmul = choice  # counted when it runs, and has a shape
+        else:
+            found.choices[Chosen(*choice.key, tuple(choice.config.items()), choice.source, shape)] += 1
 
+    def runs(op: str, shape: tuple[int, ...], dtype: torch.dtype, engine: str) -> AbstractContextManager | None:
+        if op == "matmul_fp32":
+            m, n, k = shape
+            found.products[m, n, k, _plain(dtype)] += 1
+            return silence()
+        if matmul is not None and matmul.key.kernel == op:
+            chosen(matmul, shape)
+        return None
 
-@contextmanager
-def _noted(found: Record) -> Iterator[None]:
-    """Inside, Triton's launches and the choices of configs are written down; nothing is launched or compiled."""
-    from triton.runtime.jit import JITFunction
-
-    from fastgpt.kernels import _cross_entropy_matmuls, _linear_launch, tuning
-
-    choose, choose_matmul, shape = tuning.choose, _linear_launch.choose, None
-
-    def matmul(kind: str, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> Any:
-        nonlocal shape
-        shape = M, N, K
+    @contextmanager
+    def silence() -> Iterator[None]:
+        """On a GPU it is one matmul, in fp32 from 16 bits; the casts that a CPU needs are not counted."""
+        nonlocal quiet
+        quiet = True
         try:
-            return choose_matmul(kind, M, N, K, *args, **kwargs)
+            yield
         finally:
-            shape = None
+            quiet = False
 
-    def product(out: Tensor, a: Tensor, b: Tensor, **_: Any) -> None:
-        # On a GPU it is one matmul, in fp32 from 16 bits.
-        found.products[a.shape[0], b.shape[1], a.shape[1], str(a.dtype).removeprefix("torch.")] += 1
+    with offline.count_launches(arch, sms) as found.launches, tuning.heard(chosen), runtime.recorded(runs):
+        step(config, precision, micro_batches, operation)
+    return found
 
-    def launch(function: Any, *args: Any, **kwargs: Any) -> None:
-        found.launches[function.module.rpartition(".")[2], function.__name__] += 1
 
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        choice = choose(*args, **kwargs)
-        plain = Chosen(*choice.key, tuple(choice.config.items()), choice.source, shape)
-        found.choices[plain] += 1
-        return choice
-
-    with (
-        mock.patch.object(JITFunction, "run", launch),
-        mock.patch.object(tuning, "choose", chosen),
-        mock.patch.object(_linear_launch, "choose", matmul),
-        mock.patch.object(_linear_launch, "matmul_fp32", product),
-        mock.patch.object(_cross_entropy_matmuls, "matmul_fp32", product),
-    ):
-        yield
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

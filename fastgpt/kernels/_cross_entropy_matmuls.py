@@ -9,11 +9,14 @@ overwritten by dz, zero there as well.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import triton
 from torch import Tensor
 
 from fastgpt.kernels import _linear_launch as launch
+from fastgpt.kernels import runtime
 from fastgpt.kernels.matmul_fp32 import matmul_fp32
 
 
@@ -57,11 +60,18 @@ class Fp16Sums:
         self.bias = torch.nn.functional.pad(bias, (0, more)) if more and bias is not None else bias
 
     def logits(self, x: Tensor) -> Tensor:
-        return launch.matmul(x, self.weight.t(), self.bias, None, None, 0.0, True)
+        with self._recorded("head.logits", x, self.weight.shape):
+            return launch.matmul(x, self.weight.t(), self.bias, None, None, 0.0, True)
 
     def input_grad(self, dz: Tensor, dx: Tensor) -> None:
-        dx.copy_(launch.matmul(dz, self.weight, None, None, None, 0.0, True))
+        with self._recorded("head.input_grad", dz, self.weight.t().shape):
+            dx.copy_(launch.matmul(dz, self.weight, None, None, None, 0.0, True))
 
     def weight_grad(self, dz: Tensor, x: Tensor, dw: Tensor, add: bool) -> None:
         rows = min(dz.shape[1], dw.shape[0])  # those past V get the zeros that they have to have
-        launch.weight_grad(dz[:, :rows], x, dw[:rows], None, True, add=add)
+        with self._recorded("head.weight_grad", dz.t(), x.t().shape):
+            launch.weight_grad(dz[:, :rows], x, dw[:rows], None, True, add=add)
+
+    @staticmethod
+    def _recorded(op: str, a: Tensor, columns: torch.Size) -> AbstractContextManager:
+        return runtime.record(op, (a.shape[0], *columns), a.dtype, "triton")

@@ -7,6 +7,7 @@ or ``scale`` (groups, M), one for every K / groups columns of a row (_fp8_rows.p
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -178,23 +179,32 @@ def _scaled_mm(a: Fp8, b: Fp8, bias: Tensor | None = None) -> Tensor:
 
 def matmul(a: Fp8 | Grouped, b: Fp8, bias: Tensor | None = None) -> Tensor:
     """a b^T + bias: (M, N) in bf16. torch._scaled_mm has no scales for groups of columns."""
-    if isinstance(a, Fp8) and engine(a.values.device) == "scaled_mm":
-        return _scaled_mm(a, b, bias)
-    out = a.values.new_empty(a.values.shape[0], b.values.shape[0], dtype=torch.bfloat16)
-    _launch(a, b, out, "none", bias)
-    return out
+    forward, library = a.values.dtype == FORWARD, isinstance(a, Fp8) and engine(a.values.device) == "scaled_mm"
+    with _recorded("fp8.forward" if forward else "fp8.input_grad", a, b, library):
+        if isinstance(a, Fp8) and library:
+            return _scaled_mm(a, b, bias)
+        out = a.values.new_empty(a.values.shape[0], b.values.shape[0], dtype=torch.bfloat16)
+        _launch(a, b, out, "none", bias)
+        return out
+
+
+def _recorded(op: str, a: Fp8 | Grouped, b: Fp8, library: bool) -> AbstractContextManager:
+    shape = (a.values.shape[0], *b.values.shape)
+    return runtime.record(op, shape, a.values.dtype, "cublas" if library else "triton")
 
 
 def matmul_gelu(a: Fp8, b: Fp8, bias: Tensor | None, erf: bool) -> tuple[Tensor, Tensor, Fp8]:
     """(gelu(z), z) in bf16, and gelu(z) in fp8, of z = a b^T + bias."""
     shape, device = (a.values.shape[0], b.values.shape[0]), a.values.device
     out, q = a.values.new_empty(shape, dtype=torch.bfloat16), new(shape, FORWARD, device)
-    if engine(device) == "scaled_mm":
-        pre = _scaled_mm(a, b, bias)
-        _sweep(pre, None, out, q, _bounded(q, a, b, bias), erf, None)
-    else:
-        pre = torch.empty_like(out)
-        _launch(a, b, out, "gelu", bias, pre=pre, q=q, erf=erf)
+    library = engine(device) == "scaled_mm"
+    with _recorded("fp8.gelu", a, b, library):
+        if library:
+            pre = _scaled_mm(a, b, bias)
+            _sweep(pre, None, out, q, _bounded(q, a, b, bias), erf, None)
+        else:
+            pre = torch.empty_like(out)
+            _launch(a, b, out, "gelu", bias, pre=pre, q=q, erf=erf)
     return out, pre, q
 
 
@@ -220,7 +230,8 @@ def _sweep(
     rows, block = (256, 256) if runtime.INTERPRET else (16, 128)
     blocks = triton.cdiv(M, rows)
     partial = column_sums.partial(blocks, sums)
-    with runtime.device_guard(z):
+    op = "gelu" if dy is None else "gelu_grad"
+    with runtime.record(op, (M, N), z.dtype, "triton"), runtime.device_guard(z):
         fp8_sweep_kernel[(blocks, triton.cdiv(N, block))](
             z, dy, out, partial, *bounded, M, N, BACKWARD=dy is not None, ERF=erf, BM=rows, BN=block, num_warps=4
         )

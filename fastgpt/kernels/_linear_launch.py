@@ -7,9 +7,10 @@ engines: cuBLAS is then followed by a kernel that only sweeps memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -209,6 +210,16 @@ def _choose(kind: str, a: Tensor, b: Tensor, fp16: bool, *, plain: bool = True) 
     return choose(kind, M, N, K, a.dtype, a.device, _accumulate(fp16), wide=_wide(a, b), usual=usual)
 
 
+Result = TypeVar("Result")
+
+
+def _run(choice: tuning.Choice, a: Tensor, b: Tensor, run: Callable[[tuning.Config], Result]) -> Result:
+    """What a @ b is computed by: ``run`` with the config of ``choice``."""
+    shape, engine = (a.shape[0], b.shape[1], a.shape[1]), "cublas" if choice.config == tuning.CUBLAS else "triton"
+    with runtime.record(choice.key.kernel, shape, a.dtype, engine):
+        return tuning.launch(choice, run)
+
+
 def _launch(
     tiles: Tiles, a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None,
     pre: Tensor | None = None, residual: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
@@ -253,7 +264,7 @@ def matmul(
         _launch(Tiles(**config), a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p)
         return out
 
-    return tuning.launch(_choose(kind, a, b, fp16, plain=seed is None), run)
+    return _run(_choose(kind, a, b, fp16, plain=seed is None), a, b, run)
 
 
 def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool, save: bool) -> tuple[Tensor, Tensor]:
@@ -269,7 +280,7 @@ def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool
         _launch(Tiles(**config), a, b, out, "gelu", bias=bias, pre=pre if save else None, erf=erf)
         return out, pre
 
-    return tuning.launch(_choose("gelu", a, b, fp16, plain=not erf), run)
+    return _run(_choose("gelu", a, b, fp16, plain=not erf), a, b, run)
 
 
 def matmul_dgelu(
@@ -285,7 +296,7 @@ def matmul_dgelu(
         _launch(Tiles(**config), a, b, out, "dgelu", pre=pre, erf=erf, sums=sums)
         return out, sums
 
-    return tuning.launch(_choose("dgelu", a, b, fp16, plain=not erf), run)
+    return _run(_choose("dgelu", a, b, fp16, plain=not erf), a, b, run)
 
 
 def _dense(t: Tensor) -> bool:
@@ -322,7 +333,7 @@ def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool
         if db is not None:
             db.copy_(dz.sum(0, dtype=torch.float32))
 
-    tuning.launch(choice, run)
+    _run(choice, dz.t(), x, run)
 
 
 def _weight_grad_in_tiles(tiles: Tiles, dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, add: bool) -> None:
@@ -361,7 +372,8 @@ def pointwise_grad(
     rows, block_m, block_n = (256, 256, 256) if runtime.INTERPRET else (64, 16, 128)
     blocks = triton.cdiv(M, rows)
     partial = column_sums.partial(blocks, db)
-    with runtime.device_guard(dy):
+    op = "dropout_grad" if pre is None else "gelu_grad"
+    with runtime.record(op, (M, N), dy.dtype, "triton"), runtime.device_guard(dy):
         pointwise_grad_kernel[(blocks, triton.cdiv(N, block_n))](
             dy, pre, seed, dz, partial, M, N, *dy.stride(), dropout_p,
             ERF=erf, ROWS=rows, BM=block_m, BN=block_n, num_warps=4,

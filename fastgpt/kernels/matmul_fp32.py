@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastgpt.kernels import runtime
+
 
 @lru_cache
 def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
@@ -23,11 +25,12 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 def matmul_fp32(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """out = a @ b, or out += a @ b, in fp32 from operands of any dtype. Autocast, which is still on inside an op,
     leaves the out= overloads alone, and operands that have its dtype already."""
-    if not a.is_cuda or a.dtype == torch.float32:
-        torch.addmm(out, a.float(), b.float(), beta=int(accumulate), out=out)
-    elif not accumulate:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
-    elif _adds_to_fp32(a.device, a.dtype):
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
-    else:
-        out += torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
+    with runtime.record("matmul_fp32", (*out.shape, a.shape[1]), a.dtype, "cublas"):
+        if not a.is_cuda or a.dtype == torch.float32:
+            torch.addmm(out, a.float(), b.float(), beta=int(accumulate), out=out)
+        elif not accumulate:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+        elif _adds_to_fp32(a.device, a.dtype):
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+        else:
+            out += torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]

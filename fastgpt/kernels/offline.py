@@ -18,6 +18,7 @@ either in triton's interpreter or in its compiler: under ``TRITON_INTERPRET=1`` 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,7 +166,7 @@ def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> 
     A kernel that does not compile raises RuntimeError naming the kernel and its config, from the compiler's own error.
     """
     launches: list[Launch] = []
-    run_jit, run_autotuner = JITFunction.run, Autotuner.run
+    run_jit = JITFunction.run
 
     def compile_one(self, *args, grid, warmup=False, **kwargs):
         try:
@@ -189,12 +190,30 @@ def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> 
             self.fn.run(*args, **kwargs, **config.all_kwargs())
         self.nargs = None
 
-    with compile_for(arch, sms):
-        JITFunction.run, Autotuner.run = compile_one, compile_configs
-        try:
-            yield launches
-        finally:
-            JITFunction.run, Autotuner.run = run_jit, run_autotuner
+    with compile_for(arch, sms), _launched_by(compile_one, compile_configs):
+        yield launches
+
+
+@contextmanager
+def _launched_by(run: Any, run_autotuned: Any) -> Iterator[None]:
+    before = JITFunction.run, Autotuner.run
+    JITFunction.run, Autotuner.run = run, run_autotuned
+    try:
+        yield
+    finally:
+        JITFunction.run, Autotuner.run = before
+
+
+@contextmanager
+def count_launches(arch: int, sms: int) -> Iterator[Counter[tuple[str, str]]]:
+    """Inside, launches for sm_``arch`` are counted by (file, function): nothing is launched or compiled."""
+    found: Counter[tuple[str, str]] = Counter()
+
+    def count(function: JITFunction, *args: Any, **kwargs: Any) -> None:
+        found[function.module.rpartition(".")[2], function.__name__] += 1
+
+    with compile_for(arch, sms), _launched_by(count, Autotuner.run):
+        yield found
 
 
 def unique(launches: Iterable[Launch]) -> list[Launch]:

@@ -6,7 +6,8 @@ Nothing here touches CUDA at import.
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -47,6 +48,31 @@ def sm_count(device: torch.device) -> int:
     if device.type == "cuda":
         return _cuda_sm_count(device.index if device.index is not None else torch.cuda.current_device())
     return compile_only_sms if compile_only else INTERPRETER_SMS
+
+
+Recorder = Callable[[str, tuple[int, ...], torch.dtype, str], AbstractContextManager | None]
+_recorder: Recorder | None = None
+_UNRECORDED = nullcontext()
+
+
+def record(op: str, shape: tuple[int, ...], dtype: torch.dtype, engine: str) -> AbstractContextManager:
+    """Tell a dry run or a profiler, inside ``recorded``, which matmul or sweep runs next; it runs in the context returned.
+
+    ``op``: a kernel of the tuning tables ("linear.gelu"), "matmul_fp32", or what frames of a trace cannot tell apart.
+    ``shape``: (m, n, k) of a matmul, (m, n) of a sweep. ``dtype``: of the operands. ``engine``: "cublas" or "triton"."""
+    found = None if _recorder is None else _recorder(op, shape, dtype, engine)
+    return _UNRECORDED if found is None else found
+
+
+@contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """Inside, ``recorder`` has every call of ``record``, and returns what the operation is to run in, or None."""
+    global _recorder
+    before, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = before
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -269,6 +269,7 @@ class Choice:
 _chosen: dict[tuple, Choice] = {}
 """By (kernel, dtype, bucket, target)."""
 _forced: dict[str, Config] = {}
+_listener: Callable[[Choice], None] | None = None
 _refused: set[tuple] = set()
 """(kernel, sorted items of a config) that this GPU had no room for."""
 
@@ -305,11 +306,17 @@ def choose(kernel: str, dtype: torch.dtype, bucket: str | None, device: torch.de
     """The config of ``kernel`` for this dtype, shape bucket and device. ``bucket`` None: no table has such shapes.
 
     Costs a few dictionary look-ups; files are read once per process and architecture."""
+    found = None
     if not _forced and bucket is not None:
-        here = target(device)
-        found = _chosen.get((kernel, dtype, bucket, here))
-        if found is not None and found.default == default:
-            return found
+        found = _chosen.get((kernel, dtype, bucket, target(device)))
+    if found is None or found.default != default:
+        found = _find(kernel, dtype, bucket, device, default)
+    if _listener is not None:
+        _listener(found)
+    return found
+
+
+def _find(kernel: str, dtype: torch.dtype, bucket: str | None, device: torch.device, default: Config) -> Choice:
     key = Key(kernel, DTYPES.get(dtype, str(dtype)), bucket or "-")
     if kernel in _forced:
         return Choice(key, _forced[kernel], _forced[kernel], "forced")
@@ -364,6 +371,17 @@ def launch(choice: Choice, run: Callable[[Config], Result]) -> Result:
 def chosen() -> list[Choice]:
     """The choices that this process has made so far, in order."""
     return list(_chosen.values())
+
+
+@contextmanager
+def heard(listener: Callable[[Choice], None]) -> Iterator[None]:
+    """Inside, ``listener`` is told of every choice, as often as it is made."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 @contextmanager

@@ -141,7 +141,7 @@ class Captured:
         pool = recorder.pool()
         with _uncached_autocast(self._batch[0].device), working_copy.captured_reads() as captures:
             graphs = [recorder.record(self._micro_step, pool) for _ in range(passes)]
-            (norm,), self._replay_update = recorder.record(lambda: [stepper._update()], pool)
+            (norm,), self._replay_update = recorder.record(lambda: [stepper.update()], pool)
         self._made = captures.made  # by the first graph, for the second
         self._norm = norm
         self._losses = [outputs[0] for outputs, _ in graphs]

@@ -133,7 +133,7 @@ class Stepper:
             losses.append(self.micro_step(batch, grad_accum) if captured is None else captured.micro_step(i, batch))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._update() if captured is None else captured.update()
+        norm = self.update() if captured is None else captured.update()
         self.optimizer.zero_grad(set_to_none=True)
         if captured is None and self.graphs is not None:
             self.graphs.ran_directly(batch, grad_accum)
@@ -153,7 +153,7 @@ class Stepper:
 
         return gradients_in_place()
 
-    def _update(self) -> Tensor:
+    def update(self) -> Tensor:
         """Clip, optimizer step, loss scale. Returns the gradient norm before clipping."""
         if isinstance(self.optimizer, torch.optim.AdamW):
             return self._update_torch()

@@ -1,5 +1,7 @@
 """Who runs the matmuls of the linear layers, and in which tiles: cuBLAS until measured, tables, defaults, ways to split."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -165,3 +167,32 @@ def test_what_can_be_read_128_bits_at_a_time(device, rows, columns, wide):
     assert launch._wide(buffer[1:].t()) == wide
     assert not launch._wide(buffer.view(-1)[1 : 1 + rows * columns].view(rows, columns)), "off alignment"
     assert not launch._wide(buffer.view(-1)[: rows * columns].view(rows, columns)[::2, ::2])
+
+
+def test_matmuls_and_the_sweeps_behind_them_are_recorded_while_somebody_listens(device, tables):
+    def run():
+        x, weight, dz = (torch.ones(*size, device=device) for size in ((64, 32), (48, 32), (64, 48)))
+        launch.matmul(x, weight.t(), None, None, None, 0.0, False)
+        launch.matmul_dgelu(dz, weight, x, False, False)
+        launch.weight_grad(dz, x, torch.empty_like(weight), None, False)
+
+    seen, inside = [], []
+
+    @contextmanager
+    def note(op, shape, dtype, engine):
+        seen.append((op, shape, dtype, engine))
+        inside.append(op)
+        yield
+        inside.remove(op)
+
+    with runtime.recorded(note):
+        run()
+    run()
+    assert seen == [
+        ("linear.none", (64, 48, 32), torch.float32, "cublas"),
+        ("linear.dgelu", (64, 32, 48), torch.float32, "cublas"),
+        ("gelu_grad", (64, 32), torch.float32, "triton"),
+        ("linear.weight_grad", (48, 32, 64), torch.float32, "cublas"),
+        ("matmul_fp32", (48, 32, 64), torch.float32, "cublas"),
+    ]
+    assert not inside, "each ran in the context that it was given"
