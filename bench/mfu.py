@@ -252,7 +252,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def in_force(asked: str, where: torch.device) -> tuple[str, list[str]]:
     """The precision that is measured, as training would run it, and what there is to say about that."""
-    from fastgpt.training.step import usable_precision
+    from fastgpt.ops import usable_precision
 
     precision, refused = usable_precision(asked, where, "triton")
     notes = [] if refused is None else [refused]

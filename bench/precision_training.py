@@ -16,8 +16,9 @@ from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.data.corpora import documents
 from fastgpt.model import GPT
 from fastgpt.numerics import FP32, Mode
+from fastgpt.optim_build import build_optimizer
 from fastgpt.training.schedule import learning_rate
-from fastgpt.training.step import Stepper, build_optimizer
+from fastgpt.training.step import Stepper
 
 VOCABULARY = 256
 EVERY = 20  # one document in so many is held back for validation

@@ -22,9 +22,10 @@ from bench.timing import Timing
 from fastgpt import anatomy, flops, hardware, ops
 from fastgpt.config import EXPERIMENTAL, Config, Precision, load_preset
 from fastgpt.model import GPT
+from fastgpt.ops import precision_for, scales_loss
+from fastgpt.optim_build import build_optimizer
 from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
-from fastgpt.training.loss_scale import LossScaler
-from fastgpt.training.step import Stepper, build_optimizer, precision_for, scales_loss
+from fastgpt.training.step import LossScaler, Stepper
 
 
 def build(

@@ -26,7 +26,7 @@ from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, PLAIN, Config, ModelConfig
 from fastgpt.data.loader import TokenLoader
-from fastgpt.training.step import autocast
+from fastgpt.ops import autocast
 
 BACKENDS = {
     "eager": ("eager", "none", "PyTorch: SDPA, F.cross_entropy, fused AdamW and clip_grad_norm_"),

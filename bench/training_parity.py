@@ -62,8 +62,9 @@ def curve(kernels: str, steps: int, where: torch.device, perturb: int | None = N
     """Losses of a run and the names of the parameters that did not move. ``perturb`` seeds the perturbation."""
     from fastgpt import ops  # after device.pick(): importing the kernels fixes whether they are interpreted
     from fastgpt.model import GPT
+    from fastgpt.optim_build import build_optimizer
     from fastgpt.training.schedule import learning_rate
-    from fastgpt.training.step import Stepper, build_optimizer
+    from fastgpt.training.step import Stepper
 
     torch.manual_seed(0)
     model = GPT(MODEL, ops.get(kernels)).to(where)

@@ -9,11 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from torch import Tensor
 
 from fastgpt import common
 from fastgpt.common import UserError
-from fastgpt.config import ModelConfig
 from fastgpt.conversion import huggingface, nanogpt, own
 from fastgpt.conversion.portable import Portable, refuse_existing
 from fastgpt.training import checkpoint
@@ -71,19 +69,17 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def read(source: str) -> tuple[Format, Portable]:
-    """What ``source`` is, and its content. A name that is no file or folder here is looked up on the Hugging Face hub.
+def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
+    """What ``source`` is, and its content; without ``optimizer``, a run's optimizer state is not read. A name that is no file
+    or folder here is looked up on the Hugging Face hub.
 
     Raises UserError, in one sentence, for what is no checkpoint of a GPT-2 or does not hold together."""
     path = Path(source)
     if path.is_file():
-        saved = nanogpt.load_file(path)
-        if isinstance(saved, dict) and "format" in saved:  # fastgpt 0.1
-            return "fastgpt", own.read(path)
-        return "nanogpt", nanogpt.read(path, saved)
+        return "nanogpt", nanogpt.read(path)
     if path.is_dir():
         if (path / "manifest.json").exists() or checkpoint.existing(path):
-            return "fastgpt", own.read(path)
+            return "fastgpt", own.read(path, optimizer)
         if (path / "config.json").exists():
             return "hf", huggingface.read(path)
         raise UserError(
@@ -95,11 +91,10 @@ def read(source: str) -> tuple[Format, Portable]:
     raise UserError(f"{source} does not exist: name a checkpoint, or a model on the hub such as gpt2")
 
 
-def load_weights(source: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Shape and fp32 weights (a state_dict of fastgpt.GPT) of any checkpoint that ``convert`` reads: a path, or a name on
-    the Hugging Face hub. Raises UserError."""
-    portable = read(source)[1]
-    return portable.config, portable.weights
+def load_weights(source: str) -> Portable:
+    """The model of any checkpoint that ``convert`` reads: a path, or a name on the Hugging Face hub. Its ``config`` is the
+    shape, its ``weights`` the fp32 state_dict of a fastgpt.GPT. Raises UserError."""
+    return read(source, optimizer=False)[1]
 
 
 def _target(kind: Format, out: Path) -> Format:

@@ -82,7 +82,8 @@ def step(config: Config, precision: str = "bf16", micro_batches: int = 2, on_ope
     """One optimizer step as ``--kernels triton`` runs it on one GPU, of ``micro_batches`` of the configuration's own size."""
     from fastgpt import ops
     from fastgpt.model import GPT
-    from fastgpt.training.step import Stepper, build_optimizer
+    from fastgpt.optim_build import build_optimizer
+    from fastgpt.training.step import Stepper
 
     B, T = config.data.batch_size, config.model.block_size
     with no_arithmetic(on_operation):

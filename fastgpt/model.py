@@ -140,7 +140,12 @@ class GPT(nn.Module):
         fastgpt run, a Hugging Face folder) or a name on the Hugging Face hub such as "gpt2". Raises UserError."""
         from fastgpt.convert import load_weights
 
-        config, weights = load_weights(str(source))
+        portable = load_weights(str(source))
+        return cls.from_weights(portable.config, portable.weights, ops)
+
+    @classmethod
+    def from_weights(cls, config: ModelConfig, weights: dict[str, Tensor], ops: Ops = EAGER) -> GPT:
+        """A model whose parameters are these very tensors, by name: nothing is drawn or copied."""
         with torch.device("meta"):
             model = cls(config, ops)
         model.load_state_dict(weights, assign=True)

@@ -1,4 +1,5 @@
-"""The operations that a GPT step is made of, as one table. The model calls an ``Ops`` and does not know which.
+"""The operations that a GPT step is made of, as one table, and which ``--precision`` they can run in here. The model calls an
+``Ops`` and does not know which.
 
 EAGER is plain PyTorch (and the specification); TRITON is the fused kernels. Both follow torch.autocast: matmul operands and
 the outputs of norms take its dtype, while parameters, the residual stream and the loss stay fp32.
@@ -7,6 +8,7 @@ the outputs of norms take its dtype, while parameters, the residual stream and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.kernels import reference
+from fastgpt import hardware
+from fastgpt.config import EXPERIMENTAL
+from fastgpt.kernels import reference, runtime
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,61 @@ def get(name: str, precision: str = "bf16") -> Ops:
     if name == "triton":
         return {"fp16-fast": _fp16_fast, "fp8": _fp8}.get(precision, _triton)()
     raise ValueError(f"kernels is {name!r}: it can be 'triton' or 'eager'")
+
+
+DTYPES = {
+    **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16-fast": torch.float16},
+    "fp8": torch.bfloat16,  # of the operands that are not in fp8
+}
+"""The dtype of matmul operands, by ``--precision``."""
+
+
+def precision_for(name: str, device: torch.device) -> str:
+    """``--precision`` with auto resolved: fp32 on a CPU, bf16 on a GPU."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def usable_precision(name: str, device: torch.device, kernels: str) -> tuple[str, str | None]:
+    """What a run with ``--precision name`` computes in, and, if that is not what was asked for, a sentence that says why.
+
+    An experimental mode needs ``--kernels triton``, and a card that is faster in it: anywhere else, such as where a run is
+    resumed on another card, auto's choice takes its place. A card that hardware.GPUS does not have is given what is asked."""
+    if name not in EXPERIMENTAL:
+        return precision_for(name, device), None
+    gpu, unable = hardware.present(device), _unable(name, device)
+    if kernels != "triton":
+        why = f"which --kernels {kernels} does not have"
+    elif device.type != "cuda" and not runtime.INTERPRET:
+        why = "which only the Triton kernels have, and they do not run here"
+    elif unable is not None:
+        why = f"but {unable}"
+    elif gpu is not None and not hardware.gains(name, gpu):
+        why = f"and {gpu.name} is no faster in it"
+    else:
+        return name, None
+    safe = precision_for("auto", device)
+    return safe, f"precision is '{name}', {why}: {safe} is used instead"
+
+
+def _unable(name: str, device: torch.device) -> str | None:
+    """Why the kernels of an experimental mode cannot run on a GPU, in the table or not."""
+    if name != "fp8" or device.type != "cuda":
+        return None
+    from fastgpt.kernels._fp8_launch import refusal
+
+    return refusal(device)
+
+
+def scales_loss(precision: str) -> bool:
+    """Whether gradients are stored in fp16, whose smallest numbers a loss scale has to lift them over."""
+    return DTYPES[precision] == torch.float16
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context that forward runs under: none at fp32."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def __getattr__(name: str) -> Ops:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +11,7 @@ import tyro
 
 from fastgpt import common, device
 from fastgpt.common import UserError
-from fastgpt.config import Device, Kernels, ModelConfig
+from fastgpt.config import Device, Kernels
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class SampleConfig:
       python -m fastgpt.sample runs/gpt2-124m --top-p 0.9 --samples 3
     """
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """A checkpoint, or a run's folder (its newest checkpoint)."""
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A run's folder (its newest checkpoint), or any checkpoint that fastgpt.convert reads."""
     prompt: str = "\n"
     """The text to continue."""
     tokens: int = 200
@@ -57,18 +56,6 @@ class SampleConfig:
             raise UserError("prompt is empty: give at least one character")
 
 
-def load_model(path: Path, kernels: str, where: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The model of a checkpoint, in eval mode on ``where``, and the config it was trained with."""
-    from fastgpt.model import GPT
-    from fastgpt.ops import get as get_ops
-    from fastgpt.training import checkpoint
-
-    saved = checkpoint.load(checkpoint.resolve(path), only=("config", "model"))
-    model = GPT(ModelConfig(**saved["config"]["model"]), get_ops(kernels))
-    model.load_state_dict(saved["model"])
-    return model.to(where).eval(), saved["config"]
-
-
 def pieces(tokenizer: Any, ids: list[int], new: Iterable[int]) -> Iterator[str]:
     """The text of ``new`` ids after ``ids``, piece by piece; a character that needs several tokens comes when it is whole."""
     ids, shown = list(ids), len(tokenizer.decode(ids))
@@ -84,10 +71,10 @@ def pieces(tokenizer: Any, ids: list[int], new: Iterable[int]) -> Iterator[str]:
 def main(args: list[str]) -> int:
     config = tyro.cli(SampleConfig, args=args, prog="python -m fastgpt.sample")
     where = device.pick(config.device, config.kernels)
-    from fastgpt.data.tokenizer import get_tokenizer
+    # After pick(): it chooses Triton's interpreter before triton is imported.
+    from fastgpt.training.evaluation import load_model
 
-    model, trained = load_model(config.checkpoint, config.kernels, where)
-    tokenizer = get_tokenizer(trained["data"]["tokenizer"])
+    model, tokenizer = load_model(config.checkpoint, config.kernels, where)
     generator = torch.Generator(where).manual_seed(config.seed)
     ids = list(tokenizer.encode(config.prompt))
     for _ in range(config.samples):

@@ -12,7 +12,7 @@ from fastgpt import hardware
 from fastgpt.anatomy import Shape
 from fastgpt.config import EXPERIMENTAL, ModelConfig
 from fastgpt.operations import GAPS, operations
-from fastgpt.training.step import usable_precision
+from fastgpt.ops import usable_precision
 from tests.mfu_run import CEILINGS, INTERPRETED, TINY, quick_run
 
 CPU = torch.device("cpu")

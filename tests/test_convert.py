@@ -220,21 +220,22 @@ class TestSameFunction:
 class TestReading:
     def test_load_weights_gives_shape_and_state_dict(self, tmp_path):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
-        config, weights = convert.load_weights(str(tmp_path / "ckpt.pt"))
+        portable = convert.load_weights(str(tmp_path / "ckpt.pt"))
+        config, weights = portable.config, portable.weights
         assert config == ModelConfig(**SHAPE, bias=True, dropout=0.1)
         GPT(config).load_state_dict(weights)
         assert weights["transformer.wte.weight"].equal(saved["model"]["lm_head.weight"])
 
     def test_a_compiled_nanogpt_models_prefix_is_dropped(self, tmp_path):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt", prefix="_orig_mod.")
-        weights = convert.load_weights(str(tmp_path / "ckpt.pt"))[1]
+        weights = convert.load_weights(str(tmp_path / "ckpt.pt")).weights
         assert weights["transformer.ln_f.weight"].equal(saved["model"]["_orig_mod.transformer.ln_f.weight"])
 
     def test_mask_buffers_of_old_checkpoints_are_dropped(self, tmp_path):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
         saved["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
         torch.save(saved, tmp_path / "ckpt.pt")
-        assert "transformer.h.0.attn.bias" not in convert.load_weights(str(tmp_path / "ckpt.pt"))[1]
+        assert "transformer.h.0.attn.bias" not in convert.load_weights(str(tmp_path / "ckpt.pt")).weights
 
     def test_shards_half_precision_and_names_without_prefix(self, tmp_path):
         """As OpenAI's weights lie on the hub, and as large models are saved."""
@@ -251,7 +252,7 @@ class TestReading:
         (tmp_path / "hf" / "model.safetensors").unlink()
         index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
         (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-        weights = convert.load_weights(str(tmp_path / "hf"))[1]
+        weights = convert.load_weights(str(tmp_path / "hf")).weights
         want = model.transformer.h[0].attn.c_attn.weight.to(torch.bfloat16).float().t()
         assert weights["transformer.h.0.attn.c_attn.weight"].equal(want)
 
@@ -259,7 +260,7 @@ class TestReading:
         model = huggingface_folder(tmp_path / "hf")
         torch.save(model.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
         (tmp_path / "hf" / "model.safetensors").unlink()
-        weights = convert.load_weights(str(tmp_path / "hf"))[1]
+        weights = convert.load_weights(str(tmp_path / "hf")).weights
         assert weights["transformer.wte.weight"].equal(model.lm_head.weight)
 
     def test_an_untrained_run_has_no_optimizer_state(self, tmp_path, capsys):

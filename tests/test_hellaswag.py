@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from fastgpt import hellaswag
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 from fastgpt.data.tokenizer import get_tokenizer
-from fastgpt.hellaswag import Example
 from fastgpt.model import GPT
+from fastgpt.training.evaluation import HellaSwagExample as Example
+from fastgpt.training.evaluation import hellaswag_score, load_hellaswag
 
 EXAMPLES = [
     Example("A man sits", ("on a chair.", "under the sea.", "x", "and flies"), 0),
@@ -44,7 +44,7 @@ def test_scores_equal_a_count_by_hand(model, device, batch):
     answers = [by_hand(model, tokenizer, example, device) for example in EXAMPLES]
     examples = [e._replace(label=answers[i][i % 2]) for i, e in enumerate(EXAMPLES)]
     expected = [sum(a[k] == e.label for a, e in zip(answers, examples)) / 3 for k in (0, 1)]
-    score = hellaswag.evaluate(model, tokenizer, examples, device, batch)
+    score = hellaswag_score(model, tokenizer, examples, device, batch)
     assert (score.acc, score.acc_norm, score.examples) == (*expected, 3)
 
 
@@ -58,7 +58,7 @@ def test_jsonl_and_parquet_files_are_read_and_unlabelled_rows_left_out(tmp_path)
     unlabelled = {**rows()[0], "label": ""}
     (tmp_path / "val.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows(), unlabelled]) + "\n")
     parquet.write_table(Table.from_pylist(rows()), tmp_path / "val.parquet")
-    assert hellaswag.load(str(tmp_path / "val.jsonl")) == EXAMPLES == hellaswag.load(str(tmp_path / "val.parquet"))
+    assert load_hellaswag(str(tmp_path / "val.jsonl")) == EXAMPLES == load_hellaswag(str(tmp_path / "val.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -75,5 +75,5 @@ def test_bad_files_end_in_one_sentence(tmp_path, content, words):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=words) as error:
-        hellaswag.load(str(path))
+        load_hellaswag(str(path))
     assert "\n" not in str(error.value) and "val.jsonl" in str(error.value)

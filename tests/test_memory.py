@@ -19,7 +19,8 @@ from fastgpt.common import UserError
 from fastgpt.config import ModelConfig, OptimConfig, load_preset
 from fastgpt.kernels.fused_cross_entropy import LOGITS_BUDGET, chunk_rows, linear_cross_entropy
 from fastgpt.model import GPT
-from fastgpt.training.step import Stepper, build_optimizer
+from fastgpt.optim_build import build_optimizer
+from fastgpt.training.step import Stepper
 
 M124 = load_preset("gpt2-124m").model
 

@@ -127,7 +127,7 @@ def write(folder: Path, portable: Portable) -> None:
     if portable.optimizer is not None:
         portable.notes.append("a Hugging Face folder has no place for the optimizer's state: it stays behind")
     # Of the run's configuration only this: people publish these folders, and the rest holds their paths.
-    tokenizer = portable.extras.get("fastgpt", {}).get("config", {}).get("data", {}).get("tokenizer", "gpt2")
+    tokenizer = portable.tokenizer
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

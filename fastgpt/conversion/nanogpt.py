@@ -35,9 +35,9 @@ def load_file(path: Path) -> Any:
         raise UserError(f"{path} is not a checkpoint that torch.load reads ({type(error).__name__})") from error
 
 
-def read(path: Path, saved: Any) -> Portable:
-    """``saved`` is the file's content. Raises UserError."""
-    source = str(path)
+def read(path: Path) -> Portable:
+    """A checkpoint of nanoGPT. Raises UserError."""
+    source, saved = str(path), load_file(path)
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
         raise UserError(f"{path} is not nanoGPT's: a checkpoint of nanoGPT has 'model' and 'model_args'")
     args, model = saved["model_args"], saved["model"]

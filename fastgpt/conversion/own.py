@@ -15,10 +15,12 @@ from fastgpt.conversion.portable import Portable, check, check_optimizer, model_
 from fastgpt.training import checkpoint
 
 
-def read(path: Path) -> Portable:
-    """``path`` is a checkpoint, or a run's folder whose newest is meant. Raises UserError."""
+def read(path: Path, optimizer: bool = True) -> Portable:
+    """The checkpoint ``path``, or the newest of a run's folder; its optimizer's state is read only with ``optimizer``. Raises
+    UserError."""
     where = checkpoint.resolve(path)
-    saved = checkpoint.load(where)
+    # A folder's newest has been verified when it was chosen.
+    saved = checkpoint.load(where, without=() if optimizer else ("optimizer",), verify=where == path)
     source = str(where)
     try:
         shape, model = saved["config"]["model"], saved["model"]
@@ -34,12 +36,9 @@ def read(path: Path) -> Portable:
     if isinstance(saved.get("nanogpt"), dict):
         portable.extras["nanogpt"] = saved["nanogpt"]
         portable.exact_gelu = bool(saved.get("exact_gelu", False))
-    optimizer = saved.get("optimizer")
-    if isinstance(optimizer, dict) and all(isinstance(key, str) for key in optimizer.get("state", {})):
-        check_optimizer(source, optimizer, weights)
-        portable.optimizer = optimizer
-    elif optimizer:
-        portable.notes.append("the optimizer's state of this old checkpoint goes by index and stays behind")
+    if isinstance(saved.get("optimizer"), dict):
+        check_optimizer(source, saved["optimizer"], weights)
+        portable.optimizer = saved["optimizer"]
     return portable
 
 

@@ -35,6 +35,11 @@ class Portable:
     """What does not survive, a sentence each."""
 
     @property
+    def tokenizer(self) -> str:
+        """The name of the tokenizer, as ``--tokenizer`` has it: GPT-2's unless the checkpoint says otherwise."""
+        return self.extras.get("fastgpt", {}).get("config", {}).get("data", {}).get("tokenizer", "gpt2")
+
+    @property
     def n_params(self) -> int:
         return sum(tensor.numel() for tensor in self.weights.values())
 

@@ -193,7 +193,7 @@ def _shape(evidence: Evidence, config: ConfigFacts) -> Shape | None:
 def _precision(log: LogFacts | None, config: ConfigFacts, gpu: Gpu | None) -> str:
     """As fastgpt's log says it is in force, else the config's; float32 runs as tf32 in nanoGPT, which switches that on.
 
-    Where an experimental mode does not run, fastgpt takes bf16 (training.step.usable_precision)."""
+    Where an experimental mode does not run, fastgpt takes bf16 (ops.usable_precision)."""
     said = [note.value for note in log.all("precision") if note.value] if log else []
     if said:
         return str(said[-1])

@@ -10,7 +10,7 @@
 gives its part; ``state["rng"]`` is kept for each rank. A checkpoint loads on any number of ranks.
 Keys that this package reads: config, model, optimizer, rng, best_val_loss.
 
-The format and what makes it safe: checkpoint_write.py. Files of version 0.1 (``ckpt-*.pt``) load like any other.
+The format and what makes it safe: checkpoint_write.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig, differences
-from fastgpt.training import checkpoint_migrate, checkpoint_read
+from fastgpt.training import checkpoint_read
 from fastgpt.training.checkpoint_folder import best, clean, existing, set_aside, step_of
 from fastgpt.training.checkpoint_read import Damaged, Reader, Source
 from fastgpt.training.checkpoint_rng import rng_state, seed_all, set_rng_state
@@ -62,7 +62,7 @@ def newest_valid(folder: Path) -> tuple[Path, list[str]]:
     damaged: list[str] = []
     for path in reversed(existing(folder)):
         try:
-            _verify(path)
+            checkpoint_read.verify(path)
         except Damaged as error:
             damaged.append(f"checkpoint {path} is damaged ({error}): it is passed over")
         else:
@@ -215,13 +215,11 @@ def _optimizer_state(
 ) -> tuple[dict[int, Any], dict[str, Tensor]]:
     """(the optimizer's state as a tree by parameter index, tensors to fill by name in the checkpoint)."""
     parameters = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
-    # Trees by index are version 0.1's; its groups were in the order that today's are.
-    tree = source.state["optimizer"]["state"]
-    by_key = dict(tree["$items"]) if "$items" in tree else tree
+    by_name = source.state["optimizer"]["state"]
     states: dict[int, Any] = {}
     targets: dict[str, Tensor] = {}
     for index, parameter in enumerate(parameters):
-        state = by_key.get(names[parameter], by_key.get(index))
+        state = by_name.get(names[parameter])
         if state is None:
             continue
         states[index] = state
@@ -245,19 +243,11 @@ def _read(reader: Reader, names: Collection[str]) -> dict[str, Tensor]:
     return targets
 
 
-def _verify(path: Path) -> None:
-    if path.is_dir():
-        checkpoint_read.verify(path)
-    else:
-        checkpoint_migrate.verify_file(path)
-        checkpoint_migrate.open_file(path)
-
-
 def _open(path: Path, verify: bool) -> Source:
     try:
         if verify:
-            _verify(path)
-        return checkpoint_read.open_directory(path) if path.is_dir() else checkpoint_migrate.open_file(path)
+            checkpoint_read.verify(path)
+        return checkpoint_read.open_directory(path)
     except Damaged as error:
         raise UserError(_damaged(path, error)) from error
 
@@ -271,7 +261,7 @@ def _previous_good(path: Path) -> str:
         later = step_of(path) >= 0 and step_of(candidate) > step_of(path)
         if candidate != path and not later:
             try:
-                _verify(candidate)
+                checkpoint_read.verify(candidate)
             except Damaged:
                 continue
             return f": the previous good one is {candidate}"

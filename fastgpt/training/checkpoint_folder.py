@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.common import write_whole
-from fastgpt.training.checkpoint_read import Damaged, read_json
+from fastgpt.training.checkpoint_read import Damaged, read_member
 
 _DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
-_FILE = re.compile(r"ckpt-(\d{8})\.pt")
 _LEFTOVER = re.compile(
-    r"(step-\d{8,}(\.\d+)?\.(partial|deleted)|best\.json\.partial|\.(best\.json|metrics\.jsonl)\.\d+\.tmp|ckpt-\d{8}\.tmp)"
+    r"(step-\d{8,}(\.\d+)?\.(partial|deleted)|best\.json\.partial|\.(best\.json|metrics\.jsonl)\.\d+\.tmp)"
 )
 BEST = "best.json"
 METRICS = "metrics.jsonl"
@@ -40,17 +39,16 @@ def free_path(folder: Path, step: int) -> Path:
 
 
 def existing(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first, old single files included. Nothing is verified: one whose serial cannot
-    be read stands last."""
+    """The checkpoints in ``folder``, oldest first. Nothing is verified: one whose serial cannot be read stands last."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if (_DIRECTORY if p.is_dir() else _FILE).fullmatch(p.name)]
+    found = [path for path in folder.iterdir() if _DIRECTORY.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (_serial(path), step_of(path), path.name))
 
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name; -1 for any other name."""
-    match = _DIRECTORY.fullmatch(path.name) or _FILE.fullmatch(path.name)
+    match = _DIRECTORY.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
@@ -102,28 +100,23 @@ def set_aside(folder: Path) -> Path | None:
 
 def _header(path: Path) -> dict[str, Any]:
     try:
-        header = read_json(path, "state.json") if path.is_dir() else {}
+        header = read_member(path, "state.json")
     except Damaged:
         return {}
     return header if isinstance(header, dict) else {}
 
 
 def _serial(path: Path) -> float:
-    """0 for old single files; infinity where it cannot be read."""
-    if not path.is_dir():
-        return 0
+    """Infinity where it cannot be read."""
     serial = _header(path).get("serial")
     return serial if isinstance(serial, int) else math.inf
 
 
 def _delete(path: Path) -> None:
-    """A directory is renamed first: a deletion that is cut short leaves no half checkpoint under a checkpoint's name."""
-    if path.is_dir():
-        doomed = path.with_name(f"{path.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
-        shutil.rmtree(path.rename(doomed))
-    else:
-        path.unlink()
+    """Rename the directory, then delete it: a deletion cut short leaves no half checkpoint under a checkpoint's name."""
+    doomed = path.with_name(f"{path.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(path.rename(doomed))
 
 
 def _write_best(folder: Path, path: Path, loss: float) -> None:

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +79,7 @@ def verify(path: Path, only: str | None = None) -> None:
             raise Damaged(f"{name} cannot be read ({error.strerror})") from error
 
 
-def read_json(path: Path, name: str) -> Any:
+def read_member(path: Path, name: str) -> Any:
     """A JSON file of a checkpoint, itself verified. Raises Damaged."""
     verify(path, only=name)
     try:
@@ -106,7 +104,7 @@ class Reader(StorageReader):
         self.chunks: dict[MetadataIndex, dict[str, Any]] = {}
         self.tensors: dict[str, TensorStorageMetadata] = {}
         try:
-            for name, entry in read_json(path, "tensors.json").items():
+            for name, entry in read_member(path, "tensors.json").items():
                 shape = torch.Size(entry["shape"])
                 chunks = [
                     ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"])) for c in entry["chunks"]
@@ -125,9 +123,6 @@ class Reader(StorageReader):
                 raise Damaged("tensors.json claims more than the files hold")  # before anyone allocates it
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise Damaged("tensors.json is not a table of tensors") from error
-
-    def open(self, name: str) -> AbstractContextManager:
-        return safe_open(self.path / name, framework="pt")
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         pass
@@ -149,11 +144,11 @@ class Reader(StorageReader):
         for item in plan.items:
             by_file.setdefault(self.chunks[item.storage_index]["file"], []).append(item)
         for name, items in by_file.items():
-            with self.open(name) as file:
+            with safe_open(self.path / name, framework="pt") as file:
                 for item in items:
                     stored = self.chunks[item.storage_index]
                     key, held = stored["key"], file.get_slice(stored["key"])
-                    if "sizes" in stored and held.get_shape() != stored["sizes"]:
+                    if held.get_shape() != stored["sizes"]:
                         raise Damaged(f"{name} holds {key} in another shape than tensors.json says")
                     region = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths))
                     value = held[region] if region else file.get_tensor(key)
@@ -183,27 +178,6 @@ class Reader(StorageReader):
             raise cause from None
 
 
-class MemoryReader(Reader):
-    """Reader's interface over whole tensors in memory."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.values = tensors
-        self.tensors, self.chunks = {}, {}
-        for name, tensor in tensors.items():
-            origin = torch.Size([0] * tensor.dim())
-            whole = ChunkStorageMetadata(origin, tensor.shape)
-            self.tensors[name] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.shape, [whole])
-            self.chunks[MetadataIndex(name, origin)] = {"file": "", "key": name}
-
-    def open(self, name: str) -> AbstractContextManager:
-        return nullcontext(self)
-
-    def get_tensor(self, key: str) -> Tensor:
-        return self.values[key]
-
-    get_slice = get_tensor
-
-
 @dataclass(frozen=True)
 class Source:
     """A checkpoint opened for reading: its plain part, and a reader of its tensors."""
@@ -218,7 +192,7 @@ class Source:
 
 def open_directory(path: Path) -> Source:
     """Raises Damaged. Verifies the two JSON files only: ``verify`` does the rest."""
-    header, reader = read_json(path, "state.json"), Reader(path)
+    header, reader = read_member(path, "state.json"), Reader(path)
     try:
         return Source(int(header["step"]), dict(header["state"]), [dict(own) for own in header["ranks"]], reader)
     except (KeyError, TypeError, ValueError) as error:

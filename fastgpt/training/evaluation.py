@@ -1,16 +1,41 @@
-"""How good the model is by now: validation loss on fixed windows, and a sample of its text."""
+"""How good a model is: validation loss on fixed windows, a sample of its text, HellaSwag."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from fastgpt import hellaswag
-from fastgpt.data.tokenizer import get_tokenizer
+from fastgpt.common import UserError
+from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
+from fastgpt.model import GPT
+from fastgpt.ops import autocast
+from fastgpt.ops import get as get_ops
 from fastgpt.training.distributed import evaluating
 from fastgpt.training.run import Run
-from fastgpt.training.step import autocast
+
+HELLASWAG_HUB = "Rowan/hellaswag"
+
+
+def load_model(source: str, kernels: str, where: torch.device) -> tuple[GPT, Tokenizer]:
+    """The model of any checkpoint that fastgpt.convert reads, in eval mode on ``where``, and the tokenizer that it was trained
+    with. Raises UserError."""
+    from fastgpt.convert import load_weights  # the formats of others: training has no use for them
+
+    portable = load_weights(source)
+    tokenizer = get_tokenizer(portable.tokenizer)
+    if tokenizer.vocab_size > portable.config.vocab_size:
+        raise UserError(
+            f"{source} has a vocabulary of {portable.config.vocab_size}, which is not of the tokenizer {portable.tokenizer!r}: "
+            "name a checkpoint of GPT-2's tokens or of bytes"
+        )
+    model = GPT.from_weights(portable.config, portable.weights, get_ops(kernels))
+    return model.to(where).eval(), tokenizer
 
 
 @torch.no_grad()
@@ -41,7 +66,110 @@ def sample(run: Run, tokens: int = 40) -> str:
         return tokenizer.decode(ids + [int(token) for token in new])
 
 
-def score_hellaswag(run: Run, examples: Sequence[hellaswag.Example]) -> hellaswag.Score:
+class HellaSwagExample(NamedTuple):
+    """A context, its possible endings, and the index of the right one."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+class HellaSwagScore(NamedTuple):
+    """Shares of examples answered correctly."""
+
+    acc: float
+    acc_norm: float
+    examples: int
+
+    def __str__(self) -> str:
+        return f"HellaSwag acc {self.acc:.4f}, acc_norm {self.acc_norm:.4f} over {self.examples} examples (chance 0.25)"
+
+
+def load_hellaswag(source: str) -> list[HellaSwagExample]:
+    """Examples with a label, from a jsonl or parquet file with columns ctx, endings, label, or from the hub.
+
+    Raises UserError for a source that cannot be read or holds something else.
+    """
+    try:
+        rows: Sequence[dict[str, Any]]
+        if source == "hub":
+            from datasets import load_dataset
+
+            rows = list(load_dataset(HELLASWAG_HUB, split="validation"))
+        elif source.endswith(".parquet"):
+            from pyarrow import parquet
+
+            rows = parquet.read_table(source).to_pylist()
+        else:
+            rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+        examples = [
+            HellaSwagExample(row["ctx"], tuple(row["endings"]), int(row["label"]))
+            for row in rows
+            if str(row["label"]) != ""
+        ]
+    except ImportError as error:
+        raise UserError(
+            f"hellaswag is {source!r}, for which the package {error.name} is missing: pip install it"
+        ) from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"hellaswag file {source} has not the columns ctx, endings and label ({error})") from error
+    except Exception as error:  # of the libraries that read it, each with its own classes
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"hellaswag is {source!r}, which cannot be read ({reason}): give its jsonl or parquet file"
+        ) from error
+    if not examples:
+        raise UserError(f"hellaswag file {source} holds no example with a label")
+    return examples
+
+
+@torch.no_grad()
+def hellaswag_score(
+    model: Any, tokenizer: Any, examples: Sequence[HellaSwagExample], where: torch.device, batch: int = 16
+) -> HellaSwagScore:
+    """HellaSwagScore ``model`` (a GPT, called as it is: put it into eval mode) on ``examples``, ``batch`` of them at a time.
+
+    A context too long for the model loses its beginning."""
+    right = right_norm = 0
+    for first in range(0, len(examples), batch):
+        group = examples[first : first + batch]
+        encoded = list(_encode_endings(group, tokenizer, model.config.block_size))
+        losses, counts = _ending_losses(model, encoded, where)
+        at = 0
+        for example in group:
+            n = len(example.endings)
+            mine, tokens = losses[at : at + n], counts[at : at + n]
+            right += int(mine.argmin() == example.label)
+            right_norm += int((mine / tokens).argmin() == example.label)
+            at += n
+    return HellaSwagScore(right / len(examples), right_norm / len(examples), len(examples))
+
+
+def _encode_endings(
+    examples: Sequence[HellaSwagExample], tokenizer: Any, block_size: int
+) -> Iterator[tuple[list[int], int]]:
+    """Per ending: the ids, and how many of them, at the end, are the ending's."""
+    for example in examples:
+        context = list(tokenizer.encode(example.context))
+        for ending in example.endings:
+            added = list(tokenizer.encode(" " + ending))[:block_size]
+            yield (context + added)[-(block_size + 1) :], len(added)
+
+
+def _ending_losses(model: Any, encoded: list[tuple[list[int], int]], where: torch.device) -> tuple[Tensor, Tensor]:
+    """Summed loss of each ending's tokens, and their number, fp32 on the CPU."""
+    width = max(len(ids) for ids, _ in encoded) - 1
+    x = torch.zeros(len(encoded), width, dtype=torch.int64)
+    y = torch.full_like(x, -100)
+    for row, (ids, ending) in enumerate(encoded):
+        x[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+        y[row, len(ids) - 1 - min(ending, len(ids) - 1) : len(ids) - 1] = torch.tensor(ids[1:])[-ending:]
+    logits = model(x.to(where))[0].float()
+    losses = F.cross_entropy(logits.flatten(0, 1), y.to(where).flatten(), ignore_index=-100, reduction="none")
+    return losses.view_as(x).sum(1).cpu(), (y != -100).sum(1).clamp(min=1).float()
+
+
+def score_hellaswag(run: Run, examples: Sequence[HellaSwagExample]) -> HellaSwagScore:
     """HellaSwag with the model as it is now. Called by all ranks."""
     with evaluating(run.model), autocast(run.device, run.stepper.precision):
-        return hellaswag.evaluate(run.model, get_tokenizer(run.config.data.tokenizer), examples, run.device)
+        return hellaswag_score(run.model, get_tokenizer(run.config.data.tokenizer), examples, run.device)

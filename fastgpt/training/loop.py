@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import anatomy, common, hellaswag
+from fastgpt import anatomy, common
 from fastgpt.common import UserError
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
@@ -27,7 +28,7 @@ from fastgpt.env import environment
 from fastgpt.mfu import StepMeter, StepReport
 from fastgpt.training import checkpoint, distributed
 from fastgpt.training.distributed import World
-from fastgpt.training.evaluation import evaluate, sample, score_hellaswag
+from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
 from fastgpt.training.metrics import Metrics
 from fastgpt.training.report import LogLine, Progress, banner, describe_device, peak_memory_gb
 from fastgpt.training.run import (
@@ -42,11 +43,34 @@ from fastgpt.training.run import (
     smaller,
 )
 from fastgpt.training.schedule import learning_rate
-from fastgpt.training.signals import StopRequest
 
 MAX_ROLLBACKS = 3
+_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 T = TypeVar("T")
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to stop at the next good moment; a second Ctrl-C leaves at once. ``asked`` is None,
+    "Ctrl-C" or "SIGTERM". A context manager: it puts the earlier handlers back at its end."""
+
+    def __enter__(self) -> StopRequest:
+        self.asked: str | None = None
+        self._previous: dict[int, Any] = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        return self
+
+    def _ask(self, number: int, _frame: object) -> None:
+        self.asked = _SIGNALS[signal.Signals(number)]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @property
+    def exit_code(self) -> int:
+        """0 to the end or after SIGTERM (the state is saved, as the sender wanted), 130 after Ctrl-C."""
+        return 130 if self.asked == "Ctrl-C" else 0
 
 
 class _Abandoned(Exception):
@@ -109,7 +133,7 @@ class _Loop:
         elif world.is_main and (moved := checkpoint.set_aside(config.train.out)) is not None:
             self.say(f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)")
         # Read now: a file that cannot be read must not be found out after three days.
-        self.hellaswag = hellaswag.load(self.settings.hellaswag) if self.settings.hellaswag else None
+        self.hellaswag = load_hellaswag(self.settings.hellaswag) if self.settings.hellaswag else None
         self.meter = StepMeter.for_shape(anatomy.Shape.of(config.model), device, self.state.stepper.precision)
         self.pending: list[_Pending] = []
         self.losses: list[float] = []  # since the last log line

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,44 @@ from fastgpt.data.resolution import resolve
 from fastgpt.geometry import check_fits, fit_batch, free_bytes
 from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
+from fastgpt.ops import scales_loss, usable_precision
+from fastgpt.optim_build import build_optimizer
 from fastgpt.training import checkpoint
 from fastgpt.training.distributed import World, parallelize
 from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
-from fastgpt.training.loss_scale import LossScaler
-from fastgpt.training.spikes import SpikeDetector
-from fastgpt.training.step import Stepper, build_optimizer, scales_loss, usable_precision
+from fastgpt.training.step import LossScaler, Stepper
 
 _WEIGHTS = ("model", "optimizer")
+SPIKE_WINDOW = 128
+"""Steps whose losses a spike is told from."""
+
+
+class SpikeDetector:
+    """Tells loss spikes from noise by a z-score over the last ``SPIKE_WINDOW`` losses, as llm.c's outlier detector does; silent
+    until the window is full.
+
+    ``state`` is the window, for a checkpoint: a resumed run calls the same losses spikes.
+    """
+
+    def __init__(self, state: Iterable[float] = ()) -> None:
+        self._window = deque(state, maxlen=SPIKE_WINDOW)
+
+    @property
+    def state(self) -> list[float]:
+        return list(self._window)
+
+    def zscore(self, loss: float) -> float | None:
+        """How many standard deviations ``loss`` lies above the window, which it then joins. None where there is no saying:
+        too few losses, no spread, or a loss that is not finite (which never joins)."""
+        if not math.isfinite(loss):
+            return None
+        full, values = len(self._window) == SPIKE_WINDOW, self.state
+        self._window.append(loss)
+        if not full:
+            return None
+        mean = math.fsum(values) / SPIKE_WINDOW
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / SPIKE_WINDOW)
+        return (loss - mean) / deviation if deviation > 0 else None
 
 
 @dataclass
@@ -119,13 +150,14 @@ def initial_weights(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
         return config, None
     from fastgpt.convert import load_weights
 
-    shape, weights = load_weights(config.train.init_from)
+    portable = load_weights(config.train.init_from)
+    shape = portable.config
     if config.data.tokenizer == "bytes" and shape.vocab_size > 256:
         raise UserError(
             f"tokenizer is 'bytes' but init_from {config.train.init_from} has a vocabulary of {shape.vocab_size}: "
             "use --tokenizer gpt2"
         )
-    return replace(config, model=replace(shape, dropout=config.model.dropout)), weights
+    return replace(config, model=replace(shape, dropout=config.model.dropout)), portable.weights
 
 
 def build(

@@ -8,95 +8,72 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.distributed.tensor import DTensor
 
-from fastgpt import hardware
-from fastgpt.config import EXPERIMENTAL, OptimConfig
-from fastgpt.kernels import runtime
 from fastgpt.model import GPT
+from fastgpt.ops import autocast
 from fastgpt.training.distributed import World
 
-if TYPE_CHECKING:  # which imports this file
-    from fastgpt.training.graphs import Graphs
 
-DTYPES = {
-    **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp16-fast": torch.float16},
-    "fp8": torch.bfloat16,  # of what is not in fp8
-}
-"""Of matmul operands, by ``--precision``."""
+class LossScaler(torch.amp.GradScaler):
+    """torch.amp.GradScaler, whose ``step`` leaves the search for inf and NaN to an optimizer that does it itself.
 
+    GradScaler reads and writes every gradient once before it calls the optimizer, 8 bytes per parameter. FusedAdamW unscales
+    in its own pass, skips a step whose norm is not finite on the device and counts it: its ``grad_norm`` says what GradScaler
+    wants to know, over all ranks. Scale and growth counter are tensors that ``update`` changes in place, so that a CUDA graph
+    may hold ``scale``, ``step`` and ``update``, once a step outside of it has made them. Any other optimizer, and one whose
+    gradients were unscaled beforehand, gets GradScaler's own step. Micikevicius et al. 2018 (arXiv 1710.03740).
+    """
 
-def precision_for(name: str, device: torch.device) -> str:
-    """``--precision`` with auto resolved: fp32 on a CPU, bf16 on a GPU."""
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" else "fp32"
-
-
-def usable_precision(name: str, device: torch.device, kernels: str) -> tuple[str, str | None]:
-    """What a run with ``--precision name`` computes in, and, if that is not what was asked for, a sentence that says why.
-
-    An experimental mode needs ``--kernels triton``, and a card that is faster in it: anywhere else, such as where a run is
-    resumed on another card, auto's choice takes its place. A card that hardware.GPUS does not have is given what is asked."""
-    if name not in EXPERIMENTAL:
-        return precision_for(name, device), None
-    gpu, unable = hardware.present(device), _unable(name, device)
-    if kernels != "triton":
-        why = f"which --kernels {kernels} does not have"
-    elif device.type != "cuda" and not runtime.INTERPRET:
-        why = "which only the Triton kernels have, and they do not run here"
-    elif unable is not None:
-        why = f"but {unable}"
-    elif gpu is not None and not hardware.gains(name, gpu):
-        why = f"and {gpu.name} is no faster in it"
-    else:
-        return name, None
-    safe = precision_for("auto", device)
-    return safe, f"precision is '{name}', {why}: {safe} is used instead"
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_enabled() or not hasattr(optimizer, "grad_norm"):
+            return super().step(optimizer, *args, **kwargs)
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is not OptState.READY:  # unscaled by hand, or stepped already, which is refused
+            return super().step(optimizer, *args, **kwargs)
+        scale, _ = self._check_scale_growth_tracker("step")
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        try:
+            result = optimizer.step(*args, **kwargs)
+        finally:
+            del optimizer.grad_scale  # type: ignore[attr-defined]
+        overflow = (~torch.isfinite(optimizer.grad_norm)).to(torch.float32)
+        state["found_inf_per_device"] = {overflow.device: overflow}
+        state["stage"] = OptState.STEPPED
+        return result
 
 
-def _unable(name: str, device: torch.device) -> str | None:
-    """Why the kernels of an experimental mode cannot run on a GPU, in the table or not."""
-    if name != "fp8" or device.type != "cuda":
-        return None
-    from fastgpt.kernels._fp8_launch import refusal
+class CapturedStep(Protocol):
+    """A step's work in CUDA graphs, in the place of ``Stepper.micro_step`` and of the update."""
 
-    return refusal(device)
+    def micro_step(self, index: int, batch: tuple[Tensor, ...]) -> Tensor: ...
 
-
-def scales_loss(precision: str) -> bool:
-    """Whether gradients are stored in fp16, whose smallest numbers a loss scale has to lift them over."""
-    return DTYPES[precision] == torch.float16
+    def update(self) -> Tensor: ...
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context that forward runs under: none at fp32."""
-    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+class StepGraphs(Protocol):
+    """What a step asks of graphs.Graphs, and the loop between two steps."""
 
+    @property
+    def due(self) -> bool: ...
 
-def parameter_groups(model: GPT, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices and embeddings decay, norms and biases (fewer than two dimensions) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    @property
+    def active(self) -> bool: ...
 
+    def for_step(self, batch: tuple[Tensor, ...], grad_accum: int) -> CapturedStep | None: ...
 
-def build_optimizer(model: GPT, optim: OptimConfig, kernels: str) -> torch.optim.Optimizer:
-    """FusedAdamW for triton, torch's own (fused on CUDA) for eager: same maths, same state_dict."""
-    groups = parameter_groups(model, optim)
-    betas = (optim.beta1, optim.beta2)
-    if kernels == "triton":
-        from fastgpt.optim import FusedAdamW
+    def ran_directly(self, batch: tuple[Tensor, ...], grad_accum: int) -> None: ...
 
-        return FusedAdamW(groups, lr=optim.lr, betas=betas, eps=1e-8, max_grad_norm=optim.grad_clip or None)
-    on_cuda = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=1e-8, fused=on_cuda)
+    def capture(self) -> str: ...
+
+    def drop(self) -> None: ...
+
+    def give_up(self) -> None: ...
 
 
 @dataclass
@@ -120,7 +97,7 @@ class Stepper:
     adds_in_place: bool = False
     """Weight gradients of a later micro-batch are added to ``.grad`` by the kernel that forms them (``gradients_in_place``):
     the Triton operations on one rank, not compiled. Gradients then differ in the last bits of fp32 sums."""
-    graphs: Graphs | None = None
+    graphs: StepGraphs | None = None
     """Replays captured steps where they fit; whoever gives one calls ``graphs.capture()`` between steps when it is due."""
     _skipped: Tensor | None = None
 

@@ -14,8 +14,9 @@ from fastgpt.config import ModelConfig, OptimConfig
 def main() -> None:
     where = device.pick("cpu", "triton")  # the kernels themselves, in the interpreter
     from fastgpt.model import GPT
+    from fastgpt.optim_build import build_optimizer
     from fastgpt.training import distributed
-    from fastgpt.training.step import Stepper, build_optimizer
+    from fastgpt.training.step import Stepper
 
     torch.set_num_threads(1)
     with distributed.connect(where) as (world, where):

@@ -1,4 +1,4 @@
-"""Checkpoints: bit exact, whole or named as damaged, of the right shape, and unable to run code. Those of version 0.1 load."""
+"""Checkpoints: bit exact, whole or named as damaged, of the right shape, and unable to run code."""
 
 import json
 import random
@@ -273,54 +273,3 @@ def test_an_optimizer_of_another_model_is_the_callers_error(tmp_path):
     path = checkpoint.save(tmp_path, 1, checkpoint.state_of(model, optimizer))
     with pytest.raises(ValueError, match="not the model's"):
         checkpoint.load_into(path, GPT(SHAPE), optimizer)
-
-
-# --- checkpoints of version 0.1 -------------------------------------------------------------------------------------
-
-
-def write_old(folder, step, model, optimizer):
-    """One file, as version 0.1 wrote it."""
-    path = folder / f"ckpt-{step:08d}.pt"
-    torch.save(
-        {
-            "format": 1,
-            "step": step,
-            "config": Config().to_dict(),
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": {},
-            "loader": {"epoch": 1},
-            "rng": {"cpu": torch.get_rng_state()},
-            "best_val_loss": 2.5,
-            "torch": "2.11.0",
-        },
-        path,
-    )
-    return path
-
-
-def test_old_files_load_and_the_next_save_is_in_the_new_format(tmp_path):
-    model, optimizer = trained()
-    old = write_old(tmp_path, 2, model, optimizer)
-    assert checkpoint.newest_valid(tmp_path) == (old, [])
-    described = checkpoint.describe(old)
-    assert described["step"] == 2 and described["shapes"]["transformer.wte.weight"] == (64, 32)
-    saved = checkpoint.load(old, without=["model", "optimizer"])
-    assert (saved["step"], saved["loader"], saved["best_val_loss"]) == (2, {"epoch": 1}, 2.5)
-    one_step(model, optimizer)
-    again = GPT(SHAPE)
-    fresh = adamw(again)
-    checkpoint.load_into(old, again, fresh)
-    checkpoint.set_rng_state(saved["rng"])
-    one_step(again, fresh)
-    assert all(same(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    new = checkpoint.save(tmp_path, 3, {**checkpoint.state_of(again, fresh), "config": saved["config"]}, keep=1)
-    assert new.name == "step-00000003" and checkpoint.existing(tmp_path) == [new]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_old_file_is_named_and_the_previous_used(tmp_path, damage):
-    good, bad = (write_old(tmp_path, step, *trained(steps=1)) for step in (2, 10))
-    DAMAGE[damage](bad)
-    path, damaged = checkpoint.newest_valid(tmp_path)
-    assert path == good and str(bad) in damaged[0]

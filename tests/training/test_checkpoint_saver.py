@@ -166,7 +166,7 @@ def test_leftovers_are_removed_at_the_start_and_nothing_else(tmp_path):
     for name in ("step-00000002.partial", "step-00000001.1.deleted"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tensors-00000.safetensors").write_bytes(b"half")
-    for name in ("ckpt-00000002.tmp", "best.json.partial", "metrics.jsonl", "my.partial"):
+    for name in (".best.json.12.tmp", "best.json.partial", "metrics.jsonl", "my.partial"):
         (tmp_path / name).write_text("x")
     AsyncSaver(tmp_path, keep=1).close()
     assert names(tmp_path) == ["metrics.jsonl", "my.partial", "step-00000001"]

@@ -99,19 +99,3 @@ def test_a_pickle_in_a_checkpoint_is_never_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"names a file 'evil\.pkl'"):
         checkpoint.load(bad)
     assert not (tmp_path / "ran-code").exists()
-
-
-def test_a_hostile_old_file_runs_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    writers = (lambda p: p.write_bytes(pickle.dumps(Hostile())), lambda p: torch.save(Hostile(), p))
-    writers += (lambda p: torch.save({"format": 1, "step": 1, "model": Hostile()}, p),)
-    for number, write in enumerate(writers):
-        path = tmp_path / f"ckpt-{number:08d}.pt"
-        write(path)
-        with pytest.raises(UserError, match="not a fastgpt checkpoint"):
-            checkpoint.load(path)
-        with pytest.raises(UserError, match="not a fastgpt checkpoint"):
-            checkpoint.describe(path)
-    with pytest.raises(UserError, match="there is no whole checkpoint"):
-        checkpoint.newest_valid(tmp_path)
-    assert not (tmp_path / "ran-code").exists()

@@ -16,10 +16,10 @@ from fastgpt.data.shards import write_shard
 from fastgpt.kernels import _fp8_launch, runtime
 from fastgpt.kernels.working_copy import existing, forget, working_copy
 from fastgpt.model import GPT
+from fastgpt.optim_build import build_optimizer
 from fastgpt.training import graphs, loop, run
 from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
-from fastgpt.training.loss_scale import LossScaler
-from fastgpt.training.step import Stepper, build_optimizer
+from fastgpt.training.step import LossScaler, Stepper
 from tests.training.tape import TapeRecorder
 from tests.training.test_loss_scale import Calls
 

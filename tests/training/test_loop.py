@@ -361,7 +361,7 @@ def test_a_step_that_is_not_finite_changes_nothing_is_counted_and_repeated_ones_
 
 def spiky(monkeypatch, at):
     """Losses are steady noise, and at the calls numbered ``at`` a spike."""
-    monkeypatch.setattr("fastgpt.training.spikes.WINDOW", 3)
+    monkeypatch.setattr("fastgpt.training.run.SPIKE_WINDOW", 3)
     monkeypatch.setattr(Stepper, "__call__", None)
     calls = []
 

@@ -10,8 +10,8 @@ from fastgpt import ops
 from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.model import GPT
 from fastgpt.optim import FusedAdamW
-from fastgpt.training.loss_scale import LossScaler
-from fastgpt.training.step import Stepper, build_optimizer
+from fastgpt.optim_build import build_optimizer
+from fastgpt.training.step import LossScaler, Stepper
 
 ATEN = torch.ops.aten
 SCALERS = [LossScaler, torch.amp.GradScaler]

@@ -19,10 +19,10 @@ from fastgpt.config import EXPERIMENTAL, Config, DataConfig, ModelConfig, OptimC
 from fastgpt.data.shards import write_shard
 from fastgpt.kernels import runtime
 from fastgpt.model import GPT
-from fastgpt.training import step
+from fastgpt.ops import precision_for, scales_loss, usable_precision
+from fastgpt.optim_build import build_optimizer
 from fastgpt.training.loop import train
-from fastgpt.training.loss_scale import LossScaler
-from fastgpt.training.step import Stepper, build_optimizer, precision_for, scales_loss, usable_precision
+from fastgpt.training.step import LossScaler, Stepper
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=72, bias=True, dropout=0.1)
@@ -105,7 +105,7 @@ def test_every_product_of_a_step_but_the_scores_is_summed_in_fp16(device, monkey
 def test_text_is_generated_from_the_same_table(device):
     model = stepper("fp16-fast", device).model.eval()
     prompt = torch.tensor([[1, 2, 3]], device=device)
-    with step.autocast(device, "fp16-fast"):
+    with ops.autocast(device, "fp16-fast"):
         tokens = list(model.generate(prompt, 3, temperature=0.0))
     plain = stepper("fp32", device).model.eval()
     assert [int(t) for t in tokens] == [int(t) for t in plain.generate(prompt, 3, temperature=0.0)]

@@ -14,9 +14,10 @@ from fastgpt.data.shards import write_shard
 from fastgpt.kernels import _fp8_launch as launch
 from fastgpt.kernels import runtime
 from fastgpt.model import GPT
-from fastgpt.training import step
+from fastgpt.ops import precision_for, scales_loss, usable_precision
+from fastgpt.optim_build import build_optimizer
 from fastgpt.training.loop import train
-from fastgpt.training.step import Stepper, build_optimizer, precision_for, scales_loss, usable_precision
+from fastgpt.training.step import Stepper
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=256)
@@ -64,7 +65,7 @@ def test_plain_pytorch_and_a_cpu_without_the_interpreter_have_it_not(monkeypatch
 
 
 def test_it_is_bf16_but_for_the_linears():
-    assert "fp8" in EXPERIMENTAL and not scales_loss("fp8") and step.DTYPES["fp8"] == torch.bfloat16
+    assert "fp8" in EXPERIMENTAL and not scales_loss("fp8") and ops.DTYPES["fp8"] == torch.bfloat16
     table, bf16 = ops.get("triton", "fp8"), ops.TRITON
     assert table is ops.get("triton", "fp8") and table.name == "triton fp8"
     assert table.attention is bf16.attention and table.linear_cross_entropy is bf16.linear_cross_entropy
@@ -101,7 +102,7 @@ def test_evaluation_is_bf16s(device):
     other = GPT(TINY, ops.TRITON).to(device).eval()
     other.load_state_dict(model.state_dict())
     tokens = torch.randint(0, 256, (2, 17), device=device)
-    with torch.no_grad(), step.autocast(device, "fp8"):
+    with torch.no_grad(), ops.autocast(device, "fp8"):
         assert torch.equal(model(tokens[:, :-1], tokens[:, 1:])[1], other(tokens[:, :-1], tokens[:, 1:])[1])
 
 

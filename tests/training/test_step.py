@@ -7,7 +7,9 @@ from fastgpt import ops
 from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.kernels import fused_linear
 from fastgpt.model import GPT
-from fastgpt.training.step import Stepper, build_optimizer, parameter_groups, precision_for
+from fastgpt.ops import precision_for
+from fastgpt.optim_build import build_optimizer, parameter_groups
+from fastgpt.training.step import Stepper
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, bias=True)
 
