@@ -15,7 +15,7 @@ import torch
 
 from bench import results, step
 from bench.ablation_variants import VARIANTS, Variant
-from fastgpt import hardware, ops
+from fastgpt import anatomy, hardware, ops
 from fastgpt.config import Config, load_preset
 from fastgpt.env import environment
 from fastgpt.kernels import tuning, working_copy
@@ -86,16 +86,17 @@ def _tiles(config: Config, device: torch.device) -> dict[str, tuning.Config]:
     """For the MLP's first matmul and the gradient before it, in Triton: a table's, or the default ones."""
     from fastgpt.kernels._linear_launch import default_tiles, linear_bucket
 
-    C, tokens = config.model.n_embd, config.data.batch_size * config.model.block_size
+    C, hidden = config.model.n_embd, anatomy.of(config.model).hidden
+    tokens = config.data.batch_size * config.model.block_size
     dtype, here = torch.bfloat16 if device.type == "cuda" else torch.float32, tuning.target(device)
     found = {}
     for kind in ("gelu", "dgelu"):
-        bucket = linear_bucket(4 * C, C, tokens)
+        bucket = linear_bucket(hidden, C, tokens)
         known = []
         if here is not None and bucket is not None:
             known = tuning.entries_for(tuning.Key(f"linear.{kind}", tuning.DTYPES[dtype], bucket), here)
         tiles = [entry.config for entry, _ in known if entry.config != tuning.CUBLAS]
-        found[f"linear.{kind}"] = tiles[0] if tiles else default_tiles(kind, tokens, 4 * C, C, dtype)
+        found[f"linear.{kind}"] = tiles[0] if tiles else default_tiles(kind, tokens, hidden, C, dtype)
     return found
 
 

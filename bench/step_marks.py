@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch.profiler import record_function
 
+from fastgpt import anatomy
 from fastgpt.anatomy import Shape
 from fastgpt.kernels import runtime
 from fastgpt.op_names import OPTIMIZER
@@ -37,10 +38,11 @@ NAMES = {
 @contextmanager
 def marked(shape: Shape) -> Iterator[None]:
     """Inside, steps of a model of this shape carry the ranges that fastgpt/profiling.py reads."""
+    hidden = anatomy.of(shape).hidden
 
     def mark(op: str, sizes: tuple[int, ...], dtype: torch.dtype, engine: str) -> record_function | None:
         # fp8's MLP is one operation of two matmuls; backward has an operation for each matmul.
-        second_of_mlp = op == "fp8.forward" and sizes[1:] == (shape.n_embd, 4 * shape.n_embd)
+        second_of_mlp = op == "fp8.forward" and sizes[1:] == (shape.n_embd, hidden)
         name = "mlp down forward" if second_of_mlp else NAMES.get(op)
         return None if name is None else record_function(IS + name)
 

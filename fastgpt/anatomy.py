@@ -1,4 +1,4 @@
-"""What a model is made of: every table, norm and linear with its parameters and sizes, and what happens around each.
+"""What a model is made of: every embedding, norm and linear with its parameters and sizes, and what happens around each.
 
 This is the one description that FLOPs, memory, operations, profile names, conversion and the doctor read. A model family is
 one function that lists its parts: ``gpt2`` below. Another family is another such function, and a line in ``of``.
@@ -75,7 +75,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Table(Part):
+class Embedding(Part):
     """An embedding: (rows, width), of which a token reads one row."""
 
     rows: int
@@ -150,8 +150,8 @@ class Anatomy:
     attention: Heads
 
     @property
-    def tables(self) -> list[Table]:
-        return [part for part in self.parts if isinstance(part, Table)]
+    def embeddings(self) -> list[Embedding]:
+        return [part for part in self.parts if isinstance(part, Embedding)]
 
     @property
     def norms(self) -> list[Norm]:
@@ -197,8 +197,8 @@ def gpt2(shape: Shape) -> Anatomy:
     every, block = tuple(range(shape.n_layer)), "transformer.h.{layer}."
     return Anatomy(
         parts=(
-            Table("token embedding", "transformer.wte", (), V, C),
-            Table("position embedding", "transformer.wpe", (), shape.block_size, C, positions=True),
+            Embedding("token embedding", "transformer.wte", (), V, C),
+            Embedding("position embedding", "transformer.wpe", (), shape.block_size, C, positions=True),
             Norm("norm before attention", block + "ln_1", every, C, bias),
             Linear("qkv", block + "attn.c_attn", every, C, 3 * C, bias, "norms", "attention"),
             Linear("attention projection", block + "attn.c_proj", every, C, C, bias, "attention", "norms"),
@@ -244,7 +244,7 @@ def n_params(config: Any, *, positions: bool = True) -> int:
     GPT-2: L (12 C^2 + 2C) + C + VC [+ TC]; with bias also L (11C) + C.
     """
     return sum(
-        part.n_params for part in of(config).parts if positions or not (isinstance(part, Table) and part.positions)
+        part.n_params for part in of(config).parts if positions or not (isinstance(part, Embedding) and part.positions)
     )
 
 

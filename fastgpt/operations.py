@@ -556,7 +556,7 @@ def _accumulation(s: StepSizes) -> Operation:
         elements -= s.model.block_weights
         tensors -= sum(linear.count for linear in s.model.block_linears)
         if s.fused("embedding"):  # the token embedding's gradient still goes through autograd: it is the head's too
-            positions = [table for table in s.model.tables if table.positions]
+            positions = [table for table in s.model.embeddings if table.positions]
             elements, tensors = elements - sum(table.n_params for table in positions), tensors - len(positions)
     return sweep("gradients added", "gradient accumulation", 12 * elements, tensors, per="accumulation")
 

@@ -107,7 +107,7 @@ def step_work(
         add("loss", Work(0, forward.bytes + rows * V * size))
     else:
         add("loss", flops.cross_entropy(rows, V, size))
-    for table in model.tables:
+    for table in model.embeddings:
         table_rows, different = (T, T) if table.positions else (rows, distinct)
         add("embedding", flops.embedding_forward(table_rows, different, C, 4))
         add("embedding", flops.embedding_backward(table_rows, different, C, 4))

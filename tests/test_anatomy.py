@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastgpt import anatomy
-from fastgpt.anatomy import GPT2_40M, GPT2_124M, Heads, Linear, Norm, Shape, Table
+from fastgpt.anatomy import GPT2_40M, GPT2_124M, Embedding, Heads, Linear, Norm, Shape
 from fastgpt.config import ModelConfig, load_preset, preset_names
 from fastgpt.model import GPT
 
@@ -55,12 +55,12 @@ def test_another_family_is_another_list_of_parts(monkeypatch):
     """An untied head, grouped queries, and value embeddings on every other layer."""
     C, V, every, other = 8, 20, (0, 1, 2), (0, 2)
     parts = (
-        Table("token embedding", "wte", (), V, C),
+        Embedding("token embedding", "wte", (), V, C),
         Linear("q", "h.{layer}.q", every, C, C, False, "norms", "attention"),
         Linear("kv", "h.{layer}.kv", every, C, C // 2, False, "norms", "attention"),
         Linear("attention projection", "h.{layer}.proj", every, C, C, False, "attention", "norms"),
         Linear("head", "lm_head", (), C, V, False, "norms", "loss"),
-        Table("value embeddings", "value_embeds.{layer}", other, V, C // 4),
+        Embedding("value embeddings", "value_embeds.{layer}", other, V, C // 4),
         Norm("final norm", "norm", (), C, False),
     )
     family = anatomy.Anatomy(parts, Heads(3, 4, 1, 2))
