@@ -77,7 +77,7 @@ def print_changes(old: dict[str, Any], new: dict[str, Any], rows: list[dict[str,
         console.print(f"{side}: {e['device']}, commit {e['commit'] or 'n/a'}{label}, {e['time']}")
     for sentence in differences(old, new):
         console.print(f"also different: {escape(sentence)}", style="yellow")
-    cells = [["entry", "A ms", "± IQR", "B ms", "± IQR", "B / A", "peak MiB", "verdict"]]
+    cells = [["entry", "A ms", "± IQR", "B ms", "± IQR", "B / A", "peak MB", "verdict"]]
     for row in rows:
         a, b = row["old"] or {}, row["new"] or {}
         figures = [f"{side[key]:.4g}" if key in side else "-" for side in (a, b) for key in ("ms", "iqr_ms")]
@@ -94,8 +94,8 @@ def print_changes(old: dict[str, Any], new: dict[str, Any], rows: list[dict[str,
 
 
 def _memory(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """Peak memory in MiB: once if it is the same."""
-    sizes = [f"{side['peak_memory'] / 2**20:,.0f}" for side in (a, b) if side.get("peak_memory")]
+    """Peak memory in MB: once if it is the same."""
+    sizes = [f"{side['peak_memory'] / 1e6:,.0f}" for side in (a, b) if side.get("peak_memory")]
     return " -> ".join(dict.fromkeys(sizes)) or "-"
 
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from bench import elsewhere
 from bench.tables import Cells, print_table, terminal
+from fastgpt.common import millions, percent, rounded
 from fastgpt.config import EXPERIMENTAL
 from fastgpt.operations import arithmetics
 from fastgpt.roofline import advice
@@ -20,10 +21,6 @@ INTERPRETED = (
     "real, the time of each says nothing about a GPU."
 )
 CACHED = "above 100%: operands were still in a cache, while the roof takes every byte from memory"
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    return "n/a" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def mfu_percent(value: float | None) -> str:
@@ -40,12 +37,7 @@ def milliseconds(value: float | None) -> str:
 
 def quantity(value: float | None, unit: str) -> str:
     """1.2e9, "FLOP" -> 1.20 GFLOP; "-" for nothing."""
-    if not value:
-        return "-"
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
+    return rounded(value, "kMGT", " ") + unit if value else "-"
 
 
 def where(result: dict[str, Any]) -> str:
@@ -58,7 +50,7 @@ def where(result: dict[str, Any]) -> str:
 def what(setup: dict[str, Any]) -> str:
     precision = setup["precision"] + (" (experimental)" if setup["precision"] in EXPERIMENTAL else "")
     return (
-        f"{setup['model']}, {setup['parameters'] / 1e6:.2f}M parameters, {setup['batch_size']} x {setup['seq']} tokens x "
+        f"{setup['model']}, {millions(setup['parameters'])} parameters, {setup['batch_size']} x {setup['seq']} tokens x "
         f"{_count(setup['grad_accum'], 'micro-batch', 'es')}, {precision}"
     )
 
@@ -81,7 +73,7 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
 def speed_cells(result: dict[str, Any]) -> Cells:
     """A row per backend: time and spread, tokens/s, three MFUs, memory, launches; or why it has none."""
     header = ["backend", "ms/step", "± IQR", "steps", "tokens/s", "vs eager"]
-    header += ["MFU, nominal", "MFU, measured", "nanoGPT's", "peak GiB", "launches/step"]
+    header += ["MFU, nominal", "MFU, measured", "nanoGPT's", "peak GB", "launches/step"]
     cells = [header]
     eager = result["backends"].get("eager", {}).get("ms")
     for name, b in result["backends"].items():
@@ -98,7 +90,7 @@ def speed_cells(result: dict[str, Any]) -> Cells:
                 f"{b['tokens_per_second']:,.0f}",
                 f"{eager / b['ms']:.2f}x" if eager else "n/a",
                 *(mfu_percent(figure["value"]) for figure in b["mfu"]),
-                "n/a" if memory is None else f"{memory / 2**30:.2f}",
+                "n/a" if memory is None else f"{memory / 1e9:.2f}",
                 "n/a" if b.get("launches") is None else f"{b['launches']:,}",
             ]
         )

@@ -13,6 +13,7 @@ from bench import elsewhere, pictures
 from bench import mfu_tables as tables
 from bench.tables import is_figures
 from fastgpt import templates
+from fastgpt.common import percent
 
 
 def write(result: dict[str, Any], out: Path) -> Path:
@@ -77,7 +78,7 @@ def _backend(name: str, backend: dict[str, Any]) -> dict[str, Any]:
 
 def _accounting(backend: dict[str, Any]) -> str:
     found = backend["profile"]
-    text = f"{tables.percent(found['accounted'])} of the wall time has a name; the trace is {found['trace']}."
+    text = f"{percent(found['accounted'])} of the wall time has a name; the trace is {found['trace']}."
     if found["unaccounted_ms"]:
         text += " Not named: " + ", ".join(
             f"{name} {tables.milliseconds(ms)} ms" for name, ms in list(found["unaccounted_ms"].items())[:8]

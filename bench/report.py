@@ -35,7 +35,7 @@ KERNEL_HEADER = [
     "GB/s",
     "TFLOP/s",
     "share of the binding roof",
-    "peak MiB",
+    "peak MB",
     "vs triton",
 ]
 
@@ -66,7 +66,7 @@ def kernel_rows(results: dict[str, Any]) -> list[list[str]]:
                     f"{v['gbs']:.0f}",
                     f"{v['tflops']:.1f}" if v["tflops"] else "-",
                     share,
-                    _figure(v.get("peak_memory"), ".0f", 2**-20),
+                    _figure(v.get("peak_memory"), ".0f", 1e-6),
                     f"{v['ms'] / ours:.2f}x" if ours else "n/a",
                 ]
             )
@@ -102,7 +102,7 @@ STEP_HEADER = [
     "ms/step",
     "± IQR",
     "MFU",
-    "peak GiB",
+    "peak GB",
     "vs eager",
 ]
 
@@ -129,7 +129,7 @@ def step_rows(steps: list[dict[str, Any]]) -> list[list[str]]:
                 f"{step['ms']:.1f}",
                 f"{step['iqr_ms']:.1f}",
                 _figure(step.get("mfu"), ".1%"),
-                _figure(step["peak_memory"], ".2f", 2**-30),
+                _figure(step["peak_memory"], ".2f", 1e-9),
                 "n/a" if ratio is None else f"{ratio:.2f}x",
             ]
         )
@@ -181,12 +181,10 @@ def _memory(memory: dict[str, Any]) -> list[str]:
     rows = []
     for row in memory["rows"]:
         measured, off = row["measured"], row["off"]
-        cells = [f"{row['predicted']['allocated'] / 2**30:.2f}"]
-        cells += (
-            [f"{measured['allocated'] / 2**30:.2f}", f"{off['allocated']:+.1%}"] if measured else [row["error"], ""]
-        )
+        cells = [f"{row['predicted']['allocated'] / 1e9:.2f}"]
+        cells += [f"{measured['allocated'] / 1e9:.2f}", f"{off['allocated']:+.1%}"] if measured else [row["error"], ""]
         rows.append([f"{row['preset']}, {row['kernels']}, micro-batch {row['micro_batch']}", *cells])
-    header = ["step", "predicted GiB", "measured GiB", "prediction is off by"]
+    header = ["step", "predicted GB", "measured GB", "prediction is off by"]
     return ["## Peak memory", "Allocated at the peak.", markdown([header, *rows])]
 
 
@@ -254,7 +252,7 @@ def plot_steps(results: dict[str, Any], path: Path) -> bool:
     groups = list(dict.fromkeys(_group(step) for step in measured))
     variants = list(dict.fromkeys(step["variant"] for step in measured))
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
-    quantities = (("tokens_per_second", 1.0, "tokens/s"), ("peak_memory", 2**-30, "peak memory, GiB"))
+    quantities = (("tokens_per_second", 1.0, "tokens/s"), ("peak_memory", 1e-9, "peak memory, GB"))
     for ax, (key, scale, label) in zip(axes, quantities):
         for i, variant in enumerate(variants):
             bars = [

@@ -1,4 +1,5 @@
-"""What every part of the package may use: the exception for bad input, files that are whole or absent, how a command ends."""
+"""What every part of the package may use: the exception for bad input, files that are whole or absent, numbers as people
+read them, how a command ends."""
 
 from __future__ import annotations
 
@@ -71,6 +72,47 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ---------------------------------------------------------------- numbers as people read them
+
+
+def rounded(number: float, letters: str = "kMBT", gap: str = "") -> str:
+    """A count in three digits, with a letter per thousand: 950, 12.3k, 5.2M, 1.3B. "kMGT" and a blank are for units:
+    "1.3 G" + "FLOP"."""
+    for exponent, letter in reversed(list(enumerate(letters, 1))):
+        scale = 1000.0**exponent
+        if number >= 0.9995 * scale:  # less would round to 1000 of the smaller unit
+            return f"{number / scale:.3g}{gap}{letter}"
+    return f"{number:.3g}{gap}"
+
+
+def millions(parameters: float) -> str:
+    """Parameters as nanoGPT prints them: 123.59M."""
+    return f"{parameters / 1e6:.2f}M"
+
+
+def gigabytes(size: float, digits: int = 1) -> str:
+    """Bytes in GB of 1e9 bytes: 5.2 GB."""
+    return f"{size / 1e9:.{digits}f} GB"
+
+
+def teraflops(rate: float) -> str:
+    """FLOP per second: 58.3 TFLOP/s."""
+    return f"{rate / 1e12:.1f} TFLOP/s"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share of 1: 12.9%; "n/a" for one that is not known."""
+    return "n/a" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def duration(seconds: float) -> str:
+    """8 s, 14 min, 3 h 5 min."""
+    minutes = int(seconds / 60 + 0.5)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 # ---------------------------------------------------------------- commands

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from fastgpt import common
-from fastgpt.common import UserError
+from fastgpt.common import UserError, millions
 from fastgpt.conversion import huggingface, nanogpt, own
 from fastgpt.conversion.portable import Portable, refuse_existing
 from fastgpt.training import checkpoint
@@ -106,7 +106,7 @@ def _target(kind: Format, out: Path) -> Format:
 
 
 def _print(kind: Format, to: Format, config: ConvertConfig, portable: Portable, notes: list[str]) -> None:
-    moved = f"{portable.n_params / 1e6:.2f}M parameters"
+    moved = f"{millions(portable.n_params)} parameters"
     if portable.optimizer is not None and portable.optimizer["state"] and to != "hf":
         moved += ", optimizer state"
     console = Console(soft_wrap=True, highlight=False, markup=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastgpt import anatomy, hardware
-from fastgpt.common import UserError
+from fastgpt.common import UserError, gigabytes
 from fastgpt.config import Config, ModelConfig
 from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, Memory, memory
 from fastgpt.projection import Projection, project
@@ -193,8 +193,8 @@ def check_fits(config: Config, room: hardware.Gpu | int, world_size: int = 1, *,
         return needed
     micro_batch, grad_accum, _ = job.geometry(config.tokens_per_step, _budget(room), _described(room))
     raise UserError(
-        f"batch_size is {config.data.batch_size}: it needs about {needed.total / 1e9:.1f} GB ({job.kernels}, "
-        f"{job.precision}) of the {max(available, 0) / 1e9:.1f} GB free: --batch-size {micro_batch} --grad-accum "
+        f"batch_size is {config.data.batch_size}: it needs about {gigabytes(needed.total)} ({job.kernels}, "
+        f"{job.precision}) of the {gigabytes(max(available, 0))} free: --batch-size {micro_batch} --grad-accum "
         f"{grad_accum * world_size} fits, at the same {config.tokens_per_step:,} tokens per step"
     )
 
@@ -275,7 +275,7 @@ class _Job:
         if self.kernels != "triton":
             lean = replace(self, kernels="triton")
             if lean.fits(1, usable):
-                ways.append(f"--kernels triton needs {lean.memory(1).total / 1e9:.1f} GB")
+                ways.append(f"--kernels triton needs {gigabytes(lean.memory(1).total)}")
         shorter = self.model.block_size // 2
         while shorter >= 64:
             job = replace(self, model=replace(self.model, block_size=shorter))
@@ -290,8 +290,8 @@ class _Job:
         millions = anatomy.n_params(self.model, positions=False) / 1e6
         return (
             f"micro_batch is 1 and does not fit: one sequence of {self.model.block_size} tokens through {millions:,.0f}M "
-            f"parameters ({self.kernels}, {self.precision}) needs {needed / 1e9:.1f} GB, and {where} has "
-            f"{max(usable, 0) / 1e9:.1f} GB usable: {'; '.join(ways) or 'use a smaller model'}"
+            f"parameters ({self.kernels}, {self.precision}) needs {gigabytes(needed)}, and {where} has "
+            f"{gigabytes(max(usable, 0))} usable: {'; '.join(ways) or 'use a smaller model'}"
         )
 
 

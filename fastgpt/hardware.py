@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastgpt.ceilings import ARITHMETICS, Ceilings, Telemetry, cache_dir, device_name, measured_ceilings, telemetry
+from fastgpt.common import teraflops
 
 if TYPE_CHECKING:
     import torch
@@ -394,8 +395,8 @@ def show(
 def translate(gpu: Gpu, percent: float) -> str:
     """What an mfu printed by nanoGPT, whose denominator is an A100 on every card, means on ``gpu``."""
     flops, peak = percent / 100 * NANOGPT_PEAK, gpu.peak_flops("bf16")
-    own = "n/a (no bf16)" if peak is None else f"{flops / peak:.1%} of its dense bf16 peak, {peak / 1e12:.1f} TFLOP/s"
-    return f"nanoGPT's mfu of {percent:g}% is {flops / 1e12:.1f} TFLOP/s; on the {gpu.name} that is {own}"
+    own = "n/a (no bf16)" if peak is None else f"{flops / peak:.1%} of its dense bf16 peak, {teraflops(peak)}"
+    return f"nanoGPT's mfu of {percent:g}% is {teraflops(flops)}; on the {gpu.name} that is {own}"
 
 
 def _nothing_to_show() -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from fastgpt import anatomy, flops, hardware
+from fastgpt.common import percent
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,11 @@ class StepReport:
             return "no step measured yet (the first ones compile and warm up)"
         return (
             f"{self.ms_per_step:.1f} ms/step | {self.tokens_per_second:,.0f} tok/s | "
-            f"MFU {_percent(self.mfu_nominal)} of {self.denominator}, "
-            f"{_percent(self.mfu_measured)} of {self.measured_denominator}, "
-            f"{_percent(self.mfu_nanogpt)} in nanoGPT's unit (an A100's 312 TFLOP/s) | "
-            f"{self.formula} | data wait {_percent(self.data_wait)}"
+            f"MFU {percent(self.mfu_nominal)} of {self.denominator}, "
+            f"{percent(self.mfu_measured)} of {self.measured_denominator}, "
+            f"{percent(self.mfu_nanogpt)} in nanoGPT's unit (an A100's 312 TFLOP/s) | "
+            f"{self.formula} | data wait {percent(self.data_wait)}"
         )
-
-
-def _percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.1f}%"
 
 
 def _named(flops_per_second: float | None, name: str) -> str:

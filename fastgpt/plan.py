@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import anatomy, common, hardware
-from fastgpt.common import UserError
+from fastgpt.common import UserError, gigabytes, millions, rounded
 from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
 from fastgpt.geometry import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
 from fastgpt.memory import KERNELS, Memory
@@ -180,10 +180,10 @@ def _head(best: RunPlan, card: hardware.Gpu | None, vram_gb: float | None) -> st
     desktop = total - CUDA_CONTEXT - margin - usable_vram(card, vram_gb)
     gpus = f"{best.world_size} x " if best.world_size > 1 else ""
     return (
-        f"{parameters / 1e6:.2f}M parameters (positions apart)  L{model.n_layer} H{model.n_head} C{model.n_embd} "
+        f"{millions(parameters)} parameters (positions apart)  L{model.n_layer} H{model.n_head} C{model.n_embd} "
         f"T{model.block_size} V{model.vocab_size}  {best.tokens_per_step:,} tokens per step  {best.precision}\n"
         f"{gpus}{best.gpu}: {on_box:g} GB on the box are {total / 1e9:.2f} x 10^9 bytes; less CUDA context "
-        f"{CUDA_CONTEXT / 1e9:.2f}, desktop {desktop / 1e9:.2f}, margin {margin / 1e9:.2f}: {best.usable / 1e9:.2f} GB usable"
+        f"{CUDA_CONTEXT / 1e9:.2f}, desktop {desktop / 1e9:.2f}, margin {margin / 1e9:.2f}: {gigabytes(best.usable, 2)} usable"
     )
 
 
@@ -236,7 +236,7 @@ def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> list[str
         gpu = hardware.lookup(some.gpu)
         if gpu is not None and not hardware.gains(some.precision, gpu):
             notes.append(f"{gpu.name} is no faster in it: a run would use bf16 instead.")
-    notes += [f"Budget: {some.tokens / 1e9:.2f}B tokens, {per_parameter:.1f} per parameter, in {some.steps:,} steps."]
+    notes += [f"Budget: {rounded(some.tokens)} tokens, {per_parameter:.1f} per parameter, in {some.steps:,} steps."]
     if some.tokens_per_second is None:
         notes.append("Tokens/s: n/a, as there is no projection for this GPU at this precision.")
     else:

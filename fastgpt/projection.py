@@ -17,7 +17,7 @@ from typing import Any
 
 from fastgpt import flops, hardware
 from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
-from fastgpt.common import UserError
+from fastgpt.common import UserError, teraflops
 from fastgpt.hardware import NANOGPT_PEAK, Gpu
 from fastgpt.operations import operations
 from fastgpt.step_time import CONSTANTS, Constants, OperationTime, step_ms, step_times
@@ -346,7 +346,7 @@ def project(
         tokens_per_second_low=1e3 * tokens_per_step / ms_high,
         tokens_per_second_high=1e3 * tokens_per_step / ms_low,
         mfu=rate * per_token / peak,
-        mfu_of=f"nominal dense {arithmetic} peak, {peak / 1e12:.1f} TFLOP/s",
+        mfu_of=f"nominal dense {arithmetic} peak, {teraflops(peak)}",
         mfu_nanogpt=rate * per_token / NANOGPT_PEAK,
         operations=times,
         calibrated=calibrated,

@@ -178,7 +178,7 @@ def test_the_page_of_a_gpu_shows_memory_launches_and_what_has_no_name_and_escape
     text = Page(html).text
     for expected in (
         "1,234",
-        "6.00",
+        "6.44",
         "82.0%",
         "secret_kernel 0.250 ms",
         "Kernels overlapped for 0.500 ms",

@@ -61,7 +61,7 @@ def test_the_table_shows_both_ratio_verdict_memory_and_what_else_differs(capsys)
         "0.3",
         "0.001",
         "0.750",
-        "1,024 -> 512",
+        "1,074 -> 537",
         "faster",
     ]
     assert "only in A" in printed and "loss, B: no speed: failed" in printed and "1 faster, 0 slower, 0 same" in printed

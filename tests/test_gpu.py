@@ -351,7 +351,7 @@ def test_memory_is_read_even_if_its_run_was_cut_short(tmp_path, monkeypatch):
     run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
     gpu.run_memory(run, 60)
     text = report.gpu_markdown(run.results)
-    assert "| gpt2-124m, triton, micro-batch 8 | 6.00 | 5.00 | +20.0% |" in text and "| 6.00 | out of memory |" in text
+    assert "| gpt2-124m, triton, micro-batch 8 | 6.44 | 5.37 | +20.0% |" in text and "| 6.44 | out of memory |" in text
 
 
 def test_the_projection_stands_beside_every_time_and_comes_last(found, tmp_path, monkeypatch):

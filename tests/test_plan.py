@@ -336,7 +336,7 @@ def test_the_table_compares_all_and_says_what_its_figures_are(capsys):
     assert all(rate in out for rate in ("50,000", "40,000", "60,000"))
     assert "projections, not measurements" in out
     assert "upper bound, the board's limit of 200 W" in out
-    assert "Budget: 2.50B tokens, 20.2 per parameter" in out
+    assert "Budget: 2.5B tokens, 20.2 per parameter" in out
     assert "desktop 0.42" in out
     assert re.search(r"calibrated on real runs *│ *no *│", out)
 

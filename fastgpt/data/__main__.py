@@ -14,11 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastgpt import common
-from fastgpt.common import UserError
+from fastgpt.common import UserError, duration
 from fastgpt.data.corpora import STDLIB
 from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, read_manifest
 from fastgpt.data.preparation import prepare
-from fastgpt.data.progress import duration
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.data.verification import verify_files
 

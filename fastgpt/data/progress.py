@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+from fastgpt.common import duration, rounded
+
 LINE_SECONDS = 30.0
 
 
@@ -63,7 +65,7 @@ class ProgressReport:
         now = time.monotonic()
         if self._first_share is None:
             self._first_share = share
-        counts = f"{_short(tokens)} tokens, {_short((tokens - self._first_tokens) / max(1e-9, now - self._begin))}/s"
+        counts = f"{rounded(tokens)} tokens, {rounded((tokens - self._first_tokens) / max(1e-9, now - self._begin))}/s"
         self._bar.update(self._task, total=None if share is None else 1.0, completed=share or 0.0, counts=counts)
         if not self.console.is_terminal and now - self._said >= LINE_SECONDS:
             self._said = now
@@ -76,17 +78,3 @@ class ProgressReport:
         if progress <= 0:
             return f", {share:.1%}"
         return f", {share:.1%}, ETA {duration((now - self._begin) * (1 - share) / progress)}"
-
-
-def _short(number: float) -> str:
-    for scale, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= scale:
-            return f"{number / scale:.2f}{letter}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    minutes = int(seconds / 60 + 0.5)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgpt.common import UserError, write_json
+from fastgpt.common import UserError, gigabytes, write_json
 from fastgpt.data.manifest import read_manifest
 from fastgpt.data.shards import CHUNK, check_ids, open_shard
 
@@ -57,7 +57,7 @@ def verify_files(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> No
     shas = {folder: _manifest_shas(folder) for folder in {path.parent for path in files}}
     unknown = [path for path in files if _remembered(path) is None]
     if (size := sum(path.stat().st_size for path in unknown)) >= SAID_FROM:
-        print(f"checking {len(unknown)} token files, {size / 1e9:.1f} GB (only once)", file=sys.stderr)
+        print(f"checking {len(unknown)} token files, {gigabytes(size)} (only once)", file=sys.stderr)
     with ThreadPoolExecutor(min(THREADS, max(1, len(unknown)))) as pool:
         for path, facts in zip(files, pool.map(examine, files)):
             if facts.largest_id >= vocab_size:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastgpt import anatomy
+from fastgpt.common import rounded
 from fastgpt.doctor.evidence import Evidence, Place, Setting
 from fastgpt.doctor.figures import Figures, one_line
 from fastgpt.doctor.findings import Finding, check
@@ -164,11 +165,11 @@ def token_budget(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
             id="schedule",
             check="token_budget_comment",
             severity="warning",
-            title=f"A comment says {match[0].strip()}; max_iters gives {planned / 1e9:.3g}B",
+            title=f"A comment says {match[0].strip()}; max_iters gives {rounded(planned)}",
             evidence=[(setting.place, _line(setting)), *([] if name == "max_iters" else figures.place("max_iters"))],
             explanation=f"max_iters {figures.config.get('max_iters'):,} x {per_step:,} tokens per step = {planned:,} "
             f"tokens, {planned / claimed:.1f} times what the comment says.",
-            advice=f"max_iters = {steps}\nlr_decay_iters = {steps}\nif {claimed / 1e9:.3g}B tokens were meant; else "
+            advice=f"max_iters = {steps}\nlr_decay_iters = {steps}\nif {rounded(claimed)} tokens were meant; else "
             "correct the comment.",
             confidence="certain",
             cost=max(0.0, 1 - claimed / planned),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastgpt import hardware
+from fastgpt.common import gigabytes
 from fastgpt.doctor import vram
 from fastgpt.doctor.evidence import Evidence, Place
 from fastgpt.doctor.figures import Figures
@@ -162,8 +163,8 @@ def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator
         asked or [(Place("--gpu"), gpu.name)],
         "bf16 came with Ampere (sm_80). "
         f"{'The config asks for it' if dtype else 'Programs that ask torch.cuda.is_bf16_supported() choose it here'}: "
-        f"torch emulates it, far slower than fp16, which this card does at {(gpu.peak_flops('fp16') or 0) / 1e12:.0f} "
-        "TFLOP/s.",
+        f"torch emulates it, far slower than fp16, which this card does at "
+        f"{(gpu.peak_flops('fp16') or 0) / 1e12:.0f} TFLOP/s.",
         FP16,
         severity="warning",
         confidence="likely",
@@ -184,7 +185,7 @@ def memory(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
     geometry = vram.fitting(shape, figures, gpu)
     yield _finding(
         "too_little_vram",
-        f"Micro-batch {batch} needs about {need / 1e9:.1f} GB; the {gpu.name} has {room / 1e9:.1f} GB to give",
+        f"Micro-batch {batch} needs about {gigabytes(need)}; the {gpu.name} has {gigabytes(room)} to give",
         figures.place("batch_size", "gradient_accumulation_steps", "n_embd", "n_layer"),
         f"A prediction (fastgpt.plan, {vram.kernels(figures)}): weights, gradients, optimizer, activations, logits or "
         f"their chunks, workspace. Of the card's {gpu.vram_gb} GB the CUDA context, a desktop and a margin are taken "

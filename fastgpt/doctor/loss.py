@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fastgpt.common import rounded
 from fastgpt.doctor import scaling
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import Figures, Mean
@@ -92,7 +93,7 @@ def dropout_on_large_corpus(evidence: Evidence, figures: Figures, gpu: Gpu | Non
     else:
         if tokens is None or tokens < LARGE_CORPUS or _overfits(figures):
             return
-        data = f"The run sees {tokens / 1e9:.3g}B tokens. "
+        data = f"The run sees {rounded(tokens)} tokens. "
         data += "How many the corpus has is not in these files (bytes of train.bin / 2), "
         data += (
             "but validation does not rise above train: no sign that text is learned by heart. "

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from fastgpt.common import millions, rounded
 from fastgpt.doctor.diagnosis import Diagnosis
 from fastgpt.doctor.figures import Figures, units
 from fastgpt.doctor.findings import Finding
@@ -38,7 +39,7 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
         return [] if any(value is None for value in values) else [(name, form.format(*values))]
 
     f = figures
-    millions = f.parameters / 1e6 if f.parameters else None
+    parameters = millions(f.parameters) if f.parameters else None
     spent = f.tokens_seen if f.tokens_seen is not None else f.tokens_planned
     share = 100 * f.evaluation_share if f.evaluation_share is not None else None
     nominal = 100 * f.mfu_nominal if f.mfu_nominal is not None else None
@@ -47,12 +48,12 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
     ratio = ",.0f" if (f.tokens_per_parameter or 0) >= 100 else ".3g"
     card = gpu.name.removeprefix("NVIDIA ") if gpu else ""
     return [
-        *row("model", "{:.2f}M parameters (positions apart)", millions),
+        *row("model", "{} parameters (positions apart)", parameters),
         *row(
             "tokens",
-            "{:,} per step, {:.3g}B " + ("seen" if f.tokens_seen is not None else "planned"),
+            "{:,} per step, {} " + ("seen" if f.tokens_seen is not None else "planned"),
             f.tokens_per_step,
-            spent and spent / 1e9,
+            spent and rounded(spent),
         ),
         *row("", f"{{:{ratio}}} per parameter (Chinchilla: 20)", f.tokens_per_parameter),
         *row(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt.anatomy import SHAPE
+from fastgpt.common import millions
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place, clean
 from fastgpt.doctor.figures import Figures
 from fastgpt.doctor.findings import Finding, check
@@ -47,7 +48,7 @@ def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
             if nanogpt
             else "fastgpt refuses to resume it."
         )
-        + (f" The checkpoint has {kept.parameters / 1e6:.2f}M parameters." if kept.parameters else ""),
+        + (f" The checkpoint has {millions(kept.parameters)} parameters." if kept.parameters else ""),
         advice=(
             "init_from = 'scratch'    # with a new out_dir, for the model of the config\n"
             if nanogpt

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from fastgpt import flops
+from fastgpt.common import rounded
 from fastgpt.doctor.comments import remarks
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.figures import Figures
@@ -160,7 +161,7 @@ def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
     if not value or value >= 1 or tokens is None or not figures.config.is_set("beta2"):
         return
     half_life = math.log(0.5) / math.log(value)
-    memory = f"{half_life:.0f} steps, {half_life * tokens / 1e6:.3g}M tokens"
+    memory = f"{half_life:.0f} steps, {rounded(half_life * tokens)} tokens"
     told = f"beta2 {value:g} halves a squared gradient's weight in {memory}. "
     if tokens >= LARGE_BATCH and value >= 0.99:
         yield _finding(

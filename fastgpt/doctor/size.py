@@ -11,6 +11,7 @@ import numpy as np
 
 from fastgpt import anatomy, flops
 from fastgpt.anatomy import Shape
+from fastgpt.common import gigabytes, millions, rounded
 from fastgpt.doctor import scaling, vram
 from fastgpt.doctor.comments import agrees, claimed_sizes
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
@@ -21,14 +22,6 @@ from fastgpt.hardware import Gpu
 ADAM_BYTES = 16
 """Of memory per parameter that does not depend on the batch: fp32 weight, gradient and AdamW's two moments."""
 MANY, FEW = 5 * scaling.TOKENS_PER_PARAMETER, scaling.TOKENS_PER_PARAMETER / 4
-
-
-def millions(parameters: float) -> str:
-    return f"{parameters / 1e6:.2f}M"
-
-
-def billions(tokens: float) -> str:
-    return f"{tokens / 1e9:.3g}B" if tokens >= 1e9 else f"{tokens / 1e6:.3g}M"
 
 
 def single_change(shape: Shape, wanted: float) -> tuple[str, Shape] | None:
@@ -69,7 +62,7 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         id="param_count_mismatch",
         check="param_count_mismatch",
         severity="critical",
-        title=f"{millions(size)} parameters, not the {claimed / 1e6:.4g}M that the {_source(wrong[0].line)} claims",
+        title=f"{millions(size)} parameters, not the {rounded(claimed)} that the {_source(wrong[0].line)} claims",
         evidence=[(claim.place, claim.line) for claim in wrong] + lines,
         explanation=f"L (12 C^2 + 2C) + C + V C with n_layer {shape.n_layer}, n_embd {shape.n_embd}, "
         f"vocabulary {shape.vocab_size:,} is {size:,} parameters (head tied, positions apart): "
@@ -112,12 +105,12 @@ def _consequences(figures: Figures, shape: Shape, other: Shape, gpu: Gpu | None)
     work = flops.palm(other) / flops.palm(shape)
     text = (
         f"The change gives {millions(size)}. Memory: weights, gradients and AdamW's moments grow from "
-        f"{before * ADAM_BYTES / 1e9:.2f} to {size * ADAM_BYTES / 1e9:.2f} GB"
+        f"{before * ADAM_BYTES / 1e9:.2f} to {gigabytes(size * ADAM_BYTES, 2)}"
     )
     batch = figures.config.get("batch_size")
     now, then = (vram.needed(s, batch, figures) if batch else None for s in (shape, other))
     if now and then:
-        text += f", all together from {now / 1e9:.1f} to {then / 1e9:.1f} GB at micro-batch {batch} (fastgpt.plan's "
+        text += f", all together from {now / 1e9:.1f} to {gigabytes(then)} at micro-batch {batch} (fastgpt.plan's "
         text += f"prediction; the {gpu.name} has {vram.room(gpu) / 1e9:.1f} to give)" if gpu else "prediction)"
     text += f". Time: {work:.2f} times the FLOPs per token"
     if figures.steady_ms_per_iter:
@@ -232,7 +225,7 @@ def _same_compute(figures: Figures, shape: Shape, tokens: float) -> tuple[str, s
     offers = scaling.offers(shape, compute)
     best = min(offers, key=lambda offer: offer.hoffmann)
     rows = [
-        f"  {millions(o.parameters):>8} on {billions(o.tokens):>5} ({_ratio(o.tokens / o.parameters):>6} each)  "
+        f"  {millions(o.parameters):>8} on {rounded(o.tokens):>5} ({_ratio(o.tokens / o.parameters):>6} each)  "
         f"{o.hoffmann:.3f}  {o.besiroglu:.3f}" + ("  <- this" if o.parameters == figures.parameters else "")
         for o in offers
     ]

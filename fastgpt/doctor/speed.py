@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from fastgpt import hardware
+from fastgpt.common import percent, teraflops
 from fastgpt.doctor import scaling
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import ABOVE_NOMINAL, NANOGPT_PEAK, Figures, holds_evaluation, steady
@@ -17,10 +18,6 @@ MIN_SMS = 68
 """torch/_inductor/utils.py, is_big_gpu()."""
 DOUBLE_RATE = (1.71, 1.87)
 """Measured speed of fp16-accumulating against fp32-accumulating matmuls on GeForce cards (not on a 4070)."""
-
-
-def share(value: float) -> str:
-    return f"{100 * value:.1f}%"
 
 
 def _other_card(figures: Figures) -> bool:
@@ -60,7 +57,7 @@ def mfu_denominator(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
         gains += f"On the same card {scaling.LARGE.name} reaches 82%: its matrices are larger. "
     if better > 1.5 * figures.nominal_tflops * 1e12:
         gains += (
-            f"Only arithmetic at double rate goes further: fp16 accumulation has a peak of {better / 1e12:.1f} TFLOP/s "
+            f"Only arithmetic at double rate goes further: fp16 accumulation has a peak of {teraflops(better)} "
             f"here, and elsewhere measured {DOUBLE_RATE[0]} to {DOUBLE_RATE[1]} times the speed of fp32 accumulation "
             "in matmuls."
         )
@@ -68,18 +65,18 @@ def mfu_denominator(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
         id="mfu_denominator",
         check="mfu_denominator",
         severity="info",
-        title=f"mfu {share(figures.mfu_nanogpt)} is of an A100; of the {name}'s own peak the run reaches "
-        f"{share(figures.mfu_nominal)}",
+        title=f"mfu {percent(figures.mfu_nanogpt)} is of an A100; of the {name}'s own peak the run reaches "
+        f"{percent(figures.mfu_nominal)}",
         evidence=seen,
         explanation=f"nanoGPT divides by 312 TFLOP/s on every card. The {name}'s nominal dense "
-        f"{figures.precision} peak is {figures.nominal_tflops:.1f} TFLOP/s: {share(figures.ceiling_nanogpt)} "
+        f"{figures.precision} peak is {figures.nominal_tflops:.1f} TFLOP/s: {percent(figures.ceiling_nanogpt)} "
         f"is the ceiling in nanoGPT's unit. Between evaluations this run does {figures.model_tflops:.1f} "
-        f"TFLOP/s per GPU (6N + 12LCT per token): {share(figures.mfu_nanogpt)} in that unit, "
-        f"{share(figures.mfu_nominal)} of the card. {gains}".strip(),
+        f"TFLOP/s per GPU (6N + 12LCT per token): {percent(figures.mfu_nanogpt)} in that unit, "
+        f"{percent(figures.mfu_nominal)} of the card. {gains}".strip(),
         advice="Read the figure against the card's ceiling; there is no bottleneck to look for in batch size or data "
         "loading."
         if figures.mfu_nominal > 0.6
-        else f"Profile the step: {share(figures.mfu_nominal)} of the card leaves room (micro-batch, torch.compile, "
+        else f"Profile the step: {percent(figures.mfu_nominal)} of the card leaves room (micro-batch, torch.compile, "
         "fused kernels).",
         confidence="certain",
     )
@@ -92,7 +89,7 @@ def _of_an_a100(figures: Figures, seen: list[tuple[Place, str]]) -> Finding:
         id="mfu_denominator",
         check="card_unknown",
         severity="info",
-        title=f"mfu {share(figures.mfu_nanogpt)} is of an A100's peak, whatever the card is",
+        title=f"mfu {percent(figures.mfu_nanogpt)} is of an A100's peak, whatever the card is",
         evidence=seen,
         explanation="nanoGPT divides by 312 TFLOP/s, an A100's dense bf16 peak, on every card. Between evaluations "
         f"this run does {figures.model_tflops:.1f} TFLOP/s per GPU (6N + 12LCT per token); what share of the card's "
@@ -119,11 +116,11 @@ def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         id="mfu_denominator",
         check="other_card",
         severity="warning" if named else "info",
-        title=f"mfu {share(printed)} is in units of an A100's peak: this log is of "
+        title=f"mfu {percent(printed)} is in units of an A100's peak: this log is of "
         + ("another card than the one named" if named else "a faster card, not an impossible run"),
         evidence=[(log.place(log.steps.line[highest]), f"mfu {log.steps.mfu[highest]:.2f}%")],
         explanation="nanoGPT divides by an A100's 312 TFLOP/s on every card, so it prints more than 100% on faster "
-        f"ones. {share(printed)} is {printed * 312:.0f} TFLOP/s per GPU: {named}"
+        f"ones. {percent(printed)} is {printed * 312:.0f} TFLOP/s per GPU: {named}"
         + (f"Cards with a higher dense peak: {', '.join(able[:6])}." if able else "No card in the table is that fast."),
         advice="Name the log's own card: --gpu h100, for example.",
         confidence="certain",
@@ -146,15 +143,15 @@ def mfu_includes_eval(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> 
         id="mfu_includes_eval",
         check="mfu_includes_eval",
         severity="info",
-        title=f"The printed mfu sags to {share(last)} because it averages evaluations in; training runs at "
-        f"{share(usual)}",
+        title=f"The printed mfu sags to {percent(last)} because it averages evaluations in; training runs at "
+        f"{percent(usual)}",
         evidence=[_step(log, int(slow[-1])), *_usual_step(log)],
         explanation="An iteration with an evaluation and a checkpoint takes "
         f"{_seconds(figures.steady_ms_per_iter + figures.evaluation_ms)}, the others "
         f"{_seconds(figures.steady_ms_per_iter)}. nanoGPT's running mean (0.9 old + 0.1 new) sees logged iterations "
         f"only, and 1 in {every} of those evaluated: far more than in the run. Really lost to evaluations and "
-        f"checkpoints: {figures.evaluation_minutes_per_day:.0f} minutes per day, {share(figures.evaluation_share)} of "
-        f"the time. Over the whole run, evaluations and all, it is {share(usual * (1 - figures.evaluation_share))} in "
+        f"checkpoints: {figures.evaluation_minutes_per_day:.0f} minutes per day, {percent(figures.evaluation_share)} of "
+        f"the time. Over the whole run, evaluations and all, it is {percent(usual * (1 - figures.evaluation_share))} in "
         "nanoGPT's unit.",
         advice="Nothing to change for speed. To read the mfu of training, look at iterations without an evaluation.",
         confidence="certain",

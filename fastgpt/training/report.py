@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from fastgpt import anatomy, flops, hardware
-from fastgpt.common import UserError
+from fastgpt.common import UserError, gigabytes, millions, rounded, teraflops
 from fastgpt.config import EXPERIMENTAL
 from fastgpt.memory import memory
 from fastgpt.projection import project
@@ -38,11 +38,11 @@ def banner(console: Console, run: Run) -> None:
     peak = hardware.peak_flops(run.device, run.stepper.precision)
     arithmetic = hardware.arithmetic_of(run.stepper.precision)
     rows = {
-        "model": f"{run.model.n_params() / 1e6:.2f}M parameters (positions apart): {shape.n_layer} layers, {shape.n_head} "
+        "model": f"{millions(run.model.n_params())} parameters (positions apart): {shape.n_layer} layers, {shape.n_head} "
         f"heads, width {shape.n_embd}, context {shape.block_size}, vocabulary {shape.vocab_size}",
         "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}, "
         f"{run.grad_accum} per rank and step{ranks}",
-        "run": f"{config.train.max_iters:,} steps, {config.train.max_iters * config.tokens_per_step / 1e6:,.1f}M tokens"
+        "run": f"{config.train.max_iters:,} steps, {rounded(config.train.max_iters * config.tokens_per_step)} tokens"
         + _projected(run),
         "kernels": f"{config.train.kernels}{' + torch.compile' if config.train.compile else ''}"
         f"{' + CUDA graphs' if run.stepper.graphs is not None else ''}, {run.stepper.precision}"
@@ -51,9 +51,7 @@ def banner(console: Console, run: Run) -> None:
         "memory": _memory(run),
         "mfu": f"{flops.FORMULAS['palm']}, of "
         + (
-            f"{peak / 1e12:.1f} TFLOP/s, its dense {arithmetic} peak"
-            if peak
-            else f"n/a (no {arithmetic} peak is known for it)"
+            f"{teraflops(peak)}, its dense {arithmetic} peak" if peak else f"n/a (no {arithmetic} peak is known for it)"
         ),
         "data": f"{config.data.data} ({config.data.tokenizer})",
         "out": str(config.train.out),
@@ -84,9 +82,9 @@ def _memory(run: Run) -> str:
         world_size=run.world.size,
     ).total
     if run.device.type != "cuda":
-        return f"{needed / 1e9:.2f} GB predicted for weights, optimizer, gradients and activations"
+        return f"{gigabytes(needed, 2)} predicted for weights, optimizer, gradients and activations"
     return (
-        f"{needed / 1e9:.2f} GB predicted, of {torch.cuda.get_device_properties(run.device).total_memory / 1e9:.1f} GB"
+        f"{gigabytes(needed, 2)} predicted, of {gigabytes(torch.cuda.get_device_properties(run.device).total_memory)}"
     )
 
 

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import fastgpt
-from fastgpt.common import UserError
+from fastgpt.common import UserError, duration
 from fastgpt.data import __main__ as command
 from fastgpt.data import progress
-from fastgpt.data.progress import ProgressReport, duration
+from fastgpt.data.progress import ProgressReport
 
 
 @pytest.fixture
@@ -143,9 +143,9 @@ def test_log_lines_where_there_is_no_terminal(monkeypatch, capsys):
         now[0] = 120.0
         report.update(121_000_000, None)
     assert capsys.readouterr().err.splitlines() == [
-        "corpus (gpt2): 41.00M tokens, 1.00M/s, 20.0%, ETA 5 min",
-        "corpus (gpt2): 81.00M tokens, 1.00M/s, 50.0%, ETA 2 min",
-        "corpus (gpt2): 121.00M tokens, 1.00M/s",
+        "corpus (gpt2): 41M tokens, 1M/s, 20.0%, ETA 5 min",
+        "corpus (gpt2): 81M tokens, 1M/s, 50.0%, ETA 2 min",
+        "corpus (gpt2): 121M tokens, 1M/s",
     ]
 
 
@@ -160,7 +160,7 @@ def test_a_bar_on_a_terminal():
         report.update(5_000_000, 0.25)
         report._bar.refresh()
         line = report._bar.get_renderable()
-    assert "corpus (gpt2)" in screen.getvalue() and "25%" in screen.getvalue() and "5.00M tokens" in screen.getvalue()
+    assert "corpus (gpt2)" in screen.getvalue() and "25%" in screen.getvalue() and "5M tokens" in screen.getvalue()
     assert "ETA" in screen.getvalue() and line is not None
 
 

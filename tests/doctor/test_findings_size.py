@@ -68,7 +68,7 @@ def test_true_claims_and_claims_of_something_else_stay_silent(line):
     "line, claimed",
     [
         ("# a 350M model", "350M"),
-        ("# ~1.5B params", "1500M"),
+        ("# ~1.5B params", "1.5B"),
         ("wandb_run_name = 'gpt2-355M-fineweb'", "355M"),
         ("n_embd = 384  # 124M parameters", "124M"),
         ("out_dir = 'out/350M'", "350M"),
