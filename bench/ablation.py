@@ -13,21 +13,21 @@ step's gets no figure.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from bench import tables
 from bench.ablation_variants import VARIANTS, Variant
 from bench.tune import parse_budget
-from fastgpt import common, hardware
+from fastgpt import command, common, hardware
 from fastgpt.anatomy import Shape
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import Config, load_preset, preset_names
 from fastgpt.hardware import Gpu
@@ -184,21 +184,28 @@ def plot(rows: list[AblationRow], gpu: Gpu, path: Path) -> None:
 # ---------------------------------------------------------------- command line
 
 
+@dataclass(frozen=True)
+class AblationConfig:
+    gpu: str | None = None
+    """The card to project for. Without it: rtx4070; with --measure, the one that is here."""
+    models: Annotated[str, Arg("PRESET,PRESET")] = "gpt2-124m,gpt2-40m"
+    """Presets."""
+    measure: bool = False
+    """Run each variant on this GPU, too."""
+    budget: Annotated[str, Arg("TIME")] = "10m"
+    """With --measure: stop after it."""
+    json: Annotated[Path | None, Arg("FILE")] = None
+    """Write the table there, too."""
+    plot: Annotated[Path | None, Arg("FILE")] = None
+    """Draw it."""
+    markdown: bool = False
+    """Print it as docs/performance.md has it."""
+    no_store: bool = False
+    """Do not keep what was measured in bench/results/."""
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--gpu", help="the card to project for (default: rtx4070; with --measure: the one that is here)"
-    )
-    parser.add_argument("--models", default="gpt2-124m,gpt2-40m", help="presets (default: %(default)s)")
-    parser.add_argument("--measure", action="store_true", help="run each variant on this GPU, too")
-    parser.add_argument("--budget", default="10m", metavar="TIME", help="with --measure: stop after it (default: 10m)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there, too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it")
-    parser.add_argument("--markdown", action="store_true", help="print it as docs/performance.md has it")
-    parser.add_argument("--no-store", action="store_true", help="do not keep what was measured in bench/results/")
-    args = parser.parse_args(argv)
+    args = command.parse(AblationConfig, argv, "bench.ablation", __doc__)
     models, budget = args.models.split(","), parse_budget(args.budget)
     for model in models:
         if model not in preset_names():
@@ -231,12 +238,7 @@ def main(argv: list[str]) -> int:
 def _card(name: str | None, measure: bool) -> Gpu:
     if name is None and measure and (present := hardware.present(torch.device("cuda"))) is not None:
         return present
-    gpu = hardware.lookup(name or "rtx4070")
-    if gpu is None:
-        raise UserError(
-            f"gpu is {name!r}, which is not in the table: nearest are {', '.join(hardware.nearest(str(name)))}"
-        )
-    return gpu
+    return hardware.card(name or "rtx4070")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ whose kinds stand behind the config.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -29,9 +28,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from typing import Annotated, Any
 
-from fastgpt import common, hardware
+from fastgpt import command, common, hardware
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.env import ROOT
 
@@ -91,9 +91,7 @@ def target(arch: str | None, gpu: str | None) -> hardware.Gpu:
     if arch is not None and arch not in DEFAULT_GPU:
         raise UserError(f"arch is {arch!r}: it must be one of {', '.join(DEFAULT_GPU)}")
     name = gpu or DEFAULT_GPU[arch or "sm_89"]
-    card = hardware.lookup(name)
-    if card is None:
-        raise UserError(f"gpu is {gpu!r}, which is not in the table: nearest are {', '.join(hardware.nearest(name))}")
+    card = hardware.card(name)
     if card.arch not in DEFAULT_GPU:
         raise UserError(f"gpu is {gpu!r} ({card.arch}): kernels are compiled for {', '.join(DEFAULT_GPU)}")
     if arch not in (None, card.arch):
@@ -236,25 +234,28 @@ def _print_rows(console: Any, title: str, rows: list[dict[str, Any]], *, with_wa
     console.print(configs)
 
 
+@dataclass(frozen=True)
+class AuditConfig:
+    arch: str | None = None
+    """sm_80, sm_86, sm_89, sm_90 or sm_120. Without it: the card's, or sm_89."""
+    gpu: str | None = None
+    """The card whose SMs are counted: rtx4070, h100, ... Without it: one of the architecture."""
+    all: bool = False
+    """Every case, not a sample of the rest."""
+    only: Annotated[str | None, Arg("REGEX")] = None
+    """Only the cases whose name has this, all of them."""
+    sample: Annotated[int | None, Arg("SEED")] = None
+    """Which eighth of the rest. Without it: by the date."""
+    shard: Annotated[str | None, Arg("K/N")] = None
+    """The K-th of N parts of the rest, instead of a sample."""
+    jobs: int = min(4, os.cpu_count() or 1)
+    """Processes."""
+    json: bool = False
+    """Print JSON."""
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", help=f"{', '.join(DEFAULT_GPU)} (default: the card's, or sm_89)")
-    parser.add_argument(
-        "--gpu", help="the card whose SMs are counted: rtx4070, h100, ... (default: one of the architecture)"
-    )
-    parser.add_argument("--all", action="store_true", help="every case, not a sample of the rest")
-    parser.add_argument("--only", metavar="REGEX", help="only the cases whose name has this, all of them")
-    parser.add_argument(
-        "--sample", type=int, metavar="SEED", help=f"which {SAMPLE}th of the rest (default: by the date)"
-    )
-    parser.add_argument("--shard", metavar="K/N", help="the K-th of N parts of the rest, instead of a sample")
-    parser.add_argument(
-        "--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes (default: %(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
+    args = command.parse(AuditConfig, argv, "bench.audit", __doc__)
     if args.jobs < 1:
         raise UserError(f"jobs is {args.jobs}: it must be at least 1")
     shard = (1, 1) if args.all else _shard(args.shard, args.sample)

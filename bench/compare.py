@@ -10,14 +10,15 @@ An entry has changed if its medians differ by more than half the sum of both int
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from bench import results
 from bench.tables import print_table, terminal
-from fastgpt import common
+from fastgpt import command, common
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 
 FLOOR = 0.01
@@ -99,16 +100,22 @@ def _memory(a: dict[str, Any], b: dict[str, Any]) -> str:
     return " -> ".join(dict.fromkeys(sizes)) or "-"
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    a: Annotated[str, Arg("A", positional=True)]
+    """A results file, or a commit or label in bench/results/."""
+    b: Annotated[str, Arg("B", positional=True)]
+    """Another."""
+    device: str | None = None
+    """Which device, by part of its name, if A or B was measured on several."""
+    across_devices: bool = False
+    """Compare although the devices differ."""
+    json: bool = False
+    """Print JSON."""
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("a", metavar="A", help="a results file, or a commit or label in bench/results/")
-    parser.add_argument("b", metavar="B", help="another")
-    parser.add_argument("--device", help="which device, by part of its name, if A or B was measured on several")
-    parser.add_argument("--across-devices", action="store_true", help="compare although the devices differ")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
+    args = command.parse(CompareConfig, argv, "bench.compare", __doc__)
     old, new = measurement(args.a, args.device), measurement(args.b, args.device)
     devices = [m["environment"]["device"] for m in (old, new)]
     if devices[0] != devices[1]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastgpt import hardware
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, load_preset, preset_names
 from fastgpt.hardware import Gpu
@@ -17,14 +16,6 @@ TOKENS_PER_STEP = 524288
 """Of the two real runs; a step of about as many for other batch geometries."""
 AUDITED = "step gpt2-124m {precision}"
 """The step whose kernels are compiled: all of them take minutes (python -m bench.audit)."""
-
-
-def target(name: str) -> Gpu:
-    """The GPU of that name. Raises UserError with the nearest names for an unknown one."""
-    gpu = hardware.lookup(name)
-    if gpu is None:
-        raise UserError(f"gpu is {name!r}, which is not in the table: nearest are {', '.join(hardware.nearest(name))}")
-    return gpu
 
 
 def projection(model: str | None, gpu: Gpu, precision: str = "bf16") -> dict[str, Any]:

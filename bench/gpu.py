@@ -15,7 +15,6 @@ after every one, so whatever cuts the run short costs only what was running. The
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import time
@@ -24,14 +23,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
 from bench import report, results
 from bench.entries import ENTRIES
 from bench.session import Session, json_in, last_json
-from fastgpt import common, hardware
+from fastgpt import command, common, hardware
+from fastgpt.command import Arg
 from fastgpt.common import UserError, read_json
 from fastgpt.config import EXPERIMENTAL, load_preset
 from fastgpt.env import environment
@@ -359,16 +359,21 @@ def run_stages(session: Session, stages: Sequence[Stage], budget: float) -> None
         session.save()
 
 
+@dataclass(frozen=True)
+class GpuConfig:
+    out: Annotated[Path, Arg("FOLDER")]
+    """Folder for results, reports, pictures and logs."""
+    minutes: float = 8.0
+    """Time budget."""
+    label: str | None = None
+    """A name under which bench.compare finds this run."""
+    no_store: bool = False
+    """Do not keep the results in bench/results/."""
+
+
 def main(argv: list[str]) -> int:
     """Run all stages. Exit code 1 if a parity test failed or none ran. Raises UserError without a GPU or a folder."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder for results, reports, pictures and logs")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time budget (default: %(default)g)")
-    parser.add_argument("--label", help="a name under which bench.compare finds this run")
-    parser.add_argument("--no-store", action="store_true", help="do not keep the results in bench/results/")
-    args = parser.parse_args(argv)
+    args = command.parse(GpuConfig, argv, "bench.gpu", __doc__)
     if not torch.cuda.is_available():
         raise UserError(f"bench.gpu needs a CUDA GPU, and torch {torch.__version__} sees none here")
     if not args.minutes > 0:

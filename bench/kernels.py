@@ -18,21 +18,23 @@ times mean nothing and are not kept.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
 from bench import report, results
 from bench.timing import Timing, Work, interleave, peak_memory
-from fastgpt import common, flops, hardware
+from fastgpt import command, common, flops, hardware
+from fastgpt.command import Arg
 from fastgpt.common import UserError
+from fastgpt.config import Device
+from fastgpt.device import present
 from fastgpt.env import environment
 
 if TYPE_CHECKING:
@@ -138,34 +140,38 @@ def run(
     return results
 
 
+@dataclass(frozen=True)
+class KernelsConfig:
+    device: Device = "auto"
+    """auto takes a CUDA GPU if there is one."""
+    quick: bool = False
+    """Fewer rounds, no torch.compile, no sweep unless asked for."""
+    sweep: bool | None = None
+    """--sweep: many shapes of each kernel; --no-sweep: GPT-2 124M's only. Without either, a sweep on a GPU without --quick."""
+    only: Annotated[str, Arg("ENTRY")] = ""
+    """Only the entry of this name in bench/entries.py."""
+    keep_roofs: bool = False
+    """Do not measure copy and matmul rates again."""
+    out: Annotated[Path | None, Arg("FOLDER")] = None
+    """Folder for kernels.json and kernels.md."""
+    label: str | None = None
+    """A name under which bench.compare finds this run."""
+    no_store: bool = False
+    """Do not keep the results in bench/results/."""
+
+
 def main(argv: list[str]) -> int:
     """Parse, run, keep. Exit code 1 if a kernel failed its parity check. Raises UserError for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds, no torch.compile, no sweep unless asked for"
-    )
-    parser.add_argument(
-        "--sweep",
-        action=argparse.BooleanOptionalAction,
-        help="many shapes of each kernel, or GPT-2 124M's only (default: a sweep on a GPU without --quick)",
-    )
-    parser.add_argument("--only", default="", help="only the entry of this name in bench/entries.py")
-    parser.add_argument("--keep-roofs", action="store_true", help="do not measure copy and matmul rates again")
-    parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
-    parser.add_argument("--label", help="a name under which bench.compare finds this run")
-    parser.add_argument("--no-store", action="store_true", help="do not keep the results in bench/results/")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
+    args = command.parse(KernelsConfig, argv, "bench.kernels", __doc__)
+    where = present() if args.device == "auto" else args.device
+    if where == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu")
     if args.out:
         try:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"out is {args.out}, which cannot be written ({error.strerror}): name another") from None
-    if args.device == "cpu":
+    if where == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)
 
@@ -174,11 +180,11 @@ def main(argv: list[str]) -> int:
             (args.out / "kernels.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
             (args.out / "kernels.md").write_text(report.kernels_markdown(found), encoding="utf-8")
 
-    device = torch.device(args.device)
-    sweep = args.sweep if args.sweep is not None else args.device == "cuda" and not args.quick
+    device = torch.device(where)
+    sweep = args.sweep if args.sweep is not None else where == "cuda" and not args.quick
     found = run(device, quick=args.quick, sweep=sweep, only=args.only, keep_roofs=args.keep_roofs, save=save)
     report.print_kernels(found)
-    if args.device == "cuda" and not args.no_store:
+    if where == "cuda" and not args.no_store:
         print(f"Kept in {results.store('kernels', found['environment'], results.kernel_entries(found), args.label)}.")
     return 1 if any(entry["parity"] != "passed" for entry in found["entries"]) else 0
 

@@ -4,11 +4,14 @@ A small run on this machine's CPU (real text, dropout on, a checkpoint every oth
 with SIGKILL while it trains, saves, starts or loads, and started again with ``--resume auto`` until it is done. Then weights,
 optimizer state, loader position and random states of its last checkpoint, and the loss of every step in metrics.jsonl, are
 compared bit for bit with those of the same run left alone.
+
+Examples:
+  python -m bench.kill_campaign                        30 kills
+  python -m bench.kill_campaign --tries 3 --steps 60   a quick look
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -19,10 +22,13 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
+from fastgpt import command, common
+from fastgpt.command import Arg
+from fastgpt.common import UserError
 from fastgpt.training import checkpoint
 from fastgpt.training.checkpoint_tree import split
 
@@ -47,10 +53,6 @@ SETTINGS = {
     "keep-checkpoints": 2,
     "log-interval": 1,
 }
-EXAMPLES = """examples:
-  python -m bench.kill_campaign                     30 kills
-  python -m bench.kill_campaign --tries 3 --steps 60   a quick look
-"""
 
 
 @dataclass
@@ -66,26 +68,29 @@ class Tally:
     problems: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class KillConfig:
+    tries: int = 30
+    """Kills."""
+    steps: int = 300
+    """Optimizer steps of the run."""
+    window: Annotated[float, Arg("SECONDS")] = 3.0
+    """A kill comes within so many seconds of training."""
+    seed: int = 0
+    """Another seed kills at other moments."""
+    out: Annotated[Path | None, Arg("FOLDER")] = None
+    """A folder for the runs, kept afterwards. Without it: a temporary one."""
+
+    def __post_init__(self) -> None:
+        for name in ("tries", "steps", "window"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be more than 0")
+        if self.out is not None and self.out.exists() and any(self.out.iterdir()):
+            raise UserError(f"out is {self.out}, which is not empty: name a new one")
+
+
 def main(args: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "bench.kill_campaign",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--tries", type=int, default=30, help="kills (default 30)")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of the run (default 300)")
-    parser.add_argument(
-        "--window", type=float, default=3.0, help="a kill comes within so many seconds of training (default 3)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--out", type=Path, help="a folder for the runs, kept afterwards (default: a temporary one)")
-    options = parser.parse_args(args)
-    for name in ("tries", "steps", "window"):
-        if not getattr(options, name) > 0:
-            parser.error(f"{name} is {getattr(options, name)}: it must be more than 0")
-    if options.out is not None and options.out.exists() and any(options.out.iterdir()):
-        parser.error(f"out is {options.out}, which is not empty: name a new one")
+    options = command.parse(KillConfig, args, "bench.kill_campaign", __doc__)
     with tempfile.TemporaryDirectory() as temporary:
         tally = campaign(options.out or Path(temporary), options)
     for problem in tally.problems:
@@ -97,7 +102,7 @@ def main(args: list[str]) -> int:
     return 0 if tally.survived == tally.kills and tally.identical == tally.finished and not tally.problems else 1
 
 
-def campaign(folder: Path, options: argparse.Namespace) -> Tally:
+def campaign(folder: Path, options: KillConfig) -> Tally:
     """Kill ``options.tries`` times, in as many runs as that takes, and let the last one finish."""
     moments = random.Random(options.seed)
     began = time.monotonic()
@@ -216,4 +221,4 @@ def _tail(log: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    common.run(main)

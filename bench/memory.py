@@ -9,22 +9,23 @@ nanoGPT's own model is not here to be measured.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
 from bench.tables import Cells, print_table, terminal
-from fastgpt import hardware
+from fastgpt import command, common, hardware
+from fastgpt.command import Arg
+from fastgpt.common import UserError
 from fastgpt.config import load_preset
 from fastgpt.env import ROOT, environment
 from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, memory
 
-PRESETS = ("gpt2-40m", "gpt2-124m", "gpt2-350m")
 VARIANTS = {"eager": ("eager", "none"), "compile": ("eager", "default"), "triton": ("triton", "none")}
 """Name in the model of memory -> bench.step's --kernels and --compile."""
 
@@ -84,17 +85,23 @@ def cells(rows: list[dict[str, Any]]) -> Cells:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Predicted and measured peak memory of training steps on this machine's CUDA GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=main.__doc__)
-    parser.add_argument("--out", type=Path, help="write the figures here as JSON")
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
-    parser.add_argument("--kernels", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
-    parser.add_argument("--seconds", type=float, default=240.0, help="limit of one point; compiling takes a minute")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True)
+class MemoryConfig:
+    out: Annotated[Path | None, Arg("FILE")] = None
+    """Write the figures here as JSON."""
+    presets: tuple[Literal["gpt2-40m", "gpt2-124m", "gpt2-350m"], ...] = ("gpt2-40m", "gpt2-124m", "gpt2-350m")
+    """The models."""
+    kernels: tuple[Literal["eager", "compile", "triton"], ...] = ("eager", "compile", "triton")
+    """What computes them."""
+    seconds: float = 240.0
+    """Limit of one point; compiling takes a minute."""
+
+
+def main(argv: list[str]) -> int:
+    """Predicted and measured peak memory of training steps on this machine's CUDA GPU. Raises UserError without one."""
+    args = command.parse(MemoryConfig, argv, "bench.memory", __doc__)
     if not torch.cuda.is_available():
-        print(f"bench.memory needs a CUDA GPU, and torch {torch.__version__} sees none here.", file=sys.stderr)
-        return 2
+        raise UserError(f"bench.memory needs a CUDA GPU, and torch {torch.__version__} sees none here")
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability(device)
     found: dict[str, Any] = {"environment": environment(device), "rows": []}
@@ -115,4 +122,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run(main)

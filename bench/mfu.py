@@ -15,20 +15,20 @@ trace per backend (open in ui.perfetto.dev).
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastgpt import anatomy, common, device
+from fastgpt import anatomy, command, common, device
+from fastgpt.command import Arg
 from fastgpt.common import UserError
-from fastgpt.config import EXPERIMENTAL, ModelConfig, Precision, load_preset, preset_names
+from fastgpt.config import EXPERIMENTAL, Device, ModelConfig, Precision, load_preset, preset_names
 
 if TYPE_CHECKING:
     import torch
@@ -46,41 +46,42 @@ TINY = "L1H2C128T32V160"
 SHAPE = re.compile(r"[LHCTV]\d+(?:[-_ ,]?[LHCTV]\d+){4}", re.IGNORECASE)
 
 
-def parser() -> argparse.ArgumentParser:
-    assert __doc__ is not None
-    out = argparse.ArgumentParser(
-        prog="python -m bench.mfu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    out.add_argument("--model", help=f"{', '.join(preset_names())}, or a shape (default: gpt2-124m; on a CPU {SMALL})")
-    out.add_argument("--batch", type=int, help="sequences per micro-batch (default: the preset's; on a CPU 4, or 1)")
-    out.add_argument("--seq", type=int, help="tokens per sequence (default: the model's)")
-    out.add_argument("--grad-accum", type=int, help="micro-batches per step (default: 4; on a CPU 1)")
-    out.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="auto",
-        help="auto: fp32 on a CPU, bf16 on a GPU. fp16-fast and fp8 are experimental, and our kernels' alone",
-    )
-    out.add_argument(
-        "--backends",
-        help=f"comma-separated, of {', '.join(NAMES)} (default: all that have the precision; on a CPU of eager,compile,triton)",
-    )
-    out.add_argument("--steps", type=int, default=10, help="timed steps of each backend (default: 10)")
-    out.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    out.add_argument("--out", type=Path, default=Path("runs/mfu"), help="folder for the report (default: runs/mfu)")
-    out.add_argument("--trace", type=Path, help="folder for the Chrome traces (default: the one of --out)")
-    out.add_argument("--json", action="store_true", help="print the figures as JSON instead of tables")
-    out.add_argument(
-        "--from", dest="saved", type=Path, metavar="FILE", help="measure nothing: show this mfu.json again"
-    )
-    out.add_argument("--gpu", default="rtx4070", help="the GPU to project where none is present (default: rtx4070)")
-    out.add_argument("--no-projection", action="store_true", help="without a GPU: leave out projection and audit")
-    return out
+@dataclass(frozen=True)
+class MfuConfig:
+    model: str | None = None
+    """A preset, or a shape. Without it: gpt2-124m; on a CPU L2H6C192T128V1024."""
+    batch: int | None = None
+    """Sequences per micro-batch. Without it: the preset's; on a CPU 4, or 1."""
+    seq: Annotated[int | None, Arg("T")] = None
+    """Tokens per sequence. Without it: the model's."""
+    grad_accum: int | None = None
+    """Micro-batches per step. Without it: 4; on a CPU 1."""
+    precision: Precision = "auto"
+    """auto: fp32 on a CPU, bf16 on a GPU. fp16-fast and fp8 are experimental, and our kernels' alone."""
+    backends: Annotated[str | None, Arg("NAME,NAME")] = None
+    """Of eager, compile, compile-max-autotune, triton, triton+compile. Without it: all that have the precision; on a CPU those
+    of eager,compile,triton."""
+    steps: int = 10
+    """Timed steps of each backend."""
+    device: Device = "auto"
+    """auto takes a CUDA GPU if there is one."""
+    out: Annotated[Path, Arg("FOLDER")] = Path("runs/mfu")
+    """Folder for the report."""
+    trace: Annotated[Path | None, Arg("FOLDER")] = None
+    """Folder for the Chrome traces. Without it: the one of --out."""
+    json: bool = False
+    """Print the figures as JSON instead of tables."""
+    saved: Annotated[Path | None, Arg("FILE", flag="from")] = None
+    """Measure nothing: show this mfu.json again."""
+    gpu: str = "rtx4070"
+    """The GPU to project where none is present."""
+    no_projection: bool = False
+    """Without a GPU: leave out projection and audit."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Measure or read, then write the report and print it. Raises UserError for bad input."""
-    args = parser().parse_args(argv)
+    args = command.parse(MfuConfig, argv, "bench.mfu", __doc__)
     if args.saved:
         result = load(args.saved)
         check_writable(args.out)
@@ -152,7 +153,7 @@ def model(text: str, device_type: str) -> tuple[ModelConfig, int]:
     return preset.model, preset.data.batch_size
 
 
-def setup_of(args: argparse.Namespace, where: torch.device, precision: str) -> Setup:
+def setup_of(args: MfuConfig, where: torch.device, precision: str) -> Setup:
     """``precision``: as it is in force on this device."""
     from bench.step_profile import Setup
 
@@ -177,7 +178,7 @@ def setup_of(args: argparse.Namespace, where: torch.device, precision: str) -> S
 # ---------------------------------------------------------------- measuring
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: MfuConfig) -> dict[str, Any]:
     """Everything that ends up in mfu.json."""
     # Checked before torch.compile or triton are imported: bad input costs no seconds.
     present = device.present() if args.device == "auto" else args.device
@@ -196,7 +197,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from fastgpt import hardware
     from fastgpt.env import environment
 
-    target = elsewhere.target(args.gpu)
+    target = hardware.card(args.gpu)
     traces = args.trace or args.out
     for folder in (args.out, traces):
         check_writable(folder)

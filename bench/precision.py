@@ -11,23 +11,23 @@ nothing here says how fast a mode is. docs/precision-modes.md discusses the resu
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
 from bench import precision_report
-from bench.environment import environment
 from bench.precision_errors import COMPARED, FP8_MODES, KS, VALUES, drawn, over_scales, readings, recorded
 from bench.precision_training import QUICK, RECORDED, Experiment, SimulatedRun, corpus, record, train
-from fastgpt import common
+from fastgpt import command, common
+from fastgpt.command import Arg
 from fastgpt.common import UserError
+from fastgpt.env import environment
 from fastgpt.numerics import BF16, FP8_FP32, FP16, FP16_FAST, FP32
 
 LOSS_SCALE = 2.0**16
@@ -104,16 +104,18 @@ def prepare(out: Path) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class PrecisionConfig:
+    out: Annotated[Path | None, Arg("FOLDER")] = None
+    """A folder for precision.json, precision-tables.md and precision-*.png."""
+    quick: bool = False
+    """Tiny sizes: shows that it works, its figures mean nothing."""
+    train: bool = False
+    """Train a small GPT in every mode as well."""
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.precision", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, help="a folder for precision.json, precision-tables.md and precision-*.png")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: shows that it works, its figures mean nothing"
-    )
-    parser.add_argument("--train", action="store_true", help="train a small GPT in every mode as well")
-    asked = parser.parse_args(argv)
+    asked = command.parse(PrecisionConfig, argv, "bench.precision", __doc__)
     if asked.out:
         prepare(asked.out)
     torch.set_num_threads(1)

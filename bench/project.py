@@ -12,26 +12,23 @@ Figures are low / central / high. The model, its constants with their sources an
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from bench.tables import Cells, print_table, terminal
-from fastgpt import common, hardware
+from fastgpt import command, common, hardware
 from fastgpt.anatomy import Shape
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import load_preset, preset_names
 from fastgpt.flops import FORMULAS
-from fastgpt.hardware import Gpu
-from fastgpt.memory import KERNELS
-from fastgpt.operations import PRECISIONS
 from fastgpt.projection import (
     ANCHORS,
     FITTED_CLOCKS,
@@ -51,33 +48,35 @@ from fastgpt.projection import (
 from fastgpt.step_time import CONSTANTS, Constants
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(
-        prog="python -m bench.project", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    out.add_argument(
-        "--gpu", default="rtx4070", help="rtx4070 (default), rtx4090, h100 ...: python -m fastgpt.hardware NAME"
-    )
-    out.add_argument("--model", default="gpt2-124m", help="a preset (default: gpt2-124m)")
-    out.add_argument("--kernels", default="triton", help=f"{', '.join(KERNELS)} (default: triton)")
-    out.add_argument("--precision", default="bf16", help=f"{', '.join(PRECISIONS)} (default: bf16)")
-    out.add_argument("--batch", type=int, metavar="N", help="sequences per micro-batch (default: the preset's)")
-    out.add_argument("--seq", type=int, metavar="T", help="tokens per sequence (default: the preset's block size)")
-    out.add_argument(
-        "--tokens-per-step", type=int, metavar="N", help="default: as near to the preset's as N and T allow"
-    )
-    out.add_argument("--dropout", type=float, metavar="P", help="default: the preset's")
-    out.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    out.add_argument("--calibration", action="store_true", help="show the fits, every public figure, and the constants")
-    out.add_argument(
-        "--measured", type=Path, metavar="FILE", help="a results file of bench.mfu, bench.gpu or bench.kernels"
-    )
-    return out
+@dataclass(frozen=True)
+class ProjectConfig:
+    gpu: str = "rtx4070"
+    """rtx4070, rtx4090, h100, ...: python -m fastgpt.hardware NAME."""
+    model: Annotated[str, Arg("PRESET")] = "gpt2-124m"
+    """A preset."""
+    kernels: str = "triton"
+    """nanogpt-compile, eager, compile or triton."""
+    precision: str = "bf16"
+    """bf16, fp16, fp16-fast or fp8."""
+    batch: int | None = None
+    """Sequences per micro-batch. Without it: the preset's."""
+    seq: Annotated[int | None, Arg("T")] = None
+    """Tokens per sequence. Without it: the preset's block size."""
+    tokens_per_step: int | None = None
+    """Without it: as near to the preset's as --batch and --seq allow."""
+    dropout: Annotated[float | None, Arg("P")] = None
+    """Without it: the preset's."""
+    json: bool = False
+    """Print JSON instead of tables."""
+    calibration: bool = False
+    """Show the fits, every public figure, and the constants."""
+    measured: Annotated[Path | None, Arg("FILE")] = None
+    """A results file of bench.mfu, bench.gpu or bench.kernels."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Project, and print. Raises UserError for bad input."""
-    args = parser().parse_args(argv)
+    args = command.parse(ProjectConfig, argv, "bench.project", __doc__)
     console = terminal(130)
     if args.measured:
         return _measured(args.measured, args.json, console)
@@ -90,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         outdated = outdated_constants(clocks, at_ends)
         print(outdated, file=sys.stderr, end="")
         return 1 if outdated else 0
-    found = _project(args)
+    found = projected(args)
     if args.json:
         print(json.dumps(found.to_json(), indent=1))
     else:
@@ -98,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _project(args: argparse.Namespace) -> Projection:
-    gpu = _gpu(args.gpu)
+def projected(args: ProjectConfig) -> Projection:
+    gpu = hardware.card(args.gpu)
     if args.model not in preset_names():
         raise UserError(f"model is {args.model!r}: it can be {', '.join(preset_names())}")
     preset = load_preset(args.model, "cuda")
@@ -126,13 +125,6 @@ def _project(args: argparse.Namespace) -> Projection:
         T=T,
         dropout=dropout,
     )
-
-
-def _gpu(name: str) -> Gpu:
-    gpu = hardware.lookup(name)
-    if gpu is None:
-        raise UserError(f"gpu is {name!r}, which is not in the table: nearest are {', '.join(hardware.nearest(name))}")
-    return gpu
 
 
 # ---------------------------------------------------------------- a projection

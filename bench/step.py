@@ -9,18 +9,19 @@ of the first step; or "error".
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
-import sys
 import time
-from typing import Any, NamedTuple, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
 from bench.timing import Timing
-from fastgpt import anatomy, flops, hardware, ops
-from fastgpt.config import EXPERIMENTAL, Config, Precision, load_preset
+from fastgpt import anatomy, command, common, flops, hardware, ops
+from fastgpt.command import Arg
+from fastgpt.common import UserError
+from fastgpt.config import EXPERIMENTAL, Config, Kernels, Precision, load_preset
 from fastgpt.model import GPT
 from fastgpt.ops import precision_for, scales_loss
 from fastgpt.optim_build import build_optimizer
@@ -95,7 +96,7 @@ def time_steps(
     return Timed(timing, first_loss, float(loss), stepper.skipped_steps() - skipped)
 
 
-def measure(config: Config, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(config: Config, args: StepConfig, device: torch.device) -> dict[str, Any]:
     """What ``main`` prints."""
     precision = precision_for(args.precision, device)
     stepper = build(
@@ -122,25 +123,36 @@ def measure(config: Config, args: argparse.Namespace, device: torch.device) -> d
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class StepConfig:
+    preset: str = "gpt2-124m"
+    """The model."""
+    kernels: Kernels = "triton"
+    """Ours, or plain PyTorch."""
+    compile: Literal["none", "default", "max-autotune", "max-autotune-no-cudagraphs"] = "none"
+    """The mode of torch.compile."""
+    precision: Precision = "auto"
+    """fp16-fast and fp8: --kernels triton only."""
+    cuda_graphs: Literal["on", "off"] = "off"
+    """Replay the step as CUDA graphs."""
+    batch_size: int = 8
+    """Sequences per micro-batch."""
+    grad_accum: int = 4
+    """Micro-batches per step."""
+    cap_gb: Annotated[float, Arg("GB")] = 0.0
+    """Limit this process to so many GB (10^9 bytes); 0 does not."""
+    steps: int = 5
+    """Timed steps, at most."""
+    seconds: float = 8.0
+    """Stop timing after so long."""
+    device: Literal["cpu", "cuda"] = "cuda"
+
+
+def main(argv: list[str]) -> int:
     """Time a training step and print its figures as one line of JSON."""
-    parser = argparse.ArgumentParser(prog="python -m bench.step", description=main.__doc__)
-    parser.add_argument("--preset", default="gpt2-124m")
-    parser.add_argument("--kernels", choices=("eager", "triton"), default="triton")
-    parser.add_argument(
-        "--compile", choices=("none", "default", "max-autotune", "max-autotune-no-cudagraphs"), default="none"
-    )
-    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="fp16-fast: triton only")
-    parser.add_argument("--cuda-graphs", choices=("on", "off"), default="off")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--grad-accum", type=int, default=4)
-    parser.add_argument("--cap-gb", type=float, default=0.0, help="limit this process to so many GB (10^9 bytes)")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    args = parser.parse_args(argv)
+    args = command.parse(StepConfig, argv, "bench.step", __doc__)
     if args.precision in EXPERIMENTAL and args.kernels != "triton":
-        parser.error(f"precision is {args.precision}, which only --kernels triton has")
+        raise UserError(f"precision is {args.precision}, which only --kernels triton has")
     device = torch.device(args.device)
     if args.cap_gb:
         total = torch.cuda.get_device_properties(device).total_memory
@@ -158,4 +170,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run(main)

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 
-from fastgpt import common, device
+from fastgpt import command, common, device
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import Device, ModelConfig, OptimConfig
 
@@ -121,12 +122,12 @@ class ParityConfig:
 
     steps: int = 200
     device: Device = "auto"
-    out: Path | None = None
+    out: Annotated[Path | None, Arg("FILE")] = None
     """A PNG to draw."""
 
 
 def main(args: list[str]) -> int:
-    config = tyro.cli(ParityConfig, args=args, prog="bench.training_parity")
+    config = command.parse(ParityConfig, args, "bench.training_parity")
     parity = measure(config.steps, device.pick(config.device, "triton"))
     print(
         f"{config.steps} steps: final loss eager {parity.eager[-1]:.6f}, triton {parity.triton[-1]:.6f}; largest distance "

@@ -16,19 +16,20 @@ model ranks, and reports the share of cases in which the model's first choice is
 
 from __future__ import annotations
 
-import argparse
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from bench import tune_measure
 from bench.tune_cases import Family, default_at, families
 from bench.tune_table import change, facts_of, open_table, print_changes
-from fastgpt import common, hardware
+from fastgpt import command, common, hardware
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.kernels import ranking, tuning
 
@@ -42,11 +43,7 @@ def card_of(arch: str | None, sms: int | None, name: str | None = None) -> hardw
     if name is not None:
         if arch or sms:
             raise UserError("gpu says which card it is: leave out --arch and --sms")
-        card = hardware.lookup(name)
-        if card is None:
-            raise UserError(
-                f"gpu is {name!r}, which is not in the table: nearest are {', '.join(hardware.nearest(name))}"
-            )
+        card = hardware.card(name)
         if card not in tunable:
             raise UserError(f"gpu is {name!r} ({card.arch}): kernels are compiled for sm_80 and later")
         return card
@@ -138,20 +135,30 @@ def pick(pattern: str | None) -> list[Family]:
     return found
 
 
+@dataclass(frozen=True)
+class TuneConfig:
+    kernel: Annotated[str | None, Arg("REGEX")] = None
+    """Such as attention, "layer_norm.*C768", "bf16 D64 dropout"."""
+    budget: Annotated[str, Arg("TIME")] = "10m"
+    """Stop after it: 90s, 10m, 1h."""
+    again: bool = False
+    """Measure also what the table has measured already."""
+    out: Annotated[Path | None, Arg("FOLDER")] = None
+    """Where the table is written. Without it: your cache."""
+    rank: bool = False
+    """No measuring: rank by the compiler-based model."""
+    arch: str | None = None
+    """With --rank: sm_80, sm_86, sm_89, sm_90 or sm_120; without it, sm_89."""
+    sms: int | None = None
+    """With --rank or --check-model: SMs of the card; without it, 46."""
+    gpu: str | None = None
+    """With --rank: the card by name instead, such as h200."""
+    check_model: bool = False
+    """On a large GPU: is the model's order right?"""
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--kernel", metavar="REGEX", help='such as attention, "layer_norm.*C768", "bf16 D64 dropout"')
-    parser.add_argument("--budget", default="10m", metavar="TIME", help="stop after it: 90s, 10m, 1h (default: 10m)")
-    parser.add_argument("--again", action="store_true", help="measure also what the table has measured already")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the table is written (default: your cache)")
-    parser.add_argument("--rank", action="store_true", help="no measuring: rank by the compiler-based model")
-    parser.add_argument("--arch", help="with --rank: sm_80, sm_86, sm_89, sm_90, sm_120 (default: sm_89)")
-    parser.add_argument("--sms", type=int, help="with --rank or --check-model: SMs of the card (default: 46)")
-    parser.add_argument("--gpu", help="with --rank: the card by name instead, such as h200")
-    parser.add_argument("--check-model", action="store_true", help="on a large GPU: is the model's order right?")
-    args = parser.parse_args(argv)
+    args = command.parse(TuneConfig, argv, "bench.tune", __doc__)
     chosen, deadline = pick(args.kernel), time.monotonic() + parse_budget(args.budget)
     folder = args.out or tuning.user_folder()
     if args.rank and args.check_model:

@@ -6,15 +6,14 @@ Nothing is imported but the entry that is asked for.
 from __future__ import annotations
 
 import ast
-import difflib
 import sys
 import textwrap
-from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 from fastgpt import __version__, common
+from fastgpt.command import unknown
 from fastgpt.common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,13 +105,6 @@ def usage() -> str:
     for name, command in COMMANDS.items():
         lines += [f"  {name:<{width}}  {command.summary}", f"  {'':<{width}}  $ {command.example}"]
     return "\n".join([*lines, "", _FOOTER])
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """A sentence for a name that does not exist: the one that was probably meant, and all there are."""
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"{what} is {name!r}{f' (did you mean {close[0]!r}?)' if close else ''}: it can be {', '.join(names)}"
 
 
 def bench(args: list[str], root: Path = ROOT) -> int:

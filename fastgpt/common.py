@@ -138,7 +138,5 @@ def run(main: Callable[[list[str]], int]) -> None:
 
 def report(error: UserError) -> None:
     """Print the one sentence."""
-    from rich.console import Console  # only a command that fails needs it
-    from rich.markup import escape
-
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print("\033[1;31merror:\033[0m" if coloured else "error:", error, file=sys.stderr)

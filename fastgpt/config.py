@@ -1,4 +1,4 @@
-"""Configuration: four dataclasses, presets in TOML, and a command line made from them by tyro.
+"""Configuration: four dataclasses, presets in TOML, and train's command line, which is made from them (command.py).
 
 Precedence, lowest first: the defaults below, the preset, a TOML file, flags. Every field is one flat flag
 (``optim.lr`` is ``--lr``). Config files are data: they are parsed, never executed. Nothing here imports torch.
@@ -6,17 +6,14 @@ Precedence, lowest first: the defaults below, the preset, a TOML file, flags. Ev
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import tyro
-
+from fastgpt import command
+from fastgpt.command import Arg, nearest
 from fastgpt.common import UserError
 
 if sys.version_info >= (3, 11):
@@ -72,14 +69,14 @@ class ModelConfig:
 class DataConfig:
     """Where tokens come from and how many make a micro-batch."""
 
-    data: str = "stdlib"
+    data: Annotated[str, Arg("FOLDER")] = "stdlib"
     """'stdlib' (Python's own library sources: real text on every machine), a folder of token shards (python -m fastgpt.data
     prepare, llm.c's, or nanoGPT's .bin), or a text, jsonl(.gz, .zst) or parquet file or folder."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """GPT-2's BPE, or raw bytes (vocabulary 256)."""
     mask_documents: bool = False
     """Let tokens attend within their own document only, not to the one that happens to stand before it in the window."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Arg("N", aliases=("--batch",), words=("auto",))] = 8
     """Sequences per micro-batch; '--batch-size auto' (or --batch auto) takes the most that fit."""
     auto_batch: bool = False
     """What '--batch-size auto' sets: batch_size and grad_accum are chosen at the start, so that the largest micro-batch
@@ -143,7 +140,7 @@ class TrainConfig:
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Replay training steps as CUDA graphs, for small models on fast cards: docs/cuda-graphs.md. 'on' is experimental: no GPU
     has measured it yet, and until one has, 'auto' is off. One GPU, --kernels triton, without --compile."""
-    explain_kernels: str | None = None
+    explain_kernels: Annotated[str | None, Arg("[GPU]", bare="here")] = None
     """Train nothing: print who computes what in a step, cuBLAS or which Triton kernel in which config, and which table says so;
     on the GPU that is here, or '--explain-kernels rtx4070' on that card."""
     max_iters: int = 1000
@@ -162,7 +159,7 @@ class TrainConfig:
     """Steps between samples of text on the terminal; 0 prints none."""
     sample_prompt: str = "\n"
     """What the samples continue."""
-    hellaswag: str | None = None
+    hellaswag: Annotated[str | None, Arg("FILE")] = None
     """Score HellaSwag at the end: a local jsonl or parquet file, or 'hub'."""
     spike_zscore: float = 6.0
     """A loss this many standard deviations above the last 128 is called a spike; 0 looks for none."""
@@ -172,19 +169,19 @@ class TrainConfig:
     """Steps skipped in a row, for a loss or gradient that is not finite, before the run stops."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole model on every GPU, or parameters, gradients and optimizer state in shards (FSDP2)."""
-    init_from: str | None = None
+    init_from: Annotated[str | None, Arg("MODEL")] = None
     """Begin with the weights (and the shape) of a checkpoint: nanoGPT's ckpt.pt, a run of this package, a Hugging Face folder,
     or a name on its hub such as gpt2. A resumed run goes on with its own."""
     tensorboard: bool = True
     """Write TensorBoard events into --out, where tensorboard is installed."""
-    wandb: str | None = None
+    wandb: Annotated[str | None, Arg("PROJECT")] = None
     """Send metrics to this Weights & Biases project."""
     doctor: bool = True
     """Look for what is known to go wrong before the first step."""
     seed: int = 1337
-    out: Path = Path("runs/default")
+    out: Annotated[Path, Arg("FOLDER")] = Path("runs/default")
     """The run's folder: config, checkpoints, metrics.jsonl, TensorBoard events, environment."""
-    resume: str | None = None
+    resume: Annotated[str | None, Arg("[PATH]", bare="newest")] = None
     """Continue a run: '--resume' takes the newest whole checkpoint in --out, '--resume PATH' that one; '--resume auto'
     starts anew if there is none."""
 
@@ -208,7 +205,7 @@ class Config:
       python train.py --preset gpt2-124m --resume        go on from the newest checkpoint in --out
     """
 
-    config: Annotated[Path | None, tyro.conf.Positional] = None
+    config: Annotated[Path | None, Arg("FILE", positional=True)] = None
     """A TOML file with any of the sections [model], [data], [optim], [train]."""
     preset: str | None = None
     """demo (default), gpt2-40m, gpt2-124m, gpt2-350m or gpt2-xl."""
@@ -245,7 +242,7 @@ def preset_names() -> list[str]:
 def load_preset(name: str, device: str = "cpu") -> Config:
     """The preset of that name, for a device type ("cpu" or "cuda"). Raises UserError for an unknown name."""
     if name not in preset_names():
-        raise UserError(f"preset is {name!r}{_nearest(name, preset_names())}: it can be {', '.join(preset_names())}")
+        raise UserError(f"preset is {name!r}{nearest(name, preset_names())}: it can be {', '.join(preset_names())}")
     return replace(load_toml(config_folder() / f"{name}.toml", Config(), device), preset=name)
 
 
@@ -266,7 +263,7 @@ def load_toml(path: Path, base: Config, device: str = "cpu") -> Config:
         for section, values in sections.items():
             if section not in SECTIONS or not isinstance(values, dict):
                 raise UserError(
-                    f"config file {path} has [{section}]{_nearest(section, SECTIONS)}: sections are {', '.join(SECTIONS)}"
+                    f"config file {path} has [{section}]{nearest(section, SECTIONS)}: sections are {', '.join(SECTIONS)}"
                 )
             base = replace(base, **{section: _override(getattr(base, section), values, f"{path} [{section}]")})
     return base
@@ -275,23 +272,27 @@ def load_toml(path: Path, base: Config, device: str = "cpu") -> Config:
 def parse(args: Sequence[str], device_type: str) -> Config:
     """The configuration that a command line asks for. ``device_type`` ("cpu" or "cuda") is what is present.
 
-    Raises UserError for bad values; tyro itself prints unknown flags and ``--help`` and exits (2 and 0).
+    Raises UserError for bad values and unknown flags; ``--help`` is printed with the defaults of the preset asked for.
     """
-    args = _automatic_batch(_bare(_bare(args, "--resume", "newest"), "--explain-kernels", "here"))
-    if _value_of(args, "--device") == "cpu":
+    words = [arg for arg in args if arg not in ("-h", "--help")]
+    asked, rest = command.parse_known(Config, words, "fastgpt.train")
+    command.refuse(rest, command.options(Config))
+    if asked.get("explain_kernels") is not None:
+        device_type = "cuda"  # what is explained is what a GPU would run
+    if asked.get("device") == "cpu":
         device_type = "cpu"
-    file = next((arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")), None)
-    base = load_preset(_value_of(args, "--preset") or "demo", device_type)
+    file, preset = asked.get("config"), asked.get("preset")
+    base = load_preset(preset or "demo", device_type)
     if file is not None:
-        base = load_toml(Path(file), base if _value_of(args, "--preset") else Config(), device_type)
-    return tyro.cli(
-        Config,
-        args=args,
-        default=base,
-        prog="train.py",
-        description=inspect.cleandoc(Config.__doc__ or ""),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+        base = replace(load_toml(file, base if preset else Config(), device_type), config=file)
+    if len(words) < len(args):
+        command.parse_known(Config, args, "fastgpt.train", default=base)
+    if asked.get("batch_size") == "auto":
+        asked |= {"batch_size": base.data.batch_size, "auto_batch": True}
+    for section, kind in SECTIONS.items():
+        values = {f.name: asked[f.name] for f in fields(kind) if f.name in asked}
+        base = replace(base, **{section: replace(getattr(base, section), **values)})
+    return base
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -306,7 +307,7 @@ def _override(section: Any, values: Mapping[str, Any], where: str) -> Any:
     converted = {}
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"{where} has {key!r}{_nearest(key, known)}: fields are {', '.join(known)}")
+            raise UserError(f"{where} has {key!r}{nearest(key, known)}: fields are {', '.join(known)}")
         converted[key] = _typed(value, hints[key], f"{where} {key}")
     return replace(section, **converted)
 
@@ -322,35 +323,3 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         names = " or ".join(kind.__name__ for kind in accepted if kind is not type(None))
         raise UserError(f"{where} is {value!r}: it must be of type {names}")
     return hint(value) if hint in (float, Path) else value
-
-
-def _nearest(word: str, candidates: Any) -> str:
-    close = difflib.get_close_matches(word, list(candidates), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _value_of(args: Sequence[str], flag: str) -> str | None:
-    """The value that a flag has on a command line, before tyro parses it: presets decide tyro's defaults."""
-    for i, arg in enumerate(args):
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
-        if arg == flag and i + 1 < len(args):
-            return args[i + 1]
-    return None
-
-
-def _bare(args: Sequence[str], flag: str, value: str) -> list[str]:
-    """``flag`` without a value means ``value``: ``--resume`` the newest checkpoint."""
-    out: list[str] = []
-    for i, arg in enumerate(args):
-        out.append(arg)
-        if arg == flag and (i + 1 == len(args) or args[i + 1].startswith("-") or args[i + 1].endswith(".toml")):
-            out.append(value)
-    return out
-
-
-def _automatic_batch(args: Sequence[str]) -> list[str]:
-    """``--batch-size auto`` is a switch; ``--batch`` is ``--batch-size``."""
-    text = "\0".join(re.sub(r"^--batch(?=$|=)", "--batch-size", arg) for arg in args)
-    text = re.sub(r"(^|\0)--batch[-_]size[=\0]auto(?=$|\0)", r"\1--auto-batch", text)
-    return text.split("\0") if args else []

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from rich.console import Console
 
-from fastgpt import common
+from fastgpt import command, common
+from fastgpt.command import Arg
 from fastgpt.common import UserError, millions
 from fastgpt.conversion import huggingface, nanogpt, own
 from fastgpt.conversion.portable import Portable, refuse_existing
@@ -34,21 +33,16 @@ class ConvertConfig:
       python -m fastgpt.convert gpt2 runs/gpt2                        OpenAI's weights, from the hub
     """
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")]
+    source: Annotated[str, Arg("IN", positional=True)]
     """A file, a folder, or a model on the Hugging Face hub (gpt2, gpt2-medium, owner/name)."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    out: Annotated[Path, Arg("OUT", positional=True)]
     """A file that ends in .pt, or a folder; it must not exist yet."""
     to: Format | None = None
     """What OUT is to be. Left out: nanogpt for .pt, fastgpt for what came from Hugging Face, hf for what came from fastgpt."""
 
 
 def main(args: list[str]) -> int:
-    config = tyro.cli(
-        ConvertConfig,
-        args=args,
-        prog="python -m fastgpt.convert",
-        description=inspect.cleandoc(ConvertConfig.__doc__ or ""),
-    )
+    config = command.parse(ConvertConfig, args, "fastgpt.convert")
     refuse_existing(config.out)
     kind, portable = read(config.source)
     to = config.to or _target(kind, config.out)

@@ -26,12 +26,17 @@ def pick(device: str, kernels: str) -> torch.device:
         raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu or auto")
     if device == "auto":
         device = present()
-    if device == "cpu" and kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device == "cpu" and kernels == "triton" and not interprets():
         # fastgpt.kernels looks at the environment once, when it is imported; later, PyTorch would compute in silence.
         if "triton" in sys.modules or "fastgpt.kernels.runtime" in sys.modules:
             raise UserError("the kernels are already imported: set TRITON_INTERPRET=1 to run them on a CPU")
         os.environ["TRITON_INTERPRET"] = "1"
     return torch.device(device)
+
+
+def interprets() -> bool:
+    """Whether this process runs Triton's kernels in its CPU interpreter: what triton itself reads when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def present() -> str:

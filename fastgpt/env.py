@@ -6,28 +6,25 @@ bug report.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt import __version__, common, hardware
-from fastgpt.device import present
+from fastgpt import __version__, command, common, hardware
+from fastgpt.device import interprets, present
 
 ROOT = Path(__file__).parents[1]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions, commit, time: plain values. ``kernels``: how Triton's kernels run in this process."""
-    from fastgpt.kernels import runtime
-
-    on_cpu = "interpreted" if runtime.INTERPRET else "replaced by PyTorch"
+    on_cpu = "interpreted" if interprets() else "replaced by PyTorch"
     return {
         "device": hardware.device_name(device),
         **_device(device),
@@ -87,11 +84,16 @@ def _output(*command: str) -> str:
         return ""
 
 
+@dataclass(frozen=True)
+class EnvConfig:
+    """Print what a bug report needs: device, driver, versions, commit."""
+
+    json: bool = False
+    """Print one JSON object."""
+
+
 def main(args: list[str]) -> int:
-    """Print what a bug report needs."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.env", description=main.__doc__)
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
-    asked = parser.parse_args(args)
+    asked = command.parse(EnvConfig, args, "fastgpt.env")
     found = environment(torch.device(present()))
     if asked.json:
         print(json.dumps(found))

@@ -55,11 +55,7 @@ def card_of(asked: str) -> Card | None:
             return None
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Card(found.name, 10 * found.major + found.minor, found.multi_processor_count)
-    gpu = hardware.lookup(asked)
-    if gpu is None:
-        raise UserError(
-            f"explain_kernels is {asked!r}, which is no card in the table: nearest are {', '.join(hardware.nearest(asked))}"
-        )
+    gpu = hardware.card(asked, option="explain_kernels")
     card = Card(gpu.name, int(gpu.arch[3:]), gpu.sm_count)
     if card.arch < 80:
         raise UserError(f"explain_kernels is {asked!r} ({gpu.arch}): kernels are compiled for sm_80 and later")

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any
 
-import tyro
-
+from fastgpt import command, common
 from fastgpt.ceilings import ARITHMETICS, Ceilings, Telemetry, cache_dir, device_name, measured_ceilings, telemetry
-from fastgpt.common import teraflops
+from fastgpt.command import Arg
+from fastgpt.common import UserError, teraflops
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +34,7 @@ __all__ = [
     "Telemetry",
     "arithmetic_of",
     "cache_dir",
+    "card",
     "device_name",
     "gains",
     "lookup",
@@ -47,6 +47,8 @@ __all__ = [
 
 NANOGPT_PEAK = 312e12
 """What nanoGPT's mfu divides by, whatever the card: an A100's dense bf16 peak, FLOP per second."""
+
+NO_GPU = "gpu is not given and there is no CUDA GPU here: name one, such as rtx4070"
 
 HALVED = frozenset({"bf16", "fp16", "fp8", "tf32"})
 """What a GeForce card does at half the architecture's rate: tensor-core arithmetic that accumulates in fp32."""
@@ -307,6 +309,17 @@ def nearest(name: str, count: int = 5) -> list[str]:
     return list(dict.fromkeys(known[short] for short in close))[:count]
 
 
+def card(name: str, *, option: str = "gpu", vram_gb: float | None = None, otherwise: str = "") -> Gpu:
+    """The card that a user named with ``option``, by ``lookup``. Raises UserError with the nearest names if there is none;
+    ``otherwise``: what can be done instead of naming another."""
+    found = lookup(name, vram_gb=vram_gb)
+    if found is None:
+        raise UserError(
+            f"{option} is {name!r}, which is not in the table: nearest are {', '.join(nearest(name))}{otherwise}"
+        )
+    return found
+
+
 def present(device: torch.device | str | int | None = None) -> Gpu | None:
     """The table's entry for the CUDA device that is here. None without one, or if it is not in the table."""
     import torch
@@ -360,36 +373,36 @@ def describe(gpu: Gpu) -> str:
     return "\n".join([*lines, f"  source: {gpu.source}"])
 
 
-def show(
-    name: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME ...]")] = (),
-    /,
-    json: bool = False,
-    nanogpt_mfu: float | None = None,
-) -> int:
+@dataclass(frozen=True)
+class HardwareConfig:
     """What a GPU can do: dense peak per arithmetic, memory, limits.
 
-    Args:
-        name: torch's device name or a short form such as rtx4070 or h100. Without it, the card in this machine.
-        json: Print JSON.
-        nanogpt_mfu: An mfu as nanoGPT prints it, in percent of an A100, translated into this card's own peak.
+    Examples:
+      python -m fastgpt.hardware                                the card in this machine
+      python -m fastgpt.hardware rtx4070
+      python -m fastgpt.hardware rtx4070 --nanogpt-mfu 12.9
     """
-    if nanogpt_mfu is not None and not nanogpt_mfu > 0:
-        print(f"nanogpt_mfu is {nanogpt_mfu}: it must be positive, in percent (12.9)", file=sys.stderr)
-        return 2
-    wanted = " ".join(name)
-    gpu = lookup(wanted) if wanted else present()
-    if gpu is None and wanted:
-        print(f"{wanted!r} is not in the table; nearest: {', '.join(nearest(wanted))}", file=sys.stderr)
-        return 2
+
+    name: Annotated[tuple[str, ...], Arg("GPU", positional=True)] = ()
+    """torch's device name or a short form such as rtx4070 or h100. Without it, the card in this machine."""
+    json: bool = False
+    """Print JSON."""
+    nanogpt_mfu: Annotated[float | None, Arg("PERCENT")] = None
+    """An mfu as nanoGPT prints it, in percent of an A100, translated into this card's own peak."""
+
+    def __post_init__(self) -> None:
+        if self.nanogpt_mfu is not None and not self.nanogpt_mfu > 0:
+            raise UserError(f"nanogpt_mfu is {self.nanogpt_mfu}: it must be positive, in percent (12.9)")
+
+
+def show(asked: HardwareConfig) -> str:
+    """What the command prints. Raises UserError if no card is named and this machine's is not known."""
+    gpu = card(" ".join(asked.name)) if asked.name else present()
     if gpu is None:
-        print(_nothing_to_show(), file=sys.stderr if json else sys.stdout)
-    if json:
-        print(dumps(gpu.to_json() if gpu else None, indent=2))
-    elif gpu and nanogpt_mfu is not None:
-        print(translate(gpu, nanogpt_mfu))
-    elif gpu:
-        print(describe(gpu))
-    return 0
+        raise UserError(_nothing_to_show())
+    if asked.json:
+        return dumps(gpu.to_json(), indent=2)
+    return describe(gpu) if asked.nanogpt_mfu is None else translate(gpu, asked.nanogpt_mfu)
 
 
 def translate(gpu: Gpu, percent: float) -> str:
@@ -403,13 +416,14 @@ def _nothing_to_show() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} is not in the table: its nominal peak is n/a."
-    return "No CUDA GPU in this machine: name one, for example python -m fastgpt.hardware rtx4070."
+        return f"{torch.cuda.get_device_name()} is not in the table: its nominal peak is n/a"
+    return NO_GPU
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return tyro.cli(show, args=argv, prog="python -m fastgpt.hardware", config=(tyro.conf.FlagCreatePairsOff,))
+def main(args: Sequence[str]) -> int:
+    print(show(command.parse(HardwareConfig, args, "fastgpt.hardware")))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.run(main)

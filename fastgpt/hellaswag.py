@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import tyro
-
-from fastgpt import common, device
+from fastgpt import command, common, device
+from fastgpt.command import Arg
 from fastgpt.config import Device, Kernels
 
 
@@ -24,9 +23,9 @@ class HellaSwagConfig:
       python -m fastgpt.hellaswag runs/gpt2-124m --data hub --examples 1000
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, Arg("CHECKPOINT", positional=True)]
     """A run's folder (its newest checkpoint), or any checkpoint that fastgpt.convert reads."""
-    data: str = "hub"
+    data: Annotated[str, Arg("FILE")] = "hub"
     """A jsonl or parquet file, or 'hub' to download the validation split."""
     examples: int | None = None
     """Only the first so many."""
@@ -35,7 +34,7 @@ class HellaSwagConfig:
 
 
 def main(args: list[str]) -> int:
-    config = tyro.cli(HellaSwagConfig, args=args, prog="python -m fastgpt.hellaswag")
+    config = command.parse(HellaSwagConfig, args, "fastgpt.hellaswag")
     where = device.pick(config.device, config.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training.evaluation import hellaswag_score, load_hellaswag, load_model

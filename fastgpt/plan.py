@@ -5,18 +5,17 @@ python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import dataclass, fields, replace
 from json import dumps
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import anatomy, common, hardware
+from fastgpt import anatomy, command, common, hardware
+from fastgpt.command import Arg
 from fastgpt.common import UserError, gigabytes, millions, rounded
 from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
 from fastgpt.geometry import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
@@ -52,11 +51,11 @@ class PlanConfig:
     """rtx4070, 3090, h100, ... Without it, the card in this machine."""
     model: str = "gpt2-124m"
     """A preset (gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl, demo) or a fastgpt TOML file; the flags below change it."""
-    tokens_per_step: str | None = None
+    tokens_per_step: Annotated[str | None, Arg("N")] = None
     """Tokens behind one optimizer step, on all GPUs: 524288, 0.5e6, ... Without it, the model file's own."""
-    tokens: str | None = None
+    tokens: Annotated[str | None, Arg("N")] = None
     """Token budget of the run: 2.5B, 300M, 1e9. Without it, Chinchilla's 20 per parameter."""
-    vram: float | None = None
+    vram: Annotated[float | None, Arg("GB")] = None
     """GB on the card's box, where it is not in the table or part of it is taken."""
     kernels: Literal["nanogpt-compile", "eager", "compile", "triton"] | None = None
     """One of them; without it, all are compared."""
@@ -76,13 +75,7 @@ class PlanConfig:
 
 
 def main(args: list[str]) -> int:
-    asked = tyro.cli(
-        PlanConfig,
-        args=args,
-        prog="python -m fastgpt.plan",
-        description=inspect.cleandoc(PlanConfig.__doc__ or ""),
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    asked = command.parse(PlanConfig, args, "fastgpt.plan")
     base = _base(asked)
     card, vram_gb = _card(asked)
     tokens_per_step = base.tokens_per_step
@@ -151,20 +144,16 @@ def _base(asked: PlanConfig) -> Config:
 def _card(asked: PlanConfig) -> tuple[hardware.Gpu | None, float | None]:
     """The card named, or the one present, and its memory in GB (2**30 bytes) if that is not the table's."""
     if asked.gpu is not None:
-        card = hardware.lookup(asked.gpu, vram_gb=asked.vram)
-        if card is None and asked.vram is None:
-            raise UserError(
-                f"gpu is {asked.gpu!r}, which is not in the table: name one of {', '.join(hardware.nearest(asked.gpu, 3))}, "
-                f"or give --vram"
-            )
-        return card, asked.vram
+        if asked.vram is not None:
+            return hardware.lookup(asked.gpu, vram_gb=asked.vram), asked.vram
+        return hardware.card(asked.gpu, otherwise=", or give --vram"), None
     import torch
 
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         return hardware.present(), asked.vram or total
     if asked.vram is None:
-        raise UserError("gpu is not given and there is no CUDA GPU here: name one, such as --gpu rtx4070")
+        raise UserError(hardware.NO_GPU)
     return None, asked.vram
 
 

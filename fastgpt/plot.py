@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import tyro
 
-from fastgpt import common
+from fastgpt import command, common
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.doctor.logs import read_log
 from fastgpt.training import metrics
@@ -156,18 +156,16 @@ class PlotConfig:
       python -m fastgpt.plot old-nanogpt.log --tokens-per-step 524288
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], Arg("RUN", positional=True)]
     """Run folders, or log files of this package, nanoGPT, nanochat or llm.c."""
-    out: Path | None = None
+    out: Annotated[Path | None, Arg("FILE")] = None
     """The PNG to write. Default: curves.png in the first run's folder, or beside the first log."""
     tokens_per_step: int | None = None
     """For logs that give times but neither a rate nor the tokens of a step (nanoGPT's with another start)."""
 
 
 def main(args: list[str]) -> int:
-    config = tyro.cli(PlotConfig, args=args, prog="python -m fastgpt.plot")
-    if not config.runs:
-        raise UserError("runs is empty: name at least one run's folder or log")
+    config = command.parse(PlotConfig, args, "fastgpt.plot")
     first = config.runs[0]
     out = config.out or (first if first.is_dir() else first.parent) / "curves.png"
     print(draw([read(path, config.tokens_per_step) for path in config.runs], out))

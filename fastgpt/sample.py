@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-import tyro
 
-from fastgpt import common, device
+from fastgpt import command, common, device
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import Device, Kernels
 
@@ -24,9 +24,9 @@ class SampleConfig:
       python -m fastgpt.sample runs/gpt2-124m --top-p 0.9 --samples 3
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional]
+    checkpoint: Annotated[str, Arg("CHECKPOINT", positional=True)]
     """A run's folder (its newest checkpoint), or any checkpoint that fastgpt.convert reads."""
-    prompt: str = "\n"
+    prompt: Annotated[str, Arg("TEXT")] = "\n"
     """The text to continue."""
     tokens: int = 200
     """How many tokens to add."""
@@ -69,7 +69,7 @@ def pieces(tokenizer: Any, ids: list[int], new: Iterable[int]) -> Iterator[str]:
 
 
 def main(args: list[str]) -> int:
-    config = tyro.cli(SampleConfig, args=args, prog="python -m fastgpt.sample")
+    config = command.parse(SampleConfig, args, "fastgpt.sample")
     where = device.pick(config.device, config.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training.evaluation import load_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 
 from rich.console import Console
@@ -12,8 +11,7 @@ from fastgpt.config import parse
 
 
 def main(args: list[str]) -> int:
-    explains = any(re.match(r"--explain[-_]kernels(=|$)", arg) for arg in args)
-    config = parse(args, "cuda" if explains else device.present())  # explained is what a GPU would run
+    config = parse(args, device.present())
     if config.train.explain_kernels is not None:
         from fastgpt.explain import explain
 

@@ -45,7 +45,7 @@ def test_the_tables_say_projected_and_the_error_wherever_there_are_figures(capsy
 
 
 def test_a_narrow_terminal_cuts_no_figure(capsys):
-    found = project._project(project.parser().parse_args([]))
+    found = project.projected(project.ProjectConfig())
     project.show(found, "gpt2-124m", Console(width=80))
     out = capsys.readouterr().out
     for cells in (project.step_cells(found), project.operation_cells(found)):
@@ -57,7 +57,7 @@ def test_a_narrow_terminal_cuts_no_figure(capsys):
 
 
 def test_shares_and_times_add_up():
-    head, *rows, total = project.operation_cells(project._project(project.parser().parse_args(["--kernels", "eager"])))
+    head, *rows, total = project.operation_cells(project.projected(project.ProjectConfig(kernels="eager")))
     assert head[1:3] == ["ms", "share"] and total[2] == "100.0%"
     assert sum(float(row[2][:-1]) for row in rows) == pytest.approx(100, abs=1)
     assert sum(float(row[1].replace(",", "")) for row in rows) == pytest.approx(float(total[1].replace(",", "")), abs=2)

@@ -1,7 +1,10 @@
 """Presets, TOML and flags: precedence, and one clear sentence for everything that is wrong."""
 
+import sys
+
 import pytest
 
+from fastgpt import common
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig, differences, load_preset, load_toml, parse, preset_names
 
@@ -67,10 +70,13 @@ def test_bad_values_end_in_one_sentence(args, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("args", [["--learning-rate", "1"], ["--kernels", "cuda"], ["--lr", "fast"]])
-def test_unknown_flags_and_choices_exit_with_2(args, capsys):
+@pytest.mark.parametrize(
+    "args", [["--learning-rate", "1"], ["--kernels", "cuda"], ["--lr", "fast"], ["--lr"], ["--lr", "--compile"]]
+)
+def test_unknown_flags_and_choices_exit_with_2(args, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
     with pytest.raises(SystemExit) as exit:
-        parse(args, "cpu")
+        common.run(lambda args: parse(args, "cpu") and 0)
     assert exit.value.code == 2
     assert args[0] in capsys.readouterr().err
 

@@ -5,7 +5,6 @@ says how each is checked, and a command that matches none of its patterns fails.
 entry's own argument parser and stops there, so that a flag, a preset or a choice that does not exist fails.
 """
 
-import argparse
 import importlib
 import importlib.util
 import os
@@ -17,8 +16,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import tyro
 
+from fastgpt import command as front_end
 from fastgpt.__main__ import COMMANDS
 from fastgpt.__main__ import main as fastgpt_command
 from fastgpt.config import tomllib
@@ -75,25 +74,16 @@ class Parsed(Exception):
 
 def accepts(main, args, monkeypatch):
     """Call ``main`` up to the point where its arguments are parsed."""
-    parse = argparse.ArgumentParser.parse_known_args
+    parse = front_end.parse_known
 
-    def parse_known_args(self, args=None, namespace=None):
-        found, rest = parse(self, args, namespace)
-        if not rest:  # else parse_args, which calls this, refuses them
+    def parse_known(*args, **options):
+        found, rest = parse(*args, **options)
+        if not rest:  # else what calls this refuses them
             raise Parsed
         return found, rest
 
-    def then_stop(parser):
-        def parse_with_tyro(*args, **options):
-            parser(*args, **options)
-            raise Parsed
-
-        return parse_with_tyro
-
     with monkeypatch.context() as patch, pytest.raises((Parsed, SystemExit)) as stopped:
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
-        patch.setattr(tyro.extras, "subcommand_cli_from_dict", then_stop(tyro.extras.subcommand_cli_from_dict))
-        patch.setattr(tyro, "cli", then_stop(tyro.cli))
+        patch.setattr(front_end, "parse_known", parse_known)
         main(args)
         raise AssertionError("its main() parsed nothing")
     if stopped.type is SystemExit:

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from fastgpt import ceilings, hardware
+from fastgpt import ceilings, common, hardware
 from fastgpt.hardware import ARITHMETICS, GPUS, lookup
 
 # TFLOP/s, dense, as printed by NVIDIA: whitepaper appendices where a card is in one, else the datasheet (a sparse
@@ -219,22 +219,29 @@ def test_text_of_a_named_card(capsys):
     assert any(line.split() == ["fp8", "n/a"] for line in out.splitlines())
 
 
-def test_unknown_name_exits_2_and_lists_the_nearest(capsys):
-    code, out, err = run(capsys, "rtx4071", "--json")
-    assert (code, out) == (2, "")
-    assert "nearest: NVIDIA GeForce RTX 4070," in err
+def refused(capsys, monkeypatch, *argv):
+    """The one sentence on standard error."""
+    monkeypatch.setattr(sys, "argv", ["hardware", *argv])
+    with pytest.raises(SystemExit) as exit:
+        common.run(hardware.main)
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    return err
 
 
-def test_without_a_name_says_what_is_here(capsys, monkeypatch):
+def test_unknown_name_exits_2_and_lists_the_nearest(capsys, monkeypatch):
+    message = "gpu is 'rtx4071', which is not in the table: nearest are NVIDIA GeForce RTX 4070,"
+    assert message in refused(capsys, monkeypatch, "rtx4071", "--json")
+
+
+def test_without_a_name_and_a_known_card_it_is_refused_as_plan_refuses_it(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, out, _ = run(capsys)
-    assert code == 0 and out.startswith("No CUDA GPU in this machine") and out.count("\n") == 1
-    code, out, err = run(capsys, "--json")
-    assert (code, json.loads(out)) == (0, None) and "No CUDA GPU" in err
+    for argv in ([], ["--json"]):
+        assert "gpu is not given and there is no CUDA GPU here" in refused(capsys, monkeypatch, *argv)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 9999")
     monkeypatch.setattr(hardware, "present", lambda: None)
-    assert "RTX 9999 is not in the table" in run(capsys)[1]
+    assert "RTX 9999 is not in the table" in refused(capsys, monkeypatch)
 
 
 def test_entry_point_does_not_import_torch():
@@ -348,10 +355,10 @@ def test_telemetry_without_the_package_is_none(monkeypatch):
 @pytest.mark.parametrize(
     ("printed", "share"), [("12.9", "69.0%"), ("15.4", "82.4%"), ("30", "160.6%"), ("18.7", "100.1%")]
 )
-def test_nanogpts_mfu_in_the_cards_own_unit(capsys, printed, share):
+def test_nanogpts_mfu_in_the_cards_own_unit(capsys, monkeypatch, printed, share):
     assert hardware.main(["rtx4070", "--nanogpt-mfu", printed]) == 0
     assert f"that is {share} of its dense bf16 peak, 58.3 TFLOP/s" in capsys.readouterr().out
-    assert hardware.main(["rtx4070", "--nanogpt-mfu", "-1"]) == 2
+    assert "nanogpt_mfu is -1" in refused(capsys, monkeypatch, "rtx4070", "--nanogpt-mfu", "-1")
 
 
 # Which precisions pay on which card

@@ -92,9 +92,9 @@ def test_the_version(capsys):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    """``fastgpt hardware | head -1``."""
+    """``fastgpt hardware rtx4070 | head -1``."""
     with subprocess.Popen(
-        [sys.executable, "-m", "fastgpt", "hardware"],
+        [sys.executable, "-m", "fastgpt", "hardware", "rtx4070"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

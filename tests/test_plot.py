@@ -90,7 +90,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(tmp_path, make, words):
 def test_an_output_that_cannot_be_written_and_no_runs_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="out is"):
         plot.main([str(folder), "--out", str(tmp_path / "none" / "x.png")])
-    with pytest.raises(UserError, match="runs is empty"):
+    with pytest.raises(UserError, match="RUN is missing"):
         plot.main([])
 
 

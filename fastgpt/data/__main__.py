@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import common
+from fastgpt import command, common
+from fastgpt.command import Arg
 from fastgpt.common import UserError, duration
 from fastgpt.data.corpora import STDLIB
 from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, read_manifest
@@ -29,21 +28,17 @@ class Prepare:
     Interrupted at any point, the same command goes on where it was, and the shards come out the same, byte for byte.
     Equal documents fall on the same side of the split: nothing in validation was trained on.
 
-    For example:
-
-    python -m fastgpt.data prepare stdlib --out data/stdlib
-
-    python -m fastgpt.data prepare ~/texts --out data/mine --text-column body
-
-    python -m fastgpt.data prepare roneneldan/TinyStories --out data/stories --max-tokens 100000000
-
-    python -m fastgpt.data prepare HuggingFaceFW/fineweb --config-name sample-10BT --val-fraction 0.005 --out data/fineweb
+    Examples:
+      python -m fastgpt.data prepare stdlib --out data/stdlib
+      python -m fastgpt.data prepare ~/texts --out data/mine --text-column body
+      python -m fastgpt.data prepare roneneldan/TinyStories --out data/stories --max-tokens 100000000
+      python -m fastgpt.data prepare HuggingFaceFW/fineweb --config-name sample-10BT --val-fraction 0.005 --out data/fineweb
     """
 
-    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    source: Annotated[str, Arg("SOURCE", positional=True)]
     """A text, .jsonl(.gz, .zst) or .parquet file, or a folder of them; stdlib; or a Hugging Face dataset (hf:NAME)."""
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """The folder to make. It appears when it is whole; until then the work is in DIR.partial."""
+    out: Annotated[Path, Arg("FOLDER")]
+    """The folder to make. It appears when it is whole; until then the work is in FOLDER.partial."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """GPT-2's BPE, or raw bytes (vocabulary 256)."""
     config_name: str | None = None
@@ -68,21 +63,21 @@ class Prepare:
 class Check:
     """Read every token of a folder of shards: sha256 against its manifest, ids against the vocabulary.
 
-    For example: python -m fastgpt.data check data/fineweb
+    Examples:
+      python -m fastgpt.data check data/fineweb
     """
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    folder: Annotated[Path, Arg("FOLDER", positional=True)]
     """What prepare made, llm.c shards, or nanoGPT's train.bin and val.bin."""
     vocab_size: int | None = None
     """Every id must be below it (default: the manifest's, or GPT-2's 50257)."""
 
 
 def main(args: list[str]) -> int:
-    commands: dict[str, Callable[..., Any]] = {"prepare": Prepare, "check": Check}
-    options = tyro.extras.subcommand_cli_from_dict(
-        commands, args=args, prog="fastgpt.data", description=(__doc__ or "").replace("`", "")
-    )
-    return _prepare(options) if isinstance(options, Prepare) else _check(options)
+    name, rest = command.subcommand(args, {"prepare": Prepare, "check": Check}, "fastgpt.data")
+    if name == "check":
+        return _check(command.parse(Check, rest, "fastgpt.data check"))
+    return _prepare(command.parse(Prepare, rest, "fastgpt.data prepare"))
 
 
 def _prepare(options: Prepare) -> int:

@@ -13,14 +13,14 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from rich.console import Console
-
-from fastgpt import common, hardware
+from fastgpt import command, common, hardware
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.doctor import corpus, environment, page, report
 from fastgpt.doctor.diagnosis import Diagnosis, diagnose
@@ -30,24 +30,30 @@ from fastgpt.doctor.reading import read
 from fastgpt.hardware import Gpu
 
 
-def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The doctor's own flags, and the overrides that are left. Raises UserError for anything else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgpt.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [FILES ...] [--gpu NAME] [--json] [--html FILE] [--key=value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILES", help="configs, logs, checkpoints, in any order")
-    parser.add_argument("--gpu", help="the run's card, such as rtx4070; without it: the log's, or this machine's")
-    parser.add_argument("--json", action="store_true", help="print JSON: findings, figures, what was not checked")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="also write a page with the curve and the findings on it"
-    )
-    parser.add_argument("--corpus-tokens", type=float, metavar="N", help="tokens of the training data (1e9 will do)")
-    known, rest = parser.parse_known_args(args)
-    files, overrides = [], []
+@dataclass(frozen=True)
+class DoctorConfig:
+    """The doctor's own flags; the module's docstring is their description."""
+
+    files: Annotated[tuple[Path, ...], Arg("FILE", positional=True)] = ()
+    """Configs, logs, checkpoints, in any order."""
+    gpu: str | None = None
+    """The run's card, such as rtx4070. Without it: the log's, or this machine's."""
+    json: bool = False
+    """Print JSON: findings, figures, what was not checked."""
+    html: Annotated[Path | None, Arg("FILE")] = None
+    """Also write a page with the curve and the findings on it."""
+    corpus_tokens: Annotated[float | None, Arg("N")] = None
+    """Tokens of the training data (1e9 will do)."""
+
+    def __post_init__(self) -> None:
+        if self.corpus_tokens is not None and not self.corpus_tokens >= 1:
+            raise UserError(f"corpus-tokens is {self.corpus_tokens:g}: it must be at least 1")
+
+
+def parse(args: list[str]) -> tuple[DoctorConfig, list[str]]:
+    """The doctor's own flags, and the overrides (--key=value). Raises UserError for anything else."""
+    found, rest = command.parse_known(DoctorConfig, args, "fastgpt.doctor", __doc__)
+    files, overrides = list(found.pop("files", ())), []
     for arg in rest:
         if arg.startswith("--") and "=" in arg:
             overrides.append(arg)
@@ -57,12 +63,9 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
             )
         else:
             files.append(Path(arg))
-    known.files += files
-    if not known.files and not overrides:
+    if not files and not overrides:
         raise UserError("no file is given: name a config, a log or a checkpoint (--help has examples)")
-    if known.corpus_tokens is not None and not known.corpus_tokens >= 1:
-        raise UserError(f"corpus-tokens is {known.corpus_tokens:g}: it must be at least 1")
-    return known, overrides
+    return DoctorConfig(tuple(files), **found), overrides
 
 
 def card(name: str | None, evidence: Evidence) -> Gpu | None:
@@ -70,10 +73,7 @@ def card(name: str | None, evidence: Evidence) -> Gpu | None:
 
     Raises UserError for a name that is not in the table."""
     if name is not None:
-        gpu = hardware.lookup(name)
-        if gpu is None:
-            raise UserError(f"gpu is {name!r}, which is not in the table; nearest: {', '.join(hardware.nearest(name))}")
-        return gpu
+        return hardware.card(name)
     if evidence.log is not None:
         devices = [environment.known(str(note.value)) for note in evidence.log.all("device")]
         return next((gpu for gpu in reversed(devices) if gpu), None)
@@ -93,7 +93,7 @@ def examine(evidence: Evidence, gpu: Gpu | None, *, here: bool, corpus_tokens: i
 
 def main(args: list[str]) -> int:
     options, overrides = parse(args)
-    evidence = read(options.files, overrides)
+    evidence = read(list(options.files), overrides)
     gpu = card(options.gpu, evidence)
     tokens = int(options.corpus_tokens) if options.corpus_tokens else corpus.tokens(evidence)
     found = examine(evidence, gpu, here=evidence.log is None and options.gpu is None, corpus_tokens=tokens)
@@ -102,6 +102,8 @@ def main(args: list[str]) -> int:
     if options.json:
         print(json.dumps(report.to_json(found, gpu), indent=2, allow_nan=False))
     else:
+        from rich.console import Console
+
         console = Console(highlight=False)
         report.print_report(found, gpu, console)
         if options.html is not None:

@@ -5,7 +5,6 @@ Nothing here touches CUDA at import.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
@@ -13,7 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+from fastgpt.device import interprets
+
+INTERPRET = interprets()
 """True when triton runs kernels in its CPU interpreter. Fixed for the life of the process, as triton's own switch is."""
 
 compile_only = False
