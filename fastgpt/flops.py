@@ -123,20 +123,31 @@ class Work(NamedTuple):
         return Roof(compute, "compute") if compute >= memory else Roof(memory, "memory")
 
 
-def attention_forward(B: int, T: int, H: int, D: int, size: int = 2, *, is_causal: bool = True, tile: int = 1) -> Work:
+def attention_forward(
+    B: int, T: int, H: int, D: int, size: int = 2, *, kv_heads: int = 0, is_causal: bool = True, tile: int = 1
+) -> Work:
     """Read q, k, v; write out, and the log-sum-exp (B, H, T) in fp32. Two matmuls of 2D FLOP per query and key.
 
-    ``size``: bytes of an element, here and below."""
+    ``size``: bytes of an element, here and below. ``kv_heads``: heads of k and v, if they are fewer than H."""
     pairs = round(B * H * T * attended_keys(T, causal=is_causal, tile=tile))
-    return Work(4 * D * pairs, 4 * B * T * H * D * size + 4 * B * H * T)
+    return Work(4 * D * pairs, 2 * B * T * (H + (kv_heads or H)) * D * size + 4 * B * H * T)
 
 
 def attention_backward(
-    B: int, T: int, H: int, D: int, size: int = 2, *, is_causal: bool = True, tile: int = 1, matmuls: int = 5
+    B: int,
+    T: int,
+    H: int,
+    D: int,
+    size: int = 2,
+    *,
+    kv_heads: int = 0,
+    is_causal: bool = True,
+    tile: int = 1,
+    matmuls: int = 5,
 ) -> Work:
     """Read q, k, v, out, dout and the log-sum-exp; write dq, dk, dv. ``matmuls``: 5, or 7 with separate loops."""
     pairs = round(B * H * T * attended_keys(T, causal=is_causal, tile=tile))
-    return Work(2 * matmuls * D * pairs, 8 * B * T * H * D * size + 4 * B * H * T)
+    return Work(2 * matmuls * D * pairs, 4 * B * T * (H + (kv_heads or H)) * D * size + 4 * B * H * T)
 
 
 def layer_norm_forward(rows: int, C: int, size: int = 2, *, residual: bool = False, bias: bool = False) -> Work:

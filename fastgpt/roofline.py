@@ -89,8 +89,8 @@ def step_work(
         add(f"{linear.name} dX", flops.linear_input_grad(rows, N, K, size), linear.count)
         add(f"{linear.name} dW", flops.linear_weight_grad(rows, N, K, size, grad_size=grad_size), linear.count)
     heads = (B, T, attention.heads, attention.head_dim, size)
-    add("attention forward", flops.attention_forward(*heads), attention.count)
-    add("attention backward", flops.attention_backward(*heads), attention.count)
+    add("attention forward", flops.attention_forward(*heads, kv_heads=attention.kv_heads), attention.count)
+    add("attention backward", flops.attention_backward(*heads, kv_heads=attention.kv_heads), attention.count)
     bias = shape.bias
     add("norms forward", flops.layer_norm_forward(rows, C, stream, bias=bias))  # the first one has no residual yet
     add("norms backward", flops.layer_norm_backward(rows, C, stream, bias=bias))

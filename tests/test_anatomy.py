@@ -6,10 +6,13 @@ from math import prod
 import pytest
 import torch
 
-from fastgpt import anatomy
+from fastgpt import anatomy, flops, memory
 from fastgpt.anatomy import GPT2_40M, GPT2_124M, Embedding, Heads, Linear, Norm, Shape
 from fastgpt.config import ModelConfig, load_preset, preset_names
 from fastgpt.model import GPT
+from fastgpt.op_names import Namer
+from fastgpt.operations import operations
+from fastgpt.roofline import step_work
 
 SMALL = Shape(n_layer=3, n_head=2, n_embd=48, block_size=7, vocab_size=97)
 SHAPES = [SMALL, replace(SMALL, bias=True), GPT2_40M, replace(GPT2_124M, bias=True)]
@@ -51,28 +54,58 @@ def test_tensors_tell_the_shape_back(shape):
     assert anatomy.shape_told_by({}) == {}
 
 
-def test_another_family_is_another_list_of_parts(monkeypatch):
-    """An untied head, grouped queries, and value embeddings on every other layer."""
-    C, V, every, other = 8, 20, (0, 1, 2), (0, 2)
+@pytest.fixture
+def family(monkeypatch):
+    """In place of GPT-2: an untied head, grouped queries, value embeddings on every other layer, no position embedding."""
+    C, V, every, other = 128, 1024, (0, 1, 2), (0, 2)
     parts = (
         Embedding("token embedding", "wte", (), V, C),
+        Norm("norm before attention", "h.{layer}.norm", every, C, False),
         Linear("q", "h.{layer}.q", every, C, C, False, "norms", "attention"),
         Linear("kv", "h.{layer}.kv", every, C, C // 2, False, "norms", "attention"),
         Linear("attention projection", "h.{layer}.proj", every, C, C, False, "attention", "norms"),
+        Linear("mlp up", "h.{layer}.up", every, C, 3 * C, False, "norms", "activation"),
+        Linear("mlp down", "h.{layer}.down", every, 3 * C, C, False, "activation", "norms"),
         Linear("head", "lm_head", (), C, V, False, "norms", "loss"),
         Embedding("value embeddings", "value_embeds.{layer}", other, V, C // 4),
         Norm("final norm", "norm", (), C, False),
     )
-    family = anatomy.Anatomy(parts, Heads(3, 4, 1, 2))
-    monkeypatch.setattr(anatomy, "gpt2", lambda shape: family)
-    found = anatomy.parameters(SMALL)
+    found = anatomy.Anatomy(parts, Heads(count=3, heads=4, kv_heads=1, head_dim=32))
+    monkeypatch.setattr(anatomy, "gpt2", lambda shape: found)
+    return found
+
+
+FAMILY = ModelConfig(n_layer=3, n_head=4, n_embd=128, block_size=64, vocab_size=1024)
+
+
+def test_another_family_is_another_list_of_parts(family):
+    found = anatomy.parameters(FAMILY)
     assert list(found) == [
         "wte.weight",
-        *(f"h.{layer}.{name}.weight" for layer in every for name in ("q", "kv", "proj")),
+        *(f"h.{layer}.{name}.weight" for layer in (0, 1, 2) for name in ("norm", "q", "kv", "proj", "up", "down")),
         "lm_head.weight",
-        *(f"value_embeds.{layer}.weight" for layer in other),
+        *(f"value_embeds.{layer}.weight" for layer in (0, 2)),
         "norm.weight",
     ]
-    assert anatomy.n_params(SMALL) == sum(map(prod, found.values()))
-    assert anatomy.matmul_params(SMALL) == 3 * (C * C + C * C // 2 + C * C) + V * C
-    assert family.block_linears == list(parts[1:4]) and family.head == parts[4]
+    C, V = 128, 1024
+    assert anatomy.n_params(FAMILY) == sum(map(prod, found.values()))
+    assert anatomy.matmul_params(FAMILY) == 3 * C * C * (1 + 1 / 2 + 1 + 3 + 3) + V * C
+
+
+def test_what_is_derived_from_the_description_follows_another_family(family):
+    """FLOPs, operations, roofs, profile names and memory know nothing of GPT-2's linears."""
+    shape, tokens = Shape.of(FAMILY), 2 * FAMILY.block_size
+    matmuls = 6 * anatomy.matmul_params(FAMILY) * tokens
+    for kernels in memory.KERNELS:
+        listed = operations(shape, kernels, 2)
+        assert sum(op.flops * op.executions(1) for op in listed if op.kind == "matmul") == matmuls
+        found = memory.memory(FAMILY, micro_batch=2, kernels=kernels)
+        assert found.weights == 4 * anatomy.n_params(FAMILY)
+    work = step_work(shape, 2, FAMILY.block_size)
+    assert (
+        sum(one.flops for name, one in work.items() if "attention f" not in name and "attention b" not in name)
+        == matmuls
+    )
+    assert set(Namer(shape, tokens).linears) == {linear.name for linear in family.linears}
+    attention = 12 * 3 * 128 * flops.attended_keys(FAMILY.block_size)
+    assert flops.exact(shape) == 6 * anatomy.matmul_params(FAMILY) + attention

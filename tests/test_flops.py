@@ -187,6 +187,9 @@ def test_attention_work():
     assert flops.attention_backward(B, T, H, D) == (5 * 2 * D * pairs, 8 * tensor + lse)
     assert flops.attention_backward(B, T, H, D, matmuls=7).flops == 7 * 2 * D * pairs
     assert flops.attention_forward(B, T, H, D, is_causal=False).flops == 2 * 2 * D * B * H * T * T
+    shared = tensor // H  # k and v of one head for all queries
+    assert flops.attention_forward(B, T, H, D, kv_heads=1) == (2 * 2 * D * pairs, 2 * tensor + 2 * shared + lse)
+    assert flops.attention_backward(B, T, H, D, kv_heads=1) == (5 * 2 * D * pairs, 4 * tensor + 4 * shared + lse)
 
 
 def test_layer_norm_work():

@@ -154,7 +154,7 @@ def _facts(kind: Any, path: Path, said: Mapping[Any, Any], shapes: Shapes) -> Ch
 
 
 def _count(shapes: Shapes) -> int:
-    """Parameters, positions apart. The causal mask that nanoGPT keeps where there is no flash attention is none."""
+    """Parameters, excluding position embeddings, and the causal masks that nanoGPT stores where it has no flash attention."""
     masks = re.compile(r"\.attn\.(?:masked_)?bias$")
     return sum(
         math.prod(shape) for name, shape in shapes.items() if not masks.search(name) and not name.endswith("wpe.weight")
