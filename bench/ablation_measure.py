@@ -15,6 +15,7 @@ import torch
 
 from bench import results, step
 from bench.ablation_variants import VARIANTS, Variant
+from bench.tune_table import HINTS
 from fastgpt import anatomy, hardware, ops
 from fastgpt.config import Config, load_preset
 from fastgpt.env import environment
@@ -83,7 +84,7 @@ def conditions(variant: Variant, config: Config, device: torch.device) -> Iterat
 
 
 def _tiles(config: Config, device: torch.device) -> dict[str, tuning.Config]:
-    """For the MLP's first matmul and the gradient before it, in Triton: a table's, or the default ones."""
+    """For the MLP's first matmul and the gradient before it, in Triton: those of a table or a hint, or the default ones."""
     from fastgpt.kernels._linear_launch import default_tiles, linear_bucket
 
     C, hidden = config.model.n_embd, anatomy.of(config.model).hidden
@@ -94,7 +95,8 @@ def _tiles(config: Config, device: torch.device) -> dict[str, tuning.Config]:
         bucket = linear_bucket(hidden, C, tokens)
         known = []
         if here is not None and bucket is not None:
-            known = tuning.entries_for(tuning.Key(f"linear.{kind}", tuning.DTYPES[dtype], bucket), here)
+            key = tuning.Key(f"linear.{kind}", tuning.DTYPES[dtype], bucket)
+            known = tuning.entries_for(key, here, HINTS)
         tiles = [entry.config for entry, _ in known if entry.config != tuning.CUBLAS]
         found[f"linear.{kind}"] = tiles[0] if tiles else default_tiles(kind, tokens, hidden, C, dtype)
     return found

@@ -8,7 +8,9 @@
 Configs that spill, or do not fit an SM, are left out by what the compiler reports; the rest are ranked by the model in
 fastgpt/kernels/ranking.py, and on a GPU the best of them are timed beside the default, each in turn. The table goes to
 your cache directory (--out: elsewhere), where training finds it at its next start, before the shipped ones. It is written whole
-after every bucket of shapes: a run that is interrupted, or whose budget is up, goes on where it was.
+after every bucket of shapes: a run that is interrupted, or whose budget is up, goes on where it was. Tiles that --rank finds
+for matmuls that cuBLAS can compute go to hints/ in that folder: the next measurement there times them first, and training never
+reads them.
 
 --check-model confines this process to --sms SMs (46) of a larger GPU by a CUDA green context, times every config that the
 model ranks, and reports the share of cases in which the model's first choice is within 5% of the best.
@@ -27,7 +29,7 @@ import torch
 
 from bench import tune_measure
 from bench.tune_cases import Family, default_at, families
-from bench.tune_table import change, facts_of, open_table, print_changes
+from bench.tune_table import HINTS, change, facts_of, open_table, print_changes
 from fastgpt import command, common, hardware
 from fastgpt.command import Arg
 from fastgpt.common import UserError
@@ -65,7 +67,7 @@ def target_of(card: hardware.Gpu) -> tuning.Target:
 
 def ranked_entries(
     family: Family, found: list[ranking.Facts], default: dict[str, int], card: hardware.Gpu
-) -> Iterator[tuple[tuning.TableEntry, ranking.Ranked]]:
+) -> Iterator[tuning.TableEntry]:
     """An entry per bucket for which some config is fit."""
     evidence: dict[str, Any]
     for bucket in family.buckets:
@@ -76,39 +78,46 @@ def ranked_entries(
         best = order[0]
         over = None if best.over_default is None else round(best.over_default, 3)
         evidence = {"model": ranking.MODEL, "over_default": over, "fill": round(best.fill, 3), "compared": len(order)}
+        parts: dict[str, float] = {}
         if family.kernel.startswith("attention") and best.facts.plain_loop is not None:
             read = ranking.l2_bytes(family.kernel, best.facts, D=64)
             parts = ranking.tile_parts(best.facts, best.facts.plain_loop, read, card)
-            evidence["tile_clocks"] = {name: round(clocks) for name, clocks in parts.items()}
         elif family.kernel.startswith("linear"):
             parts = ranking.tile_parts(best.facts, *ranking.linear_step(best.facts), card)
+        if parts:
             evidence["tile_clocks"] = {name: round(clocks) for name, clocks in parts.items()}
         key = tuning.Key(family.kernel, family.dtype_name, bucket)
-        yield tuning.TableEntry(key, best.facts.config, "ranked", best.facts.resources, evidence), best
+        yield tuning.TableEntry(key, best.facts.config, "ranked", best.facts.resources, evidence)
 
 
 def rank(chosen: list[Family], card: hardware.Gpu, path: Path, deadline: float) -> int:
-    """Rank the families into the table at ``path``; entries that were measured stay. Returns the number not reached."""
-    table = open_table(path, target_of(card), card.name)
+    """Rank the families into the table at ``path``, or where cuBLAS competes into the hints beside it; entries that were
+    measured stay. Returns the number not reached."""
+    paths = {False: path, True: path.parent / HINTS.name / path.name}
+    tables = {library: open_table(where, target_of(card), card.name) for library, where in paths.items()}
     rows: list[tuple[str, ...]] = []
     for done, family in enumerate(chosen):
         if time.monotonic() > deadline:
             print_changes(rows, "model's time over the default's")
             print(f"The budget is up: {len(chosen) - done} families are left; run the same command again.")
             return len(chosen) - done
+        library = tuning.has_library(family.kernel)
+        table = tables[library]
         found, default, table.compiler = facts_of(family, int(card.arch[3:]))
         out = sum(bool(one.problem) for one in found)
         print(f"{family.name}: {len(found)} configs compiled, {out} of them spill or do not fit", flush=True)
-        for entry, _ in ranked_entries(family, found, default, card):
+        for entry in ranked_entries(family, found, default, card):
             old = table.entries.get(entry.key)
             if old is not None and old.origin == "measured":
                 continue
             table.entries[entry.key] = entry
             usual = default_at(family, entry.key.bucket, default, card.sm_count)
             rows.append(change(entry, old.config if old else usual, entry.evidence["over_default"]))
-        table.save(path)
+        table.save(paths[library])
     print_changes(rows, "model's time over the default's")
-    print(f"{len(table.entries)} entries for {card.name} in {path}. Ranked, not measured.")
+    for library, table in tables.items():
+        if table.entries:
+            print(f"{len(table.entries)} entries for {card.name} in {paths[library]}. Ranked, not measured.")
     return 0
 
 

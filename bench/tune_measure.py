@@ -187,7 +187,7 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
             usual = tune_cases.default_at(family, bucket, default, card.sm_count)
             order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, card)
             first = tuning.CUBLAS if tuning.has_library(family.kernel) else usual
-            configs = [first] + [r.facts.config for r in order[:CANDIDATES] if r.facts.config != first]
+            configs = [first] + [c for c in candidates(family, bucket, order, here, folder) if c != first]
             budget_s = max(1.0, min(20.0, deadline - time.monotonic()))
             times, problems = time_configs(family, bucket, configs, device, budget_s)
             for problem in problems:
@@ -218,6 +218,17 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
     if left:
         print(f"The budget is up: {left} buckets are left; run the same command again.")
     return 1 if left else 0
+
+
+def candidates(
+    family: Family, bucket: str, order: list[ranking.Ranked], here: tuning.Target, folder: Path
+) -> list[tuning.Config]:
+    """The configs to time: those that tables and hints know, then the model's first."""
+    key = tuning.Key(family.kernel, family.dtype_name, bucket)
+    known = tuning.entries_for(key, here, folder / tune_table.HINTS.name, tune_table.HINTS)
+    hinted = [entry.config for entry, _ in known]
+    configs = [ranked.facts.config for ranked in order]
+    return sorted(configs, key=lambda config: config not in hinted)[:CANDIDATES]
 
 
 def _is_measured(table: tuning.Table, family: Family, bucket: str) -> bool:

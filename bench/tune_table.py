@@ -16,6 +16,9 @@ from fastgpt.common import UserError, write_whole
 from fastgpt.env import ROOT
 from fastgpt.kernels import ranking, tuning
 
+HINTS = Path(__file__).parent / "hints"
+"""Tables of tiles for matmuls that cuBLAS can compute, ranked by the model: what bench.tune times first on such a card.
+Training never reads them, as nothing but a measurement takes a matmul from cuBLAS."""
 SOURCES = {
     "attention": ("_attn_kernels.py", "_attn_launch.py"),
     "layer_norm": ("_layernorm_kernels.py", "fused_layernorm.py"),

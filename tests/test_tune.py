@@ -139,6 +139,34 @@ def test_ranking_leaves_measured_entries_alone(compiled, tmp_path):
     assert tuning.read(path).entries[key].origin == "measured"
 
 
+def test_tiles_that_are_ranked_beside_cublas_are_hints_and_in_no_table(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "default_at", lambda family, bucket, default, sms: default)
+    monkeypatch.setattr(ranking, "rank", lambda kernel, dtype, bucket, found, *_: [ranking.Ranked(found[0], 1, 1, 1)])
+    monkeypatch.setattr(ranking, "linear_step", lambda facts: ({}, 0.0))
+    tune.main(["--rank", "--kernel", "linear.gelu bf16", "--out", str(tmp_path / "out")])
+    (hinted,) = (tmp_path / "out").rglob("*.json")
+    assert hinted == tmp_path / "out" / "hints" / "sm89_46.json"
+    assert {key.kernel for key in tuning.read(hinted).entries} == {"linear.gelu"}
+
+
+@pytest.mark.parametrize("path", sorted(tune_table.HINTS.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_hints_are_of_matmuls_that_cublas_can_compute(path):
+    table = tuning.read(path)
+    assert len(table.entries) == 18
+    for key, entry in table.entries.items():
+        table.check(key.kernel)
+        assert tuning.has_library(key.kernel) and entry.origin == "ranked" and entry.config != tuning.CUBLAS
+
+
+def test_hinted_tiles_are_timed_before_the_models_first():
+    here, bucket = tuning.Target(89, 46, 101_376), "N3072 K768"
+    (hint, _), *_ = tuning.entries_for(tuning.Key("linear.gelu", "bf16", bucket), here, tune_table.HINTS)
+    order = [ranking.Ranked(matmul(config), 1.0, 1.0, 1.0) for config in GELU.configs()]
+    assert order[0].facts.config != hint.config
+    found = tune_measure.candidates(GELU, bucket, order, here, Path("nowhere"))
+    assert found[0] == hint.config and found[1] == order[0].facts.config and len(found) == tune_measure.CANDIDATES
+
+
 @pytest.mark.parametrize("text", ["mine", "softmax"])
 def test_a_table_that_cannot_be_read_is_not_overwritten(compiled, tmp_path, text):
     path = tmp_path / "sm89_46.json"

@@ -16,7 +16,7 @@ when it is launched is replaced by the default, with one warning. Training goes 
 import.
 
 A matmul that cuBLAS can compute (``has_library``) is cuBLAS's until a measurement says otherwise: only an entry ``measured``
-on a card of this SM count takes it away.
+on a card of this SM count takes it away. What the model ranks for such a matmul is a hint for bench.tune, and in no table.
 """
 
 from __future__ import annotations
@@ -207,14 +207,14 @@ def user_folder() -> Path:
 
 
 @lru_cache(maxsize=16)
-def _tables(arch: int, user: Path) -> tuple[Table, ...]:
-    """Those of an architecture, the user's first. Damaged ones are left out with a warning."""
+def _tables(arch: int, folders: tuple[Path, ...]) -> tuple[Table, ...]:
+    """Those of an architecture. Damaged ones are left out with a warning."""
     found = []
-    for folder in (user, SHIPPED):
+    for folder in folders:
         for path in sorted(folder.glob(f"sm{arch}_*.json")):
             try:
                 table = read(path)
-                table.mine = folder == user
+                table.mine = folder == user_folder()
                 found.append(table)
             except (ValueError, OSError) as error:
                 _warn_of(path, getattr(error, "strerror", None) or error)
@@ -230,11 +230,11 @@ def _warn_of(path: Path | None, why: object) -> None:
 
 
 @lru_cache(maxsize=256)
-def _tables_for(kernel: str, arch: int, user: Path) -> tuple[Table, ...]:
+def _tables_for(kernel: str, arch: int, folders: tuple[Path, ...]) -> tuple[Table, ...]:
     """The tables whose entries for ``kernel`` are of this version. Checked here, once the kernel's file has registered its
     space, and not when the table is read: it has entries for kernels that this process may never import."""
     found = []
-    for table in _tables(arch, user):
+    for table in _tables(arch, folders):
         try:
             table.check(kernel)
             found.append(table)
@@ -243,11 +243,13 @@ def _tables_for(kernel: str, arch: int, user: Path) -> tuple[Table, ...]:
     return tuple(found)
 
 
-def entries_for(key: Key, target: Target) -> list[tuple[TableEntry, Table]]:
-    """Entries that serve ``key`` on ``target``, best first: by distance in SMs, the user's before shipped ones."""
+def entries_for(key: Key, target: Target, *more: Path) -> list[tuple[TableEntry, Table]]:
+    """Entries that serve ``key`` on ``target``, best first: by distance in SMs, the user's before shipped ones, and these
+    before those in ``more`` folders."""
+    folders = (user_folder(), SHIPPED, *more)
     serving = [
         (abs(table.target.sms - target.sms), not table.mine, table)
-        for table in _tables_for(key.kernel, target.arch, user_folder())
+        for table in _tables_for(key.kernel, target.arch, folders)
         if key in table.entries and table.entries[key].resources["shared"] <= target.shared
     ]
     return [(table.entries[key], table) for _, _, table in sorted(serving, key=lambda item: item[:2])]

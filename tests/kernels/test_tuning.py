@@ -294,10 +294,10 @@ def test_a_write_that_fails_leaves_the_old_table(folders, monkeypatch):
     path = write(folders[0], OTHER)
     before = path.read_bytes()
 
-    def no_space(self, target):
+    def no_space(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", no_space)
+    monkeypatch.setattr(os, "replace", no_space)
     with pytest.raises(UserError, match="No space left"):
         write(folders[0], THIRD)
     assert path.read_bytes() == before
@@ -325,6 +325,13 @@ def test_shipped_entries_say_that_they_are_ranked_and_by_what():
             assert entry.origin == "ranked", f"{key}: nothing was measured on {table.gpu}"
             assert entry.resources["spills"] == 0 and entry.resources["blocks_per_sm"] >= 1
             assert 0 < entry.evidence["fill"] <= 1 and entry.evidence["model"] >= 1
+
+
+def test_no_shipped_entry_is_one_that_the_look_up_can_never_choose():
+    for table in shipped_tables():
+        ranked = {key.kernel for key, entry in table.entries.items() if entry.origin == "ranked"}
+        assert not any(tuning.has_library(kernel) for kernel in ranked)
+        assert any(kernel.startswith("attention") for kernel in ranked)
 
 
 def test_shipped_tables_name_a_card_with_these_limits():
