@@ -11,7 +11,7 @@ import torch
 
 from fastgpt.kernels import _attn_launch as attention
 from fastgpt.kernels import _linear_launch as launch
-from fastgpt.kernels import fused_adamw, fused_layernorm, launch_cases, ranking, runtime, tuning
+from fastgpt.kernels import fused_adamw, fused_cross_entropy, fused_layernorm, launch_cases, ranking, runtime, tuning
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (384, 768, 1024, 1600)
@@ -88,7 +88,9 @@ def _rows() -> list[Family]:
     for dtype in (BF16, FP16, FP32):
         loss = partial(launch_cases._loss, dtype, V=8192, N=64)
         cases = (loss, partial(loss, label_smoothing=0.1, z_loss=1e-4, vocab_size=8190))
-        found.append(Family("cross_entropy.rows", dtype, ("V>=8192",), "rows_kernel", cases))
+        bucket = fused_cross_entropy.cross_entropy_bucket(8192, None)
+        assert bucket is not None
+        found.append(Family("cross_entropy.rows", dtype, (bucket,), "rows_kernel", cases))
     return found
 
 
