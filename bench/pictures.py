@@ -132,7 +132,7 @@ def _compute_panel(ax: Any, points: list[tuple[str, float, float, float]], resul
     import numpy as np
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    roofs, gbs = _roofs(result), result["ceilings"]["copy_gbs"]
+    roofs, gbs = step_roofs(result), result["ceilings"]["copy_gbs"]
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
@@ -174,7 +174,7 @@ def _compute_panel(ax: Any, points: list[tuple[str, float, float, float]], resul
     ax.legend(loc="lower left", frameon=False, fontsize=9)
 
 
-def _roofs(result: dict[str, Any]) -> list[tuple[str, float | None, float, dict[str, Any]]]:
+def step_roofs(result: dict[str, Any]) -> list[tuple[str, float | None, float, dict[str, Any]]]:
     """(name, TFLOP/s or None for bandwidth alone, GB/s, how it is drawn) of what a step computes in: measured, then nominal."""
     names, ceilings, nominal = arithmetics(result["setup"]["precision"]), result["ceilings"], result.get("nominal")
     measured = [(name, rate) for name in names if (rate := ceilings["matmul_tflops"].get(name))]

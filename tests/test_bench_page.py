@@ -130,7 +130,7 @@ def test_pictures_are_drawn_of_a_cpu_and_of_a_gpu(result, tmp_path):
 def test_a_roof_is_drawn_of_each_arithmetic_that_the_step_computes_in(precision, measured, expected, result, tmp_path):
     found = on_a_gpu(result[0])
     found["setup"]["precision"], found["ceilings"]["matmul_tflops"] = precision, measured
-    assert [label for label, *_ in pictures._roofs(found)] == expected
+    assert [label for label, *_ in pictures.step_roofs(found)] == expected
     assert pictures.roofline(found, "triton", tmp_path / "roofline.png").exists()
 
 

@@ -8,8 +8,8 @@ from fastgpt.doctor.evidence import Evidence
 
 
 def tokens(evidence: Evidence) -> int | None:
-    """Of the config's dataset: a folder of .bin shards, or nanoGPT's data/NAME beside the working directory or the config.
-    None if there is none."""
+    """Tokens of the config's dataset: a folder of .bin shards, or nanoGPT's data/NAME beside the working directory or the
+    config. None if no such folder is found."""
     config = evidence.config
     dataset = config.settings.get("dataset") if config else None
     if dataset is None or not isinstance(dataset.value, str) or not dataset.value:
@@ -22,7 +22,7 @@ def tokens(evidence: Evidence) -> int | None:
 
 
 def in_folder(folder: Path) -> int | None:
-    """Tokens in the train shards of a folder: names without "val". None if there are none."""
+    """Tokens in the train shards of a folder: names without "val". None if it has no shards."""
     try:
         sizes = [path.stat().st_size for path in folder.glob("*.bin") if "val" not in path.name and path.is_file()]
     except (OSError, ValueError):

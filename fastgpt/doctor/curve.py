@@ -1,7 +1,7 @@
 """The curve itself: what a loss must start at, what it must not do, and the speed it is traced at.
 
-Tests use robust statistics (medians; a scatter is 1.4826 x the median absolute deviation), so that a few odd lines of a
-log decide nothing.
+Checks use robust statistics (medians, and scatter as fastgpt.statistics has it), so that a few odd lines of a log decide
+nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fastgpt.doctor.figures import Figures, evaluation_interval, steady
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.doctor.resume import learning_rate
 from fastgpt.hardware import Gpu
+from fastgpt.statistics import fit_line, scatter
 
 MUCH_EVALUATION = 0.05
 
@@ -36,11 +37,6 @@ def _losses(log: LogFacts | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _at(log: LogFacts, line: int, step: int, loss: float) -> tuple[Place, str]:
     return log.place(line), f"step {step}: loss {loss:.4f}"
-
-
-def scatter(values: np.ndarray) -> float:
-    """A standard deviation that outliers do not move."""
-    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
 
 @check(section=10)
@@ -201,14 +197,6 @@ def plateau(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[F
     )
 
 
-def fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Slope of the least-squares line, and its standard error."""
-    centred = x - x.mean()
-    slope = float(centred @ y / (centred @ centred))
-    rest = y - y.mean() - slope * centred
-    return slope, math.sqrt(float(rest @ rest) / max(1, len(y) - 2) / float(centred @ centred))
-
-
 @check(section=10)
 def overfitting(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Validation rises while train falls."""
@@ -295,7 +283,7 @@ def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
     share, how, seen = figures.evaluation_share, "measured in the log", figures.place("eval_interval", "eval_iters")
     if share is None:
         share, how = (
-            _counted_share(figures, evidence.log),
+            counted_share(figures, evidence.log),
             "forward passes of both splits at a third of a training step's FLOPs",
         )
     if share is None or share <= MUCH_EVALUATION:
@@ -316,7 +304,8 @@ def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
     )
 
 
-def _counted_share(figures: Figures, log: LogFacts | None) -> float | None:
+def counted_share(figures: Figures, log: LogFacts | None) -> float | None:
+    """Share of the time that evaluations will take, by their FLOPs; None where there is a log, or a setting is missing."""
     interval, iters, batch = (figures.config.get(name) for name in ("eval_interval", "eval_iters", "batch_size"))
     block, tokens = figures.config.get("block_size"), figures.tokens_per_step
     if log is not None or not (interval and iters and batch and block and tokens):

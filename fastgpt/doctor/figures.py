@@ -14,6 +14,7 @@ from fastgpt.anatomy import Shape
 from fastgpt.config import EXPERIMENTAL, PLAIN
 from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, LogFacts, Place, Setting, clean, possible, shape_of
 from fastgpt.hardware import NANOGPT_PEAK, Gpu
+from fastgpt.statistics import mean_and_error
 
 SETTLED = 3000
 """Losses are compared from this step on (from the middle of a shorter run): before it the curve is so steep that a
@@ -61,7 +62,7 @@ class Figures:
     """Settings whose values no run can have: they count as unknown."""
     shape: Shape | None = None
     precision: str = "bf16"
-    """Of the matmuls, by the name that users know: fastgpt's ``--precision``, or tf32."""
+    """Arithmetic of the matmuls, by the name that users know: fastgpt's ``--precision``, or tf32."""
 
     parameters: int | None = _figure("", "parameters, head tied and positions apart (nanoGPT's count)")
     tokens_per_step: int | None = _figure("tokens", "micro-batch x accumulation x block size")
@@ -178,7 +179,7 @@ def _settings(evidence: Evidence) -> ConfigFacts:
 
 
 def _shape(evidence: Evidence, config: ConfigFacts) -> Shape | None:
-    """Of the model that is trained: the config's, else the checkpoint's."""
+    """Shape of the model that is trained: the config's, else the checkpoint's."""
     kept = shape_of(evidence.checkpoint.shape) if evidence.checkpoint else {}
     names = ("n_layer", "n_head", "n_embd", "block_size")
     found: dict[str, Any] = {name: config.get(name, kept.get(name)) for name in names}
@@ -314,7 +315,7 @@ def _mean(values: np.ndarray, since: int) -> Mean | None:
     logs the autocorrelation at lag 1 is 0.04 and -0.12)."""
     if len(values) < 3:
         return None
-    return Mean(float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values), since)
+    return Mean(*mean_and_error(values), len(values), since)
 
 
 def _utilisation(figures: Figures, log: LogFacts | None, gpu: Gpu | None) -> None:

@@ -151,7 +151,7 @@ class LogReader:
     # --- steps and evaluations ---
 
     def _records(self, line: bytes, number: int, crossing: int = 0) -> int:
-        """Take every whole step and evaluation of a line; returns where the last one ends (0: there is none).
+        """Take every whole step and evaluation of a line; returns where the last one ends (0 if the line has none).
 
         With ``crossing`` a line counts only if a record lies over that place: the seam of a wrapped line."""
         if line.startswith(b"{"):
@@ -394,7 +394,7 @@ class Series:
         self.stride = 1
 
     def add(self, row: Sequence[float]) -> None:
-        """The next row. Whoever has many may count one that would be dropped (``seen % stride``) without making it."""
+        """Take the next row. A caller with many rows may count those that would be dropped (``seen % stride``) instead."""
         if self.seen % self.stride == 0:
             if self._used == len(self._rows):
                 self._thin()

@@ -14,7 +14,7 @@ from fastgpt.doctor.findings import Confidence, Finding, check
 from fastgpt.hardware import Gpu
 
 LARGE_CORPUS = 1e9
-"""Tokens of a run beyond which, for want of the corpus' size, it is taken for one pass: nothing that large is small."""
+"""Where the size of the corpus is not known, a run of more tokens than this counts as less than one epoch."""
 
 
 @check(section=3)
@@ -55,7 +55,7 @@ def val_below_train(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
 
 
 def _other_run(figures: Figures) -> str:
-    """The two real runs differ in dropout: whichever this is not bears witness."""
+    """What the other of the two real runs shows: they differ in dropout."""
     dataset = str(figures.config.get("dataset", "")).lower()
     if "fineweb" not in dataset:
         return ""

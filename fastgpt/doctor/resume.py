@@ -1,4 +1,4 @@
-"""What goes wrong when a run is continued: another shape, another schedule, a best loss that is none."""
+"""What goes wrong when a run is continued: another shape, another schedule, a best_val_loss that is not the best."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware import Gpu
 
 ADAM_BYTES = 16
-"""Of memory per parameter that does not depend on the batch: fp32 weight, gradient and AdamW's two moments."""
+"""Memory per parameter that does not depend on the batch: fp32 weight, gradient and AdamW's two moments."""
 MANY, FEW = 5 * scaling.TOKENS_PER_PARAMETER, scaling.TOKENS_PER_PARAMETER / 4
 
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from fastgpt.doctor.curve import fit_line
 from tests.doctor.runs import curve, examine, log, names, note, only, real_report
 
 
@@ -80,14 +79,6 @@ def test_a_plateau_is_called_one_only_by_a_test_that_can_tell():
     assert "plateau" not in names(made(val=flat[-10:])), "too few evaluations"
 
 
-def test_fit_line_gives_slope_and_its_error():
-    rng = np.random.default_rng(0)
-    x = np.arange(30.0)
-    fits = np.array([fit_line(x, 2 * x + rng.standard_normal(30)) for _ in range(300)])
-    assert fits[:, 0].mean() == pytest.approx(2, abs=0.01)
-    assert fits[:, 1].mean() == pytest.approx(fits[:, 0].std(), rel=0.15)
-
-
 def test_overfitting_is_a_rise_of_val_while_train_falls():
     train = np.linspace(4, 1.5, 30)
     val = np.r_[np.linspace(4, 2.5, 15), np.linspace(2.5, 3.2, 15)]
@@ -136,10 +127,10 @@ def test_time_lost_to_evaluation_measured_and_counted():
 
 def test_the_count_from_the_config_agrees_with_the_real_measurement():
     """2 x 200 batches of 16 every 500 steps: 0.83% by FLOPs, 0.78% measured."""
-    from fastgpt.doctor.curve import _counted_share
+    from fastgpt.doctor.curve import counted_share
     from fastgpt.doctor.evidence import Evidence
     from fastgpt.doctor.figures import compute
     from tests.doctor.runs import real
 
-    counted = _counted_share(compute(Evidence(real("40m").config), None), None)
+    counted = counted_share(compute(Evidence(real("40m").config), None), None)
     assert counted == pytest.approx(real_report("40m").figures.evaluation_share, rel=0.1)
