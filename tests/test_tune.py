@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench import tune, tune_measure, tune_table
-from bench.tune_cases import Family, families, table_cases
-from fastgpt import hardware
+from bench.tune_cases import LINEAR_WIDTHS, Family, families, table_cases
+from fastgpt import anatomy, hardware
 from fastgpt.common import UserError
 from fastgpt.kernels import ranking, runtime, tuning
 from tests.kernels.test_ranking import LINEARS, TILES, matmul, rows
@@ -370,3 +370,18 @@ def test_a_card_that_is_too_small_is_told_in_a_sentence(monkeypatch):
     here = tuning.Target(89, 46, 101_376)
     with pytest.raises(UserError, match="this GPU has 46"), tune_measure.confined(46, torch.device("cuda", 0), here):
         pass
+
+
+def test_linears_that_are_tuned_are_those_of_gpt2s_blocks():
+    from fastgpt.kernels._linear_launch import FEWEST_TOKENS, linear_bucket
+
+    widths = [anatomy.of(anatomy.Shape(1, 1, C, 1, 1)).block_linears for C in LINEAR_WIDTHS]
+    linears = [linear for width in widths for linear in width]
+    forward = {linear_bucket(linear.n_out, linear.n_in, FEWEST_TOKENS) for linear in linears}
+    input_grads = {linear_bucket(linear.n_in, linear.n_out, FEWEST_TOKENS) for linear in linears}
+    tuned = {family.kernel: set(family.buckets) for family in families() if family.kernel.startswith("linear")}
+    assert set().union(*tuned.values()) == forward | input_grads
+    assert tuned["linear.weight_grad"] == forward
+    up = {linear_bucket(one.n_out, one.n_in, FEWEST_TOKENS) for one in linears if one.sink == "activation"}
+    down_grad = {linear_bucket(one.n_in, one.n_out, FEWEST_TOKENS) for one in linears if one.source == "activation"}
+    assert (tuned["linear.gelu"], tuned["linear.dgelu"]) == (up, down_grad)
