@@ -56,7 +56,7 @@ WITHOUT_GPU = ("test_compile_gate", "test_offline")
 """Tests that compile for a GPU that is not here: nothing that this one could add."""
 
 
-class Variant(NamedTuple):
+class StepVariant(NamedTuple):
     """How a step is run: bench.step's flags of these names."""
 
     kernels: str
@@ -66,14 +66,14 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "eager": Variant("eager"),
-    "triton": Variant("triton"),
-    "triton+graphs": Variant("triton", cuda_graphs="on"),
-    "compile": Variant("eager", "default"),
-    "triton+compile": Variant("triton", "default"),
-    "triton fp8": Variant("triton", precision="fp8"),
-    "triton fp16-fast": Variant("triton", precision="fp16-fast"),
-    "compile max-autotune": Variant("eager", "max-autotune-no-cudagraphs"),
+    "eager": StepVariant("eager"),
+    "triton": StepVariant("triton"),
+    "triton+graphs": StepVariant("triton", cuda_graphs="on"),
+    "compile": StepVariant("eager", "default"),
+    "triton+compile": StepVariant("triton", "default"),
+    "triton fp8": StepVariant("triton", precision="fp8"),
+    "triton fp16-fast": StepVariant("triton", precision="fp16-fast"),
+    "compile max-autotune": StepVariant("eager", "max-autotune-no-cudagraphs"),
 }
 MAIN = ("eager", "triton", "triton+graphs", "compile", "triton+compile")
 FAST = ("triton fp8", "triton fp16-fast")

@@ -36,7 +36,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 from fastgpt.common import UserError
 
-Config = TypeVar("Config")
+AnyConfig = TypeVar("AnyConfig")
 
 UNSET = object()
 """The value of an option that is not on the command line."""
@@ -139,7 +139,7 @@ class Option(NamedTuple):
 # ---------------------------------------------------------------- what a command's main() calls
 
 
-def parse(cls: type[Config], args: Sequence[str], module: str, description: str | None = None) -> Config:
+def parse(cls: type[AnyConfig], args: Sequence[str], module: str, description: str | None = None) -> AnyConfig:
     """``cls`` from a command line; prints help and exits for --help. ``module``: what the command is called after
     ``python -m``. ``description`` replaces the docstring of ``cls`` on the help page.
 

@@ -1,0 +1,163 @@
+"""The front end of the commands: the same options, values and sentences with tyro and where it is not installed."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+
+from fastgpt import command
+from fastgpt.command import Arg
+from fastgpt.common import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Do something.
+
+    Examples:
+      python -m x file                                                        what it is for
+    """
+
+    source: Annotated[Path, Arg("FILE", positional=True)]
+    """What to read."""
+    rest: Annotated[tuple[Path, ...], Arg("MORE", positional=True)] = ()
+    """Further files."""
+    top_k: int | None = 200
+    """How many."""
+    rate: float = 0.5
+    """How fast."""
+    kind: Literal["one", "two"] = "one"
+    """Which."""
+    names: tuple[Literal["a", "b"], ...] = ("a", "b")
+    """Some of them."""
+    sure: bool = False
+    """Be sure."""
+    sweep: bool | None = None
+    """Sweep or not."""
+    saved: Annotated[str | None, Arg("WHAT", flag="from", aliases=("--of",), bare="here")] = None
+    """From where."""
+    size: Annotated[int, Arg("N", words=("auto",))] = 8
+    """How large."""
+
+
+@pytest.fixture(params=["tyro", "argparse"], autouse=True)
+def library(request, monkeypatch):
+    if request.param == "argparse":
+        monkeypatch.setitem(sys.modules, "tyro", None)
+
+
+def parse(*args):
+    return command.parse(Options, args, "x")
+
+
+@pytest.mark.parametrize(
+    ("args", "values"),
+    [
+        ([], {}),
+        (["--top-k", "3", "--rate=1e-3", "--kind", "two"], {"top_k": 3, "rate": 1e-3, "kind": "two"}),
+        (["--top_k", "3"], {"top_k": 3}),
+        (["--top-k", "None"], {"top_k": None}),
+        (["--rate", "-1"], {"rate": -1.0}),
+        (["--names", "b"], {"names": ("b",)}),
+        (["--names", "b", "a"], {"names": ("b", "a")}),
+        (["--sure"], {"sure": True}),
+        (["--sure", "False"], {"sure": False}),
+        (["--sure=true"], {"sure": True}),
+        (["--no-sure"], {"sure": False}),
+        (["--sweep"], {"sweep": True}),
+        (["--no-sweep"], {"sweep": False}),
+        (["--from"], {"saved": "here"}),
+        (["--from", "there"], {"saved": "there"}),
+        (["--of=there"], {"saved": "there"}),
+        (["--from", "--sure"], {"saved": "here", "sure": True}),
+        (["--size", "auto"], {"size": "auto"}),
+        (["b", "c"], {"rest": (Path("b"), Path("c"))}),
+    ],
+)
+def test_values(args, values):
+    assert parse("a", *args) == Options(Path("a"), **values)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ([], "FILE is missing: python -m x --help says what it is"),
+        (["a", "--tpo-k", "3"], r"flag is '--tpo-k' \(did you mean '--top-k'\?\), which is not known"),
+        (["a", "-q"], "flag is '-q', which is not known"),
+        (["a", "--top-k"], "--top-k has no value: give N behind it"),
+        (["a", "--top-k", "--sure"], "--top-k has no value"),
+        (["a", "--top-k", "3.5"], "--top-k is '3.5': it must be a whole number"),
+        (["a", "--size", "some"], "--size is 'some': it must be a whole number, or auto"),
+        (["a", "--rate", "fast"], "--rate is 'fast': it must be a number"),
+        (["a", "--kind", "tow"], r"--kind is 'tow' \(did you mean 'two'\?\): it can be one, two"),
+        (["a", "--sure=perhaps"], "--sure is 'perhaps': it can be True, False"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(args, sentence):
+    with pytest.raises(UserError, match=f"^{sentence}") as error:
+        parse(*args)
+    assert "\n" not in str(error.value)
+
+
+def test_a_word_too_many_is_named():
+    @dataclass(frozen=True)
+    class One:
+        file: Annotated[str, Arg("FILE", positional=True)]
+
+    assert command.parse(One, ["a"], "x").file == "a"
+    with pytest.raises(UserError, match=r"^'b' is one word too many"):
+        command.parse(One, ["a", "b"], "x")
+
+
+def test_help_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        parse("--help")
+    page = capsys.readouterr().out
+    assert end.value.code == 0 and page.startswith(
+        "usage: python -m x [-h] [OPTIONS] FILE [MORE ...]\n\nDo something.\n"
+    )
+    assert max(map(len, page.splitlines())) <= 80
+    assert "  python -m x file\n      what it is for\n" in page
+    for words in ("--top-k N", "--kind {one,two}", "--from WHAT", "--of WHAT", "(default: 200)", "(default: a b)"):
+        assert words in page
+    assert "--no-sure" not in page and "None" not in page and "(required)" in page
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown"),
+    [
+        (["train.py"], "python train.py"),
+        (["/opt/bin/fastgpt", "sample", "runs"], "fastgpt sample"),
+        (["/site-packages/fastgpt/__main__.py", "bench", "mfu", "--steps"], "fastgpt bench mfu"),
+        (["/site-packages/fastgpt/sample.py"], "python -m fastgpt.sample"),
+        (["/site-packages/fastgpt/train.py"], "python -m fastgpt.sample"),
+    ],
+)
+def test_the_program_is_called_what_the_user_typed(argv, shown, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert command.program("fastgpt.sample") == shown
+
+
+def test_subcommands(capsys):
+    assert command.subcommand(["do", "--x"], {"do": Options}, "x") == ("do", ["--x"])
+    with pytest.raises(UserError, match="command is 'od': it can be do"):
+        command.subcommand(["od"], {"do": Options}, "x")
+    with pytest.raises(UserError, match="command is missing: it can be do"):
+        command.subcommand([], {"do": Options}, "x")
+    with pytest.raises(SystemExit):
+        command.subcommand(["--help"], {"do": Options}, "x")
+    assert "do         Do something." in capsys.readouterr().out
+
+
+def test_the_library_is_imported_without_tyro_or_rich():
+    code = "import sys; sys.modules |= {'tyro': None, 'rich': None}; import fastgpt.hardware, fastgpt.kernels, fastgpt.config"
+    code += "; from bench import results, timing, tune_cases; from fastgpt import __main__"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
