@@ -57,10 +57,9 @@ def _attention() -> list[Family]:
         for dropout in (False, True):
             buckets = [attention.attention_bucket(64, rows, plain=True, dropout=dropout) for rows in bounds]
             case = partial(launch_cases._qkv, dtype, 64, dropout_p=0.1 if dropout else 0.0)
-            cases = (case, partial(case, bias=True))
             for function in ("forward", "backward_q", "backward_kv"):
                 known = tuple(bucket for bucket in buckets if bucket is not None)
-                found.append(Family(f"attention.{function}", dtype, known, function, cases))
+                found.append(Family(f"attention.{function}", dtype, known, function, (case,)))
     return found
 
 

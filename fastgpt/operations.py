@@ -321,13 +321,10 @@ def _attention(s: StepSizes) -> list[Operation]:
         # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
         query = flops.attention_backward(B, T, H, D, s.e, tile=min(128, T), matmuls=3)
         key = flops.attention_backward(B, T, H, D, s.e, tile=min(64, T), matmuls=4)
-        # For c_attn's bias each program also writes the sums of its rows, which are then added up.
-        bias = int(s.shape.bias)
-        q_sums, kv_sums = (bias * 8 * C * cdiv(rows, tile) for tile in (128, 64))
         moved = 6 * vector + 2 * log_sums
         found += [
-            op("attention backward dQ", group, query, moved + extra + q_sums, 128, 1 + bias),
-            op("attention backward dK dV", group, key, moved + 2 * (extra + kv_sums), 64, 1 + 2 * bias),
+            op("attention backward dQ", group, query, moved + extra, 128),
+            op("attention backward dK dV", group, key, moved + 2 * extra, 64),
         ]
         if s.precision == "fp16-fast":  # all products but S, and dP's only up to 64 columns
             shares = (1 / 2, 2 / 3, 3 / 4) if D <= 64 else (1 / 2, 1 / 3, 2 / 4)
@@ -444,13 +441,13 @@ def _linears(s: StepSizes) -> list[Operation]:
 
 
 def _bias_gradients(s: StepSizes) -> list[Operation]:
-    """Passes that sum dy over its rows. In triton only where dy comes from a kernel of PyTorch: its own add up their rows."""
+    """Passes that sum dy over its rows. In triton the tiles of dW add them up in fp16-fast, and the kernel that forms the GELU's
+    gradient in all precisions."""
     linears, launches = s.model.block_linears, 1
     if s.kernels == "triton":
-        # The tiles of dW add them up in fp16-fast, the GELU's gradient in all precisions.
-        linears = [linear for linear in linears if linear.sink != "activation" and not s.fused(linear.sink)]
+        linears = [linear for linear in linears if linear.sink != "activation"]
         launches = 2  # a sum in fp32, and a copy to where it belongs
-        if not linears or s.precision == "fp16-fast":
+        if s.precision == "fp16-fast":
             return []
     columns = sum(linear.n_out for linear in linears)
     moved = s.e * s.rows * columns

@@ -213,14 +213,6 @@ def _store_fp8(
 
 
 @triton.jit
-def _store_sums(tile, sums, D: tl.constexpr, COLS: tl.constexpr):
-    """The sums of ``tile``'s columns, fp32, to this program's place in ``sums`` (programs, D). Of gradients: rows past the end
-    have P = 0, and are 0. Nothing but the program's number is needed: a register more would spill."""
-    col, total = tl.arange(0, COLS), tl.sum(tile, 0)
-    tl.store(sums + (tl.program_id(0).to(tl.int64) * D + col), total, mask=col < D)
-
-
-@triton.jit
 def _kept(seed, m, n, head_row, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Dropout's mask of the tile of P at (m, n), kept with probability 1 - threshold / 2^31.
 
@@ -326,13 +318,12 @@ def forward(
 
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def backward_q(
-    q, k, v, out, grad_out, lse, delta, grad_q, grad_q_form, grad_q_sums, kv_len, docs, seed, q_strides, k_strides,
+    q, k, v, out, grad_out, lse, delta, grad_q, grad_q_form, kv_len, docs, seed, q_strides, k_strides,
     v_strides, out_strides, grad_out_strides, grad_q_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep,
     D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, FP16_SUMS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad_q, and delta for ``backward_kv``, of BLOCK_M queries of one head. Grid as ``forward``. May be None: grad_q_form
-    (grad_q in fp8), grad_q_sums (programs, D), the sums of each program's columns of grad_q, not rounded."""
+    """grad_q, and delta for ``backward_kv``, of BLOCK_M queries of one head. Grid as ``forward``."""
     n_blocks = tl.cdiv(T_q, BLOCK_M)
     m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
     head_row = tl.program_id(0) // n_blocks
@@ -384,19 +375,16 @@ def backward_q(
     _store(dq, dq_base, dq_stride, m, T_q, D, BLOCK_M, BLOCK_D)
     if grad_q_form is not None:
         _store_fp8(dq, grad_q_form, grad_q_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
-    if grad_q_sums is not None:
-        _store_sums(acc * scale, grad_q_sums, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def backward_kv(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, grad_k_form, grad_v_form, grad_k_sums, grad_v_sums, kv_len, docs, seed,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, grad_k_form, grad_v_form, kv_len, docs, seed,
     q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, window, c, scale,
     threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
     FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grad_k and grad_v of BLOCK_N keys of one key/value head, summed over its GROUP of query heads. The forms and sums, which
-    may be None, are as in ``backward_q``.
+    """grad_k and grad_v of BLOCK_N keys of one key/value head, summed over its GROUP of query heads.
 
     Grid: blocks of keys x key/value heads x batch, blocks fastest; the first blocks are the heaviest when causal. Tiles
     are transposed, (keys, queries): P^T and dS^T then are first operands of their dots as they stand."""
@@ -458,6 +446,3 @@ def backward_kv(
     if grad_k_form is not None:
         _store_fp8(dk_rounded, grad_k_form, grad_k_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)
         _store_fp8(dv_rounded, grad_v_form, grad_v_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)
-    if grad_k_sums is not None:
-        _store_sums(dk * scale, grad_k_sums, D, BLOCK_D)
-        _store_sums(dv * inv_keep, grad_v_sums, D, BLOCK_D)

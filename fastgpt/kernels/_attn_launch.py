@@ -11,7 +11,6 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _attn_kernels as kernels
-from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import runtime, tuning
 
 MAX_HEAD_DIM = 256
@@ -215,19 +214,11 @@ def forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, 
     return lse
 
 
-def _add_up(partial: Tensor | None, B: int, heads: int, out: Tensor | None) -> None:
-    """out (heads D,) = the sums that the programs of a backward kernel have written, each for its block of one head."""
-    if partial is not None and out is not None:
-        D = len(out) // heads
-        torch.sum(partial.view(B, heads, -1, D), (0, 2), out=out.view(heads, D))
-
-
 def backward(
     grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16,
-    *, forms=(None, None, None), sums=(None, None, None),
+    *, forms=(None, None, None),
 ) -> None:  # fmt: skip
-    """Write all of grad_q, grad_k and grad_v, in fp8 into ``forms``, and the sums of their columns into ``sums``, (heads D,)
-    each."""
+    """Write all of grad_q, grad_k and grad_v, and in fp8 into ``forms``."""
     B, T_q, H, _ = q.shape
     T_k, H_kv = k.shape[1:3]
     q, k, v, grad_out = map(_columns_adjacent, (q, k, v, grad_out))
@@ -236,23 +227,16 @@ def backward(
     common = {"c": scale * LOG2E, "scale": scale, **common}
 
     def run_q(options: dict[str, int]) -> None:
-        blocks = triton.cdiv(T_q, options["BLOCK_M"])
-        partial = column_sums.partial(B * blocks, sums[0])
-        kernels.backward_q[(blocks * B * H,)](
-            q, k, v, out, grad_out, lse, delta, grad_q, forms[0], partial,
+        kernels.backward_q[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
+            q, k, v, out, grad_out, lse, delta, grad_q, forms[0],
             **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
         )  # fmt: skip
-        _add_up(partial, B, H, sums[0])
 
     def run_kv(options: dict[str, int]) -> None:
-        blocks = triton.cdiv(T_k, options["BLOCK_N"])
-        partials = [column_sums.partial(B * blocks, out) for out in sums[1:]]
-        kernels.backward_kv[(blocks * B * H_kv,)](
-            q, k, v, grad_out, lse, delta, grad_k, grad_v, *forms[1:], *partials,
+        kernels.backward_kv[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
+            q, k, v, grad_out, lse, delta, grad_k, grad_v, *forms[1:],
             **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,
         )  # fmt: skip
-        for partial, out in zip(partials, sums[1:]):
-            _add_up(partial, B, H_kv, out)
 
     with runtime.device_guard(q):
         tuning.launch(_choice("backward_q", q, H, T_q, common, forms[0]), run_q)

@@ -1,13 +1,7 @@
-"""Sums of a tensor's columns: gradients of biases, and of the norms' weights.
+"""Sums of a tensor's columns that a kernel forms beside its result: gradients of biases, and of the norms' weights.
 
-The gradient of a bias is the sum of the rows of dy. Whoever makes dy, the backward pass of the norm or of the attention that
-read y, has its rows in registers: a program adds up its own, 4 bytes per column of a tile, and a second kernel (``add_up``;
-attention's, whose programs have one head each, torch.sum) adds up the programs' sums in a fixed order. No pass reads dy for it,
-nothing is atomic.
-
-dy's maker has to know that somebody will want them, and the linear layer has to find them. Both are notes (_notes.py): forward,
-``expect`` marks y, which the op that reads it learns by ``expected``; backward, it gives dy its sums by ``give``, which the
-linear layer has by ``take``. There are none under torch.compile.
+Each program adds up the rows that it has in registers and writes the sums, 4 bytes per column of a tile, to its own row of a
+buffer (``partial``). A second kernel (``add_up``) adds up these rows in a fixed order. No atomics: repeat runs are bit-equal.
 """
 
 from __future__ import annotations
@@ -16,8 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from fastgpt.kernels._notes import Notes
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -46,31 +38,3 @@ def add_up(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
     if outs:
         rows, C = partials[0].shape
         add_up_kernel[(triton.cdiv(C, 32),)](partials, outs, rows, C, ROWS=64, BLOCK=32, num_warps=4)
-
-
-_expected: Notes[bool] = Notes()
-_sums: Notes[Tensor] = Notes()
-
-
-def expect(y: Tensor, bias: Tensor | None) -> None:
-    """``y`` ends in ``bias``: whoever makes y's gradient is asked to sum it over its rows, if the bias wants a gradient."""
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _expected.give(y, True)
-
-
-def expected(x: Tensor) -> bool:
-    """Whether sums of the gradient of ``x`` are wanted."""
-    return not torch.compiler.is_compiling() and _expected.take(x) is not None
-
-
-def give(gradient: Tensor, sums: Tensor) -> None:
-    """Note the sums (C,) of ``gradient`` (..., C) over all its rows."""
-    _sums.give(gradient, sums)
-
-
-def take(gradient: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-    """The sums noted for ``gradient``, in ``dtype``; None if nobody has made them, or wants them: without ``dtype``."""
-    if dtype is None or torch.compiler.is_compiling():
-        return None
-    sums = _sums.take(gradient)
-    return None if sums is None else sums.to(dtype)

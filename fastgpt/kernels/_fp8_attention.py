@@ -51,16 +51,16 @@ def _(qkv, n_head, n_kv_head, *options):
 @torch.library.custom_op(
     "fastgpt::fp8_qkv_attention_bwd",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
 def _bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
-    """The gradient of qkv and its sums, as of qkv_attention_bwd, and the gradient in fp8."""
+    """The gradient of qkv, in its dtype and in fp8."""
     form = _form_of_gradient(qkv, n_head, n_kv_head)
     groups = form.scale.shape[0] // (n_head + 2 * n_kv_head)  # of a head
     scales = form.scale.split([heads * groups for heads in (n_head, n_kv_head, n_kv_head)])
     parts = zip(attn._unpack(form.values, n_head, n_kv_head), scales)
     forms = [(values, scale, form.scale.shape[1]) for values, scale in parts]
-    return *attn.packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options, forms=forms), *form
+    return attn.packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options, forms=forms), *form
 
 
 def _form_of_gradient(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
@@ -70,14 +70,13 @@ def _form_of_gradient(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
 
 @_bwd.register_fake
 def _(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
-    gradient = attn.packed_gradient(grad_out, qkv, out, lse, n_head, n_kv_head, *options)
-    return *gradient, *_form_of_gradient(qkv, n_head, n_kv_head)
+    return qkv.new_empty(qkv.shape), *_form_of_gradient(qkv, n_head, n_kv_head)
 
 
 def _backward(ctx, grad_out, *_):
-    grad_qkv, form = attn.packed_gradients(ctx, _bwd, grad_out)
+    grad_qkv, *form = attn.packed_gradients(ctx, _bwd, grad_out)
     copies.give(grad_qkv, Grouped(*form))
-    return grad_qkv, *[None] * 10
+    return grad_qkv, *[None] * 9
 
 
 _fwd.register_autograd(_backward, setup_context=attn.packed_setup)

@@ -1,8 +1,9 @@
 """fp8 forms that are kept beside a tensor: of a weight from one optimizer step to the next, of an activation or gradient
 from the kernel that made both to the matmul that reads them.
 
-The second kind are notes (_notes.py), by which a tensor can be quantised in the kernel that produces it: ``give`` notes its
-fp8 form, ``take`` finds it, once. Whoever finds none quantises the tensor in a pass of its own: slower, the same values.
+The second kind is found by the identity of the tensor, as autograd and the model hand on nothing else: ``give`` keeps the form,
+``take`` returns it, once. A tensor that was written to since (its version tells), that is a view or a sum of others, or that
+another op made has none, and is then quantised in a pass of its own: slower, the same values.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgpt.kernels import working_copy
 from fastgpt.kernels._fp8_launch import Fp8, Grouped
-from fastgpt.kernels._notes import Notes
 
 Kinds = tuple[type[Fp8 | Grouped], ...]
 
@@ -27,20 +27,21 @@ class _Weight:
     address: int
 
 
-_made: Notes[Fp8 | Grouped] = Notes()
+_made = WeakTensorKeyDictionary()  # a form that no matmul takes goes with its tensor
 _weights = WeakTensorKeyDictionary()
 
 
 def give(tensor: Tensor, form: Fp8 | Grouped) -> None:
-    """Note that ``form`` is ``tensor`` in fp8."""
-    _made.give(tensor, form)
+    """Keep ``form``, which is ``tensor`` in fp8."""
+    _made[tensor] = form, tensor._version
 
 
 def take(tensor: Tensor, dtype: torch.dtype, kinds: Kinds = (Fp8,)) -> Fp8 | Grouped | None:
-    """The form noted for ``tensor``, still right and of a kind that its reader takes. It is then forgotten: its memory is free
+    """The form kept for ``tensor``, still right and of a kind that its reader takes. It is then forgotten: its memory is free
     after one matmul."""
-    form = _made.take(tensor)
-    return form if isinstance(form, kinds) and form.values.dtype == dtype else None
+    form, version = _made.pop(tensor, (None, None))
+    right = version == tensor._version and isinstance(form, kinds) and form.values.dtype == dtype
+    return form if right else None
 
 
 def of_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

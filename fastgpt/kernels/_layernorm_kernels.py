@@ -80,14 +80,14 @@ def _xhat_and_dy(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def layer_norm_backward_kernel(
-    DY, DSUM, S, WEIGHT, MEAN, RSTD, SEED, S_SEED, DX, DRESIDUAL, DW_PARTIAL, DB_PARTIAL, DX_PARTIAL, Q, SCALE, NORM,
+    DY, DSUM, S, WEIGHT, MEAN, RSTD, SEED, S_SEED, DX, DRESIDUAL, DW_PARTIAL, DB_PARTIAL, Q, SCALE, NORM,
     n_rows, dy_stride, dsum_stride, s_stride, dropout_p,
     C: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): tiles i, i + programs, ... of ROWS rows; columns [j BLOCK, (j + 1) BLOCK) of CHUNKS such.
 
     S_SEED is SEED where S holds x before its dropout (no residual). May be None: DSUM (s got no gradient), DRESIDUAL
-    (it equals DX), the seeds (no dropout), DW_PARTIAL, DB_PARTIAL and DX_PARTIAL (nobody asks), Q, SCALE and NORM (dx in
+    (it equals DX), the seeds (no dropout), DW_PARTIAL and DB_PARTIAL (no such gradient is wanted), Q, SCALE and NORM (dx in
     fp8; with CHUNKS = 1 only).
     """
     chunk = tl.program_id(1)
@@ -96,7 +96,6 @@ def layer_norm_backward_kernel(
     weight = tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
-    dx_sum = tl.zeros((ROWS, BLOCK), tl.float32)
     first_tile = tl.program_id(0).to(tl.int64)
     for tile in tl.range(first_tile, tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
@@ -133,8 +132,6 @@ def layer_norm_backward_kernel(
             ds = dropout(ds, SEED, rows, first_col, dropout_p, ROWS, BLOCK)
         dx = ds.to(DX.dtype.element_ty)
         tl.store(DX + out, dx, mask=mask)
-        if DX_PARTIAL is not None:  # of dx as it is written; in rows that do not exist it is 0
-            dx_sum += dx.to(tl.float32)
         if Q is not None:
             quantise_rows(dx.to(tl.float32), rows, row_mask, out, mask, Q, SCALE, NORM)
 
@@ -143,5 +140,3 @@ def layer_norm_backward_kernel(
         tl.store(DW_PARTIAL + partial, tl.sum(dw, axis=0), mask=cols < C)
     if DB_PARTIAL is not None:
         tl.store(DB_PARTIAL + partial, tl.sum(db, axis=0), mask=cols < C)
-    if DX_PARTIAL is not None:
-        tl.store(DX_PARTIAL + partial, tl.sum(dx_sum, axis=0), mask=cols < C)

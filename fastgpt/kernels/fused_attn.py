@@ -41,7 +41,6 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _attn_launch as launch
-from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import reference, runtime
 
 
@@ -56,8 +55,7 @@ def _unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor
 
 _OPTIONS = "Tensor? doc_ids, {kv_len}Tensor? seed, bool causal, float scale, int? window, float dropout_p, bool fp16"
 _SEPARATE = _OPTIONS.format(kv_len="Tensor? kv_len, ")
-_PACKED = "int n_head, int n_kv_head, bool sums, " + _OPTIONS.format(kv_len="")
-# ``sums``: whether backward sums the gradient of qkv over its rows, too, for others: _column_sums.py
+_PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
 
 
 @torch.library.custom_op(
@@ -98,7 +96,7 @@ def _qkv_attention_fwd(qkv, n_head, n_kv_head, *options):
     return packed_forward(qkv, n_head, n_kv_head, *options)
 
 
-def packed_forward(qkv, n_head, n_kv_head, sums, doc_ids, *options, form=None):
+def packed_forward(qkv, n_head, n_kv_head, doc_ids, *options, form=None):
     """The output (B, T, H D) of qkv, and lse."""
     q, k, v = _unpack(qkv, n_head, n_kv_head)
     out = qkv.new_empty(q.shape)
@@ -117,27 +115,24 @@ def packed_outputs(qkv, n_head, n_kv_head, *options):
 @torch.library.custom_op(
     "fastgpt::qkv_attention_bwd",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_PACKED}) -> (Tensor, Tensor)",
+    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_PACKED}) -> Tensor",
 )
 def _qkv_attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
     return packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options)
 
 
-def packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, sums, doc_ids, *options, forms=(None, None, None)):
-    """The gradient of qkv and, empty unless ``sums``, the sums of its columns in fp32."""
-    grad_qkv, summed = packed_gradient(grad_out, qkv, out, lse, n_head, n_kv_head, sums)
-    D = qkv.shape[-1] // (n_head + 2 * n_kv_head)
-    parts = summed.split([n_head * D, n_kv_head * D, n_kv_head * D]) if sums else (None, None, None)
+def packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, *options, forms=(None, None, None)):
+    """The gradient of qkv."""
+    grad_qkv = qkv.new_empty(qkv.shape)
     grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
     inputs, grads = _unpack(qkv, n_head, n_kv_head), _unpack(grad_qkv, n_head, n_kv_head)
-    launch.backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms, sums=parts)
-    return grad_qkv, summed
+    launch.backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms)
+    return grad_qkv
 
 
 @_qkv_attention_bwd.register_fake
-def packed_gradient(grad_out, qkv, out, lse, n_head, n_kv_head, sums, *rest):
-    """What packed_backward returns, unwritten."""
-    return qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[-1] if sums else 0, dtype=torch.float32)
+def _(grad_out, qkv, *rest):
+    return qkv.new_empty(qkv.shape)
 
 
 def _without_grad_of(ctx, *outputs: Tensor) -> None:
@@ -157,24 +152,20 @@ def _attention_backward(ctx, grad_out, _):
 
 
 def packed_setup(ctx, inputs, output):
-    qkv, n_head, n_kv_head, ctx.sums, doc_ids, seed, *ctx.options = inputs
+    qkv, n_head, n_kv_head, doc_ids, seed, *ctx.options = inputs
     ctx.heads = n_head, n_kv_head
     ctx.save_for_backward(qkv, *output[:2], doc_ids, seed)
     _without_grad_of(ctx, *output[1:])
 
 
 def packed_gradients(ctx, op, grad_out):
-    """The gradient of qkv, its sums noted, and the rest of what ``op`` returns: _qkv_attention_bwd or one that returns more."""
+    """What ``op`` returns: _qkv_attention_bwd, or an op that takes the same arguments."""
     qkv, out, lse, doc_ids, seed = ctx.saved_tensors
-    grad_qkv, sums, *more = op(grad_out, qkv, out, lse, *ctx.heads, ctx.sums, doc_ids, seed, *ctx.options)
-    if ctx.sums:
-        column_sums.give(grad_qkv, sums)
-    return grad_qkv, more
+    return op(grad_out, qkv, out, lse, *ctx.heads, doc_ids, seed, *ctx.options)
 
 
 def _qkv_attention_backward(ctx, grad_out, _):
-    grad_qkv, _ = packed_gradients(ctx, _qkv_attention_bwd, grad_out)
-    return grad_qkv, *[None] * 10
+    return packed_gradients(ctx, _qkv_attention_bwd, grad_out), *[None] * 9
 
 
 _attention_fwd.register_autograd(_attention_backward, setup_context=_attention_setup)
@@ -296,4 +287,4 @@ def qkv_attention(
     seed = runtime.draw_seed(qkv.device) if dropout_p else None
     scale = D**-0.5 if scale is None else scale
     options = causal, scale, window, dropout_p, accumulate == "fp16"
-    return _op(qkv, n_head, n_kv_head, column_sums.expected(qkv), doc_ids, seed, *options)[0]
+    return _op(qkv, n_head, n_kv_head, doc_ids, seed, *options)[0]

@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import _fp8_copies as copies
 from fastgpt.kernels import _fp8_launch as launch
 from fastgpt.kernels import fused_layernorm as norms
@@ -166,9 +165,9 @@ _EITHER: copies.Kinds = (Fp8, Grouped)
 """What a matmul reads whose epilogue needs no norms of rows."""
 
 
-def _weight_and_bias(ctx, dz, x, weight, which: int, bias_dtype, db: Tensor | None, in_place: bool):
+def _weight_and_bias(ctx, dz, x, weight, which: int, bias_dtype, in_place: bool):
     ctx.in_place, ctx.fp16 = in_place, False
-    return fused_linear._weight_and_bias(ctx, dz, x, weight, ctx.needs_input_grad[which], bias_dtype, db)
+    return fused_linear._weight_and_bias(ctx, dz, x, weight, ctx.needs_input_grad[which], bias_dtype, None)
 
 
 def _save_linear(ctx, inputs, output):
@@ -184,7 +183,7 @@ def _linear_backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         form = _form(dy, GRADIENT, _EITHER)
         dx = _bwd_input(*form, wt, wt_stats, isinstance(form, Grouped))
-    dw, db = _weight_and_bias(ctx, dy, x, weight, 3, ctx.bias_dtype, column_sums.take(dy, ctx.bias_dtype), ctx.adds)
+    dw, db = _weight_and_bias(ctx, dy, x, weight, 3, ctx.bias_dtype, ctx.adds)
     return dx, None, None, dw, None, None, None, None, db, None, None
 
 
@@ -204,10 +203,9 @@ def _mlp_backward(ctx, dy, _da, _dz):
         return (None,) * 18
     x, w_fc, fct, fct_stats, w_proj, projt, projt_stats, a, z = ctx.saved_tensors
     dz, q, stats, db_fc = _bwd_gelu(*_form(dy, GRADIENT), projt, projt_stats, z, ctx.erf, ctx.fc_bias)
-    db_proj = column_sums.take(dy, ctx.proj_bias)
-    dw_proj, db_proj = _weight_and_bias(ctx, dy, a, w_proj, 9, ctx.proj_bias, db_proj, ctx.adds[1])
+    dw_proj, db_proj = _weight_and_bias(ctx, dy, a, w_proj, 9, ctx.proj_bias, ctx.adds[1])
     dx = _bwd_input(q, stats, fct, fct_stats, False) if ctx.needs_input_grad[0] else None
-    dw_fc, _ = _weight_and_bias(ctx, dz, x, w_fc, 3, None, None, ctx.adds[0])
+    dw_fc, _ = _weight_and_bias(ctx, dz, x, w_fc, 3, None, ctx.adds[0])
     db_fc = db_fc if ctx.fc_bias else None
     none = (None,) * 4
     return dx, None, None, dw_fc, *none, db_fc, dw_proj, *none, db_proj, None, None, None
@@ -223,10 +221,10 @@ _mlp_fwd.register_autograd(_mlp_backward, setup_context=_save_mlp)
 @torch.library.custom_op(
     "fastgpt::fp8_layer_norm_fwd",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, float dropout_p, float eps, bool x_sums) "
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, float dropout_p, float eps) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps, x_sums):
+def _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps):
     """y in bf16, s, mean, rstd as of layer_norm_fwd, and y in fp8."""
     outputs, form = norms._forward_outputs(x, residual, torch.bfloat16), launch.new(x.shape, FORWARD, x.device)
     fp8 = (form.values, form.scale, form.norm)
@@ -235,7 +233,7 @@ def _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps, x_sums):
 
 
 @_norm_fwd.register_fake
-def _(x, weight, bias, residual, seed, dropout_p, eps, x_sums):
+def _(x, weight, bias, residual, seed, dropout_p, eps):
     return (*norms._forward_outputs(x, residual, torch.bfloat16), *launch.new(x.shape, FORWARD, x.device))
 
 
@@ -243,8 +241,8 @@ def _(x, weight, bias, residual, seed, dropout_p, eps, x_sums):
     "fastgpt::fp8_layer_norm_bwd",
     mutates_args=(),
     schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, "
-    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype, "
-    "bool x_sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _norm_bwd(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
     """What layer_norm_bwd returns, and dx in fp8."""
@@ -275,7 +273,7 @@ def _norm_backward(ctx, dy, dsum, *_):
         copies.give(outputs[0], Fp8(q, stats))
         return outputs
 
-    return norms.backward(ctx, quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd, dy, dsum)[:8]
+    return norms.backward(ctx, quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd, dy, dsum)[:7]
 
 
 _norm_fwd.register_autograd(_norm_backward, setup_context=_save_norm)
@@ -309,7 +307,7 @@ def layer_norm(
     launch.require(x.device)
     norms._validate(x, weight, bias, residual, dropout_p, out_dtype)
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
-    y, s, _, _, *form = _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps, column_sums.expected(x))
+    y, s, _, _, *form = _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps)
     copies.give(y, Fp8(*form))
     return y if residual is None else (y, s)
 
@@ -336,7 +334,7 @@ def linear(
     x = x.to(_check(x, weight, bias, residual, dropout_p))
     form, weights = _form(x, FORWARD, _EITHER), copies.of_weight(weight)
     y = _linear_fwd(x, *form, weight, *weights, bias, fused_linear._adds_to(weight), isinstance(form, Grouped))
-    return _finish(y, bias, residual, dropout_p)
+    return _finish(y, residual, dropout_p)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
@@ -369,7 +367,7 @@ def mlp(
         x, *_form(x, FORWARD), w_fc, *copies.of_weight(w_fc), b_fc, w_proj, *copies.of_weight(w_proj), b_proj,
         approximate == "none", fused_linear._adds_to(w_fc), fused_linear._adds_to(w_proj),
     )  # fmt: skip
-    return _finish(y, b_proj, residual, dropout_p)
+    return _finish(y, residual, dropout_p)
 
 
 def _in_fp8(x: Tensor, weight: Tensor) -> bool:
@@ -398,7 +396,6 @@ def _check(x, weight, bias, residual, dropout_p, names=("x", "weight", "bias")) 
     return dtype
 
 
-def _finish(y: Tensor, bias: Tensor | None, residual: Tensor | None, dropout_p: float) -> Tensor:
-    column_sums.expect(y, bias)
+def _finish(y: Tensor, residual: Tensor | None, dropout_p: float) -> Tensor:
     y = F.dropout(y, dropout_p) if dropout_p else y
     return y if residual is None else (y + residual).to(residual.dtype)

@@ -21,7 +21,6 @@ Backward is one persistent kernel. Each program walks over tiles of rows, keeps 
 registers, one fp32 accumulator per element of the tile, and writes it once to a (programs, C) buffer, which a second
 kernel adds up in a fixed order: deterministic, no atomics. Rows wider than MAX_BACKWARD_BLOCK leave too few registers
 for that: several programs then share a row. Each reads all of it for the two means, but owns one block of its columns.
-Where x ends in a linear layer's bias, dx is summed over its rows in the same way (_column_sums.py).
 
 Dropout: Philox4x32 of (seed; column // 4, row), one call for four columns, repeated in backward: no mask is stored.
 Salmon et al. 2011.
@@ -137,14 +136,13 @@ def _forward_outputs(
     "fastgpt::layer_norm_fwd",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, float dropout_p, float eps, "
-    "ScalarType out_dtype, bool x_sums) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    dropout_p: float, eps: float, out_dtype: torch.dtype, x_sums: bool,
+    dropout_p: float, eps: float, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, s, mean, rstd; s is an empty tensor without a residual. All contiguous. ``x_sums``: whether backward is to sum dx
-    over its rows for others."""
+    """y, s, mean, rstd; s is an empty tensor without a residual. All contiguous."""
     outputs = _forward_outputs(x, residual, out_dtype)
     launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs)
     return outputs
@@ -178,7 +176,7 @@ def launch_forward(
 
 
 @layer_norm_fwd.register_fake
-def _(x, weight, bias, residual, seed, dropout_p, eps, out_dtype, x_sums):
+def _(x, weight, bias, residual, seed, dropout_p, eps, out_dtype):
     return _forward_outputs(x, residual, out_dtype)
 
 
@@ -189,16 +187,14 @@ def _backward_outputs(
     two_gradients: bool,
     weight_grad: bool,
     bias_dtype: torch.dtype | None,
-    x_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Unwritten dx, dresidual, dweight, dbias, sums of dx."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unwritten dx, dresidual, dweight, dbias."""
     C = weight.shape[0]
     return (
         torch.empty(s.shape, dtype=x_dtype, device=s.device),
         torch.empty(s.shape if two_gradients else 0, dtype=s.dtype, device=s.device),
         torch.empty(C if weight_grad else 0, dtype=weight.dtype, device=s.device),
         torch.empty(C if bias_dtype else 0, dtype=bias_dtype or weight.dtype, device=s.device),
-        torch.empty(C if x_sums else 0, dtype=torch.float32, device=s.device),
     )
 
 
@@ -206,17 +202,17 @@ def _backward_outputs(
     "fastgpt::layer_norm_bwd",
     mutates_args=(),
     schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, "
-    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype, "
-    "bool x_sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def layer_norm_bwd(
     dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
     dropout_p: float, x_dtype: torch.dtype, s_is_x: bool, two_gradients: bool, weight_grad: bool,
-    bias_dtype: torch.dtype | None, x_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual (if ``two_gradients``: else dx serves both), dweight (if ``weight_grad``), dbias (if
-    ``bias_dtype``), the sums of dx over its rows (if ``x_sums``). Those not asked for are empty."""
-    outputs = _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype, x_sums)
+    ``bias_dtype``). Those not asked for are empty."""
+    outputs = _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
     launch_backward(dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, outputs)
     return outputs
 
@@ -225,8 +221,8 @@ def launch_backward(
     dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
     dropout_p: float, s_is_x: bool, two_gradients: bool, outputs: tuple[Tensor, ...], fp8: tuple[Tensor, ...] = (),
 ) -> None:  # fmt: skip
-    """Fill dx, dresidual, those of dweight, dbias and the sums of dx that are not empty, and ``fp8``: dx rounded to fp8, its
-    scales and norms (C <= MAX_BACKWARD_BLOCK)."""
+    """Fill dx, dresidual, dweight and dbias where they are not empty, and ``fp8``: dx rounded to fp8, its scales and norms
+    (C <= MAX_BACKWARD_BLOCK)."""
     dx, dresidual, *rest = outputs
     summed = [out if out.numel() else None for out in rest]
     if s.numel() == 0:
@@ -255,14 +251,12 @@ def launch_backward(
 
 
 @layer_norm_bwd.register_fake
-def _(
-    dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, weight_grad, bias_dtype, x_sums
-):
-    return _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype, x_sums)
+def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, weight_grad, bias_dtype):
+    return _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
 
 
 def setup_context(ctx, inputs, output):
-    x, weight, bias, residual, seed, dropout_p, *_, ctx.x_sums = inputs
+    x, weight, bias, residual, seed, dropout_p, *_ = inputs
     y, s, mean, rstd, *fp8 = output
     ctx.mark_non_differentiable(mean, rstd, *fp8)
     ctx.set_materialize_grads(False)
@@ -279,15 +273,13 @@ def backward(ctx, op, dy, dsum):
     _, weight_grad, bias_grad, residual_grad, *_ = ctx.needs_input_grad
     # One gradient in one dtype: autograd may get the same tensor for both inputs, so it is written once.
     two_gradients = residual_grad and (seed is not None or s.dtype != ctx.x_dtype)
-    dx, dresidual, dw, db, dx_sums = op(
+    dx, dresidual, dw, db = op(
         dy, dsum if ctx.has_residual else None, s, weight, mean, rstd, seed, ctx.dropout_p, ctx.x_dtype,
-        not ctx.has_residual, two_gradients, weight_grad, ctx.bias_dtype if bias_grad else None, ctx.x_sums,
+        not ctx.has_residual, two_gradients, weight_grad, ctx.bias_dtype if bias_grad else None,
     )  # fmt: skip
-    if ctx.x_sums:
-        column_sums.give(dx, dx_sums)
     if not two_gradients:
         dresidual = dx if residual_grad else None
-    return dx, dw if weight_grad else None, db if bias_grad else None, dresidual, *[None] * 5
+    return dx, dw if weight_grad else None, db if bias_grad else None, dresidual, *[None] * 4
 
 
 def _backward(ctx, dy, dsum, _dmean, _drstd):
@@ -357,6 +349,6 @@ def layer_norm(
         )
     _validate(x, weight, bias, residual, dropout_p, out_dtype)
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
-    options = dropout_p, eps, out_dtype or x.dtype, column_sums.expected(x)
+    options = dropout_p, eps, out_dtype or x.dtype
     y, s, _, _ = torch.ops.fastgpt.layer_norm_fwd(x, weight, bias, residual, seed, *options)
     return y if residual is None else (y, s)

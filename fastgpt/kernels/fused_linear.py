@@ -24,8 +24,8 @@ tensor each, 6e, whatever is done about the GELU. On top of that:
 dW is formed in the dtype of ``weight`` itself: the fp32 master is an input of the op, beside its 16-bit working copy, so
 its gradient never goes through 16 bits. Where its tiles leave SMs idle the tokens are split, and partial sums added up in
 a fixed order by a second kernel. No atomics: repeat runs are bit-equal.
-db comes from the kernel that forms dz: in mlp the first one's, and where a norm or attention of this package read y, that
-op's backward (_column_sums.py). Elsewhere it comes from the tiles of dz that dW reads or, behind cuBLAS, from a sweep.
+db comes from the pass that forms dz where there is one (mlp's first, and dropout's). Elsewhere it comes from the tiles of dz
+that dW reads or, behind cuBLAS, from a sum of its own.
 Within ``gradients_in_place`` dW is added to ``weight.grad`` by the kernel that forms it.
 
 ``accumulate="fp16"`` (fp16 operands): products are summed in fp16 over 64 of K (a tuned config may take up to 128 where
@@ -43,7 +43,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.kernels import _column_sums as column_sums
 from fastgpt.kernels import _linear_launch as launch
 from fastgpt.kernels import reference, runtime
 from fastgpt.kernels._linear_grads import (
@@ -163,7 +162,7 @@ def _linear_backward(ctx, dy):
         dz, db = _dropout_bwd(dy, seed, ctx.dropout_p, ctx.dtype, ctx.bias_dtype)
         db = db if ctx.bias_dtype else None
     else:
-        dz, db = dy.to(ctx.dtype), column_sums.take(dy, ctx.bias_dtype)
+        dz = dy.to(ctx.dtype)
     if ctx.pre_bias_dtype is not None:
         dx, dpre_bias = _bwd_input_sums(dz, operand, pre, ctx.erf, ctx.fp16, ctx.pre_bias_dtype)
     elif wants[0] or wants[6]:
@@ -313,10 +312,7 @@ def _linear(
             return F.linear(x, operand, None if bias is None else bias.to(x.dtype))
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     options = dropout_p, erf, accumulate == "fp16", _adds_to(weight)
-    y = _linear_fwd(x, weight, copy, bias, residual, seed, pre, pre_bias, *options)
-    if residual is None and seed is None:
-        column_sums.expect(y, bias)
-    return y
+    return _linear_fwd(x, weight, copy, bias, residual, seed, pre, pre_bias, *options)
 
 
 def _copy(weight: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:

@@ -45,14 +45,6 @@ def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, requires_grad=True)
 
 
-def _biased(x: Tensor) -> Tensor:
-    """``x`` as a linear layer with a bias hands it on: backward sums its gradient."""
-    from fastgpt.kernels import _column_sums as column_sums
-
-    column_sums.expect(x, _leaf(x.shape[-1], dtype=FP32))
-    return x
-
-
 # ---------------------------------------------------------------- embedding
 
 
@@ -96,13 +88,11 @@ def _qkv(
     H: int = 2,
     kv: int = 2,
     docs: bool = False,
-    bias: bool = False,
     **options: Any,
 ) -> None:
     from fastgpt.kernels.fused_attn import qkv_attention
 
     qkv = _leaf(1, T, (H + 2 * kv) * D, dtype=dtype)
-    qkv = _biased(qkv) if bias else qkv
     doc_ids = torch.empty(1, T, dtype=torch.int32) if docs else None
     _backward(qkv_attention(qkv, H, n_kv_head=kv, doc_ids=doc_ids, **options))
 
@@ -118,12 +108,11 @@ def _decode(dtype: torch.dtype, D: int, T_q: int, **options: Any) -> None:
 
 
 def attention_cases() -> Iterator[Case]:
-    everything: dict[str, Any] = {"docs": True, "dropout_p": 0.1, "window": 256, "bias": True}
+    everything: dict[str, Any] = {"docs": True, "dropout_p": 0.1, "window": 256}
     for D in HEAD_DIMS:
         yield f"attention bf16 D{D}", partial(_qkv, BF16, D)
         yield f"attention bf16 D{D} all options", partial(_qkv, BF16, D, H=4, **everything)
     for D in (64, 128, 256):
-        yield f"attention bf16 D{D} bias", partial(_qkv, BF16, D, bias=True)
         yield f"attention fp16 D{D}", partial(_qkv, FP16, D)
         yield f"attention fp32 D{D}", partial(_qkv, FP32, D)
         yield f"attention bf16 D{D} decode", partial(_decode, BF16, D, 1)
@@ -135,14 +124,11 @@ def attention_cases() -> Iterator[Case]:
     yield "attention bf16 D64 window", partial(_qkv, BF16, 64, window=256)
     yield "attention bf16 D64 grouped queries", partial(_qkv, BF16, 64, H=4)
     yield "attention bf16 D64 prefill", partial(_decode, BF16, 64, 256)
-    yield "attention bf16 D64 bias, dropout", partial(_qkv, BF16, 64, bias=True, dropout_p=0.1)
     yield "attention fp32 D64 dropout", partial(_qkv, FP32, 64, dropout_p=0.1)
-    yield "attention fp32 D64 bias", partial(_qkv, FP32, 64, bias=True)
     fast: dict[str, Any] = {"accumulate": "fp16"}
     for D in HEAD_DIMS:
         yield f"attention fp16-fast D{D}", partial(_qkv, FP16, D, **fast)
     for D in (64, 128, 256):
-        yield f"attention fp16-fast D{D} bias", partial(_qkv, FP16, D, bias=True, **fast)
         yield f"attention fp16-fast D{D} all options", partial(_qkv, FP16, D, H=4, **everything, **fast)
     yield "attention fp16-fast D64 dropout", partial(_qkv, FP16, 64, dropout_p=0.1, **fast)
     yield "attention fp16-fast D64 documents", partial(_qkv, FP16, 64, docs=True, **fast)
@@ -169,7 +155,6 @@ def _norm(
     branch = _leaf(rows, C, dtype=x)
     stream = None if residual is None else _leaf(rows, C, dtype=residual)
     shift = _leaf(C, dtype=weight) if bias else None
-    branch = _biased(branch) if bias and residual is not None else branch
     _backward(layer_norm(branch, _leaf(C, dtype=weight), shift, residual=stream, **options))
 
 
@@ -315,17 +300,14 @@ def _fp8_sweep(erf: bool, bias: bool) -> None:
         launch._sweep(z, dy, torch.empty_like(z), q, (q.values, q.scale, stats[1], limit, shift), erf, sums)
 
 
-def _fp8_attention(
-    D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: bool = False, bias: bool = False, **options: Any
-) -> None:
+def _fp8_attention(D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: bool = False, **options: Any) -> None:
     """A block's attention between its two linears: what they read in fp8 is written by attention, forward and backward."""
     from fastgpt.kernels.fused_fp8 import linear, qkv_attention
 
     if not has_fp8():
         return
     doc_ids = torch.empty(1, T, dtype=torch.int32) if docs else None
-    shift = _leaf((H + 2 * kv) * D, dtype=FP32) if bias else None
-    qkv = linear(_leaf(1, T, 256, dtype=BF16), torch.nn.Parameter(torch.zeros((H + 2 * kv) * D, 256)), shift)
+    qkv = linear(_leaf(1, T, 256, dtype=BF16), torch.nn.Parameter(torch.zeros((H + 2 * kv) * D, 256)))
     y = qkv_attention(qkv, H, n_kv_head=kv, doc_ids=doc_ids, **options)
     _backward(linear(y, torch.nn.Parameter(torch.zeros(128, H * D)), _leaf(128, dtype=FP32)))
 
@@ -341,9 +323,8 @@ def fp8_cases() -> Iterator[Case]:
         yield f"fp8 attention D{D}", partial(_fp8_attention, D)
         yield (
             f"fp8 attention D{D} all options",
-            partial(_fp8_attention, D, H=4, docs=True, bias=True, dropout_p=0.1, window=256),
+            partial(_fp8_attention, D, H=4, docs=True, dropout_p=0.1, window=256),
         )
-    yield "fp8 attention D64 bias", partial(_fp8_attention, 64, bias=True)
     yield "fp8 attention D64 dropout", partial(_fp8_attention, 64, dropout_p=0.1)
     yield "fp8 attention D64 documents", partial(_fp8_attention, 64, docs=True)
     yield "fp8 attention D64 grouped queries", partial(_fp8_attention, 64, H=4)

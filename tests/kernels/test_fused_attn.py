@@ -225,13 +225,12 @@ def test_fp16_sums_change_every_result_and_no_statistic(device, monkeypatch):
     monkeypatch.setattr(tuning, "choose", choose)
     qkv, seed = packed(device, 100, D=64, B=1, dtype=torch.float16), None
     calls = [
-        fused_attn._qkv_attention_fwd(qkv, 2, 2, False, None, seed, True, 0.125, None, 0.0, fast)
-        for fast in (False, True)
+        fused_attn._qkv_attention_fwd(qkv, 2, 2, None, seed, True, 0.125, None, 0.0, fast) for fast in (False, True)
     ]
     (out, lse), (out_fast, lse_fast) = calls
     assert torch.equal(lse, lse_fast) and not torch.equal(out, out_fast)
     grads = [
-        fused_attn._qkv_attention_bwd(out, qkv, out, lse, 2, 2, False, None, seed, True, 0.125, None, 0.0, fast)[0]
+        fused_attn._qkv_attention_bwd(out, qkv, out, lse, 2, 2, None, seed, True, 0.125, None, 0.0, fast)
         for fast in (False, True)
     ]
     for exact, fast in zip(*(grad.split(128, -1) for grad in grads)):
@@ -481,7 +480,7 @@ def operator_calls(device):
     kv_len = torch.tensor([25], device=device)
     seed = torch.tensor([3], device=device)
     separate = docs, kv_len, seed, True, 0.25, 9, 0.1, False
-    together = 2, 2, True, None, None, True, 0.25, None, 0.0, False
+    together = 2, 2, None, None, True, 0.25, None, 0.0, False
     out, lse = fused_attn._attention_fwd(q, k, v, *separate)
     packed_out, packed_lse = fused_attn._qkv_attention_fwd(qkv, *together)
     leaves, leaf = tuple(x.clone().requires_grad_() for x in (q, k, v)), qkv.clone().requires_grad_()

@@ -406,6 +406,9 @@ def test_a_form_is_only_for_the_tensor_as_it_was(device):
     assert copies.take(tensor, FORWARD) is None, "the same"
     assert copies.take(made().view(2, 32), FORWARD) is None, "another tensor"
     assert copies.take(made().add_(1), FORWARD) is None, "written to since"
+    made()
+    del tensor
+    assert len(copies._made) == 0, "a form goes with its tensor"
 
 
 def test_weights_are_quantised_once_per_step(device, monkeypatch):
@@ -479,7 +482,7 @@ def test_opcheck(device):
     q, stats = module._quantise(x, FORWARD)
     dq, dstats = module._quantise(torch.randn(2, 3, 32, device=device), GRADIENT)
     wide, qkv = torch.randn(64, 16, device=device), torch.randn(1, 5, 192, device=device).to(BF16)
-    arguments = (1, 1, True, None, None, True, 0.125, None, 0.0, False)
+    arguments = (1, 1, None, None, True, 0.125, None, 0.0, False)
     out, lse, *grouped = torch.ops.fastgpt.fp8_qkv_attention_fwd(qkv, *arguments)
     grads = x.requires_grad_(), weight.requires_grad_()
     for op, args in (
