@@ -441,8 +441,8 @@ def _linears(s: StepSizes) -> list[Operation]:
 
 
 def _bias_gradients(s: StepSizes) -> list[Operation]:
-    """Passes that sum dy over its rows. In triton the tiles of dW add them up in fp16-fast, and the kernel that forms the GELU's
-    gradient in all precisions."""
+    """Passes that sum dy over its rows. In triton the tiles of dW add them up in fp16-fast; the kernel that forms the GELU's
+    gradient does in all precisions."""
     linears, launches = s.model.block_linears, 1
     if s.kernels == "triton":
         linears = [linear for linear in linears if linear.sink != "activation"]

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastgpt import hardware
 from fastgpt.config import EXPERIMENTAL
 from fastgpt.kernels import reference, runtime
+from fastgpt.kernels.runtime import compute_dtype
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,6 @@ EAGER = Ops(
     linear_cross_entropy=reference.linear_cross_entropy,
     embedding=reference.embedding,
 )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matmul operands for ``x``: autocast's where it is on, else x's own."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 @cache

@@ -163,8 +163,8 @@ def _common(
         "T_q": q.shape[1],
         "T_k": k.shape[1],
         "window": window,
-        "threshold": int(dropout_p * 2**31),
-        "inv_keep": 1.0 / (1.0 - dropout_p),
+        "threshold": min(int(dropout_p * 2**31), 2**31 - 1),
+        "inv_keep": 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
         "D": q.shape[3],
         "GROUP": q.shape[2] // k.shape[2],
         "CAUSAL": causal,
@@ -195,7 +195,7 @@ def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, An
     return tuning.choose(f"attention{'_fast' if fp16 else ''}.{kernel}", q.dtype, bucket, q.device, default)
 
 
-def forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16, *, form=None) -> Tensor:
+def launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16, *, form=None) -> Tensor:
     """Write attention of q (B, T_q, H, D), k and v (B, T_k, H_kv, D) into ``out``, and in fp8 into ``form`` (the kernels'
     out_form); return lse (B, H, T_q)."""
     B, T_q, H, _ = q.shape
@@ -214,7 +214,7 @@ def forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, 
     return lse
 
 
-def backward(
+def launch_backward(
     grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16,
     *, forms=(None, None, None),
 ) -> None:  # fmt: skip

@@ -21,7 +21,7 @@ from fastgpt.kernels import runtime
 from fastgpt.kernels._fp8_launch import FORWARD, GRADIENT, Grouped
 from fastgpt.kernels._fp8_rows import group_size
 
-_ARGUMENTS = attn._PACKED
+_ARGUMENTS = attn.PACKED
 
 
 @torch.library.custom_op(
@@ -58,7 +58,7 @@ def _bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
     form = _form_of_gradient(qkv, n_head, n_kv_head)
     groups = form.scale.shape[0] // (n_head + 2 * n_kv_head)  # of a head
     scales = form.scale.split([heads * groups for heads in (n_head, n_kv_head, n_kv_head)])
-    parts = zip(attn._unpack(form.values, n_head, n_kv_head), scales)
+    parts = zip(attn.unpack(form.values, n_head, n_kv_head), scales)
     forms = [(values, scale, form.scale.shape[1]) for values, scale in parts]
     return attn.packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options, forms=forms), *form
 
@@ -94,7 +94,7 @@ def qkv_attention(qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, **o
     Where nothing would read them (no gradients, operands not in bf16) or find them (under torch.compile), and where the head
     dimension is no multiple of 32, it is exactly that. Raises ValueError, also for a GPU without fp8.
     """
-    (qkv,) = attn._autocast(qkv)
+    (qkv,) = attn.autocast(qkv)
     heads = n_head + 2 * (n_kv_head or n_head)
     if (
         qkv.dtype != torch.bfloat16

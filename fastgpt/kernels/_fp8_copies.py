@@ -50,9 +50,9 @@ def of_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Kept as working_copy.py keeps its copies, until a write to the parameter; in CUDA graphs of a step, from its first
     micro-batch to its last. Not kept: under torch.compile, under FSDP, and of a tensor that is no plain leaf parameter."""
     plain = weight.detach()
-    if torch.compiler.is_compiling() or not working_copy.enabled or not working_copy._cachable(weight):
+    if torch.compiler.is_compiling() or not working_copy.enabled or not working_copy.cachable(weight):
         return torch.ops.fastgpt.fp8_quantise_weight(plain)
-    if working_copy._capturing(weight):
+    if working_copy.capturing(weight):
         _weights.pop(weight, None)  # the replays to come have copies of their own
         return working_copy.once_in_captures(weight, lambda: torch.ops.fastgpt.fp8_quantise_weight(plain))
     now, kept = (weight._version, weight.data_ptr()), _weights.get(weight)

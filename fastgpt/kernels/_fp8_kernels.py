@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fastgpt.kernels._fp8_rows import nearest, norm_bound, row_scale, scaled_down
-from fastgpt.kernels._linear_kernels import _gelu, _gelu_grad, _store_column_sums, _tile
+from fastgpt.kernels._linear_kernels import gelu, gelu_grad, store_column_sums, tile_of
 
 CHUNK = 64
 """Of K: products that are summed before they are added up in fp32."""
@@ -49,7 +49,7 @@ def fp8_linear_kernel(
     "gelu": PRE = z, C = gelu(z), and gelu(z) in fp8 as Q with SCALE
     "dgelu": C = z gelu'(PRE), and that in fp8; COLUMN_SUM, if given, as of linear_kernel
     """
-    pid_m, pid_n = _tile(tl.program_id(0), M, N, BM, BN, GROUP)
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     rm, rn, rk = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     in_m, in_n = rm < M, rn < N
     a_ptr = A + rm.to(tl.int64)[:, None] * K + rk[None, :]
@@ -80,13 +80,13 @@ def fp8_linear_kernel(
         z += tl.load(BIAS + rn, mask=in_n, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == "gelu":
         tl.store(PRE + out, z.to(PRE.dtype.element_ty), mask=mask)
-        z = _gelu(z, ERF)
+        z = gelu(z, ERF)
     elif EPILOGUE == "dgelu":
-        z *= _gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
+        z *= gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
     rounded = z.to(C.dtype.element_ty)
     tl.store(C + out, rounded, mask=mask)
     if COLUMN_SUM is not None:
-        _store_column_sums(rounded, mask, COLUMN_SUM, pid_m, rn, N)
+        store_column_sums(rounded, mask, COLUMN_SUM, pid_m, rn, N)
     if Q is not None:
         _quantise_bounded(
             rounded, rm, in_m, out, mask, pid_n == 0, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, EPILOGUE == "dgelu"
@@ -104,13 +104,11 @@ def fp8_sweep_kernel(
     in_m = rm < M
     mask, out = in_m[:, None] & (rn < N)[None, :], rm.to(tl.int64)[:, None] * N + rn[None, :]
     z = tl.load(Z + out, mask=mask, other=0.0).to(tl.float32)
-    value = (
-        _gelu(z, ERF) if not BACKWARD else _gelu_grad(z, ERF) * tl.load(DY + out, mask=mask, other=0.0).to(tl.float32)
-    )
+    value = gelu(z, ERF) if not BACKWARD else gelu_grad(z, ERF) * tl.load(DY + out, mask=mask, other=0.0).to(tl.float32)
     rounded = value.to(OUT.dtype.element_ty)
     tl.store(OUT + out, rounded, mask=mask)
     if COLUMN_SUM is not None:
-        _store_column_sums(rounded, mask, COLUMN_SUM, tl.program_id(0), rn, N)
+        store_column_sums(rounded, mask, COLUMN_SUM, tl.program_id(0), rn, N)
     first = tl.program_id(1) == 0
     _quantise_bounded(rounded, rm, in_m, out, mask, first, Q, SCALE, NORM, MAX_NORM, MAX_BIAS, BACKWARD)
 

@@ -201,7 +201,7 @@ def matmul_gelu(a: Fp8, b: Fp8, bias: Tensor | None, erf: bool) -> tuple[Tensor,
     with _recorded("fp8.gelu", a, b, library):
         if library:
             pre = _scaled_mm(a, b, bias)
-            _sweep(pre, None, out, q, _bounded(q, a, b, bias), erf, None)
+            sweep(pre, None, out, q, _bounded(q, a, b, bias), erf, None)
         else:
             pre = torch.empty_like(out)
             _launch(a, b, out, "gelu", bias, pre=pre, q=q, erf=erf)
@@ -216,13 +216,13 @@ def matmul_dgelu(
     out, q = a.values.new_empty(shape, dtype=torch.bfloat16), new(shape, GRADIENT, device)
     sums = None if bias_dtype is None else out.new_empty(shape[1], dtype=bias_dtype)
     if engine(device) == "scaled_mm":
-        _sweep(pre, _scaled_mm(a, b), out, q, _bounded(q, a, b, None), erf, sums)
+        sweep(pre, _scaled_mm(a, b), out, q, _bounded(q, a, b, None), erf, sums)
     else:
         _launch(a, b, out, "dgelu", pre=pre, q=q, erf=erf, sums=sums)
     return out, q, sums
 
 
-def _sweep(
+def sweep(
     z: Tensor, dy: Tensor | None, out: Tensor, q: Fp8, bounded: tuple[Tensor | None, ...], erf: bool,
     sums: Tensor | None,
 ) -> None:  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastgpt.kernels import _linear_launch as launch
 
 
-def _rows(t: Tensor) -> Tensor:
+def rows_of(t: Tensor) -> Tensor:
     """(rows, columns), also of no columns; a view where strides allow one."""
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
@@ -18,17 +18,13 @@ def _rows(t: Tensor) -> Tensor:
 # dz and x are (..., N) and (..., K) here, and of the same 16- or 32-bit dtype.
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_bwd_input",
-    mutates_args=(),
-    schema="(Tensor dz, Tensor weight, Tensor? pre, bool erf, bool fp16) -> Tensor",
-)
+@torch.library.custom_op("fastgpt::linear_bwd_input", mutates_args=())
 def _bwd_input(dz: Tensor, weight: Tensor, pre: Tensor | None, erf: bool, fp16: bool) -> Tensor:
     """dz @ weight, times gelu'(pre) if given."""
     if pre is None:
-        dx = launch.matmul(_rows(dz), weight, None, None, None, 0.0, fp16)
+        dx = launch.matmul(rows_of(dz), weight, None, None, None, 0.0, fp16)
     else:
-        dx, _ = launch.matmul_dgelu(_rows(dz), weight, _rows(pre), erf, fp16)
+        dx, _ = launch.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16)
     return dx.view(*dz.shape[:-1], weight.shape[1])
 
 
@@ -37,16 +33,12 @@ def _(dz, weight, pre, erf, fp16):
     return dz.new_empty(*dz.shape[:-1], weight.shape[1])
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_bwd_input_sums",
-    mutates_args=(),
-    schema="(Tensor dz, Tensor weight, Tensor pre, bool erf, bool fp16, ScalarType bias_dtype) -> (Tensor, Tensor)",
-)
+@torch.library.custom_op("fastgpt::linear_bwd_input_sums", mutates_args=())
 def _bwd_input_sums(
     dz: Tensor, weight: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(dz @ weight) gelu'(pre), and its column sums: the gradient of the bias in ``pre``."""
-    dpre, sums = launch.matmul_dgelu(_rows(dz), weight, _rows(pre), erf, fp16, bias_dtype)
+    dpre, sums = launch.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16, bias_dtype)
     assert sums is not None
     return dpre.view(pre.shape), sums
 
@@ -58,21 +50,17 @@ def _(dz, weight, pre, erf, fp16, bias_dtype):
 
 def _new_weight_grads(weight: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """dW with weight's layout, so that a transposed view gives its base a contiguous gradient; db, or empty."""
-    dw = torch.empty_like(weight) if launch._dense(weight) else weight.new_empty(weight.shape)
+    dw = torch.empty_like(weight) if launch.dense(weight) else weight.new_empty(weight.shape)
     return dw, weight.new_empty(weight.shape[0] if bias_dtype else 0, dtype=bias_dtype or weight.dtype)
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_bwd_weight",
-    mutates_args=(),
-    schema="(Tensor dz, Tensor x, Tensor weight, ScalarType? bias_dtype, bool fp16) -> (Tensor, Tensor)",
-)
+@torch.library.custom_op("fastgpt::linear_bwd_weight", mutates_args=())
 def _bwd_weight(
     dz: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None, fp16: bool
 ) -> tuple[Tensor, Tensor]:
     """dW and, if ``bias_dtype``, db. Of weight only shape, layout and dtype matter."""
     dw, db = _new_weight_grads(weight, bias_dtype)
-    launch.weight_grad(_rows(dz), _rows(x), dw, db if bias_dtype else None, fp16)
+    launch.weight_grad(rows_of(dz), rows_of(x), dw, db if bias_dtype else None, fp16)
     return dw, db
 
 
@@ -81,24 +69,17 @@ def _(dz, x, weight, bias_dtype, fp16):
     return _new_weight_grads(weight, bias_dtype)
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_bwd_weight_add",
-    mutates_args=("grad",),
-    schema="(Tensor(a!) grad, Tensor dz, Tensor x, ScalarType? bias_dtype, bool fp16) -> Tensor",
-)
+@torch.library.custom_op("fastgpt::linear_bwd_weight_add", mutates_args=("grad",))
 def _bwd_weight_add(grad: Tensor, dz: Tensor, x: Tensor, bias_dtype: torch.dtype | None, fp16: bool) -> Tensor:
     """grad += dW; returns db, empty without ``bias_dtype``."""
     db = grad.new_empty(grad.shape[0] if bias_dtype else 0, dtype=bias_dtype or grad.dtype)
-    launch.weight_grad(_rows(dz), _rows(x), grad, db if bias_dtype else None, fp16, add=True)
+    launch.weight_grad(rows_of(dz), rows_of(x), grad, db if bias_dtype else None, fp16, add=True)
     return db
 
 
 @_bwd_weight_add.register_fake
 def _(grad, dz, x, bias_dtype, fp16):
     return grad.new_empty(grad.shape[0] if bias_dtype else 0, dtype=bias_dtype or grad.dtype)
-
-
-_POINTWISE = "ScalarType dtype, ScalarType? bias_dtype) -> (Tensor, Tensor)"
 
 
 def _new_pointwise(dy: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -108,12 +89,12 @@ def _new_pointwise(dy: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype | Non
 
 def _pointwise(dy, dtype, bias_dtype, pre, seed, dropout_p, erf):
     dz, db = launch.pointwise_grad(
-        _rows(dy), dtype, None if pre is None else _rows(pre), seed, dropout_p, erf, bias_dtype
+        rows_of(dy), dtype, None if pre is None else rows_of(pre), seed, dropout_p, erf, bias_dtype
     )
     return dz.view(dy.shape), dz.new_empty(0) if db is None else db
 
 
-@torch.library.custom_op("fastgpt::gelu_bwd", mutates_args=(), schema=f"(Tensor dy, Tensor pre, bool erf, {_POINTWISE}")
+@torch.library.custom_op("fastgpt::gelu_bwd", mutates_args=())
 def _gelu_bwd(
     dy: Tensor, pre: Tensor, erf: bool, dtype: torch.dtype, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
@@ -126,9 +107,7 @@ def _(dy, pre, erf, dtype, bias_dtype):
     return _new_pointwise(dy, dtype, bias_dtype)
 
 
-@torch.library.custom_op(
-    "fastgpt::dropout_bwd", mutates_args=(), schema=f"(Tensor dy, Tensor seed, float dropout_p, {_POINTWISE}"
-)
+@torch.library.custom_op("fastgpt::dropout_bwd", mutates_args=())
 def _dropout_bwd(
     dy: Tensor, seed: Tensor, dropout_p: float, dtype: torch.dtype, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:

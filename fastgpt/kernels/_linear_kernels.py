@@ -18,7 +18,7 @@ from fastgpt.kernels._layernorm_kernels import dropout
 
 
 @triton.jit
-def _gelu(x, ERF: tl.constexpr):
+def gelu(x, ERF: tl.constexpr):
     """GELU of fp32 x: x Phi(x), or Phi's tanh approximation (Hendrycks & Gimpel 2016). sigmoid(2u) = (1 + tanh u) / 2."""
     if ERF:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -26,7 +26,7 @@ def _gelu(x, ERF: tl.constexpr):
 
 
 @triton.jit
-def _gelu_grad(x, ERF: tl.constexpr):
+def gelu_grad(x, ERF: tl.constexpr):
     """Its derivative at fp32 x."""
     if ERF:
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
@@ -36,7 +36,7 @@ def _gelu_grad(x, ERF: tl.constexpr):
 
 
 @triton.jit
-def _tile(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """(row, column) of the tile that program ``pid`` computes: column by column within GROUP rows of tiles."""
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
     first = pid // (GROUP * columns) * GROUP
@@ -91,7 +91,7 @@ def _product(
 
 
 @triton.jit
-def _store_column_sums(tile, mask, COLUMN_SUM, row, rn, N):
+def store_column_sums(tile, mask, COLUMN_SUM, row, rn, N):
     """The sums of a tile's columns, into their places in that row of COLUMN_SUM (rows, N)."""
     total = tl.sum(tl.where(mask, tile.to(tl.float32), 0.0), axis=0)
     tl.store(COLUMN_SUM + row.to(tl.int64) * N + rn, total, mask=rn < N)
@@ -112,7 +112,7 @@ def linear_kernel(
 
     COLUMN_SUM (rows of tiles, N), fp32, may be None: the sums of C's columns in each tile, as C holds them.
     """
-    pid_m, pid_n = _tile(tl.program_id(0), M, N, BM, BN, GROUP)
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     rm, rn = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
     z, _ = _product(
         A, B, rm, rn, M, N, tl.zeros((), tl.int32), K, stride_am, stride_ak, stride_bk, stride_bn,
@@ -125,9 +125,9 @@ def linear_kernel(
     if EPILOGUE == "gelu":
         if PRE is not None:
             tl.store(PRE + out, z.to(PRE.dtype.element_ty), mask=mask)
-        z = _gelu(z, ERF)
+        z = gelu(z, ERF)
     elif EPILOGUE == "dgelu":
-        z *= _gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
+        z *= gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
     if SEED is not None:
         z = dropout(z, SEED, rm, pid_n * BN, dropout_p, BM, BN)
     if RESIDUAL is not None:
@@ -136,7 +136,7 @@ def linear_kernel(
     rounded = z.to(C.dtype.element_ty)
     tl.store(C + out, rounded, mask=mask)
     if COLUMN_SUM is not None:
-        _store_column_sums(rounded, mask, COLUMN_SUM, pid_m, rn, N)
+        store_column_sums(rounded, mask, COLUMN_SUM, pid_m, rn, N)
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def weight_grad_kernel(
 
     Here A is dy^T and B is x, so K counts tokens, C is dW and the row sums are the bias gradient (ROW_SUM may be None).
     C is (splits, M, N), the C[s] M N elements apart. ADD: to what C holds (one split only)."""
-    pid_m, pid_n = _tile(tl.program_id(0), M, N, BM, BN, GROUP)
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     split = tl.program_id(1)
     rm, rn = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
     first = split * per_split
@@ -196,7 +196,7 @@ def pointwise_grad_kernel(
         dz = tl.load(DY + rm[:, None] * stride_m + rn.to(tl.int64)[None, :] * stride_n, mask=mask, other=0.0)
         dz = dz.to(tl.float32)
         if PRE is not None:
-            dz *= _gelu_grad(tl.load(PRE + at, mask=mask, other=0.0).to(tl.float32), ERF)
+            dz *= gelu_grad(tl.load(PRE + at, mask=mask, other=0.0).to(tl.float32), ERF)
         if SEED is not None:
             dz = dropout(dz, SEED, rm, tl.program_id(1) * BN, dropout_p, BM, BN)
         rounded = dz.to(DZ.dtype.element_ty)

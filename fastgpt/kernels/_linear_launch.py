@@ -299,13 +299,13 @@ def matmul_dgelu(
     return _run(_choose("dgelu", a, b, fp16, plain=not erf), a, b, run)
 
 
-def _dense(t: Tensor) -> bool:
+def dense(t: Tensor) -> bool:
     return t.is_contiguous() or t.t().is_contiguous()
 
 
 def adds_in_place(grad: Tensor | None, weight: Tensor) -> bool:
     """Whether ``weight_grad`` can add to this ``.grad``."""
-    return grad is not None and grad.dtype == torch.float32 and grad.shape == weight.shape and _dense(grad)
+    return grad is not None and grad.dtype == torch.float32 and grad.shape == weight.shape and dense(grad)
 
 
 def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool, *, add: bool = False) -> None:

@@ -41,10 +41,10 @@ import torch
 from torch import Tensor
 
 from fastgpt.kernels import _attn_launch as launch
-from fastgpt.kernels import reference, runtime
+from fastgpt.kernels import arguments, reference, runtime
 
 
-def _unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views (B, T, heads, D) of the queries, keys and values in (B, T, (n_head + 2 n_kv_head) D)."""
     heads = packed.unflatten(-1, (n_head + 2 * n_kv_head, -1))
     q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=2)
@@ -55,7 +55,7 @@ def _unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor
 
 _OPTIONS = "Tensor? doc_ids, {kv_len}Tensor? seed, bool causal, float scale, int? window, float dropout_p, bool fp16"
 _SEPARATE = _OPTIONS.format(kv_len="Tensor? kv_len, ")
-_PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
+PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
 
 
 @torch.library.custom_op(
@@ -63,7 +63,7 @@ _PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
 )
 def _attention_fwd(q, k, v, *options):
     out = q.new_empty(q.shape)
-    return out, launch.forward(q, k, v, out, *options)
+    return out, launch.launch_forward(q, k, v, out, *options)
 
 
 @_attention_fwd.register_fake
@@ -80,7 +80,7 @@ def _(q, k, v, *options):
 )
 def _attention_bwd(grad_out, q, k, v, out, lse, *options):
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    launch.backward(grad_out, q, k, v, out, lse, *grads, *options)
+    launch.launch_backward(grad_out, q, k, v, out, lse, *grads, *options)
     return grads
 
 
@@ -90,7 +90,7 @@ def _(grad_out, q, k, v, out, lse, *options):
 
 
 @torch.library.custom_op(
-    "fastgpt::qkv_attention_fwd", mutates_args=(), schema=f"(Tensor qkv, {_PACKED}) -> (Tensor, Tensor)"
+    "fastgpt::qkv_attention_fwd", mutates_args=(), schema=f"(Tensor qkv, {PACKED}) -> (Tensor, Tensor)"
 )
 def _qkv_attention_fwd(qkv, n_head, n_kv_head, *options):
     return packed_forward(qkv, n_head, n_kv_head, *options)
@@ -98,9 +98,9 @@ def _qkv_attention_fwd(qkv, n_head, n_kv_head, *options):
 
 def packed_forward(qkv, n_head, n_kv_head, doc_ids, *options, form=None):
     """The output (B, T, H D) of qkv, and lse."""
-    q, k, v = _unpack(qkv, n_head, n_kv_head)
+    q, k, v = unpack(qkv, n_head, n_kv_head)
     out = qkv.new_empty(q.shape)
-    lse = launch.forward(q, k, v, out, doc_ids, None, *options, form=form)
+    lse = launch.launch_forward(q, k, v, out, doc_ids, None, *options, form=form)
     return out.flatten(2), lse
 
 
@@ -115,7 +115,7 @@ def packed_outputs(qkv, n_head, n_kv_head, *options):
 @torch.library.custom_op(
     "fastgpt::qkv_attention_bwd",
     mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_PACKED}) -> Tensor",
+    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {PACKED}) -> Tensor",
 )
 def _qkv_attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
     return packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options)
@@ -125,8 +125,8 @@ def packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, *option
     """The gradient of qkv."""
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
-    inputs, grads = _unpack(qkv, n_head, n_kv_head), _unpack(grad_qkv, n_head, n_kv_head)
-    launch.backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms)
+    inputs, grads = unpack(qkv, n_head, n_kv_head), unpack(grad_qkv, n_head, n_kv_head)
+    launch.launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms)
     return grad_qkv
 
 
@@ -175,7 +175,7 @@ _qkv_attention_fwd.register_autograd(_qkv_attention_backward, setup_context=pack
 # ---- Public functions -----------------------------------------------------------------------------------------------
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, in its dtype, as PyTorch's attention does (it leaves fp64 alone)."""
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
@@ -185,23 +185,16 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _check(
-    x: Tensor, D: int, B: int, T_k: int, window: int | None, doc_ids: Tensor | None, dropout_p: float, accumulate: str
-) -> None:
+    name: str, x: Tensor, D: int, B: int, T_k: int, window: int | None, doc_ids: Tensor | None, dropout_p: float,
+    accumulate: str,
+) -> None:  # fmt: skip
     """Raise ValueError for options that no kernel takes."""
-    if runtime.runs_in_triton(x) and x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"attention is given {x.dtype}: use float32, float16 or bfloat16")
     if not 1 <= D <= launch.MAX_HEAD_DIM:
         raise ValueError(f"the head dimension is {D}: use 1 to {launch.MAX_HEAD_DIM}")
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}: use 1 (a query sees itself) or more, or None")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}: use a probability in [0, 1)")
-    if accumulate not in ("fp32", "fp16"):
-        raise ValueError(f"accumulate is {accumulate!r}: use 'fp32' or 'fp16'")
-    if accumulate == "fp16" and x.dtype != torch.float16:
-        raise ValueError(f"accumulate is 'fp16', but the operands are {x.dtype}: use float16 ones, or 'fp32'")
-    if doc_ids is not None and (doc_ids.shape != (B, T_k) or doc_ids.is_floating_point()):
-        raise ValueError(f"doc_ids is {doc_ids.dtype} {tuple(doc_ids.shape)}: use integers of shape {(B, T_k)}")
+    arguments.window(window)
+    arguments.probability("dropout_p", dropout_p)
+    arguments.accumulate(accumulate, x.dtype)
+    arguments.integers("doc_ids", doc_ids, (B, T_k), name, x)
 
 
 def attention(
@@ -234,12 +227,12 @@ def attention(
     T_k, H_kv = k.shape[1:3]
     if H_kv == 0 or H % H_kv:
         raise ValueError(f"q has {H} heads and k has {H_kv}: use a number of query heads that k's divides")
-    q, k, v = _autocast(q, k, v)
+    arguments.tensors("q", q.shape, ("q", q, None), ("k", k, None), ("v", v, None))
+    q, k, v = autocast(q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention is given {q.dtype}, {k.dtype}, {v.dtype} for q, k, v: use one dtype")
-    _check(q, D, B, T_k, window, doc_ids, dropout_p, accumulate)
-    if kv_len is not None and (kv_len.shape != (B,) or kv_len.is_floating_point()):
-        raise ValueError(f"kv_len is {kv_len.dtype} {tuple(kv_len.shape)}: use integers of shape {(B,)}")
+    _check("q", q, D, B, T_k, window, doc_ids, dropout_p, accumulate)
+    arguments.integers("kv_len", kv_len, (B,), "q", q)
     if not runtime.runs_in_triton(q) or q.numel() == 0 or k.numel() == 0:
         return reference.attention(
             q, k, v, causal=causal, scale=scale, window=window, doc_ids=doc_ids, kv_len=kv_len, dropout_p=dropout_p
@@ -277,8 +270,9 @@ def qkv_attention(
         )
     B, T, width = qkv.shape
     D = width // (n_head + 2 * n_kv_head)
-    (qkv,) = _autocast(qkv)
-    _check(qkv, D, B, T, window, doc_ids, dropout_p, accumulate)
+    arguments.tensors("qkv", qkv.shape, ("qkv", qkv, None))
+    (qkv,) = autocast(qkv)
+    _check("qkv", qkv, D, B, T, window, doc_ids, dropout_p, accumulate)
     if not runtime.runs_in_triton(qkv) or qkv.numel() == 0:
         return reference.qkv_attention(
             qkv, n_head, n_kv_head=n_kv_head, causal=causal, scale=scale, window=window, doc_ids=doc_ids,

@@ -43,7 +43,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import reference, runtime, tuning
+from fastgpt.kernels import arguments, reference, runtime, tuning
 from fastgpt.kernels._cross_entropy_kernels import rows_kernel
 from fastgpt.kernels._cross_entropy_matmuls import Fp16Sums, Fp32Sums, padded
 
@@ -375,12 +375,7 @@ def linear_cross_entropy(
             logit_softcap=logit_softcap,
             vocab_size=vocab_size,
         )
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"{name} is {tensor.dtype}: the kernel takes float32, float16 and bfloat16")
-
+    x = x.to(runtime.compute_dtype(x))
     flat = target.reshape(-1)
     inputs = x.reshape(-1, x.shape[-1]), weight, flat, bias
     wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (x, weight, bias)]
@@ -399,24 +394,12 @@ def _check_arguments(x, weight, target, bias, reduction, accumulate, options) ->
     x_shape, w_shape = tuple(x.shape), tuple(weight.shape)
     if len(w_shape) != 2 or not x_shape or x_shape[-1] != w_shape[1]:
         raise ValueError(f"x is {x_shape} and weight {w_shape}: they have to be (..., C) and (vocabulary, C)")
-    if tuple(target.shape) != x_shape[:-1]:
-        raise ValueError(f"target is {tuple(target.shape)}: x of {x_shape} needs {x_shape[:-1]}")
-    if target.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"target is {target.dtype}: use int64 or int32")
-    if bias is not None and tuple(bias.shape) != w_shape[:1]:
-        raise ValueError(f"bias is {tuple(bias.shape)}: weight of {w_shape} needs {w_shape[:1]}")
-    if any(t is not None and t.device != x.device for t in (weight, target, bias)):
-        raise ValueError(f"x is on {x.device}: weight, target and bias have to be there too")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction is {reduction!r}: use 'none', 'mean' or 'sum'")
-    if accumulate not in ("fp32", "fp16"):
-        raise ValueError(f"accumulate is {accumulate!r}: use 'fp32' or 'fp16'")
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if accumulate == "fp16" and dtype != torch.float16:
-        raise ValueError(f"accumulate is 'fp16', but the operands are {dtype}: use float16 ones, or 'fp32'")
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"label_smoothing is {smoothing}: use a number from 0 to 1")
+    arguments.shape("target", target, x_shape[:-1], "x", x_shape)
+    arguments.tensors("weight", w_shape, ("x", x, None), ("weight", weight, None), ("bias", bias, w_shape[:1]))
+    arguments.indices("target", target, "x", x)
+    arguments.choice("reduction", reduction, ("none", "mean", "sum"))
+    arguments.accumulate(accumulate, runtime.compute_dtype(x))
+    arguments.probability("label_smoothing", smoothing)
     if z_loss < 0:
         raise ValueError(f"z_loss is {z_loss}: use a number that is not negative")
     if softcap is not None and softcap <= 0:

@@ -48,15 +48,13 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import fused_linear, reference, runtime
+from fastgpt.kernels import arguments, fused_linear, reference, runtime
 from fastgpt.kernels._embedding_kernels import (
     embedding_forward_kernel,
     long_runs_kernel,
     position_grad_kernel,
     token_grad_kernel,
 )
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Config(NamedTuple):
@@ -145,12 +143,7 @@ def _check_ids(idx: Tensor, V: int) -> None:
 # ---------------------------------------------------------------- ops
 
 
-@torch.library.custom_op(
-    "fastgpt::embedding_fwd",
-    mutates_args=(),
-    schema="(Tensor idx, Tensor wte, Tensor wpe, Tensor? seed, float dropout_p, SymInt position, ScalarType out_dtype, "
-    "bool in_place) -> (Tensor, Tensor)",
-)
+@torch.library.custom_op("fastgpt::embedding_fwd", mutates_args=())
 def _forward(
     idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, dropout_p: float, position: int,
     out_dtype: torch.dtype, in_place: bool,
@@ -180,14 +173,7 @@ def _(idx, wte, wpe, seed, dropout_p, position, out_dtype, in_place):
     return _new_outputs(idx, wte, out_dtype)
 
 
-_GRADIENT_INPUTS = "Tensor dx, Tensor ids, Tensor? seed, float dropout_p, SymInt position"
-
-
-@torch.library.custom_op(
-    "fastgpt::embedding_bwd",
-    mutates_args=(),
-    schema=f"({_GRADIENT_INPUTS}, SymInt V, SymInt P, ScalarType? wte_dtype, ScalarType? wpe_dtype) -> (Tensor, Tensor)",
-)
+@torch.library.custom_op("fastgpt::embedding_bwd", mutates_args=())
 def _bwd(
     dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float, position: int, V: int, P: int,
     wte_dtype: torch.dtype | None, wpe_dtype: torch.dtype | None,
@@ -210,11 +196,7 @@ def _(dx, ids, seed, dropout_p, position, V, P, wte_dtype, wpe_dtype):
     )
 
 
-@torch.library.custom_op(
-    "fastgpt::embedding_bwd_add",
-    mutates_args=("wte_grad", "wpe_grad"),
-    schema=f"(Tensor(a!)? wte_grad, Tensor(b!)? wpe_grad, {_GRADIENT_INPUTS}) -> ()",
-)
+@torch.library.custom_op("fastgpt::embedding_bwd_add", mutates_args=("wte_grad", "wpe_grad"))
 def _bwd_add(
     wte_grad: Tensor | None, wpe_grad: Tensor | None, dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float,
     position: int,
@@ -224,7 +206,7 @@ def _bwd_add(
 
 
 @_bwd_add.register_fake
-def _(wte_grad, wpe_grad, dx, ids, seed, dropout_p, position):
+def _(*inputs):
     return None
 
 
@@ -293,7 +275,7 @@ def embedding(
     if not runtime.runs_in_triton(wte):
         return reference.embedding(idx, wte, wpe, position=position, dropout_p=dropout_p, out_dtype=out_dtype)
     seed = runtime.draw_seed(wte.device) if dropout_p > 0 else None
-    in_place = fused_linear._adds_to(wte) and fused_linear._adds_to(wpe)
+    in_place = fused_linear.adds_to(wte) and fused_linear.adds_to(wpe)
     return _forward(idx, wte, wpe, seed, dropout_p, position, out_dtype or wte.dtype, in_place)[0]
 
 
@@ -302,19 +284,13 @@ def _validate(
 ) -> None:
     if wte.dim() != 2 or wpe.dim() != 2 or wte.shape[1] != wpe.shape[1]:
         raise ValueError(f"wte is {tuple(wte.shape)} and wpe {tuple(wpe.shape)}: they have to be (V, C) and (P, C)")
-    if idx.dim() == 0 or idx.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"idx is {idx.dtype} of shape {tuple(idx.shape)}: it has to be (..., T) of int64 or int32")
+    arguments.indices("idx", idx, "wte", wte)
+    if idx.dim() == 0:
+        raise ValueError("idx is (): it has to be (..., T)")
     if position < 0 or position + idx.shape[-1] > wpe.shape[0]:
         raise ValueError(
             f"position is {position} for sequences of {idx.shape[-1]} tokens: wpe has {wpe.shape[0]} positions"
         )
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1]")
-    if out_dtype is not None and out_dtype not in DTYPES:
-        raise ValueError(f"out_dtype is {out_dtype}: use float32, float16 or bfloat16")
-    for name, tensor in (("idx", idx), ("wpe", wpe)):
-        if tensor.device != wte.device:
-            raise ValueError(f"{name} is on {tensor.device}: move it to {wte.device}, where wte is")
-    for name, table in (("wte", wte), ("wpe", wpe)):
-        if table.dtype not in DTYPES and runtime.runs_in_triton(table):
-            raise ValueError(f"{name} is {table.dtype}: the kernel takes float32, float16 and bfloat16")
+    arguments.probability("dropout_p", dropout_p)
+    arguments.dtype("out_dtype", out_dtype)
+    arguments.tensors("wte", wte.shape, ("wte", wte, None), ("wpe", wpe, None))

@@ -36,11 +36,11 @@ from torch import Tensor
 
 from fastgpt.kernels import _fp8_copies as copies
 from fastgpt.kernels import _fp8_launch as launch
+from fastgpt.kernels import arguments, fused_linear, reference, runtime
 from fastgpt.kernels import fused_layernorm as norms
-from fastgpt.kernels import fused_linear, reference, runtime
 from fastgpt.kernels._fp8_attention import qkv_attention as qkv_attention
 from fastgpt.kernels._fp8_launch import FORWARD, GRADIENT, Fp8, Grouped
-from fastgpt.kernels._linear_grads import _rows
+from fastgpt.kernels._linear_grads import rows_of
 
 # ---------------------------------------------------------------- ops
 #
@@ -51,7 +51,7 @@ from fastgpt.kernels._linear_grads import _rows
 @torch.library.custom_op("fastgpt::fp8_quantise", mutates_args=())
 def _quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values in x's shape (..., K), stats (2, rows)."""
-    values, stats = launch.quantise(_rows(x), dtype)
+    values, stats = launch.quantise(rows_of(x), dtype)
     return values.view(x.shape), stats
 
 
@@ -73,51 +73,42 @@ def _(weight):
 
 
 def _flat(q: Tensor, stats: Tensor) -> Fp8:
-    return Fp8(_rows(q), stats)
+    return Fp8(rows_of(q), stats)
 
 
 def _operand(q: Tensor, stats: Tensor, grouped: bool) -> Fp8 | Grouped:
-    return Grouped(_rows(q), stats) if grouped else _flat(q, stats)
+    return Grouped(rows_of(q), stats) if grouped else _flat(q, stats)
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_fp8_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor q, Tensor stats, Tensor weight, Tensor w, Tensor w_stats, Tensor wt, Tensor wt_stats, "
-    "Tensor? bias, bool in_place, bool grouped) -> Tensor",
-)
-def _linear_fwd(x, q, stats, weight, w, w_stats, wt, wt_stats, bias, in_place, grouped):
+@torch.library.custom_op("fastgpt::linear_fp8_fwd", mutates_args=())
+def _linear_fwd(
+    x: Tensor, q: Tensor, stats: Tensor, weight: Tensor, w: Tensor, w_stats: Tensor, wt: Tensor, wt_stats: Tensor,
+    bias: Tensor | None, in_place: bool, grouped: bool,
+) -> Tensor:  # fmt: skip
     """y (..., N) in bf16. x and weight serve backward alone."""
     return launch.matmul(_operand(q, stats, grouped), Fp8(w, w_stats), bias).view(*x.shape[:-1], w.shape[0])
 
 
 @_linear_fwd.register_fake
-def _(x, q, stats, weight, w, w_stats, wt, wt_stats, bias, in_place, grouped):
+def _(x, q, stats, weight, w, *_):
     return x.new_empty(*x.shape[:-1], w.shape[0])
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_fp8_mlp_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor q, Tensor stats, Tensor w_fc, Tensor fc, Tensor fc_stats, Tensor fct, Tensor fct_stats, "
-    "Tensor? b_fc, Tensor w_proj, Tensor proj, Tensor proj_stats, Tensor projt, Tensor projt_stats, Tensor? b_proj, "
-    "bool erf, bool fc_in_place, bool proj_in_place) -> (Tensor, Tensor, Tensor)",
-)
+@torch.library.custom_op("fastgpt::linear_fp8_mlp_fwd", mutates_args=())
 def _mlp_fwd(
-    x, q, stats, w_fc, fc, fc_stats, fct, fct_stats, b_fc, w_proj, proj, proj_stats, projt, projt_stats, b_proj, erf,
-    fc_in_place, proj_in_place,
-):  # fmt: skip
+    x: Tensor, q: Tensor, stats: Tensor, w_fc: Tensor, fc: Tensor, fc_stats: Tensor, fct: Tensor, fct_stats: Tensor,
+    b_fc: Tensor | None, w_proj: Tensor, proj: Tensor, proj_stats: Tensor, projt: Tensor, projt_stats: Tensor,
+    b_proj: Tensor | None, erf: bool, fc_in_place: bool, proj_in_place: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (..., out), and gelu(z) and z (..., H) for backward, all in bf16."""
     a, z, a8 = launch.matmul_gelu(_flat(q, stats), Fp8(fc, fc_stats), b_fc, erf)
     y = launch.matmul(a8, Fp8(proj, proj_stats), b_proj)
-    return tuple(t.view(*x.shape[:-1], t.shape[-1]) for t in (y, a, z))
+    y, a, z = (t.view(*x.shape[:-1], t.shape[-1]) for t in (y, a, z))
+    return y, a, z
 
 
 @_mlp_fwd.register_fake
-def _(
-    x, q, stats, w_fc, fc, fc_stats, fct, fct_stats, b_fc, w_proj, proj, proj_stats, projt, projt_stats, b_proj, erf,
-    fc_in_place, proj_in_place,
-):  # fmt: skip
+def _(x, q, stats, w_fc, fc, fc_stats, fct, fct_stats, b_fc, w_proj, *_):
     y, a, z = (x.new_empty(*x.shape[:-1], size) for size in (w_proj.shape[0], w_fc.shape[0], w_fc.shape[0]))
     return y, a, z
 
@@ -133,16 +124,13 @@ def _(q, stats, wt, wt_stats, grouped):
     return q.new_empty(*q.shape[:-1], wt.shape[1], dtype=torch.bfloat16)
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_fp8_bwd_input_gelu",
-    mutates_args=(),
-    schema="(Tensor q, Tensor stats, Tensor wt, Tensor wt_stats, Tensor pre, bool erf, ScalarType? bias_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _bwd_gelu(q, stats, wt, wt_stats, pre, erf, bias_dtype):
+@torch.library.custom_op("fastgpt::linear_fp8_bwd_input_gelu", mutates_args=())
+def _bwd_gelu(
+    q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor, pre: Tensor, erf: bool, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of ``pre`` in bf16 and in fp8, of dz of the layer behind gelu(pre) in fp8; and, if ``bias_dtype``, its
     column sums: the gradient of the bias in ``pre``."""
-    dz, form, sums = launch.matmul_dgelu(_flat(q, stats), Fp8(wt.t(), wt_stats), _rows(pre), erf, bias_dtype)
+    dz, form, sums = launch.matmul_dgelu(_flat(q, stats), Fp8(wt.t(), wt_stats), rows_of(pre), erf, bias_dtype)
     return dz.view(pre.shape), form.values.view(pre.shape), form.stats, dz.new_empty(0) if sums is None else sums
 
 
@@ -167,7 +155,7 @@ _EITHER: copies.Kinds = (Fp8, Grouped)
 
 def _weight_and_bias(ctx, dz, x, weight, which: int, bias_dtype, in_place: bool):
     ctx.in_place, ctx.fp16 = in_place, False
-    return fused_linear._weight_and_bias(ctx, dz, x, weight, ctx.needs_input_grad[which], bias_dtype, None)
+    return fused_linear.weight_and_bias(ctx, dz, x, weight, ctx.needs_input_grad[which], bias_dtype, None)
 
 
 def _save_linear(ctx, inputs, output):
@@ -218,23 +206,21 @@ _mlp_fwd.register_autograd(_mlp_backward, setup_context=_save_mlp)
 # ---------------------------------------------------------------- layer norm
 
 
-@torch.library.custom_op(
-    "fastgpt::fp8_layer_norm_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, float dropout_p, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps):
+@torch.library.custom_op("fastgpt::fp8_layer_norm_fwd", mutates_args=())
+def _norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, dropout_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y in bf16, s, mean, rstd as of layer_norm_fwd, and y in fp8."""
-    outputs, form = norms._forward_outputs(x, residual, torch.bfloat16), launch.new(x.shape, FORWARD, x.device)
+    outputs, form = norms.forward_outputs(x, residual, torch.bfloat16), launch.new(x.shape, FORWARD, x.device)
     fp8 = (form.values, form.scale, form.norm)
     norms.launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs, fp8)
     return (*outputs, *form)
 
 
 @_norm_fwd.register_fake
-def _(x, weight, bias, residual, seed, dropout_p, eps):
-    return (*norms._forward_outputs(x, residual, torch.bfloat16), *launch.new(x.shape, FORWARD, x.device))
+def _(x, weight, bias, residual, *_):
+    return (*norms.forward_outputs(x, residual, torch.bfloat16), *launch.new(x.shape, FORWARD, x.device))
 
 
 @torch.library.custom_op(
@@ -246,7 +232,7 @@ def _(x, weight, bias, residual, seed, dropout_p, eps):
 )
 def _norm_bwd(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
     """What layer_norm_bwd returns, and dx in fp8."""
-    outputs = norms._backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
+    outputs = norms.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
     form = launch.new(s.shape, GRADIENT, s.device)
     fp8 = (form.values, form.scale, form.norm)
     norms.launch_backward(dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, outputs, fp8)
@@ -255,7 +241,7 @@ def _norm_bwd(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x,
 
 @_norm_bwd.register_fake
 def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
-    outputs = norms._backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
+    outputs = norms.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
     return (*outputs, *launch.new(s.shape, GRADIENT, s.device))
 
 
@@ -305,7 +291,7 @@ def layer_norm(
         options: dict[str, Any] = {"residual": residual, "dropout_p": dropout_p, "eps": eps, "out_dtype": out_dtype}
         return norms.layer_norm(x, weight, bias, **options)
     launch.require(x.device)
-    norms._validate(x, weight, bias, residual, dropout_p, out_dtype)
+    norms.validate(x, weight, bias, residual, dropout_p, out_dtype)
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     y, s, _, _, *form = _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps)
     copies.give(y, Fp8(*form))
@@ -333,13 +319,13 @@ def linear(
         return _in_bf16(fused_linear.linear, x, weight, bias, residual=residual, dropout_p=dropout_p)
     x = x.to(_check(x, weight, bias, residual, dropout_p))
     form, weights = _form(x, FORWARD, _EITHER), copies.of_weight(weight)
-    y = _linear_fwd(x, *form, weight, *weights, bias, fused_linear._adds_to(weight), isinstance(form, Grouped))
+    y = _linear_fwd(x, *form, weight, *weights, bias, fused_linear.adds_to(weight), isinstance(form, Grouped))
     return _finish(y, residual, dropout_p)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
     """gelu(x @ weight.T + bias), the GELU in a pass of its own: ``mlp`` has none."""
-    fused_linear._check_approximate(approximate)
+    arguments.approximate(approximate)
     return F.gelu(linear(x, weight, bias), approximate=approximate)
 
 
@@ -356,7 +342,7 @@ def mlp(
 ) -> Tensor:
     """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual. x (..., C), w_fc (H, C), w_proj (out, H); the rest is
     as in ``linear``."""
-    fused_linear._check_approximate(approximate)
+    arguments.approximate(approximate)
     if not (_in_fp8(x, w_fc) and _in_fp8(x, w_proj)):
         options = {"residual": residual, "dropout_p": dropout_p, "approximate": approximate}
         return _in_bf16(fused_linear.mlp, x, w_fc, b_fc, w_proj, b_proj, **options)
@@ -365,7 +351,7 @@ def mlp(
     _check(hidden, w_proj, b_proj, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
     y, _, _ = _mlp_fwd(
         x, *_form(x, FORWARD), w_fc, *copies.of_weight(w_fc), b_fc, w_proj, *copies.of_weight(w_proj), b_proj,
-        approximate == "none", fused_linear._adds_to(w_fc), fused_linear._adds_to(w_proj),
+        approximate == "none", fused_linear.adds_to(w_fc), fused_linear.adds_to(w_proj),
     )  # fmt: skip
     return _finish(y, residual, dropout_p)
 
@@ -390,7 +376,7 @@ def _in_bf16(op, x: Tensor, *args, **options) -> Tensor:
 
 
 def _check(x, weight, bias, residual, dropout_p, names=("x", "weight", "bias")) -> torch.dtype:
-    dtype = fused_linear._check(x, weight, bias, "fp32", residual, dropout_p, names)
+    dtype = fused_linear.check(x, weight, bias, "fp32", residual, dropout_p, names)
     if dtype != torch.bfloat16:
         raise ValueError(f"{names[0]} is {dtype}: in fp8 mode it must be bfloat16, or torch.autocast be on with it")
     return dtype

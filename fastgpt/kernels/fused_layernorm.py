@@ -39,12 +39,11 @@ import triton
 from torch import Tensor
 
 from fastgpt.kernels import _column_sums as column_sums
-from fastgpt.kernels import reference, runtime, tuning
+from fastgpt.kernels import arguments, reference, runtime, tuning
 from fastgpt.kernels._layernorm_kernels import layer_norm_backward_kernel, layer_norm_forward_kernel
 
 MAX_WIDTH = 16_384
 MAX_BACKWARD_BLOCK = 4_096
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def layer_norm_bucket(C: int) -> str:
@@ -118,7 +117,7 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _forward_outputs(
+def forward_outputs(
     x: Tensor, residual: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unwritten y, s (empty without a residual: it never leaves the op's autograd formula), mean, rstd."""
@@ -132,18 +131,13 @@ def _forward_outputs(
     return y, s, mean, rstd
 
 
-@torch.library.custom_op(
-    "fastgpt::layer_norm_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? seed, float dropout_p, float eps, "
-    "ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@torch.library.custom_op("fastgpt::layer_norm_fwd", mutates_args=())
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
     dropout_p: float, eps: float, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, s, mean, rstd; s is an empty tensor without a residual. All contiguous."""
-    outputs = _forward_outputs(x, residual, out_dtype)
+    outputs = forward_outputs(x, residual, out_dtype)
     launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs)
     return outputs
 
@@ -177,10 +171,10 @@ def launch_forward(
 
 @layer_norm_fwd.register_fake
 def _(x, weight, bias, residual, seed, dropout_p, eps, out_dtype):
-    return _forward_outputs(x, residual, out_dtype)
+    return forward_outputs(x, residual, out_dtype)
 
 
-def _backward_outputs(
+def backward_outputs(
     s: Tensor,
     weight: Tensor,
     x_dtype: torch.dtype,
@@ -198,13 +192,7 @@ def _backward_outputs(
     )
 
 
-@torch.library.custom_op(
-    "fastgpt::layer_norm_bwd",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, "
-    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
+@torch.library.custom_op("fastgpt::layer_norm_bwd", mutates_args=())
 def layer_norm_bwd(
     dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
     dropout_p: float, x_dtype: torch.dtype, s_is_x: bool, two_gradients: bool, weight_grad: bool,
@@ -212,7 +200,7 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dresidual (if ``two_gradients``: else dx serves both), dweight (if ``weight_grad``), dbias (if
     ``bias_dtype``). Those not asked for are empty."""
-    outputs = _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
+    outputs = backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
     launch_backward(dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, outputs)
     return outputs
 
@@ -251,8 +239,8 @@ def launch_backward(
 
 
 @layer_norm_bwd.register_fake
-def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, weight_grad, bias_dtype):
-    return _backward_outputs(s, weight, x_dtype, two_gradients, weight_grad, bias_dtype)
+def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, *wanted):
+    return backward_outputs(s, weight, x_dtype, *wanted)
 
 
 def setup_context(ctx, inputs, output):
@@ -289,28 +277,16 @@ def _backward(ctx, dy, dsum, _dmean, _drstd):
 layer_norm_fwd.register_autograd(_backward, setup_context=setup_context)
 
 
-def _validate(
+def validate(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, p: float, out_dtype: torch.dtype | None
 ) -> None:
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must have 1 to {MAX_WIDTH} elements")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout_p is {p}: it must lie in [0, 1]")
-    if out_dtype is not None and out_dtype not in DTYPES:
-        raise ValueError(f"out_dtype is {out_dtype}: use float32, float16 or bfloat16")
+        raise ValueError(f"x is {tuple(x.shape)}: its last dimension must have 1 to {MAX_WIDTH} elements")
+    arguments.probability("dropout_p", p)
+    arguments.dtype("out_dtype", out_dtype)
     C = x.shape[-1:]
-    expected = (("x", x, x.shape), ("weight", weight, C), ("bias", bias, C), ("residual", residual, x.shape))
-    for name, tensor, shape in expected:
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}: for x of shape {tuple(x.shape)} it must be {tuple(shape)}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} is {tensor.dtype}: use float32, float16 or bfloat16")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}: move it to {x.device}, where x is")
+    rest = ("weight", weight, C), ("bias", bias, C), ("residual", residual, x.shape)
+    arguments.tensors("x", x.shape, ("x", x, None), *rest)
 
 
 @overload
@@ -347,7 +323,7 @@ def layer_norm(
         return reference.layer_norm(
             x, weight, bias, residual=residual, dropout_p=dropout_p, eps=eps, out_dtype=out_dtype
         )
-    _validate(x, weight, bias, residual, dropout_p, out_dtype)
+    validate(x, weight, bias, residual, dropout_p, out_dtype)
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     options = dropout_p, eps, out_dtype or x.dtype
     y, s, _, _ = torch.ops.fastgpt.layer_norm_fwd(x, weight, bias, residual, seed, *options)

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt.kernels import _linear_launch as launch
-from fastgpt.kernels import reference, runtime
+from fastgpt.kernels import arguments, reference, runtime
 from fastgpt.kernels._linear_grads import (
     _bwd_input,
     _bwd_input_sums,
@@ -52,11 +52,9 @@ from fastgpt.kernels._linear_grads import (
     _bwd_weight_add,
     _dropout_bwd,
     _gelu_bwd,
-    _rows,
+    rows_of,
 )
 from fastgpt.kernels.working_copy import working_copy
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _in_place = False
 
@@ -82,40 +80,30 @@ def gradients_in_place() -> Iterator[None]:
 # ``copy``: weight in x's dtype, where weight has another. It gets no gradient; weight, the master, gets it.
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? copy, Tensor? bias, Tensor? residual, Tensor? seed, Tensor? pre, "
-    "Tensor? pre_bias, float dropout_p, bool erf, bool fp16, bool in_place) -> Tensor",
-)
+@torch.library.custom_op("fastgpt::linear_fwd", mutates_args=())
 def _linear_fwd(
     x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
     pre: Tensor | None, pre_bias: Tensor | None, dropout_p: float, erf: bool, fp16: bool, in_place: bool,
 ) -> Tensor:  # fmt: skip
     """y (..., N) in the residual's dtype, else x's. With ``pre``, x is gelu(pre), and pre gets the gradient instead; and
     ``pre_bias``, the bias in pre, its column sums."""
-    residual = None if residual is None else _rows(residual)
-    y = launch.matmul(_rows(x), (weight if copy is None else copy).t(), bias, residual, seed, dropout_p, fp16)
+    residual = None if residual is None else rows_of(residual)
+    y = launch.matmul(rows_of(x), (weight if copy is None else copy).t(), bias, residual, seed, dropout_p, fp16)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 @_linear_fwd.register_fake
-def _(x, weight, copy, bias, residual, seed, pre, pre_bias, dropout_p, erf, fp16, in_place):
+def _(x, weight, copy, bias, residual, *_):
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype if residual is None else residual.dtype)
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_gelu_fwd",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? copy, Tensor? bias, bool erf, bool fp16, bool save, bool in_place) "
-    "-> (Tensor, Tensor)",
-)
+@torch.library.custom_op("fastgpt::linear_gelu_fwd", mutates_args=())
 def _linear_gelu_fwd(
     x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, erf: bool, fp16: bool, save: bool,
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """gelu(z) and z (empty if not ``save``), (..., N) in x's dtype."""
-    a, z = launch.matmul_gelu(_rows(x), (weight if copy is None else copy).t(), bias, erf, fp16, save)
+    a, z = launch.matmul_gelu(rows_of(x), (weight if copy is None else copy).t(), bias, erf, fp16, save)
     shape = *x.shape[:-1], weight.shape[0]
     return a.view(shape), z.view(shape) if save else z
 
@@ -129,7 +117,7 @@ def _(x, weight, copy, bias, erf, fp16, save, in_place):
 # ---------------------------------------------------------------- autograd
 
 
-def _weight_and_bias(ctx, dz, x, weight, wants_weight, bias_dtype, db) -> tuple[Tensor | None, Tensor | None]:
+def weight_and_bias(ctx, dz, x, weight, wants_weight, bias_dtype, db) -> tuple[Tensor | None, Tensor | None]:
     """(dW, db), None where not wanted or, in place, where done already. ``db``: if the pass that formed dz has it."""
     ask = bias_dtype if db is None else None
     dw: Tensor | None = None
@@ -139,7 +127,7 @@ def _weight_and_bias(ctx, dz, x, weight, wants_weight, bias_dtype, db) -> tuple[
         else:
             dw, summed = _bwd_weight(dz, x, weight, ask, ctx.fp16)
         return dw, summed if ask else db
-    return None, _rows(dz).sum(0, dtype=torch.float32).to(ask) if ask else db
+    return None, rows_of(dz).sum(0, dtype=torch.float32).to(ask) if ask else db
 
 
 def _save_linear(ctx, inputs, output):
@@ -167,7 +155,7 @@ def _linear_backward(ctx, dy):
         dx, dpre_bias = _bwd_input_sums(dz, operand, pre, ctx.erf, ctx.fp16, ctx.pre_bias_dtype)
     elif wants[0] or wants[6]:
         dx = _bwd_input(dz, operand, pre, ctx.erf, ctx.fp16)
-    dw, db = _weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
+    dw, db = weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
     dresidual = dy if wants[4] else None
     dx, dpre = (dx, None) if pre is None else (None, dx)
     return dx, dw, None, db, dresidual, None, dpre, dpre_bias, *[None] * 4
@@ -197,7 +185,7 @@ def _gelu_backward(ctx, da, dpre):
     else:
         return (None,) * 8
     dx = _bwd_input(dz, operand, None, False, ctx.fp16) if wants[0] else None
-    dw, db = _weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
+    dw, db = weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
     return dx, dw, None, db, None, None, None, None
 
 
@@ -230,7 +218,7 @@ def linear(
     Raises ValueError for arguments that do not fit. CPU tensors outside Triton's interpreter are computed by
     ``reference.linear``.
     """
-    dtype = _check(x, weight, bias, accumulate, residual, dropout_p)
+    dtype = check(x, weight, bias, accumulate, residual, dropout_p)
     if not runtime.runs_in_triton(x):
         return reference.linear(x, weight, bias, residual=residual, dropout_p=dropout_p, accumulate=accumulate)
     return _linear(x.to(dtype), None, None, weight, bias, residual, dropout_p, False, accumulate, keep_copy)
@@ -247,8 +235,8 @@ def linear_gelu(
 ) -> Tensor:
     """gelu(x @ weight.T + bias), ``approximate`` as in torch.nn.functional.gelu: "tanh" or "none". The rest is as in
     ``linear``. Where a linear layer follows, ``mlp`` moves fewer bytes in backward."""
-    dtype = _check(x, weight, bias, accumulate)
-    _check_approximate(approximate)
+    dtype = check(x, weight, bias, accumulate)
+    arguments.approximate(approximate)
     if not runtime.runs_in_triton(x):
         return reference.linear_gelu(x, weight, bias, approximate=approximate, accumulate=accumulate)
     return _gelu(x.to(dtype), weight, bias, approximate, accumulate, keep_copy, _wanted(x, weight, bias))[0]
@@ -269,10 +257,10 @@ def mlp(
 ) -> Tensor:
     """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual: ``linear`` of ``linear_gelu``, whose backward has
     no pass for the GELU. x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in those two."""
-    dtype = _check(x, w_fc, b_fc, accumulate, names=("x", "w_fc", "b_fc"))
-    _check_approximate(approximate)
+    dtype = check(x, w_fc, b_fc, accumulate, names=("x", "w_fc", "b_fc"))
+    arguments.approximate(approximate)
     hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
-    _check(hidden, w_proj, b_proj, accumulate, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
+    check(hidden, w_proj, b_proj, accumulate, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
     if not runtime.runs_in_triton(x):
         return reference.mlp(
             x, w_fc, b_fc, w_proj, b_proj,
@@ -295,7 +283,7 @@ def _gelu(
 ) -> tuple[Tensor, Tensor | None]:
     """gelu(z), and with ``save`` z, else None."""
     copy, erf, fp16 = _copy(weight, x.dtype, keep_copy), approximate == "none", accumulate == "fp16"
-    a, pre = _linear_gelu_fwd(x, weight, copy, bias, erf, fp16, save, _adds_to(weight))
+    a, pre = _linear_gelu_fwd(x, weight, copy, bias, erf, fp16, save, adds_to(weight))
     return a, pre if save else None
 
 
@@ -311,7 +299,7 @@ def _linear(
         if launch.engine(math.prod(x.shape[:-1]), N, K, x.dtype, kind, x.device) == "cublas":
             return F.linear(x, operand, None if bias is None else bias.to(x.dtype))
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
-    options = dropout_p, erf, accumulate == "fp16", _adds_to(weight)
+    options = dropout_p, erf, accumulate == "fp16", adds_to(weight)
     return _linear_fwd(x, weight, copy, bias, residual, seed, pre, pre_bias, *options)
 
 
@@ -338,23 +326,18 @@ def _is_transpose(view: Tensor, base: Tensor) -> bool:
     )
 
 
-def _adds_to(weight: Tensor) -> bool:
+def adds_to(weight: Tensor) -> bool:
     """Whether backward may add to ``weight.grad``: not where a hook waits to see the gradient."""
     if not _in_place or torch.compiler.is_compiling() or type(weight) is not nn.Parameter or not weight.is_leaf:
         return False
     return not (weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
-def _check_approximate(approximate: str) -> None:
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"approximate is {approximate!r}: use 'tanh' or 'none'")
-
-
-def _check(
+def check(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    accumulate: str,
+    accumulate: str = "fp32",
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
     names: tuple[str, str, str] = ("x", "weight", "bias"),
@@ -365,24 +348,9 @@ def _check(
         raise ValueError(
             f"{x_name} is {tuple(x.shape)} and {w_name} {tuple(weight.shape)}: they have to be (..., in) and (out, in)"
         )
-    out = (*x.shape[:-1], weight.shape[0])
-    for name, tensor, shape in ((b_name, bias, weight.shape[:1]), ("residual", residual, out)):
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} is {tuple(tensor.shape)}: the result of {out} needs {tuple(shape)}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}: it must lie in [0, 1]")
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    if accumulate not in ("fp32", "fp16"):
-        raise ValueError(f"accumulate is {accumulate!r}: use 'fp32' or 'fp16'")
-    if accumulate == "fp16" and dtype != torch.float16 and x_name == "x":
-        raise ValueError(f"accumulate is 'fp16', but the operands are {dtype}: use float16 ones, or 'fp32'")
-    for name, tensor in ((x_name, x), (w_name, weight), (b_name, bias), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}: move it to {x.device}, where {x_name} is")
-        if tensor.dtype not in DTYPES and runtime.runs_in_triton(x):
-            raise ValueError(f"{name} is {tensor.dtype}: the kernel takes float32, float16 and bfloat16")
+    out, dtype = (*x.shape[:-1], weight.shape[0]), runtime.compute_dtype(x)
+    rest = (w_name, weight, None), (b_name, bias, out[-1:]), ("residual", residual, out)
+    arguments.tensors("the result", out, (x_name, x, None), *rest)
+    arguments.probability("dropout_p", dropout_p)
+    arguments.accumulate(accumulate, dtype)
     return dtype

@@ -297,7 +297,7 @@ def _fp8_sweep(erf: bool, bias: bool) -> None:
     for dy, dtype, shift in ((None, launch.FORWARD, limit if bias else None), (z, launch.GRADIENT, None)):
         q = launch.new(z.shape, dtype, z.device)
         sums = torch.empty(768) if bias and dy is not None else None
-        launch._sweep(z, dy, torch.empty_like(z), q, (q.values, q.scale, stats[1], limit, shift), erf, sums)
+        launch.sweep(z, dy, torch.empty_like(z), q, (q.values, q.scale, stats[1], limit, shift), erf, sums)
 
 
 def _fp8_attention(D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: bool = False, **options: Any) -> None:

@@ -109,8 +109,8 @@ def attention(
     """
     T_q, H, D = q.shape[1:]
     T_k, H_kv = k.shape[1:3]
-    if q.numel() == 0 or k.numel() == 0:
-        return q.new_zeros(q.shape) + 0 * (q.sum() + k.sum() + v.sum())
+    if q.numel() == 0 or k.numel() == 0 or dropout_p == 1:  # nothing to attend to, or nothing that is kept
+        return q.new_zeros(q.shape) + sum((0 * x).sum() for x in (q, k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped = H != H_kv
     if causal and T_q == T_k and window is None and doc_ids is None and kv_len is None:

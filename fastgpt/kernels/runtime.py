@@ -34,6 +34,13 @@ def runs_in_triton(x: Tensor) -> bool:
     return x.is_cuda or (x.device.type == "cpu" and (INTERPRET or compile_only))
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matmul operands for ``x``: autocast's where it is on, else x's own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def device_guard(x: Tensor) -> AbstractContextManager:
     """Launch on the device that holds ``x``, whichever is current (Liger-Kernel#1303)."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -101,11 +101,11 @@ def working_copy(param: Tensor, dtype: torch.dtype) -> Tensor:
     if param.dtype == dtype:
         return param
     # Order matters: dynamo folds is_compiling() and never looks at the rest.
-    if torch.compiler.is_compiling() or not enabled or not _cachable(param):
+    if torch.compiler.is_compiling() or not enabled or not cachable(param):
         return param.to(dtype)
     entry = _fresh(param)
     usable = entry is not None and entry.copy.dtype == dtype
-    if _capturing(param):
+    if capturing(param):
         if entry is None or not usable or _captures is None:
             return param.to(dtype)
         _captures.reads.append(entry.copy)
@@ -136,12 +136,12 @@ def forget(param: Tensor) -> None:
     _entries.pop(param, None)
 
 
-def _capturing(param: Tensor) -> bool:
+def capturing(param: Tensor) -> bool:
     """Whether a CUDA graph is being captured: its replays would not look whether a cached copy is still up to date."""
     return param.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _cachable(param: Tensor) -> bool:
+def cachable(param: Tensor) -> bool:
     return type(param) is nn.Parameter and param.is_leaf and not param.is_inference()
 
 

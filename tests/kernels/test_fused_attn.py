@@ -275,7 +275,7 @@ def test_operands_that_cannot_be_summed_so_are_named(device, accumulate, message
     with pytest.raises(ValueError, match=message):
         qkv_attention(qkv, 2, accumulate=accumulate)
     with pytest.raises(ValueError, match=message):
-        attention(*fused_attn._unpack(qkv, 2, 2), accumulate=accumulate)
+        attention(*fused_attn.unpack(qkv, 2, 2), accumulate=accumulate)
 
 
 # ---- What must not change -------------------------------------------------------------------------------------------
@@ -387,10 +387,10 @@ def test_offsets_past_two_to_the_31(device, needs_memory):
     expected = attention(*leaves)
     expected_grads = torch.autograd.grad(expected, leaves, grad_out)
     options = (None, None, None, True, D**-0.5, None, 0.0, False)
-    lse = launch.forward(view(0), view(1), view(2), view(4), *options)
+    lse = launch.launch_forward(view(0), view(1), view(2), view(4), *options)
     assert torch.equal(view(4), expected)
     grads = view(5), view(6), torch.empty_like(v)
-    launch.backward(view(3), view(0), view(1), view(2), view(4), lse, *grads, *options)
+    launch.launch_backward(view(3), view(0), view(1), view(2), view(4), lse, *grads, *options)
     for got, wanted in zip(grads, expected_grads):
         assert torch.equal(got, wanted)
 
@@ -521,7 +521,7 @@ def test_autocast(device):
     qkv = packed(device, 40).requires_grad_()
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out = qkv_attention(qkv, 2)
-        separate = attention(*fused_attn._unpack(qkv, 2, 2))
+        separate = attention(*fused_attn.unpack(qkv, 2, 2))
     assert out.dtype == separate.dtype == torch.bfloat16
     assert torch.equal(out, qkv_attention(qkv.bfloat16(), 2)) and torch.equal(out, separate.flatten(2))
     (grad,) = torch.autograd.grad(out.float().sum(), qkv)
@@ -555,7 +555,7 @@ def test_cpu_without_the_interpreter_takes_the_reference(monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRET", False)
     qkv = torch.randn(1, 9, 96, dtype=torch.float64, requires_grad=True)
     assert torch.equal(qkv_attention(qkv, 2), reference.qkv_attention(qkv, 2))
-    q, k, v = fused_attn._unpack(qkv, 2, 2)
+    q, k, v = fused_attn.unpack(qkv, 2, 2)
     assert torch.equal(attention(q, k, v, window=3), reference.attention(q, k, v, window=3))
 
 
@@ -567,7 +567,7 @@ BAD_SEPARATE = {
     "heads": (((1, 4, 3, 16), (1, 4, 2, 16)), {}, "q has 3 heads and k has 2"),
     "head dimension": (((1, 4, 1, 512), (1, 4, 1, 512)), {}, "the head dimension is 512"),
     "window": (((1, 4, 1, 16), (1, 4, 1, 16)), {"window": 0}, "window is 0"),
-    "dropout": (((1, 4, 1, 16), (1, 4, 1, 16)), {"dropout_p": 1.0}, "dropout_p is 1.0"),
+    "dropout": (((1, 4, 1, 16), (1, 4, 1, 16)), {"dropout_p": 1.5}, r"dropout_p is 1.5: it must lie in \[0, 1\]"),
     "doc_ids": (((1, 4, 1, 16), (1, 4, 1, 16)), {"doc_ids": torch.zeros(1, 5)}, "doc_ids is"),
     "kv_len": (((2, 4, 1, 16), (2, 4, 1, 16)), {"kv_len": torch.zeros(1, dtype=torch.int32)}, "kv_len is"),
 }

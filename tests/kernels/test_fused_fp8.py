@@ -119,8 +119,8 @@ def test_attention_refuses_what_attention_refuses(device, monkeypatch):
     for n_head, message in ((0, r"qkv is \(1, 4, 192\) for n_head=0"), (5, "n_head=5")):
         with pytest.raises(ValueError, match=message):
             module.qkv_attention(qkv, n_head)
-    with pytest.raises(ValueError, match="dropout_p is 1"):
-        module.qkv_attention(qkv, 1, dropout_p=1.0)
+    with pytest.raises(ValueError, match=r"dropout_p is 1\.5"):
+        module.qkv_attention(qkv, 1, dropout_p=1.5)
     monkeypatch.setattr(launch, "refusal", lambda _: "RTX 3090 (sm_86) has no fp8 tensor cores")
     with pytest.raises(ValueError, match="precision is fp8, but RTX 3090"):
         module.qkv_attention(qkv, 1)

@@ -568,7 +568,7 @@ def test_plain_pytorch_for_cpu_tensors_outside_the_interpreter(monkeypatch):
             {"accumulate": "fp16"},
             "accumulate is 'fp16', but the operands are torch.float32: use float16 ones, or 'fp32'",
         ),
-        ({"weight": torch.zeros(67, 16, dtype=torch.float64)}, "weight is torch.float64: the kernel takes float32"),
+        ({"weight": torch.zeros(67, 16, dtype=torch.float64)}, "weight is torch.float64: use float32"),
         ({"weight": torch.zeros(67, 16, device="meta")}, "weight is on meta: move it to"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -186,7 +186,7 @@ def test_backward_through_a_copy_that_a_step_has_overwritten_is_an_error(param):
 
 def test_a_capture_casts_unless_its_owner_looks_after_the_copies(param, monkeypatch):
     copy = working_copy(param, BF16)
-    monkeypatch.setattr(module, "_capturing", lambda param: True)
+    monkeypatch.setattr(module, "capturing", lambda param: True)
     assert working_copy(param, BF16).data_ptr() != copy.data_ptr()
     with captured_reads() as captures:
         assert working_copy(param, BF16).data_ptr() == copy.data_ptr()

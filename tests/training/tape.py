@@ -72,7 +72,7 @@ class TapeRecorder:
     def __init__(self, monkeypatch: Any) -> None:
         self.capturing, self.captures, self.recovered = False, 0, 0
         self.fail: Callable[[int], Exception | None] = lambda capture: None
-        monkeypatch.setattr(working_copy, "_capturing", lambda param: self.capturing)
+        monkeypatch.setattr(working_copy, "capturing", lambda param: self.capturing)
         monkeypatch.setattr(_adamw_plan, "capturing", lambda device: self.capturing)
 
     def run(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:

@@ -1,0 +1,101 @@
+"""What every fused operation checks before it launches: one function for each kind of argument, with one message.
+
+Each raises ValueError, whose message names the argument, its value and what to use instead. A tensor that is None is optional
+and not given. Messages are formatted only when raised: torch.compile would otherwise tie a graph to the sizes in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgpt.kernels import runtime
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What kernels read and write, in any mixture unless an operation says otherwise."""
+
+
+def tensors(
+    of: str,
+    size: Sequence[int],
+    first: tuple[str, Tensor, None],
+    *others: tuple[str, Tensor | None, Sequence[int] | None],
+) -> None:
+    """Floating-point tensors, each given as (name, tensor, the shape that it has to have or None for any).
+
+    They have these shapes, which follow from that of ``of``, ``size``. They are where the first one is. Kernels read their
+    dtypes; where PyTorch computes instead, it decides itself. One call for all: eager training pays for each."""
+    x_name, x, _ = first
+    in_triton = runtime.runs_in_triton(x)
+    for name, tensor, needed in (first, *others):
+        if tensor is None:
+            continue
+        if needed is not None:
+            shape(name, tensor, needed, of, size)
+        if tensor.device != x.device:
+            raise _elsewhere(name, tensor, x_name, x)
+        if in_triton and tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}: use float32, float16 or bfloat16")
+
+
+def _elsewhere(name: str, tensor: Tensor, x_name: str, x: Tensor) -> ValueError:
+    return ValueError(f"{name} is on {tensor.device}: move it to {x.device}, where {x_name} is")
+
+
+def shape(name: str, tensor: Tensor, needed: Sequence[int], of: str, size: Sequence[int]) -> None:
+    """``tensor`` has the shape ``needed``, which follows from that of ``of``, ``size``."""
+    if tuple(tensor.shape) != tuple(needed):
+        raise ValueError(f"{name} is {tuple(tensor.shape)}: {of} of {tuple(size)} needs {tuple(needed)}")
+
+
+def integers(name: str, tensor: Tensor | None, needed: Sequence[int], x_name: str, x: Tensor) -> None:
+    """``tensor`` (doc_ids, kv_len) holds integers, has the shape ``needed`` and is where ``x`` is."""
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != tuple(needed) or tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: use integers of shape {tuple(needed)}")
+    if tensor.device != x.device:
+        raise _elsewhere(name, tensor, x_name, x)
+
+
+def indices(name: str, tensor: Tensor, x_name: str, x: Tensor) -> None:
+    """``tensor`` holds token ids or classes and is where ``x`` is."""
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} is {tensor.dtype}: use int64 or int32")
+    if tensor.device != x.device:
+        raise _elsewhere(name, tensor, x_name, x)
+
+
+def dtype(name: str, value: torch.dtype | None) -> None:
+    if value is not None and value not in DTYPES:
+        raise ValueError(f"{name} is {value}: use float32, float16 or bfloat16")
+
+
+def probability(name: str, value: float) -> None:
+    """``value`` (dropout_p, label_smoothing) is in [0, 1]. With a dropout of 1 nothing is left, and no gradient."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} is {value}: it must lie in [0, 1]")
+
+
+def choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}: use {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
+
+
+def accumulate(value: str, operands: torch.dtype) -> None:
+    """How products are summed, for operands of a matmul in this dtype."""
+    choice("accumulate", value, ("fp32", "fp16"))
+    if value == "fp16" and operands != torch.float16:
+        raise ValueError(f"accumulate is 'fp16', but the operands are {operands}: use float16 ones, or 'fp32'")
+
+
+def approximate(value: str) -> None:
+    """GELU's formula, as in torch.nn.functional.gelu."""
+    choice("approximate", value, ("tanh", "none"))
+
+
+def window(value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"window is {value}: use 1 (a query sees itself) or more, or None")
