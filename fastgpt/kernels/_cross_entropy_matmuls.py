@@ -34,7 +34,7 @@ class Fp32Sums:
         self.buffer[:, self.V :].zero_()
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of x (rows, C)."""
+        """The logits of x (rows, C)."""
         out = self.buffer[: x.shape[0]]
         if self.bias is None:
             torch.mm(x, self.weight.t(), out=out[:, : self.V])

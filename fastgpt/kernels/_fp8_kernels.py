@@ -20,7 +20,7 @@ from fastgpt.kernels._fp8_rows import nearest, norm_bound, row_scale, scaled_dow
 from fastgpt.kernels._linear_kernels import gelu, gelu_grad, store_column_sums, tile_of
 
 CHUNK = 64
-"""Of K: products that are summed before they are added up in fp32."""
+"""Products along K that the tensor cores sum before they are added up in fp32."""
 
 
 @triton.jit

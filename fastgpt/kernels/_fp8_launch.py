@@ -39,14 +39,14 @@ class Fp8(NamedTuple):
 
 
 class Grouped(NamedTuple):
-    """What attention makes, whose programs have no whole row. For ``matmul`` alone, as first operand."""
+    """What attention writes, whose programs have no whole row. Only ``matmul`` takes it, as its first operand."""
 
     values: Tensor
     scale: Tensor
 
     @property
     def columns(self) -> int:
-        """Of a row, that share a scale."""
+        """Columns of a row that share a scale."""
         return self.values.shape[-1] // self.scale.shape[0]
 
 
@@ -72,7 +72,7 @@ def require(device: torch.device) -> None:
 
 
 def engine(device: torch.device) -> str:
-    """Who multiplies: "triton", or "scaled_mm" (torch._scaled_mm and the epilogue in a sweep of its own).
+    """Which engine multiplies: "triton", or "scaled_mm" (torch._scaled_mm and the epilogue in a sweep of its own).
 
     On Hopper, whose tensor cores want warp-specialised code that triton does not write, scales per row are cuBLAS's (from
     CUDA 12.9 on) or CUTLASS's, with sums in fp32 unless use_fast_accum. Elsewhere they are CUTLASS's alone

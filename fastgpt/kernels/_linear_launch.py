@@ -101,7 +101,7 @@ def choose(
     wide: bool = True,
     usual: bool = True,
 ) -> tuning.Choice:
-    """Who computes (M, K) @ (K, N) and what goes with it, in which tiles: ``tuning.CUBLAS``, or the fields of Tiles.
+    """The engine that computes (M, K) @ (K, N) and what goes with it, and its tiles: ``tuning.CUBLAS``, or the fields of Tiles.
 
     ``kind``: one of ``LINEAR_KINDS``; of weight gradients M and N are the weight's rows and columns and K
     counts tokens. ``wide``: see ``_wide``. ``usual``: whether layout and options are those that tables were made for.
@@ -203,7 +203,7 @@ def _wide(*operands: Tensor) -> bool:
 
 
 def _choose(kind: str, a: Tensor, b: Tensor, fp16: bool, *, plain: bool = True) -> tuning.Choice:
-    """Of a @ b. ``plain``: nothing is asked for that registers feel: no dropout, no exact GELU."""
+    """The choice for a @ b. ``plain``: without the options that take registers, dropout and the exact GELU."""
     (M, K), N = a.shape, b.shape[1]
     weights_lie = {"none": True, "dgelu": b.stride(1) == 1}.get(kind, b.stride(0) == 1)  # as in (out, in), of a linear
     usual = plain and weights_lie and a.stride(1) == 1

@@ -100,7 +100,7 @@ def config(rows: int, V: int, tile: int, num_warps: int) -> dict[str, int]:
 
 
 FP16_SUMS_SCALE = 2.0**6
-"""Of dz where its products are summed in fp16: 64 tokens of one target may then have an input of 15 each. From 2^0 to 2^8
+"""Scale of dz where its products are summed in fp16: 64 tokens of one target may then have an input of 15 each. From 2^0 to 2^8
 the error is the same (docs/precision-modes.md)."""
 
 
