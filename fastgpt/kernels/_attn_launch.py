@@ -138,11 +138,6 @@ def _block_d(D: int) -> int:
 # ---- Launchers ------------------------------------------------------------------------------------------------------
 
 
-def _columns_adjacent(x: Tensor) -> Tensor:
-    """x itself, or a copy if its last dimension is strided or expanded (dO from .sum()); all other strides are free."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _common(
     q: Tensor,
     k: Tensor,
@@ -200,7 +195,7 @@ def launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, drop
     out_form); return lse (B, H, T_q)."""
     B, T_q, H, _ = q.shape
     lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
-    q, k, v = map(_columns_adjacent, (q, k, v))
+    q, k, v = map(runtime.columns_adjacent, (q, k, v))
     common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
 
     def run(options: dict[str, int]) -> None:
@@ -221,7 +216,7 @@ def launch_backward(
     """Write all of grad_q, grad_k and grad_v, and in fp8 into ``forms``."""
     B, T_q, H, _ = q.shape
     T_k, H_kv = k.shape[1:3]
-    q, k, v, grad_out = map(_columns_adjacent, (q, k, v, grad_out))
+    q, k, v, grad_out = map(runtime.columns_adjacent, (q, k, v, grad_out))
     delta = torch.empty_like(lse)
     common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
     common = {"c": scale * LOG2E, "scale": scale, **common}

@@ -181,10 +181,6 @@ def _accumulate(fp16: bool) -> str:
     return "fp16" if fp16 else "fp32"
 
 
-def _unit_columns(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
 def _cublas(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b (+ bias) in their dtype. Autocast, which is still on inside an op, leaves the out= overloads alone."""
     out = a.new_empty(a.shape[0], b.shape[1])
@@ -229,7 +225,7 @@ def _launch(
     (M, K), N = a.shape, b.shape[1]
     if M == 0 or N == 0:
         return
-    residual = None if residual is None else _unit_columns(residual)
+    residual = None if residual is None else runtime.columns_adjacent(residual)
     rows = triton.cdiv(M, tiles.block_m)
     partial = column_sums.partial(rows, sums)
     with runtime.device_guard(a):

@@ -112,10 +112,6 @@ def _add_token_grad(grad: Tensor, dx: Tensor, ids: Tensor, seed: Tensor | None, 
         )  # fmt: skip
 
 
-def _unit_columns(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
 def _launch_grads(
     wte_grad: Tensor | None, wpe_grad: Tensor | None, dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float,
     position: int, *, add: bool,
@@ -124,7 +120,7 @@ def _launch_grads(
     if dx.numel() == 0:
         return
     T = dx.shape[-2]
-    dx = _unit_columns(dx.reshape(-1, dx.shape[-1]))
+    dx = runtime.columns_adjacent(dx.reshape(-1, dx.shape[-1]))
     with runtime.device_guard(dx):
         if wpe_grad is not None:
             _add_position_grad(wpe_grad, dx, T, position, seed, dropout_p, add)
@@ -154,7 +150,8 @@ def _forward(
         return outputs
     V, C = wte.shape
     _check_ids(idx, V)
-    rows, wte, wpe, cfg = idx.reshape(-1, idx.shape[-1]), _unit_columns(wte), _unit_columns(wpe), config(C)
+    rows, cfg = idx.reshape(-1, idx.shape[-1]), config(C)
+    wte, wpe = runtime.columns_adjacent(wte), runtime.columns_adjacent(wpe)
     with runtime.device_guard(x):
         embedding_forward_kernel[_grid(cfg, rows.numel(), cfg.rows, C)](
             rows, wte, wpe, seed, x, ids, rows.numel(), rows.shape[1], V, position, *rows.stride(),

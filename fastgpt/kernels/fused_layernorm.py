@@ -113,8 +113,7 @@ def _choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tu
 
 def _rows(x: Tensor) -> Tensor:
     """x as (rows, C) with neighbouring columns adjacent: a view if its strides allow one, else a contiguous copy."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    return runtime.columns_adjacent(x.reshape(-1, x.shape[-1]))
 
 
 def forward_outputs(

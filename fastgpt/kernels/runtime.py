@@ -41,6 +41,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def columns_adjacent(x: Tensor) -> Tensor:
+    """x itself, or a copy if its last dimension is strided or expanded (dO from .sum()); all other strides are free."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def device_guard(x: Tensor) -> AbstractContextManager:
     """Launch on the device that holds ``x``, whichever is current (Liger-Kernel#1303)."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
