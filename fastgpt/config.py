@@ -185,6 +185,12 @@ class TrainConfig:
     """Continue a run: '--resume' takes the newest whole checkpoint in --out, '--resume PATH' that one; '--resume auto'
     starts anew if there is none."""
 
+    @property
+    def implementation(self) -> str:
+        """What computes the step, as the VRAM model and the projection name it: kernels, or "compile" for plain PyTorch under
+        torch.compile."""
+        return "compile" if self.compile and self.kernels == "eager" else self.kernels
+
     def __post_init__(self) -> None:
         for name in ("max_iters", "eval_iters", "keep_checkpoints", "log_interval", "max_skipped"):
             if getattr(self, name) < 1:

@@ -226,7 +226,7 @@ class _Job:
 
     @classmethod
     def of(cls, config: Config, world_size: int, device: str) -> _Job:
-        kernels = "compile" if config.train.compile and config.train.kernels == "eager" else config.train.kernels
+        kernels = config.train.implementation
         auto = "bf16" if device == "cuda" else "fp32"
         precision = auto if config.train.precision == "auto" else config.train.precision
         return cls(config.model, kernels, precision, world_size)

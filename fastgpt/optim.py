@@ -142,7 +142,7 @@ class FusedAdamW(Optimizer):
 
     def graph_tensors(self) -> list[Tensor]:
         """What a captured step reads and writes besides gradients: parameters, state, working copies, hyperparameters.
-        ``load_state_dict`` replaces some, and so does whoever writes a parameter without its copy."""
+        ``load_state_dict`` replaces some, and so does a write to a parameter without its copy."""
         tensors = [self.skipped_steps] if self._hyper is None else [self.skipped_steps, self._hyper]
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             copy = working_copy.existing(param)

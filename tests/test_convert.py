@@ -17,6 +17,7 @@ from fastgpt.config import Config, ModelConfig
 from fastgpt.conversion import huggingface
 from fastgpt.model import GPT
 from fastgpt.training import checkpoint
+from fastgpt.training.evaluation import load_model
 from tests import nanogpt_model
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "block_size": 16}
@@ -218,6 +219,20 @@ class TestSameFunction:
 
 
 class TestReading:
+    def test_weights_come_without_the_optimizers_state_unless_it_is_asked_for(self, tmp_path):
+        fastgpt_run(tmp_path / "run")
+        assert convert.load_weights(str(tmp_path / "run")).optimizer is None
+        assert convert.read(str(tmp_path / "run"))[1].optimizer["state"]
+
+    def test_a_model_is_loaded_with_the_tokenizer_that_its_checkpoint_names(self, tmp_path):
+        trained, ids = fastgpt_run(tmp_path / "run"), batch()
+        model, tokenizer = load_model(str(tmp_path / "run"), "eager", torch.device("cpu"))
+        assert not model.training and torch.equal(model(ids)[0], trained(ids)[0])
+        assert tokenizer.vocab_size == 256
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")  # over 40 characters: of a tokenizer that it does not name
+        with pytest.raises(UserError, match="vocabulary of 40, and does not say of which tokenizer"):
+            load_model(str(tmp_path / "ckpt.pt"), "eager", torch.device("cpu"))
+
     def test_load_weights_gives_shape_and_state_dict(self, tmp_path):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
         portable = convert.load_weights(str(tmp_path / "ckpt.pt"))

@@ -23,7 +23,7 @@ from fastgpt import anatomy
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
 from fastgpt.conversion.nanogpt import load_file
-from fastgpt.conversion.portable import Portable, check, in_fp32, model_config
+from fastgpt.conversion.portable import Portable, check, in_fp32, model_config, tied
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -93,10 +93,7 @@ def read(folder: Path) -> Portable:
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if not _BUFFERS.search(name):
             found[name] = tensor.t().contiguous() if _CONV1D.search(name) and tensor.dim() == 2 else tensor
-    head = found.pop("lm_head.weight", None)
-    embedding = found.get("transformer.wte.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise UserError(f"{folder} has a head that is not tied to its token embedding, which GPT-2's is")
+    found = tied(source, found)
     if not config.bias:
         names = anatomy.parameters(config)
         found = {n: t for n, t in found.items() if n in names or not n.endswith(".bias") or t.any()}

@@ -7,6 +7,7 @@ the model's order. ``torch.load`` runs with weights_only, so that a pickle namin
 from __future__ import annotations
 
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.common import UserError, atomic_file
-from fastgpt.conversion.portable import Portable, check, check_optimizer, in_fp32, model_config
+from fastgpt.conversion.portable import Portable, check, check_optimizer, in_fp32, model_config, tied
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask of attention without SDPA
 _COMPILED = "_orig_mod."
@@ -49,11 +50,7 @@ def read(path: Path) -> Portable:
         for name, w in model.items()
         if isinstance(w, Tensor) and not name.endswith(_BUFFERS)
     }
-    head = weights.pop("lm_head.weight", None)
-    embedding = weights.get("transformer.wte.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise UserError(f"{path} has a head that is not tied to its token embedding, which GPT-2's is")
-    weights = check(source, weights, config)
+    weights = check(source, tied(source, weights), config)
     notes: list[str] = []
     portable = Portable(config, in_fp32(weights, notes), exact_gelu=True, notes=notes)
     step = saved.get("iter_num", 0)
@@ -69,21 +66,12 @@ def read(path: Path) -> Portable:
 
 def write(path: Path, portable: Portable) -> None:
     """Write ckpt.pt, whole or not at all. Raises OSError."""
-    weights, config = portable.weights, portable.config
+    weights = portable.weights
     own = portable.extras.get("nanogpt", {})
-    args = {
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "block_size": config.block_size,
-        "bias": config.bias,
-        "vocab_size": config.vocab_size,
-        "dropout": config.dropout,
-    }
     best = portable.extras.get("fastgpt", {}).get("best_val_loss")
     saved: dict[str, Any] = {
         "model": {**weights, "lm_head.weight": weights["transformer.wte.weight"]},
-        "model_args": args,
+        "model_args": asdict(portable.config),
         "iter_num": portable.step,
         "best_val_loss": 1e9 if best is None else best,
         "config": {},

@@ -20,7 +20,9 @@ def read(path: Path, optimizer: bool = True) -> Portable:
     UserError."""
     where = checkpoint.resolve(path)
     # A folder's newest has been verified when it was chosen.
-    saved = checkpoint.load(where, without=() if optimizer else ("optimizer",), verify=where == path)
+    saved = checkpoint.load(
+        where, without=() if optimizer else ("optimizer",), verify=not checkpoint.is_run_folder(path)
+    )
     source = str(where)
     try:
         shape, model = saved["config"]["model"], saved["model"]

@@ -44,6 +44,15 @@ class Portable:
         return sum(tensor.numel() for tensor in self.weights.values())
 
 
+def tied(source: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without lm_head.weight. Raises UserError if that is another tensor than the token embedding."""
+    kept = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    head, embedding = weights.get("lm_head.weight"), kept.get("transformer.wte.weight")
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise UserError(f"{source} has a head that is not tied to its token embedding, which GPT-2's is")
+    return kept
+
+
 def check(source: str, weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The weights in the order of the model's parameters. Raises UserError unless they are exactly the model's: no name too
     few, none too many, every shape right."""

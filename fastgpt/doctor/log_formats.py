@@ -98,7 +98,7 @@ VAL_LOSS = re.compile(rb"val\s+loss")
 NOTES: tuple[tuple[str, Kind | None, bytes], ...] = (
     ("parameters", "nanogpt", rb"number of parameters: ([\d.]{1,12}M)"),
     ("no_decay", "nanogpt", rb"num non-decayed parameter tensors: (\d{1,6})"),
-    ("parameters", "fastgpt", rb"([\d.]{1,12}M) parameters \(positions apart\)"),
+    ("parameters", "fastgpt", rb"([\d.]{1,12}M) parameters \((?:excluding position embeddings|positions apart)\)"),
     ("parameters", "nanochat", rb"Number of parameters: ([\d,]{1,20})"),
     ("parameters", "nanochat", rb"^total {1,30}: ([\d,]{1,20})"),
     ("parameters", "llm.c", rb"\| num_parameters {1,60}\| (\d{1,15})"),

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,14 +33,15 @@ from fastgpt.training.checkpoint_read import Damaged, Reader, Source
 from fastgpt.training.checkpoint_rng import rng_state, seed_all, set_rng_state
 from fastgpt.training.checkpoint_saver import AsyncSaver, save
 from fastgpt.training.checkpoint_tree import join, references
+from fastgpt.training.checkpoint_write import own_rank
 
 __all__ = [
     "AsyncSaver",
     "best",
     "check_shape",
     "clean",
-    "describe",
     "existing",
+    "is_run_folder",
     "load",
     "load_into",
     "newest_valid",
@@ -74,9 +74,14 @@ def newest_valid(folder: Path) -> tuple[Path, list[str]]:
     )
 
 
+def is_run_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder, but no checkpoint by its name."""
+    return path.is_dir() and step_of(path) < 0
+
+
 def resolve(path: Path) -> Path:
     """A checkpoint, given itself or the run's folder whose newest is meant. Raises UserError if there is none."""
-    if path.is_dir() and step_of(path) < 0:
+    if is_run_folder(path):
         return newest_valid(path)[0]
     if not path.exists():
         raise UserError(f"checkpoint {path} does not exist{_previous_good(path)}")
@@ -97,7 +102,7 @@ def load(
 
     Raises UserError for a checkpoint that is damaged or not ours, and then names the newest earlier one beside it that is
     whole."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    rank = own_rank()
     source = _open(path, verify)
     tree = {**source.state, **(source.ranks[rank] if rank < len(source.ranks) else {})}
     tree = {key: item for key, item in tree.items() if (only is None or key in only) and key not in without}
@@ -107,26 +112,6 @@ def load(
     except (Damaged, KeyError, TypeError, ValueError) as error:
         raise UserError(_damaged(path, error)) from error
     return {**state, "step": source.step, "world_size": len(source.ranks)}
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without reading a tensor: config, step, best_val_loss (None if unknown), shapes ({parameter:
-    shape}), world_size. ``path`` is a checkpoint. Raises UserError."""
-    source = _open(path, verify=False)
-    model = source.state.get("model")
-    shapes = {}
-    try:
-        for name, entry in model.items() if isinstance(model, dict) else ():
-            shapes[name] = tuple(source.reader.tensors[next(references(entry))].size)
-    except (KeyError, StopIteration) as error:
-        raise UserError(_damaged(path, error)) from error
-    return {
-        "config": source.state.get("config"),
-        "step": source.step,
-        "best_val_loss": source.state.get("best_val_loss"),
-        "shapes": shapes,
-        "world_size": len(source.ranks),
-    }
 
 
 def check_shape(saved: dict[str, Any], config: ModelConfig, path: Path) -> None:

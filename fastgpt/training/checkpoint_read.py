@@ -1,4 +1,4 @@
-"""Reading a checkpoint's directory (its files: checkpoint_write.py): verify, then give tensors to whoever needs which part."""
+"""Reading a checkpoint's directory (its files: checkpoint_write.py): verify it, then read what each rank needs."""
 
 from __future__ import annotations
 

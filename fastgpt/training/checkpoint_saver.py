@@ -63,8 +63,9 @@ class AsyncSaver:
                 clean(folder)
             except OSError as error:
                 self._news.append(f"leftovers of a killed save in {folder} cannot be removed ({error.strerror})")
-        together = dist.is_available() and dist.is_initialized()
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10)) if together else None
+        self._group = (
+            dist.new_group(backend="gloo", timeout=timedelta(minutes=10)) if checkpoint_write.has_group() else None
+        )
 
     def save(self, step: int, state: Mapping[str, Any], *, is_best: bool = False) -> None:
         """Copy ``state`` to the host and begin to write it as the checkpoint of ``step`` (steps done). Returns when the copy
@@ -126,9 +127,8 @@ class AsyncSaver:
 
 def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """(content of state.json, this rank's own tree, tensors by name) of a state."""
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     tree, tensors = split({key: value for key, value in state.items() if key not in OWN})
-    own, own_tensors = split({key: state[key] for key in OWN if key in state}, f"rank{rank}")
+    own, own_tensors = split({key: state[key] for key in OWN if key in state}, f"rank{checkpoint_write.own_rank()}")
     loss = state["best_val_loss"] if is_best else None
     header = {
         "step": step,
@@ -147,7 +147,7 @@ def _write(folder: Path, step: int, header: dict[str, Any], own: Any, tensors: d
 
 
 def _is_first() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return checkpoint_write.own_rank() == 0
 
 
 def _failure(folder: Path, step: int, error: BaseException) -> str:

@@ -90,7 +90,7 @@ class Shard:
 
     local: Tensor
     shape: torch.Size
-    """Of the whole tensor."""
+    """The whole tensor's."""
     chunk: ChunkStorageMetadata
     """Where ``local`` lies in it."""
 

@@ -62,8 +62,9 @@ def write(
     writer = Writer(partial, place, header, own)
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        alone = not (dist.is_available() and dist.is_initialized())
-        metadata = dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
+        metadata = dcp.save(
+            tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=not has_group()
+        )
     except BaseException as error:
         if writer.coordinator:
             shutil.rmtree(partial, ignore_errors=True)
@@ -72,6 +73,16 @@ def write(
         raise
     assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id is not None
     return Path(metadata.storage_meta.checkpoint_id)
+
+
+def has_group() -> bool:
+    """Whether torch.distributed's default group exists: then its ranks save together."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def own_rank() -> int:
+    """This process's rank in the default group; 0 without one."""
+    return dist.get_rank() if has_group() else 0
 
 
 class _Planner(dcp.DefaultSavePlanner):

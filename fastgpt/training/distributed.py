@@ -113,7 +113,7 @@ def parallelize(
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, and for FSDP the outermost parameters gathered: methods other than ``forward`` find them, and after forward
-    passes with no backward nobody else would let them go."""
+    passes without a backward pass nothing else would release them."""
     from torch.distributed.fsdp import FSDPModule
 
     model.eval()

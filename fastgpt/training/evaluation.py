@@ -24,15 +24,15 @@ HELLASWAG_HUB = "Rowan/hellaswag"
 
 def load_model(source: str, kernels: str, where: torch.device) -> tuple[GPT, Tokenizer]:
     """The model of any checkpoint that fastgpt.convert reads, in eval mode on ``where``, and the tokenizer that it was trained
-    with. Raises UserError."""
+    with (GPT-2's, where the checkpoint does not say). Raises UserError."""
     from fastgpt.convert import load_weights  # the formats of others: training has no use for them
 
     portable = load_weights(source)
     tokenizer = get_tokenizer(portable.tokenizer)
-    if tokenizer.vocab_size > portable.config.vocab_size:
+    if "fastgpt" not in portable.extras and portable.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"{source} has a vocabulary of {portable.config.vocab_size}, which is not of the tokenizer {portable.tokenizer!r}: "
-            "name a checkpoint of GPT-2's tokens or of bytes"
+            f"{source} has a vocabulary of {portable.config.vocab_size}, and does not say of which tokenizer: name one "
+            "with GPT-2's tokens, or a fastgpt run"
         )
     model = GPT.from_weights(portable.config, portable.weights, get_ops(kernels))
     return model.to(where).eval(), tokenizer

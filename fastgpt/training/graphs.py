@@ -8,8 +8,8 @@ What a graph must not know, because it would never learn of a change:
 
 * the learning rate: FusedAdamW reads a table on the device, which ``sync_hyperparameters`` brings up to date;
 * where other tensors lie. A graph keeps addresses, so it also holds the tensors, and before each step asks whether
-  parameters, moments and working copies are still these; if a checkpoint was loaded or a weight written by somebody
-  else, it is dropped, one step runs directly, and the next graphs are captured;
+  parameters, moments and working copies are still these; if a checkpoint was loaded or a weight written from
+  outside, it is dropped, one step runs directly, and the next graphs are captured;
 * the state of the random generator: torch brings it to a captured one before each replay and advances it after, by as
   much as the step run directly would have, so that dropout draws what it would have drawn;
 * hooks: Python does not run in a replay, so a model or optimizer that has any runs directly.
@@ -186,7 +186,7 @@ class Captured:
         """Clip and optimizer step, with the hyperparameters that the optimizer's groups have now. Returns the norm."""
         self._stepper.optimizer.sync_hyperparameters()  # type: ignore[attr-defined]
         self._replay_update()
-        # Whoever keeps something made from a weight (fp8 forms, a graph of autograd) looks at its version.
+        # Things made from a weight (fp8 forms, a graph of autograd) are kept by its version.
         torch.autograd.graph.increment_version(self._with_gradients)
         for param in self._with_copies:
             working_copy.mark_fresh(param)
@@ -210,7 +210,7 @@ class Graphs:
     """The graphs of a ``Stepper``: when to capture, when to use them, when to drop them.
 
     The stepper asks ``for_step`` at each step's first micro-batch. Where the answer is None it runs directly and says so with
-    ``ran_directly``; graphs are then ``due``, and whoever calls the stepper calls ``capture`` between two steps.
+    ``ran_directly``; graphs are then ``due``, and the caller of the stepper calls ``capture`` between two steps.
     """
 
     def __init__(self, stepper: Stepper, recorder: Recorder) -> None:

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -343,7 +344,7 @@ class _Loop:
         self.say(str(line))
         self.progress.advance(run.step)
         own = ("step", "loss", "lr", "grad_norm")
-        return {"interval_loss": line.loss, **{k: v for k, v in line.to_dict().items() if k not in own}}
+        return {"interval_loss": line.loss, **{k: v for k, v in asdict(line).items() if k not in own}}
 
     def _evaluate(self) -> bool:
         """Validation loss; whether it is the best so far."""

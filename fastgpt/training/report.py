@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -38,8 +38,8 @@ def banner(console: Console, run: Run) -> None:
     peak = hardware.peak_flops(run.device, run.stepper.precision)
     arithmetic = hardware.arithmetic_of(run.stepper.precision)
     rows = {
-        "model": f"{millions(run.model.n_params())} parameters (positions apart): {shape.n_layer} layers, {shape.n_head} "
-        f"heads, width {shape.n_embd}, context {shape.block_size}, vocabulary {shape.vocab_size}",
+        "model": f"{millions(run.model.n_params())} parameters (excluding position embeddings): {shape.n_layer} layers, "
+        f"{shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}, vocabulary {shape.vocab_size}",
         "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}, "
         f"{run.grad_accum} per rank and step{ranks}",
         "run": f"{config.train.max_iters:,} steps, {rounded(config.train.max_iters * config.tokens_per_step)} tokens"
@@ -71,13 +71,10 @@ def banner(console: Console, run: Run) -> None:
 
 def _memory(run: Run) -> str:
     """What the step needs, by the VRAM model, and what a GPU has."""
-    kernels = (
-        "compile" if run.config.train.compile and run.config.train.kernels == "eager" else run.config.train.kernels
-    )
     needed = memory(
         run.config.model,
         micro_batch=run.micro_batch,
-        kernels=kernels,
+        kernels=run.config.train.implementation,
         precision=run.stepper.precision,
         world_size=run.world.size,
     ).total
@@ -97,7 +94,7 @@ def _projected(run: Run) -> str:
         step = project(
             anatomy.Shape.of(config.model),
             gpu,
-            kernels="compile" if config.train.compile and config.train.kernels == "eager" else config.train.kernels,
+            kernels=config.train.implementation,
             precision=run.stepper.precision,
             micro_batch=run.micro_batch,
             tokens_per_step=config.tokens_per_step,
@@ -172,10 +169,6 @@ class LogLine:
         if self.eta_s is not None:
             parts.append(f"eta {timedelta(seconds=round(self.eta_s))}")
         return ", ".join(parts)
-
-    def to_dict(self) -> dict[str, float | int | str | None]:
-        """The fields, as metrics.jsonl holds them."""
-        return asdict(self)
 
 
 class Progress:

@@ -248,7 +248,7 @@ def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[Token
 
 
 @dataclass(frozen=True)
-class Saved:
+class ResumePoint:
     """A checkpoint to go on from: where it lies, and its plain values (the weights are read when the model is there)."""
 
     path: Path
@@ -257,7 +257,7 @@ class Saved:
     """Newer ones that were passed over, and why, in a sentence each."""
 
 
-def find_saved(config: Config) -> Saved | None:
+def find_saved(config: Config) -> ResumePoint | None:
     """The checkpoint that ``--resume`` asks for, checked against the configuration; None for a new run.
 
     Raises UserError if there is none, it is damaged, its model has another shape, or it has done all the steps ("auto" lets
@@ -267,13 +267,9 @@ def find_saved(config: Config) -> Saved | None:
     if asked is None or (asked == "auto" and not checkpoint.existing(out)):
         return None
     where = out if asked in ("newest", "auto") else Path(asked)
-    damaged: list[str] = []
-    if where.is_dir() and checkpoint.step_of(where) < 0:
-        path, damaged = checkpoint.newest_valid(where)
-        values = checkpoint.load(path, without=_WEIGHTS, verify=False)
-    else:
-        path = checkpoint.resolve(where)
-        values = checkpoint.load(path, without=_WEIGHTS)
+    is_run = checkpoint.is_run_folder(where)
+    path, damaged = checkpoint.newest_valid(where) if is_run else (checkpoint.resolve(where), [])
+    values = checkpoint.load(path, without=_WEIGHTS, verify=not is_run)
     checkpoint.check_shape(values["config"], config.model, path)
     if (
         values["step"] >= config.train.max_iters and asked != "auto"
@@ -281,10 +277,10 @@ def find_saved(config: Config) -> Saved | None:
         raise UserError(
             f"max_iters is {config.train.max_iters} but checkpoint {path} has done {values['step']} steps: raise --max-iters"
         )
-    return Saved(path, values, damaged)
+    return ResumePoint(path, values, damaged)
 
 
-def restore(run: Run, saved: Saved) -> None:
+def restore(run: Run, saved: ResumePoint) -> None:
     """Put a checkpoint into a freshly built run."""
     restore_weights(run, saved.path)
     values, data = saved.values, run.config.data
@@ -314,7 +310,7 @@ def restore_weights(run: Run, path: Path) -> None:
     run.step = values["step"]
 
 
-def changed_settings(saved: Saved, config: Config) -> list[str]:
+def changed_settings(saved: ResumePoint, config: Config) -> list[str]:
     """Settings that a resumed run changes: allowed, but said."""
     now = config.to_dict()
     return [

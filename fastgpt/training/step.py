@@ -98,7 +98,7 @@ class Stepper:
     """Weight gradients of a later micro-batch are added to ``.grad`` by the kernel that forms them (``gradients_in_place``):
     the Triton operations on one rank, not compiled. Gradients then differ in the last bits of fp32 sums."""
     graphs: StepGraphs | None = None
-    """Replays captured steps where they fit; whoever gives one calls ``graphs.capture()`` between steps when it is due."""
+    """Replays captured steps where they fit; the caller runs ``graphs.capture()`` between steps when it is due."""
     _skipped: Tensor | None = None
 
     def __call__(self, batches: Iterable[tuple[Tensor, ...]], grad_accum: int, lr: float) -> tuple[Tensor, Tensor]:

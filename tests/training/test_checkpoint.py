@@ -158,7 +158,7 @@ def test_hyperparameters_are_not_the_checkpoints_and_the_order_of_groups_is_free
         assert same(optimizer.state[a]["exp_avg_sq"], other.state[b]["exp_avg_sq"])
 
 
-def test_parts_can_be_loaded_alone_and_describe_reads_no_tensor(tmp_path, monkeypatch):
+def test_parts_can_be_loaded_alone(tmp_path, monkeypatch):
     model, optimizer = trained()
     state = {"config": {"model": {"n_layer": 1}}, "best_val_loss": 3.5, **checkpoint.state_of(model, optimizer)}
     path = checkpoint.save(tmp_path, 9, state)
@@ -167,9 +167,6 @@ def test_parts_can_be_loaded_alone_and_describe_reads_no_tensor(tmp_path, monkey
     assert set(checkpoint.load(path, without=["model", "optimizer"])) == {
         "config", "best_val_loss", "step", "world_size",
     }  # fmt: skip
-    known = checkpoint.describe(path)
-    assert (known["step"], known["best_val_loss"], known["config"]) == (9, 3.5, {"model": {"n_layer": 1}})
-    assert known["shapes"] == {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 # --- finding the one to resume from ---------------------------------------------------------------------------------

@@ -108,6 +108,6 @@ def test_one_rank_to_two_to_one_bit_for_bit(tmp_path):
     wanted = plain(checkpoint.state_of(model, optimizer))
     assert plain(checkpoint.state_of(again, fresh)) == wanted
     whole = checkpoint.load(path)
+    assert whole["model"]["0.weight"].shape == (7, 5)
     assert plain({k: whole[k] for k in ("model", "optimizer")}) == wanted
-    assert checkpoint.describe(path)["shapes"]["0.weight"] == (7, 5)
     assert [p.name for p in checkpoint.existing(tmp_path / "two")] == ["step-00000005"]
