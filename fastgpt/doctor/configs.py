@@ -63,9 +63,9 @@ DEFAULTS: Mapping[str, Any] = {
     "device": "cuda",
     "dtype": "bfloat16",
     "compile": True,
-    "vocab_size": 50304,  # no setting of train.py: what it takes when the dataset has no meta.pkl
+    "vocab_size": 50304,  # not a setting: what train.py takes when the dataset has no meta.pkl
 }
-"""nanoGPT's train.py, as it is without a config."""
+"""The defaults of nanoGPT's train.py."""
 
 
 def parse_nanogpt(text: str, file: str, first_line: int = 1) -> ConfigFacts:

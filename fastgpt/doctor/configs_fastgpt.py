@@ -119,3 +119,20 @@ def _defaults() -> dict[str, Any]:
         for key, value in values.items():
             set_field(facts, key, Setting(value, Place("fastgpt")), section)
     return {name: setting.value for name, setting in facts.settings.items()}
+
+
+def in_fastgpts_names(advice: str) -> str:
+    """Config lines under nanoGPT's names as lines of a fastgpt TOML, where the decay ends with the run and the floor is
+    a share."""
+    fields_of = {nanogpt: field for field, nanogpt in _RENAMED.items()}
+    lines = []
+    for line in advice.split("\n"):
+        name, equals, value = line.partition(" = ")
+        if equals and name == "lr_decay_iters":
+            continue
+        if equals and name == "min_lr":
+            name, value = "min_lr_ratio", "0.1"
+        if equals and name == "dtype":
+            value = value.replace("bfloat16", "bf16").replace("float16", "fp16")
+        lines.append(f"{fields_of.get(name, name) if equals else name}{equals}{value}")
+    return "\n".join(lines)

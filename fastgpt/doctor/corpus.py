@@ -1,4 +1,4 @@
-"""How many tokens the training data has, where that can be seen without opening it: shards are two bytes per token."""
+"""How many tokens the training data has, from the sizes of its files: shards hold two bytes per token."""
 
 from __future__ import annotations
 

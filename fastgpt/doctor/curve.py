@@ -160,7 +160,7 @@ def spikes(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
 
 @check(section=10)
 def plateau(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
-    """No progress over the last third, by a test that can tell: a line through the validation losses."""
+    """No progress over the last third of the run, judged by a line through the validation losses."""
     log = evidence.log
     if log is None:
         return

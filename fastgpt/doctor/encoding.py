@@ -38,7 +38,7 @@ def is_text(head: bytes) -> bool:
 
 
 def decode(data: bytes) -> str:
-    """A whole small file as text with \\n line ends; bytes that are no character become U+FFFD."""
+    """A whole small file as text with \\n line ends; invalid bytes become U+FFFD."""
     text = data.decode(encoding_of(data), "replace").lstrip("\ufeff")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 

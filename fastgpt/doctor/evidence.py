@@ -1,4 +1,4 @@
-"""What the doctor knows of a run: plain values, each with the file and line it comes from. No torch, no reading here."""
+"""What the doctor knows about a run: plain values, each with the file and line it comes from. Nothing is read here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ConfigFacts:
         return name in self.settings
 
     def forget(self, names: Iterable[str]) -> None:
-        """What set these names could not be read: neither an earlier value nor the default holds."""
+        """Drop names whose line could not be read: neither an earlier value nor the default holds for them."""
         gone = set(names)
         self.settings = {name: setting for name, setting in self.settings.items() if name not in gone}
         self.defaults = {name: value for name, value in self.defaults.items() if name not in gone}
@@ -71,7 +71,7 @@ class ConfigFacts:
 @dataclass
 class Steps:
     """Training steps as logged: arrays of one length; NaN where a line did not say. A very long log is thinned evenly
-    (``thinned`` lines kept 1 of so many), the first and last line always kept."""
+    (one line in ``thinned`` is kept); its first and last line are always there."""
 
     step: np.ndarray  # int64
     loss: np.ndarray  # float64, nats
@@ -147,7 +147,7 @@ class CheckpointFacts:
     step: int | None = None
     best_val_loss: float | None = None
     parameters: int | None = None
-    """Counted from the tensors, positions apart, tied head once."""
+    """Counted from the tensors, excluding position embeddings; a tied head counts once."""
     config: ConfigFacts | None = None
     """The config stored in it."""
     unread: list[Unread] = field(default_factory=list)
@@ -155,7 +155,7 @@ class CheckpointFacts:
 
 @dataclass
 class Evidence:
-    """All that was given; what is None was not."""
+    """Everything that the user gave; None for what was not given."""
 
     config: ConfigFacts | None = None
     log: LogFacts | None = None
@@ -205,7 +205,7 @@ def possible(name: str, value: Any) -> bool:
 
 
 def clean(config: ConfigFacts) -> tuple[ConfigFacts, list[tuple[Place, str]]]:
-    """The config without impossible values, and what they were. A name whose value is impossible has no default either."""
+    """The config without impossible values, and what those were. The default does not hold for them either."""
     wrong = {name for name, setting in config.settings.items() if not possible(name, setting.value)}
     kept = ConfigFacts(config.kind, config.settings, config.defaults, config.comments, config.unread)
     kept.forget(wrong | {name for name, value in config.defaults.items() if not possible(name, value)})
@@ -216,5 +216,5 @@ def clean(config: ConfigFacts) -> tuple[ConfigFacts, list[tuple[Place, str]]]:
 
 
 def shape_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The possible ones of a checkpoint's dimensions."""
+    """A checkpoint's dimensions, without impossible ones."""
     return {name: value for name, value in values.items() if possible(name, value)}

@@ -54,7 +54,7 @@ def _figure(unit: str, what: str, default: Any = None) -> Any:
 
 @dataclass
 class Figures:
-    """Every number the checks share; what is one float is in ``--json``."""
+    """Every number that the checks share. ``--json`` has those declared by ``_figure``, and the two means."""
 
     config: ConfigFacts
     """The run's settings: its config, else what its log or checkpoint says of them. Never None, perhaps empty."""

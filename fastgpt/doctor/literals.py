@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST = 10_000
-"""Characters past which a line or a string is no setting."""
+"""A line or string of more characters is not a setting."""
 PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
-"""What ``parse`` raises for text that is no Python."""
+"""What ``parse`` raises for text that is not Python."""
 
 
 class NotLiteral(Exception):
@@ -41,7 +41,7 @@ def literal_or_text(text: str) -> bool | int | float | str:
 
 
 def comment_of(line: str) -> str:
-    """What follows the # on a line ("" if there is none)."""
+    """What follows the # on a line, or ""."""
     if "#" not in line or len(line) > LONGEST:
         return ""
     try:

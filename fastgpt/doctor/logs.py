@@ -44,7 +44,7 @@ def read_log(path: Path, limit: int = MOST_STEPS) -> LogFacts:
 
 
 class LogReader:
-    """Takes a log in blocks that end where a line ends; ``facts`` ends it."""
+    """Reads a log in blocks that end where a line ends; ``facts`` then returns what it says."""
 
     def __init__(self, file: str, limit: int = MOST_STEPS) -> None:
         self.file = file

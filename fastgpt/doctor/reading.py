@@ -1,4 +1,4 @@
-"""What the user gave, as evidence: which file is a config, a log or a checkpoint is told by what is in it, not by its name."""
+"""What the user gave, as evidence. Whether a file is a config, a log or a checkpoint follows from its content, not its name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Unre
 from fastgpt.doctor.logs import read_log
 
 LARGEST_CONFIG = 1 << 18
-"""Bytes past which a file is no config."""
+"""A larger file (in bytes) is not a config."""
 
 
 def read(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evidence:
     """Everything that the given files say. ``paths``: a config (nanoGPT's .py, fastgpt's .toml, or a preset's name), a log, a
-    checkpoint, in any order, or a folder: a run's, from which whatever was not named is taken. ``overrides``: nanoGPT's
+    checkpoint, in any order, or a folder: a run's, from which everything is taken that was not named. ``overrides``: nanoGPT's
     ``--key=value``.
 
     A config is, in this order: the file given, with what the log says was overridden; what the log repeats; what the
@@ -119,7 +119,7 @@ def _text_file(path: Path, data: bytes) -> ConfigFacts | LogFacts:
 
 
 def _read_folder(folder: Path, evidence: Evidence) -> None:
-    """Take from a run's folder whatever was not given by name: metrics.jsonl or the newest log, the newest checkpoint, the
+    """Take from a run's folder what was not given by name: metrics.jsonl or the newest log, the newest checkpoint, the
     config if there is only one. What is left, and what cannot be read, is listed. Raises UserError if there is nothing."""
     try:
         checkpoint = checkpoints.newest(folder)

@@ -106,7 +106,7 @@ def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None)
 
     resumes = config.get("init_from") == "resume"
     if evidence.config is kept.config and not resumes:
-        return  # the checkpoint alone: nobody has asked to go on
+        return  # only the checkpoint was given, and it does not ask to be resumed
     if stop is not None and step >= stop:
         title = f"The checkpoint has done {step:,} steps and max_iters is {stop:,}: there is nothing left to train"
         why = "nanoGPT resumes, evaluates once more and ends." if kept.kind == "nanogpt" else "fastgpt refuses this."

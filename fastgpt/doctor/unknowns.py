@@ -41,7 +41,7 @@ def not_checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> list[s
 
 
 def unread(evidence: Evidence) -> list[tuple[Place, str]]:
-    """Everything that was there and could not be read."""
+    """Everything that was given and could not be read."""
     parts = (evidence.config, evidence.log, evidence.checkpoint, evidence)
     return [
         (item.place, f"{item.text.strip()[:100]}: {item.why}" if item.text.strip() else item.why)

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from fastgpt.doctor import findings
-from fastgpt.doctor.diagnosis import diagnose, in_fastgpts_names
+from fastgpt.doctor.configs_fastgpt import in_fastgpts_names
+from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence, Place, Unread
 from fastgpt.doctor.findings import rank
 from fastgpt.doctor.report import counts, is_code, print_report, to_json
