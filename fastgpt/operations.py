@@ -312,19 +312,22 @@ def _attention(s: StepSizes) -> list[Operation]:
         return Operation(name, group, "attention", work.flops, moved, launches, **rest)
 
     forward = flops.attention_forward(B, T, H, D, s.e, tile=min(128, T))
-    least = flops.attention_forward(B, T, H, attention.head_dim, s.e).bytes  # padding is in registers, not in memory
-    columns = fp8_group(s)
-    extra = rows * (C + 4 * C // columns) if columns else 0  # a byte beside 16 bits, and an fp32 scale for a group
+    # The padding of heads is in registers, not in memory.
+    least = flops.attention_forward(B, T, H, attention.head_dim, s.e, kv_heads=attention.kv_heads).bytes
+    kv_width, columns = attention.kv_heads * attention.head_dim, fp8_group(s)
+    # In fp8 a byte is written beside 16 bits, and an fp32 scale for a group of columns.
+    extra, kv_extra = (rows * (width + 4 * width // columns) if columns else 0 for width in (C, kv_width))
     found = [op("attention forward", "attention forward", forward, least + extra, 128)]
-    group, vector, log_sums = "attention backward", s.e * rows * C, 4 * rows * H
+    group, vector, kv_vector, log_sums = "attention backward", s.e * rows * C, s.e * rows * kv_width, 4 * rows * H
     if s.fused("attention"):
         # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
         query = flops.attention_backward(B, T, H, D, s.e, tile=min(128, T), matmuls=3)
         key = flops.attention_backward(B, T, H, D, s.e, tile=min(64, T), matmuls=4)
-        moved = 6 * vector + 2 * log_sums
+        query_bytes = 4 * vector + 2 * kv_vector + 2 * log_sums + extra
+        key_bytes = 2 * vector + 4 * kv_vector + 2 * log_sums + 2 * kv_extra
         found += [
-            op("attention backward dQ", group, query, moved + extra, 128),
-            op("attention backward dK dV", group, key, moved + 2 * extra, 64),
+            op("attention backward dQ", group, query, query_bytes, 128),
+            op("attention backward dK dV", group, key, key_bytes, 64),
         ]
         if s.precision == "fp16-fast":  # all products but S, and dP's only up to 64 columns
             shares = (1 / 2, 2 / 3, 3 / 4) if D <= 64 else (1 / 2, 1 / 3, 2 / 4)
@@ -332,13 +335,14 @@ def _attention(s: StepSizes) -> list[Operation]:
         return found
     # FlashAttention-2: delta, and zeros into an fp32 dQ; the loop, which adds to that dQ; dQ rounded to 16 bits.
     loop = flops.attention_backward(B, T, H, D, s.e, tile=min(128, T))
+    moved, packed = 2 * vector + 4 * kv_vector + 2 * log_sums + 8 * rows * C, vector + 2 * kv_vector
     return [
         *found,
         sweep("attention backward, delta", group, 2 * vector + log_sums + 4 * rows * C, count=L, fresh=vector),
-        op("attention backward", group, loop, 6 * vector + 2 * log_sums + 8 * rows * C, 128),
+        op("attention backward", group, loop, moved, 128),
         sweep("attention backward, dQ cast", group, 4 * rows * C + vector, count=L, fresh=4 * rows * C),
         # q, k and v are views of one projection: their gradients are copied together.
-        sweep("attention backward, dQ dK dV packed", group, 6 * vector, count=L, fresh=3 * vector),
+        sweep("attention backward, dQ dK dV packed", group, 2 * packed, count=L, fresh=packed),
     ]
 
 

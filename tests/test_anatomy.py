@@ -99,6 +99,8 @@ def test_what_is_derived_from_the_description_follows_another_family(family):
     for kernels in memory.KERNELS:
         listed = operations(shape, kernels, 2)
         assert sum(op.flops * op.executions(1) for op in listed if op.kind == "matmul") == matmuls
+        forward = next(op for op in listed if op.name == "attention forward")  # q and out of 4 heads, k and v of one
+        assert forward.bytes == 2 * (4 + 1) * tokens * 32 * 2 + 4 * tokens * 4
         found = memory.memory(FAMILY, micro_batch=2, kernels=kernels)
         assert found.weights == 4 * anatomy.n_params(FAMILY)
     work = step_work(shape, 2, FAMILY.block_size)
