@@ -24,8 +24,6 @@ from fastgpt.ops import EAGER, Ops
 from fastgpt.training.step import Stepper
 
 GRAD_ACCUM = 4
-LOSS_TOLERANCE = 0.02
-"""Largest difference between a variant's first loss and the shipped step's: same weights and tokens."""
 
 
 # ---------------------------------------------------------------- one thing exchanged
@@ -124,14 +122,14 @@ def measure(
         with conditions(variant, config, device):
             stepper = build(variant, config, device)
             found = step.time_steps(stepper, config, device, config.data.batch_size, GRAD_ACCUM, steps, seconds)
-        if found.skipped_steps:
-            return {"error": f"{found.skipped_steps} updates were skipped for a gradient that is not finite"}
+        if reason := step.updates_left_out(found.skipped_steps):
+            return {"error": reason}
         ms, iqr_ms, runs = found.timing.median_ms, found.timing.iqr_ms, found.timing.runs
         return {"ms": ms, "iqr_ms": iqr_ms, "runs": runs, "first_loss": found.first_loss}
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:300]}
+        return {"error": results.sentence(error)}
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -175,10 +173,8 @@ def _reason(variant: Variant, device: torch.device, deadline: float) -> str | No
 def _compared(one: dict[str, Any], shipped: dict[str, Any]) -> dict[str, Any]:
     if "error" in one or "error" in shipped:
         return one if "error" in one else {"error": f"nothing to compare with: {shipped['error']}"}
-    apart = abs(one["first_loss"] - shipped["first_loss"])
-    if not apart <= LOSS_TOLERANCE:  # NaN, too
-        losses = f"first loss {one['first_loss']:.4f}, the shipped step's {shipped['first_loss']:.4f}"
-        return {"error": f"no speed: {losses}"}
+    if reason := step.wrong_loss(one["first_loss"], shipped["first_loss"], "the shipped step's"):
+        return {"error": reason}
     return {**one, "change": one["ms"] / shipped["ms"] - 1 if math.isfinite(shipped["ms"]) else None}
 
 

@@ -23,13 +23,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 
 from bench import report, results
 from bench.entries import ENTRIES
 from bench.session import Session, json_in, last_json
+from bench.step import updates_left_out, wrong_loss
+from bench.step_variants import VARIANTS
 from fastgpt import command, common, hardware
 from fastgpt.command import Arg
 from fastgpt.common import UserError, read_json
@@ -38,9 +40,6 @@ from fastgpt.env import environment
 from fastgpt.memory import memory
 
 CAP_GB = 12.0
-STEP_TOLERANCE = 0.02
-"""Largest difference between the first loss of a variant and that of plain PyTorch in bf16, same weights and tokens."""
-
 SHORTEST, SHORTEST_STEP = 8.0, 25.0
 """Seconds that no stage, and no training step or its profile, is worth starting in less than."""
 LATE = "skipped: the time budget is used up"
@@ -56,25 +55,6 @@ WITHOUT_GPU = ("test_compile_gate", "test_offline")
 """Tests that compile for a GPU that is not here: nothing that this one could add."""
 
 
-class StepVariant(NamedTuple):
-    """How a step is run: bench.step's flags of these names."""
-
-    kernels: str
-    compile: str = "none"
-    cuda_graphs: str = "off"
-    precision: str = "bf16"
-
-
-VARIANTS = {
-    "eager": StepVariant("eager"),
-    "triton": StepVariant("triton"),
-    "triton+graphs": StepVariant("triton", cuda_graphs="on"),
-    "compile": StepVariant("eager", "default"),
-    "triton+compile": StepVariant("triton", "default"),
-    "triton fp8": StepVariant("triton", precision="fp8"),
-    "triton fp16-fast": StepVariant("triton", precision="fp16-fast"),
-    "compile max-autotune": StepVariant("eager", "max-autotune-no-cudagraphs"),
-}
 MAIN = ("eager", "triton", "triton+graphs", "compile", "triton+compile")
 FAST = ("triton fp8", "triton fp16-fast")
 """The variants in experimental precisions: for cards that gain from them."""
@@ -128,8 +108,7 @@ def run_kernels(session: Session, limit: float) -> None:
         else:
             (folder / "kernels.json").unlink(missing_ok=True)  # an earlier run's must not pass for this one's
             _, finished = session.child("bench.kernels", *arguments, log=log, limit=left)
-            reason = "crashed: see " + log if finished else "stopped: took longer than its share of the time"
-            found = read_json(folder / "kernels.json") or _unfinished(name, reason)
+            found = read_json(folder / "kernels.json") or _unfinished(name, _reason(log, finished))
         kernels = session.results.setdefault("kernels", {"environment": session.results["environment"], "entries": []})
         kernels |= {key: found[key] for key in ("copy_gbs", "matmul_tflops") if found.get(key)}
         kernels["entries"] += found["entries"]
@@ -176,23 +155,19 @@ def batch_for(preset: str, total_memory: int) -> int:
 def run_step(session: Session, preset: str, variant: str, cap_gb: float, batch_size: int) -> dict[str, Any]:
     """One training step of four micro-batches. Under a cap it starts with two of twice the size, and halves them until they
     fit."""
-    how = VARIANTS[variant]
     batch_size, grad_accum = (2 * batch_size, 2) if cap_gb else (batch_size, 4)
     while True:
         step: dict[str, Any] = {"preset": preset, "variant": variant, "cap_gb": cap_gb}
         step |= {"batch_size": batch_size, "grad_accum": grad_accum}
         if session.left < SHORTEST_STEP:
             return step | {"error": LATE}
-        arguments = ["--preset", preset, "--kernels", how.kernels, "--compile", how.compile, "--cap-gb", str(cap_gb)]
-        arguments += ["--batch-size", str(batch_size), "--grad-accum", str(grad_accum), "--seconds", "4"]
-        arguments += ["--cuda-graphs", how.cuda_graphs, "--precision", how.precision]
+        arguments = ["--preset", preset, *VARIANTS[variant].flags(), "--cap-gb", str(cap_gb), "--seconds", "4"]
+        arguments += ["--batch-size", str(batch_size), "--grad-accum", str(grad_accum)]
         log = f"step-{preset}-{variant.replace(' ', '-')}-{cap_gb:g}.log"
         output, finished = session.child("bench.step", *arguments, log=log, limit=min(session.left - 10, 180))
         found = last_json(output)
         if found is None:
-            return step | {
-                "error": "crashed: see " + log if finished else "stopped: took longer than its share of the time"
-            }
+            return step | {"error": _reason(log, finished)}
         if not (found.get("oom") and batch_size > 1):
             return step | found
         batch_size, grad_accum = batch_size // 2, grad_accum * 2
@@ -204,14 +179,13 @@ def withhold_wrong(steps: list[dict[str, Any]]) -> None:
     for reference in ("compile", "eager"):  # eager where there is one
         expected |= {_tokens(s): s["first_loss"] for s in steps if s["variant"] == reference and "first_loss" in s}
     for step in steps:
-        if step.get("skipped_steps") and "tokens_per_second" in step:
-            step["error"] = f"no speed: {step['skipped_steps']} updates were skipped for a gradient that is not finite"
-            del step["tokens_per_second"]
-        reference_loss = expected.get(_tokens(step))
-        if reference_loss is None or "tokens_per_second" not in step:
+        if "tokens_per_second" not in step:
             continue
-        if not abs(step["first_loss"] - reference_loss) <= STEP_TOLERANCE:
-            step["error"] = f"no speed: first loss {step['first_loss']:.4f}, plain PyTorch's {reference_loss:.4f}"
+        reason = updates_left_out(step.get("skipped_steps", 0))
+        if _tokens(step) in expected and reason is None:
+            reason = wrong_loss(step["first_loss"], expected[_tokens(step)], "plain PyTorch's")
+        if reason:
+            step["error"] = reason
             del step["tokens_per_second"]
 
 
@@ -318,7 +292,7 @@ def run_projection(session: Session, limit: float) -> None:
 
 
 def _reason(log: str, finished: bool) -> str:
-    return f"failed: see {log}" if finished else "stopped: took longer than its share of the time"
+    return f"crashed: see {log}" if finished else "stopped: took longer than its share of the time"
 
 
 @dataclass(frozen=True)
@@ -355,7 +329,7 @@ def run_stages(session: Session, stages: Sequence[Stage], budget: float) -> None
             try:
                 stage.run(session, session.left)
             except Exception as error:
-                session.results[stage.name] = {"error": f"failed: {type(error).__name__}: {error}"[:500]}
+                session.results[stage.name] = {"error": f"failed: {results.sentence(error)}"}
         session.save()
 
 

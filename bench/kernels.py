@@ -58,7 +58,7 @@ def measure(
     try:
         entry.parity()
     except Exception as error:  # also a kernel that crashes
-        result["parity"] = f"failed: {type(error).__name__}: {error}"
+        result["parity"] = f"failed: {results.sentence(error)}"
     ready: dict[str, Work] = {}
     for name, make in entry.variants.items() if result["parity"] == "passed" else ():
         try:
@@ -66,7 +66,7 @@ def measure(
             figures: dict[str, Any] = {"peak_memory": peak_memory(work, device)}
             work()
         except Exception as error:
-            figures = {"error": f"{type(error).__name__}: {error}"[:500]}
+            figures = {"error": results.sentence(error)}
         else:
             ready[name] = work
         result["variants"][name] = figures

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from bench.session import last_json
+from bench.step_variants import VARIANTS
 from bench.tables import Cells, print_table, terminal
 from fastgpt import command, common, hardware
 from fastgpt.command import Arg
@@ -25,9 +27,6 @@ from fastgpt.common import UserError
 from fastgpt.config import load_preset
 from fastgpt.env import ROOT, environment
 from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, memory
-
-VARIANTS = {"eager": ("eager", "none"), "compile": ("eager", "default"), "triton": ("triton", "none")}
-"""Name in the model of memory -> bench.step's --kernels and --compile."""
 
 
 def predict(preset: str, kernels: str, micro_batch: int, arch: int) -> dict[str, Any]:
@@ -39,15 +38,14 @@ def predict(preset: str, kernels: str, micro_batch: int, arch: int) -> dict[str,
 
 def measure(preset: str, kernels: str, micro_batch: int, limit: float) -> dict[str, Any]:
     """The last line of bench.step, or what went wrong. ``limit``: seconds."""
-    table, mode = VARIANTS[kernels]
-    command = [sys.executable, "-m", "bench.step", "--preset", preset, "--kernels", table, "--compile", mode]
+    command = [sys.executable, "-m", "bench.step", "--preset", preset, *VARIANTS[kernels].flags()]
     command += ["--batch-size", str(micro_batch), "--grad-accum", "2", "--steps", "2", "--seconds", "0"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"error": f"stopped after {limit:.0f} seconds"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1]) if lines else {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    said = done.stderr.strip().splitlines() or ["no output"]
+    return last_json(done.stdout) or {"error": said[-1][:200]}
 
 
 def compare(point: dict[str, Any], predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from bench import results
 from fastgpt import anatomy, command, common, device
 from fastgpt.command import Arg
 from fastgpt.common import UserError
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     args = command.parse(MfuConfig, argv, "bench.mfu", __doc__)
     if args.saved:
         result = load(args.saved)
-        check_writable(args.out)
+        results.check_writable(args.out)
     else:
         result = measure(args)
     from bench import mfu_tables, page
@@ -107,18 +107,6 @@ def succeeded(result: dict[str, Any]) -> bool:
 
 
 # ---------------------------------------------------------------- what is asked for
-
-
-def check_writable(folder: Path) -> None:
-    """Create the folder, or say in one sentence why it cannot hold anything: before minutes of measuring."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"folder {folder} cannot be written ({error.strerror}): give another --out or --trace"
-        ) from error
 
 
 def backends(text: str | None, device_type: str, precision: str = "auto") -> list[str]:
@@ -199,8 +187,8 @@ def measure(args: MfuConfig) -> dict[str, Any]:
 
     target = hardware.card(args.gpu)
     traces = args.trace or args.out
-    for folder in (args.out, traces):
-        check_writable(folder)
+    results.check_writable(args.out)
+    results.check_writable(traces, "trace")
     say = _progress()
     say("measuring what this machine reaches")
     ceilings = hardware.measured_ceilings(where)
@@ -241,7 +229,7 @@ def measure(args: MfuConfig) -> dict[str, Any]:
         try:
             result["interpreted"] = {"setup": tiny.to_json(), **step_profile.attribution(tiny, traces)}
         except Exception as error:
-            result["interpreted"] = {"setup": tiny.to_json(), "error": f"{type(error).__name__}: {error}"[:300]}
+            result["interpreted"] = {"setup": tiny.to_json(), "error": results.sentence(error)}
     if where.type == "cpu" and not args.no_projection:
         say(f"compiling the kernels of a step for {target.name}")
         result["audit"] = elsewhere.audit(target, precision)
@@ -273,23 +261,13 @@ def _progress() -> Callable[[str], None]:
 
 def load(path: Path) -> dict[str, Any]:
     """An mfu.json of an earlier run. Raises UserError if it is something else, damaged, or of another version."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"results file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"results file {path} is not JSON ({error}): measure again with python -m bench.mfu") from error
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise UserError(f"results file {path} is not one of bench.mfu: it has no schema {SCHEMA!r}")
-    if result.get("schema_version") != SCHEMA_VERSION:
-        found = result.get("schema_version")
-        raise UserError(f"results file {path} has schema_version {found!r}, not {SCHEMA_VERSION}: measure again")
+    result = results.read(path, "bench.mfu", SCHEMA, SCHEMA_VERSION)
     from bench import page
 
     try:
         page.render(result, {})  # looks at every part that is shown
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = f"{type(error).__name__}: {error}"
+        what = results.sentence(error)
         raise UserError(f"results file {path} is damaged ({what}): measure again with python -m bench.mfu") from error
     return result
 

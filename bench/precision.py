@@ -21,12 +21,11 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import precision_report
+from bench import precision_report, results
 from bench.precision_errors import COMPARED, FP8_MODES, KS, VALUES, drawn, over_scales, readings, recorded
 from bench.precision_training import QUICK, RECORDED, Experiment, SimulatedRun, corpus, record, train
 from fastgpt import command, common
 from fastgpt.command import Arg
-from fastgpt.common import UserError
 from fastgpt.env import environment
 from fastgpt.numerics import BF16, FP8_FP32, FP16, FP16_FAST, FP32
 
@@ -94,16 +93,6 @@ def training(quick: bool, console: Console) -> dict[str, Any]:
     return {"setup": asdict(setup), "runs": [asdict(run) | {"final": run.final} for run in runs]}
 
 
-def prepare(out: Path) -> None:
-    """Make the folder before minutes of work. Raises UserError."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"out is {str(out)!r}, which cannot be made a folder ({error.strerror}): name another"
-        ) from error
-
-
 @dataclass(frozen=True)
 class PrecisionConfig:
     out: Annotated[Path | None, Arg("FOLDER")] = None
@@ -117,7 +106,7 @@ class PrecisionConfig:
 def main(argv: list[str]) -> int:
     asked = command.parse(PrecisionConfig, argv, "bench.precision", __doc__)
     if asked.out:
-        prepare(asked.out)
+        results.check_writable(asked.out)
     torch.set_num_threads(1)
     console = Console()
     result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "quick": asked.quick, "modes": {}}

@@ -5,7 +5,6 @@ Reads the results files of bench.mfu (a profiled step, per operation), bench.gpu
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bench.results import read_json
 from fastgpt import hardware
 from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
@@ -52,14 +52,7 @@ def read(path: Path) -> tuple[Gpu, list[Pair]]:
 
     Raises UserError if the file cannot be read, is no such file, or was not measured on a GPU of the table.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"measured file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(
-            f"measured file {path} is not JSON: give one that bench.mfu, gpu or kernels has written"
-        ) from error
+    results = read_json(path, "measured file")
     try:
         gpu = _gpu(results["environment"], path)
         pairs = list(_pairs(results, gpu))

@@ -61,23 +61,50 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9+]+", "-", name.lower()).strip("-")
 
 
+def read_json(path: Path, name: str = "results file") -> Any:
+    """The JSON in a file. Raises UserError, which calls the file ``name``, if it cannot be read or is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{name} {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{name} {path} is damaged: it is not JSON; measure again") from None
+
+
+def read(path: Path, writer: str, schema: str, version: int) -> dict[str, Any]:
+    """A file that the command ``writer`` wrote. Raises UserError if it is damaged, something else, or of another version."""
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("schema") != schema:
+        raise UserError(f"{path} is not a results file of {writer}: schema is not {schema!r}")
+    if found.get("schema_version") != version:
+        raise UserError(
+            f"{path} has schema_version {found.get('schema_version')!r}: this version reads {version}, so measure again"
+        )
+    return found
+
+
 def load(path: Path) -> dict[str, Any]:
     """A stored measurement. Raises UserError if the file cannot be read, is damaged, or is something else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged: it is not JSON; measure again") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not a results file of bench: schema is not {SCHEMA!r}")
-    if found.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema_version {found.get('schema_version')!r}: this version reads {SCHEMA_VERSION}"
-        )
+    found = read(path, "bench", SCHEMA, SCHEMA_VERSION)
     if not (_has(found.get("environment"), "device", "commit", "time") and _entries(found.get("entries"))):
         raise UserError(f"{path} is damaged: environment or entries are not complete; measure again")
     return found
+
+
+def check_writable(folder: Path, flag: str = "out") -> None:
+    """Create the folder, or raise UserError if it cannot hold files: before minutes of measuring. ``flag`` has named it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} is {folder}, which cannot be written ({error.strerror}): name another") from None
+
+
+def sentence(error: Exception) -> str:
+    """An exception as one line: its type and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
 
 
 def _has(value: Any, *keys: str) -> bool:

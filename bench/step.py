@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
+from bench.results import sentence
 from bench.timing import Timing
 from fastgpt import anatomy, command, common, flops, hardware, ops
 from fastgpt.command import Arg
@@ -52,6 +53,22 @@ def build(
     if use_graphs(cuda_graphs, device, kernels, compile != "none", ranks=1):
         stepper.graphs = Graphs(stepper, CudaRecorder(device))
     return stepper
+
+
+LOSS_TOLERANCE = 0.02
+"""Largest difference between the first losses of two ways to run a step in 16 bits or fewer: same weights and tokens."""
+
+
+def wrong_loss(loss: float, expected: float, whose: str, tolerance: float = LOSS_TOLERANCE) -> str | None:
+    """Why a step with this first loss gets no speed; None if the loss is right. NaN is not. ``whose``: the expected loss."""
+    if abs(loss - expected) <= tolerance:
+        return None
+    return f"no speed: its first loss is {loss:.4f}, {whose} {expected:.4f}"
+
+
+def updates_left_out(skipped: int) -> str | None:
+    """Why a step that skipped updates gets no speed: such a step does less. None if it skipped none."""
+    return f"no speed: {skipped} updates were skipped for a gradient that is not finite" if skipped else None
 
 
 class Timed(NamedTuple):
@@ -162,7 +179,7 @@ def main(argv: list[str]) -> int:
     except torch.OutOfMemoryError:
         result = {"error": "out of memory", "oom": True}
     except Exception as error:
-        result = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        result = {"error": sentence(error)}
         if "out of memory" in str(error):  # torch.compile wraps what its autotuning runs into
             result["oom"] = True
     print(json.dumps(result))

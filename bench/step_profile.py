@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench import step, step_marks, step_roofs, timing
+from bench.results import sentence
+from bench.step_variants import VARIANTS
 from fastgpt import anatomy, flops, hardware, op_names, ops, profiling
 from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
@@ -29,17 +31,16 @@ from fastgpt.data.loader import TokenLoader
 from fastgpt.ops import autocast
 
 BACKENDS = {
-    "eager": ("eager", "none", "PyTorch: SDPA, F.cross_entropy, fused AdamW and clip_grad_norm_"),
-    "compile": ("eager", "default", "the same under torch.compile"),
-    "compile-max-autotune": ("eager", "max-autotune-no-cudagraphs", "the same, GEMMs autotuned"),
-    "triton": ("triton", "none", "our kernels"),
-    "triton+compile": ("triton", "default", "our kernels under torch.compile"),
+    "eager": VARIANTS["eager"],
+    "compile": VARIANTS["compile"],
+    "compile-max-autotune": VARIANTS["compile max-autotune"],
+    "triton": VARIANTS["triton"],
+    "triton+compile": VARIANTS["triton+compile"],
 }
-"""Name -> (--kernels, torch.compile's mode, in words)."""
 
-LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 0.02, "fp16": 0.02, "fp16-fast": 0.02, "fp8": 0.02}
-"""Largest difference between a backend's first loss and eager's, same weights and tokens. Eager has no experimental mode: it
-is then taken in config.PLAIN's precision."""
+LOSS_TOLERANCE = {"fp32": 1e-3}
+"""Where it is not step.LOSS_TOLERANCE: the largest difference between a backend's first loss and eager's. Eager has no
+experimental mode: the loss is then taken in config.PLAIN's precision."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Runner:
     """``runner()`` is one optimizer step of a backend, loading included, until the device has done it; returns its loss."""
 
     def __init__(self, backend: str, setup: Setup, device: torch.device, tokens: Path):
-        kernels, mode, _ = BACKENDS[backend]
+        kernels, mode = BACKENDS[backend].kernels, BACKENDS[backend].compile
         self.setup, self.device, self.kernels, self.compiled = setup, device, kernels, mode != "none"
         table = ops.get(kernels, setup.precision)
         config = Config(model=setup.config)
@@ -148,13 +149,13 @@ def measure(
             try:
                 runners[name], results[name] = _start(name, setup, device, tokens)
             except Exception as error:  # no compiler, no memory, an operation that this backend lacks
-                results[name] = {"error": _sentence(error)}
+                results[name] = {"error": sentence(error)}
         expected = results.get("eager", {}).get("first_loss")
         if runners and setup.precision in EXPERIMENTAL:
             say("eager: the loss to compare with")
             with _fitting(setup, runners):
                 expected = plain_loss(setup, device, tokens)
-        _withhold_wrong(results, runners, expected, LOSS_TOLERANCE[setup.precision])
+        _withhold_wrong(results, runners, expected, LOSS_TOLERANCE.get(setup.precision, step.LOSS_TOLERANCE))
         skipped = {name: runner.stepper.skipped_steps() for name, runner in runners.items()}
         if runners:
             say(f"timing {', '.join(runners)} in turns")
@@ -171,7 +172,7 @@ def measure(
                 repeats = 1 if times[name].median_ms > 2000 else 5 if device.type == "cpu" else 3
                 results[name] |= profiled(runner, ceilings, traces / f"trace-{name}.json.gz", repeats=repeats)
             except RuntimeError as error:  # another profiler holds the device, or CUPTI is not permitted
-                results[name]["profile_error"] = _sentence(error)
+                results[name]["profile_error"] = sentence(error)
     return results
 
 
@@ -302,9 +303,10 @@ def _withhold_wrong(
     results: dict[str, dict[str, Any]], runners: dict[str, Runner], expected: float | None, tolerance: float
 ) -> None:
     for name in list(runners):
-        loss = results[name]["first_loss"]
-        if expected is not None and not abs(loss - expected) <= tolerance:
-            results[name] = {"error": f"no speed: its first loss is {loss:.4f}, eager's {expected:.4f}"}
+        if expected is None:
+            return
+        if reason := step.wrong_loss(results[name]["first_loss"], expected, "eager's", tolerance):
+            results[name] = {"error": reason}
             del runners[name]
 
 
@@ -317,9 +319,3 @@ def _peak_memory(runner: Runner, device: torch.device, before: int) -> int | Non
     kept = _allocated(device) - before
     step = timing.peak_memory(runner, device)
     return None if step is None else kept + step
-
-
-def _sentence(error: Exception) -> str:
-    """An exception as one line: its type and the first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]

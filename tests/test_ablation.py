@@ -191,7 +191,7 @@ def test_rounded_weight_gradients_are_of_16_bits():
 def test_another_first_loss_gets_no_figure():
     fine = {"ms": 1.0, "iqr_ms": 0.0, "runs": 3, "first_loss": 4.0}
     for loss in (4.1, math.nan):
-        assert "no speed: first loss" in ablation_measure._compared({**fine, "first_loss": loss}, fine)["error"]
+        assert "no speed: its first loss" in ablation_measure._compared({**fine, "first_loss": loss}, fine)["error"]
     assert ablation_measure._compared({**fine, "ms": 1.5}, fine)["change"] == pytest.approx(0.5)
     assert "nothing to compare with" in ablation_measure._compared(fine, {"error": "out of memory"})["error"]
 

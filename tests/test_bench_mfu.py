@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_sentence_and_exit_code_2(
     with pytest.raises(SystemExit) as end:
         common.run(mfu.main)
     error = capsys.readouterr().err
-    assert end.value.code == 2 and "cannot be written (Not a directory): give another --out or --trace" in error
+    assert end.value.code == 2 and "which cannot be written (Not a directory): name another" in error
     assert len(error.splitlines()) == 1
 
 
@@ -255,10 +255,10 @@ def test_an_earlier_result_is_shown_again_without_measuring(result, tmp_path, mo
     ("content", "sentence"),
     [
         ("{", "is not JSON"),
-        ("[]", "is not one of bench.mfu: it has no schema 'fastgpt.mfu'"),
-        ('{"schema": "other"}', "is not one of bench.mfu"),
-        ('{"schema": "fastgpt.mfu", "schema_version": 99}', "has schema_version 99, not 1: measure again"),
-        ('{"schema": "fastgpt.mfu", "schema_version": 1}', r"is damaged \(KeyError: 'setup'\): measure again"),
+        ("[]", "is not a results file of bench.mfu: schema is not 'fastgpt.mfu'"),
+        ('{"schema": "other"}', "is not a results file of bench.mfu"),
+        ('{"schema": "fastgpt.mfu", "schema_version": 99}', "has schema_version 99: this version reads 1, so measure again"),
+        ('{"schema": "fastgpt.mfu", "schema_version": 1}', r"is damaged \(KeyError: 'environment'\): measure again"),
     ],
 )  # fmt: skip
 def test_a_corrupt_results_file_ends_in_one_sentence(content, sentence, tmp_path):

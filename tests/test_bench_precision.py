@@ -197,7 +197,10 @@ def test_the_command_writes_tables_and_pictures(tmp_path, capsys):
 
 def test_bad_input_is_one_sentence_and_exit_2(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
-    for argv, said in ((["--out", str(tmp_path / "file")], "cannot be made a folder"), (["--chunk", "3"], "--chunk 3")):
+    for argv, said in (
+        (["--out", str(tmp_path / "file")], "which cannot be written"),
+        (["--chunk", "3"], "flag is '--chunk'"),
+    ):
         monkeypatch.setattr("sys.argv", ["precision", *argv])
         with pytest.raises(SystemExit) as stopped:
             common.run(precision.main)

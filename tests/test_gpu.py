@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, kernels, report, results, session, timing
+from bench import gpu, kernels, report, results, session, step_variants, timing
 from bench.session import Session
 from fastgpt import hardware
 from fastgpt.common import UserError
@@ -145,7 +145,7 @@ def test_the_plan_starts_with_what_matters_and_caps_only_larger_cards():
 
 def test_each_card_runs_the_precisions_that_it_gains_from_and_the_models_that_fit():
     def fast(found):
-        return {variant for _, variant, _ in found if gpu.VARIANTS[variant].precision != "bf16"}
+        return {variant for _, variant, _ in found if step_variants.VARIANTS[variant].precision != "bf16"}
 
     assert fast(plan(12, "rtx4070")) == {"triton fp8", "triton fp16-fast"}
     assert fast(plan(141, "h200")) == {"triton fp8"} and fast(plan(80, "a100")) == set()
@@ -209,7 +209,7 @@ def test_a_step_with_another_loss_than_eager_gets_no_speed():
     ]
     gpu.withhold_wrong(steps)
     assert not any("tokens_per_second" in step for step in steps[3:]) and "3 updates were skipped" in steps[4]["error"]
-    assert "tokens_per_second" not in steps[1] and "no speed: first loss 11.3000" in steps[1]["error"]
+    assert "tokens_per_second" not in steps[1] and "no speed: its first loss is 11.3000" in steps[1]["error"]
     assert steps[2]["tokens_per_second"] == 2.0
 
 
@@ -273,8 +273,8 @@ def test_an_earlier_runs_profile_does_not_pass_for_this_ones(tmp_path, monkeypat
     children(monkeypatch, {"bench.mfu": lambda args: "Traceback"})
     run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
     gpu.run_profile(run, 60)
-    assert run.results["profile"] == {"error": "failed: see profile.log"}
-    assert "No figures: failed: see profile.log" in report.gpu_markdown(run.results)
+    assert run.results["profile"] == {"error": "crashed: see profile.log"}
+    assert "No figures: crashed: see profile.log" in report.gpu_markdown(run.results)
 
 
 def profiled(tmp_path, monkeypatch, card, answers=(), limit=60.0):
@@ -326,14 +326,14 @@ def test_a_precision_that_fails_costs_only_itself(tmp_path, monkeypatch):
     (tmp_path / "profile" / "fp8" / "mfu.json").write_text('{"backends": {"triton": {"ms": 1.0}}}')  # of an earlier run
     found, _, text = profiled(tmp_path, monkeypatch, "rtx4070", {"fp8": None, "fp16-fast": {"error": "no speed: loss"}})
     assert found["backends"]["triton"] == {"ms": 60.0}
-    assert found["backends"]["triton fp8"] == {"error": "failed: see profile-fp8.log"}
+    assert found["backends"]["triton fp8"] == {"error": "crashed: see profile-fp8.log"}
     assert found["backends"]["triton fp16-fast"] == {"error": "no speed: loss"}
     assert "profile/fp8" not in text and "profile/fp16-fast/report.html" in text
 
 
 def test_where_bf16_has_no_profile_nothing_else_is_tried(tmp_path, monkeypatch):
     found, asked, _ = profiled(tmp_path, monkeypatch, "rtx4070", {"bf16": None})
-    assert asked == ["bf16"] and found == {"error": "failed: see profile.log"}
+    assert asked == ["bf16"] and found == {"error": "crashed: see profile.log"}
 
 
 def test_memory_is_read_even_if_its_run_was_cut_short(tmp_path, monkeypatch):
