@@ -24,9 +24,10 @@ else:
 Kernels = Literal["triton", "eager"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp16-fast", "fp8"]
 EXPERIMENTAL = ("fp16-fast", "fp8")
-"""What no GPU has confirmed yet: never what auto picks, and said wherever a run names its precision. --kernels triton only."""
+"""Precisions that no GPU has confirmed yet: auto never picks them, every report of a run marks them, and only --kernels triton
+has them."""
 PLAIN = {"fp16-fast": "fp16", "fp8": "bf16"}
-"""The precision of whatever an experimental one leaves as it is."""
+"""The precision of the operations that an experimental one does not change."""
 Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
@@ -132,7 +133,7 @@ class TrainConfig:
     """Dtype of matmul operands and activations; auto is fp32 on a CPU and bf16 on a GPU. Masters stay fp32. fp16-fast, which is
     experimental: fp16 operands, products summed in fp16 over at most 128 at a time, at twice the rate on GeForce RTX cards.
     fp8, which is experimental too: bf16, but the linears of the blocks in fp8, on RTX 40 and 50, L4, L40S, H100, H200.
-    Elsewhere auto's choice is used, and said."""
+    On other cards the run uses auto's choice and says so."""
     device: Device = "auto"
     """auto takes a CUDA GPU if there is one."""
     compile: bool = False

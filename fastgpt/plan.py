@@ -169,7 +169,7 @@ def _head(best: RunPlan, card: hardware.Gpu | None, vram_gb: float | None) -> st
     desktop = total - CUDA_CONTEXT - margin - usable_vram(card, vram_gb)
     gpus = f"{best.world_size} x " if best.world_size > 1 else ""
     return (
-        f"{millions(parameters)} parameters (positions apart)  L{model.n_layer} H{model.n_head} C{model.n_embd} "
+        f"{millions(parameters)} parameters (excluding position embeddings)  L{model.n_layer} H{model.n_head} C{model.n_embd} "
         f"T{model.block_size} V{model.vocab_size}  {best.tokens_per_step:,} tokens per step  {best.precision}\n"
         f"{gpus}{best.gpu}: {on_box:g} GB on the box are {total / 1e9:.2f} x 10^9 bytes; less CUDA context "
         f"{CUDA_CONTEXT / 1e9:.2f}, desktop {desktop / 1e9:.2f}, margin {margin / 1e9:.2f}: {gigabytes(best.usable, 2)} usable"
@@ -234,7 +234,7 @@ def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> list[str
         )
     if some.kwh is not None:
         notes.append(
-            f"kWh: upper bound, the board's limit of {some.power_w} W all the time; the rest of the computer apart."
+            f"kWh: upper bound, the board's limit of {some.power_w} W all the time; the rest of the computer is not counted."
         )
     notes += [f"{kernels}: {p.hint}." for kernels, p in plans.items() if p.hint]
     notes += [f"{kernels}: {error}." for kernels, error in refused.items()]

@@ -297,7 +297,7 @@ def test_the_projection_says_that_it_is_one_beside_its_error(result):
 
 
 def test_an_experimental_precision_is_projected_beside_bf16():
-    found = elsewhere.projection("gpt2-40m", elsewhere.target("rtx4070"), "fp8")
+    found = elsewhere.projection("gpt2-40m", hardware.card("rtx4070"), "fp8")
     assert [*found["variants"]] == [*elsewhere.KERNELS, "triton fp8"]
     assert found["variants"]["triton fp8"]["precision"] == "fp8" and mfu_tables.projected_in(found) == ", bf16, fp8"
     assert elsewhere.projection_notes(found)[-1] == (
@@ -317,14 +317,14 @@ def test_the_audit_is_of_the_precision_that_is_asked_for(precision, case, monkey
     monkeypatch.setattr(
         audit, "run", lambda card, *, only, shard: asked.append(only) or audit.Audit(card, "3", [], [], {})
     )
-    found = elsewhere.audit(elsewhere.target("rtx3090"), precision)
+    found = elsewhere.audit(hardware.card("rtx3090"), precision)
     assert asked == [f"^{case}$"] and found["error"] == f"NVIDIA GeForce RTX 3090 cannot run {case}", (
         "nothing to compile"
     )
 
 
 def test_a_card_without_the_arithmetic_is_said_and_not_a_crash():
-    found = elsewhere.projection("gpt2-40m", elsewhere.target("v100"))
+    found = elsewhere.projection("gpt2-40m", hardware.card("v100"))
     assert found["model"] == "gpt2-40m" and all("bf16" in v["error"] for v in found["variants"].values())
     assert elsewhere.projection_cells(found)[1][-1] == found["variants"]["nanogpt-compile"]["error"]
 
@@ -336,9 +336,9 @@ def test_an_audit_that_cannot_compile_is_reported(monkeypatch):
         raise RuntimeError("ptxas not found\nsecond line")
 
     monkeypatch.setattr(audit, "run", no_compiler)
-    found = elsewhere.audit(elsewhere.target("rtx4070"))
+    found = elsewhere.audit(hardware.card("rtx4070"))
     assert found["error"] == "ptxas not found" and found["arch"] == "sm_89"
-    assert elsewhere.audit(elsewhere.target("v100"))["error"].startswith("gpu is ")
+    assert elsewhere.audit(hardware.card("v100"))["error"].startswith("gpu is ")
 
 
 def test_the_audit_asks_for_the_shipped_step_of_this_card(monkeypatch):
@@ -352,7 +352,7 @@ def test_the_audit_asks_for_the_shipped_step_of_this_card(monkeypatch):
 
     monkeypatch.setattr(audit, "run", run)
     monkeypatch.setattr(audit.Audit, "failures", property(lambda self: []))
-    found = elsewhere.audit(elsewhere.target("rtx4070"))
+    found = elsewhere.audit(hardware.card("rtx4070"))
     assert asked["card"].name == "NVIDIA GeForce RTX 4070" and re.search(asked["only"], "step gpt2-124m bf16")
     assert elsewhere.audit_cells(found)[1][:3] == ["attn_kernels: forward", "24", "128"]
     assert "no spills" in elsewhere.audit_note(found)
