@@ -70,6 +70,11 @@ def peers(eager: Callable, compiled: bool, **others: Callable | None) -> dict[st
     return found | {name: op for name, op in others.items() if op is not None}
 
 
+def timed(ops: dict[str, Callable], device: torch.device, inputs: Callable) -> dict[str, Callable[[], Work]]:
+    """The variants of an entry that are given these inputs."""
+    return {name: partial(forward_backward, op, device, inputs) for name, op in ops.items()}
+
+
 def embedding(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     """fp32 tables and residual stream, as in every precision; the gradients dense, as autograd wants them."""
     from fastgpt.kernels.fused_embedding import embedding as ours
@@ -88,12 +93,9 @@ def embedding(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     return Entry(
         "embedding",
         f"{rows} x {C} of {size.V}",
-        _sum(flops.embedding_forward(rows, distinct, C, 4), flops.embedding_backward(rows, distinct, C, 4), positions),
+        total(flops.embedding_forward(rows, distinct, C, 4), flops.embedding_backward(rows, distinct, C, 4), positions),
         lambda: check(ours, reference.embedding, inputs(size.parity_rows)),
-        {
-            name: partial(forward_backward, op, device, inputs)
-            for name, op in ({OURS: ours} | peers(reference.embedding, compiled)).items()
-        },
+        timed({OURS: ours} | peers(reference.embedding, compiled), device, inputs),
     )
 
 
@@ -108,7 +110,7 @@ def layer_norm(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     def of_one_dtype() -> dict[str, Tensor]:
         return {name: tensor.to(size.dtype) for name, tensor in inputs().items()}
 
-    liger = _liger("liger_layer_norm")
+    liger = liger_function("liger_layer_norm")
     ops = peers(
         reference.layer_norm,
         compiled,
@@ -120,12 +122,9 @@ def layer_norm(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     return Entry(
         "layer_norm",
         f"{size.rows} x {size.C}",
-        _sum(forward, backward),
+        total(forward, backward),
         lambda: check(ours, reference.layer_norm, inputs(size.parity_rows)),
-        {
-            name: partial(forward_backward, op, device, inputs if name == OURS else of_one_dtype)
-            for name, op in ({OURS: ours} | ops).items()
-        },
+        timed({OURS: ours}, device, inputs) | timed(ops, device, of_one_dtype),
     )
 
 
@@ -151,10 +150,7 @@ def layer_norm_residual(size: Sizes, device: torch.device, compiled: bool) -> En
         f"{rows} x {C}",
         flops.Work(0, moved),
         lambda: check(ours, eager, inputs(size.parity_rows)),
-        {
-            name: partial(forward_backward, op, device, inputs)
-            for name, op in ({OURS: ours} | peers(eager, compiled)).items()
-        },
+        timed({OURS: ours} | peers(eager, compiled), device, inputs),
     )
 
 
@@ -189,12 +185,12 @@ def attention(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     return Entry(
         "attention",
         f"B={size.B} T={size.T} H={size.H} D={size.D}, causal",
-        _sum(flops.attention_forward(*shape), flops.attention_backward(*shape)),
+        total(flops.attention_forward(*shape), flops.attention_backward(*shape)),
         # Scores in fp64 are 100 MB a head at T = 4096, several times over: fewer heads where sequences are long.
         lambda: check(
             ours, eager, inputs(1, max(1, size.H * 1024**2 // max(size.T, 1024) ** 2)), operand_dtype=size.dtype
         ),
-        {name: partial(forward_backward, op, device, inputs) for name, op in ({OURS: ours} | ops).items()},
+        timed({OURS: ours} | ops, device, inputs),
     )
 
 
@@ -207,7 +203,7 @@ def linear_cross_entropy(size: Sizes, device: torch.device, compiled: bool) -> E
         weight = (0.02 * torch.randn(size.V, size.C, device=device)).to(size.dtype)
         return {"x": x, "weight": weight, "target": torch.randint(size.V, (rows,), device=device)}
 
-    liger = _liger("liger_fused_linear_cross_entropy")
+    liger = liger_function("liger_fused_linear_cross_entropy")
     ops = peers(
         reference.linear_cross_entropy,
         compiled,
@@ -219,7 +215,7 @@ def linear_cross_entropy(size: Sizes, device: torch.device, compiled: bool) -> E
         f"{size.rows} x {size.C} x {size.V}",
         flops.linear_cross_entropy(size.rows, size.C, size.V, size.dtype.itemsize, grad_size=size.dtype.itemsize),
         lambda: check(ours, reference.linear_cross_entropy, inputs(size.parity_rows), operand_dtype=size.dtype),
-        {name: partial(forward_backward, op, device, inputs) for name, op in ({OURS: ours} | ops).items()},
+        timed({OURS: ours} | ops, device, inputs),
     )
 
 
@@ -304,7 +300,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
 """What differs from the base, by entry."""
 
 
-def _sum(*parts: flops.Work) -> flops.Work:
+def total(*parts: flops.Work) -> flops.Work:
     return flops.Work(sum(p.flops for p in parts), sum(p.bytes for p in parts))
 
 
@@ -320,7 +316,7 @@ def _torch_linear_cross_entropy() -> dict[str, Callable]:
     return found
 
 
-def _liger(name: str) -> Any:
+def liger_function(name: str) -> Any:
     """A function of Liger-Kernel, or None where it is not installed."""
     try:
         from liger_kernel.transformers import functional

@@ -8,10 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastgpt.kernels import _attn_launch as attention
 from fastgpt.kernels import _linear_launch as launch
 from fastgpt.kernels import fused_adamw, fused_cross_entropy, fused_layernorm, launch_cases, ranking, runtime, tuning
+from fastgpt.kernels._attn_launch import ROW_BOUNDS, attention_bucket
+from fastgpt.kernels.fused_attn import qkv_attention
+from fastgpt.optim import FusedAdamW
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (384, 768, 1024, 1600)
@@ -28,6 +31,8 @@ class Family:
     buckets: tuple[str, ...]
     function: str
     cases: tuple[Callable[[], None], ...]
+    timed: Callable[[str, torch.device], Callable[[], Any]]
+    """For a bucket: the public operation around the kernel, at the size that stands for it. Returns its results."""
     rest: tuple[Callable[[], None], ...] = ()
     """Cases that a config which ships must be good for, too: compiled by the gate of bench.audit only."""
 
@@ -47,28 +52,59 @@ class Family:
 
 
 def families() -> list[Family]:
-    return [*_attention(), *_layer_norm(), *_rows(), _adamw(), *_linears()]
+    return [
+        *attention_families(),
+        *layer_norm_families(),
+        *cross_entropy_families(),
+        adamw_family(),
+        *linear_families(),
+    ]
 
 
-def _attention() -> list[Family]:
-    bounds = [*attention.ROW_BOUNDS, attention.ROW_BOUNDS[-1] + 1]
+def pass_of(kernel: str, op: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], Any]:
+    """The forward pass of ``op`` over its inputs, or its backward pass, as the name of ``kernel`` ends."""
+    if kernel.endswith(".forward"):
+
+        def forward() -> Any:
+            with torch.no_grad():
+                torch.manual_seed(0)  # the same dropout for every config
+                return op(*inputs)
+
+        return forward
+    inputs = [x.requires_grad_() for x in inputs]
+    found = op(*inputs)
+    outputs: tuple[Tensor, ...] = found if isinstance(found, tuple) else (found,)
+    upstream = [torch.randn_like(out) for out in outputs]
+    return lambda: torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+
+
+def attention_families() -> list[Family]:
+    bounds = [*ROW_BOUNDS, ROW_BOUNDS[-1] + 1]
     found = []
     for dtype in (BF16, FP16):
         for dropout in (False, True):
-            buckets = [attention.attention_bucket(64, rows, plain=True, dropout=dropout) for rows in bounds]
-            case = partial(launch_cases._qkv, dtype, 64, dropout_p=0.1 if dropout else 0.0)
+            buckets = [attention_bucket(64, rows, plain=True, dropout=dropout) for rows in bounds]
+            case = partial(launch_cases.launch_attention, dtype, 64, dropout_p=0.1 if dropout else 0.0)
             for function in ("forward", "backward_q", "backward_kv"):
                 known = tuple(bucket for bucket in buckets if bucket is not None)
-                found.append(Family(f"attention.{function}", dtype, known, function, (case,)))
+                timed = partial(time_attention, f"attention.{function}", dtype)
+                found.append(Family(f"attention.{function}", dtype, known, function, (case,), timed))
     return found
 
 
-def _layer_norm() -> list[Family]:
+def time_attention(kernel: str, dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:
+    heads = ranking.sizes(bucket)[-1]
+    H = min(heads, 12)
+    qkv = torch.randn(-(-heads // H), 1024, 3 * H * 64, device=device).to(dtype)
+    return pass_of(kernel, partial(qkv_attention, n_head=H, dropout_p=0.1 if "dropout" in bucket else 0.0), [qkv])
+
+
+def layer_norm_families() -> list[Family]:
     found = []
     for C in WIDTHS:
         for dtype in (BF16, FP16, FP32):
             low = BF16 if dtype == FP32 else dtype
-            norm = partial(launch_cases._norm, C, dtype, rows=256)
+            norm = partial(launch_cases.launch_norm, C, dtype, rows=256)
             inside = partial(norm, FP32, out_dtype=dtype)  # dy then has this dtype
             everything = partial(norm, FP32, bias=True, out_dtype=dtype, dropout_p=0.1)
             alone = partial(norm, None, bias=True)
@@ -78,24 +114,50 @@ def _layer_norm() -> list[Family]:
                     (inside, everything, alone) if kernel == "backward" or dtype != FP32 else (first, everything, alone)
                 )
                 bucket = fused_layernorm.layer_norm_bucket(C)
-                found.append(Family(f"layer_norm.{kernel}", dtype, (bucket,), f"layer_norm_{kernel}_kernel", cases))
+                function, timed = f"layer_norm_{kernel}_kernel", partial(time_layer_norm, f"layer_norm.{kernel}", dtype)
+                found.append(Family(f"layer_norm.{kernel}", dtype, (bucket,), function, cases, timed))
     return found
 
 
-def _rows() -> list[Family]:
+def time_layer_norm(kernel: str, dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:
+    C = int(bucket[1:])
+    x, residual = torch.randn(2, 8192, C, device=device)
+
+    def op(x: Tensor, weight: Tensor, residual: Tensor) -> Any:
+        return fused_layernorm.layer_norm(x, weight, residual=residual, out_dtype=dtype)
+
+    return pass_of(kernel, op, [x.to(dtype), torch.rand(C, device=device), residual])
+
+
+def cross_entropy_families() -> list[Family]:
     found = []
     for dtype in (BF16, FP16, FP32):
-        loss = partial(launch_cases._loss, dtype, V=8192, N=64)
+        loss = partial(launch_cases.launch_loss, dtype, V=8192, N=64)
         cases = (loss, partial(loss, label_smoothing=0.1, z_loss=1e-4, vocab_size=8190))
         bucket = fused_cross_entropy.cross_entropy_bucket(8192, None)
         assert bucket is not None
-        found.append(Family("cross_entropy.rows", dtype, (bucket,), "rows_kernel", cases))
+        timed = partial(time_cross_entropy, dtype)
+        found.append(Family("cross_entropy.rows", dtype, (bucket,), "rows_kernel", cases, timed))
     return found
 
 
-def _adamw() -> Family:
-    cases = (partial(launch_cases._adamw, FP32, copy=BF16), partial(launch_cases._adamw, FP32, offset=1))
-    return Family("adamw.update", FP32, (fused_adamw.ADAMW_BUCKET,), "_adamw_kernel", cases)
+def time_cross_entropy(dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:
+    """Forward, which forms the gradients, too. Narrow: the matmuls around the kernel are not what is compared."""
+    x, weight = (torch.randn(rows, 64, device=device).to(dtype).requires_grad_() for rows in (8192, 50304))
+    target = torch.randint(0, 50304, (8192,), device=device)
+    return lambda: fused_cross_entropy.linear_cross_entropy(x, weight, target)
+
+
+def adamw_family() -> Family:
+    cases = (partial(launch_cases.launch_adamw, FP32, copy=BF16), partial(launch_cases.launch_adamw, FP32, offset=1))
+    return Family("adamw.update", FP32, (fused_adamw.ADAMW_BUCKET,), "_adamw_kernel", cases, time_adamw)
+
+
+def time_adamw(bucket: str, device: torch.device) -> Callable[[], Any]:
+    params = [torch.nn.Parameter(torch.randn(4096, 1024, device=device)) for _ in range(16)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return FusedAdamW(params, max_grad_norm=1.0).step
 
 
 # Linear layers of GPT-2's blocks: (N, K) of a weight, in units of the width.
@@ -112,7 +174,7 @@ _SHAPES = {
 LINEAR_WIDTHS = WIDTHS[:3]
 
 
-def _linears() -> Iterator[Family]:
+def linear_families() -> Iterator[Family]:
     for kernel in tuning.spaces():
         if not kernel.startswith("linear"):
             continue
@@ -129,7 +191,8 @@ def _linears() -> Iterator[Family]:
             cases = (case,) if heavy is None else (case, partial(case, **heavy))
             rest = {"none": ({"transposed": True},), "gelu": ({"bias": False}, {"save": False})}.get(kind, ())
             function = "weight_grad_kernel" if grad else "linear_kernel"
-            yield Family(kernel, dtype, buckets, function, cases, tuple(partial(case, **more) for more in rest))
+            timed = partial(time_linear, kernel, dtype)
+            yield Family(kernel, dtype, buckets, function, cases, timed, tuple(partial(case, **more) for more in rest))
 
 
 def _launch_linear(kind: str, dtype: torch.dtype, fast: bool, **options: Any) -> None:
@@ -156,7 +219,7 @@ def linear(
     ``bias`` and ``save``: of "gelu". ``add``: to a gradient that is there. ``transposed``: of "none", an input gradient.
     ``sums``: of "dgelu", with the gradient of a bias."""
 
-    def make(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
+    def make(*shape: int, like: torch.dtype = dtype) -> Tensor:
         if runtime.compile_only:
             return torch.empty(shape, dtype=like)
         return torch.randn(shape, device=device).to(like)
@@ -165,7 +228,7 @@ def linear(
         dz, x, dw = make(tokens, N), make(tokens, K), make(N, K, like=FP32)
         db = make(N, like=FP32) if kind.endswith("bias") else None
 
-        def gradient() -> list[torch.Tensor]:
+        def gradient() -> list[Tensor]:
             launch.weight_grad(dz, x, dw, db, fast, add=add)
             return [dw] if db is None else [dw, db]
 
@@ -181,11 +244,10 @@ def linear(
     return lambda: launch.matmul(x, weight, shift, residual, None, 0.0, fast)
 
 
-def of_family(family: Family, bucket: str, device: torch.device) -> Callable[[], Any]:
-    """The matmul of a family of linear layers, at a size that stands for its bucket."""
-    prefix, kind = family.kernel.split(".")
+def time_linear(kernel: str, dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:
+    prefix, kind = kernel.split(".")
     N, K = ranking.linear_sizes(bucket)
-    return linear(kind, family.dtype, prefix == "linear_fast", N, K, ranking.typical_tokens(bucket), device)
+    return linear(kind, dtype, prefix == "linear_fast", N, K, ranking.typical_tokens(bucket), device)
 
 
 def default_at(family: Family, bucket: str, default: dict[str, int], sms: int) -> dict[str, int]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,9 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench import tune_cases, tune_table
+from bench import tune_table
 from bench.timing import Timing, Work, interleave
-from bench.tune_cases import Family
+from bench.tune_cases import Family, default_at
 from fastgpt import hardware
 from fastgpt.common import UserError
 from fastgpt.env import environment
@@ -38,68 +37,7 @@ TOLERANCE = 2e-2
 def operation(family: Family, bucket: str, device: torch.device) -> Callable[[], Any]:
     """The public operation around the kernel, at the size that stands for the bucket. Returns its results."""
     torch.manual_seed(0)
-    if family.kernel == "adamw.update":
-        return _adamw(device)
-    if family.kernel == "cross_entropy.rows":
-        op, inputs = _loss(family.dtype, device)
-        inputs = [x.requires_grad_() for x in inputs]
-        return lambda: op(*inputs)  # forms the gradients, too
-    if family.kernel.startswith("linear"):
-        return tune_cases.of_family(family, bucket, device)
-    make = _attention if family.kernel.startswith("attention") else _layer_norm
-    op, inputs = make(family.dtype, bucket, device)
-    if family.kernel.endswith(".forward"):
-
-        def forward() -> Any:
-            with torch.no_grad():
-                torch.manual_seed(0)  # the same dropout for every config
-                return op(*inputs)
-
-        return forward
-    inputs = [x.requires_grad_() for x in inputs]
-    found = op(*inputs)
-    outputs: tuple[Tensor, ...] = found if isinstance(found, tuple) else (found,)
-    upstream = [torch.randn_like(out) for out in outputs]
-    return lambda: torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
-
-
-def _attention(dtype: torch.dtype, bucket: str, device: torch.device) -> tuple[Callable[..., Any], list[Tensor]]:
-    from fastgpt.kernels.fused_attn import qkv_attention
-
-    heads = ranking.sizes(bucket)[-1]
-    H = min(heads, 12)
-    qkv = torch.randn(-(-heads // H), 1024, 3 * H * 64, device=device).to(dtype)
-    return partial(qkv_attention, n_head=H, dropout_p=0.1 if "dropout" in bucket else 0.0), [qkv]
-
-
-def _layer_norm(dtype: torch.dtype, bucket: str, device: torch.device) -> tuple[Callable[..., Any], list[Tensor]]:
-    from fastgpt.kernels.fused_layernorm import layer_norm
-
-    C = int(bucket[1:])
-    x, residual = torch.randn(2, 8192, C, device=device)
-
-    def op(x: Tensor, weight: Tensor, residual: Tensor) -> Any:
-        return layer_norm(x, weight, residual=residual, out_dtype=dtype)
-
-    return op, [x.to(dtype), torch.rand(C, device=device), residual]
-
-
-def _loss(dtype: torch.dtype, device: torch.device) -> tuple[Callable[..., Any], list[Tensor]]:
-    from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
-
-    # Narrow: the matmuls around the kernel are not what is compared.
-    x, weight = (torch.randn(rows, 64, device=device).to(dtype) for rows in (8192, 50304))
-    target = torch.randint(0, 50304, (8192,), device=device)
-    return lambda x, weight: linear_cross_entropy(x, weight, target), [x, weight]
-
-
-def _adamw(device: torch.device) -> Callable[[], Any]:
-    from fastgpt.optim import FusedAdamW
-
-    params = [torch.nn.Parameter(torch.randn(4096, 1024, device=device)) for _ in range(16)]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    return FusedAdamW(params, max_grad_norm=1.0).step
+    return family.timed(bucket, device)
 
 
 def _with(family: Family, config: dict[str, int], op: Callable[[], Any]) -> Work:
@@ -184,7 +122,7 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
             if time.monotonic() > deadline:
                 left += 1
                 continue
-            usual = tune_cases.default_at(family, bucket, default, card.sm_count)
+            usual = default_at(family, bucket, default, card.sm_count)
             order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, card)
             first = tuning.CUBLAS if tuning.has_library(family.kernel) else usual
             configs = [first] + [c for c in candidates(family, bucket, order, here, folder) if c != first]
@@ -288,7 +226,7 @@ def check_model(chosen: list[Family], asked: int, deadline: float, out: Path | N
                 break
             found, default, _ = tune_table.facts_of(family, here.arch)
             for bucket in family.buckets:
-                usual = tune_cases.default_at(family, bucket, default, granted)
+                usual = default_at(family, bucket, default, granted)
                 order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, small)
                 if len(order) < 2 or time.monotonic() > deadline:
                     continue

@@ -37,7 +37,7 @@ class Resources:
 
 
 @functools.lru_cache(maxsize=4096)
-def _tool(name: str, cubin: bytes, *args: str) -> str:
+def tool(name: str, cubin: bytes, *args: str) -> str:
     """Output of one of the binary tools in triton's wheel."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     # Closed before the tool opens it: Windows allows one opener at a time.
@@ -51,7 +51,7 @@ def _tool(name: str, cubin: bytes, *args: str) -> str:
 
 def resources(compiled: Any) -> Resources:
     """Registers, spills and shared memory of a compiled kernel, from its cubin."""
-    usage = _tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
+    usage = tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
 
     def figure(name: str) -> int:
         found = re.search(rf"\b{name}:(\d+)", usage)
@@ -118,7 +118,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z
 
 def sass(compiled: Any) -> Counter[str]:
     """How often each machine instruction stands in the kernel, with its modifiers: ``{"LDG.E.128": 8, ...}``."""
-    return Counter(_INSTRUCTION.findall(_tool("nvdisasm", compiled.asm["cubin"], "-c", "-ndf")))
+    return Counter(_INSTRUCTION.findall(tool("nvdisasm", compiled.asm["cubin"], "-c", "-ndf")))
 
 
 def count(ops: Counter[str], *names: str) -> int:

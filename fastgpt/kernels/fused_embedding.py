@@ -57,7 +57,7 @@ from fastgpt.kernels._embedding_kernels import (
 )
 
 
-class Config(NamedTuple):
+class EmbeddingLaunch(NamedTuple):
     """Launch geometry: tiles of ``rows`` x ``block`` elements; ``piece`` sorted tokens are walked one after another, and
     ``pieces`` of them by one program."""
 
@@ -67,20 +67,20 @@ class Config(NamedTuple):
     pieces: int = 1
 
 
-def config(C: int) -> Config:
+def config(C: int) -> EmbeddingLaunch:
     """Geometry for rows of C elements, safe on any card. Blocks of 256 or 128 columns, 1 KB or half of it at a time: at most
     127 lanes idle, none at C = 384, 768, 1024. Nothing here depends on the number of tokens: a new batch size compiles
     nothing."""
     block = min(max(triton.next_power_of_2(C), 16), 128 if C % 256 else 256)
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
-        return Config(64, max(16, triton.next_power_of_2(C)), pieces=64)
-    return Config(1024 // block, block)
+        return EmbeddingLaunch(64, max(16, triton.next_power_of_2(C)), pieces=64)
+    return EmbeddingLaunch(1024 // block, block)
 
 
 # ---------------------------------------------------------------- launchers
 
 
-def _grid(cfg: Config, rows: int, per_program: int, C: int) -> tuple[int, int]:
+def _grid(cfg: EmbeddingLaunch, rows: int, per_program: int, C: int) -> tuple[int, int]:
     return triton.cdiv(rows, per_program), triton.cdiv(C, cfg.block)
 
 

@@ -93,7 +93,7 @@ def compile_for(arch: int, sms: int | None = None) -> Iterator[CompileOnlyDriver
 
 
 @dataclass(frozen=True)
-class Launch:
+class CapturedLaunch:
     """One launch of a kernel that captured host code made. Launches that run the same binary have equal ``key``."""
 
     kernel: str
@@ -133,12 +133,12 @@ class Launch:
         return " ".join([*parts, f"w{self.options['num_warps']}", f"s{self.options['num_stages']}"])
 
 
-def _launch(function: JITFunction, arch: int, case: str, grid: tuple[int, ...], compiled: Any) -> Launch:
+def _launch(function: JITFunction, arch: int, case: str, grid: tuple[int, ...], compiled: Any) -> CapturedLaunch:
     source, metadata = compiled.src, compiled.metadata
     declared = {param.name for param in function.params if param.is_constexpr}
     constants = {function.arg_names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
     options = {key: getattr(metadata, key, None) for key in ("num_warps", "num_stages", "maxnreg")}
-    return Launch(
+    return CapturedLaunch(
         kernel=function.__name__,
         module=function.module.rpartition(".")[2],
         arch=arch,
@@ -159,13 +159,13 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 @contextmanager
-def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> Iterator[list[Launch]]:
+def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> Iterator[list[CapturedLaunch]]:
     """Turn every launch made inside into a compile for sm_``arch``, and list them in order.
 
     Of an autotuned kernel every config (after pruning) is compiled, not only a winner. Equal launches compile once.
     A kernel that does not compile raises RuntimeError naming the kernel and its config, from the compiler's own error.
     """
-    launches: list[Launch] = []
+    launches: list[CapturedLaunch] = []
     run_jit = JITFunction.run
 
     def compile_one(self, *args, grid, warmup=False, **kwargs):
@@ -216,7 +216,7 @@ def count_launches(arch: int, sms: int) -> Iterator[Counter[tuple[str, str]]]:
         yield found
 
 
-def unique(launches: Iterable[Launch]) -> list[Launch]:
+def unique(launches: Iterable[CapturedLaunch]) -> list[CapturedLaunch]:
     """The first launch of each binary."""
     return list({launch.key: launch for launch in reversed(list(launches))}.values())[::-1]
 
@@ -260,7 +260,7 @@ class Row:
     key: str
 
 
-def row(launch: Launch, launches: int = 1) -> Row:
+def row(launch: CapturedLaunch, launches: int = 1) -> Row:
     used, ops = cubin.resources(launch.compiled), cubin.sass(launch.compiled)
     fit, widths = cubin.occupancy(used, launch.arch), cubin.access_widths(ops)
     all_dots, tensor_dots = cubin.dots(launch.compiled)
@@ -291,9 +291,9 @@ def row(launch: Launch, launches: int = 1) -> Row:
     )
 
 
-def rows(launches: Iterable[Launch]) -> list[Row]:
+def rows(launches: Iterable[CapturedLaunch]) -> list[Row]:
     """A row per binary and grid, in order of first launch."""
-    groups: dict[tuple, list[Launch]] = {}
+    groups: dict[tuple, list[CapturedLaunch]] = {}
     for launch in launches:
         groups.setdefault((launch.key, launch.grid), []).append(launch)
     return [row(group[0], len(group)) for group in groups.values()]

@@ -118,7 +118,7 @@ def facts(config: dict[str, int], compiled: list[Any], arch: int) -> Facts:
         )
         found.append((used, fit))
     first = compiled[0]
-    bodies = loops(cubin._tool("nvdisasm", first.asm["cubin"], "-c", "-ndf")) or [cubin.sass(first)]
+    bodies = loops(cubin.tool("nvdisasm", first.asm["cubin"], "-c", "-ndf")) or [cubin.sass(first)]
     with_tensors = [body for body in bodies if cubin.tensor_core(body)] or bodies
     by_length = sorted(with_tensors, key=lambda body: sum(body.values()))
     used = found[0][0]

@@ -23,7 +23,7 @@ stock_config = module.config
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
-    monkeypatch.setattr(module, "config", lambda C: module.Config(rows=8, block=16, piece=4, pieces=4))
+    monkeypatch.setattr(module, "config", lambda C: module.EmbeddingLaunch(rows=8, block=16, piece=4, pieces=4))
 
 
 def make(device, shape=(3, 7), V=37, C=20, P=16, wte=FP32, wpe=FP32) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def test_parity_with_the_shipped_geometry(device, monkeypatch):
 )
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_runs(device, lengths, pieces, monkeypatch):
-    monkeypatch.setattr(module, "config", lambda C: module.Config(rows=8, block=32, piece=4, pieces=pieces))
+    monkeypatch.setattr(module, "config", lambda C: module.EmbeddingLaunch(rows=8, block=32, piece=4, pieces=pieces))
     ids = torch.tensor([id for id, length in enumerate(lengths[1]) for _ in range(length)])
     check({**make(device, P=64), "idx": ids[torch.randperm(len(ids))].to(device)})
 

@@ -418,12 +418,12 @@ with offline.compile_for(89, 46):
         for T in (64, 100, 512, 1000, 1024, 1025):
             bucket = attention_bucket(64, B * 2 * T, plain=True, dropout=False)
             qkv = torch.empty(B, T, 3 * 128, dtype=torch.bfloat16, requires_grad=True)
-            launch_cases._backward(qkv_attention(qkv, 2))
+            launch_cases.backward(qkv_attention(qkv, 2))
             bucket = layer_norm_bucket(768)
-            launch_cases._norm(768, torch.bfloat16, torch.float32, rows=B * T, out_dtype=torch.bfloat16)
+            launch_cases.launch_norm(768, torch.bfloat16, torch.float32, rows=B * T, out_dtype=torch.bfloat16)
     for N in (64, 100, 1000, 1024):
         bucket = cross_entropy_bucket(8192, None)
-        launch_cases._loss(torch.bfloat16, V=8192, N=N)
+        launch_cases.launch_loss(torch.bfloat16, V=8192, N=N)
 print(json.dumps(compiles))
 """
 
