@@ -25,8 +25,8 @@ from fastgpt.data.verification import verify_files
 class Prepare:
     """Turn text into token shards (llm.c's format) and a manifest.
 
-    Interrupted at any point, the same command goes on where it was, and the shards come out the same, byte for byte.
-    Equal documents fall on the same side of the split: nothing in validation was trained on.
+    After an interruption at any point, the same command continues, and the shards are the same, byte for byte. Equal
+    documents are on the same side of the split, so nothing in validation was trained on.
 
     Examples:
       python -m fastgpt.data prepare stdlib --out data/stdlib
@@ -38,23 +38,23 @@ class Prepare:
     source: Annotated[str, Arg("SOURCE", positional=True)]
     """A text, .jsonl(.gz, .zst) or .parquet file, or a folder of them; stdlib; or a Hugging Face dataset (hf:NAME)."""
     out: Annotated[Path, Arg("FOLDER")]
-    """The folder to make. It appears when it is whole; until then the work is in FOLDER.partial."""
+    """The folder to make. It appears when it is complete; until then the work is in FOLDER.partial."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
     """GPT-2's BPE, or raw bytes (vocabulary 256)."""
     config_name: str | None = None
-    """The configuration of a Hugging Face dataset, as sample-10BT."""
+    """The configuration of a Hugging Face dataset, such as sample-10BT."""
     split: str = "train"
-    """Which split of a Hugging Face dataset to read (train and val of the result are both made from it)."""
+    """The split of a Hugging Face dataset to read; train and val of the result are both made from it."""
     text_column: str = "text"
     """The column of a table, or the field of a JSON line, that holds the text."""
     val_fraction: float = VAL_FRACTION
     """The share of documents kept for validation."""
     seed: int = 0
-    """Another seed validates on other documents."""
+    """Decides which documents are kept for validation."""
     shard_tokens: int = SHARD_TOKENS
     """Tokens per shard; two bytes each."""
     max_tokens: int | None = None
-    """Stop at the document that reaches so many tokens."""
+    """Stop after the document that reaches this many tokens."""
     workers: int | None = None
     """Cores to use (default: all). The result does not depend on it."""
 
@@ -68,7 +68,7 @@ class Check:
     """
 
     folder: Annotated[Path, Arg("FOLDER", positional=True)]
-    """What prepare made, llm.c shards, or nanoGPT's train.bin and val.bin."""
+    """A folder made by prepare, llm.c shards, or nanoGPT's train.bin and val.bin."""
     vocab_size: int | None = None
     """Every id must be below it (default: the manifest's, or GPT-2's 50257)."""
 
