@@ -159,9 +159,9 @@ class StepConfig:
     cap_gb: Annotated[float, Arg("GB")] = 0.0
     """Limit this process to so many GB (10^9 bytes); 0 does not."""
     steps: int = 5
-    """Timed steps, at most."""
+    """Timed steps, at least."""
     seconds: float = 8.0
-    """Stop timing after so long."""
+    """Time further steps for so long."""
     device: Literal["cpu", "cuda"] = "cuda"
 
 

@@ -141,7 +141,7 @@ def test_a_card_that_gains_nothing_from_a_precision_is_explained_in_bf16(monkeyp
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ("--explain-kernels rtx9999", "explain_kernels is 'rtx9999', which is no card in the table: nearest are"),
+        ("--explain-kernels rtx9999", "explain_kernels is 'rtx9999', which is not in the table: nearest are"),
         ("--explain-kernels v100", "kernels are compiled for sm_80 and later"),
         ("--kernels eager --explain-kernels rtx4070", "kernels is 'eager'"),
     ],
