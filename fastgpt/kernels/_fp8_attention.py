@@ -29,7 +29,7 @@ _ARGUMENTS = attn.PACKED
     mutates_args=(),
     schema=f"(Tensor qkv, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _fwd(qkv, n_head, n_kv_head, *options):
+def _attention_fwd(qkv, n_head, n_kv_head, *options):
     """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / group, B T)."""
     form = _form_of_output(qkv, n_head, n_kv_head)
     values = form.values.unflatten(-1, (n_head, -1))
@@ -43,7 +43,7 @@ def _form_of_output(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
     return launch.new_grouped((B, T, n_head * D), FORWARD, qkv.device, group_size(D))
 
 
-@_fwd.register_fake
+@_attention_fwd.register_fake
 def _(qkv, n_head, n_kv_head, *options):
     return *attn.packed_outputs(qkv, n_head, n_kv_head, *options), *_form_of_output(qkv, n_head, n_kv_head)
 
@@ -53,7 +53,7 @@ def _(qkv, n_head, n_kv_head, *options):
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
-def _bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
+def _attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
     """The gradient of qkv, in its dtype and in fp8."""
     form = _form_of_gradient(qkv, n_head, n_kv_head)
     groups = form.scale.shape[0] // (n_head + 2 * n_kv_head)  # of a head
@@ -68,22 +68,22 @@ def _form_of_gradient(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
     return launch.new_grouped(qkv.shape, GRADIENT, qkv.device, columns)
 
 
-@_bwd.register_fake
+@_attention_bwd.register_fake
 def _(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
     return qkv.new_empty(qkv.shape), *_form_of_gradient(qkv, n_head, n_kv_head)
 
 
-def _backward(ctx, grad_out, *_):
-    grad_qkv, *form = attn.packed_gradients(ctx, _bwd, grad_out)
+def _attention_backward(ctx, grad_out, *_):
+    grad_qkv, *form = attn.packed_gradients(ctx, _attention_bwd, grad_out)
     copies.give(grad_qkv, Grouped(*form))
     return grad_qkv, *[None] * 9
 
 
-_fwd.register_autograd(_backward, setup_context=attn.packed_setup)
+_attention_fwd.register_autograd(_attention_backward, setup_context=attn.packed_setup)
 
 
 def _noted(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse, *form = _fwd(*arguments)
+    out, lse, *form = _attention_fwd(*arguments)
     copies.give(out, Grouped(*form))
     return out, lse
 
