@@ -13,7 +13,6 @@ step's gets no figure.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from bench.tune import parse_budget
 from fastgpt import command, common, hardware
 from fastgpt.anatomy import Shape
 from fastgpt.command import Arg
-from fastgpt.common import UserError
+from fastgpt.common import UserError, write_json
 from fastgpt.config import Config, load_preset, preset_names
 from fastgpt.hardware import Gpu
 from fastgpt.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, operations
@@ -225,7 +224,7 @@ def main(argv: list[str]) -> int:
     rows = table(models, gpu, measured)
     if args.json:
         about = {"schema_version": SCHEMA_VERSION, "gpu": gpu.name, "rows": [row.to_json() for row in rows]}
-        args.json.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        write_json(args.json, about)
     if args.plot:
         plot(rows, gpu, args.plot)
     if args.markdown:

@@ -10,10 +10,8 @@ from typing import Any
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, load_preset, preset_names
 from fastgpt.hardware import Gpu
+from fastgpt.memory import KERNELS
 
-KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
-TOKENS_PER_STEP = 524288
-"""Of the two real runs; a step of about as many for other batch geometries."""
 AUDITED = "step gpt2-124m {precision}"
 """The step whose kernels are compiled: all of them take minutes (python -m bench.audit)."""
 
@@ -26,8 +24,7 @@ def projection(model: str | None, gpu: Gpu, precision: str = "bf16") -> dict[str
 
     name = model if model in preset_names() and model != "demo" else "gpt2-124m"
     config = load_preset(name, "cuda")
-    batch, T = config.data.batch_size, config.model.block_size
-    tokens = max(1, round(TOKENS_PER_STEP / (batch * T))) * batch * T
+    batch, T, tokens = config.data.batch_size, config.model.block_size, config.tokens_per_step
     shape = Shape.of(config.model)
     rest: dict[str, Any] = {"micro_batch": batch, "tokens_per_step": tokens, "dropout": config.model.dropout}
     steps = {kernels: (kernels, "bf16") for kernels in KERNELS}

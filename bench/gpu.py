@@ -355,10 +355,8 @@ def main(argv: list[str]) -> int:
     budget = 60 * args.minutes
     session = Session(args.out.resolve(), time.monotonic() + budget)  # children run in the repository's root
     session.results["environment"] = environment(torch.device("cuda"))
-    try:
-        session.save()
-    except OSError as error:
-        raise UserError(f"out is {args.out}, which cannot be written ({error.strerror}): name another") from None
+    results.check_writable(session.out)
+    session.save()
     run_stages(session, STAGES, budget)
     print(report.gpu_markdown(session.results))
     print(f"Results are in {args.out}.")

@@ -18,7 +18,6 @@ times mean nothing and are not kept.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,7 +31,7 @@ from bench import report, results
 from bench.timing import Timing, Work, interleave, peak_memory
 from fastgpt import command, common, flops, hardware
 from fastgpt.command import Arg
-from fastgpt.common import UserError
+from fastgpt.common import UserError, write_json
 from fastgpt.config import Device
 from fastgpt.device import present
 from fastgpt.env import environment
@@ -167,17 +166,14 @@ def main(argv: list[str]) -> int:
     if where == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu")
     if args.out:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out is {args.out}, which cannot be written ({error.strerror}): name another") from None
+        results.check_writable(args.out)
     if where == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)
 
     def save(found: dict) -> None:
         if args.out:
-            (args.out / "kernels.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+            write_json(args.out / "kernels.json", found)
             (args.out / "kernels.md").write_text(report.kernels_markdown(found), encoding="utf-8")
 
     device = torch.device(where)

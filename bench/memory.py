@@ -9,7 +9,6 @@ nanoGPT's own model is not here to be measured.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from bench.step_variants import VARIANTS
 from bench.tables import Cells, print_table, terminal
 from fastgpt import command, common, hardware
 from fastgpt.command import Arg
-from fastgpt.common import UserError
+from fastgpt.common import UserError, write_json
 from fastgpt.config import load_preset
 from fastgpt.env import ROOT, environment
 from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, memory
@@ -112,8 +111,7 @@ def main(argv: list[str]) -> int:
                 predicted = predict(preset, kernels, micro_batch, 10 * major + minor)
                 found["rows"].append(compare(point, predicted, measured))
                 if args.out:
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+                    write_json(args.out, found)
     title = f"Peak memory of a step, GB (10^9 bytes), {hardware.device_name(device)}"
     print_table(terminal(140), title, cells(found["rows"]))
     return 0

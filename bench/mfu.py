@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from bench import results
 from fastgpt import anatomy, command, common, device
 from fastgpt.command import Arg
-from fastgpt.common import UserError
+from fastgpt.common import UserError, write_json
 from fastgpt.config import EXPERIMENTAL, Device, ModelConfig, Precision, load_preset, preset_names
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     from bench import mfu_tables, page
 
     if not args.saved:
-        (args.out / "mfu.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_json(args.out / "mfu.json", result)
     page.write(result, args.out)
     if args.json:
         print(json.dumps(result, indent=1))

@@ -11,7 +11,6 @@ nothing here says how fast a mode is. docs/precision-modes.md discusses the resu
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from bench.precision_errors import COMPARED, FP8_MODES, KS, VALUES, drawn, over_
 from bench.precision_training import QUICK, RECORDED, Experiment, SimulatedRun, corpus, record, train
 from fastgpt import command, common
 from fastgpt.command import Arg
+from fastgpt.common import write_json
 from fastgpt.env import environment
 from fastgpt.numerics import BF16, FP8_FP32, FP16, FP16_FAST, FP32
 
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> int:
     text = precision_report.tables(result)
     console.print(Markdown(text))
     if asked.out:
-        (asked.out / "precision.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_json(asked.out / "precision.json", result)
         (asked.out / "precision-tables.md").write_text(text, encoding="utf-8")
         drawn_files = precision_report.pictures(result, asked.out)
         console.print(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from fastgpt.common import write_whole
+from fastgpt.common import write_json, write_whole
 from fastgpt.env import ROOT
 
 
@@ -35,7 +35,7 @@ class Session:
 
     def save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(self.out / "results.json", json.dumps(self.results, indent=1))
+        write_json(self.out / "results.json", self.results)
         write_whole(self.out / "results.md", report.gpu_markdown(self.results))
         try:
             report.plot_steps(self.results, self.out / "steps.png")
