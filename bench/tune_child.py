@@ -17,7 +17,7 @@ from bench.tune_cases import Family, families
 from fastgpt.kernels import offline, ranking, tuning
 
 LAUNCHED_ONLY = ("programs_per_sm", "splits")
-"""Of a config, what changes the grid and no binary."""
+"""Keys of a config that change the grid and no binary."""
 
 
 def compile_config(family: Family, config: dict[str, int], arch: int) -> ranking.Facts:

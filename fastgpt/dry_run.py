@@ -1,8 +1,8 @@
 """A whole training step at its real shapes on a machine that could not compute it: what it launches, and who chose that.
 
 The step is the training loop's own (GPT, Stepper, FusedAdamW). What is left out is arithmetic: at 8 x 1024 tokens of GPT-2
-124M, minutes on a CPU and gigabytes of memory, for values that nobody reads. Inside ``no_arithmetic`` an operation on more than
-``SMALL`` elements returns memory of the right shape, strides and dtype that nobody ever touches; smaller ones, on which host
+124M, minutes on a CPU and gigabytes of memory, for values never read. Inside ``no_arithmetic`` an operation on more than
+``SMALL`` elements returns memory of the right shape, strides and dtype that is never touched; smaller ones, on which host
 code may decide, are computed. Triton's launches are turned into compiles by ``offline.capture_launches`` (bench.audit), or
 only written down (``record``).
 """

@@ -321,7 +321,8 @@ def test_a_matmul_is_measured_beside_cublas_and_the_quicker_one_is_kept(
     from fastgpt.kernels import _linear_launch
 
     cpu = torch.device("cpu")
-    assert _linear_launch.engine(8192, 3072, 768, torch.bfloat16, "gelu", cpu) == engine
+    chosen = _linear_launch.choose("gelu", 8192, 3072, 768, torch.bfloat16, cpu).config
+    assert chosen == entry.config and (chosen == tuning.CUBLAS) == (engine == "cublas")
     assert "cuBLAS" in capsys.readouterr().out
 
 

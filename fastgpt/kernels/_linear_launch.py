@@ -29,7 +29,7 @@ PARTIALS_IN_L2 = 18 * 2**20
 
 
 FEWEST_TOKENS = 2048
-"""Of a matmul in the tuning tables: a micro-batch of GPT-2 350M on 12 GB has as many."""
+"""Tokens of the smallest matmul in the tuning tables: a micro-batch of GPT-2 350M on 12 GB has as many."""
 
 
 def linear_bucket(N: int, K: int, tokens: int) -> str | None:
@@ -116,15 +116,6 @@ def choose(
         sms, arch = runtime.sm_count(device), tuning.arch_of(device)
         default = default_tiles(kind, M, N, K, dtype, accumulate, sms, wide, arch)
     return tuning.choose(f"linear{'_fast' if fast else ''}.{kind}", dtype, bucket, device, default)
-
-
-def engine(
-    M: int, N: int, K: int, dtype: torch.dtype, kind: str, device: torch.device, accumulate: str = "fp32"
-) -> str:
-    """ "cublas" or "triton": see ``choose``."""
-    if accumulate == "fp32" and kind in ("none", "bias"):  # in no table; torch.compile traces this, and no further
-        return "cublas"
-    return "cublas" if choose(kind, M, N, K, dtype, device, accumulate).config == tuning.CUBLAS else "triton"
 
 
 @lru_cache(maxsize=1024)

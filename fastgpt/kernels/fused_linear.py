@@ -35,7 +35,6 @@ Triton.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -293,11 +292,8 @@ def _linear(
 ) -> Tensor:  # fmt: skip
     copy = _copy(weight, x.dtype, keep_copy)
     if not _wanted(x, weight, bias, pre_bias) and residual is None and dropout_p == 0 and accumulate == "fp32":
-        # Plain PyTorch where it would be cuBLAS anyway: an op costs the host more, which sampling feels.
-        operand, (N, K) = weight if copy is None else copy, weight.shape
-        kind = "none" if bias is None else "bias"
-        if launch.engine(math.prod(x.shape[:-1]), N, K, x.dtype, kind, x.device) == "cublas":
-            return F.linear(x, operand, None if bias is None else bias.to(x.dtype))
+        # Plain PyTorch, which is cuBLAS as well: an op costs the host more, which sampling feels.
+        return F.linear(x, weight if copy is None else copy, None if bias is None else bias.to(x.dtype))
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     options = dropout_p, erf, accumulate == "fp16", adds_to(weight)
     return _linear_fwd(x, weight, copy, bias, residual, seed, pre, pre_bias, *options)

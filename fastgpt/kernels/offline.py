@@ -162,7 +162,7 @@ def _innermost(error: BaseException) -> BaseException:
 def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> Iterator[list[CapturedLaunch]]:
     """Turn every launch made inside into a compile for sm_``arch``, and list them in order.
 
-    Of an autotuned kernel every config (after pruning) is compiled, not only a winner. Equal launches compile once.
+    Every config of an autotuned kernel (after pruning) is compiled, not only a winner. Equal launches compile once.
     A kernel that does not compile raises RuntimeError naming the kernel and its config, from the compiler's own error.
     """
     launches: list[CapturedLaunch] = []

@@ -72,7 +72,7 @@ class Facts:
     """Instructions of one round, by kind, as one warp issues them: of the innermost loop with the fewest that has tensor
     instructions (any, if none has; all of the kernel, if it has no loop)."""
     masked_loop: dict[str, int] | None = None
-    """Of the one with the most."""
+    """The same for the loop with the most instructions: a masked tile's."""
 
     @property
     def resources(self) -> dict[str, int]:
@@ -106,7 +106,7 @@ def loops(sass: str) -> list[Counter[str]]:
 
 
 def facts(config: dict[str, int], compiled: list[Any], arch: int) -> Facts:
-    """Of the binaries that one config gives, the first of which is the usual one: it is ranked; the others (options that
+    """What the compiler says of the binaries of one config. The first, the usual one, is ranked; the others (options that
     use more registers) may rule the config out and lower the blocks per SM."""
     found, problem = [], ""
     for binary in compiled:
@@ -150,7 +150,7 @@ def _tensor_flops(op: str, warps: int) -> float:
 
 
 def _flops_per_clock(op: str, gpu: Gpu) -> float:
-    """Of an SM's tensor cores, in the arithmetic of this instruction: nominal."""
+    """Nominal rate of an SM's tensor cores in the arithmetic of this instruction."""
     peak = gpu.peak_flops("fp16_fp16acc" if re.match(r"HG?MMA\.\w+\.F16", op) else "bf16")
     assert peak is not None
     return peak / (gpu.sm_count * gpu.boost_mhz * 1e6)
@@ -246,7 +246,7 @@ def attention_time(kernel: str, found: Facts, heads: int, T: int, D: int, gpu: G
 # ---------------------------------------------------------------- linear layers
 
 TOKENS = {384: 16384, 768: 8192, 1024: 2048}
-"""Of a micro-batch of GPT-2 40M, 124M and 350M on 12 GB, by width. Half and twice as many stand for the bucket, too."""
+"""Tokens in a micro-batch of GPT-2 40M, 124M and 350M on 12 GB, by width. Half and twice as many stand for the bucket, too."""
 EPILOGUE_BYTES = {"gelu": 4, "dgelu": 4, "residual": 8, "weight_grad": 4, "weight_grad_bias": 4}
 """Per element of the result; 2 where not named."""
 _PROMOTION = ("HADD2.F32", "FADD")
@@ -357,7 +357,7 @@ def linear_sizes(bucket: str) -> tuple[int, int]:
 
 
 def typical_tokens(bucket: str) -> int:
-    """Of a micro-batch of the model that has this matrix: what its matmul is timed at."""
+    """Tokens in a micro-batch of the model that has this matrix: its matmul is timed with as many."""
     return TOKENS.get(min(linear_sizes(bucket)), 8192)
 
 
