@@ -6,7 +6,7 @@
     python -m bench.ablation --plot docs/images/ablation.png --json ablation.json
 
 Off means: what PyTorch does in its place, as in --kernels eager. Two rows switch on what is off by default. In fp16-fast a
-part is off if its products are summed in fp32 again. Projected figures are the central ones of fastgpt/projection.py, per
+part is off if its products are summed in fp32 again. Projected figures are the central ones of performance/projection.py, per
 optimizer step; measured ones are the change of a step of four micro-batches. A variant whose first loss is not the shipped
 step's gets no figure.
 """
@@ -21,17 +21,18 @@ from typing import Annotated, Any
 
 import torch
 
-from bench import tables
-from bench.ablation_variants import VARIANTS, Variant
+from bench.reports import tables
+from bench.steps.ablation_measure import VARIANTS, Variant
 from bench.tune import parse_budget
-from fastgpt import command, common, hardware
+from fastgpt import command, common
 from fastgpt.anatomy import Shape
 from fastgpt.command import Arg
 from fastgpt.common import UserError, write_json
 from fastgpt.config import Config, load_preset, preset_names
-from fastgpt.hardware import Gpu
-from fastgpt.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, operations
-from fastgpt.step_time import CONSTANTS, OperationTime, step_times
+from fastgpt.hardware import cards
+from fastgpt.hardware.cards import Gpu
+from fastgpt.performance.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, operations
+from fastgpt.performance.step_time import CONSTANTS, OperationTime, step_times
 
 SCHEMA_VERSION = 1
 
@@ -48,7 +49,7 @@ PARTS = {
 
 def projected(config: Config, gpu: Gpu, variant: Variant) -> float | None:
     """Milliseconds per optimizer step, central; None where the card gains nothing from the precision, and so never runs it."""
-    if variant.precision == "fp16-fast" and not hardware.gains("fp16-fast", gpu):
+    if variant.precision == "fp16-fast" and not cards.gains("fp16-fast", gpu):
         return None
     fusions = AS_SHIPPED
     if variant.fusion:
@@ -216,7 +217,7 @@ def main(argv: list[str]) -> int:
     gpu = _card(args.gpu, args.measure)
     measured: dict[tuple[str, str], dict[str, Any]] = {}
     if args.measure:
-        from bench import ablation_measure
+        from bench.steps import ablation_measure
 
         measured = ablation_measure.run(models, torch.device("cuda"), time.monotonic() + budget)
         if not args.no_store:
@@ -235,9 +236,9 @@ def main(argv: list[str]) -> int:
 
 
 def _card(name: str | None, measure: bool) -> Gpu:
-    if name is None and measure and (present := hardware.present(torch.device("cuda"))) is not None:
+    if name is None and measure and (present := cards.present(torch.device("cuda"))) is not None:
         return present
-    return hardware.card(name or "rtx4070")
+    return cards.card(name or "rtx4070")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python -m bench.audit --only "attention bf16 D64"    # cases whose name matches
 
 The host code of a step (GPT-2 124M and 40M, forward, backward, FusedAdamW) runs at its real shapes on CPU tensors, and each
-launch is compiled. "The rest" is launch_cases.py (other dtypes, head sizes, widths, options) and steps of other presets
+launch is compiled. "The rest" is common.py (other dtypes, head sizes, widths, options) and steps of other presets
 and precisions; without --all an eighth of it is compiled, another one each day.
 
 The gate (exit 1): no kernel spills registers; each fits the shared memory of a block; a kernel with matrix products
@@ -30,10 +30,12 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Annotated, Any
 
-from fastgpt import command, common, hardware
+from fastgpt import command as command_module
+from fastgpt import common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
-from fastgpt.env import ROOT
+from fastgpt.hardware import cards
+from fastgpt.hardware.environment import ROOT
 
 SCHEMA_VERSION = 1
 DEFAULT_GPU = {"sm_80": "a100", "sm_86": "rtx3070", "sm_89": "rtx4070", "sm_90": "h100", "sm_120": "rtx5070"}
@@ -47,7 +49,7 @@ class Audit:
     """``rows``: plain dicts, the fields of offline.Row and ``waves``, ``last_wave`` and ``problems``. In a step there is
     one per binary and grid; of the other cases, one per binary that no step launches."""
 
-    gpu: hardware.Gpu
+    gpu: cards.Gpu
     triton: str
     """The version that compiled."""
     cases: list[str]
@@ -86,12 +88,12 @@ def audit(arch: str = "sm_89", only: str | None = None, gpu: str | None = None) 
     return found.rows
 
 
-def target(arch: str | None, gpu: str | None) -> hardware.Gpu:
+def target(arch: str | None, gpu: str | None) -> cards.Gpu:
     """The card to audit for: ``gpu`` by name, or the usual one of ``arch``. They must agree if both are given."""
     if arch is not None and arch not in DEFAULT_GPU:
         raise UserError(f"arch is {arch!r}: it must be one of {', '.join(DEFAULT_GPU)}")
     name = gpu or DEFAULT_GPU[arch or "sm_89"]
-    card = hardware.card(name)
+    card = cards.card(name)
     if card.arch not in DEFAULT_GPU:
         raise UserError(f"gpu is {gpu!r} ({card.arch}): kernels are compiled for {', '.join(DEFAULT_GPU)}")
     if arch not in (None, card.arch):
@@ -101,7 +103,7 @@ def target(arch: str | None, gpu: str | None) -> hardware.Gpu:
     return card
 
 
-def run(card: hardware.Gpu, *, only: str | None = None, shard: tuple[int, int] | None = (1, 1), jobs: int = 1) -> Audit:
+def run(card: cards.Gpu, *, only: str | None = None, shard: tuple[int, int] | None = (1, 1), jobs: int = 1) -> Audit:
     """Compile in ``jobs`` processes; ``only`` and ``shard`` as in audit_child.select."""
     try:
         re.compile(only or "")
@@ -111,10 +113,10 @@ def run(card: hardware.Gpu, *, only: str | None = None, shard: tuple[int, int] |
 
     def child(part: int) -> dict[str, Any]:
         job = {"arch": int(card.arch[3:]), "sms": card.sm_count, "only": only, "shard": shard, "part": (part, jobs)}
-        command = [sys.executable, "-m", "bench.audit_child", json.dumps(job)]
+        command = [sys.executable, "-m", "bench.compiler.audit_child", json.dumps(job)]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"bench.audit_child ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"bench.compiler.audit_child ended with code {done.returncode}:\n{done.stderr[-2000:]}")
         return json.loads(done.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -137,7 +139,7 @@ def _merge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return steps + others
 
 
-def judge(row: dict[str, Any], card: hardware.Gpu) -> dict[str, Any]:
+def judge(row: dict[str, Any], card: cards.Gpu) -> dict[str, Any]:
     """The row with its waves on this card and what is wrong with it.
 
     ``waves``: blocks of the grid over blocks that the card holds at once; ``last_wave``: how full the last one is, 1 if the
@@ -255,7 +257,7 @@ class AuditConfig:
 
 
 def main(argv: list[str]) -> int:
-    args = command.parse(AuditConfig, argv, "bench.audit", __doc__)
+    args = command_module.parse(AuditConfig, argv, "bench.audit", __doc__)
     if args.jobs < 1:
         raise UserError(f"jobs is {args.jobs}: it must be at least 1")
     shard = (1, 1) if args.all else _shard(args.shard, args.sample)

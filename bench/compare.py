@@ -15,8 +15,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from bench import results
-from bench.tables import print_table, terminal
+from bench.reports import results
+from bench.reports.tables import print_table, terminal
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError

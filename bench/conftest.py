@@ -55,9 +55,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if entries and not config.getoption("--no-store"):
         import torch
 
-        from bench import results
-        from fastgpt.device import present
-        from fastgpt.env import environment
+        from bench.reports import results
+        from fastgpt.hardware.device import present
+        from fastgpt.hardware.environment import environment
 
         path = results.store("suite", environment(torch.device(present())), entries, config.getoption("--label"))
         terminalreporter.write_line(f"Kept in {path}.")

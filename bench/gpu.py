@@ -27,17 +27,18 @@ from typing import Annotated, Any
 
 import torch
 
-from bench import report, results
-from bench.entries import ENTRIES
-from bench.session import Session, json_in, last_json
-from bench.step import updates_left_out, wrong_loss
-from bench.step_variants import VARIANTS
-from fastgpt import command, common, hardware
+from bench.ops import ENTRIES
+from bench.reports import markdown, results
+from bench.reports.session import Session, json_in, last_json
+from bench.steps.step import updates_left_out, wrong_loss
+from bench.steps.variants import VARIANTS
+from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, read_json
 from fastgpt.config import EXPERIMENTAL, load_preset
-from fastgpt.env import environment
-from fastgpt.memory import memory
+from fastgpt.hardware import cards
+from fastgpt.hardware.environment import environment
+from fastgpt.performance.memory import memory
 
 CAP_GB = 12.0
 SHORTEST, SHORTEST_STEP = 8.0, 25.0
@@ -46,7 +47,7 @@ LATE = "skipped: the time budget is used up"
 
 TESTS = (
     "tests/kernels",
-    "tests/test_optim.py",
+    "tests/optim/test_adamw.py",
     "tests/test_model.py",
     "tests/training/test_step.py",
     "tests/training/test_graphs.py",
@@ -119,12 +120,12 @@ def _unfinished(name: str, reason: str) -> dict[str, Any]:
     return {"entries": [{"name": name, "shape": "", "parity": reason, "variants": {}}]}
 
 
-def gaining(gpu: hardware.Gpu | None) -> list[str]:
+def gaining(gpu: cards.Gpu | None) -> list[str]:
     """Those of FAST whose precision is faster on ``gpu`` than bf16, most important first."""
-    return [variant for variant in FAST if hardware.gains(VARIANTS[variant].precision, gpu)]
+    return [variant for variant in FAST if cards.gains(VARIANTS[variant].precision, gpu)]
 
 
-def step_plan(total_memory: int, gpu: hardware.Gpu | None) -> Iterator[tuple[str, str, float]]:
+def step_plan(total_memory: int, gpu: cards.Gpu | None) -> Iterator[tuple[str, str, float]]:
     """(preset, variant, cap in GB), most important first. Where the card itself has 12 GB there is nothing to cap; a
     precision that gains nothing on ``gpu`` is left out."""
     large = total_memory > 1e9 * LARGE_GB
@@ -164,7 +165,7 @@ def run_step(session: Session, preset: str, variant: str, cap_gb: float, batch_s
         arguments = ["--preset", preset, *VARIANTS[variant].flags(), "--cap-gb", str(cap_gb), "--seconds", "4"]
         arguments += ["--batch-size", str(batch_size), "--grad-accum", str(grad_accum)]
         log = f"step-{preset}-{variant.replace(' ', '-')}-{cap_gb:g}.log"
-        output, finished = session.child("bench.step", *arguments, log=log, limit=min(session.left - 10, 180))
+        output, finished = session.child("bench.steps.step", *arguments, log=log, limit=min(session.left - 10, 180))
         found = last_json(output)
         if found is None:
             return step | {"error": _reason(log, finished)}
@@ -198,7 +199,7 @@ def run_steps(session: Session, limit: float) -> None:
     """Whole training steps, each in a process of its own."""
     steps = session.results["steps"] = []
     total_memory = torch.cuda.get_device_properties(0).total_memory
-    for preset, variant, cap_gb in step_plan(total_memory, hardware.present(torch.device("cuda"))):
+    for preset, variant, cap_gb in step_plan(total_memory, cards.present(torch.device("cuda"))):
         batch_size = load_preset(preset, "cuda").data.batch_size if cap_gb else batch_for(preset, total_memory)
         steps.append(run_step(session, preset, variant, cap_gb, batch_size))
         withhold_wrong(steps)
@@ -214,7 +215,7 @@ def run_profile(session: Session, limit: float) -> None:
     profile = session.results["profile"] = _profiled(session, "profile", "bf16", "eager,compile,triton", limit)
     if "error" in profile:
         return
-    for variant in gaining(hardware.present(torch.device("cuda"))):
+    for variant in gaining(cards.present(torch.device("cuda"))):
         session.save()
         precision, left = VARIANTS[variant].precision, deadline - time.monotonic()
         if left < SHORTEST_STEP:
@@ -308,7 +309,7 @@ class Stage:
 STAGES = (
     Stage("tests", run_tests, 0.22, "pytest"),
     Stage("kernels", run_kernels, 0.17, "bench.kernels"),
-    Stage("steps", run_steps, 0.27, "bench.step"),
+    Stage("steps", run_steps, 0.27, "bench.steps.step"),
     Stage("profile", run_profile, 0.13, "bench.mfu"),
     Stage("ablation", run_ablation, 0.10, "bench.ablation"),
     Stage("memory", run_memory, 0.06, "bench.memory"),
@@ -358,7 +359,7 @@ def main(argv: list[str]) -> int:
     results.check_writable(session.out)
     session.save()
     run_stages(session, STAGES, budget)
-    print(report.gpu_markdown(session.results))
+    print(markdown.gpu_markdown(session.results))
     print(f"Results are in {args.out}.")
     if not args.no_store:
         print(f"Kept in {keep(session.results, args.label)}.")

@@ -10,7 +10,7 @@ Each entry runs forward and backward (AdamW: clip and update). Before any clock 
 check against fp64 in this same run, at that very shape; one that fails gets no speed. Times are with a cold L2 cache (it
 is overwritten before each run, as in training) and with a warm one (the run before left in it what fits).
 
-Bytes and FLOPs come from fastgpt/flops.py: the least that the operation can move and compute. Shares are of what this
+Bytes and FLOPs come from performance/flops.py: the least that the operation can move and compute. Shares are of what this
 device was just measured to reach (copy bandwidth, bf16 matmul rate), never of a data sheet. Results on a GPU are kept in
 bench/results/. On a CPU the kernels run in Triton's interpreter on tiny shapes: that shows that everything works; the
 times mean nothing and are not kept.
@@ -27,21 +27,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 
-from bench import report, results
-from bench.timing import Timing, Work, interleave, peak_memory
-from fastgpt import command, common, flops, hardware
+from bench.reports import markdown
+from bench.reports import results as results_module
+from bench.reports.timing import Timing, Work, interleave, peak_memory
+from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, write_json
 from fastgpt.config import Device
-from fastgpt.device import present
-from fastgpt.env import environment
+from fastgpt.hardware import ceilings as ceilings_module
+from fastgpt.hardware.device import present
+from fastgpt.hardware.environment import environment
+from fastgpt.performance import flops
 
 if TYPE_CHECKING:
-    from bench.entries import Entry
+    from bench.ops.common import Entry
 
 
 def measure(
-    entry: Entry, device: torch.device, ceilings: hardware.Ceilings | None, rounds: int, budget_s: float = 20.0
+    entry: Entry, device: torch.device, ceilings: ceilings_module.Ceilings | None, rounds: int, budget_s: float = 20.0
 ) -> dict[str, Any]:
     """Parity, then times, at most about ``budget_s`` seconds of them: the entry's part of the results file."""
     warmup = 3 if device.type == "cuda" else 1
@@ -57,7 +60,7 @@ def measure(
     try:
         entry.parity()
     except Exception as error:  # also a kernel that crashes
-        result["parity"] = f"failed: {results.sentence(error)}"
+        result["parity"] = f"failed: {results_module.sentence(error)}"
     ready: dict[str, Work] = {}
     for name, make in entry.variants.items() if result["parity"] == "passed" else ():
         try:
@@ -65,7 +68,7 @@ def measure(
             figures: dict[str, Any] = {"peak_memory": peak_memory(work, device)}
             work()
         except Exception as error:
-            figures = {"error": results.sentence(error)}
+            figures = {"error": results_module.sentence(error)}
         else:
             ready[name] = work
         result["variants"][name] = figures
@@ -82,7 +85,7 @@ def measure(
 
 
 def rates(
-    work: flops.Work, timing: Timing, ceilings: hardware.Ceilings | None, *, share: bool = True
+    work: flops.Work, timing: Timing, ceilings: ceilings_module.Ceilings | None, *, share: bool = True
 ) -> dict[str, Any]:
     """What a time means: bytes and FLOPs per second, and the share of the measured roof that binds."""
     seconds = timing.median_ms / 1e3
@@ -108,13 +111,17 @@ def run(
     save: Callable[[dict], None] = lambda _: None,
 ) -> dict[str, Any]:
     """All entries, or the one named ``only``; ``save`` gets the results so far after each shape."""
-    from bench.entries import ENTRIES, TINY, Sizes, shapes  # imports fastgpt.kernels, which looks for the interpreter
+    from bench.ops import (
+        ENTRIES,
+        shapes,  # imports fastgpt.kernels, which looks for the interpreter
+    )
+    from bench.ops.common import TINY, Sizes
 
     cuda = device.type == "cuda"
     names = [make.__name__ for make in ENTRIES]
     if only and only not in names:
         raise UserError(f"only is {only!r}: it must be one of {', '.join(names)}")
-    ceilings = hardware.measured_ceilings(device, refresh=not keep_roofs) if cuda else None
+    ceilings = ceilings_module.measured_ceilings(device, refresh=not keep_roofs) if cuda else None
     results: dict[str, Any] = {
         "environment": environment(device),
         "copy_gbs": ceilings and ceilings.copy_gbs,
@@ -148,7 +155,7 @@ class KernelsConfig:
     sweep: bool | None = None
     """--sweep: many shapes of each kernel; --no-sweep: GPT-2 124M's only. Without either, a sweep on a GPU without --quick."""
     only: Annotated[str, Arg("ENTRY")] = ""
-    """Only the entry of this name in bench/entries.py."""
+    """Only the entry of this name in bench/ops/common.py."""
     keep_roofs: bool = False
     """Do not measure copy and matmul rates again."""
     out: Annotated[Path | None, Arg("FOLDER")] = None
@@ -166,7 +173,7 @@ def main(argv: list[str]) -> int:
     if where == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu")
     if args.out:
-        results.check_writable(args.out)
+        results_module.check_writable(args.out)
     if where == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)
@@ -174,14 +181,15 @@ def main(argv: list[str]) -> int:
     def save(found: dict) -> None:
         if args.out:
             write_json(args.out / "kernels.json", found)
-            (args.out / "kernels.md").write_text(report.kernels_markdown(found), encoding="utf-8")
+            (args.out / "kernels.md").write_text(markdown.kernels_markdown(found), encoding="utf-8")
 
     device = torch.device(where)
     sweep = args.sweep if args.sweep is not None else where == "cuda" and not args.quick
     found = run(device, quick=args.quick, sweep=sweep, only=args.only, keep_roofs=args.keep_roofs, save=save)
-    report.print_kernels(found)
+    markdown.print_kernels(found)
     if where == "cuda" and not args.no_store:
-        print(f"Kept in {results.store('kernels', found['environment'], results.kernel_entries(found), args.label)}.")
+        entries = results_module.kernel_entries(found)
+        print(f"Kept in {results_module.store('kernels', found['environment'], entries, args.label)}.")
     return 1 if any(entry["parity"] != "passed" for entry in found["entries"]) else 0
 
 

@@ -27,10 +27,11 @@ from typing import Annotated, Any
 import torch
 
 from fastgpt import command, common
+from fastgpt.checkpoints import checkpoint
+from fastgpt.checkpoints import folder as folder_module
+from fastgpt.checkpoints.tree import split
 from fastgpt.command import Arg
 from fastgpt.common import UserError
-from fastgpt.training import checkpoint
-from fastgpt.training.checkpoint_tree import split
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -132,10 +133,10 @@ def campaign(folder: Path, options: KillConfig) -> Tally:
             saving = bool(leftovers(run) - before)
             tally.in_save += saving
             tally.before_training += not trained
-            kept = checkpoint.existing(run)
+            kept = folder_module.existing(run)
             where = f"last checkpoint {kept[-1].name}" if kept else "no checkpoint yet"
             print(f"kill {tally.kills}/{options.tries}: {where}{', during a save' if saving else ''}", flush=True)
-            if kept and checkpoint.step_of(checkpoint.newest_valid(run)[0]) == options.steps:
+            if kept and folder_module.step_of(checkpoint.newest_valid(run)[0]) == options.steps:
                 finished = True  # the kill came after the last save: nothing is left to resume
                 tally.survived, unproven = tally.survived + unproven, 0
         if finished:

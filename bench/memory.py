@@ -1,10 +1,10 @@
-"""Predicted memory (fastgpt/memory.py) beside what PyTorch's allocator counts on this machine's GPU:
+"""Predicted memory (fastgpt/performance/memory.py) beside what PyTorch's allocator counts on this machine's GPU:
 
     python -m bench.memory [--out FILE.json] [--presets gpt2-40m gpt2-124m gpt2-350m] [--kernels eager compile triton]
 
-Each point is a training step with gradient accumulation (bench.step) in a process of its own: torch.cuda.max_memory_allocated
-against ``Memory.allocated``, max_memory_reserved against ``Memory.total``. A point that runs out of memory is a result too.
-nanoGPT's own model is not here to be measured.
+Each point is a training step with gradient accumulation (bench.steps.step) in a process of its own:
+torch.cuda.max_memory_allocated against ``Memory.allocated``, max_memory_reserved against ``Memory.total``. A point that runs
+out of memory is a result too. nanoGPT's own model is not here to be measured.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from bench.session import last_json
-from bench.step_variants import VARIANTS
-from bench.tables import Cells, print_table, terminal
-from fastgpt import command, common, hardware
+from bench.reports.session import last_json
+from bench.reports.tables import Cells, print_table, terminal
+from bench.steps.variants import VARIANTS
+from fastgpt import command as command_module
+from fastgpt import common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, write_json
 from fastgpt.config import load_preset
-from fastgpt.env import ROOT, environment
-from fastgpt.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, memory
+from fastgpt.hardware import ceilings
+from fastgpt.hardware.environment import ROOT, environment
+from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, memory
 
 
 def predict(preset: str, kernels: str, micro_batch: int, arch: int) -> dict[str, Any]:
@@ -36,8 +38,8 @@ def predict(preset: str, kernels: str, micro_batch: int, arch: int) -> dict[str,
 
 
 def measure(preset: str, kernels: str, micro_batch: int, limit: float) -> dict[str, Any]:
-    """The last line of bench.step, or what went wrong. ``limit``: seconds."""
-    command = [sys.executable, "-m", "bench.step", "--preset", preset, *VARIANTS[kernels].flags()]
+    """The last line of bench.steps.step, or what went wrong. ``limit``: seconds."""
+    command = [sys.executable, "-m", "bench.steps.step", "--preset", preset, *VARIANTS[kernels].flags()]
     command += ["--batch-size", str(micro_batch), "--grad-accum", "2", "--steps", "2", "--seconds", "0"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
@@ -96,7 +98,7 @@ class MemoryConfig:
 
 def main(argv: list[str]) -> int:
     """Predicted and measured peak memory of training steps on this machine's CUDA GPU. Raises UserError without one."""
-    args = command.parse(MemoryConfig, argv, "bench.memory", __doc__)
+    args = command_module.parse(MemoryConfig, argv, "bench.memory", __doc__)
     if not torch.cuda.is_available():
         raise UserError(f"bench.memory needs a CUDA GPU, and torch {torch.__version__} sees none here")
     device = torch.device("cuda")
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> int:
                 found["rows"].append(compare(point, predicted, measured))
                 if args.out:
                     write_json(args.out, found)
-    title = f"Peak memory of a step, GB (10^9 bytes), {hardware.device_name(device)}"
+    title = f"Peak memory of a step, GB (10^9 bytes), {ceilings.device_name(device)}"
     print_table(terminal(140), title, cells(found["rows"]))
     return 0
 

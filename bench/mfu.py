@@ -24,16 +24,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from bench import results
-from fastgpt import anatomy, command, common, device
+from bench.reports import results
+from fastgpt import anatomy, command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, write_json
 from fastgpt.config import EXPERIMENTAL, Device, ModelConfig, Precision, load_preset, preset_names
+from fastgpt.hardware import device as device_module
 
 if TYPE_CHECKING:
     import torch
 
-    from bench.step_profile import Setup
+    from bench.steps.profile import Setup
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.mfu", 1
 NAMES = ("eager", "compile", "compile-max-autotune", "triton", "triton+compile")
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
         results.check_writable(args.out)
     else:
         result = measure(args)
-    from bench import mfu_tables, page
+    from bench.reports import mfu_tables, page
 
     if not args.saved:
         write_json(args.out / "mfu.json", result)
@@ -143,7 +144,7 @@ def model(text: str, device_type: str) -> tuple[ModelConfig, int]:
 
 def setup_of(args: MfuConfig, where: torch.device, precision: str) -> Setup:
     """``precision``: as it is in force on this device."""
-    from bench.step_profile import Setup
+    from bench.steps.profile import Setup
 
     on_cpu = where.type == "cpu"
     name = args.model or (SMALL if on_cpu else "gpt2-124m")
@@ -169,9 +170,9 @@ def setup_of(args: MfuConfig, where: torch.device, precision: str) -> Setup:
 def measure(args: MfuConfig) -> dict[str, Any]:
     """Everything that ends up in mfu.json."""
     # Checked before torch.compile or triton are imported: bad input costs no seconds.
-    present = device.present() if args.device == "auto" else args.device
+    present = device_module.present() if args.device == "auto" else args.device
     names = backends(args.backends, present, args.precision)
-    where = device.pick(args.device, "triton" if "triton" in names else "eager")
+    where = device_module.pick(args.device, "triton" if "triton" in names else "eager")
     if where.type == "cpu" and "triton+compile" in names:
         raise UserError("backends has 'triton+compile', which needs a CUDA GPU: use triton (interpreted here)")
     precision, notes = in_force(args.precision, where)
@@ -181,21 +182,23 @@ def measure(args: MfuConfig) -> dict[str, Any]:
         notes.append(f"{', '.join(without[:-1])} and {without[-1]} are left out: they do not have {precision}")
     setup = setup_of(args, where, precision)
 
-    from bench import elsewhere, step_profile
-    from fastgpt import hardware
-    from fastgpt.env import environment
+    from bench.reports import elsewhere
+    from bench.steps import profile
+    from fastgpt.hardware import cards
+    from fastgpt.hardware import ceilings as ceilings_module
+    from fastgpt.hardware.environment import environment
 
-    target = hardware.card(args.gpu)
+    target = cards.card(args.gpu)
     traces = args.trace or args.out
     results.check_writable(args.out)
     results.check_writable(traces, "trace")
     say = _progress()
     say("measuring what this machine reaches")
-    ceilings = hardware.measured_ceilings(where)
+    ceilings = ceilings_module.measured_ceilings(where)
     timed = [name for name in names if where.type == "cuda" or name != "triton"]
-    gpu = hardware.present(where)
+    gpu = cards.present(where)
     config, _ = model(TINY, "cpu")
-    tiny = step_profile.Setup(TINY, config, 2, 1, precision)
+    tiny = profile.Setup(TINY, config, 2, 1, precision)
     if not timed:
         setup = tiny
         notes.append(
@@ -210,7 +213,7 @@ def measure(args: MfuConfig) -> dict[str, Any]:
         "notes": notes,
         "ceilings": asdict(ceilings),
         "nominal": None if gpu is None else gpu.to_json(),
-        "backends": step_profile.measure(
+        "backends": profile.measure(
             timed,
             setup,
             where,
@@ -227,7 +230,7 @@ def measure(args: MfuConfig) -> dict[str, Any]:
     if where.type == "cpu" and "triton" in names:
         say("triton: one step of a tiny model in the interpreter")
         try:
-            result["interpreted"] = {"setup": tiny.to_json(), **step_profile.attribution(tiny, traces)}
+            result["interpreted"] = {"setup": tiny.to_json(), **profile.attribution(tiny, traces)}
         except Exception as error:
             result["interpreted"] = {"setup": tiny.to_json(), "error": results.sentence(error)}
     if where.type == "cpu" and not args.no_projection:
@@ -262,7 +265,7 @@ def _progress() -> Callable[[str], None]:
 def load(path: Path) -> dict[str, Any]:
     """An mfu.json of an earlier run. Raises UserError if it is something else, damaged, or of another version."""
     result = results.read(path, "bench.mfu", SCHEMA, SCHEMA_VERSION)
-    from bench import page
+    from bench.reports import page
 
     try:
         page.render(result, {})  # looks at every part that is shown

@@ -5,7 +5,7 @@
     python -m bench.precision --train --out DIR            and precision.json, precision-tables.md and pictures in DIR
     python -m bench.precision --train --quick              everything tiny, to see that it works (seconds)
 
-The rounding of tensor cores is that of fastgpt/numerics.py, which says what it assumes about them; no GPU takes part, and
+The rounding of tensor cores is that of numerics/simulation.py, which says what it assumes about them; no GPU takes part, and
 nothing here says how fast a mode is. docs/precision-modes.md discusses the results.
 """
 
@@ -20,14 +20,15 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench import precision_report, results
-from bench.precision_errors import COMPARED, FP8_MODES, KS, VALUES, drawn, over_scales, readings, recorded
-from bench.precision_training import QUICK, RECORDED, Experiment, SimulatedRun, corpus, record, train
+from bench.numerics import report
+from bench.numerics.errors import COMPARED, FP8_MODES, KS, VALUES, drawn, over_scales, readings, recorded
+from bench.numerics.simulation import BF16, FP8_FP32, FP16, FP16_FAST, FP32
+from bench.numerics.training import QUICK, RECORDED, Experiment, SimulatedRun, corpus, record, train
+from bench.reports import results
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import write_json
-from fastgpt.env import environment
-from fastgpt.numerics import BF16, FP8_FP32, FP16, FP16_FAST, FP32
+from fastgpt.hardware.environment import environment
 
 LOSS_SCALE = 2.0**16
 """What torch.amp.GradScaler starts with."""
@@ -113,12 +114,12 @@ def main(argv: list[str]) -> int:
     result["modes"] = {mode.name: asdict(mode) for mode in {*COMPARED, *TRAINED, BF16}}
     result["errors"] = errors(asked.quick)
     result["training"] = training(asked.quick, console) if asked.train else None
-    text = precision_report.tables(result)
+    text = report.tables(result)
     console.print(Markdown(text))
     if asked.out:
         write_json(asked.out / "precision.json", result)
         (asked.out / "precision-tables.md").write_text(text, encoding="utf-8")
-        drawn_files = precision_report.pictures(result, asked.out)
+        drawn_files = report.pictures(result, asked.out)
         console.print(
             f"written to {asked.out}: precision.json, precision-tables.md, {', '.join(p.name for p in drawn_files)}"
         )

@@ -22,14 +22,15 @@ from typing import Annotated, Any
 from rich.console import Console
 from rich.markup import escape
 
-from bench.tables import Cells, print_table, terminal
-from fastgpt import command, common, hardware
+from bench.reports.tables import Cells, print_table, terminal
+from fastgpt import command, common
 from fastgpt.anatomy import Shape
 from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import load_preset, preset_names
-from fastgpt.flops import FORMULAS
-from fastgpt.projection import (
+from fastgpt.hardware import cards
+from fastgpt.performance.flops import FORMULAS
+from fastgpt.performance.projection import (
     ANCHORS,
     FITTED_CLOCKS,
     MEDIAN_MS,
@@ -45,7 +46,7 @@ from fastgpt.projection import (
     refit_clocks,
     refits,
 )
-from fastgpt.step_time import CONSTANTS, Constants
+from fastgpt.performance.step_time import CONSTANTS, Constants
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> int:
 
 
 def projected(args: ProjectConfig) -> Projection:
-    gpu = hardware.card(args.gpu)
+    gpu = cards.card(args.gpu)
     if args.model not in preset_names():
         raise UserError(f"model is {args.model!r}: it can be {', '.join(preset_names())}")
     preset = load_preset(args.model, "cuda")
@@ -203,7 +204,7 @@ FIT_ACCURACY = 1e-6
 
 
 def outdated_constants(clocks: dict[str, float], at_ends: Clocks) -> str:
-    """The lines of fastgpt/projection.py that a new fit changes, or nothing where the frozen clocks are those of the fit."""
+    """The lines of performance/projection.py that a new fit changes; nothing where the frozen clocks are the fit's."""
     pairs = [(clocks[name], frozen) for name, frozen in FITTED_CLOCKS.items()]
     for name, ends in at_ends.items():
         pairs += zip(ends, REFITTED_CLOCKS.get(name, (0.0, 0.0)))
@@ -214,7 +215,7 @@ def outdated_constants(clocks: dict[str, float], at_ends: Clocks) -> str:
     lines = [f'    "{name}": {ends},' for name, ends in at_ends.items()]
     return "\n".join(
         [
-            "The frozen clocks in fastgpt/projection.py differ from this fit. To use it, write there:",
+            "The frozen clocks in fastgpt/performance/projection.py differ from this fit. To use it, write there:",
             f"FITTED_CLOCKS = {json.dumps(clocks)}",
             "REFITTED_CLOCKS: Clocks = {",
             *lines,
@@ -297,7 +298,7 @@ def show_calibration(found: dict[str, Any], console: Console) -> None:
 
 
 def _measured(path: Path, as_json: bool, console: Console) -> int:
-    from bench.project_compare import read
+    from bench.reports.against_projection import read
 
     gpu, pairs = read(path)
     if as_json:

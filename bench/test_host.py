@@ -74,7 +74,7 @@ def test_launch_attention(measure, no_driver):
 
 def test_launch_adamw(measure, no_driver):
     """One step over the 148 tensors of GPT-2 124M, small ones: the kernels do not run."""
-    from fastgpt.optim import FusedAdamW
+    from fastgpt.optim.adamw import FusedAdamW
 
     parameters = [torch.nn.Parameter(torch.zeros(16)) for _ in range(148)]
     for parameter in parameters:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.entries import ENTRIES, Sizes
+from bench.ops import ENTRIES
+from bench.ops.common import Sizes
 
 
 @pytest.mark.parametrize("name", [make.__name__ for make in ENTRIES])

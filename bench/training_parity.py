@@ -16,10 +16,11 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from fastgpt import command, common, device
+from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import Device, ModelConfig, OptimConfig
+from fastgpt.hardware import device as device_module
 
 # T and C of 32: one block per attention row and one per norm row, so that the interpreter needs a minute.
 MODEL = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=256, bias=True)
@@ -63,7 +64,7 @@ def curve(kernels: str, steps: int, where: torch.device, perturb: int | None = N
     """Losses of a run and the names of the parameters that did not move. ``perturb`` seeds the perturbation."""
     from fastgpt import ops  # after device.pick(): importing the kernels fixes whether they are interpreted
     from fastgpt.model import GPT
-    from fastgpt.optim_build import build_optimizer
+    from fastgpt.optim.build import build_optimizer
     from fastgpt.training.schedule import learning_rate
     from fastgpt.training.step import Stepper
 
@@ -128,7 +129,7 @@ class ParityConfig:
 
 def main(args: list[str]) -> int:
     config = command.parse(ParityConfig, args, "bench.training_parity")
-    parity = measure(config.steps, device.pick(config.device, "triton"))
+    parity = measure(config.steps, device_module.pick(config.device, "triton"))
     print(
         f"{config.steps} steps: final loss eager {parity.eager[-1]:.6f}, triton {parity.triton[-1]:.6f}; largest distance "
         f"{np.abs(parity.triton - parity.eager).max():.2e} nat, {parity.ratio:.2f} envelopes (allowed {ALLOWED:g})"

@@ -6,7 +6,7 @@
     python -m bench.tune --check-model                      # on a large GPU: how often is the model's order right?
 
 Configs that spill, or do not fit an SM, are left out by what the compiler reports; the rest are ranked by the model in
-fastgpt/kernels/ranking.py, and on a GPU the best of them are timed beside the default, each in turn. The table goes to
+bench/compiler/ranking.py, and on a GPU the best of them are timed beside the default, each in turn. The table goes to
 your cache directory (--out: elsewhere), where training finds it at its next start, before the shipped ones. It is written whole
 after every bucket of shapes: a run that is interrupted, or whose budget is up, goes on where it was. Tiles that --rank finds
 for matmuls that cuBLAS can compute go to hints/ in that folder: the next measurement there times them first, and training never
@@ -27,25 +27,28 @@ from typing import Annotated, Any
 
 import torch
 
-from bench import tune_measure
-from bench.tune_cases import Family, default_at, families
-from bench.tune_table import HINTS, change, facts_of, open_table, print_changes
-from fastgpt import command, common, hardware
+from bench.compiler import ranking, tune_measure
+from bench.compiler.tune_table import HINTS, change, facts_of, open_table, print_changes
+from bench.ops import families
+from bench.ops.common import Family
+from bench.ops.linear import default_at
+from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
-from fastgpt.kernels import ranking, tuning
+from fastgpt.hardware import cards
+from fastgpt.kernels import tuning
 
 # ---------------------------------------------------------------- ranking
 
 
-def card_of(arch: str | None, sms: int | None, name: str | None = None) -> hardware.Gpu:
+def card_of(arch: str | None, sms: int | None, name: str | None = None) -> cards.Gpu:
     """The card of this name, or of this architecture and SM count (sm_89 and 46 where not given), of which the first in
     hardware.GPUS stands for all. Raises UserError if there is none."""
-    tunable = [gpu for gpu in hardware.GPUS if int(gpu.arch[3:]) >= 80]
+    tunable = [gpu for gpu in cards.GPUS if int(gpu.arch[3:]) >= 80]
     if name is not None:
         if arch or sms:
             raise UserError("gpu says which card it is: leave out --arch and --sms")
-        card = hardware.card(name)
+        card = cards.card(name)
         if card not in tunable:
             raise UserError(f"gpu is {name!r} ({card.arch}): kernels are compiled for sm_80 and later")
         return card
@@ -61,12 +64,12 @@ def card_of(arch: str | None, sms: int | None, name: str | None = None) -> hardw
     return found
 
 
-def target_of(card: hardware.Gpu) -> tuning.Target:
+def target_of(card: cards.Gpu) -> tuning.Target:
     return tuning.Target(int(card.arch[3:]), card.sm_count, card.chip.shared_per_block)
 
 
 def ranked_entries(
-    family: Family, found: list[ranking.Facts], default: dict[str, int], card: hardware.Gpu
+    family: Family, found: list[ranking.Facts], default: dict[str, int], card: cards.Gpu
 ) -> Iterator[tuning.TableEntry]:
     """An entry per bucket for which some config is fit."""
     evidence: dict[str, Any]
@@ -90,7 +93,7 @@ def ranked_entries(
         yield tuning.TableEntry(key, best.facts.config, "ranked", best.facts.resources, evidence)
 
 
-def rank(chosen: list[Family], card: hardware.Gpu, path: Path, deadline: float) -> int:
+def rank(chosen: list[Family], card: cards.Gpu, path: Path, deadline: float) -> int:
     """Rank the families into the table at ``path``, or where cuBLAS competes into the hints beside it; entries that were
     measured stay. Returns the number not reached."""
     paths = {False: path, True: path.parent / HINTS.name / path.name}

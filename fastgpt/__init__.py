@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "GPT": "fastgpt.model",
     "ModelConfig": "fastgpt.config",
-    "FusedAdamW": "fastgpt.optim",
+    "FusedAdamW": "fastgpt.optim.adamw",
     "patch": "fastgpt.patching",
     "unpatch": "fastgpt.patching",
 }

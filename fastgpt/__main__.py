@@ -67,7 +67,7 @@ COMMANDS = {
         "fastgpt nanogpt train.py config/train_gpt2.py",
     ),
     "hardware": Command(
-        "fastgpt.hardware",
+        "fastgpt.hardware.__main__",
         "what a GPU can do, and what an MFU means on it",
         "fastgpt hardware rtx4070 --nanogpt-mfu 12.9",
     ),

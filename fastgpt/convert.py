@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from rich.console import Console
 
 from fastgpt import command, common
+from fastgpt.checkpoints.formats import huggingface, nanogpt, own
+from fastgpt.checkpoints.formats.any import Format, read
+from fastgpt.checkpoints.formats.portable import Portable, refuse_existing
 from fastgpt.command import Arg
 from fastgpt.common import UserError, millions
-from fastgpt.conversion import huggingface, nanogpt, own
-from fastgpt.conversion.portable import Portable, refuse_existing
-from fastgpt.training import checkpoint
 
-Format = Literal["nanogpt", "fastgpt", "hf"]
 _NAMES = {"nanogpt": "nanoGPT checkpoint", "fastgpt": "fastgpt run", "hf": "Hugging Face folder"}
 
 
@@ -61,34 +60,6 @@ def main(args: list[str]) -> int:
         notes.append("trained with GELU's tanh form; nanoGPT computes the exact one, which differs by up to 0.0005")
     _print(kind, to, config, portable, notes)
     return 0
-
-
-def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
-    """What ``source`` is, and its content; without ``optimizer``, a run's optimizer state is not read. A name that is no file
-    or folder here is looked up on the Hugging Face hub.
-
-    Raises UserError, in one sentence, for what is no checkpoint of a GPT-2 or does not hold together."""
-    path = Path(source)
-    if path.is_file():
-        return "nanogpt", nanogpt.read(path)
-    if path.is_dir():
-        if (path / "manifest.json").exists() or checkpoint.existing(path):
-            return "fastgpt", own.read(path, optimizer)
-        if (path / "config.json").exists():
-            return "hf", huggingface.read(path)
-        raise UserError(
-            f"{path} is no checkpoint: a Hugging Face folder has a config.json, a fastgpt run has step-... folders, "
-            "and of nanoGPT name the ckpt.pt itself"
-        )
-    if huggingface.looks_like_hub_name(source):
-        return "hf", huggingface.read(huggingface.download(source))
-    raise UserError(f"{source} does not exist: name a checkpoint, or a model on the hub such as gpt2")
-
-
-def load_weights(source: str) -> Portable:
-    """The model of any checkpoint that ``convert`` reads: a path, or a name on the Hugging Face hub. Its ``config`` is the
-    shape, its ``weights`` the fp32 state_dict of a fastgpt.GPT. Raises UserError."""
-    return read(source, optimizer=False)[1]
 
 
 def _target(kind: Format, out: Path) -> Format:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastgpt import command, common, device
+from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.config import Device, Kernels
+from fastgpt.hardware import device as device_module
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class HellaSwagConfig:
 
 def main(args: list[str]) -> int:
     config = command.parse(HellaSwagConfig, args, "fastgpt.hellaswag")
-    where = device.pick(config.device, config.kernels)
+    where = device_module.pick(config.device, config.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training.evaluation import hellaswag_score, load_hellaswag, load_model
 

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from fastgpt import anatomy, flops, hardware
+from fastgpt import anatomy
 from fastgpt.common import percent
+from fastgpt.hardware import cards
+from fastgpt.hardware import ceilings as ceilings_module
+from fastgpt.performance import flops
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class StepMeter:
         self.flops_per_token, self.peak_flops, self.measured_flops = flops_per_token, peak_flops, measured_flops
         self.palm_flops_per_token = flops_per_token if formula == "palm" else palm_flops_per_token
         self.formula = str(flops.FORMULAS[formula])
-        card = hardware.device_name(self.device)
+        card = ceilings_module.device_name(self.device)
         self.denominator = _named(peak_flops, peak_name or f"nominal dense peak of {card}")
         self.measured_denominator = _named(measured_flops, "matmul ceiling measured here")
         self._synchronize = synchronize or self._synchronize_device
@@ -145,19 +148,19 @@ class StepMeter:
         precision: str,
         *,
         formula: str = "palm",
-        ceilings: hardware.Ceilings | None = None,
+        ceilings: ceilings_module.Ceilings | None = None,
         warmup_steps: int = 1,
     ) -> StepMeter:
         """A meter with every name and number filled in. ``ceilings``: hardware.measured_ceilings(device)."""
-        arithmetic = hardware.arithmetic_of(precision)
+        arithmetic = cards.arithmetic_of(precision)
         if formula not in flops.FORMULAS:
             raise ValueError(f"formula is {formula!r}: it must be one of {', '.join(flops.FORMULAS)}")
         return cls(
             device,
             flops.FORMULAS[formula].per_token(shape),
-            hardware.peak_flops(device, precision),
+            cards.peak_flops(device, precision),
             formula=formula,
-            peak_name=f"nominal dense {arithmetic} peak of {hardware.device_name(device)}",
+            peak_name=f"nominal dense {arithmetic} peak of {ceilings_module.device_name(device)}",
             measured_flops=ceilings.peak_flops(arithmetic) if ceilings else None,
             palm_flops_per_token=flops.palm(shape),
             warmup_steps=warmup_steps,
@@ -274,7 +277,7 @@ class StepMeter:
             tokens_per_second=rate,
             mfu_nominal=share(self.flops_per_token, self.peak_flops),
             mfu_measured=share(self.flops_per_token, self.measured_flops),
-            mfu_nanogpt=share(self.palm_flops_per_token, hardware.NANOGPT_PEAK),
+            mfu_nanogpt=share(self.palm_flops_per_token, cards.NANOGPT_PEAK),
             formula=self.formula,
             denominator=self.denominator,
             measured_denominator=self.measured_denominator,

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
-from fastgpt.ops import EAGER, Ops, compute_dtype
+from fastgpt.kernels.runtime import compute_dtype
+from fastgpt.ops import EAGER, Ops
 
 
 class LayerNorm(nn.Module):
@@ -138,7 +139,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, source: str, ops: Ops = EAGER) -> GPT:
         """A trained model, on the CPU in fp32: ``source`` is any checkpoint that fastgpt.convert reads (nanoGPT's ckpt.pt, a
         fastgpt run, a Hugging Face folder) or a name on the Hugging Face hub such as "gpt2". Raises UserError."""
-        from fastgpt.convert import load_weights
+        from fastgpt.checkpoints.formats.any import load_weights
 
         portable = load_weights(str(source))
         return cls.from_weights(portable.config, portable.weights, ops)

@@ -98,7 +98,7 @@ def _patch_every_model(module: Any, fused_adamw: bool) -> None:
         return
     if not hasattr(GPT, "configure_optimizers"):
         raise UserError("model.py's GPT has no configure_optimizers: leave --fused-adamw out")
-    from fastgpt.optim import FusedAdamW
+    from fastgpt.optim.adamw import FusedAdamW
 
     own_optimizers = GPT.configure_optimizers
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import hardware
 from fastgpt.config import EXPERIMENTAL
+from fastgpt.hardware import cards
 from fastgpt.kernels import reference, runtime
 from fastgpt.kernels.runtime import compute_dtype
 
@@ -86,13 +86,13 @@ def _fp16_fast() -> Ops:
 def _fp8() -> Ops:
     """TRITON, with the linears of the blocks in fp8, and norms and attention that hand them fp8. Operands have to be bf16, as
     they are under autocast: anything else raises ValueError."""
-    from fastgpt.kernels import fused_fp8
+    from fastgpt.kernels.fp8 import ops
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
         options.setdefault("out_dtype", compute_dtype(x))
-        return fused_fp8.layer_norm(x, weight, bias, **options)
+        return ops.layer_norm(x, weight, bias, **options)
 
-    own = {name: getattr(fused_fp8, name) for name in ("qkv_attention", "linear", "linear_gelu", "mlp")}
+    own = {name: getattr(ops, name) for name in ("qkv_attention", "linear", "linear_gelu", "mlp")}
     return replace(_triton(), name="triton fp8", layer_norm=norm, **own)
 
 
@@ -127,14 +127,14 @@ def usable_precision(name: str, device: torch.device, kernels: str) -> tuple[str
     resumed on another card, auto's choice takes its place. A card that hardware.GPUS does not have is given what is asked."""
     if name not in EXPERIMENTAL:
         return precision_for(name, device), None
-    gpu, unable = hardware.present(device), _unable(name, device)
+    gpu, unable = cards.present(device), _unable(name, device)
     if kernels != "triton":
         why = f"which --kernels {kernels} does not have"
     elif device.type != "cuda" and not runtime.INTERPRET:
         why = "which only the Triton kernels have, and they do not run here"
     elif unable is not None:
         why = f"but {unable}"
-    elif gpu is not None and not hardware.gains(name, gpu):
+    elif gpu is not None and not cards.gains(name, gpu):
         why = f"and {gpu.name} is no faster in it"
     else:
         return name, None
@@ -146,7 +146,7 @@ def _unable(name: str, device: torch.device) -> str | None:
     """Why the kernels of an experimental mode cannot run on a GPU, in the table or not."""
     if name != "fp8" or device.type != "cuda":
         return None
-    from fastgpt.kernels._fp8_launch import refusal
+    from fastgpt.kernels.fp8.launch import refusal
 
     return refusal(device)
 

@@ -1,4 +1,4 @@
-"""The planner's command: a table of what fits, nanoGPT config lines, a fastgpt preset, or JSON (geometry.py does the sums).
+"""The planner's command: a table of what fits, nanoGPT config lines, a fastgpt preset, or JSON (fitting.py does the sums).
 
 python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288
 """
@@ -14,12 +14,13 @@ from typing import Annotated, Literal
 from rich.console import Console
 from rich.table import Table
 
-from fastgpt import anatomy, command, common, hardware
+from fastgpt import anatomy, command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, gigabytes, millions, rounded
 from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
-from fastgpt.geometry import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
-from fastgpt.memory import KERNELS, Memory
+from fastgpt.hardware import cards
+from fastgpt.performance.fitting import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
+from fastgpt.performance.memory import KERNELS, Memory
 
 PARTS = {
     "weights": "weights, fp32",
@@ -141,26 +142,26 @@ def _base(asked: PlanConfig) -> Config:
     return replace(base, model=replace(base.model, **changed))
 
 
-def _card(asked: PlanConfig) -> tuple[hardware.Gpu | None, float | None]:
+def _card(asked: PlanConfig) -> tuple[cards.Gpu | None, float | None]:
     """The card named, or the one present, and its memory in GB (2**30 bytes) if that is not the table's."""
     if asked.gpu is not None:
         if asked.vram is not None:
-            return hardware.lookup(asked.gpu, vram_gb=asked.vram), asked.vram
-        return hardware.card(asked.gpu, otherwise=", or give --vram"), None
+            return cards.lookup(asked.gpu, vram_gb=asked.vram), asked.vram
+        return cards.card(asked.gpu, otherwise=", or give --vram"), None
     import torch
 
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
-        return hardware.present(), asked.vram or total
+        return cards.present(), asked.vram or total
     if asked.vram is None:
-        raise UserError(hardware.NO_GPU)
+        raise UserError(cards.NO_GPU)
     return None, asked.vram
 
 
 # ---------------------------------------------------------------- text
 
 
-def _head(best: RunPlan, card: hardware.Gpu | None, vram_gb: float | None) -> str:
+def _head(best: RunPlan, card: cards.Gpu | None, vram_gb: float | None) -> str:
     model = best.model
     parameters = anatomy.n_params(model, positions=False)
     on_box = vram_gb if vram_gb is not None else card.vram_gb if card else 0
@@ -222,8 +223,8 @@ def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> list[str
     notes = []
     if some.precision in EXPERIMENTAL:
         notes.append(f"{some.precision} is experimental: no GPU has confirmed it yet.")
-        gpu = hardware.lookup(some.gpu)
-        if gpu is not None and not hardware.gains(some.precision, gpu):
+        gpu = cards.lookup(some.gpu)
+        if gpu is not None and not cards.gains(some.precision, gpu):
             notes.append(f"{gpu.name} is no faster in it: a run would use bf16 instead.")
     notes += [f"Budget: {rounded(some.tokens)} tokens, {per_parameter:.1f} per parameter, in {some.steps:,} steps."]
     if some.tokens_per_second is None:

@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import numpy as np
 
 from fastgpt import command, common
+from fastgpt.checkpoints import folder as folder_module
 from fastgpt.command import Arg
 from fastgpt.common import UserError
-from fastgpt.doctor.logs import read_log
+from fastgpt.doctor.reading.logs import read_log
 from fastgpt.training import metrics
 
 
@@ -41,7 +42,7 @@ def read(path: Path, tokens_per_step: int | None = None) -> Curves:
     ``tokens_per_step`` is for logs that give times but no rate, and do not say it themselves. Raises UserError for what
     cannot be read, and for a log without a step.
     """
-    if (path / metrics.NAME if path.is_dir() else path).name == metrics.NAME:
+    if (path / folder_module.METRICS if path.is_dir() else path).name == folder_module.METRICS:
         return _of_records(path if path.is_dir() else path.parent, metrics.read(path))
     if not path.is_file():
         raise UserError(f"{path} is neither a run's folder nor a log file: name one that exists")

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import torch
 
-from fastgpt import command, common, device
+from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import Device, Kernels
+from fastgpt.hardware import device as device_module
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def pieces(tokenizer: Any, ids: list[int], new: Iterable[int]) -> Iterator[str]:
 
 def main(args: list[str]) -> int:
     config = command.parse(SampleConfig, args, "fastgpt.sample")
-    where = device.pick(config.device, config.kernels)
+    where = device_module.pick(config.device, config.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training.evaluation import load_model
 

@@ -6,14 +6,15 @@ import sys
 
 from rich.console import Console
 
-from fastgpt import common, device
+from fastgpt import common
 from fastgpt.config import parse
+from fastgpt.hardware import device
 
 
 def main(args: list[str]) -> int:
     config = parse(args, device.present())
     if config.train.explain_kernels is not None:
-        from fastgpt.explain import explain
+        from fastgpt.training.explain import explain
 
         return explain(config, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
     where = device.pick(config.train.device, config.train.kernels)

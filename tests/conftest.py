@@ -1,5 +1,7 @@
 """Tests run the same on a CPU (Triton's interpreter) and on a GPU: ``pytest tests --device cuda``."""
 
+from __future__ import annotations
+
 import os
 
 import pytest
@@ -54,9 +56,9 @@ def needs_memory(device):
 @pytest.fixture
 def needs_fp8(device):
     """Skips a test on a GPU whose tensor cores have no fp8, for which Triton compiles no such kernel."""
-    from fastgpt.kernels import _fp8_launch
+    from fastgpt.kernels.fp8 import launch
 
-    if reason := _fp8_launch.refusal(device):
+    if reason := launch.refusal(device):
         pytest.skip(reason)
 
 

@@ -1,18 +1,21 @@
 """The description of a model against the model itself, and sums over it against closed forms."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from math import prod
 
 import pytest
 import torch
 
-from fastgpt import anatomy, flops, memory
+from bench.steps.roofs import step_work
+from bench.steps.trace import Namer
+from fastgpt import anatomy
 from fastgpt.anatomy import GPT2_40M, GPT2_124M, Embedding, Heads, Linear, Norm, Shape
 from fastgpt.config import ModelConfig, load_preset, preset_names
 from fastgpt.model import GPT
-from fastgpt.op_names import Namer
-from fastgpt.operations import operations
-from fastgpt.roofline import step_work
+from fastgpt.performance import flops, memory
+from fastgpt.performance.operations import operations
 
 SMALL = Shape(n_layer=3, n_head=2, n_embd=48, block_size=7, vocab_size=97)
 SHAPES = [SMALL, replace(SMALL, bias=True), GPT2_40M, replace(GPT2_124M, bias=True)]

@@ -1,5 +1,7 @@
 """The front end of the commands: the same options, values and sentences with tyro and where it is not installed."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys
@@ -158,6 +160,6 @@ def test_subcommands(capsys):
 
 def test_the_library_is_imported_without_tyro_or_rich():
     code = "import sys; sys.modules |= {'tyro': None, 'rich': None}; import fastgpt.hardware, fastgpt.kernels, fastgpt.config"
-    code += "; from bench import results, timing, tune_cases; from fastgpt import __main__"
+    code += "; from bench import ops; from bench.reports import results, timing; from fastgpt import __main__"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -1,6 +1,8 @@
 """A GPT on the Triton kernels inside PyTorch's own machinery: torch.compile, torch.export, activation checkpointing,
 functional_call, autocast, deterministic mode. The kernels are opaque operators there; what is computed must not change."""
 
+from __future__ import annotations
+
 import io
 import shutil
 import sysconfig
@@ -16,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import kernels, ops
 from fastgpt.config import Config, DataConfig, ModelConfig, TrainConfig
 from fastgpt.model import GPT
-from fastgpt.optim import FusedAdamW
+from fastgpt.optim.adamw import FusedAdamW
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=64)
 

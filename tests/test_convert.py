@@ -1,5 +1,7 @@
 """fastgpt.convert: round trips bit for bit, the same function on both sides, and one sentence for what does not fit."""
 
+from __future__ import annotations
+
 import copy
 import json
 import math
@@ -12,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from fastgpt import convert
+from fastgpt.checkpoints import checkpoint, rng, saver
+from fastgpt.checkpoints.formats import any, huggingface
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
-from fastgpt.conversion import huggingface
 from fastgpt.model import GPT
-from fastgpt.training import checkpoint
 from fastgpt.training.evaluation import load_model
-from tests import nanogpt_model
+from tests.patching import nanogpt_model
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "block_size": 16}
 
@@ -71,12 +73,12 @@ def fastgpt_run(folder, bias=True, steps=2):
             "data": {**Config().to_dict()["data"], "tokenizer": "bytes"},
         },
         **checkpoint.state_of(model, optimizer),
-        "rng": checkpoint.rng_state(),
+        "rng": rng.rng_state(),
         "best_val_loss": 2.5,
         "loader": {"epoch": 1},
     }
     folder.mkdir(exist_ok=True)
-    checkpoint.save(folder, steps, state)
+    saver.save(folder, steps, state)
     return model.eval()
 
 
@@ -221,8 +223,8 @@ class TestSameFunction:
 class TestReading:
     def test_weights_come_without_the_optimizers_state_unless_it_is_asked_for(self, tmp_path):
         fastgpt_run(tmp_path / "run")
-        assert convert.load_weights(str(tmp_path / "run")).optimizer is None
-        assert convert.read(str(tmp_path / "run"))[1].optimizer["state"]
+        assert any.load_weights(str(tmp_path / "run")).optimizer is None
+        assert any.read(str(tmp_path / "run"))[1].optimizer["state"]
 
     def test_a_model_is_loaded_with_the_tokenizer_that_its_checkpoint_names(self, tmp_path):
         trained, ids = fastgpt_run(tmp_path / "run"), batch()
@@ -235,7 +237,7 @@ class TestReading:
 
     def test_load_weights_gives_shape_and_state_dict(self, tmp_path):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
-        portable = convert.load_weights(str(tmp_path / "ckpt.pt"))
+        portable = any.load_weights(str(tmp_path / "ckpt.pt"))
         config, weights = portable.config, portable.weights
         assert config == ModelConfig(**SHAPE, bias=True, dropout=0.1)
         GPT(config).load_state_dict(weights)
@@ -243,14 +245,14 @@ class TestReading:
 
     def test_a_compiled_nanogpt_models_prefix_is_dropped(self, tmp_path):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt", prefix="_orig_mod.")
-        weights = convert.load_weights(str(tmp_path / "ckpt.pt")).weights
+        weights = any.load_weights(str(tmp_path / "ckpt.pt")).weights
         assert weights["transformer.ln_f.weight"].equal(saved["model"]["_orig_mod.transformer.ln_f.weight"])
 
     def test_mask_buffers_of_old_checkpoints_are_dropped(self, tmp_path):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
         saved["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
         torch.save(saved, tmp_path / "ckpt.pt")
-        assert "transformer.h.0.attn.bias" not in convert.load_weights(str(tmp_path / "ckpt.pt")).weights
+        assert "transformer.h.0.attn.bias" not in any.load_weights(str(tmp_path / "ckpt.pt")).weights
 
     def test_shards_half_precision_and_names_without_prefix(self, tmp_path):
         """As OpenAI's weights lie on the hub, and as large models are saved."""
@@ -267,7 +269,7 @@ class TestReading:
         (tmp_path / "hf" / "model.safetensors").unlink()
         index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
         (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-        weights = convert.load_weights(str(tmp_path / "hf")).weights
+        weights = any.load_weights(str(tmp_path / "hf")).weights
         want = model.transformer.h[0].attn.c_attn.weight.to(torch.bfloat16).float().t()
         assert weights["transformer.h.0.attn.c_attn.weight"].equal(want)
 
@@ -275,7 +277,7 @@ class TestReading:
         model = huggingface_folder(tmp_path / "hf")
         torch.save(model.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
         (tmp_path / "hf" / "model.safetensors").unlink()
-        weights = convert.load_weights(str(tmp_path / "hf")).weights
+        weights = any.load_weights(str(tmp_path / "hf")).weights
         assert weights["transformer.wte.weight"].equal(model.lm_head.weight)
 
     def test_an_untrained_run_has_no_optimizer_state(self, tmp_path, capsys):
@@ -292,7 +294,7 @@ class TestWriting:
         state = {"config": {**Config().to_dict(), "model": vars(model.config)}, **checkpoint.state_of(model, optimizer)}
         state["config"]["data"]["tokenizer"] = "gpt2"
         (tmp_path / "run").mkdir()
-        checkpoint.save(tmp_path / "run", 0, {**state, "best_val_loss": math.inf})
+        saver.save(tmp_path / "run", 0, {**state, "best_val_loss": math.inf})
         run(tmp_path / "run", tmp_path / "hf")
         tokenizer = GPT2Tokenizer.from_pretrained(tmp_path / "hf")
         assert tokenizer("Hello world").input_ids == [15496, 995]
@@ -315,7 +317,7 @@ class TestWriting:
         for to in ("fastgpt", "hf"):
             (tmp_path / to).mkdir()
             run(tmp_path / "ckpt.pt", tmp_path / to, "--to", to)
-            assert convert.load_weights(str(tmp_path / to))
+            assert any.load_weights(str(tmp_path / to))
 
 
 class Hostile:

@@ -5,6 +5,8 @@ says how each is checked, and a command that matches none of its patterns fails.
 entry's own argument parser and stops there, so that a flag, a preset or a choice that does not exist fails.
 """
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import os
@@ -241,7 +243,7 @@ def given(name):
     """What a block may use without making it: the reader's own model."""
     import torch
 
-    from tests.nanogpt_model import GPT, GPTConfig
+    from tests.patching.nanogpt_model import GPT, GPTConfig
 
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64))
     idx = torch.randint(0, 64, (2, 16))

@@ -1,5 +1,7 @@
 """The ``fastgpt`` command: the same code as the module entries, found by one word."""
 
+from __future__ import annotations
+
 import importlib
 import shlex
 import subprocess
@@ -62,9 +64,9 @@ def test_each_commands_help_ends_well(name, capsys):
 
 def test_train_py_is_the_installed_train():
     import train
-    from fastgpt import train as installed
+    from fastgpt import train as train_module
 
-    assert train.main is installed.main
+    assert train.main is train_module.main
 
 
 @pytest.mark.parametrize("wrong, meant", [("trian", "train"), ("docter", "doctor"), ("benchmark", "bench")])

@@ -1,13 +1,17 @@
 """StepMeter on a fake machine: a host clock, and a device that works off its queue while the host goes on."""
 
+from __future__ import annotations
+
 import time
 
 import pytest
 import torch
 
-from fastgpt import flops, hardware
 from fastgpt.anatomy import GPT2_40M, GPT2_124M
+from fastgpt.hardware import cards
+from fastgpt.hardware import ceilings as ceilings_module
 from fastgpt.mfu import StepMeter
+from fastgpt.performance import flops
 
 TOKENS = 1000
 HOST, DEVICE, DATA, EVALUATION, COMPILE = 0.001, 0.100, 0.002, 7.0, 60.0  # seconds; the device is the slower side
@@ -219,7 +223,7 @@ def one_step(seconds, tokens, **options):
     ("shape", "seconds", "nanogpt", "nominal"), [(GPT2_40M, 3.911, 0.129, 0.69), (GPT2_124M, 9.350, 0.154, 0.82)]
 )
 def test_two_logged_rtx_4070_runs(shape, seconds, nanogpt, nominal):
-    peak = hardware.lookup("rtx4070").peak_flops("bf16")
+    peak = cards.lookup("rtx4070").peak_flops("bf16")
     report = one_step(seconds, 524_288, flops_per_token=flops.palm(shape), peak_flops=peak, peak_name="RTX 4070 bf16")
     assert report.mfu_nanogpt == pytest.approx(nanogpt, abs=0.0006)
     assert report.mfu_nominal == pytest.approx(nominal, abs=0.006)
@@ -231,7 +235,7 @@ def test_an_unknown_card_reads_na():
     assert report.mfu_nominal is None and report.mfu_measured is None
     assert report.mfu_nanogpt == pytest.approx(1e9 * 1e4 / 312e12)
     text = report.format()
-    assert f"MFU n/a of nominal dense peak of {hardware.device_name('cpu')}: n/a" in text
+    assert f"MFU n/a of nominal dense peak of {ceilings_module.device_name('cpu')}: n/a" in text
     assert "n/a of matmul ceiling measured here: n/a" in text
 
 
@@ -267,9 +271,9 @@ def test_tokens_per_joule():
 
 
 def test_for_shape_fills_in_names_and_numbers(monkeypatch):
-    monkeypatch.setattr(hardware, "present", lambda device: hardware.lookup("rtx4070"))
-    monkeypatch.setattr(hardware, "device_name", lambda device: "NVIDIA GeForce RTX 4070")
-    ceilings = hardware.Ceilings("", "", "", 0, 450.0, {"fp16_fp16acc": 105.0})
+    monkeypatch.setattr(cards, "present", lambda device: cards.lookup("rtx4070"))
+    monkeypatch.setattr(cards, "device_name", lambda device: "NVIDIA GeForce RTX 4070")
+    ceilings = ceilings_module.Ceilings("", "", "", 0, 450.0, {"fp16_fp16acc": 105.0})
     meter = StepMeter.for_shape(GPT2_124M, "cpu", "fp16-fast", formula="exact", ceilings=ceilings)
     assert meter.flops_per_token == flops.exact(GPT2_124M)
     assert meter.palm_flops_per_token == flops.palm(GPT2_124M)

@@ -13,11 +13,13 @@ from dataclasses import replace
 
 import pytest
 
-from fastgpt import common, geometry, hardware, projection
+from fastgpt import common
 from fastgpt import plan as plan_command
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig, load_preset, load_toml
-from fastgpt.geometry import (
+from fastgpt.hardware import cards
+from fastgpt.performance import fitting, projection
+from fastgpt.performance.fitting import (
     CUDA_CONTEXT,
     DESKTOP,
     MARGIN,
@@ -27,10 +29,10 @@ from fastgpt.geometry import (
     plan,
     usable_vram,
 )
-from fastgpt.memory import KERNELS, memory
+from fastgpt.performance.memory import KERNELS, memory
 from fastgpt.plan import main
 
-RTX4070, H100 = hardware.lookup("rtx4070"), hardware.lookup("h100")
+RTX4070, H100 = cards.lookup("rtx4070"), cards.lookup("h100")
 M124 = load_preset("gpt2-124m").model
 HALF_MILLION = 524288
 LARGE = ModelConfig(48, 25, 1600, 1024, 50304)  # GPT-2 XL
@@ -51,7 +53,7 @@ def speed(monkeypatch):
             calibration_error=0.03,
         )
 
-    monkeypatch.setattr(geometry, "project", project)
+    monkeypatch.setattr(fitting, "project", project)
     return calls
 
 
@@ -62,7 +64,7 @@ def speed(monkeypatch):
 @pytest.mark.parametrize("gpu", ["rtx4070", "rtx3060ti", "rtx4090", "h100"])
 @pytest.mark.parametrize("sequences", [1, 2, 12, 60, 97, 480, 509, 512])
 def test_geometry_is_exact_fits_and_is_the_largest_that_does(gpu, kernels, sequences):
-    card = hardware.lookup(gpu)
+    card = cards.lookup(gpu)
     found = plan(M124, card, tokens_per_step=sequences * 1024, kernels=kernels)
     assert found.micro_batch * found.grad_accum * 1024 == found.tokens_per_step == sequences * 1024
     assert found.memory.total <= found.usable == usable_vram(card)
@@ -197,7 +199,7 @@ def test_four_gpus_take_a_quarter_of_the_time_and_the_same_energy(speed):
 
 
 def test_the_real_projection_answers_for_every_kind_of_kernels(monkeypatch):
-    monkeypatch.setattr(geometry, "project", projection.project)
+    monkeypatch.setattr(fitting, "project", projection.project)
     for kernels in KERNELS:
         found = plan(M124, RTX4070, tokens_per_step=HALF_MILLION, kernels=kernels)
         assert 0 < found.tokens_per_second_low < found.tokens_per_second < found.tokens_per_second_high
@@ -211,7 +213,7 @@ def no_speed(monkeypatch):
     def project(*_, **__):
         raise UserError("no figures for this card")
 
-    monkeypatch.setattr(geometry, "project", project)
+    monkeypatch.setattr(fitting, "project", project)
 
 
 def test_a_gpu_that_the_projection_does_not_know_has_no_speed(no_speed):
@@ -457,7 +459,7 @@ def test_no_gpu_and_none_named(monkeypatch):
 def test_the_card_present_is_the_default(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: types.SimpleNamespace(total_memory=12282 * 2**20))
-    monkeypatch.setattr(hardware, "present", lambda: RTX4070)
+    monkeypatch.setattr(cards, "present", lambda: RTX4070)
     found = json.loads(run(capsys, "--json"))
     assert found["gpu"] == "NVIDIA GeForce RTX 4070"
     assert found["usable_bytes"] < usable_vram(RTX4070)  # the driver holds 6 MiB

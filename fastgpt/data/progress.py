@@ -6,10 +6,10 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from fastgpt.common import duration, rounded
+
 if TYPE_CHECKING:
     from rich.console import Console
-
-from fastgpt.common import duration, rounded
 
 LINE_SECONDS = 30.0
 

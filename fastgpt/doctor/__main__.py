@@ -19,15 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from fastgpt import command, common, hardware
+from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
-from fastgpt.doctor import corpus, environment, page, report
+from fastgpt.doctor.checks import environment
 from fastgpt.doctor.diagnosis import Diagnosis, diagnose
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.findings import rank
-from fastgpt.doctor.reading import read
-from fastgpt.hardware import Gpu
+from fastgpt.doctor.reading import corpus
+from fastgpt.doctor.reading.read import read
+from fastgpt.doctor.report import page, text
+from fastgpt.hardware import cards
+from fastgpt.hardware.cards import Gpu
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,11 @@ def card(name: str | None, evidence: Evidence) -> Gpu | None:
 
     Raises UserError for a name that is not in the table."""
     if name is not None:
-        return hardware.card(name)
+        return cards.card(name)
     if evidence.log is not None:
         devices = [environment.known(str(note.value)) for note in evidence.log.all("device")]
         return next((gpu for gpu in reversed(devices) if gpu), None)
-    return hardware.present()
+    return cards.present()
 
 
 def examine(evidence: Evidence, gpu: Gpu | None, *, here: bool, corpus_tokens: int | None = None) -> Diagnosis:
@@ -100,12 +103,12 @@ def main(args: list[str]) -> int:
     if options.html is not None:
         page.write(options.html, found, evidence, gpu)
     if options.json:
-        print(json.dumps(report.to_json(found, gpu), indent=2, allow_nan=False))
+        print(json.dumps(text.to_json(found, gpu), indent=2, allow_nan=False))
     else:
         from rich.console import Console
 
         console = Console(highlight=False)
-        report.print_report(found, gpu, console)
+        text.print_report(found, gpu, console)
         if options.html is not None:
             console.print(f"wrote {options.html}", markup=False)
     sys.stdout.flush()

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fastgpt.doctor import (  # noqa: F401
-    checks,
-    comments,
-    configs_fastgpt,
-    curve,
-    environment,
-    figures,
-    loss,
-    resume,
-    schedule,
-    size,
-    speed,
-    unknowns,
-)
+from fastgpt.doctor import checks
+from fastgpt.doctor import figures as figures_module
+from fastgpt.doctor.checks import unknowns
 from fastgpt.doctor.evidence import Evidence, Place
 from fastgpt.doctor.figures import Figures
 from fastgpt.doctor.findings import Finding, rank, registered_checks
-from fastgpt.hardware import Gpu
+from fastgpt.doctor.reading import configs_fastgpt
+from fastgpt.hardware.cards import Gpu
 
 checks.load()
 
@@ -44,7 +34,7 @@ class Diagnosis:
 
 def diagnose(evidence: Evidence, gpu: Gpu | None = None, corpus_tokens: int | None = None) -> Diagnosis:
     """Run every check. ``gpu``: the card of the run, None if it is not known. ``corpus_tokens``: of the training data."""
-    numbers = figures.compute(evidence, gpu, corpus_tokens)
+    numbers = figures_module.compute(evidence, gpu, corpus_tokens)
     found = [finding for check in registered_checks() for finding in check(evidence, numbers, gpu)]
     if numbers.config.kind == "fastgpt":
         found = [replace(finding, advice=configs_fastgpt.in_fastgpts_names(finding.advice)) for finding in found]

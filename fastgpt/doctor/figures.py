@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt import anatomy, flops, hardware
+from fastgpt import anatomy
 from fastgpt.anatomy import Shape
 from fastgpt.config import EXPERIMENTAL, PLAIN
 from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, LogFacts, Place, Setting, clean, possible, shape_of
-from fastgpt.hardware import NANOGPT_PEAK, Gpu
+from fastgpt.hardware import cards
+from fastgpt.hardware.cards import NANOGPT_PEAK, Gpu
+from fastgpt.performance import flops
 from fastgpt.statistics import mean_and_error
 
 SETTLED = 3000
@@ -72,7 +74,7 @@ class Figures:
     tokens_per_parameter: float | None = _figure("", "tokens_seen (without a log: tokens_planned) / parameters")
     corpus_tokens: int | None = _figure("tokens", "of the training data")
     epochs: float | None = _figure("", "tokens_seen (without a log: tokens_planned) / corpus_tokens")
-    flops_per_token: float | None = _figure("FLOP", "6N + 12LCT (fastgpt.flops.palm)")
+    flops_per_token: float | None = _figure("FLOP", "6N + 12LCT (fastgpt.performance.flops.palm)")
     flops_per_token_logged: float | None = _figure("FLOP", "the same, worked back from the log's first mfu and ms")
     steady_ms_per_iter: float | None = _figure("ms", "median of the iterations that held no evaluation or checkpoint")
     evaluation_ms: float | None = _figure("ms", "what an iteration with an evaluation (and checkpoint) took longer")
@@ -101,7 +103,7 @@ class Figures:
     @property
     def arithmetic(self) -> str:
         """What decides the speed of the matmuls: one of hardware.ARITHMETICS."""
-        return hardware.arithmetic_of(self.precision)
+        return cards.arithmetic_of(self.precision)
 
     @property
     def out_of_reach(self) -> str:
@@ -200,7 +202,7 @@ def _precision(log: LogFacts | None, config: ConfigFacts, gpu: Gpu | None) -> st
         return str(said[-1])
     name = str(config.get("dtype"))
     if config.kind == "fastgpt" and name in EXPERIMENTAL:
-        runs = config.get("kernels", "triton") == "triton" and (gpu is None or hardware.gains(name, gpu))
+        runs = config.get("kernels", "triton") == "triton" and (gpu is None or cards.gains(name, gpu))
         return name if runs else "bf16"
     return {"float16": "fp16", "float32": "tf32" if config.kind == "nanogpt" else "fp32"}.get(name, "bf16")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from fastgpt.doctor.evidence import Evidence, Place
 from fastgpt.doctor.figures import Figures
-from fastgpt.hardware import Gpu
+from fastgpt.hardware.cards import Gpu
 
 Severity = Literal["critical", "warning", "info"]
 """critical: the run is not what was meant, or will not survive. warning: it costs compute or quality. info: a number

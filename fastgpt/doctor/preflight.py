@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from fastgpt import hardware
 from fastgpt.config import Config
-from fastgpt.doctor import configs_fastgpt, corpus, environment
+from fastgpt.doctor.checks import environment
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence, Place
 from fastgpt.doctor.findings import Finding, rank
-from fastgpt.doctor.report import COLOURS, is_code
+from fastgpt.doctor.reading import configs_fastgpt, corpus
+from fastgpt.doctor.report.text import COLOURS, is_code
+from fastgpt.hardware import cards
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ def preflight(config: Config, device: torch.device, machine: environment.Machine
     of its own. ``machine``: for tests."""
     place = Place(str(config.config) if config.config else f"preset {config.preset}" if config.preset else "the flags")
     evidence = Evidence(config=configs_fastgpt.of_config(config, place))
-    gpu = hardware.present(device)
+    gpu = cards.present(device)
     found = diagnose(evidence, gpu, corpus.in_folder(Path(config.data.data))).findings
     it = machine or environment.Machine.here()
     lacks = environment.machine(

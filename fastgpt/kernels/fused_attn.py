@@ -29,19 +29,674 @@ an absolute error in S is a relative one in P: docs/precision-modes.md has the f
 the 7 of the backward are quicker, dP's 2 only up to D = 64.
 
 Tiles that no query sees (future, outside the window, other documents) are never visited, only tiles on an edge are
-masked, and the heaviest causal tiles of a head start first. The jit functions are in _attn_kernels.py, their launches and
-blocks in _attn_launch.py.
+masked, and the heaviest causal tiles of a head start first. The jit functions are in fused_attn.py, their launches and
+blocks in fused_attn.py.
 """
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import _attn_launch as launch
-from fastgpt.kernels import arguments, reference, runtime
+from fastgpt.kernels import arguments, reference, runtime, tuning
+from fastgpt.kernels.philox import keep_mask
+from fastgpt.kernels.quantise import group_size, quantise_groups
+
+# ---------------- was fastgpt/kernels/_attn_kernels.py
+# The Triton kernels of fused_attn.py, whose docstring has the maths. Arguments they share:
+#
+# * q, k, v, out, grad_*: tensors of which (T, D) matrices are addressed through ``strides = (batch, row, head)``; columns
+#   are adjacent. ``lse`` and ``delta`` are (B, H, T_q) fp32, contiguous.
+# * kv_len (B,), docs (B, T_k), seed (1,), window: None when unused; the code for them is then not compiled.
+# * CAUSAL, and ALIGNED: queries stand at positions counted from the end of the keys (anything but plain attention to all).
+# * FP16_SUMS (fp16 operands): products are summed in fp16 over a block of keys, queries or columns, at most 64 of them, and
+#   these sums in fp32. Scores never are.
+# * out_form, grad_*_form: None, or where the result goes in fp8 too, as (values, with the strides of the 16-bit result; scales,
+#   one for every 64 columns of a row, (groups, B T) from this tensor's first group on; B T).
+#
+# Query i stands at position i + offset. A loop over blocks has three parts (0: leading edge, which only a window has; 1:
+# blocks that need no mask; 2: trailing edge), unrolled by static_range so that part 1 compiles without any masking.
+
+HIDDEN = tl.constexpr(-1e30)
+"""Score of a key that a query does not see: finite, so that no inf - inf is formed where a tile shows a query no key."""
+
+CHUNK = tl.constexpr(64)
+"""Most products that are summed in fp16: docs/precision-modes.md has the errors."""
+
+
+# ---- Who sees whom --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _alignment(kv_len, batch, T_q, T_k):
+    """(offset, n_keys) of one batch; keys at or past n_keys do not exist."""
+    if kv_len is not None:
+        length = tl.load(kv_len + batch).to(tl.int32)
+        return length - T_q, tl.minimum(length, T_k)
+    else:
+        return T_k - T_q, T_k
+
+
+@triton.jit
+def _documents(docs, position, T_k):
+    return tl.load(docs + position, mask=(position >= 0) & (position < T_k), other=0)
+
+
+@triton.jit
+def _visible(position, key, docs, n_keys, T_k, window, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr):
+    """reference.attention_mask of one tile. ``position`` and ``key`` come shaped to broadcast, in either orientation."""
+    seen = key < n_keys
+    if ALIGNED:
+        seen = seen & (position >= 0)
+    if CAUSAL:
+        seen = seen & (key <= position)
+    if window is not None:
+        seen = seen & (key > position - window)
+        if not CAUSAL:
+            seen = seen & (key < position + window)
+    if docs is not None:
+        seen = seen & (_documents(docs, position, T_k) == _documents(docs, key, T_k))
+    return seen
+
+
+@triton.jit
+def _narrow(docs, own, others, lo, hi, T_k, BLOCK: tl.constexpr):
+    """Shorten lo..hi by the blocks at its ends whose ids all lie outside the range of ids at the positions ``own``.
+
+    ``others`` is where position lo + arange(BLOCK) would be if lo were 0. Right for ids in any order, useful for packed
+    documents, whose ids come in runs."""
+    inside = (own >= 0) & (own < T_k)
+    ids = _documents(docs, own, T_k)
+    first = tl.min(tl.where(inside, ids, 2147483647))
+    last = tl.max(tl.where(inside, ids, -2147483648))
+    start = hi
+    stop = lo
+    for n in range(lo, hi, BLOCK):
+        position = n + others
+        other = _documents(docs, position, T_k)
+        match = (position >= 0) & (position < T_k) & (other >= first) & (other <= last)
+        found = tl.max(match.to(tl.int32)) > 0
+        start = tl.minimum(start, tl.where(found, n, hi))
+        stop = tl.maximum(stop, tl.where(found, n + BLOCK, lo))
+    return start, tl.minimum(stop, hi)
+
+
+@triton.jit
+def _blocks(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
+    """Ends of the three parts, in whole blocks: lo..full_lo, full_lo..full_hi, full_hi..hi."""
+    lo = tl.maximum(lo, 0) // BLOCK * BLOCK
+    full_lo = (tl.maximum(full_lo, 0) + BLOCK - 1) // BLOCK * BLOCK
+    full_hi = tl.maximum(full_hi, 0) // BLOCK * BLOCK
+    no_full = full_hi <= full_lo
+    return lo, tl.where(no_full, lo, full_lo), tl.where(no_full, lo, full_hi), hi
+
+
+@triton.jit
+def _key_blocks(
+    m, offset, T_q, n_keys, T_k, docs, window,
+    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Keys to visit for the queries m..m+BLOCK_M-1: some query sees lo..hi, all of them see full_lo..full_hi."""
+    first = m + offset
+    last = tl.minimum(m + BLOCK_M, T_q) - 1 + offset
+    lo = 0
+    full_lo = 0
+    hi = n_keys
+    full_hi = n_keys
+    if CAUSAL:
+        hi = tl.minimum(hi, last + 1)
+        full_hi = tl.minimum(full_hi, first + 1)
+    if window is not None:
+        lo = first - window + 1
+        full_lo = last - window + 1
+        if not CAUSAL:
+            hi = tl.minimum(hi, last + window)
+            full_hi = tl.minimum(full_hi, first + window)
+    if ALIGNED:
+        hi = tl.where(last < 0, 0, hi)
+        full_hi = tl.where(first < 0, 0, full_hi)
+    lo, full_lo, full_hi, hi = _blocks(lo, hi, full_lo, full_hi, BLOCK_N)
+    if docs is not None:  # every block is masked
+        lo, hi = _narrow(docs, first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), lo, hi, T_k, BLOCK_N)
+        return lo, lo, lo, hi
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def _query_blocks(
+    n, offset, T_q, n_keys, T_k, docs, window,
+    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Queries to visit for the keys n..n+BLOCK_N-1: lo..hi see some of them, full_lo..full_hi see all."""
+    last = n + BLOCK_N - 1
+    lo = 0
+    full_lo = 0
+    hi = tl.where(n < n_keys, T_q, 0)
+    full_hi = tl.where(last < n_keys, T_q, 0)
+    if ALIGNED:
+        lo = -offset
+        full_lo = -offset
+    if CAUSAL:
+        lo = tl.maximum(lo, n - offset)
+        full_lo = tl.maximum(full_lo, last - offset)
+    if window is not None:
+        hi = tl.minimum(hi, last + window - offset)
+        full_hi = tl.minimum(full_hi, n + window - offset)
+        if not CAUSAL:
+            lo = tl.maximum(lo, n - window + 1 - offset)
+            full_lo = tl.maximum(full_lo, last - window + 1 - offset)
+    lo, full_lo, full_hi, hi = _blocks(lo, hi, full_lo, full_hi, BLOCK_M)
+    if docs is not None:
+        lo, hi = _narrow(docs, n + tl.arange(0, BLOCK_N), offset + tl.arange(0, BLOCK_M), lo, hi, T_k, BLOCK_M)
+        return lo, lo, lo, hi
+    return lo, full_lo, full_hi, hi
+
+
+# ---- Tiles ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _matrix(tensor, strides, batch, head):
+    """First element and row stride of one batch's and head's (T, D) matrix, in 64-bit arithmetic."""
+    b = tl.full([], strides[0], tl.int64)
+    t = tl.full([], strides[1], tl.int64)
+    h = tl.full([], strides[2], tl.int64)
+    return tensor + (batch * b + head * h), t
+
+
+@triton.jit
+def _load(base, stride, start, end, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
+    """Rows start... of a (T, D) matrix; zeros past ``end`` (which only an EDGE tile reaches) and past D."""
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    pointers = base + start * stride + (row * stride + col)
+    if EDGE and D < COLS:
+        return tl.load(pointers, mask=(start + row < end) & (col < D), other=0.0)
+    elif EDGE:
+        return tl.load(pointers, mask=start + row < end, other=0.0)
+    elif D < COLS:
+        return tl.load(pointers, mask=col < D, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _store(tile, base, stride, start, end, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    pointers = base + start * stride + (row * stride + col)
+    if D < COLS:
+        tl.store(pointers, tile.to(base.dtype.element_ty), mask=(start + row < end) & (col < D))
+    else:
+        tl.store(pointers, tile.to(base.dtype.element_ty), mask=start + row < end)
+
+
+@triton.jit
+def _store_fp8(
+    tile, form, strides, batch, head, start, T, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """``tile``, in the dtype of the result it is of, rounded once more: rows start... of T."""
+    base, stride = _matrix(form[0], strides, batch, head)
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)[None, :]
+    pointers = base + start * stride + (row[:, None] * stride + col)
+    n_rows = tl.full([], form[2], tl.int64)
+    scales = form[1] + (head * (D // group_size(D)) * n_rows + batch.to(tl.int64) * T + start)
+    within = start + row < T
+    quantise_groups(tile.to(tl.float32), pointers, within[:, None] & (col < D), scales + row, within, n_rows, D, COLS)
+
+
+# ---- Products -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _dot(a, b, FP16_SUMS: tl.constexpr):
+    """a b in fp32, from fp32 sums, or with FP16_SUMS from sums in fp16. fp32 operands are multiplied in full fp32."""
+    if FP16_SUMS:
+        return tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _add_dot(acc, a, b, FP16_SUMS: tl.constexpr):
+    """acc + a b, acc in fp32: with FP16_SUMS the products of a b alone are summed in fp16."""
+    if FP16_SUMS:
+        return acc + tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+# ---- Kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
+def forward(
+    q, k, v, out, out_form, lse, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
+    H, T_q, T_k, window, c, threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr, FLIP: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out and lse of BLOCK_M queries of one head. ``c`` is |scale| log2(e); FLIP: scale is negative.
+
+    Grid: blocks of queries x heads x batch, blocks fastest and last (heaviest, when causal) first."""
+    n_blocks = tl.cdiv(T_q, BLOCK_M)
+    m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
+    head_row = tl.program_id(0) // n_blocks
+    batch = head_row // H
+    head = head_row % H
+    if docs is not None:
+        docs += batch.to(tl.int64) * T_k
+    offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
+    lo, full_lo, full_hi, hi = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
+    q_base, q_stride = _matrix(q, q_strides, batch, head)
+    k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
+    v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
+    out_base, out_stride = _matrix(out, out_strides, batch, head)
+
+    query = m + tl.arange(0, BLOCK_M)
+    q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
+    if FLIP:
+        q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    for part in tl.static_range(3):
+        start = lo if part == 0 else (full_lo if part == 1 else full_hi)
+        stop = full_lo if part == 0 else (full_hi if part == 1 else hi)
+        if part > 0 or window is not None:
+            for n in range(start, stop, BLOCK_N):
+                k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                if part != 1:
+                    key = n + tl.arange(0, BLOCK_N)
+                    seen = _visible((query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
+                    s = tl.where(seen, s, HIDDEN)
+                new_peak = tl.maximum(peak, tl.max(s, 1) * c)
+                p = tl.exp2(s * c - new_peak[:, None])
+                if part != 1:
+                    p = tl.where(seen, p, 0.0)
+                shrink = tl.exp2(peak - new_peak)
+                total = total * shrink + tl.sum(p, 1)  # of all p: dropout comes after the softmax
+                peak = new_peak
+                if seed is not None:
+                    p = tl.where(keep_mask(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N), p, 0.0)
+                v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                acc = _add_dot(acc * shrink[:, None], p.to(v_tile.dtype), v_tile, FP16_SUMS)
+
+    sees_any = total > 0
+    acc = acc * (inv_keep / tl.where(sees_any, total, 1.0))[:, None]
+    _store(acc, out_base, out_stride, m, T_q, D, BLOCK_M, BLOCK_D)
+    if out_form is not None:
+        _store_fp8(acc.to(out.dtype.element_ty), out_form, out_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
+    log_sum = tl.where(sees_any, peak + tl.log2(tl.where(sees_any, total, 1.0)), float("inf"))
+    tl.store(lse + head_row.to(tl.int64) * T_q + query, log_sum, mask=query < T_q)
+
+
+@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
+def backward_q(
+    q, k, v, out, grad_out, lse, delta, grad_q, grad_q_form, kv_len, docs, seed, q_strides, k_strides,
+    v_strides, out_strides, grad_out_strides, grad_q_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep,
+    D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, FP16_SUMS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_q, and delta for ``backward_kv``, of BLOCK_M queries of one head. Grid as ``forward``."""
+    n_blocks = tl.cdiv(T_q, BLOCK_M)
+    m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
+    head_row = tl.program_id(0) // n_blocks
+    batch = head_row // H
+    head = head_row % H
+    if docs is not None:
+        docs += batch.to(tl.int64) * T_k
+    offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
+    lo, full_lo, full_hi, hi = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
+    q_base, q_stride = _matrix(q, q_strides, batch, head)
+    k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
+    v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
+    out_base, out_stride = _matrix(out, out_strides, batch, head)
+    do_base, do_stride = _matrix(grad_out, grad_out_strides, batch, head)
+    dq_base, dq_stride = _matrix(grad_q, grad_q_strides, batch, head)
+
+    query = m + tl.arange(0, BLOCK_M)
+    statistics = head_row.to(tl.int64) * T_q + query
+    o_tile = _load(out_base, out_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
+    do_tile = _load(do_base, do_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
+    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    tl.store(delta + statistics, row_delta, mask=query < T_q)
+    row_lse = tl.load(lse + statistics, mask=query < T_q, other=float("inf"))
+    q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for part in tl.static_range(3):
+        start = lo if part == 0 else (full_lo if part == 1 else full_hi)
+        stop = full_lo if part == 0 else (full_hi if part == 1 else hi)
+        if part > 0 or window is not None:
+            for n in range(start, stop, BLOCK_N):
+                k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                if q_tile.dtype == tl.float32:  # or q is read before a barrier and kept in registers across it: spills
+                    tl.debug_barrier()
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                p = tl.exp2(s * c - row_lse[:, None])
+                if part != 1:
+                    key = n + tl.arange(0, BLOCK_N)
+                    seen = _visible((query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
+                    p = tl.where(seen, p, 0.0)
+                v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                if q_tile.dtype == tl.float32:
+                    tl.debug_barrier()
+                dp = _dot(do_tile, tl.trans(v_tile), FP16_SUMS and BLOCK_D <= CHUNK)
+                if seed is not None:
+                    dp = tl.where(keep_mask(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N), dp * inv_keep, 0.0)
+                ds = p * (dp - row_delta[:, None])
+                acc = _add_dot(acc, ds.to(k_tile.dtype), k_tile, FP16_SUMS)
+    dq = (acc * scale).to(grad_q.dtype.element_ty)
+    _store(dq, dq_base, dq_stride, m, T_q, D, BLOCK_M, BLOCK_D)
+    if grad_q_form is not None:
+        _store_fp8(dq, grad_q_form, grad_q_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
+def backward_kv(
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, grad_k_form, grad_v_form, kv_len, docs, seed,
+    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, window, c, scale,
+    threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
+    FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v of BLOCK_N keys of one key/value head, summed over its GROUP of query heads.
+
+    Grid: blocks of keys x key/value heads x batch, blocks fastest; the first blocks are the heaviest when causal. Tiles
+    are transposed, (keys, queries): P^T and dS^T then are first operands of their dots as they stand."""
+    n_blocks = tl.cdiv(T_k, BLOCK_N)
+    n = (tl.program_id(0) % n_blocks) * BLOCK_N
+    kv_row = tl.program_id(0) // n_blocks
+    batch = kv_row // (H // GROUP)
+    kv_head = kv_row % (H // GROUP)
+    if docs is not None:
+        docs += batch.to(tl.int64) * T_k
+    offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
+    lo, full_lo, full_hi, hi = _query_blocks(
+        n, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N
+    )
+    k_base, k_stride = _matrix(k, k_strides, batch, kv_head)
+    v_base, v_stride = _matrix(v, v_strides, batch, kv_head)
+    dk_base, dk_stride = _matrix(grad_k, grad_k_strides, batch, kv_head)
+    dv_base, dv_stride = _matrix(grad_v, grad_v_strides, batch, kv_head)
+
+    key = n + tl.arange(0, BLOCK_N)
+    k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, True)
+    v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        head_row = batch * H + head
+        q_base, q_stride = _matrix(q, q_strides, batch, head)
+        do_base, do_stride = _matrix(grad_out, grad_out_strides, batch, head)
+        row_statistics = head_row.to(tl.int64) * T_q
+        for part in tl.static_range(3):
+            start = lo if part == 0 else (full_lo if part == 1 else full_hi)
+            stop = full_lo if part == 0 else (full_hi if part == 1 else hi)
+            for m in range(start, stop, BLOCK_M):
+                query = m + tl.arange(0, BLOCK_M)
+                q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, part != 1)
+                do_tile = _load(do_base, do_stride, m, T_q, D, BLOCK_M, BLOCK_D, part != 1)
+                # Past T_q: lse = inf makes p zero, delta = 0 keeps what is left of the scratch out of it.
+                row_lse = tl.load(lse + row_statistics + query, mask=query < T_q, other=float("inf"))
+                row_delta = tl.load(delta + row_statistics + query, mask=query < T_q, other=0.0)
+                s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+                p = tl.exp2(s * c - row_lse[None, :])
+                if part != 1:
+                    seen = _visible((query + offset)[None, :], key[:, None], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
+                    p = tl.where(seen, p, 0.0)
+                dp = _dot(v_tile, tl.trans(do_tile), FP16_SUMS and BLOCK_D <= CHUNK)
+                dropped = p
+                if seed is not None:
+                    kept = tl.trans(keep_mask(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N))
+                    dropped = tl.where(kept, p, 0.0)
+                    dp = tl.where(kept, dp * inv_keep, 0.0)
+                dv = _add_dot(dv, dropped.to(do_tile.dtype), do_tile, FP16_SUMS)
+                ds = p * (dp - row_delta[None, :])
+                dk = _add_dot(dk, ds.to(q_tile.dtype), q_tile, FP16_SUMS)
+    dk_rounded = (dk * scale).to(grad_k.dtype.element_ty)
+    dv_rounded = (dv * inv_keep).to(grad_v.dtype.element_ty)
+    _store(dk_rounded, dk_base, dk_stride, n, T_k, D, BLOCK_N, BLOCK_D)
+    _store(dv_rounded, dv_base, dv_stride, n, T_k, D, BLOCK_N, BLOCK_D)
+    if grad_k_form is not None:
+        _store_fp8(dk_rounded, grad_k_form, grad_k_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)
+        _store_fp8(dv_rounded, grad_v_form, grad_v_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)
+
+
+# ---------------- was fastgpt/kernels/_attn_launch.py
+# How the kernels of fused_attn.py are run: in which blocks, with what arguments. q, k, v (B, T, heads, D), any strides.
+
+MAX_HEAD_DIM = 256
+LOG2E = math.log2(math.e)
+DECODING = 16
+"""Queries up to which a forward pass is taken for sampling's."""
+
+
+ROW_BOUNDS = (2**14, 2**16, 2**18, 2**20)
+"""Upper ends of the tuning tables' buckets: B x heads x T. GPT-2 124M at 8 x 1024 has 98,304."""
+
+
+def attention_bucket(D: int, rows: int, *, plain: bool, dropout: bool) -> str | None:
+    """Bucket of causal attention with ``rows`` = B x heads x T and no option but dropout; None for everything else."""
+    if D != 64 or not plain:
+        return None
+    bound = next((f"<={bound}" for bound in ROW_BOUNDS if rows <= bound), f">{ROW_BOUNDS[-1]}")
+    return f"D{D}{' dropout' if dropout else ''} rows{bound}"
+
+
+def _space(
+    owned: str, walked: str, shapes: tuple[tuple[int, int], ...], stages: tuple[int, ...]
+) -> list[tuning.Config]:
+    """(rows of the side that a program owns, warps) x (rows of the other side) x stages; 8 warps on 128 queries also in
+    128 registers, so that two blocks fit an SM."""
+    found = []
+    for (own, warps), walk, stage in product(shapes, (16, 32, 64), stages):
+        base = {owned: own, walked: walk, "num_warps": warps, "num_stages": stage}
+        found.append(base)
+        if warps == 8 and owned == "BLOCK_M":
+            found.append({**base, "maxnreg": 128})
+    return found
+
+
+_QUERIES = ((64, 4), (128, 4), (128, 8))
+_KEYS = ((32, 4), (32, 8), (64, 4), (64, 8), (128, 8))
+tuning.space("attention.forward", _space("BLOCK_M", "BLOCK_N", _QUERIES, (2, 3)))
+tuning.space("attention.backward_q", _space("BLOCK_M", "BLOCK_N", _QUERIES, (1, 2)))
+tuning.space("attention.backward_kv", _space("BLOCK_N", "BLOCK_M", _KEYS, (2, 3)))
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension. A tensor-core dot holds all of its second operand in
+# registers, hence the short second sides.
+_HALF = {
+    "forward": {64: (128, 32, 8, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+    "backward_q": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
+    "backward_kv": {64: (32, 64, 4, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+}
+# Instead of the above where options take registers: anything but plain causal attention without groups.
+_HALF_OPTIONS = {
+    ("forward", 64): (64, 32, 4, 3),
+    ("backward_q", 256): (32, 16, 4, 1),
+    ("backward_kv", 64): (32, 32, 8, 2),
+    ("backward_kv", 128): (32, 32, 8, 2),
+}
+_FLOAT = {
+    "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "backward_q": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "backward_kv": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+}
+
+# By compute capability, kernel, whether fp32, padded head dimension, dropout: where the above spills on one architecture.
+_CORRECTIONS: dict[tuple, dict[str, int]] = {
+    (120, "backward_q", False, 64, False): {"num_stages": 1},  # a load in flight would not fit 128 registers
+    (80, "forward", True, 256, False): {"maxnreg": 255},  # ptxas would stop at 168, for a third block per SM
+    (80, "backward_q", True, 64, True): {"BLOCK_N": 16},
+    (80, "backward_kv", True, 64, True): {"BLOCK_N": 16},
+    (90, "backward_q", True, 64, False): {"BLOCK_N": 16},
+    (90, "backward_kv", True, 256, False): {"num_stages": 2},
+}
+# The same without "fp32", where results are written in fp8 too.
+_FP8_CORRECTIONS: dict[tuple, dict[str, int]] = {
+    (120, "backward_q", 64, False): {"BLOCK_N": 16},
+    (89, "backward_q", 256, True): {"maxnreg": 255},  # triton 3.6's ptxas would stop at 168, for a third block per SM
+}
+
+
+def config(
+    kernel: str,
+    dtype: torch.dtype,
+    D: int,
+    T_own: int,
+    *,
+    dropout: bool = False,
+    plain: bool = True,
+    fp16_sums: bool = False,
+    fp8: bool = False,
+    arch: int | None = None,
+) -> dict[str, int]:
+    """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D that are safe on any
+    card; ``T_own`` is the length of the side that its programs own, ``plain`` is causal attention with no option and no
+    groups. ``_choice`` asks the tuning tables first.
+
+    Chosen by compiling: no spills on sm_80 to sm_120, at most 101,376 bytes of shared memory. ``maxnreg`` makes room for
+    two blocks of 8 warps per SM in the kernels that fit 128 registers."""
+    if runtime.INTERPRET:  # a block operation costs the same whatever its size
+        block = 64 if T_own <= 256 or fp16_sums else 128
+        return {"BLOCK_M": block, "BLOCK_N": block}
+    width = max(64, _block_d(D))
+    if dtype == torch.float32:
+        block_m, block_n, warps, stages = _FLOAT[kernel][width]
+    else:
+        tile = _HALF[kernel][width]
+        block_m, block_n, warps, stages = tile if plain else _HALF_OPTIONS.get((kernel, width), tile)
+        if kernel == "forward" and T_own <= DECODING:
+            block_m, block_n, warps, stages = 16, 32, 4, 2
+        elif dropout and kernel == "backward_kv" and width == 64:
+            # 8 warps would have 4 warps' products to share, and compute them twice.
+            block_m, block_n, warps, stages = 32, 32, 4, 2
+        elif dropout:  # Philox needs registers
+            block_m, block_n = (16, block_n) if kernel == "backward_kv" else (block_m, 16)
+        elif fp16_sums and not plain and kernel == "backward_kv" and _block_d(D) == 64:
+            stages = 1  # a load in flight would spill on sm_120
+    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    if dtype != torch.float32 and plain and width == 64 and warps == 8:
+        options["maxnreg"] = 128
+    options |= _CORRECTIONS.get((arch, kernel, dtype == torch.float32, width, dropout), {})
+    return options | (_FP8_CORRECTIONS.get((arch, kernel, width, dropout), {}) if fp8 else {})
+
+
+def _block_d(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
+
+
+# ---- Launchers ------------------------------------------------------------------------------------------------------
+
+
+def _common(
+    q: Tensor,
+    k: Tensor,
+    docs: Tensor | None,
+    kv_len: Tensor | None,
+    seed: Tensor | None,
+    window: int | None,
+    dropout_p: float,
+    causal: bool,
+    fp16: bool,
+) -> dict[str, Any]:
+    """Arguments that all three kernels take alike."""
+    return {
+        "kv_len": None if kv_len is None else kv_len.contiguous(),
+        "docs": None if docs is None else docs.contiguous(),
+        "seed": seed,
+        "H": q.shape[2],
+        "T_q": q.shape[1],
+        "T_k": k.shape[1],
+        "window": window,
+        "threshold": min(int(dropout_p * 2**31), 2**31 - 1),
+        "inv_keep": 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
+        "D": q.shape[3],
+        "GROUP": q.shape[2] // k.shape[2],
+        "CAUSAL": causal,
+        "FP16_SUMS": fp16,
+        "ALIGNED": causal or window is not None or docs is not None or kv_len is not None,
+        "BLOCK_D": _block_d(q.shape[3]),
+    }
+
+
+def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
+    return {f"{name}_strides": tensor.stride()[:3] for name, tensor in tensors.items()}
+
+
+def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, Any], form: Any) -> tuning.Choice:
+    """The config of a kernel whose programs own T_own rows of ``heads`` heads in each batch. ``form``: of fp8, or None."""
+    dropout, D = common["seed"] is not None, q.shape[-1]
+    options = any(common[name] is not None for name in ("docs", "kv_len", "window"))
+    grouped = kernel == "backward_kv" and common["GROUP"] > 1  # adds a loop there, nothing elsewhere
+    causal, fp16 = common["CAUSAL"] and not options and not grouped, common["FP16_SUMS"]
+    default = config(
+        kernel, q.dtype, D, T_own,
+        dropout=dropout, plain=causal and not dropout, fp16_sums=fp16, fp8=form is not None,
+        arch=tuning.arch_of(q.device),
+    )  # fmt: skip
+    rows = q.shape[0] * heads * T_own
+    bucket = attention_bucket(D, rows, plain=causal and T_own > DECODING, dropout=dropout)
+    # With sums in fp16 another binary, with a limit of its own to its blocks: entries for the usual one are not for it.
+    return tuning.choose(f"attention{'_fast' if fp16 else ''}.{kernel}", q.dtype, bucket, q.device, default)
+
+
+def launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16, *, form=None) -> Tensor:
+    """Write attention of q (B, T_q, H, D), k and v (B, T_k, H_kv, D) into ``out``, and in fp8 into ``form`` (the kernels'
+    out_form); return lse (B, H, T_q)."""
+    B, T_q, H, _ = q.shape
+    lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
+    q, k, v = map(runtime.columns_adjacent, (q, k, v))
+    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
+
+    def run(options: dict[str, int]) -> None:
+        forward[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
+            q, k, v, out, form, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
+            **_strides(q=q, k=k, v=v, out=out), **common, **options,
+        )  # fmt: skip
+
+    with runtime.device_guard(q):
+        tuning.launch(_choice("forward", q, H, T_q, common, form), run)
+    return lse
+
+
+def launch_backward(
+    grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16,
+    *, forms=(None, None, None),
+) -> None:  # fmt: skip
+    """Write all of grad_q, grad_k and grad_v, and in fp8 into ``forms``."""
+    B, T_q, H, _ = q.shape
+    T_k, H_kv = k.shape[1:3]
+    q, k, v, grad_out = map(runtime.columns_adjacent, (q, k, v, grad_out))
+    delta = torch.empty_like(lse)
+    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
+    common = {"c": scale * LOG2E, "scale": scale, **common}
+
+    def run_q(options: dict[str, int]) -> None:
+        backward_q[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
+            q, k, v, out, grad_out, lse, delta, grad_q, forms[0],
+            **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
+        )  # fmt: skip
+
+    def run_kv(options: dict[str, int]) -> None:
+        backward_kv[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
+            q, k, v, grad_out, lse, delta, grad_k, grad_v, *forms[1:],
+            **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,
+        )  # fmt: skip
+
+    with runtime.device_guard(q):
+        tuning.launch(_choice("backward_q", q, H, T_q, common, forms[0]), run_q)
+        tuning.launch(_choice("backward_kv", q, H_kv, T_k, common, forms[1]), run_kv)
 
 
 def unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +718,7 @@ PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
 )
 def _attention_fwd(q, k, v, *options):
     out = q.new_empty(q.shape)
-    return out, launch.launch_forward(q, k, v, out, *options)
+    return out, launch_forward(q, k, v, out, *options)
 
 
 @_attention_fwd.register_fake
@@ -80,7 +735,7 @@ def _(q, k, v, *options):
 )
 def _attention_bwd(grad_out, q, k, v, out, lse, *options):
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    launch.launch_backward(grad_out, q, k, v, out, lse, *grads, *options)
+    launch_backward(grad_out, q, k, v, out, lse, *grads, *options)
     return grads
 
 
@@ -100,7 +755,7 @@ def packed_forward(qkv, n_head, n_kv_head, doc_ids, *options, form=None):
     """The output (B, T, H D) of qkv, and lse."""
     q, k, v = unpack(qkv, n_head, n_kv_head)
     out = qkv.new_empty(q.shape)
-    lse = launch.launch_forward(q, k, v, out, doc_ids, None, *options, form=form)
+    lse = launch_forward(q, k, v, out, doc_ids, None, *options, form=form)
     return out.flatten(2), lse
 
 
@@ -126,7 +781,7 @@ def packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, *option
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
     inputs, grads = unpack(qkv, n_head, n_kv_head), unpack(grad_qkv, n_head, n_kv_head)
-    launch.launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms)
+    launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms)
     return grad_qkv
 
 
@@ -189,8 +844,8 @@ def _check(
     accumulate: str,
 ) -> None:  # fmt: skip
     """Raise ValueError for options that no kernel takes."""
-    if not 1 <= D <= launch.MAX_HEAD_DIM:
-        raise ValueError(f"the head dimension is {D}: use 1 to {launch.MAX_HEAD_DIM}")
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"the head dimension is {D}: use 1 to {MAX_HEAD_DIM}")
     arguments.window(window)
     arguments.probability("dropout_p", dropout_p)
     arguments.accumulate(accumulate, x.dtype)

@@ -25,7 +25,7 @@ When dz is formed:
 fp16: dz is rounded before 1/N (2e-5 / 8192 would be 0), scaled by a power of two, ``grad_scale``, taken out in fp32.
 
 ``accumulate="fp16"`` (fp16 operands): the GEMMs sum products in fp16 over chunks of K, which GeForce tensor cores do at twice
-the rate (_cross_entropy_matmuls.py). In dW a chunk may be 64 tokens of one target, each with dz near -1 and a large input:
+the rate (fused_cross_entropy.py). In dW a chunk may be 64 tokens of one target, each with dz near -1 and a large input:
 ``grad_scale`` then leaves room for their sum, as no loss scale can, being another factor.
 
 Peak memory at 8192 x 768 x 50304, bf16 with an fp32 weight: eager holds the log-probabilities, their gradient and that
@@ -37,15 +37,197 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import product
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import arguments, reference, runtime, tuning
-from fastgpt.kernels._cross_entropy_kernels import rows_kernel
-from fastgpt.kernels._cross_entropy_matmuls import Fp16Sums, Fp32Sums, padded
+from fastgpt.kernels import arguments, matmul, reference, runtime, tuning
+from fastgpt.kernels.matmul import matmul_fp32
+
+# ---------------- was fastgpt/kernels/_cross_entropy_kernels.py
+# The kernel of fused_cross_entropy.py: statistics of rows of logits, and their gradient in place.
+
+
+@triton.jit
+def softcap_of(z, cap):
+    """cap * tanh(z / cap); the exponential cannot overflow."""
+    e = tl.exp(-2 * tl.abs(z / cap))
+    capped = cap * (1 - e) / (1 + e)
+    return tl.where(z < 0, -capped, capped)
+
+
+@triton.jit
+def softcap_slope(z, cap):
+    """1 - tanh(z / cap)^2, without the cancellation where tanh is near 1."""
+    e = tl.exp(-2 * tl.abs(z / cap))
+    return 4 * e / ((1 + e) * (1 + e))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rows_kernel(
+    logits_ptr,  # (rows, stride) in x's dtype, columns [V, stride) are 0; overwritten by dz if GRAD
+    target_ptr,  # (rows,) int32 or int64
+    loss_ptr,  # (rows,) fp32, written if LOSS
+    stats_ptr,  # (rows, 2) fp32: the largest logit, and lse minus it; written if LOSS, else read
+    row_scale_ptr,  # (rows,) fp32, read if PER_ROW
+    rows,
+    V,
+    stride,
+    ignore_index,
+    scale,
+    smoothing,
+    z_loss,
+    softcap,
+    LOSS: tl.constexpr,
+    GRAD: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    CAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS rows: loss and statistics in a first pass over the vocabulary; dz, in place, in a second, which finds the rows
+    in L2. Logits of ignored rows are not read. A target outside [0, V) that is not ignored makes its row's loss and dz
+    NaN.
+
+    Accesses are masked at ``stride``, a multiple of 64, and cut at V in registers: a mask at an odd V would break every
+    one of them into single elements."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = row < rows
+    target = tl.load(target_ptr + row, mask=exists, other=0).to(tl.int64)
+    live = exists & (target != ignore_index)
+    in_range = (target >= 0) & (target < V)
+    row_ptr = logits_ptr + row * stride
+    lanes = tl.arange(0, BLOCK)
+
+    if LOSS:
+        z_target = tl.load(row_ptr + target, mask=live & in_range, other=float("nan")).to(tl.float32)
+        if CAP:
+            z_target = softcap_of(z_target, softcap)
+        z_max = tl.full((ROWS,), float("-inf"), tl.float32)
+        exp_sum = tl.full((ROWS,), 0.0, tl.float32)
+        z_sum = tl.full((ROWS,), 0.0, tl.float32)
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            mask = live[:, None] & (columns < stride)[None, :]
+            z = tl.load(row_ptr[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            if CAP:
+                z = softcap_of(z, softcap)
+            if SMOOTH:
+                z_sum += tl.sum(z, 1)
+            z = tl.where((columns < V)[None, :], z, float("-inf"))
+            new_max = tl.maximum(z_max, tl.max(z, 1))
+            # While every logit so far is -inf, subtract 0 instead: -inf - -inf is NaN.
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            exp_sum = exp_sum * tl.exp(z_max - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+            z_max = new_max
+        log_sum = tl.log(exp_sum)
+        lse = z_max + log_sum
+        # z_max - z_target first: lse - z_target would cancel where the target is certain.
+        loss = log_sum + (z_max - z_target) + z_loss * lse * lse
+        if SMOOTH:
+            loss += smoothing * (z_target - z_sum / V)
+        tl.store(loss_ptr + row, tl.where(live, loss, 0.0), mask=exists)
+        tl.store(stats_ptr + 2 * row, z_max, mask=exists)
+        tl.store(stats_ptr + 2 * row + 1, log_sum, mask=exists)
+    else:
+        z_max = tl.load(stats_ptr + 2 * row, mask=exists, other=0.0)
+        log_sum = tl.load(stats_ptr + 2 * row + 1, mask=exists, other=0.0)
+
+    if GRAD:
+        # Every thread has read its target's logit before any thread overwrites it.
+        tl.debug_barrier()
+        p_factor = 1 + 2 * z_loss * (z_max + log_sum)
+        if PER_ROW:
+            scale *= tl.load(row_scale_ptr + row, mask=exists, other=0.0)
+        row_scale = tl.where(in_range, scale, float("nan"))
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            inside = (columns < stride)[None, :]
+            z = tl.load(row_ptr[:, None] + columns[None, :], mask=live[:, None] & inside, other=0.0).to(tl.float32)
+            factor = row_scale[:, None]
+            if CAP:
+                factor *= softcap_slope(z, softcap)
+                z = softcap_of(z, softcap)
+            p = tl.exp(z - z_max[:, None] - log_sum[:, None])
+            # In fp32 until the store: p - 1 of a certain target keeps its digits.
+            dz = p * p_factor[:, None] - tl.where(columns[None, :] == target[:, None], 1 - smoothing, 0.0)
+            if SMOOTH:
+                dz -= smoothing / V
+            dz = tl.where(live[:, None] & (columns < V)[None, :], dz * factor, 0.0).to(logits_ptr.dtype.element_ty)
+            tl.store(row_ptr[:, None] + columns[None, :], dz, mask=exists[:, None] & inside)
+
+
+# ---------------- was fastgpt/kernels/_cross_entropy_matmuls.py
+# The matmuls around the row kernel of fused_cross_entropy.py: logits of a chunk of tokens, and what dz turns into.
+#
+# ``Fp32Sums`` is cuBLAS. ``Fp16Sums`` sums products in fp16 over chunks of K and these sums in fp32, which no library does: it
+# is the matmul of linear layers (matmul.py), the logits and dx with up to 128 products to a chunk, dW with 64.
+#
+# Both hold the classifier's first V rows in x's dtype. A chunk's logits (rows, ``padded(V)``) are zero past column V, and are
+# overwritten by dz, zero there as well.
+
+
+def padded(V: int) -> int:
+    """Row stride of logits: each row starts on 128 bytes whatever V is."""
+    return triton.cdiv(V, 64) * 64
+
+
+class Fp32Sums:
+    """weight (V, C) and bias (V,) or None in x's dtype, for chunks of at most ``rows`` tokens, whose logits share a buffer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self.weight, self.bias, self.V = weight, bias, weight.shape[0]
+        self.buffer = weight.new_empty(rows, padded(self.V))
+        self.buffer[:, self.V :].zero_()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits of x (rows, C)."""
+        out = self.buffer[: x.shape[0]]
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out[:, : self.V])
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out[:, : self.V])
+        return out
+
+    def input_grad(self, dz: Tensor, dx: Tensor) -> None:
+        """dx (rows, C) fp32 = dz W."""
+        matmul_fp32(dx, dz[:, : self.V], self.weight, accumulate=False)
+
+    def weight_grad(self, dz: Tensor, x: Tensor, dw: Tensor, add: bool) -> None:
+        """dw[:V] fp32 = dz^T x, or += with ``add``."""
+        matmul_fp32(dw[: self.V], dz[:, : self.V].t(), x, accumulate=add)
+
+
+class Fp16Sums:
+    """The same with sums in fp16. Operands are padded to whole rows of 128 bytes, which the kernel reads 16 bytes at a time."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        more = padded(weight.shape[0]) - weight.shape[0]
+        self.weight = torch.nn.functional.pad(weight, (0, 0, 0, more)) if more else weight
+        self.bias = torch.nn.functional.pad(bias, (0, more)) if more and bias is not None else bias
+
+    def logits(self, x: Tensor) -> Tensor:
+        with self._recorded("head.logits", x, self.weight.shape):
+            return matmul.matmul(x, self.weight.t(), self.bias, None, None, 0.0, True)
+
+    def input_grad(self, dz: Tensor, dx: Tensor) -> None:
+        with self._recorded("head.input_grad", dz, self.weight.t().shape):
+            dx.copy_(matmul.matmul(dz, self.weight, None, None, None, 0.0, True))
+
+    def weight_grad(self, dz: Tensor, x: Tensor, dw: Tensor, add: bool) -> None:
+        rows = min(dz.shape[1], dw.shape[0])  # those past V get the zeros that they have to have
+        with self._recorded("head.weight_grad", dz.t(), x.t().shape):
+            matmul.weight_grad(dz[:, :rows], x, dw[:rows], None, True, add=add)
+
+    @staticmethod
+    def _recorded(op: str, a: Tensor, columns: torch.Size) -> AbstractContextManager:
+        return runtime.record(op, (a.shape[0], *columns), a.dtype, "triton")
+
 
 LOGITS_BUDGET = 256 * 2**20
 """Bytes that the logits of one chunk may take."""

@@ -31,7 +31,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import cubin, runtime
+from fastgpt.kernels import runtime
 
 
 class CompileOnlyDriver(DriverBase):
@@ -219,81 +219,3 @@ def count_launches(arch: int, sms: int) -> Iterator[Counter[tuple[str, str]]]:
 def unique(launches: Iterable[CapturedLaunch]) -> list[CapturedLaunch]:
     """The first launch of each binary."""
     return list({launch.key: launch for launch in reversed(list(launches))}.values())[::-1]
-
-
-# ---------------------------------------------------------------- the figures
-
-
-@dataclass(frozen=True)
-class Row:
-    """The figures of one binary, launched with one grid, as plain values."""
-
-    case: str
-    module: str
-    kernel: str
-    dtype: str
-    config: str
-    arch: int
-    grid: list[int]
-    launches: int
-    """How often this binary was launched with this grid (each config of an autotuned kernel counts)."""
-    registers: int
-    stack: int
-    """Bytes of local memory per thread: spilled registers."""
-    spill_loads: int
-    spill_stores: int
-    """LDL and STL instructions."""
-    shared: int
-    warps: int
-    blocks_per_sm: int
-    limiter: str
-    dots: int
-    """tl.dot operations in the kernel, as compiled; of these, ``tensor_dots`` are tensor cores' (see cubin.dots)."""
-    tensor_dots: int
-    tensor_core: dict[str, int]
-    """Tensor-core instructions by kind."""
-    wide_share: float
-    """Share of global-memory instructions that move 128 bits per thread."""
-    wide_loads: int
-    wide_stores: int
-    """LDG (or LDGSTS) and STG of 128 bits."""
-    key: str
-
-
-def row(launch: CapturedLaunch, launches: int = 1) -> Row:
-    used, ops = cubin.resources(launch.compiled), cubin.sass(launch.compiled)
-    fit, widths = cubin.occupancy(used, launch.arch), cubin.access_widths(ops)
-    all_dots, tensor_dots = cubin.dots(launch.compiled)
-    return Row(
-        case=launch.case,
-        module=launch.module,
-        kernel=launch.kernel,
-        dtype=launch.dtype,
-        config=launch.config,
-        arch=launch.arch,
-        grid=list(launch.grid),
-        launches=launches,
-        registers=used.registers,
-        stack=used.stack,
-        spill_loads=cubin.count(ops, "LDL"),
-        spill_stores=cubin.count(ops, "STL"),
-        shared=used.shared,
-        warps=used.warps,
-        blocks_per_sm=fit.blocks,
-        limiter=fit.limiter,
-        dots=all_dots,
-        tensor_dots=tensor_dots,
-        tensor_core=cubin.tensor_core(ops),
-        wide_share=round(widths.get(128, 0) / max(sum(widths.values()), 1), 3),
-        wide_loads=cubin.access_widths(ops, "LDG", "LDGSTS").get(128, 0),
-        wide_stores=cubin.access_widths(ops, "STG").get(128, 0),
-        key=launch.key,
-    )
-
-
-def rows(launches: Iterable[CapturedLaunch]) -> list[Row]:
-    """A row per binary and grid, in order of first launch."""
-    groups: dict[tuple, list[CapturedLaunch]] = {}
-    for launch in launches:
-        groups.setdefault((launch.key, launch.grid), []).append(launch)
-    return [row(group[0], len(group)) for group in groups.values()]

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastgpt.device import interprets
+from fastgpt.hardware.device import interprets
 
 INTERPRET = interprets()
 """True when triton runs kernels in its CPU interpreter. Fixed for the life of the process, as triton's own switch is."""

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from fastgpt import hardware
 from fastgpt.common import UserError, write_whole
+from fastgpt.hardware import cards, ceilings
 from fastgpt.kernels import runtime
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.tuning", 1
@@ -203,7 +203,7 @@ def _entry(item: dict[str, Any], target: Target) -> TableEntry:
 
 
 def user_folder() -> Path:
-    return hardware.cache_dir() / "tuning"
+    return ceilings.cache_dir() / "tuning"
 
 
 @lru_cache(maxsize=16)
@@ -280,7 +280,7 @@ _refused: set[tuple] = set()
 def _cuda_limits(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
     arch = 10 * properties.major + properties.minor
-    chip = hardware.ARCHS.get(f"sm_{arch}")
+    chip = cards.ARCHS.get(f"sm_{arch}")
     known = chip.shared_per_block if chip else 0
     return arch, getattr(properties, "shared_memory_per_block_optin", known)
 
@@ -295,7 +295,7 @@ def target(device: torch.device) -> Target | None:
     import triton
 
     arch = triton.runtime.driver.active.get_current_target().arch
-    return Target(arch, runtime.sm_count(device), hardware.ARCHS[f"sm_{arch}"].shared_per_block)
+    return Target(arch, runtime.sm_count(device), cards.ARCHS[f"sm_{arch}"].shared_per_block)
 
 
 def arch_of(device: torch.device) -> int | None:

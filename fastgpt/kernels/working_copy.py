@@ -151,3 +151,29 @@ def _fresh(param: Tensor) -> _Entry | None:
         return None
     # ``param.data = other`` may change what lies at one address.
     return entry if entry.copy.shape == param.shape and entry.copy.device == param.device else None
+
+
+_in_place = False
+
+
+@contextmanager
+def gradients_in_place() -> Iterator[None]:
+    """Forward passes made inside add their fp32 weight gradients to ``weight.grad`` in backward, where there is one, and
+    hand none to autograd: 8 bytes per weight and micro-batch instead of 16.
+
+    For a loop that calls ``loss.backward()`` and nothing else: torch.autograd.grad, DDP and FSDP would not see these
+    gradients. Only leaf parameters of fp32 that have no hooks; without effect under torch.compile.
+    """
+    global _in_place
+    before, _in_place = _in_place, True
+    try:
+        yield
+    finally:
+        _in_place = before
+
+
+def adds_to(weight: Tensor) -> bool:
+    """Whether backward may add to ``weight.grad``: not where a hook waits to see the gradient."""
+    if not _in_place or torch.compiler.is_compiling() or type(weight) is not nn.Parameter or not weight.is_leaf:
+        return False
+    return not (weight._backward_hooks or weight._post_accumulate_grad_hooks)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.ops import EAGER, compute_dtype
+from fastgpt.kernels.runtime import compute_dtype
+from fastgpt.ops import EAGER
 from fastgpt.patching.swap import Fused, is_fused
 
 # Limits of the kernels, repeated here because the kernels cannot be imported where triton is not installed.

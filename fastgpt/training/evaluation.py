@@ -25,7 +25,7 @@ HELLASWAG_HUB = "Rowan/hellaswag"
 def load_model(source: str, kernels: str, where: torch.device) -> tuple[GPT, Tokenizer]:
     """The model of any checkpoint that fastgpt.convert reads, in eval mode on ``where``, and the tokenizer that it was trained
     with (GPT-2's, where the checkpoint does not say). Raises UserError."""
-    from fastgpt.convert import load_weights  # the formats of others: training has no use for them
+    from fastgpt.checkpoints.formats.any import load_weights  # the formats of others: training has no use for them
 
     portable = load_weights(source)
     tokenizer = get_tokenizer(portable.tokenizer)

@@ -30,9 +30,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastgpt.checkpoints.rng import rng_state, set_rng_state
 from fastgpt.common import UserError
 from fastgpt.kernels import working_copy
-from fastgpt.training.checkpoint_rng import rng_state, set_rng_state
 from fastgpt.training.step import Stepper
 
 AUTOMATIC = False

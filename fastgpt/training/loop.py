@@ -22,12 +22,13 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgpt import anatomy, common
+from fastgpt.checkpoints import checkpoint, folder, saver
 from fastgpt.common import UserError
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
-from fastgpt.env import environment
+from fastgpt.hardware.environment import environment
 from fastgpt.mfu import StepMeter, StepReport
-from fastgpt.training import checkpoint, distributed
+from fastgpt.training import distributed
 from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
 from fastgpt.training.metrics import Metrics
@@ -131,7 +132,7 @@ class _Loop:
                 self.say(sentence)
             changes = changed_settings(saved, config)
             self.say(f"resumed from {saved.path}" + (f", with {'; '.join(changes)}" if changes else ""))
-        elif world.is_main and (moved := checkpoint.set_aside(config.train.out)) is not None:
+        elif world.is_main and (moved := folder.set_aside(config.train.out)) is not None:
             self.say(f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)")
         # Read now: a file that cannot be read must not be found out after three days.
         self.hellaswag = load_hellaswag(self.settings.hellaswag) if self.settings.hellaswag else None
@@ -155,7 +156,7 @@ class _Loop:
         with (
             closing(self.metrics) if self.metrics else nullcontext(),
             closing(run),
-            checkpoint.AsyncSaver(out, self.settings.keep_checkpoints) as self.saver,
+            saver.AsyncSaver(out, self.settings.keep_checkpoints) as self.saver,
             StopRequest() as self.stop,
             self.progress,
         ):
@@ -305,7 +306,7 @@ class _Loop:
         there is no checkpoint yet."""
         run, step = self.state, self.state.step
         self.saver.wait()
-        if not checkpoint.existing(self.settings.out):
+        if not folder.existing(self.settings.out):
             self.say("there is no checkpoint to roll back to yet: the run goes on")
             return False
         self.rollbacks += 1
@@ -381,7 +382,7 @@ class _Loop:
             self.say(sentence)
 
     def _last_good(self) -> str:
-        good = checkpoint.existing(self.settings.out)
+        good = folder.existing(self.settings.out)
         return f"the last checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastgpt.checkpoints.folder import METRICS as NAME
 from fastgpt.common import UserError, write_whole
 from fastgpt.config import Config
-from fastgpt.training.checkpoint_folder import METRICS as NAME
 
 
 class Metrics:

@@ -15,11 +15,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from fastgpt import anatomy, flops, hardware
+from fastgpt import anatomy
 from fastgpt.common import UserError, gigabytes, millions, rounded, teraflops
 from fastgpt.config import EXPERIMENTAL
-from fastgpt.memory import memory
-from fastgpt.projection import project
+from fastgpt.hardware import cards, ceilings
+from fastgpt.performance import flops
+from fastgpt.performance.memory import memory
+from fastgpt.performance.projection import project
 from fastgpt.training.run import Run
 
 
@@ -35,8 +37,8 @@ def banner(console: Console, run: Run) -> None:
     """Say what will run, on what, and, without a GPU, what one would change."""
     config, shape = run.config, run.config.model
     ranks = f" on {run.world.size} ranks ({config.train.parallel})" if run.world.size > 1 else ""
-    peak = hardware.peak_flops(run.device, run.stepper.precision)
-    arithmetic = hardware.arithmetic_of(run.stepper.precision)
+    peak = cards.peak_flops(run.device, run.stepper.precision)
+    arithmetic = cards.arithmetic_of(run.stepper.precision)
     rows = {
         "model": f"{millions(run.model.n_params())} parameters (excluding position embeddings): {shape.n_layer} layers, "
         f"{shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}, vocabulary {shape.vocab_size}",
@@ -47,7 +49,7 @@ def banner(console: Console, run: Run) -> None:
         "kernels": f"{config.train.kernels}{' + torch.compile' if config.train.compile else ''}"
         f"{' + CUDA graphs' if run.stepper.graphs is not None else ''}, {run.stepper.precision}"
         + (" (experimental: no GPU has confirmed it yet)" if run.stepper.precision in EXPERIMENTAL else ""),
-        "device": hardware.device_name(run.device),
+        "device": ceilings.device_name(run.device),
         "memory": _memory(run),
         "mfu": f"{flops.FORMULAS['palm']}, of "
         + (
@@ -87,7 +89,7 @@ def _memory(run: Run) -> str:
 
 def _projected(run: Run) -> str:
     """How long the run may take on a card that the projection knows; "" elsewhere."""
-    gpu, config = hardware.present(run.device), run.config
+    gpu, config = cards.present(run.device), run.config
     if gpu is None or run.world.size > 1:
         return ""
     try:
@@ -111,7 +113,7 @@ def _projected(run: Run) -> str:
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Clock, power and temperature now, as LogLine's fields; none on a CPU, or without nvidia-ml-py."""
-    moment = hardware.telemetry(device.index or 0) if device.type == "cuda" else None
+    moment = ceilings.telemetry(device.index or 0) if device.type == "cuda" else None
     if moment is None:
         return {}
     held = ",".join(moment.throttle) if moment.throttle else None

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.checkpoints import checkpoint, folder, rng
 from fastgpt.common import UserError
 from fastgpt.config import SECTIONS, Config, differences
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.resolution import resolve
-from fastgpt.geometry import check_fits, fit_batch, free_bytes
 from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
 from fastgpt.ops import scales_loss, usable_precision
-from fastgpt.optim_build import build_optimizer
-from fastgpt.training import checkpoint
+from fastgpt.optim.build import build_optimizer
+from fastgpt.performance.fitting import check_fits, fit_batch, free_bytes
 from fastgpt.training.distributed import World, parallelize
 from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
 from fastgpt.training.step import LossScaler, Stepper
@@ -91,7 +91,7 @@ class Run:
             **checkpoint.state_of(self.model, self.stepper.optimizer),
             "scaler": self.stepper.scaler.state_dict(),
             "loader": self.train_loader.state_dict(),
-            "rng": checkpoint.rng_state(),
+            "rng": rng.rng_state(),
             "best_val_loss": self.best_val_loss,
             "spikes": self.spikes.state,
             "geometry": {
@@ -102,13 +102,13 @@ class Run:
 
     def mark(self) -> dict[str, Any]:
         """What a step changes before its update: kept at its start, so that an abandoned step leaves no trace."""
-        return {"loader": self.train_loader.state_dict(), "rng": checkpoint.rng_state()}
+        return {"loader": self.train_loader.state_dict(), "rng": rng.rng_state()}
 
     def rewind(self, mark: dict[str, Any]) -> None:
         """Back to the start of a step whose gradients were not applied."""
         self.stepper.optimizer.zero_grad(set_to_none=True)
         self.train_loader.load_state_dict(mark["loader"])
-        checkpoint.set_rng_state(mark["rng"])
+        rng.set_rng_state(mark["rng"])
 
     def set_geometry(self, micro_batch: int, grad_accum: int) -> None:
         """Go on with other micro-batches at the same tokens per step, at the very next window. ``grad_accum`` counts those
@@ -148,7 +148,7 @@ def initial_weights(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
     """
     if config.train.init_from is None:
         return config, None
-    from fastgpt.convert import load_weights
+    from fastgpt.checkpoints.formats.any import load_weights
 
     portable = load_weights(config.train.init_from)
     shape = portable.config
@@ -177,14 +177,14 @@ def build(
             f"shared between them, so make it a multiple of {world.size}"
         )
     train_loader, val_loader = build_loaders(config, world, config.data.batch_size)
-    checkpoint.seed_all(seed)
+    rng.seed_all(seed)
     precision, refused = usable_precision(settings.precision, device, settings.kernels)
     model = GPT(shape, get_ops(settings.kernels, precision))
     if weights is not None:
         model.load_state_dict(weights)
     model = model.to(device)
     if world.rank:  # the weights are the same on every rank, dropout is not
-        checkpoint.seed_all(seed + 1_000_003 * world.rank)
+        rng.seed_all(seed + 1_000_003 * world.rank)
     forward, synchronize = _forward(model, config, world)
     stepper = Stepper(
         model=model,
@@ -264,7 +264,7 @@ def find_saved(config: Config) -> ResumePoint | None:
     that pass).
     """
     asked, out = config.train.resume, config.train.out
-    if asked is None or (asked == "auto" and not checkpoint.existing(out)):
+    if asked is None or (asked == "auto" and not folder.existing(out)):
         return None
     where = out if asked in ("newest", "auto") else Path(asked)
     is_run = checkpoint.is_run_folder(where)
@@ -295,7 +295,7 @@ def restore(run: Run, saved: ResumePoint) -> None:
     if "loader" in values:  # a converted checkpoint has weights and optimizer state, and begins with the first window
         run.train_loader.load_state_dict(values["loader"])
     if "rng" in values:  # absent on ranks that were not there then: they keep the seeds they were built with
-        checkpoint.set_rng_state(values["rng"])
+        rng.set_rng_state(values["rng"])
 
 
 def restore_weights(run: Run, path: Path) -> None:

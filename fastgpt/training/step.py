@@ -126,7 +126,7 @@ class Stepper:
     def _adding(self) -> AbstractContextManager:
         if not self.adds_in_place:
             return nullcontext()
-        from fastgpt.kernels.fused_linear import gradients_in_place
+        from fastgpt.kernels.working_copy import gradients_in_place
 
         return gradients_in_place()
 

@@ -1,5 +1,7 @@
 """Hugging Face datasets, streamed: read here from a local folder through the datasets library, which needs no network."""
 
+from __future__ import annotations
+
 import json
 import sys
 from itertools import islice
@@ -8,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import fastgpt.data.preparation as module
 from fastgpt.common import UserError
 from fastgpt.data import encoding, hub
+from fastgpt.data import preparation as module
 from fastgpt.data.corpora import is_hub_name, open_corpus
 from fastgpt.data.preparation import prepare
 from fastgpt.data.resolution import resolve

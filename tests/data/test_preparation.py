@@ -1,5 +1,7 @@
 """A prepared folder is whole or absent, a function of its source, and never shares a document between its sides."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import errno
 import hashlib
@@ -18,9 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastgpt.data.preparation as module
 from fastgpt.common import UserError
-from fastgpt.data import encoding, readers, writing
+from fastgpt.data import corpora, encoding, readers, writing
+from fastgpt.data import preparation as module
 from fastgpt.data.preparation import prepare
 from fastgpt.data.resolution import resolve
 from fastgpt.data.shards import open_shard
@@ -104,7 +106,7 @@ def test_one_text_file_is_split_by_position(tmp_path, text):
 
 
 def test_stdlib_with_gpt2_has_end_of_text_between_files(tmp_path, monkeypatch):
-    corpus = module.open_corpus("stdlib")
+    corpus = corpora.open_corpus("stdlib")
     corpus.files = corpus.files[:30]
     monkeypatch.setattr(module, "open_corpus", lambda *_, **__: corpus)
     tok = get_tokenizer("gpt2")

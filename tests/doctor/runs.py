@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgpt import hardware
-from fastgpt.doctor.configs import parse_nanogpt
 from fastgpt.doctor.diagnosis import Diagnosis, diagnose
 from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Evals, Evidence, LogFacts, Note, Place, Steps
 from fastgpt.doctor.findings import Finding
-from fastgpt.doctor.logs import read_log
+from fastgpt.doctor.reading.configs import parse_nanogpt
+from fastgpt.doctor.reading.logs import read_log
+from fastgpt.hardware import cards
 
 REAL = Path(__file__).parents[2] / "docs" / "rtx4070-runs"
-RTX4070 = hardware.lookup("rtx4070")
+RTX4070 = cards.lookup("rtx4070")
 
 SOUND = """
 batch_size = 8

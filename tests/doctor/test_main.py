@@ -1,5 +1,7 @@
 """The command line: any subset of the files, exit codes, JSON and HTML, bad input in one sentence."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
@@ -9,8 +11,8 @@ import pytest
 
 from fastgpt.common import UserError
 from fastgpt.doctor import __main__ as doctor
-from fastgpt.doctor import corpus
 from fastgpt.doctor.evidence import Evidence
+from fastgpt.doctor.reading import corpus
 from tests.doctor.runs import REAL, SOUND, config
 
 REPOSITORY = Path(__file__).parents[2]

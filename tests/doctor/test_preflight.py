@@ -1,5 +1,7 @@
 """Before the first step: one line when clean, in a fraction of a second."""
 
+from __future__ import annotations
+
 import io
 import time
 from dataclasses import replace
@@ -9,10 +11,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgpt import hardware
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, load_preset, preset_names
-from fastgpt.doctor.environment import Machine
+from fastgpt.doctor.checks.environment import Machine
 from fastgpt.doctor.preflight import announce, preflight
+from fastgpt.hardware import cards
 from tests.doctor.runs import RTX4070
 
 MACHINE = Machine("linux", "2.11.0", cuda=True, triton="3.6.0", nvidia_driver=True)
@@ -21,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def on_4070(monkeypatch):
-    monkeypatch.setattr(hardware, "present", lambda device=None: RTX4070)
+    monkeypatch.setattr(cards, "present", lambda device=None: RTX4070)
 
 
 def said(findings):

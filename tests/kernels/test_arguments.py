@@ -1,5 +1,7 @@
 """What every operation accepts and refuses alike."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
@@ -7,7 +9,6 @@ from fastgpt.kernels import arguments as checks
 from fastgpt.kernels import (
     attention,
     embedding,
-    fused_fp8,
     layer_norm,
     linear,
     linear_cross_entropy,
@@ -16,6 +17,7 @@ from fastgpt.kernels import (
     qkv_attention,
     reference,
 )
+from fastgpt.kernels.fp8 import ops
 
 BF16 = torch.bfloat16
 
@@ -57,11 +59,11 @@ class Kernels:
     layer_norm, linear, mlp = staticmethod(layer_norm), staticmethod(linear), staticmethod(mlp)
 
 
-@pytest.mark.parametrize("module", [Kernels, reference, fused_fp8], ids=["kernels", "reference", "fp8"])
+@pytest.mark.parametrize("module", [Kernels, reference, ops], ids=["kernels", "reference", "fp8"])
 def test_a_dropout_of_one_leaves_the_residual_alone(device, module, request):
-    if module is fused_fp8:
+    if module is ops:
         request.getfixturevalue("needs_fp8")
-    for name, (op, inputs, residual) in calls(module, device, BF16 if module is fused_fp8 else torch.float32).items():
+    for name, (op, inputs, residual) in calls(module, device, BF16 if module is ops else torch.float32).items():
         out = op(1.0)
         assert torch.equal(out, torch.zeros_like(out) if residual is None else residual), name
         gradients = torch.autograd.grad(out.sum(), inputs)

@@ -1,9 +1,11 @@
 """The second kernel of sums over a tensor's columns."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
-from fastgpt.kernels import _column_sums as column_sums
+from fastgpt.kernels import column_sums
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -4,6 +4,8 @@ For sm_89 (RTX 4070) all steps and launch cases, for sm_80 and sm_90 a subset. C
 interprets; each test then judges one kernel, and a failure names the case, the config and the figure.
 """
 
+from __future__ import annotations
+
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -74,7 +76,7 @@ def test_every_case_compiles(compiled):
 
 @each_kernel
 def test_is_launched_by_a_case(compiled, module, kernel):
-    assert of_kernel(compiled[0]["sm_89"], module, kernel), f"no case in launch_cases.py launches {module}.{kernel}"
+    assert of_kernel(compiled[0]["sm_89"], module, kernel), f"no case in common.py launches {module}.{kernel}"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
@@ -165,14 +167,14 @@ def test_attention_computes_with_dots(compiled):
 
 
 @pytest.mark.parametrize(
-    "module, shape", [("_layernorm_kernels", "C=768"), ("_layernorm_kernels", "C=4096"), ("_cross", "")]
+    "module, shape", [("fused_layernorm", "C=768"), ("fused_layernorm", "C=4096"), ("fused_cross", "")]
 )
 def test_row_kernels_move_128_bits_at_a_time(compiled, module, shape):
     rows = [r for r in compiled[0]["sm_89"] if r["module"].startswith(module) and shape in r["config"].split() + [""]]
     rows = [r for r in rows if r["dtype"] == "bf16"]
     assert rows
     require(rows, "wide_loads", lambda number: number >= 1)
-    if module == "_layernorm_kernels":
+    if module == "fused_layernorm":
         require(rows, "wide_share", lambda share: share >= 0.5)
 
 
@@ -187,7 +189,8 @@ def test_adamw_moves_128_bits_at_a_time(compiled):
 
 CASTS = """
 import re, torch
-from fastgpt.kernels import _fp8_launch as launch, offline
+from fastgpt.kernels import offline
+from fastgpt.kernels.fp8 import launch
 found = {}
 for arch in (89, 90):
     with offline.capture_launches(arch) as launches:

@@ -1,5 +1,7 @@
 """The AdamW kernels: parity with torch.optim.AdamW, clip, skip, rounding, and memory that must not be touched."""
 
+from __future__ import annotations
+
 import copy
 from collections import OrderedDict
 
@@ -10,9 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.parity import assert_parity
-from fastgpt.kernels import _adamw_plan, fused_adamw, runtime
-from fastgpt.kernels._adamw_plan import Step
-from fastgpt.kernels.fused_adamw import adamw_
+from fastgpt.kernels import fused_adamw, runtime
+from fastgpt.kernels.fused_adamw import Step, adamw_
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SHAPES = [(), (1,), (0, 3), (7,), (31, 33), (33001,), (3, 5, 2)]  # (33001,) is more than one chunk anywhere
@@ -306,13 +307,13 @@ def test_three_launches_whatever_the_number_of_tensors_and_groups(device, monkey
 
 def test_only_moved_gradients_are_sent_again(device, monkeypatch):
     built, sent = [], []
-    monkeypatch.setattr(_adamw_plan, "_plans", OrderedDict())  # CUDA's allocator gives earlier tests' addresses again
-    make, pin = _adamw_plan.Plan.__init__, _adamw_plan.pinned
-    monkeypatch.setattr(_adamw_plan.Plan, "__init__", lambda self, *args: built.append(1) or make(self, *args))
+    monkeypatch.setattr(fused_adamw, "_plans", OrderedDict())  # CUDA's allocator gives earlier tests' addresses again
+    make, pin = fused_adamw.Plan.__init__, fused_adamw.pinned
+    monkeypatch.setattr(fused_adamw.Plan, "__init__", lambda self, *args: built.append(1) or make(self, *args))
     params = tensors(device)
     step = make_step(params, tensors(device))
     adamw_(*step)
-    monkeypatch.setattr(_adamw_plan, "pinned", lambda *args: sent.append(1) or pin(*args))
+    monkeypatch.setattr(fused_adamw, "pinned", lambda *args: sent.append(1) or pin(*args))
     adamw_(*step)
     assert (len(built), len(sent)) == (1, 0)
     moved = step._replace(grads=[g * 2 for g in step.grads])

@@ -11,8 +11,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from bench import parity
-from fastgpt.kernels import _attn_launch as launch
-from fastgpt.kernels import attention, fused_attn, qkv_attention, reference, runtime, tuning
+from fastgpt.kernels import attention, qkv_attention, reference, runtime, tuning
+from fastgpt.kernels import fused_attn as launch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -158,7 +158,7 @@ def test_left_padding_as_a_document(device):
 # ---- Sums in fp16 ---------------------------------------------------------------------------------------------------
 #
 # The interpreter rounds a block's sum once, where tensor cores round every 8 products: these tests hold the wiring to the
-# parity bound of fp16. What the rounding costs on a chip is simulated in tests/test_numerics.py and bench.precision.
+# parity bound of fp16. What the rounding costs on a chip is simulated in bench/numerics/test_simulation.py and bench.precision.
 
 
 def check_fast(op, ref, inputs):
@@ -224,13 +224,11 @@ def test_fp16_sums_change_every_result_and_no_statistic(device, monkeypatch):
 
     monkeypatch.setattr(tuning, "choose", choose)
     qkv, seed = packed(device, 100, D=64, B=1, dtype=torch.float16), None
-    calls = [
-        fused_attn._qkv_attention_fwd(qkv, 2, 2, None, seed, True, 0.125, None, 0.0, fast) for fast in (False, True)
-    ]
+    calls = [launch._qkv_attention_fwd(qkv, 2, 2, None, seed, True, 0.125, None, 0.0, fast) for fast in (False, True)]
     (out, lse), (out_fast, lse_fast) = calls
     assert torch.equal(lse, lse_fast) and not torch.equal(out, out_fast)
     grads = [
-        fused_attn._qkv_attention_bwd(out, qkv, out, lse, 2, 2, None, seed, True, 0.125, None, 0.0, fast)
+        launch._qkv_attention_bwd(out, qkv, out, lse, 2, 2, None, seed, True, 0.125, None, 0.0, fast)
         for fast in (False, True)
     ]
     for exact, fast in zip(*(grad.split(128, -1) for grad in grads)):
@@ -275,7 +273,7 @@ def test_operands_that_cannot_be_summed_so_are_named(device, accumulate, message
     with pytest.raises(ValueError, match=message):
         qkv_attention(qkv, 2, accumulate=accumulate)
     with pytest.raises(ValueError, match=message):
-        attention(*fused_attn.unpack(qkv, 2, 2), accumulate=accumulate)
+        attention(*launch.unpack(qkv, 2, 2), accumulate=accumulate)
 
 
 # ---- What must not change -------------------------------------------------------------------------------------------
@@ -481,15 +479,15 @@ def operator_calls(device):
     seed = torch.tensor([3], device=device)
     separate = docs, kv_len, seed, True, 0.25, 9, 0.1, False
     together = 2, 2, None, None, True, 0.25, None, 0.0, False
-    out, lse = fused_attn._attention_fwd(q, k, v, *separate)
-    packed_out, packed_lse = fused_attn._qkv_attention_fwd(qkv, *together)
+    out, lse = launch._attention_fwd(q, k, v, *separate)
+    packed_out, packed_lse = launch._qkv_attention_fwd(qkv, *together)
     leaves, leaf = tuple(x.clone().requires_grad_() for x in (q, k, v)), qkv.clone().requires_grad_()
     return {
-        "attention_fwd": (fused_attn._attention_fwd, (*leaves, *separate)),
-        "attention_bwd": (fused_attn._attention_bwd, (torch.randn_like(out), q, k, v, out, lse, *separate)),
-        "qkv_attention_fwd": (fused_attn._qkv_attention_fwd, (leaf, *together)),
+        "attention_fwd": (launch._attention_fwd, (*leaves, *separate)),
+        "attention_bwd": (launch._attention_bwd, (torch.randn_like(out), q, k, v, out, lse, *separate)),
+        "qkv_attention_fwd": (launch._qkv_attention_fwd, (leaf, *together)),
         "qkv_attention_bwd": (
-            fused_attn._qkv_attention_bwd,
+            launch._qkv_attention_bwd,
             (torch.randn_like(packed_out), qkv, packed_out, packed_lse, *together),
         ),
     }
@@ -521,7 +519,7 @@ def test_autocast(device):
     qkv = packed(device, 40).requires_grad_()
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out = qkv_attention(qkv, 2)
-        separate = attention(*fused_attn.unpack(qkv, 2, 2))
+        separate = attention(*launch.unpack(qkv, 2, 2))
     assert out.dtype == separate.dtype == torch.bfloat16
     assert torch.equal(out, qkv_attention(qkv.bfloat16(), 2)) and torch.equal(out, separate.flatten(2))
     (grad,) = torch.autograd.grad(out.float().sum(), qkv)
@@ -555,7 +553,7 @@ def test_cpu_without_the_interpreter_takes_the_reference(monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRET", False)
     qkv = torch.randn(1, 9, 96, dtype=torch.float64, requires_grad=True)
     assert torch.equal(qkv_attention(qkv, 2), reference.qkv_attention(qkv, 2))
-    q, k, v = fused_attn.unpack(qkv, 2, 2)
+    q, k, v = launch.unpack(qkv, 2, 2)
     assert torch.equal(attention(q, k, v, window=3), reference.attention(q, k, v, window=3))
 
 

@@ -1,6 +1,8 @@
 """Linear + cross-entropy against the plain PyTorch reference. Shapes are small and odd; ``chunk_rows`` is replaced by 8
 rows a chunk, so that 21 tokens take three chunks, the last of them ragged."""
 
+from __future__ import annotations
+
 import math
 from functools import partial
 
@@ -11,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench import parity
-from fastgpt import numerics
-from fastgpt.kernels import _cross_entropy_matmuls, reference, runtime
-from fastgpt.kernels import fused_cross_entropy as module
+from bench.numerics import simulation
+from fastgpt.kernels import fused_cross_entropy, matmul, reference, runtime
 from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -28,7 +29,7 @@ OPTIONS = {
 }
 
 
-chunk_rows = module.chunk_rows
+chunk_rows = fused_cross_entropy.chunk_rows
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def _small_chunks(monkeypatch):
 
 
 def set_chunk(monkeypatch, rows: int) -> None:
-    monkeypatch.setattr(module, "chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(fused_cross_entropy, "chunk_rows", lambda *_: rows)
 
 
 def make(device, dtype=torch.float32, shape=(3, 7), C=32, V=203, bias=True, ignored=0.25, target_dtype=torch.int64):
@@ -92,7 +93,7 @@ def test_parity_at_block_edges_of_the_vocabulary(device, V, dtype):
 @pytest.mark.parametrize("rows, block", [(1, 64), (4, 64), (4, 256)])
 def test_parity_with_other_rows_per_program(device, rows, block, reduction, monkeypatch):
     # bug 4: a reduction broadcast along the wrong axis with several, unequal rows per program
-    monkeypatch.setattr(module, "config", lambda *_: {"ROWS": rows, "BLOCK": block, "num_warps": 2})
+    monkeypatch.setattr(fused_cross_entropy, "config", lambda *_: {"ROWS": rows, "BLOCK": block, "num_warps": 2})
     inputs, target = make(device, shape=(11,))
     check({**inputs, "x": inputs["x"] * torch.arange(11, device=device)[:, None] / 4}, target, reduction=reduction)
 
@@ -205,7 +206,7 @@ def test_a_target_out_of_range_raises_on_a_cpu_and_is_nan_on_a_gpu(device, monke
     if device.type == "cpu":
         with pytest.raises(ValueError, match=rf"target holds {value}: classes are 0 to 202, and -100 where ignored"):
             linear_cross_entropy(**inputs, target=target)
-        monkeypatch.setattr(module, "_check_targets", lambda *_: None)  # as on a GPU
+        monkeypatch.setattr(fused_cross_entropy, "_check_targets", lambda *_: None)  # as on a GPU
     loss, dx, _, _ = gradients(linear_cross_entropy, inputs, target=target, reduction="none")
     others = torch.arange(21, device=device) != 10
     assert loss[10].isnan() and dx[10].isnan().all()
@@ -275,11 +276,11 @@ def test_fp16_with_a_loss_scale_of_65536(device, reduction):
 
 
 def test_grad_scale_cannot_overflow_fp16():
-    assert module.grad_scale(torch.bfloat16, 50304, 1e-4, None) == 1
-    assert module.grad_scale(torch.float16, 50304, 0.0, None) == 2**15
+    assert fused_cross_entropy.grad_scale(torch.bfloat16, 50304, 1e-4, None) == 1
+    assert fused_cross_entropy.grad_scale(torch.float16, 50304, 0.0, None) == 2**15
     for z_loss in (1e-4, 1e-2, 1.0):
         for cap in (None, 30.0):
-            scale = module.grad_scale(torch.float16, 50304, z_loss, cap)
+            scale = fused_cross_entropy.grad_scale(torch.float16, 50304, z_loss, cap)
             worst = scale * (1 + 2 * z_loss * ((cap or 65504) + math.log(50304)))
             assert 65504 / 2 < worst <= 65504
 
@@ -355,12 +356,12 @@ def test_the_scale_for_fp16_sums_keeps_the_gradients_of_rare_tokens():
     exact = rare.double() @ x.double()
 
     def errors(mode, scale):
-        found = numerics.matmul(rare * scale, x, mode) / scale
+        found = simulation.matmul(rare * scale, x, mode) / scale
         return (found.double() - exact).norm(dim=1) / exact.norm(dim=1)
 
-    scale = module.grad_scale(torch.float16, V, 0.0, None, fp16_sums=True)
+    scale = fused_cross_entropy.grad_scale(torch.float16, V, 0.0, None, fp16_sums=True)
     assert scale == 2**6
-    fast, bf16 = errors(numerics.FP16_FAST, scale), errors(numerics.BF16, 1.0)
+    fast, bf16 = errors(simulation.FP16_FAST, scale), errors(simulation.BF16, 1.0)
     assert fast.median() < 0.5 * bf16.median() and fast.max() < 0.5 * bf16.max()
 
 
@@ -472,13 +473,13 @@ def test_a_second_derivative_is_refused(device, reduction):
 def gemms(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of the gradient GEMMs' results, in order."""
     shapes: list[tuple[int, ...]] = []
-    original = _cross_entropy_matmuls.matmul_fp32
+    original = matmul.matmul_fp32
 
     def spy(out, a, b, *, accumulate):
         shapes.append(tuple(out.shape))
         original(out, a, b, accumulate=accumulate)
 
-    monkeypatch.setattr(_cross_entropy_matmuls, "matmul_fp32", spy)
+    monkeypatch.setattr(fused_cross_entropy, "matmul_fp32", spy)
     return shapes
 
 
@@ -525,12 +526,12 @@ class Allocations(TorchDispatchMode):
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits(device):
     inputs, target = make(device, shape=(40,), C=4, V=2000, bias=False)
-    _, stats = module._new_statistics(inputs["x"])
+    _, stats = fused_cross_entropy._new_statistics(inputs["x"])
     losses = torch.empty_like(stats[:, 0])
     with Allocations() as seen:
         options = -100, 0.0, 0.0, None, 2000, False
         arguments = inputs["x"], inputs["weight"], target, None, options, stats
-        module._run_chunks(*arguments, losses=losses, wants=(True, True, True))
+        fused_cross_entropy._run_chunks(*arguments, losses=losses, wants=(True, True, True))
     assert seen.largest == 8 * 2048 * 4  # 8 rows, padded from 2000 to 2048, fp32; all the logits are 5 times that
 
 
@@ -542,7 +543,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(device):
 def test_chunks_stay_within_the_budget_and_fill_the_sms(V, C, dtype, sms, rows):
     chunk = chunk_rows(rows, V, C, dtype, sms)
     assert chunk >= 128 and chunk % 128 == 0 and chunk < rows + 128 + (rows == 0)
-    assert chunk * module.padded(V) * dtype.itemsize <= module.LOGITS_BUDGET
+    assert chunk * fused_cross_entropy.padded(V) * dtype.itemsize <= fused_cross_entropy.LOGITS_BUDGET
     if rows >= 8192 and C >= 768:
         tiles = chunk // 128 * math.ceil(C / 128)
         assert tiles >= 0.65 * sms * math.ceil(tiles / sms)
@@ -550,7 +551,9 @@ def test_chunks_stay_within_the_budget_and_fill_the_sms(V, C, dtype, sms, rows):
 
 @pytest.mark.xdist_group("large")
 def test_peak_memory_is_at_most_a_quarter_of_eagers(device, needs_memory, monkeypatch):
-    monkeypatch.setattr(module, "chunk_rows", chunk_rows)  # no small chunks: a GPU measures what training would
+    monkeypatch.setattr(
+        fused_cross_entropy, "chunk_rows", chunk_rows
+    )  # no small chunks: a GPU measures what training would
     N, C, V = 8192, 768, 50304
     chunk = chunk_rows(N, V, C, torch.bfloat16, 46)
     forward = chunk * V * 2 + V * C * (2 + 4) + N * C * 4  # logits, weight in bf16, dW, dx
@@ -579,7 +582,7 @@ def test_the_kernel_writes_nothing_outside_its_rows(device):
     logits[1:-1, :V] = torch.randn(rows, V, device=device)
     loss, stats = torch.full((rows + 2,), 77.0, device=device), torch.full((rows + 2, 2), 77.0, device=device)
     target = torch.tensor([5, -100, 202], device=device)
-    module.rows_kernel[(2,)](
+    fused_cross_entropy.rows_kernel[(2,)](
         *(logits[1:-1], target, loss[1:-1], stats[1:-1], None),
         *(rows, V, stride, -100, 1.0, 0.1, 0.0, 0.0),
         **{"LOSS": True, "GRAD": True, "PER_ROW": False, "SMOOTH": True, "CAP": False},
@@ -603,13 +606,13 @@ def op_inputs(device, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(device, dtype):
     inputs, options = op_inputs(device, dtype)
-    torch.library.opcheck(module._forward, (*inputs, *options))
-    torch.library.opcheck(module._forward_backward, ([True, True, True], *inputs, *options))
-    torch.library.opcheck(module._forward_backward, ([True, False, False], *inputs, *options))
+    torch.library.opcheck(fused_cross_entropy._forward, (*inputs, *options))
+    torch.library.opcheck(fused_cross_entropy._forward_backward, ([True, True, True], *inputs, *options))
+    torch.library.opcheck(fused_cross_entropy._forward_backward, ([True, False, False], *inputs, *options))
     detached = [tensor.detach() for tensor in inputs]
-    losses, stats = module._forward(*detached, *options)
+    losses, stats = fused_cross_entropy._forward(*detached, *options)
     for wants in ([True, True, True], [False, True, False]):
-        torch.library.opcheck(module._backward, (losses, stats, wants, *detached, *options))
+        torch.library.opcheck(fused_cross_entropy._backward, (losses, stats, wants, *detached, *options))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

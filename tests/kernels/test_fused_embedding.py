@@ -1,6 +1,8 @@
 """The embedding against its fp64 reference. Small tiles and pieces, unless a test says otherwise, so that a few tokens have
 several tiles, runs within a piece, runs across pieces, and ragged edges."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import pytest
@@ -13,7 +15,7 @@ from fastgpt.config import ModelConfig
 from fastgpt.kernels import fused_embedding as module
 from fastgpt.kernels import reference, runtime
 from fastgpt.kernels.fused_embedding import embedding
-from fastgpt.kernels.fused_linear import gradients_in_place
+from fastgpt.kernels.working_copy import gradients_in_place
 from fastgpt.model import GPT
 from fastgpt.ops import EAGER, TRITON
 

@@ -1,6 +1,8 @@
 """Linear layers against the plain PyTorch reference. Every matmul is made to run in Triton unless a test says otherwise, in
 tiles of 16 x 32 x 16, so that small odd shapes have several tiles, several splits and ragged edges."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import pytest
@@ -8,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bench import parity
-from fastgpt.kernels import _linear_launch as launch
 from fastgpt.kernels import fused_linear as module
+from fastgpt.kernels import matmul as launch
 from fastgpt.kernels import reference, runtime, tuning, working_copy
-from fastgpt.kernels.fused_linear import gradients_in_place, linear, linear_gelu, mlp
+from fastgpt.kernels.fused_linear import linear, linear_gelu, mlp
+from fastgpt.kernels.working_copy import gradients_in_place
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -467,7 +470,7 @@ def test_gradients_in_place_reach_leaf_parameters_of_fp32_without_hooks_only(dev
     assert additions(torch.randn(50, 40, device=device).requires_grad_()) == 0
     assert additions(watched) == additions(watched_after) == 0
     assert len(seen) == 4 and all(grad is not None for grad in seen)
-    assert not module._in_place
+    assert not working_copy._in_place
 
 
 # ---------------------------------------------------------------- torch.library, torch.compile

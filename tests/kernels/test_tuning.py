@@ -1,5 +1,7 @@
 """Tables of launch configs: look-up, tables that are damaged or foreign, configs that do not fit, compiles per bucket."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
@@ -11,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import hardware
 from fastgpt.common import UserError
-from fastgpt.kernels import _linear_launch, fused_adamw, fused_cross_entropy, fused_layernorm, tuning  # noqa: F401  (register their spaces)
-from fastgpt.kernels._attn_launch import attention_bucket
+from fastgpt.hardware import cards
+from fastgpt.kernels import tuning
+from fastgpt.kernels.fused_attn import attention_bucket
 from fastgpt.kernels.tuning import Key, Table, TableEntry, Target
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +46,7 @@ def on_rtx_4070(monkeypatch):
 
 
 def write(folder, config, sms=46, *, origin="ranked", key=KEY, arch=89, shared=32):
-    target = Target(arch, sms, hardware.ARCHS[f"sm_{arch}"].shared_per_block)
+    target = Target(arch, sms, cards.ARCHS[f"sm_{arch}"].shared_per_block)
     resources = {"spills": 0, "registers": 38, "shared": shared, "blocks_per_sm": 6}
     table = Table(
         target, f"a card with {sms} SMs", "triton 3.7.1", {key: TableEntry(key, config, origin, resources, {})}
@@ -336,7 +338,7 @@ def test_no_shipped_entry_is_one_that_the_look_up_can_never_choose():
 
 def test_shipped_tables_name_a_card_with_these_limits():
     for table in shipped_tables():
-        card = hardware.lookup(table.gpu)
+        card = cards.lookup(table.gpu)
         assert (card.arch, card.sm_count) == (f"sm_{table.target.arch}", table.target.sms)
         assert table.target.shared == card.chip.shared_per_block
 
@@ -369,7 +371,7 @@ def test_buckets_of_attention(rows, bucket):
 
 def test_every_space_has_its_default():
     found = in_child(
-        "from fastgpt.kernels import _attn_launch as a, fused_layernorm as n, tuning as s\n"
+        "from fastgpt.kernels import fused_attn as a, fused_layernorm as n, tuning as s\n"
         "from fastgpt.kernels import fused_cross_entropy as c, fused_adamw as w, offline\nimport torch\n"
         "ok = [s.contains(f'attention.{k}', a.config(k, torch.bfloat16, 64, 1024, plain=not d, dropout=d, arch=arch))\n"
         "      for k in ('forward', 'backward_q', 'backward_kv') for d in (False, True) for arch in (80, 89, 90, 120)]\n"
@@ -396,8 +398,11 @@ COUNT_COMPILES = """
 from collections import Counter
 import torch
 from triton.runtime.jit import JITFunction
-from fastgpt.kernels import launch_cases, offline
-from fastgpt.kernels._attn_launch import attention_bucket
+from bench.ops import common
+from bench.ops.cross_entropy import launch_loss
+from bench.ops.layer_norm import launch_norm
+from fastgpt.kernels import offline
+from fastgpt.kernels.fused_attn import attention_bucket
 from fastgpt.kernels.fused_attn import qkv_attention
 from fastgpt.kernels.fused_cross_entropy import cross_entropy_bucket
 from fastgpt.kernels.fused_layernorm import layer_norm_bucket
@@ -418,12 +423,12 @@ with offline.compile_for(89, 46):
         for T in (64, 100, 512, 1000, 1024, 1025):
             bucket = attention_bucket(64, B * 2 * T, plain=True, dropout=False)
             qkv = torch.empty(B, T, 3 * 128, dtype=torch.bfloat16, requires_grad=True)
-            launch_cases.backward(qkv_attention(qkv, 2))
+            common.backward(qkv_attention(qkv, 2))
             bucket = layer_norm_bucket(768)
-            launch_cases.launch_norm(768, torch.bfloat16, torch.float32, rows=B * T, out_dtype=torch.bfloat16)
+            launch_norm(768, torch.bfloat16, torch.float32, rows=B * T, out_dtype=torch.bfloat16)
     for N in (64, 100, 1000, 1024):
         bucket = cross_entropy_bucket(8192, None)
-        launch_cases.launch_loss(torch.bfloat16, V=8192, N=N)
+        launch_loss(torch.bfloat16, V=8192, N=N)
 print(json.dumps(compiles))
 """
 

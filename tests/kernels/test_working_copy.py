@@ -1,5 +1,7 @@
 """The cached low-precision copy of a parameter: when it is reused, when rebuilt, and that it leaves no trace in a module."""
 
+from __future__ import annotations
+
 import copy
 import gc
 import io
@@ -10,7 +12,7 @@ from torch import nn
 
 from fastgpt.kernels import working_copy as module
 from fastgpt.kernels.working_copy import captured_reads, existing, forget, mark_fresh, working_copy
-from fastgpt.optim import FusedAdamW
+from fastgpt.optim.adamw import FusedAdamW
 
 BF16 = torch.bfloat16
 

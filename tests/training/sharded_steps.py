@@ -1,20 +1,23 @@
 """A program for torchrun: six clipped steps of FusedAdamW on a tiny GPT, sharded with FSDP2 (uneven shards) or whole; rank 0
 prints loss and gradient norm of each, then a checksum of weights and moments."""
 
+from __future__ import annotations
+
 import json
 import os
 import sys
 
 import torch
 
-from fastgpt import device, ops
+from fastgpt import ops
 from fastgpt.config import ModelConfig, OptimConfig
+from fastgpt.hardware import device
 
 
 def main() -> None:
     where = device.pick("cpu", "triton")  # the kernels themselves, in the interpreter
     from fastgpt.model import GPT
-    from fastgpt.optim_build import build_optimizer
+    from fastgpt.optim.build import build_optimizer
     from fastgpt.training import distributed
     from fastgpt.training.step import Stepper
 

@@ -1,6 +1,8 @@
 """Two ranks (gloo, on the CPU) are one run: the same losses as one rank, checkpoints that move between them, and an end in one
 sentence when a rank dies."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt.training import checkpoint
+from fastgpt.checkpoints import checkpoint, folder
 
 ROOT = Path(__file__).parents[2]
 SHAPE = "--n-embd 32 --n-head 2 --n-layer 2 --block-size 16 --batch-size 2 --grad-accum 4 --lr 1e-3 --warmup-iters 2"
@@ -128,7 +130,7 @@ def interrupted(out, ready, number, *flags):
 
 def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(tmp_path):
     out = tmp_path / "run"
-    code, output = interrupted(out, lambda: checkpoint.existing(out), signal.SIGKILL, "--checkpoint-interval", "5")
+    code, output = interrupted(out, lambda: folder.existing(out), signal.SIGKILL, "--checkpoint-interval", "5")
     assert code != 0
     assert "another rank of this run is gone" in output and "--resume" in output, output
     step = checkpoint.load(checkpoint.newest_valid(out)[0])["step"]

@@ -1,5 +1,7 @@
 """HellaSwag scoring: against a count by hand, on files as people have them, and bad ones."""
 
+from __future__ import annotations
+
 import json
 
 import pytest

@@ -1,5 +1,7 @@
 """Steps replayed as CUDA graphs are the steps run directly, bit for bit: on a GPU with graphs, on a CPU with their stand-in."""
 
+from __future__ import annotations
+
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +12,15 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from fastgpt import ops
+from fastgpt.checkpoints import rng as rng_module
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data.shards import write_shard
-from fastgpt.kernels import _fp8_launch, runtime
+from fastgpt.kernels import runtime
+from fastgpt.kernels.fp8 import launch
 from fastgpt.kernels.working_copy import existing, forget, working_copy
 from fastgpt.model import GPT
-from fastgpt.optim_build import build_optimizer
+from fastgpt.optim.build import build_optimizer
 from fastgpt.training import graphs, loop, run
 from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
 from fastgpt.training.step import LossScaler, Stepper
@@ -29,7 +33,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 def linear(x, weight, bias=None):
     """nn.functional.linear on kept working copies, as the kernels read them; quick without a GPU."""
-    dtype = ops.compute_dtype(x)
+    dtype = runtime.compute_dtype(x)
     return F.linear(x, working_copy(weight, dtype), bias)
 
 
@@ -124,8 +128,8 @@ def test_with_the_triton_kernels_documents_and_dropout(device, recorder, monkeyp
 def test_weights_in_fp8_are_made_once_per_step(device, recorder, monkeypatch):
     """By the graph of its first micro-batch, for the later ones."""
     monkeypatch.setattr(runtime, "INTERPRET", device.type == "cpu")
-    made, quantise = [], _fp8_launch.quantise_weight
-    monkeypatch.setattr(_fp8_launch, "quantise_weight", lambda weight: (made.append(1), quantise(weight))[1])
+    made, quantise = [], launch.quantise_weight
+    monkeypatch.setattr(launch, "quantise_weight", lambda weight: (made.append(1), quantise(weight))[1])
     table = ops.get("triton", "fp8")
     if device.type == "cpu":  # only what is tested here is interpreted
         eager = ("attention", "qkv_attention", "linear_cross_entropy", "embedding")
@@ -250,7 +254,7 @@ def test_a_weight_that_somebody_else_writes(device, recorder, copies):
 def test_a_step_abandoned_between_two_micro_batches_leaves_no_trace(device, recorder):
     def course(stepper):
         trace = steps(stepper, device, range(2))
-        rng = graphs.rng_state()
+        rng = rng_module.rng_state()
 
         def cut_off():
             yield batches(device, 2, 2)[0]
@@ -259,7 +263,7 @@ def test_a_step_abandoned_between_two_micro_batches_leaves_no_trace(device, reco
         with pytest.raises(InterruptedError):
             stepper(cut_off(), 2, 1e-3)
         stepper.optimizer.zero_grad(set_to_none=True)  # what Run.rewind does
-        graphs.set_rng_state(rng)
+        rng_module.set_rng_state(rng)
         return [*trace, *steps(stepper, device, range(2, 4))]
 
     assert both(device, recorder, course, dropout=0.5).graphs.active

@@ -1,5 +1,7 @@
 """The loop, run for real: what it prints, what it writes and when, exact resume, Ctrl-C, and bad input."""
 
+from __future__ import annotations
+
 import errno
 import json
 import os
@@ -14,11 +16,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from fastgpt.checkpoints import checkpoint
+from fastgpt.checkpoints import folder as folder_module
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.shards import write_shard
-from fastgpt.training import checkpoint
 from fastgpt.training.evaluation import evaluate
 from fastgpt.training.loop import train
 from fastgpt.training.run import build, smaller
@@ -78,7 +81,7 @@ def test_the_loss_falls_and_everything_is_written(config, device, kernels):
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))  # not one step too many
     assert [r["step"] for r in records if "tokens_per_second" in r] == [1, 2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in records if "val_loss" in r] == [0, 4, 8, 12]
-    assert [p.name for p in checkpoint.existing(config.train.out)] == ["step-00000008", "step-00000012"]
+    assert [p.name for p in folder_module.existing(config.train.out)] == ["step-00000008", "step-00000012"]
     assert json.loads((config.train.out / "config.json").read_text())["train"]["max_iters"] == 12
     assert json.loads((config.train.out / "environment.json").read_text())["torch"] == torch.__version__
     assert list((config.train.out / "tensorboard").iterdir())
@@ -188,16 +191,16 @@ def test_a_second_ctrl_c_leaves_at_once(config, device, monkeypatch):
     interrupt_at(5, monkeypatch, [signal.SIGINT, signal.SIGINT])
     with pytest.raises(KeyboardInterrupt):
         train(config, device, quiet())
-    assert {p.name for p in checkpoint.existing(config.train.out)} <= {"step-00000004"}  # maybe still being written
+    assert {p.name for p in folder_module.existing(config.train.out)} <= {"step-00000004"}  # maybe still being written
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_new_run_in_the_place_of_an_old_one_loses_neither(config, device):
     train(with_train(config, max_iters=8), device, quiet())
     train(with_train(config, max_iters=4), device, quiet())
-    assert [p.name for p in checkpoint.existing(config.train.out)] == ["step-00000004"]
+    assert [p.name for p in folder_module.existing(config.train.out)] == ["step-00000004"]
     aside = config.train.out.with_name("run.1")
-    assert [p.name for p in checkpoint.existing(aside)] == ["step-00000004", "step-00000008"]
+    assert [p.name for p in folder_module.existing(aside)] == ["step-00000004", "step-00000008"]
 
 
 def test_metrics_of_a_run_that_never_saved_are_set_aside_too(config, device, monkeypatch):
@@ -457,9 +460,9 @@ def test_smaller_geometry_keeps_the_sequences_per_step(before, after):
 
 
 def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(config, device, monkeypatch, capsys):
-    from fastgpt.training import checkpoint_write
+    from fastgpt.checkpoints import write
 
-    real, calls = checkpoint_write.write, []
+    real, calls = write.write, []
 
     def full(*args):
         calls.append(args)
@@ -467,23 +470,23 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(config, device
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(checkpoint_write, "write", full)
+    monkeypatch.setattr(write, "write", full)
     run, code = train(config, device)
     out = capsys.readouterr().out
     assert "was not saved: the disk of" in out and "step-00000004" in out
     assert code == 0 and run.step == 8
     # The save at step 8 failed at the end of the run: it is tried once more before the run gives up.
-    assert [p.name for p in checkpoint.existing(config.train.out)] == ["step-00000004", "step-00000008"]
+    assert [p.name for p in folder_module.existing(config.train.out)] == ["step-00000004", "step-00000008"]
 
 
 def test_the_best_checkpoint_stays_and_a_damaged_newest_is_passed_over(config, device, capsys):
     train(with_train(config, max_iters=12, keep_checkpoints=1), device, quiet())
-    best = checkpoint.best(config.train.out)
+    best = folder_module.best(config.train.out)
     assert best is not None
     losses = {r["step"]: r["val_loss"] for r in metrics(config.train.out) if "val_loss" in r and r["step"]}
     assert best[1] == min(losses.values())
     train(with_train(config, max_iters=14, keep_checkpoints=2, resume="newest"), device, quiet())
-    newest = checkpoint.existing(config.train.out)[-1]
+    newest = folder_module.existing(config.train.out)[-1]
     with open(newest / "state.json", "r+b") as file:
         file.write(b"x")
     run, _ = train(with_train(config, max_iters=16, resume="newest"), device)
@@ -534,8 +537,8 @@ def bad_data(tmp_path_factory):
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_in_one_sentence_exit_2_and_nothing_written(name, bad_data, tmp_path, monkeypatch, capsys):
-    import train as entry
     from fastgpt import common
+    from fastgpt import train as train_module
 
     args, words = BAD[name]
     args = [arg.format(tmp=bad_data) for arg in args]
@@ -543,7 +546,7 @@ def test_bad_input_ends_in_one_sentence_exit_2_and_nothing_written(name, bad_dat
     # Where there is a GPU, the presets' [cuda] sections would change shape and tokenizer.
     monkeypatch.setattr(sys, "argv", ["train.py", "--kernels", "eager", "--device", "cpu", *args])
     with pytest.raises(SystemExit) as exit:
-        common.run(entry.main)
+        common.run(train_module.main)
     assert exit.value.code == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message

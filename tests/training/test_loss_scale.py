@@ -1,5 +1,7 @@
 """Loss scaling: GradScaler's decisions, without its pass over the gradients and without waiting for the device."""
 
+from __future__ import annotations
+
 import copy
 
 import pytest
@@ -9,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgpt import ops
 from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.model import GPT
-from fastgpt.optim import FusedAdamW
-from fastgpt.optim_build import build_optimizer
+from fastgpt.optim.adamw import FusedAdamW
+from fastgpt.optim.build import build_optimizer
 from fastgpt.training.step import LossScaler, Stepper
 
 ATEN = torch.ops.aten

@@ -1,5 +1,7 @@
 """One optimizer step: groups, accumulation, clipping, precision."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.kernels import fused_linear
 from fastgpt.model import GPT
 from fastgpt.ops import precision_for
-from fastgpt.optim_build import build_optimizer, parameter_groups
+from fastgpt.optim.build import build_optimizer, parameter_groups
 from fastgpt.training.step import Stepper
 
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, bias=True)

@@ -1,0 +1,108 @@
+"""What ranking and measuring share: what the compiler said of each config, the table to go on with, old against new."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.compiler import ranking
+from bench.ops.common import Family
+from fastgpt.common import UserError, write_whole
+from fastgpt.hardware.environment import ROOT
+from fastgpt.kernels import tuning
+
+HINTS = Path(__file__).parents[1] / "hints"
+"""Tables of tiles for matmuls that cuBLAS can compute, ranked by the model: what bench.tune times first on such a card.
+Training never reads them, as nothing but a measurement takes a matmul from cuBLAS."""
+SOURCES = {
+    "attention": "fused_attn.py",
+    "layer_norm": "fused_layernorm.py",
+    "cross_entropy": "fused_cross_entropy.py",
+    "adamw": "fused_adamw.py",
+    "linear": "matmul.py",
+    "linear_fast": "matmul.py",
+}
+"""The file whose change makes what was compiled of a kernel out of date."""
+
+
+def facts_of(family: Family, arch: int) -> tuple[list[ranking.Facts], dict[str, int], str]:
+    """(every config compiled for sm_``arch``, the default config, the compiler), from the cache directory if it is there:
+    compiling a family takes up to some minutes. Raises RuntimeError if the compiling process ends in an error."""
+    import triton
+
+    path = tuning.user_folder() / "compiled" / f"sm{arch}-{_slug(family.name)}.json"
+    fingerprint = f"triton {triton.__version__} {_sources(family)}"
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["fingerprint"] != fingerprint:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = {**_compile(family, arch), "fingerprint": fingerprint}
+        try:
+            write_whole(path, json.dumps(kept))
+        except OSError as error:
+            print(f"what was compiled is not kept: {error}", file=sys.stderr)
+    return [ranking.Facts(**one) for one in kept["facts"]], kept["default"], kept["compiler"]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name)
+
+
+def _sources(family: Family) -> str:
+    """Hash of the kernel's files and of the configs that are compared."""
+    folder = Path(tuning.__file__).parent
+    source = (folder / SOURCES[family.kernel.split(".")[0]]).read_bytes()
+    return hashlib.sha256(source + json.dumps(family.configs()).encode()).hexdigest()[:16]
+
+
+def _compile(family: Family, arch: int) -> dict[str, Any]:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    job = json.dumps({"arch": arch, "families": [family.name]})
+    command = [sys.executable, "-m", "bench.compiler.tune_child", job]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"bench.compiler.tune_child ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def open_table(path: Path, target: tuning.Target, gpu: str) -> tuning.Table:
+    """The table at ``path`` to go on with, or an empty one. Raises UserError rather than overwrite one it cannot read."""
+    if not path.exists():
+        return tuning.Table(target, gpu, "")
+    try:
+        table = tuning.read(path)
+        for key in table.entries:
+            table.check(key.kernel)
+        return table
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tuning table {path} cannot be used ({error}): delete it, or name another by --out"
+        ) from None
+
+
+def change(entry: tuning.TableEntry, old: dict[str, int], figure: float | None) -> tuple[str, ...]:
+    new = "(the same)" if entry.config == old else tuning.brief(entry.config)
+    return " ".join(entry.key), tuning.brief(old), new, "-" if figure is None else f"{figure:.3f}"
+
+
+def print_changes(rows: list[tuple[str, ...]], figure: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("kernel, dtype, bucket", "old", "new"):
+        shown.add_column(name, overflow="fold")
+    shown.add_column(figure, justify="right", max_width=16)
+    for row in rows:
+        shown.add_row(*row, style=None if row[2] != "(the same)" else "dim")
+    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(shown)

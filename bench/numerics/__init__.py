@@ -1,0 +1,1 @@
+"""What reduced precision costs in accuracy, simulated on a CPU."""

@@ -1,0 +1,199 @@
+"""The launches that training and sampling a GPT make: every kernel, in every shipped launch config.
+
+``cases()`` lists (name, callable). Each callable runs one public operation forward and backward on CPU tensors; inside
+``offline.capture_launches`` its launches only compile. Tensors are then nothing but pointers, strides and dtypes
+(``torch.empty``, pages never touched), so shapes that decide a launch config are real ones; only sizes that plain
+PyTorch has to compute with inside an operation (the GEMMs of the loss) are kept small.
+
+What is varied is what makes another binary or another config: dtype, head dimension, width, and the options that are
+compiled in. The heaviest combination of options comes for every head dimension: that is the one that spills first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.reports.timing import Work
+from fastgpt.kernels import tuning
+from fastgpt.kernels.fused_attn import ROW_BOUNDS
+from fastgpt.performance import flops
+
+# ---------------- was bench/entries.py
+# The operations that bench.kernels times: their inputs, least work, parity check, and peers.
+
+OURS = "triton"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of the entries: GPT-2 124M's at a micro-batch of 8 x 1024 and, for attention, 16 x 1024. SWEEPS has more."""
+
+    rows: int = 8192
+    C: int = 768
+    V: int = 50304
+    B: int = 16
+    T: int = 1024
+    H: int = 12
+    D: int = 64
+    n_layer: int = 12
+    dtype: torch.dtype = torch.bfloat16
+    parity_rows: int = 1024
+    """fp64 references are large: they get this many tokens, and one sequence."""
+
+
+TINY = Sizes(rows=64, C=64, V=256, B=1, T=64, H=2, D=32, n_layer=1, dtype=torch.float32, parity_rows=64)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operation. ``parity`` raises AssertionError; ``variants`` are makers of what is timed, by name, ours first."""
+
+    name: str
+    shape: str
+    work: flops.Work
+    parity: Callable[[], None]
+    variants: dict[str, Callable[[], Work]]
+
+
+def forward_backward(op: Callable, device: torch.device, make: Callable[[], dict[str, Tensor]]) -> Work:
+    """``op(**inputs)`` and the gradients of all its floating inputs."""
+    inputs = {key: x.requires_grad_(x.is_floating_point()) for key, x in make().items()}
+    wanted = [x for x in inputs.values() if x.requires_grad]
+
+    def forward() -> tuple[Tensor, ...]:
+        outputs = op(**inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    upstream = tuple(torch.randn_like(out) for out in forward())  # with gradients: torch.compile then compiles once
+    return lambda: torch.autograd.grad(forward(), wanted, upstream)
+
+
+def peers(eager: Callable, compiled: bool, **others: Callable | None) -> dict[str, Callable]:
+    """The functions to compare with: eager, torch.compile of it if asked, and whichever others are available."""
+    found = {"eager": eager}
+    if compiled:
+        found["compile"] = torch.compile(eager)
+    return found | {name: op for name, op in others.items() if op is not None}
+
+
+def timed(ops: dict[str, Callable], device: torch.device, inputs: Callable) -> dict[str, Callable[[], Work]]:
+    """The variants of an entry that are given these inputs."""
+    return {name: partial(forward_backward, op, device, inputs) for name, op in ops.items()}
+
+
+def total(*parts: flops.Work) -> flops.Work:
+    return flops.Work(sum(p.flops for p in parts), sum(p.bytes for p in parts))
+
+
+def liger_function(name: str) -> Any:
+    """A function of Liger-Kernel, or None where it is not installed."""
+    try:
+        from liger_kernel.transformers import functional
+    except ImportError:
+        return None
+    return getattr(functional, name, None)
+
+
+Case = tuple[str, Callable[[], None]]
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+BF16, FP16, FP32 = SHORT
+
+
+def backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
+    """A backward pass with contiguous upstream gradients, as autograd hands them over within a model."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+
+# ---------------------------------------------------------------- linear layers
+
+TOKENS = {384: 16384, 768: 8192, 1024: 2048}
+"""Tokens in a micro-batch of GPT-2 40M, 124M and 350M on 12 GB, by width. Half and twice as many stand for the bucket, too."""
+
+
+# ---------------------------------------------------------------- ranking
+
+
+def sizes(bucket: str) -> list[int]:
+    """Heads x batch at T = 1024 that stand for a bucket of attention: spread over it, and 96, GPT-2 124M's (8 x 12) and
+    40M's (16 x 6), once more."""
+    bound = re.search(r"rows<=(\d+)", bucket)
+    upper = int(bound[1]) if bound else 4 * ROW_BOUNDS[-1]
+    found = [max(1, round(upper * share / 1024)) for share in (0.3, 0.5, 0.7, 0.85, 1.0)]
+    return found + [96] * (upper // 4 < 96 * 1024 <= upper)
+
+
+def linear_sizes(bucket: str) -> tuple[int, int]:
+    """(N, K) of "N3072 K768"."""
+    N, K = (int(word[1:]) for word in bucket.split())
+    return N, K
+
+
+def typical_tokens(bucket: str) -> int:
+    """Tokens in a micro-batch of the model that has this matrix: its matmul is timed with as many."""
+    return TOKENS.get(min(linear_sizes(bucket)), 8192)
+
+
+# ---------------- was bench/tune_cases.py
+# What bench.tune compares: for every kernel, dtype and shape bucket, the launches to compile and the operation to time.
+
+TUNED_WIDTHS = (384, 768, 1024, 1600)
+"""GPT-2 40M's, 124M's, 350M's, 1.5B's."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Buckets of one kernel and dtype that compile alike. ``function``: the jit function; ``cases`` launch it, the usual
+    options first, then those that a config of this bucket must also be good for."""
+
+    kernel: str
+    dtype: torch.dtype
+    buckets: tuple[str, ...]
+    function: str
+    cases: tuple[Callable[[], None], ...]
+    timed: Callable[[str, torch.device], Callable[[], Any]]
+    """For a bucket: the public operation around the kernel, at the size that stands for it. Returns its results."""
+    rest: tuple[Callable[[], None], ...] = ()
+    """Cases that a config which ships must be good for, too: compiled by the gate of bench.audit only."""
+
+    @property
+    def dtype_name(self) -> str:
+        return tuning.DTYPES[self.dtype]
+
+    @property
+    def name(self) -> str:
+        """Such as "attention.forward bf16 D64 dropout"; --kernel picks by it."""
+        alike = "" if self.kernel.startswith("linear") else f" {self.buckets[0].split(' rows')[0]}"
+        return f"{self.kernel} {self.dtype_name}{alike}"
+
+    def configs(self) -> list[dict[str, int]]:
+        """Those worth compiling."""
+        return tuning.sensible_configs(self.kernel, self.buckets[0])
+
+
+def pass_of(kernel: str, op: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], Any]:
+    """The forward pass of ``op`` over its inputs, or its backward pass, as the name of ``kernel`` ends."""
+    if kernel.endswith(".forward"):
+
+        def forward() -> Any:
+            with torch.no_grad():
+                torch.manual_seed(0)  # the same dropout for every config
+                return op(*inputs)
+
+        return forward
+    inputs = [x.requires_grad_() for x in inputs]
+    found = op(*inputs)
+    outputs: tuple[Tensor, ...] = found if isinstance(found, tuple) else (found,)
+    upstream = [torch.randn_like(out) for out in outputs]
+    return lambda: torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)

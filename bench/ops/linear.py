@@ -1,0 +1,175 @@
+"""Linear layers and the MLP: launch cases and tuning families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.ops import common
+from bench.ops.common import BF16, FP16, FP32, TUNED_WIDTHS, Case, Family, backward, leaf
+from fastgpt.kernels import matmul as launch
+from fastgpt.kernels import runtime, tuning
+
+# ---------------------------------------------------------------- linear layers
+
+
+def launch_mlp(
+    dtype: torch.dtype,
+    *,
+    C: int = 128,
+    rows: int = 2048,
+    bias: bool = True,
+    conv1d: bool = False,
+    stream: torch.dtype | None = None,
+    in_place: bool = False,
+    **options: Any,
+) -> None:
+    """An MLP with fp32 masters. Few columns, as PyTorch computes what is cuBLAS's; the tokens are enough to be split."""
+    from fastgpt.kernels.fused_linear import mlp
+    from fastgpt.kernels.working_copy import gradients_in_place
+
+    def weight(out: int, into: int) -> Tensor:
+        return leaf(into, out, dtype=FP32).t() if conv1d else torch.nn.Parameter(torch.zeros(out, into))
+
+    w_fc, w_proj = weight(2 * C, C), weight(C, 2 * C)
+    b_fc, b_proj = (leaf(size, dtype=FP32) if bias else None for size in (2 * C, C))
+    residual = None if stream is None else leaf(rows, C, dtype=stream)
+    if in_place:
+        w_fc.grad, w_proj.grad = torch.zeros(2 * C, C), torch.zeros(C, 2 * C)
+    with gradients_in_place() if in_place else nullcontext():
+        backward(mlp(leaf(rows, C, dtype=dtype), w_fc, b_fc, w_proj, b_proj, residual=residual, **options))
+
+
+def launch_gelu(dtype: torch.dtype, **options: Any) -> None:
+    from fastgpt.kernels.fused_linear import linear_gelu
+
+    backward(linear_gelu(leaf(256, 128, dtype=dtype), leaf(256, 128, dtype=FP32), leaf(256, dtype=FP32), **options))
+
+
+def launch_one_column() -> None:
+    """A weight and a bias of one row, whose sizes triton takes for constants."""
+    from fastgpt.kernels.fused_linear import linear
+
+    weight, bias = leaf(1, 16, dtype=FP32), leaf(1, dtype=FP32)
+    backward(linear(leaf(2049, 16, dtype=FP16), weight, bias, dropout_p=0.1, accumulate="fp16"))
+
+
+def linear_cases() -> Iterator[Case]:
+    everything: dict[str, Any] = {"stream": FP32, "dropout_p": 0.1, "approximate": "none"}
+    for dtype, name in ((BF16, "bf16"), (FP16, "fp16")):
+        yield f"linear {name} mlp", partial(launch_mlp, dtype, bias=False)
+        yield f"linear {name} mlp bias", partial(launch_mlp, dtype)
+        yield f"linear {name} mlp conv1d all options", partial(launch_mlp, dtype, conv1d=True, **everything)
+        yield f"linear {name} mlp odd", partial(launch_mlp, dtype, C=99, rows=1999, **everything)
+        yield f"linear {name} gelu alone", partial(launch_gelu, dtype, approximate="none")
+    yield "linear bf16 mlp in place", partial(launch_mlp, BF16, rows=512, in_place=True)
+    fast: dict[str, Any] = {"accumulate": "fp16"}
+    yield "linear fp16-fast mlp", partial(launch_mlp, FP16, bias=False, in_place=True, **fast)
+    yield "linear fp16-fast mlp bias", partial(launch_mlp, FP16, stream=FP32, **fast)
+    yield "linear fp16-fast mlp conv1d all options", partial(launch_mlp, FP16, conv1d=True, **everything, **fast)
+    yield "linear fp16-fast one column", launch_one_column
+    yield "linear fp16-fast mlp odd", partial(launch_mlp, FP16, C=99, rows=1999, in_place=True, **everything, **fast)
+
+
+# Linear layers of GPT-2's blocks: (N, K) of a weight, in units of the width.
+_FORWARD = ((3, 1), (1, 1), (1, 4))  # without the MLP's first, whose epilogue is "gelu"
+SHAPES = {
+    "none": (*_FORWARD, (1, 3)),  # also the input gradients, where N and K have changed places
+    "bias": _FORWARD,
+    "residual": ((1, 1), (1, 4)),
+    "gelu": ((4, 1),),
+    "dgelu": ((4, 1),),
+    "weight_grad": (*_FORWARD, (4, 1)),
+    "weight_grad_bias": (*_FORWARD, (4, 1)),
+}
+LINEAR_WIDTHS = TUNED_WIDTHS[:3]
+
+
+def linear_families() -> Iterator[Family]:
+    for kernel in tuning.spaces():
+        if not kernel.startswith("linear"):
+            continue
+        kind, fast = kernel.split(".")[1], kernel.startswith("linear_fast")
+        grad = kind.startswith("weight_grad")
+        known = [
+            launch.linear_bucket(n * C, k * C, launch.FEWEST_TOKENS) for C in LINEAR_WIDTHS for n, k in SHAPES[kind]
+        ]
+        buckets = tuple(bucket for bucket in known if bucket is not None)
+        for dtype in (FP16,) if fast else (BF16, FP16):
+            case = partial(_launch_linear, kind, dtype, fast)
+            # Adding takes registers, and so do sums of columns: some tiles spill only then.
+            heavy = {"add": True} if grad else {"sums": True} if kind == "dgelu" else None
+            cases = (case,) if heavy is None else (case, partial(case, **heavy))
+            rest = {"none": ({"transposed": True},), "gelu": ({"bias": False}, {"save": False})}.get(kind, ())
+            function = "weight_grad_kernel" if grad else "linear_kernel"
+            timed = partial(time_linear, kernel, dtype)
+            yield Family(kernel, dtype, buckets, function, cases, timed, tuple(partial(case, **more) for more in rest))
+
+
+def _launch_linear(kind: str, dtype: torch.dtype, fast: bool, **options: Any) -> None:
+    linear(kind, dtype, fast, **options)()
+
+
+def linear(
+    kind: str,
+    dtype: torch.dtype,
+    fast: bool,
+    N: int = 256,
+    K: int = 256,
+    tokens: int = launch.FEWEST_TOKENS,
+    device: torch.device | str = "cpu",
+    *,
+    bias: bool = True,
+    save: bool = True,
+    add: bool = False,
+    transposed: bool = False,
+    sums: bool = False,
+) -> Callable[[], Any]:
+    """The matmul of a bucket ``N.. K..`` with what goes with it, on random operands: what it gives at each call.
+
+    ``bias`` and ``save``: of "gelu". ``add``: to a gradient that is there. ``transposed``: of "none", an input gradient.
+    ``sums``: of "dgelu", with the gradient of a bias."""
+
+    def make(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        if runtime.compile_only:
+            return torch.empty(shape, dtype=like)
+        return torch.randn(shape, device=device).to(like)
+
+    if kind.startswith("weight_grad"):
+        dz, x, dw = make(tokens, N), make(tokens, K), make(N, K, like=FP32)
+        db = make(N, like=FP32) if kind.endswith("bias") else None
+
+        def gradient() -> list[Tensor]:
+            launch.weight_grad(dz, x, dw, db, fast, add=add)
+            return [dw] if db is None else [dw, db]
+
+        return gradient
+    x, shift = make(tokens, K), make(N, like=FP32) if bias and kind != "none" else None
+    weight = (make(K, N) if transposed or kind == "dgelu" else make(N, K).t()).mul_(K**-0.5)
+    if kind == "gelu":
+        return lambda: launch.matmul_gelu(x, weight, shift, False, fast, save)
+    if kind == "dgelu":
+        pre = make(tokens, N)
+        return lambda: launch.matmul_dgelu(x, weight, pre, False, fast, FP32 if sums else None)[0]
+    residual = make(tokens, N, like=FP32) if kind == "residual" else None
+    return lambda: launch.matmul(x, weight, shift, residual, None, 0.0, fast)
+
+
+def time_linear(kernel: str, dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:
+    prefix, kind = kernel.split(".")
+    N, K = common.linear_sizes(bucket)
+    return linear(kind, dtype, prefix == "linear_fast", N, K, common.typical_tokens(bucket), device)
+
+
+def default_at(family: Family, bucket: str, default: dict[str, int], sms: int) -> dict[str, int]:
+    """The default config in this bucket: that of a weight gradient is split as its shape wants."""
+    if "splits" not in default:
+        return default
+    N, K = common.linear_sizes(bucket)
+    ways = launch.splits(N, K, common.typical_tokens(bucket), default["block_m"], default["block_n"], sms)
+    return {**default, "splits": ways}

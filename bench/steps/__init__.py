@@ -1,0 +1,1 @@
+"""One training step: run, traced, named and judged."""

@@ -1,0 +1,253 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped, whole or absent.
+
+    state = {"config": ..., **state_of(model, optimizer), "loader": ..., "rng": rng_state(), ...}
+    save(folder, step, state)                       at once; AsyncSaver does it in the background
+    path, damaged = newest_valid(folder)            the newest that verifies, and a sentence for each that does not
+    saved = load(path, without=("model", "optimizer"), verify=False)
+    load_into(path, model, optimizer)               into whatever sharding they have now
+
+``state`` is any nesting of tensors (DTensors too) and plain values. Rank 0's plain values count; of a sharded tensor every rank
+gives its part; ``state["rng"]`` is kept for each rank. A checkpoint loads on any number of ranks.
+Keys that this package reads: config, model, optimizer, rng, best_val_loss.
+
+The format and what makes it safe: write.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import fields
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastgpt.checkpoints import read
+from fastgpt.checkpoints.folder import best, clean, existing, set_aside, step_of
+from fastgpt.checkpoints.read import Damaged, Reader, Source
+from fastgpt.checkpoints.rng import rng_state, seed_all, set_rng_state
+from fastgpt.checkpoints.saver import AsyncSaver, save
+from fastgpt.checkpoints.tree import join, references
+from fastgpt.checkpoints.write import own_rank
+from fastgpt.common import UserError
+from fastgpt.config import ModelConfig, differences
+
+__all__ = [
+    "AsyncSaver",
+    "best",
+    "check_shape",
+    "clean",
+    "existing",
+    "is_run_folder",
+    "load",
+    "load_into",
+    "newest_valid",
+    "resolve",
+    "rng_state",
+    "save",
+    "seed_all",
+    "set_aside",
+    "set_rng_state",
+    "state_of",
+    "step_of",
+]
+
+
+def newest_valid(folder: Path) -> tuple[Path, list[str]]:
+    """The checkpoint saved last in ``folder`` of those that verify to the last byte, and a sentence for each newer one that
+    does not. Raises UserError if there is none."""
+    damaged: list[str] = []
+    for path in reversed(existing(folder)):
+        try:
+            read.verify(path)
+        except Damaged as error:
+            damaged.append(f"checkpoint {path} is damaged ({error}): it is passed over")
+        else:
+            return path, damaged
+    if damaged:
+        raise UserError(f"there is no whole checkpoint in {folder}: {'; '.join(damaged)}")
+    raise UserError(
+        f"there is no checkpoint in {folder}: name another folder, or leave --resume out to start a new run"
+    )
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder, but no checkpoint by its name."""
+    return path.is_dir() and step_of(path) < 0
+
+
+def resolve(path: Path) -> Path:
+    """A checkpoint, given itself or the run's folder whose newest is meant. Raises UserError if there is none."""
+    if is_run_folder(path):
+        return newest_valid(path)[0]
+    if not path.exists():
+        raise UserError(f"checkpoint {path} does not exist{_previous_good(path)}")
+    return path
+
+
+def load(
+    path: Path,
+    only: Collection[str] | None = None,
+    *,
+    without: Collection[str] = (),
+    verify: bool = True,
+) -> dict[str, Any]:
+    """The state saved at ``path``, tensors whole and on the CPU, plus "step" and "world_size" (how many ranks saved it).
+
+    ``only`` and ``without`` pick among the state's keys; what is not wanted is not read. "rng" is this rank's own, and
+    absent if fewer ranks saved. ``verify=False`` trusts a path that ``newest_valid`` has just returned.
+
+    Raises UserError for a checkpoint that is damaged or not ours, and then names the newest earlier one beside it that is
+    whole."""
+    rank = own_rank()
+    source = _open(path, verify)
+    tree = {**source.state, **(source.ranks[rank] if rank < len(source.ranks) else {})}
+    tree = {key: item for key, item in tree.items() if (only is None or key in only) and key not in without}
+    try:
+        tensors = _read(source.reader, set(references(tree)))
+        state = join(tree, tensors)
+    except (Damaged, KeyError, TypeError, ValueError) as error:
+        raise UserError(_damaged(path, error)) from error
+    return {**state, "step": source.step, "world_size": len(source.ranks)}
+
+
+def check_shape(saved: dict[str, Any], config: ModelConfig, path: Path) -> None:
+    """Raise UserError listing every field of the model's shape that differs from the checkpoint's (old -> new).
+
+    Dropout is not shape: changing it between runs is fine."""
+    shape = [f.name for f in fields(ModelConfig) if f.name != "dropout"]
+    changed = differences({k: saved["model"].get(k) for k in shape}, {k: getattr(config, k) for k in shape})
+    if changed:
+        raise UserError(
+            f"checkpoint {path} holds a model of another shape ({'; '.join(changed)}): "
+            "use the checkpoint's values, or start a new run in another --out"
+        )
+
+
+def state_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The "model" and "optimizer" parts of a state. ``model`` is bare (no DDP, no torch.compile around it), sharded by
+    fully_shard or not. Optimizer state goes by parameter name, so that it does not depend on the order of groups."""
+    names = _names(model, optimizer)
+    groups = [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    states = {names[parameter]: dict(state) for parameter, state in optimizer.state.items() if state}
+    return {"model": model.state_dict(), "optimizer": {"state": states, "param_groups": groups}}
+
+
+@torch.no_grad()
+def load_into(path: Path, model: nn.Module, optimizer: Optimizer | None = None, *, verify: bool = False) -> None:
+    """Put the saved weights into ``model`` in place, and the optimizer's state into ``optimizer``, both as in ``state_of``.
+    Sharded parameters (DTensor) get their own part, and no more is read. Bit exact.
+
+    Hyperparameters of the optimizer (param_groups) stay as they are: the configuration's, not the checkpoint's.
+
+    Raises UserError naming what does not fit: nothing has been changed then."""
+    names = _names(model, optimizer) if optimizer is not None else {}
+    source = _open(path, verify)
+    try:
+        weights = _weights(source, model)
+        states, moments = _optimizer_state(source, optimizer, names) if optimizer is not None else ({}, {})
+        targets: dict[str, Tensor] = {}
+        twins = []
+        for reference, tensor in chain(weights, moments.items()):
+            if targets.setdefault(reference, tensor) is not tensor:
+                twins.append((reference, tensor))
+        source.reader.into(targets)
+    except (Damaged, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(_damaged(path, error)) from error
+    for reference, tensor in twins:  # tied in the checkpoint: one tensor there, maybe two here
+        tensor.copy_(targets[reference])
+    if optimizer is not None:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": join(states, targets), "param_groups": groups})
+
+
+def _weights(source: Source, model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name in the checkpoint, tensor to fill) of all that the model's state_dict holds."""
+    saved = {name: next(references(entry)) for name, entry in source.state["model"].items()}
+    wanted = model.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in saved]
+    wrong += [f"{name} is not in the model" for name in saved if name not in wanted]
+    for name in wanted.keys() & saved.keys():
+        there, here = source.reader.tensors[saved[name]], wanted[name]
+        if there.size != here.shape or there.properties.dtype != here.dtype:
+            old, new = (
+                f"{tuple(size)} {str(dtype)[6:]}"
+                for size, dtype in ((there.size, there.properties.dtype), (here.shape, here.dtype))
+            )
+            wrong.append(f"{name}: {old} -> {new}")
+    if wrong:
+        raise UserError(
+            f"the checkpoint's weights do not fit the model ({'; '.join(sorted(wrong))}): give the model its shape"
+        )
+    return [(saved[name], tensor) for name, tensor in wanted.items()]
+
+
+def _names(model: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    if any(parameter not in names for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("the optimizer holds parameters that are not the model's: make it after fully_shard(model)")
+    return names
+
+
+def _optimizer_state(
+    source: Source, optimizer: Optimizer, names: dict[Tensor, str]
+) -> tuple[dict[int, Any], dict[str, Tensor]]:
+    """(the optimizer's state as a tree by parameter index, tensors to fill by name in the checkpoint)."""
+    parameters = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    by_name = source.state["optimizer"]["state"]
+    states: dict[int, Any] = {}
+    targets: dict[str, Tensor] = {}
+    for index, parameter in enumerate(parameters):
+        state = by_name.get(names[parameter])
+        if state is None:
+            continue
+        states[index] = state
+        for reference in references(state):
+            meta = source.reader.tensors[reference]
+            if meta.size == parameter.shape and meta.size:  # a moment: as the parameter is sharded, so is it
+                targets[reference] = torch.empty_like(parameter, dtype=meta.properties.dtype)
+            elif meta.size:
+                raise UserError(
+                    f"optimizer state {reference} is {tuple(meta.size)} for {names[parameter]} of {tuple(parameter.shape)}: "
+                    "give the model the checkpoint's shape"
+                )
+            else:
+                targets[reference] = torch.empty(meta.size, dtype=meta.properties.dtype)
+    return states, targets
+
+
+def _read(reader: Reader, names: Collection[str]) -> dict[str, Tensor]:
+    targets = {n: torch.empty(reader.tensors[n].size, dtype=reader.tensors[n].properties.dtype) for n in names}
+    reader.into(targets)
+    return targets
+
+
+def _open(path: Path, verify: bool) -> Source:
+    try:
+        if verify:
+            read.verify(path)
+        return read.open_directory(path)
+    except Damaged as error:
+        raise UserError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"checkpoint {path} is damaged or not a fastgpt checkpoint ({error}){_previous_good(path)}"
+
+
+def _previous_good(path: Path) -> str:
+    for candidate in reversed(existing(path.parent)):
+        later = step_of(path) >= 0 and step_of(candidate) > step_of(path)
+        if candidate != path and not later:
+            try:
+                read.verify(candidate)
+            except Damaged:
+                continue
+            return f": the previous good one is {candidate}"
+    return ": there is no earlier good one beside it"

@@ -1,0 +1,127 @@
+"""The checkpoints of a run's folder: which there are, which is best, which may go.
+
+They are ordered by when they were saved, not by step: after a rollback to step 100, the run's step 150 is newer than the step
+300 it left behind. The order is a serial number inside each (copying a folder changes times, not that)."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastgpt.checkpoints.read import Damaged, read_member
+from fastgpt.common import write_whole
+
+_DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+_LEFTOVER = re.compile(
+    r"(step-\d{8,}(\.\d+)?\.(partial|deleted)|best\.json\.partial|\.(best\.json|metrics\.jsonl)\.\d+\.tmp)"
+)
+BEST = "best.json"
+METRICS = "metrics.jsonl"
+
+
+def partial_path(folder: Path, step: int) -> Path:
+    """Where a checkpoint of ``step`` is written until it is whole."""
+    return folder / f"step-{step:08d}.partial"
+
+
+def free_path(folder: Path, step: int) -> Path:
+    """The name that a checkpoint of ``step`` gets: "step-00000250", or with ".1", ".2", ... if that is taken (the run came by
+    this step before), so that a rename never has to replace anything."""
+    path, number = folder / f"step-{step:08d}", 0
+    while path.exists():
+        number += 1
+        path = folder / f"step-{step:08d}.{number}"
+    return path
+
+
+def existing(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first. Nothing is verified: one whose serial cannot be read stands last."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _DIRECTORY.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: (_serial(path), step_of(path), path.name))
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 for any other name."""
+    match = _DIRECTORY.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def next_serial(folder: Path) -> int:
+    return 1 + max((int(s) for s in map(_serial, existing(folder)) if s < math.inf), default=0)
+
+
+def best(folder: Path) -> tuple[Path, float] | None:
+    """The checkpoint that was saved as best with the lowest validation loss, and that loss (nats)."""
+    marked = [(float(loss), path) for path in existing(folder) if (loss := _header(path).get("best")) is not None]
+    if not marked:
+        return None
+    loss, path = min(marked, key=lambda pair: pair[0])  # of equals the first: an earlier one is not replaced
+    return path, loss
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Delete all but the last ``keep`` saved and the best, and write best.json, which says for people which that is.
+
+    What cannot be read is neither counted nor deleted: it may be another version's."""
+    found, winner = [path for path in existing(folder) if _serial(path) < math.inf], best(folder)
+    spared = {*found[-keep:], *([winner[0]] if winner else [])}
+    if winner is not None:
+        _write_best(folder, *winner)
+    for path in found:
+        if path not in spared:
+            _delete(path)
+
+
+def clean(folder: Path) -> list[Path]:
+    """Remove what a killed save or deletion left behind; call it before a run's first save, with no other run in the
+    folder. Returns what was removed."""
+    leftovers = [p for p in folder.iterdir() if _LEFTOVER.fullmatch(p.name)] if folder.is_dir() else []
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return leftovers
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Rename a folder that holds an earlier run's checkpoints or metrics (to "name.1", "name.2", ...), so that a new run in
+    its place neither deletes nor resumes them. Returns the new name, or None if there was nothing to save."""
+    if not existing(folder) and not (folder / METRICS).exists():
+        return None
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    return folder.rename(target)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        header = read_member(path, "state.json")
+    except Damaged:
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _serial(path: Path) -> float:
+    """Infinity where it cannot be read."""
+    serial = _header(path).get("serial")
+    return serial if isinstance(serial, int) else math.inf
+
+
+def _delete(path: Path) -> None:
+    """Rename the directory, then delete it: a deletion cut short leaves no half checkpoint under a checkpoint's name."""
+    doomed = path.with_name(f"{path.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(path.rename(doomed))
+
+
+def _write_best(folder: Path, path: Path, loss: float) -> None:
+    content = json.dumps({"checkpoint": path.name, "step": step_of(path), "val_loss": loss})
+    target = folder / BEST
+    if target.exists() and target.read_text() == content:
+        return
+    write_whole(target, content)

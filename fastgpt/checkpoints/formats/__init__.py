@@ -1,0 +1,1 @@
+"""One file for each checkpoint format, each to and from the same portable weights."""

@@ -1,0 +1,41 @@
+"""Reads a checkpoint of any known format into the same portable weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from fastgpt.checkpoints import folder
+from fastgpt.checkpoints.formats import huggingface, nanogpt, own
+from fastgpt.checkpoints.formats.portable import Portable
+from fastgpt.common import UserError
+
+Format = Literal["nanogpt", "fastgpt", "hf"]
+
+
+def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
+    """What ``source`` is, and its content; without ``optimizer``, a run's optimizer state is not read. A name that is no file
+    or folder here is looked up on the Hugging Face hub.
+
+    Raises UserError, in one sentence, for what is no checkpoint of a GPT-2 or does not hold together."""
+    path = Path(source)
+    if path.is_file():
+        return "nanogpt", nanogpt.read(path)
+    if path.is_dir():
+        if (path / "manifest.json").exists() or folder.existing(path):
+            return "fastgpt", own.read(path, optimizer)
+        if (path / "config.json").exists():
+            return "hf", huggingface.read(path)
+        raise UserError(
+            f"{path} is no checkpoint: a Hugging Face folder has a config.json, a fastgpt run has step-... folders, "
+            "and of nanoGPT name the ckpt.pt itself"
+        )
+    if huggingface.looks_like_hub_name(source):
+        return "hf", huggingface.read(huggingface.download(source))
+    raise UserError(f"{source} does not exist: name a checkpoint, or a model on the hub such as gpt2")
+
+
+def load_weights(source: str) -> Portable:
+    """The model of any checkpoint that ``convert`` reads: a path, or a name on the Hugging Face hub. Its ``config`` is the
+    shape, its ``weights`` the fp32 state_dict of a fastgpt.GPT. Raises UserError."""
+    return read(source, optimizer=False)[1]

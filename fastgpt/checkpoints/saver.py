@@ -1,0 +1,164 @@
+"""Saving a checkpoint: at once, or in the background while training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastgpt.checkpoints import write
+from fastgpt.checkpoints.folder import clean, existing, free_path, next_serial, partial_path, rotate
+from fastgpt.checkpoints.tree import Staging, split
+
+OWN = ("rng",)
+"""Parts of the state that each rank has its own of."""
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any], keep: int | None = None) -> Path:
+    """Write ``state`` as the checkpoint of ``step`` (steps done) and return its path; all ranks call it. With ``keep``, delete
+    all but the last ``keep`` and the best.
+
+    Raises OSError if it cannot be written: then nothing has changed in the folder, and the earlier ones are whole."""
+    header, own, tensors = _parts(step, state, is_best=False)
+    path = _write(folder, step, header, own, tensors, None)
+    if keep is not None and _is_first():
+        rotate(folder, keep)
+    return path
+
+
+class AsyncSaver:
+    """Saves into ``folder`` from a background thread, one checkpoint at a time, and keeps the last ``keep`` and the best.
+
+    Several GPUs: every rank has one and calls ``save`` at the same steps; the threads talk over a gloo group of their own.
+    Making one removes what a killed save left in the folder.
+
+    Nothing that goes wrong with the disk is raised: the earlier checkpoints stay whole, the partial one is removed,
+    ``last_error`` says it in a sentence, and the next ``save`` tries again.
+
+    As a context manager it waits for the save under way, but not after a KeyboardInterrupt: that leaves at once."""
+
+    last_error: str | None = None
+    """Why the latest finished save failed, in one sentence; None if it did not. The same on every rank."""
+    last_saved: Path | None = None
+    """The newest checkpoint that this object has written."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._staging = Staging()
+        self._thread: threading.Thread | None = None
+        self._news: list[str] = []
+        if _is_first():
+            try:
+                clean(folder)
+            except OSError as error:
+                self._news.append(f"leftovers of a killed save in {folder} cannot be removed ({error.strerror})")
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10)) if write.has_group() else None
+
+    def save(self, step: int, state: Mapping[str, Any], *, is_best: bool = False) -> None:
+        """Copy ``state`` to the host and begin to write it as the checkpoint of ``step`` (steps done). Returns when the copy
+        is made: training may change everything at once. Waits first for an earlier save.
+
+        ``is_best``: ``state["best_val_loss"]`` is the validation loss (nats) of these very weights, and the lowest so far.
+        That is checked against what the folder holds: the best kept is never replaced by a worse one.
+
+        Raises TypeError for a state that is not tensors and plain values, whatever torch raises while copying, and nothing
+        else."""
+        self.wait()
+        header, own, tensors = _parts(step, state, is_best)
+        copies = self._staging.copy(tensors)
+        self._thread = threading.Thread(
+            target=self._run, args=(step, header, own, copies), name=f"checkpoint-{step}", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when no save is under way. A signal handler's exception gets through."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def news(self) -> list[str]:
+        """What has happened since the last call, a sentence each: saved, or not saved and why."""
+        taken = len(self._news)
+        sentences, self._news[:taken] = self._news[:taken], []
+        return sentences
+
+    def close(self) -> None:
+        """Wait, and give the host memory back."""
+        self.wait()
+        self._staging = Staging()
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.close()
+
+    def _run(self, step: int, header: dict[str, Any], own: Any, copies: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        try:
+            path = _write(self.folder, step, header, own, copies, self._group)
+        except BaseException as error:
+            self.last_error = _failure(self.folder, step, error)
+            self._news.append(self.last_error)
+            return
+        self.last_error, self.last_saved = None, path
+        self._news.append(f"saved {path} (in the background, {time.perf_counter() - start:.1f} s)")
+        try:
+            if _is_first():
+                rotate(self.folder, self.keep)
+        except OSError as error:
+            self._news.append(f"older checkpoints in {self.folder} cannot be deleted ({error.strerror})")
+
+
+def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """(content of state.json, this rank's own tree, tensors by name) of a state."""
+    tree, tensors = split({key: value for key, value in state.items() if key not in OWN})
+    own, own_tensors = split({key: state[key] for key in OWN if key in state}, f"rank{write.own_rank()}")
+    loss = state["best_val_loss"] if is_best else None
+    header = {
+        "step": step,
+        "best": loss if loss is not None and math.isfinite(loss) else None,
+        "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
+        "state": tree,
+    }
+    return header, own, {**tensors, **own_tensors}
+
+
+def _write(folder: Path, step: int, header: dict[str, Any], own: Any, tensors: dict[str, Any], group: Any) -> Path:
+    def place() -> tuple[Path, int]:
+        return free_path(folder, step), next_serial(folder)
+
+    return write.write(partial_path(folder, step), place, header, own, tensors, group)
+
+
+def _is_first() -> bool:
+    return write.own_rank() == 0
+
+
+def _failure(folder: Path, step: int, error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        reason = f"the disk of {folder} is full"
+        with contextlib.suppress(OSError):
+            reason += f" ({shutil.disk_usage(folder).free / 1e9:.2f} GB free)"
+    elif isinstance(error, OSError):
+        reason = f"{error.filename or folder}: {error.strerror or error}"
+    else:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    earlier = existing(folder)
+    good = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no checkpoint yet"
+    return (
+        f"the checkpoint of step {step} was not saved: {reason}; {good}, training goes on and the next save tries again"
+    )

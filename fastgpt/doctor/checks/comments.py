@@ -1,0 +1,177 @@
+"""Claims that a config makes in prose, held against what its numbers give: sizes, batches, token budgets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastgpt import anatomy
+from fastgpt.common import rounded
+from fastgpt.doctor.evidence import Evidence, Place, Setting
+from fastgpt.doctor.figures import Figures, one_line
+from fastgpt.doctor.findings import Finding, check
+from fastgpt.hardware.cards import Gpu
+
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+NUMBER = r"(?<![\w.,*])~?\s*(\d[\d,_]*(?:\.\d+)?)\s*([kmbt])?"
+SIZE_IN_PROSE = re.compile(NUMBER + r"[- ]?(?:parameters?|params?|model)\b", re.IGNORECASE)
+SIZE_IN_NAME = re.compile(r"(?:^|[-_ /.])(\d+(?:\.\d+)?)([mb])(?=$|[-_ /.])", re.IGNORECASE)
+NOT_A_SIZE = re.compile(r"tok|data|fineweb|owt|openweb|pile|sample|corpus|edu", re.IGNORECASE)
+"""What stands before a number of tokens in a run's name: fineweb-10B."""
+TOKENS_IN_PROSE = re.compile(NUMBER + r"\s*tokens?\b(?!\s*(?:/|per)\s*s)", re.IGNORECASE)
+PRODUCT = re.compile(r"\d[\d_,]*(?:\s*[*x×]\s*\d[\d_,]*)+[^=\d]*=\s*~?(\d[\d_,.]*)\s*([kmb])?\b\s*(\w*)", re.IGNORECASE)
+PER_STEP = re.compile(
+    NUMBER + r"\s*tokens?\s*(?:/|per)\s*(?:optimi[sz]er\s+)?(?:step|iter|update|batch)", re.IGNORECASE
+)
+NAMES = ("wandb_run_name", "run_name", "out_dir", "out", "wandb_project")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A number that prose claims, as written and as a value."""
+
+    value: float
+    words: str
+    place: Place
+    line: str
+
+
+def amount(digits: str, unit: str | None) -> float | None:
+    """The number; None for one that no run could have."""
+    value = float(digits.replace(",", "").replace("_", "").rstrip(".")) * UNITS[(unit or "").lower()]
+    return value if 1 <= value < 1e18 else None
+
+
+def remarks(figures: Figures) -> list[tuple[str, Setting]]:
+    """Every comment of the config, with the name of the setting on its line ("" for a line of its own)."""
+    beside = [(name, setting) for name, setting in figures.config.settings.items() if setting.comment]
+    return sorted([*beside, *(("", s) for s in figures.config.comments)], key=lambda item: item[1].place.line or 0)
+
+
+def _line(setting: Setting) -> str:
+    return one_line(setting.text or f"# {setting.comment.lstrip('# ')}")
+
+
+def claimed_sizes(figures: Figures) -> list[Claim]:
+    """Model sizes that comments and run names claim, in parameters."""
+    claims: list[tuple[float | None, str, Setting]] = []
+    for _, setting in remarks(figures):
+        for match in SIZE_IN_PROSE.finditer(setting.comment):
+            if match[2] and match[2].lower() in "mb":
+                claims.append((amount(match[1], match[2]), match[0].strip(" ("), setting))
+    for name in NAMES:
+        named = figures.config.settings.get(name)
+        if named is None or not isinstance(named.value, str):
+            continue
+        for match in SIZE_IN_NAME.finditer(named.value):
+            before, after = named.value[: match.start()], named.value[match.end() + 1 :]
+            if NOT_A_SIZE.search(before[-12:]) or re.match("tok|data|sample", after, re.IGNORECASE):
+                continue  # "fineweb-10B": tokens, not parameters
+            claims.append((amount(match[1], match[2]), match[0].strip("-_ /."), named))
+    return [Claim(value, words, setting.place, _line(setting)) for value, words, setting in claims if value]
+
+
+def agrees(claim: float, shape: anatomy.Shape) -> bool:
+    """Whether any usual way of counting gives the claimed size, within 12% (GPT-2 was published as 117M)."""
+    counts = (
+        anatomy.n_params(shape, positions=False),
+        anatomy.n_params(shape),
+        anatomy.n_params(shape) + anatomy.of(shape).head.weights,  # an untied head
+        anatomy.of(shape).block_weights,  # without embeddings
+    )
+    return any(abs(claim / count - 1) <= 0.12 for count in counts)
+
+
+@check(section=9)
+def tokens_per_step(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """A batch that a comment computes ("16 * 32 = 512 sequences") and the settings do not give."""
+    tokens, block = figures.tokens_per_step, figures.config.get("block_size")
+    if tokens is None or block is None:
+        return
+    sequences = tokens // block
+    for name, setting in remarks(figures):
+        claim = _batch_claim(name, setting)
+        if claim is None:
+            continue
+        unit, value = claim
+        if value is None:
+            continue
+        right = {"sequences": (sequences,), "tokens": (tokens,), "": (sequences, tokens)}[unit]
+        if any(abs(value / number - 1) <= 0.1 for number in right):
+            continue
+        yield Finding(
+            id="schedule",
+            check="tokens_per_step_comment",
+            severity="warning",
+            title=f"A comment says {value:,.0f} {unit or 'sequences or tokens'} per step; the settings give "
+            f"{sequences:,} sequences, {tokens:,} tokens",
+            evidence=[
+                (setting.place, _line(setting)),
+                *figures.place("batch_size", "gradient_accumulation_steps", "block_size"),
+            ],
+            explanation="Learning rate, warmup and max_iters were chosen for a batch. batch_size x "
+            f"gradient_accumulation_steps is {sequences:,} sequences; times block_size {block:,} it is {tokens:,} "
+            "tokens (in nanoGPT accumulation is over all GPUs together).",
+            advice=_geometry(figures, value if unit == "sequences" else value / block),
+            confidence="certain",
+            cost=min(
+                1.0, abs(1 - sequences / max(value, 1)) if unit == "sequences" else abs(1 - tokens / max(value, 1))
+            ),
+        )
+
+
+def _batch_claim(name: str, setting: Setting) -> tuple[str, float | None] | None:
+    """("sequences" | "tokens" | "", number) that a remark says one step has."""
+    text = setting.comment
+    product = PRODUCT.search(text)
+    about_batch = name in ("batch_size", "gradient_accumulation_steps") or re.search("batch", text, re.IGNORECASE)
+    if product and about_batch:
+        word = product[3].lower()
+        unit = "tokens" if word.startswith("tok") else "sequences" if re.match("seq|sample|example", word) else ""
+        return unit, amount(product[1], product[2])
+    if per_step := PER_STEP.search(text):
+        return "tokens", amount(per_step[1], per_step[2])
+    if per_step := re.search(
+        r"effective batch(?: size)?\s*[:=]?\s*~?(\d[\d,_]*)(?![\d,_.]*\s*[*x×kmb])", text, re.IGNORECASE
+    ):
+        return "", amount(per_step[1], "")
+    return None
+
+
+def _geometry(figures: Figures, sequences: float) -> str:
+    batch = figures.config.get("batch_size")
+    if batch and sequences >= batch and round(sequences) % batch == 0:
+        return f"gradient_accumulation_steps = {round(sequences) // batch}\nor correct the comment."
+    return "Correct the comment, or batch_size and gradient_accumulation_steps."
+
+
+@check(section=9)
+def token_budget(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """A token budget that a comment claims ("~3B tokens seen") and max_iters does not give."""
+    planned, per_step = figures.tokens_planned, figures.tokens_per_step
+    if not planned or not per_step:
+        return
+    for name, setting in remarks(figures):
+        about_run = name == "max_iters" or re.search(r"\b(seen|total|train(ing)? (for|on)|budget)\b", setting.comment)
+        match = TOKENS_IN_PROSE.search(setting.comment)
+        if not about_run or not match or PER_STEP.search(setting.comment) or not match[2]:
+            continue
+        claimed = amount(match[1], match[2])
+        if claimed is None or abs(claimed / planned - 1) <= 0.25:
+            continue
+        steps = round(claimed / per_step)
+        yield Finding(
+            id="schedule",
+            check="token_budget_comment",
+            severity="warning",
+            title=f"A comment says {match[0].strip()}; max_iters gives {rounded(planned)}",
+            evidence=[(setting.place, _line(setting)), *([] if name == "max_iters" else figures.place("max_iters"))],
+            explanation=f"max_iters {figures.config.get('max_iters'):,} x {per_step:,} tokens per step = {planned:,} "
+            f"tokens, {planned / claimed:.1f} times what the comment says.",
+            advice=f"max_iters = {steps}\nlr_decay_iters = {steps}\nif {rounded(claimed)} tokens were meant; else "
+            "correct the comment.",
+            confidence="certain",
+            cost=max(0.0, 1 - claimed / planned),
+            cost_text=figures.hours(1 - claimed / planned) + " more than meant" if claimed < planned else "",
+        )

@@ -1,0 +1,315 @@
+"""The curve itself: what a loss must start at, what it must not do, and the speed it is traced at.
+
+Checks use robust statistics (medians, and scatter as fastgpt.statistics has it), so that a few odd lines of a log decide
+nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from fastgpt.config import EXPERIMENTAL
+from fastgpt.doctor.checks.resume import learning_rate
+from fastgpt.doctor.evidence import Evidence, LogFacts, Place
+from fastgpt.doctor.figures import Figures, evaluation_interval, steady
+from fastgpt.doctor.findings import Finding, check
+from fastgpt.hardware.cards import Gpu
+from fastgpt.statistics import fit_line, scatter
+
+MUCH_EVALUATION = 0.05
+
+
+_finding = partial(Finding, "curve")
+
+
+def _losses(log: LogFacts | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, losses and lines, finite ones only."""
+    if log is None:
+        nothing = np.zeros(0)
+        return nothing, nothing, nothing
+    good = np.isfinite(log.steps.loss)
+    return log.steps.step[good], log.steps.loss[good], log.steps.line[good]
+
+
+def _at(log: LogFacts, line: int, step: int, loss: float) -> tuple[Place, str]:
+    return log.place(line), f"step {step}: loss {loss:.4f}"
+
+
+@check(section=10)
+def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """NaN or infinity in the loss."""
+    log = evidence.log
+    if log is None or not (notes := log.all("nan")):
+        return
+    step, loss, line = _losses(log)
+    before = line < (notes[0].place.line or 0)
+    seen = [(notes[0].place, notes[0].text)]
+    if before.any():
+        seen.append(_at(log, line[before][-1], step[before][-1], loss[before][-1]))
+    lost = 1 - float(step[before][-1]) / figures.steps_seen if before.any() and figures.steps_seen else 1.0
+    experimental = figures.precision in EXPERIMENTAL
+    yield _finding(
+        "nan",
+        "critical",
+        "The loss is not a number: nothing is learned from here on",
+        seen,
+        "A NaN in the weights stays there. Usual causes: a learning rate too high for the warmup, fp16 without loss "
+        "scaling, token ids beyond vocab_size, a damaged shard."
+        + (f" {figures.precision} is experimental: no GPU has confirmed it yet." if experimental else ""),
+        ("dtype = 'bfloat16'\n" if experimental or figures.precision == "fp16" else "")
+        + "Go back to the last checkpoint before it, with half the learning_rate or twice the warmup_iters.",
+        "certain",
+        max(0.0, lost),
+        figures.hours(max(0.0, lost)),
+    )
+
+
+@check(section=10)
+def start(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """An untrained model guesses among V tokens: its loss is ln V."""
+    log = evidence.log
+    step, loss, line = _losses(log)
+    if log is None or figures.shape is None or not len(step) or step[0] > 1 or log.all("resume"):
+        return
+    if figures.config.get("init_from", "scratch") != "scratch":
+        return
+    expected = math.log(figures.shape.vocab_size)
+    if abs(loss[0] - expected) <= 0.5:
+        return
+    above = loss[0] > expected
+    yield _finding(
+        "start_far_from_uniform",
+        "warning",
+        f"The loss starts at {loss[0]:.2f}, not near ln({figures.shape.vocab_size:,}) = {expected:.2f}",
+        [_at(log, line[0], step[0], loss[0])],
+        "Above: the initial weights are too large, and the first steps go into undoing that. "
+        if above
+        else "Below: the model already knows something: weights were loaded, targets leak into the inputs (are they "
+        "shifted by one?), or vocab_size is not what the loss is taken over.",
+        "Initialise with a standard deviation of 0.02, residual projections with 0.02 / sqrt(2 n_layer)."
+        if above
+        else "Check the data's shift, vocab_size and init_from.",
+        confidence="likely",
+        cost=0.02 if above else 0.5,
+    )
+
+
+@check(section=10)
+def divergence(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """The run ends well above where it has been: median of the last tenth against the lowest median of a tenth."""
+    log = evidence.log
+    step, loss, line = _losses(log)
+    if log is None or len(loss) < 20:
+        return
+    width = max(5, len(loss) // 10)
+    starts = np.unique(np.linspace(0, len(loss) - width, 400).astype(int))  # enough places for a log of any length
+    medians = np.array([np.median(loss[i : i + width]) for i in starts])
+    lowest = int(np.argmin(medians))
+    noise = scatter(np.diff(loss[len(loss) // 2 :])) / math.sqrt(2)
+    rise = float(medians[-1] - medians[lowest])
+    if rise <= max(0.3, 3 * noise):
+        return
+    since = int(starts[lowest]) + width // 2
+    lost = 1 - float(step[since]) / max(1.0, float(step[-1]))
+    yield _finding(
+        "divergence",
+        "critical",
+        f"The loss diverged: {medians[-1]:.2f} at the end, {medians[lowest]:.2f} around step {step[since]:,.0f}",
+        [_at(log, line[since], step[since], loss[since]), _at(log, line[-1], step[-1], loss[-1])],
+        f"The median of the last {width} logged losses lies {rise:.2f} nat above the lowest such median; single "
+        f"losses scatter by {noise:.2f}. It does not come back by itself at the same learning rate.",
+        "Go back to a checkpoint before it and halve learning_rate; keep grad_clip = 1.0.",
+        confidence="likely",
+        cost=lost,
+        cost_text=figures.hours(lost),
+    )
+
+
+@check(section=10)
+def spikes(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """Single losses far above their neighbours, that come back."""
+    log = evidence.log
+    step, loss, line = _losses(log)
+    if log is None or len(loss) < 40:
+        return
+    half = 5
+    padded = np.pad(loss, half, mode="edge")
+    around = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+    above = loss - around
+    noise = scatter(above[len(above) // 10 :])
+    out = np.flatnonzero((above > max(0.3, 6 * noise)) & (np.arange(len(loss)) >= len(loss) // 10))
+    if not len(out) or len(out) > len(loss) // 5:
+        return
+    yield _finding(
+        "spikes",
+        "warning" if len(out) >= 3 else "info",
+        f"{len(out)} loss spike{'s' if len(out) > 1 else ''}, the largest {above[out].max():.2f} nat at step "
+        f"{step[out[np.argmax(above[out])]]:,}",
+        [_at(log, line[i], step[i], loss[i]) for i in out[:5]],
+        f"Each lies more than 6 times the usual scatter ({noise:.2f} nat) above the median of the 10 losses around "
+        "it, and the loss comes back. The first tenth of the log is left out.",
+        "grad_clip = 1.0\nif it is not; a longer warmup or beta2 = 0.95 if they come often; look at the data if "
+        "always at one place.",
+        "likely",
+    )
+
+
+@check(section=10)
+def plateau(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """No progress over the last third of the run, judged by a line through the validation losses."""
+    log = evidence.log
+    if log is None:
+        return
+    good = np.isfinite(log.evals.val)
+    step, val, line = log.evals.step[good], log.evals.val[good], log.evals.line[good]
+    late = slice(2 * len(val) // 3, None)
+    x, y, lines = step[late].astype(float), val[late], line[late]
+    if len(y) < 8 or x[-1] <= x[0]:
+        return
+    span = x[-1] - x[0]
+    slope, error = fit_line(x, y)
+    fall, sure = -slope * span, 2 * error * span
+    rate, peak = learning_rate(int(x[0]), figures.config), figures.config.get("learning_rate")
+    if fall + sure >= 0.02 or y[-3:].mean() > y[:3].mean() + max(sure, 0.02):
+        return
+    decayed = rate is not None and bool(peak) and rate < 0.2 * peak
+    lost = span / max(1.0, float(step[-1]))
+    yield _finding(
+        "plateau",
+        "warning",
+        f"No progress since step {x[0]:,.0f}: val fell by {fall:.3f} +- {sure / 2:.3f} nat in {span:,.0f} steps",
+        [
+            (log.place(lines[0]), f"step {x[0]:.0f}: val {y[0]:.4f}"),
+            (log.place(lines[-1]), f"step {x[-1]:.0f}: val {y[-1]:.4f}"),
+        ],
+        f"A straight line through the last third of the validation losses ({len(y)}) falls by {fall:.3f} nat, and by "
+        "less than 0.02 even at two standard errors: that is what is called a plateau here. "
+        + ("The learning rate is near its floor, which alone explains it. " if decayed else ""),
+        "Stop here, or lower the learning rate (lr_decay_iters): a plateau at a constant rate often ends with its "
+        "decay.",
+        "likely",
+        lost,
+        figures.hours(lost),
+    )
+
+
+@check(section=10)
+def overfitting(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """Validation rises while train falls."""
+    log = evidence.log
+    if log is None:
+        return
+    good = np.isfinite(log.evals.val) & np.isfinite(log.evals.train)
+    if good.sum() < 8:
+        return
+    step, train, val, line = (a[good] for a in (log.evals.step, log.evals.train, log.evals.val, log.evals.line))
+    best = int(np.argmin(val))
+    after = slice(best, None)
+    if len(val[after]) < 4 or val[-3:].mean() - val[best] < 0.05 or train[-3:].mean() > train[best] - 0.02:
+        return
+    lost = 1 - float(step[best]) / max(1.0, float(step[-1]))
+    yield _finding(
+        "overfitting",
+        "warning",
+        f"Overfitting since step {step[best]:,}: val rises from {val[best]:.3f} to {val[-1]:.3f} while train falls",
+        [
+            (log.place(line[best]), f"step {step[best]}: train {train[best]:.4f}, val {val[best]:.4f}"),
+            (log.place(line[-1]), f"step {step[-1]}: train {train[-1]:.4f}, val {val[-1]:.4f}"),
+        ],
+        "The model learns the training text by heart: more epochs of it make it worse.",
+        "Take the checkpoint of the lowest val; more data, a smaller model, or dropout = 0.1 to 0.2 (here it helps).",
+        "likely",
+        lost,
+        figures.hours(lost),
+    )
+
+
+@check(section=10)
+def throughput_drift(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """Steps that become slower over the run, or some that are far slower than the rest."""
+    log = evidence.log
+    if log is None:
+        return
+    rows = np.flatnonzero(steady(log))
+    if len(rows) < 20:
+        return
+    ms, fifth = log.steps.ms[rows], len(rows) // 5
+    early, late = float(np.median(ms[:fifth])), float(np.median(ms[-fifth:]))
+    noise = scatter(ms - np.median(ms))
+
+    def seen(row: int) -> tuple[Place, str]:
+        return log.place(log.steps.line[row]), f"step {log.steps.step[row]}: {log.steps.ms[row]:,.0f} ms"
+
+    if late > 1.03 * early and late - early > 2 * noise / math.sqrt(fifth):
+        yield _finding(
+            "throughput_drift",
+            "warning",
+            f"Steps became {late / early - 1:.0%} slower: {early:,.0f} ms in the first fifth of the log, {late:,.0f} "
+            "in the last",
+            [seen(int(rows[0])), seen(int(rows[-1]))],
+            "Medians of iterations without an evaluation. A card that heats up lowers its clock; another program may "
+            "have come, or memory spilled into the host's (Windows does that in silence).",
+            "nvidia-smi -q -d PERFORMANCE,TEMPERATURE while it runs: look for 'Thermal Slowdown' or 'Power Cap', and "
+            "for other processes.",
+            "likely",
+            (1 - early / late) / 2,
+            figures.hours((1 - early / late) / 2),
+        )
+    outliers = rows[ms > 1.25 * np.median(ms)]
+    if len(outliers) >= 3 and len(outliers) >= 0.02 * len(rows):
+        extra = float((log.steps.ms[outliers] - np.median(ms)).sum() / ms.sum())
+        yield _finding(
+            "slow_steps",
+            "warning" if extra > 0.03 else "info",
+            f"{len(outliers)} of {len(rows)} steady steps took more than 1.25 times the median of "
+            f"{np.median(ms):,.0f} ms",
+            [seen(int(row)) for row in outliers[:4]],
+            "Steps of one run do the same work. Something else took the time now and then: a slow disk under the "
+            "data (np.memmap reads from it inside the step), another program, a garbage collection.",
+            "Keep train.bin on a local SSD, or in memory; look at 'data wait' in fastgpt's log.",
+            "possible",
+            extra,
+            figures.hours(extra),
+        )
+
+
+@check(section=10)
+def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """More than a twentieth of the time spent on evaluations: as measured, else as counted from the config."""
+    share, how, seen = figures.evaluation_share, "measured in the log", figures.place("eval_interval", "eval_iters")
+    if share is None:
+        share, how = (
+            counted_share(figures, evidence.log),
+            "forward passes of both splits at a third of a training step's FLOPs",
+        )
+    if share is None or share <= MUCH_EVALUATION:
+        return
+    interval = evaluation_interval(figures.config, evidence.log)
+    iters = figures.config.get("eval_iters")
+    longer = math.ceil(share / MUCH_EVALUATION) * 2 * (interval or 1)
+    yield _finding(
+        "evaluation_time",
+        "warning",
+        f"{share:.0%} of the time goes into evaluations ({share * 24 * 60:.0f} minutes per day)",
+        seen,
+        f"One every {interval} steps, {iters} batches a split ({how}).",
+        f"eval_interval = {longer}",
+        "certain" if figures.evaluation_share is not None else "likely",
+        share,
+        figures.hours(share),
+    )
+
+
+def counted_share(figures: Figures, log: LogFacts | None) -> float | None:
+    """Share of the time that evaluations will take, by their FLOPs; None where there is a log, or a setting is missing."""
+    interval, iters, batch = (figures.config.get(name) for name in ("eval_interval", "eval_iters", "batch_size"))
+    block, tokens = figures.config.get("block_size"), figures.tokens_per_step
+    if log is not None or not (interval and iters and batch and block and tokens):
+        return None
+    splits = 2 if figures.config.kind == "nanogpt" else 1
+    extra = splits * iters * batch * block / 3
+    return extra / (extra + interval * tokens)

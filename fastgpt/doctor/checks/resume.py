@@ -1,0 +1,253 @@
+"""What goes wrong when a run is continued: another shape, another schedule, a best_val_loss that is not the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fastgpt.anatomy import SHAPE
+from fastgpt.common import millions
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place, clean
+from fastgpt.doctor.figures import Figures
+from fastgpt.doctor.findings import Finding, check
+from fastgpt.hardware.cards import Gpu
+
+
+@check(section=7)
+def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """A checkpoint of another shape than the config."""
+    kept, config = evidence.checkpoint, evidence.config
+    if kept is None or config is None:
+        return
+    differing = [
+        name
+        for name in SHAPE  # nanoGPT takes these from the checkpoint on resume, whatever the config says
+        if name in kept.shape and config.get(name) is not None and config.get(name) != kept.shape[name]
+    ]
+    if kept.kind == "nanogpt" and not config.is_set("vocab_size"):
+        differing = [name for name in differing if name != "vocab_size"]  # nanoGPT takes it from the data
+    if not differing:
+        return
+    fields = "; ".join(
+        f"{name}: {kept.shape[name]} in the checkpoint, {config.get(name)} in the config" for name in differing
+    )
+    resumes = config.get("init_from") == "resume"
+    nanogpt = kept.kind == "nanogpt"
+    yield Finding(
+        id="resume_shape_mismatch",
+        check="resume_shape_mismatch",
+        severity="critical",
+        title=f"The checkpoint has another shape than the config: {', '.join(differing)}",
+        evidence=[(Place(kept.file), fields), *figures.place(*differing)],
+        explanation=(
+            "With init_from = 'resume' nanoGPT takes n_layer, n_head, n_embd, block_size, bias and vocab_size from "
+            "the checkpoint without a word: the run would go on training the old model."
+            if nanogpt
+            else "fastgpt refuses to resume it."
+        )
+        + (f" The checkpoint has {millions(kept.parameters)} parameters." if kept.parameters else ""),
+        advice=(
+            "init_from = 'scratch'    # with a new out_dir, for the model of the config\n"
+            if nanogpt
+            else "A new --out starts the model of the config; to continue the old one:\n"
+        )
+        + "\n".join(f"{name} = {kept.shape[name]!r}" for name in differing)
+        + ("\nto go on with the old model and say so." if nanogpt else ""),
+        confidence="certain",
+        cost=1.0 if resumes else 0.9,
+        cost_text="everything that is trained after resuming" if nanogpt else "",
+    )
+
+
+def learning_rate(step: int, config: ConfigFacts) -> float | None:
+    """nanoGPT's get_lr: linear warmup, cosine to min_lr at lr_decay_iters, min_lr after. None if a value is missing."""
+    peak, floor = config.get("learning_rate"), config.get("min_lr")
+    warmup, end = config.get("warmup_iters"), config.get("lr_decay_iters")
+    if peak is None or floor is None or warmup is None or end is None:
+        return None
+    if not config.get("decay_lr", True):
+        return float(peak)
+    if config.get("schedule", "cosine") != "cosine":
+        return None  # fastgpt has others
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step > end or end <= warmup:
+        return float(floor)
+    return floor + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup))) * (peak - floor)
+
+
+@check(section=7)
+def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """A learning rate that jumps on resume, has already ended, or a run with no steps left."""
+    kept, config = evidence.checkpoint, evidence.config
+    if kept is None or config is None or kept.step is None:
+        return
+    config, own = figures.config, clean(kept.config)[0] if kept.config else None
+    step, end, stop = kept.step, config.get("lr_decay_iters"), config.get("max_iters")
+    here = [(Place(kept.file), f"iter_num {step:,}")]
+
+    def finding(
+        check: str, severity: Any, title: str, explanation: str, advice: str, *names: str, cost: float
+    ) -> Finding:
+        return Finding(
+            "resume_schedule",
+            check,
+            severity,
+            title,
+            here + figures.place(*names),
+            explanation,
+            advice,
+            "certain",
+            cost,
+        )
+
+    resumes = config.get("init_from") == "resume"
+    if evidence.config is kept.config and not resumes:
+        return  # only the checkpoint was given, and it does not ask to be resumed
+    if stop is not None and step >= stop:
+        title = f"The checkpoint has done {step:,} steps and max_iters is {stop:,}: there is nothing left to train"
+        why = "nanoGPT resumes, evaluates once more and ends." if kept.kind == "nanogpt" else "fastgpt refuses this."
+        more = f"max_iters = {2 * step}\nlr_decay_iters = {2 * step}"
+        yield finding(
+            "nothing_left", "critical" if resumes else "info", title, why, more, "max_iters", cost=float(resumes)
+        )
+        return
+    now = learning_rate(step, config)
+    before = learning_rate(step, own) if own else None
+    floor, peak = config.get("min_lr"), config.get("learning_rate")
+    if end is not None and step >= end and config.get("decay_lr", True) and floor is not None and floor != peak:
+        yield finding(
+            "already_finished",
+            "warning",
+            f"The learning rate has already decayed: iter_num {step:,} is past lr_decay_iters {end:,}",
+            f"Every further step has min_lr ({floor:g})" + (f" up to max_iters {stop:,}." if stop else "."),
+            f"lr_decay_iters = {stop or 2 * step}",
+            "lr_decay_iters",
+            "max_iters",
+            "min_lr",
+            cost=(stop - step) / stop if stop else 0.5,
+        )
+    elif now and before and max(now / before, before / now) > 1.25:
+        yield finding(
+            "restarts",
+            "warning",
+            f"The learning rate jumps from {before:.2e} to {now:.2e} on resume",
+            "The schedule of the config is another one than the checkpoint was trained with. A jump up undoes part "
+            "of what the decay brought, and Adam's second moments are of smaller steps: expect the loss to rise "
+            "first.",
+            "The checkpoint's own schedule: "
+            + ", ".join(
+                f"{name} = {own.get(name)}"
+                for name in ("learning_rate", "min_lr", "warmup_iters", "lr_decay_iters")
+                if own and own.get(name) != config.get(name)
+            )
+            + "; or a warmup from the old rate.",
+            "learning_rate",
+            "lr_decay_iters",
+            "warmup_iters",
+            cost=0.2,
+        )
+
+
+@check(section=7)
+def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """nanoGPT's best_val_loss is the last one under always_save_checkpoint, and ckpt.pt with it."""
+    log, kept = evidence.log, evidence.checkpoint
+    if log is None or log.kind != "nanogpt" or figures.best_val is None or figures.last_val is None:
+        return
+    overwritten = bool(figures.config.get("always_save_checkpoint", False))
+    saved = kept.best_val_loss if kept and kept.kind == "nanogpt" and kept.best_val_loss is not None else None
+    last = saved if saved is not None else figures.last_val
+    # Two evaluations of 200 batches differ by some 0.01 for no reason.
+    if last - figures.best_val < (0.001 if saved is not None else 0.02) or not (overwritten or saved is not None):
+        return
+    row = int(np.nanargmin(log.evals.val))
+    seen: list[tuple[Place, str]] = [
+        (log.place(log.evals.line[row]), f"step {log.evals.step[row]}: val {figures.best_val:.4f}")
+    ]
+    if kept is not None and saved is not None:
+        seen.append((Place(kept.file), f"best_val_loss {saved:.4f} at iter_num {kept.step}"))
+    else:
+        end = int(np.flatnonzero(np.isfinite(log.evals.val))[-1])
+        seen.append(
+            (log.place(log.evals.line[end]), f"step {log.evals.step[end]}: val {figures.last_val:.4f}, saved over it")
+        )
+    yield Finding(
+        id="resume_best_val_loss",
+        check="resume_best_val_loss",
+        severity="info",
+        title=f"best_val_loss is {last:.4f}, the best in the log {figures.best_val:.4f}: the best model is gone",
+        evidence=seen + figures.place("always_save_checkpoint"),
+        explanation="With always_save_checkpoint nanoGPT stores each validation loss as best_val_loss and writes "
+        "every checkpoint over the one before, better or not. After resuming, 'best' means the last.",
+        advice="Copy ckpt.pt away when a val loss is to be kept (fastgpt keeps the newest --keep-checkpoints).",
+        confidence="certain" if saved is not None else "likely",
+    )
+
+
+@check(section=7)
+def config_is_not_the_logs(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """The log was not made with this config: what is read from one may not hold for the other."""
+    config, log = evidence.config, evidence.log
+    if config is None or log is None:
+        return
+    differing = _differences(config, evidence, figures)
+    if not differing:
+        return
+    grave = any(grave for _, _, grave in differing)
+    yield Finding(
+        id="config_log_mismatch",
+        check="config_log_mismatch",
+        severity="warning" if grave else "info",
+        title="The log was not made with exactly this config: " + ", ".join(what for what, _, _ in differing),
+        evidence=[place for _, places, _ in differing for place in places],
+        explanation="The file was edited afterwards, or flags on the command line changed it. Findings that need "
+        "both take the log's word for what happened.",
+        advice="Give the config as it was when the run started, and the flags of its command line (--key=value).",
+        confidence="certain" if not grave else "likely",
+        cost=0.0,
+    )
+
+
+def _differences(
+    config: ConfigFacts, evidence: Evidence, figures: Figures
+) -> list[tuple[str, list[tuple[Place, str]], bool]]:
+    log = evidence.log
+    assert log is not None
+    found: list[tuple[str, list[tuple[Place, str]], bool]] = []
+    for note in log.all("override"):
+        name, value = note.value
+        if config.is_set(name) and config.get(name) != value:
+            lines = [(note.place, note.text), *figures.place(name)]
+            found.append((f"{name} {value!r} in the log, {config.get(name)!r} in the config", lines, name in SHAPE))
+    logged, expected = figures.flops_per_token_logged, figures.flops_per_token
+    if logged and expected and figures.gpus == 1 and abs(logged / expected - 1) > 0.05:
+        row = int(np.flatnonzero(log.steps.mfu > 0)[0])
+        what = f"mfu and time say {logged / 1e6:.0f} MFLOP per token, the config {expected / 1e6:.0f}"
+        found.append((what, [(log.place(log.steps.line[row]), f"mfu {log.steps.mfu[row]:.2f}%")], True))
+    for note in log.all("tokens_per_step"):
+        parts = [config.get(name) for name in ("batch_size", "gradient_accumulation_steps", "block_size")]
+        if note.value and None not in parts and math.prod(parts) != note.value:
+            found.append(
+                (
+                    f"{note.value:,} tokens per step in the log, {math.prod(parts):,} in the config",
+                    [(note.place, note.text)],
+                    True,
+                )
+            )
+    if log.kind == "nanogpt" and log.steps.thinned == 1:
+        found += _interval("log_interval", config, log.steps.step, figures, log.place)
+        found += _interval("eval_interval", config, log.evals.step, figures, log.place)
+    return found
+
+
+def _interval(name: str, config: ConfigFacts, steps: np.ndarray, figures: Figures, place: Any) -> list[Any]:
+    wanted = config.get(name)
+    gaps = np.diff(steps)
+    gaps = gaps[gaps > 0]
+    if not config.is_set(name) or len(gaps) < 3 or wanted is None or int(np.median(gaps)) == wanted:
+        return []
+    return [(f"{name} {wanted} in the config, {int(np.median(gaps))} in the log", figures.place(name), False)]

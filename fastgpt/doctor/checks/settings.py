@@ -1,0 +1,306 @@
+"""Schedule, optimizer and shape: settings that contradict each other, or that the chip or the data do not like."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from fastgpt.common import rounded
+from fastgpt.doctor.checks.comments import remarks
+from fastgpt.doctor.checks.resume import learning_rate
+from fastgpt.doctor.evidence import Evidence
+from fastgpt.doctor.figures import Figures
+from fastgpt.doctor.findings import Confidence, Finding, Severity, check
+from fastgpt.hardware.cards import Gpu
+from fastgpt.performance import flops
+
+
+def _finding(
+    figures: Figures,
+    check: str,
+    severity: Severity,
+    title: str,
+    explanation: str,
+    advice: str,
+    *names: str,
+    confidence: Confidence = "certain",
+    cost: float = 0.0,
+    cost_text: str = "",
+) -> Finding:
+    seen = figures.place(*names)
+    return Finding("schedule", check, severity, title, seen, explanation, advice, confidence, cost, cost_text)
+
+
+@check(section=8)
+def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """A warmup that takes most of the run, or never ends."""
+    warm, total = figures.config.get("warmup_iters"), figures.config.get("max_iters")
+    if not warm or not total or warm <= total / 2:
+        return
+    never = warm >= total
+    yield _finding(
+        figures,
+        "warmup_too_long",
+        "critical" if never else "warning",
+        f"warmup_iters {warm:,} " + ("never ends" if never else "takes most of the run") + f": max_iters is {total:,}",
+        f"The rate rises until step {warm:,}"
+        + (
+            f"; the run ends at {total / warm:.0%} of it and never trains at the learning rate that was chosen."
+            if never
+            else ", and decays in what is left. Warmup is for the first few percent."
+        ),
+        f"warmup_iters = {max(1, min(2000, total // 20))}",
+        "warmup_iters",
+        "max_iters",
+        cost=1.0 if never else 0.5,
+        cost_text=figures.hours(min(1.0, warm / total)),
+    )
+
+
+@check(section=8)
+def floor(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """min_lr above learning_rate: the "decay" is a rise."""
+    low, high = figures.config.get("min_lr"), figures.config.get("learning_rate")
+    if low is None or high is None or low <= high:
+        return
+    if not figures.config.get("decay_lr", True):
+        return
+    default = "" if figures.config.is_set("min_lr") else " (the default)"
+    yield _finding(
+        figures,
+        "min_lr_above_lr",
+        "critical",
+        f"min_lr {low:g}{default} is above learning_rate {high:g}: the rate rises from warmup to the end",
+        "The cosine runs from learning_rate to min_lr, whichever is larger.",
+        f"min_lr = {high / 10:g}",
+        "min_lr",
+        "learning_rate",
+        cost=1.0,
+        cost_text=figures.hours(),
+    )
+
+
+@check(section=8)
+def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """A decay that ends well before the run, or is cut off by its end."""
+    end, total = figures.config.get("lr_decay_iters"), figures.config.get("max_iters")
+    if not end or not total or not figures.config.get("decay_lr", True):
+        return
+    default = "" if figures.config.is_set("lr_decay_iters") else " (the default)"
+    if end < 0.9 * total:
+        yield _finding(
+            figures,
+            "decay_ends_early",
+            "warning",
+            f"The learning rate is at its floor for the last {1 - end / total:.0%} of the run: lr_decay_iters "
+            f"{end:,}{default}, max_iters {total:,}",
+            "Steps at the floor change the model little. Decay and run end together in every recipe this comes from "
+            "(Hoffmann et al. 2022: a decay that misses the end by more than 25% costs loss).",
+            f"lr_decay_iters = {total}",
+            "lr_decay_iters",
+            "max_iters",
+            cost=1 - end / total,
+            cost_text=figures.hours(1 - end / total) + " at the floor",
+        )
+    elif end > 1.1 * total:
+        last, peak = learning_rate(total, figures.config), figures.config.get("learning_rate")
+        left = f" at {last:.2e}, {last / peak:.0%} of its peak" if last and peak else ""
+        yield _finding(
+            figures,
+            "decay_cut_off",
+            "warning",
+            f"The run ends before its decay does: lr_decay_iters {end:,}{default}, max_iters {total:,}",
+            f"The learning rate stops{left}. The last part of a decay brings the most: a schedule longer than the run "
+            "ends at a higher loss (Hoffmann et al. 2022, appendix B).",
+            f"lr_decay_iters = {total}",
+            "lr_decay_iters",
+            "max_iters",
+            cost=0.2,
+        )
+
+
+@check(section=8)
+def ranks(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """Accumulation that does not divide by the number of processes: nanoGPT stops with an assertion."""
+    accumulate = figures.config.get("gradient_accumulation_steps")
+    names = ("world_size", "nproc_per_node", "ranks")
+    name = next((name for name in names if figures.config.get(name)), None)
+    count = figures.config.get(name) if name else None
+    source = figures.place(name) if name else []
+    if count is None:
+        for _, setting in remarks(figures):
+            if match := re.search(r"--nproc[-_]per[-_]node[= ](\d+)", setting.comment):
+                count, source = int(match[1]), [(setting.place, setting.text or f"# {setting.comment}")]
+    if count is None and (figures.gpus or 1) > 1:
+        count = figures.gpus
+    if not accumulate or not count or accumulate % count == 0:
+        return
+    yield Finding(
+        "schedule",
+        "accumulation_not_divisible",
+        "critical",
+        f"gradient_accumulation_steps {accumulate} does not divide by {count} processes",
+        source + figures.place("gradient_accumulation_steps"),
+        "nanoGPT divides the accumulation among the ranks and asserts that nothing is left over: the run does not "
+        "start.",
+        f"gradient_accumulation_steps = {count * max(1, round(accumulate / count))}",
+        "certain",
+        1.0,
+    )
+
+
+SMALL_BATCH, LARGE_BATCH = 32_768, 262_144  # tokens per step
+SHORT_MEMORY = 250_000  # tokens
+
+
+@check(section=8)
+def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """Adam's memory of squared gradients, in tokens: too short for tiny batches, needlessly long for large ones."""
+    value, tokens, total = figures.config.get("beta2"), figures.tokens_per_step, figures.config.get("max_iters")
+    if not value or value >= 1 or tokens is None or not figures.config.is_set("beta2"):
+        return
+    half_life = math.log(0.5) / math.log(value)
+    memory = f"{half_life:.0f} steps, {rounded(half_life * tokens)} tokens"
+    told = f"beta2 {value:g} halves a squared gradient's weight in {memory}. "
+    if tokens >= LARGE_BATCH and value >= 0.99:
+        yield _finding(
+            figures,
+            "beta2_for_batch",
+            "info",
+            f"beta2 {value:g} with {tokens:,} tokens per step: 0.95 is usual for batches this large",
+            told
+            + "GPT-3 and nanoGPT's GPT-2 take 0.95 at half a million tokens; 0.99 is nanoGPT's for tiny batches. A long "
+            "memory is slow to notice that gradients grew, and makes loss spikes likelier. What it costs here is not "
+            "known.",
+            "beta2 = 0.95",
+            "beta2",
+            confidence="possible",
+        )
+    elif tokens < SMALL_BATCH and half_life * tokens < SHORT_MEMORY and (total or 0) > 2000:
+        better = 0.99 if value < 0.99 else 0.999
+        yield _finding(
+            figures,
+            "beta2_for_batch",
+            "info",
+            f"beta2 {value:g} with only {tokens:,} tokens per step: a longer memory is usual for batches this small",
+            told + "With few tokens per step the squared gradients are noisy, and so are the steps.",
+            f"beta2 = {better}",
+            "beta2",
+            confidence="possible",
+        )
+
+
+@check(section=8)
+def weight_decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """Weight decay on norms: nanoGPT says how many tensors it leaves alone."""
+    for note in evidence.log.all("no_decay") if evidence.log else []:
+        left_alone = re.search(r"non-decayed parameter tensors: (\d+)", note.text)
+        if left_alone and int(left_alone[1]) == 0 and figures.config.get("weight_decay", 0):
+            yield Finding(
+                "schedule",
+                "weight_decay_on_norms",
+                "warning",
+                "Weight decay is applied to every tensor, norms and biases too",
+                [(note.place, note.text), *figures.place("weight_decay")],
+                "Decay pulls the gains of the norms to 0, against what they are for; GPT-2 and GPT-3 recipes decay "
+                "matrices and embeddings only.",
+                "Put parameters with fewer than two dimensions into a group with weight_decay = 0.0.",
+                "certain",
+                0.02,
+            )
+            return
+
+
+@check(section=8)
+def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """A large vocabulary that is not a multiple of 64."""
+    size = figures.shape.vocab_size if figures.shape else None
+    if size is None or figures.shape is None or size % 64 == 0 or size < 1024:
+        return
+    padded = 64 * math.ceil(size / 64)
+    head = 6 * size * figures.shape.n_embd / flops.palm(figures.shape)
+    yield _finding(
+        figures,
+        "vocabulary_not_padded",
+        "warning",
+        f"vocab_size {size:,} is not a multiple of 64: the head's matmuls run off the fast path",
+        f"The head is {head:.0%} of this model's FLOPs, and rows of {size:,} bf16 values are not aligned to 16 bytes, "
+        f"which tensor-core kernels want. {padded - size} rows more cost {(padded - size) * figures.shape.n_embd:,} "
+        "parameters that no token uses.",
+        f"vocab_size = {padded}",
+        "vocab_size",
+        confidence="likely",
+        cost=0.1 * head,
+    )
+
+
+@check(section=8)
+def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """Heads whose dimension attention kernels pad, or that are too small to fill a matmul instruction."""
+    if figures.shape is None:
+        return
+    if figures.shape.n_embd % figures.shape.n_head:
+        yield _indivisible(figures, figures.shape.n_embd, figures.shape.n_head)
+        return
+    width, heads = figures.shape.n_embd, figures.shape.n_head
+    D = width // heads
+    padded = max(16, 2 ** math.ceil(math.log2(D)))
+    if padded / D < 1.2 and D >= 16:
+        return
+    fitting = [h for h in range(1, width + 1) if width % h == 0 and width // h in (64, 128)]
+    better = min(fitting, key=lambda h: abs(h - heads), default=None)
+    yield _finding(
+        figures,
+        "head_dimension",
+        "warning",
+        f"Head dimension {D} ({width} / {heads}): attention kernels compute {padded}, {1 - D / padded:.0%} of it for "
+        "nothing",
+        "Flash attention works on heads of 16, 32, 64, 128 or 256 (some kernels also 96): others are padded to the "
+        "next. It concerns attention only, not the linear layers.",
+        f"n_head = {better}    # head dimension {width // better}" if better else "An n_embd that is n_head x 64.",
+        "n_head",
+        "n_embd",
+        confidence="likely",
+        cost=(1 - D / padded)
+        * 12
+        * figures.shape.n_layer
+        * width
+        * figures.shape.block_size
+        / flops.palm(figures.shape)
+        / 2,
+    )
+
+
+def _indivisible(figures: Figures, width: int, heads: int) -> Finding:
+    near = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - heads), h))
+    return _finding(
+        figures,
+        "heads_do_not_divide",
+        "critical",
+        f"n_embd {width} is not a multiple of n_head {heads}",
+        "Each head takes an equal part of the width: the model cannot be built.",
+        f"n_head = {near}",
+        "n_head",
+        "n_embd",
+        cost=1.0,
+    )
+
+
+@check(section=8)
+def block_size(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """A context longer than the data."""
+    block, corpus = figures.config.get("block_size"), figures.corpus_tokens
+    if not block or corpus is None or block < corpus:
+        return
+    yield _finding(
+        figures,
+        "block_size_beyond_data",
+        "critical",
+        f"block_size {block:,} is beyond the data: the corpus has {corpus:,} tokens",
+        "There is not one whole window in it: nanoGPT fails when it draws the first batch.",
+        f"block_size = {2 ** int(math.log2(max(2, corpus // 16)))}",
+        "block_size",
+        "dataset",
+        cost=1.0,
+    )

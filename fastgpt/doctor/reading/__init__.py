@@ -1,0 +1,1 @@
+"""What people have (logs, configs, checkpoints, corpora) -> facts of the evidence."""

@@ -1,0 +1,175 @@
+"""Checkpoints: nanoGPT's ckpt.pt and fastgpt's. Shapes and plain values only; tensors are not read, code is never run."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastgpt.anatomy import SHAPE, Shapes, shape_told_by
+from fastgpt.common import UserError
+from fastgpt.doctor.evidence import CheckpointFacts, Place, Unread
+from fastgpt.doctor.reading import configs, configs_fastgpt
+from fastgpt.doctor.reading.literals import NotLiteral, checked
+
+FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+_NAME = re.compile(r"(?:ckpt|step)-(\d{8,})(?:\.pt)?")
+
+
+def is_checkpoint(path: Path, head: bytes) -> bool:
+    """Whether a file that begins with ``head`` is a pickle or a zip (which torch.save writes), or a folder is fastgpt's."""
+    if path.is_dir():
+        return (path / "manifest.json").is_file() and (path / "state.json").is_file()
+    return head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the most steps in a run's folder: fastgpt's, else nanoGPT's ckpt.pt."""
+    numbered = [(int(m[1]), path) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name))]
+    whole = [(step, path) for step, path in numbered if path.is_file() or is_checkpoint(path, b"")]
+    if whole:
+        return max(whole)[1]
+    return folder / "ckpt.pt" if (folder / "ckpt.pt").is_file() else None
+
+
+def read_checkpoint(path: Path) -> CheckpointFacts:
+    """What a checkpoint holds. Raises UserError for one that is damaged, of another program, or that would run code."""
+    if path.is_dir():
+        return _fastgpt(path, *_from_folder(path))
+    state = _load(path)
+    if not isinstance(state, Mapping):
+        raise UserError(f"checkpoint {path} holds a {type(state).__name__}: it is neither nanoGPT's nor fastgpt's")
+    model = state.get("model", state)
+    shapes = _shapes(model if isinstance(model, Mapping) else {})
+    if not any(name.endswith("wte.weight") for name in shapes):
+        raise UserError(
+            f"checkpoint {path} holds no GPT-2 (no transformer.wte.weight): it is neither nanoGPT's nor fastgpt's"
+        )
+    config = state.get("config")
+    if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):
+        return _fastgpt(path, state, shapes)
+    return _nanogpt(path, state, shapes)
+
+
+def _nanogpt(path: Path, state: Mapping[str, Any], shapes: Shapes) -> CheckpointFacts:
+    """{model, optimizer, model_args, iter_num, best_val_loss, config}; of a bare state dict, what its tensors say."""
+    args, config = state.get("model_args"), state.get("config")
+    facts = _facts("nanogpt", path, args if isinstance(args, Mapping) else {}, shapes)
+    facts.step = _whole(state.get("iter_num"))
+    facts.best_val_loss = _number(state.get("best_val_loss"))
+    if isinstance(config, Mapping):
+        facts.config = configs.of_values(config, Place(str(path)))
+    return facts
+
+
+def _fastgpt(path: Path, state: Mapping[str, Any], shapes: Shapes) -> CheckpointFacts:
+    """{config: {model, data, optim, train}, step, best_val_loss, ...}."""
+    config = state.get("config")
+    config = config if isinstance(config, Mapping) else {}
+    shape = config.get("model")
+    facts = _facts("fastgpt", path, shape if isinstance(shape, Mapping) else {}, shapes)
+    facts.step = _whole(state.get("step"))
+    facts.best_val_loss = _number(state.get("best_val_loss"))
+    facts.config = configs_fastgpt.of_sections(config, Place(str(path)))
+    return facts
+
+
+def _from_folder(path: Path) -> tuple[Mapping[str, Any], Shapes]:
+    """A checkpoint that is a folder: its plain values, and the shapes of its model's tensors."""
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        table = json.loads((path / "tensors.json").read_bytes())
+        shapes = {str(name): tuple(map(int, entry["shape"])) for name, entry in table.items()}
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.filename}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise UserError(f"checkpoint {path} is damaged: state.json or tensors.json is not what was written") from error
+    if not isinstance(state, Mapping):
+        raise UserError(f"checkpoint {path} is damaged: state.json is not what was written")
+    return state, {name.removeprefix("model."): shape for name, shape in shapes.items() if name.startswith("model.")}
+
+
+def _load(path: Path) -> Any:
+    """torch.load that maps a file's tensors instead of reading them, and refuses everything that is not plain data."""
+    import torch  # two seconds that only a checkpoint is worth
+
+    with open(path, "rb") as file:
+        mapped = file.read(4) == b"PK\x03\x04"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if named := re.search(r"(?:GLOBAL |global )([\w.]+)", str(error)):
+            raise UserError(
+                f"checkpoint {path} is refused: loading it would run {named[1]}, and a checkpoint should hold nothing but "
+                "tensors, numbers and strings"
+            ) from error
+        raise UserError(
+            f"checkpoint {path} is refused or damaged: it is not plain tensors, numbers and strings"
+        ) from error
+    except Exception as error:  # damage shows as RuntimeError, EOFError, zipfile's, ValueError, KeyError, ...
+        raise UserError(f"checkpoint {path} is truncated, damaged, or no checkpoint") from error
+
+
+def _shapes(tensors: Mapping[Any, Any]) -> Shapes:
+    """Shapes by name without torch.compile's and DDP's prefixes; of tensors over the same memory (a tied head) the first."""
+    import torch
+
+    shapes: Shapes = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        memory = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        if tensor.device.type == "cpu" and tensor.numel() and memory in seen:
+            continue
+        seen.add(memory)
+        shapes[re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", str(name))] = tuple(tensor.shape)
+    return shapes
+
+
+def _facts(kind: Any, path: Path, said: Mapping[Any, Any], shapes: Shapes) -> CheckpointFacts:
+    """Shape as the checkpoint says it; where its tensors say otherwise, theirs."""
+    facts = CheckpointFacts(kind, str(path), {})
+    for name in SHAPE:
+        if said.get(name) is None:
+            continue
+        try:
+            facts.shape[name] = checked(name, said[name], configs.DEFAULTS[name])
+        except NotLiteral as error:
+            facts.unread.append(Unread(Place(str(path)), name, str(error)))
+    for name, value in shape_told_by(shapes).items():
+        if name in facts.shape and facts.shape[name] != value:
+            why = f"the checkpoint says {facts.shape[name]}, its tensors {value}: the tensors count"
+            facts.unread.append(Unread(Place(str(path)), name, why))
+        facts.shape[name] = value
+    facts.parameters = _count(shapes) or None
+    return facts
+
+
+def _count(shapes: Shapes) -> int:
+    """Parameters, excluding position embeddings, and the causal masks that nanoGPT stores where it has no flash attention."""
+    masks = re.compile(r"\.attn\.(?:masked_)?bias$")
+    return sum(
+        math.prod(shape) for name, shape in shapes.items() if not masks.search(name) and not name.endswith("wpe.weight")
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a tensor of one element (nanoGPT's best_val_loss is one), as a float; None for anything else."""
+    try:
+        number = float(value)
+    except Exception:  # a tensor of many elements, a string, None, a meta tensor
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None or number < 0 or number > 1e15 else int(number)

@@ -1,0 +1,193 @@
+"""nanoGPT's configs, parsed and never executed: a Python file of assignments, then ``--key=value`` over it.
+
+A config is untrusted input. A line that assigns a literal, or arithmetic on literals and on names set before, is read;
+anything else (imports, calls, f-strings, conditions) is listed, and a name it may have set counts as unknown from there on.
+fastgpt's own TOML is configs_fastgpt.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastgpt.common import UserError
+from fastgpt.doctor.evidence import ConfigFacts, Place, Setting, Unread
+from fastgpt.doctor.reading import configs_fastgpt
+from fastgpt.doctor.reading.literals import (
+    PARSE_ERRORS,
+    NotLiteral,
+    assign,
+    checked,
+    comment_of,
+    literal_or_text,
+    names_set_by,
+    parse,
+)
+
+COMMAND_LINE = Place("command line")
+
+DEFAULTS: Mapping[str, Any] = {
+    "out_dir": "out",
+    "eval_interval": 2000,
+    "log_interval": 1,
+    "eval_iters": 200,
+    "eval_only": False,
+    "always_save_checkpoint": True,
+    "init_from": "scratch",
+    "wandb_log": False,
+    "wandb_project": "owt",
+    "wandb_run_name": "gpt2",
+    "dataset": "openwebtext",
+    "gradient_accumulation_steps": 40,
+    "batch_size": 12,
+    "block_size": 1024,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "dropout": 0.0,
+    "bias": False,
+    "learning_rate": 6e-4,
+    "max_iters": 600000,
+    "weight_decay": 1e-1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "grad_clip": 1.0,
+    "decay_lr": True,
+    "warmup_iters": 2000,
+    "lr_decay_iters": 600000,
+    "min_lr": 6e-5,
+    "backend": "nccl",
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "compile": True,
+    "vocab_size": 50304,  # not a setting: what train.py takes when the dataset has no meta.pkl
+}
+"""The defaults of nanoGPT's train.py."""
+
+
+def parse_nanogpt(text: str, file: str, first_line: int = 1) -> ConfigFacts:
+    """A nanoGPT config as facts; never raises, whatever the text. ``first_line`` is the line of ``file`` on which the text
+    begins (a log may repeat the config)."""
+    facts = ConfigFacts("nanogpt", defaults=dict(DEFAULTS))
+    known = dict(DEFAULTS)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = text.split("\n")
+    comments = [comment_of(line) for line in lines]
+    used: set[int] = set()  # lines whose comment belongs to a setting
+    for i, node in _statements(text, lines):
+        written, place = lines[i].strip()[:200], Place(file, i + first_line)
+        spanned = range(i, i + (node.end_lineno or node.lineno) - node.lineno + 1) if node else range(i, i + 1)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            facts.comments.append(Setting(None, place, written, " ".join(node.value.value.split())))
+            continue
+        try:
+            if node is None:
+                raise NotLiteral("it is not a line of Python")
+            assigned = {name: checked(name, v, DEFAULTS.get(name)) for name, v in assign(node, known).items()}
+        except NotLiteral as error:
+            facts.unread.append(Unread(place, written, str(error)))
+            names = names_set_by(node) if node else set(re.findall(r"^\s*(\w+)\b[^=\w]*=(?!=)", lines[i]))
+            facts.forget(names)
+            known = {name: value for name, value in known.items() if name not in names}
+            continue
+        known.update(assigned)
+        comment = next((comments[j] for j in spanned if j < len(lines) and comments[j]), "")
+        for name, value in assigned.items():
+            facts.settings[name] = Setting(value, place, written, comment)
+            if meant := _misspelt(name):
+                why = f"nanoGPT has no setting {name} (did you mean {meant}?), so this line changes nothing"
+                facts.unread.append(Unread(place, written, why))
+        if assigned:
+            used.update(spanned)
+    for i, comment in enumerate(comments):
+        if comment and i not in used:
+            facts.comments.append(Setting(None, Place(file, i + first_line), lines[i].strip(), comment))
+    facts.comments.sort(key=lambda found: found.place.line or 0)
+    return facts
+
+
+def is_nanogpt(text: str) -> bool:
+    """Whether a text is valid Python that sets at least one of nanoGPT's names."""
+    try:
+        tree = parse(text)
+    except PARSE_ERRORS:
+        return False
+    return any(name in DEFAULTS for node in tree.body for name in names_set_by(node))
+
+
+def of_values(values: Mapping[Any, Any], place: Place) -> ConfigFacts:
+    """nanoGPT's settings as its checkpoints hold them."""
+    facts = ConfigFacts("nanogpt", defaults=dict(DEFAULTS))
+    for name, value in values.items():
+        text = f"{name} = {value!r}"[:200]
+        try:
+            if not isinstance(value, (bool, int, float, str)):
+                raise NotLiteral("it is no plain value")
+            facts.settings[str(name)] = Setting(checked(str(name), value, DEFAULTS.get(name)), place, text)
+        except NotLiteral as error:
+            facts.unread.append(Unread(place, text, str(error)))
+            facts.forget([str(name)])
+    return facts
+
+
+def apply_overrides(facts: ConfigFacts, overrides: Sequence[str], place: Place = COMMAND_LINE) -> None:
+    """``--key=value`` (and ``--key value``) over a config, in place, under the names of the program it is for.
+
+    Raises UserError for an argument of another form. A key that is not known, or a value that the program would stop at,
+    goes into ``facts.unread``."""
+    arguments = list(overrides)
+    while arguments:
+        argument = arguments.pop(0)
+        if re.fullmatch(r"--[A-Za-z_][\w.-]*", argument) and arguments and not arguments[0].startswith("--"):
+            argument = f"{argument}={arguments.pop(0)}"
+        form = re.fullmatch(r"--([A-Za-z_][\w.-]*)=(.*)", argument, re.DOTALL)
+        if form is None:
+            raise UserError(f"override is {argument!r}: write it as --key=value, for example --batch_size=8")
+        value = literal_or_text(form[2])
+        if facts.kind == "fastgpt":
+            field = form[1].replace("-", "_").split(".")[-1]
+            configs_fastgpt.set_field(facts, field, Setting(value, place, argument))
+        else:
+            override(facts, form[1], value, place, argument)
+
+
+def override(facts: ConfigFacts, name: str, value: bool | int | float | str, place: Place, text: str) -> None:
+    """One override as nanoGPT takes it: a setting that exists, a value of the very type that it has."""
+    if name not in facts.settings and name not in DEFAULTS:
+        close = difflib.get_close_matches(name, DEFAULTS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        facts.unread.append(Unread(place, text, f"nanoGPT's train.py has no setting {name}{hint} and stops at it"))
+        return
+    present = facts.get(name, DEFAULTS.get(name))
+    if present is not None and type(present) is not type(value):
+        why = f"nanoGPT stops at it: {name} takes a value of type {type(present).__name__}"
+        facts.unread.append(Unread(place, text, why))
+    try:
+        facts.settings[name] = Setting(checked(name, value, present), place, text)
+    except NotLiteral as error:
+        facts.unread.append(Unread(place, text, str(error)))
+
+
+def _statements(text: str, lines: list[str]) -> Iterator[tuple[int, ast.stmt | None]]:
+    """The statements of a config, each with the index of its line. Where the whole is not Python (cut off, edited in
+    haste), line by line, and None for a line that is not."""
+    try:
+        yield from [(node.lineno - 1, node) for node in parse(text).body]
+        return
+    except PARSE_ERRORS:
+        pass
+    for i, line in enumerate(lines):
+        try:
+            yield from [(i, node) for node in parse(line).body]
+        except PARSE_ERRORS:
+            yield i, None
+
+
+def _misspelt(name: str) -> str | None:
+    """The setting that an unknown name was probably meant to be: nanoGPT takes it without a word."""
+    if name in DEFAULTS or name.startswith("_"):
+        return None
+    return next(iter(difflib.get_close_matches(name, DEFAULTS, n=1, cutoff=0.85)), None)

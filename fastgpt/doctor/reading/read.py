@@ -1,0 +1,167 @@
+"""What the user gave, as evidence. Whether a file is a config, a log or a checkpoint follows from its content, not its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from stat import S_ISREG
+
+from fastgpt.common import UserError
+from fastgpt.config import config_folder, preset_names
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Unread
+from fastgpt.doctor.reading import checkpoints, configs, configs_fastgpt
+from fastgpt.doctor.reading.encoding import decode, is_text
+from fastgpt.doctor.reading.logs import read_log
+
+LARGEST_CONFIG = 1 << 18
+"""A larger file (in bytes) is not a config."""
+
+
+def read(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evidence:
+    """Everything that the given files say. ``paths``: a config (nanoGPT's .py, fastgpt's .toml, or a preset's name), a log, a
+    checkpoint, in any order, or a folder: a run's, from which everything is taken that was not named. ``overrides``: nanoGPT's
+    ``--key=value``.
+
+    A config is, in this order: the file given, with what the log says was overridden; what the log repeats; what the
+    checkpoint stores. Raises UserError for a path that cannot be read or says nothing, and for two files of one kind."""
+    evidence = Evidence()
+    files = [_preset(path) for path in paths]
+    folders = [path for path in files if os.path.isdir(path) and not checkpoints.is_checkpoint(path, b"")]
+    given: dict[str, Path] = {}
+    for path in files:
+        if path not in folders:
+            kind = _read_one(path, evidence)
+            if kind in given:
+                both = f"{given[kind]} and {path} are both a {kind}"
+                raise UserError(f"{both}: the doctor looks at one run, so name one of them")
+            given[kind] = path
+    for path in folders:
+        _read_folder(path, evidence)
+    _settle_config(evidence, overrides)
+    return evidence
+
+
+def _settle_config(evidence: Evidence, overrides: Sequence[str]) -> None:
+    log, checkpoint = evidence.log, evidence.checkpoint
+    if evidence.config is not None and evidence.config.kind == "nanogpt" and log is not None:
+        for note in log.all("override"):
+            name, value = note.value
+            configs.override(evidence.config, name, value, note.place, note.text)
+    if evidence.config is None and log is not None:
+        evidence.config = log.config
+    if evidence.config is None and checkpoint is not None:
+        evidence.config = checkpoint.config
+    if evidence.config is None and overrides:
+        evidence.config = ConfigFacts("nanogpt", defaults=dict(configs.DEFAULTS))
+    if evidence.config is not None:
+        configs.apply_overrides(evidence.config, overrides)
+
+
+def _preset(path: Path) -> Path:
+    """The file of a preset that was given by name."""
+    if str(path) in preset_names() and not os.path.exists(path):
+        return config_folder() / f"{path}.toml"
+    return path
+
+
+def _read_one(path: Path, evidence: Evidence) -> str:
+    """Read one file into its place; returns "config", "log" or "checkpoint". The last of two of a kind stays."""
+    try:
+        if os.path.isdir(path):  # not Path.is_dir: it raises for a name that is too long
+            evidence.checkpoint = checkpoints.read_checkpoint(path)
+            return "checkpoint"
+        mode = path.stat()
+        if not S_ISREG(mode.st_mode):
+            raise UserError(f"{path} is not a file: write what it gives into one")
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_CONFIG + 1)
+        if checkpoints.is_checkpoint(path, data[:4]):
+            evidence.checkpoint = checkpoints.read_checkpoint(path)
+            return "checkpoint"
+        found = _text_file(path, data)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a name with a NUL in it
+        raise UserError(f"{str(path)!r} cannot be read: {error}") from error
+    if isinstance(found, ConfigFacts):
+        evidence.config = found
+        return "config"
+    evidence.log = found
+    return "log"
+
+
+def _text_file(path: Path, data: bytes) -> ConfigFacts | LogFacts:
+    """A config or a log. ``data``: the file as far as a config could reach."""
+    if not data.strip():
+        raise UserError(f"{path} is empty")
+    if not is_text(data[: 1 << 16]):
+        hint = "a damaged checkpoint, or" if path.suffix in checkpoints.FILE_ENDINGS else "no text, so"
+        raise UserError(f"{path} is {hint} nothing that the doctor reads (a config, a log, a checkpoint)")
+    text = decode(data) if len(data) <= LARGEST_CONFIG else ""
+    if configs_fastgpt.is_fastgpt(text) or (text and path.suffix == ".toml"):
+        config = configs_fastgpt.parse_fastgpt(text, str(path))
+        if config.settings:
+            return config
+        raise UserError(f"{path} has none of fastgpt's settings: its sections are [model], [data], [optim] and [train]")
+    if text and configs.is_nanogpt(text):
+        return configs.parse_nanogpt(text, str(path))
+    log = read_log(path)
+    if len(log.steps) or len(log.evals) or log.notes or log.config is not None:
+        return log
+    config = configs.parse_nanogpt(text, str(path))  # damaged, or of names that nanoGPT does not have
+    if any(name in configs.DEFAULTS for name in config.settings) or (config.settings and path.suffix == ".py"):
+        return config
+    raise UserError(
+        f"{path} says nothing that the doctor knows: it is no config (nanoGPT's, or fastgpt's TOML), no log of nanoGPT, "
+        "nanochat, llm.c or fastgpt, and no checkpoint"
+    )
+
+
+def _read_folder(folder: Path, evidence: Evidence) -> None:
+    """Take from a run's folder what was not given by name: metrics.jsonl or the newest log, the newest checkpoint, the
+    config if there is only one. What is left, and what cannot be read, is listed. Raises UserError if there is nothing."""
+    try:
+        checkpoint = checkpoints.newest(folder)
+        files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: -path.stat().st_mtime)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    found = Evidence(log=evidence.log)
+    named = evidence.log is not None
+    all_configs: list[ConfigFacts] = []
+    if checkpoint is not None and evidence.checkpoint is None:
+        _try(checkpoint, found)
+    for path in sorted(
+        (path for path in files if path.suffix in _LOGS + _CONFIGS), key=lambda path: _ORDER.index(path.suffix)
+    ):
+        if found.log is None or path.suffix in _CONFIGS:
+            _try(path, found)
+        elif not named:
+            found.unread.append(Unread(Place(str(path)), "", f"it was left alone: the log is {found.log.file}"))
+        if found.config is not None:
+            all_configs.append(found.config)
+            found.config = None
+    if len(all_configs) > 1:
+        found.unread.append(
+            Unread(Place(str(folder)), "", f"{len(all_configs)} configs lie in it: name the one that was used")
+        )
+    has_checkpoint = found.checkpoint is not None or (checkpoint is not None and evidence.checkpoint is not None)
+    if not has_checkpoint and not all_configs and found.log is None:
+        why = f": {found.unread[0].why}" if found.unread else ""
+        raise UserError(f"{folder} has no config, log or checkpoint that can be read in it{why}")
+    evidence.checkpoint = evidence.checkpoint or found.checkpoint
+    evidence.log = found.log
+    if evidence.config is None and len(all_configs) == 1:
+        evidence.config = all_configs[0]
+    evidence.unread += found.unread
+
+
+_LOGS, _CONFIGS = (".jsonl", ".log", ".txt", ".out"), (".py", ".toml")
+_ORDER = _LOGS + _CONFIGS  # the likeliest first
+
+
+def _try(path: Path, found: Evidence) -> None:
+    try:
+        _read_one(path, found)
+    except UserError as error:
+        found.unread.append(Unread(Place(str(path)), "", str(error)))

@@ -1,0 +1,140 @@
+"""A report for the terminal, and for machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fastgpt.common import millions, rounded
+from fastgpt.doctor.diagnosis import Diagnosis
+from fastgpt.doctor.figures import Figures, units
+from fastgpt.doctor.findings import Finding
+from fastgpt.hardware.cards import Gpu
+
+COLOURS = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
+
+
+def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
+    """Everything: findings, figures with what they are, what could not be checked or read."""
+    return {
+        "findings": [finding.to_json() for finding in report.findings],
+        "figures": report.figures.to_json(),
+        "units": units(),
+        "gpu": gpu.name if gpu else None,
+        "precision": report.figures.precision,
+        "not_checked": report.not_checked,
+        "unread": [{"file": place.file, "line": place.line, "text": text} for place, text in report.unread],
+    }
+
+
+def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
+    """The figures worth a line, in words."""
+
+    def row(name: str, form: str, *values: object) -> list[tuple[str, str]]:
+        return [] if any(value is None for value in values) else [(name, form.format(*values))]
+
+    f = figures
+    parameters = millions(f.parameters) if f.parameters else None
+    spent = f.tokens_seen if f.tokens_seen is not None else f.tokens_planned
+    share = 100 * f.evaluation_share if f.evaluation_share is not None else None
+    nominal = 100 * f.mfu_nominal if f.mfu_nominal is not None else None
+    unit = 100 * f.mfu_nanogpt if f.mfu_nanogpt is not None else None
+    ceiling = 100 * f.ceiling_nanogpt if f.ceiling_nanogpt is not None else None
+    ratio = ",.0f" if (f.tokens_per_parameter or 0) >= 100 else ".3g"
+    card = gpu.name.removeprefix("NVIDIA ") if gpu else ""
+    return [
+        *row("model", "{} parameters (positions apart)", parameters),
+        *row(
+            "tokens",
+            "{:,} per step, {} " + ("seen" if f.tokens_seen is not None else "planned"),
+            f.tokens_per_step,
+            spent and rounded(spent),
+        ),
+        *row("", f"{{:{ratio}}} per parameter (Chinchilla: 20)", f.tokens_per_parameter),
+        *row(
+            "speed",
+            "{:,.0f} ms per step, {:,.0f} tokens/s, {:.1f} TFLOP/s",
+            f.steady_ms_per_iter,
+            f.tokens_per_second,
+            f.model_tflops,
+        ),
+        *row("MFU", "{:.1f}% of the " + card + " ({:.1f} TFLOP/s {})", nominal, f.nominal_tflops, f.precision),
+        *(row("", "{}", f.out_of_reach) if nominal is not None and f.out_of_reach else []),
+        *row("", "{:.1f}% in nanoGPT's unit (of an A100); the card's ceiling there is {:.1f}%", unit, ceiling),
+        *(row("MFU", "{:.1f}% in nanoGPT's unit (of an A100)", unit) if ceiling is None else []),
+        *row("evaluations", "{:.1f}% of the time, {:.0f} minutes per day", share, f.evaluation_minutes_per_day),
+        *row("val loss", "{:.4f} last, {:.4f} lowest (step {:,})", f.last_val, f.best_val, f.best_val_step),
+    ]
+
+
+def print_report(report: Diagnosis, gpu: Gpu | None, console: Console) -> None:
+    """Figures, findings with their evidence, then what was left open."""
+    grid = Table.grid(padding=(0, 2))
+    for name, text in summary(report.figures, gpu):
+        grid.add_row(f"[dim]{name}", escape(text))
+    console.print(grid)
+    for number, finding in enumerate(report.findings, 1):
+        console.print(_finding(number, finding))
+    console.print()
+    if report.unread:
+        console.print(f"[bold]Could not be read[/] ({len(report.unread)})")
+        for place, text in report.unread[:10]:
+            console.print(Padding(Text(f"{place}  {text}"), (0, 0, 0, 2)))
+    if report.not_checked:
+        console.print("[bold]Not checked")
+        for sentence in report.not_checked:
+            console.print(Padding(Text(sentence), (0, 0, 0, 2)))
+    console.print(_verdict(report))
+
+
+def _finding(number: int, finding: Finding) -> RenderableType:
+    colour = COLOURS[finding.severity]
+    head = Text.assemble("\n", (f"{number}. {finding.severity}", colour), "  ", (finding.title, "bold"))
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True, min_width=6)
+    rows.add_column()
+    for i, (place, text) in enumerate(finding.evidence):
+        rows.add_row("seen" if i == 0 else "", Text.assemble((f"{place}  ", "dim"), text))
+    rows.add_row("why", _prose(finding.explanation))
+    rows.add_row("do", _advice(finding.advice))
+    sure = f"{finding.confidence}" + (f"; at stake: {finding.cost_text}" if finding.cost_text else "")
+    rows.add_row("sure", Text(f"{sure}  [{finding.id}]", style="dim"))
+    return Group(head, Padding(rows, (0, 0, 0, 3)))
+
+
+def _prose(text: str) -> RenderableType:
+    """Paragraphs wrap; tables keep their lines."""
+    parts: list[RenderableType] = []
+    for line in text.split("\n"):
+        parts.append(Text(line, no_wrap=is_table(line), overflow="ignore" if is_table(line) else "fold"))
+    return Group(*parts)
+
+
+def is_table(line: str) -> bool:
+    """Whether a line of an explanation belongs to a table, and is not wrapped."""
+    return line.startswith("  ")
+
+
+def is_code(line: str) -> bool:
+    """Whether a line of advice is a config line."""
+    return " = " in line and not line.endswith((".", ":", ";"))
+
+
+def _advice(text: str) -> RenderableType:
+    return Group(*(Text(line, style="green" if is_code(line) else "") for line in text.split("\n")))
+
+
+def counts(report: Diagnosis) -> str:
+    """ "1 critical, 3 warnings, 4 notes"."""
+    by = [sum(f.severity == s for f in report.findings) for s in ("critical", "warning", "info")]
+    words = [f"{by[0]} critical", f"{by[1]} warning{'s' * (by[1] != 1)}", f"{by[2]} note{'s' * (by[2] != 1)}"]
+    return ", ".join(word for n, word in zip(by, words) if n)
+
+
+def _verdict(report: Diagnosis) -> str:
+    return f"[bold]{counts(report)}" if report.findings else "[bold green]nothing found"

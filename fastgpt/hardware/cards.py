@@ -1,0 +1,336 @@
+"""What a GPU can do: dense peak per arithmetic, memory, the limits of an SM.
+
+A nominal peak is SMs x boost clock x FLOP per clock per SM (``ARCHS``): dense, never sparse. GeForce cards run their
+tensor cores at half rate when they accumulate in fp32; workstation and data-centre cards do not. A card that is not in
+``GPUS`` has no nominal peak: ``lookup`` returns None, never another card. Nothing here touches CUDA at import.
+
+    python -m fastgpt.hardware [NAME] [--json]
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastgpt.common import UserError
+from fastgpt.hardware.ceilings import (
+    ARITHMETICS,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+NANOGPT_PEAK = 312e12
+"""What nanoGPT's mfu divides by, whatever the card: an A100's dense bf16 peak, FLOP per second."""
+
+NO_GPU = "gpu is not given and there is no CUDA GPU here: name one, such as rtx4070"
+
+HALVED = frozenset({"bf16", "fp16", "fp8", "tf32"})
+"""What a GeForce card does at half the architecture's rate: tensor-core arithmetic that accumulates in fp32."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One compute capability: dense FLOP per clock per SM at full rate, and the limits of an SM."""
+
+    name: str
+    rates: dict[str, int]
+    shared_per_sm: int  # bytes
+    shared_per_block: int  # bytes, after opting in
+    max_warps: int  # per SM
+    max_blocks: int  # per SM
+    registers: int = 65536  # per SM, 32 bits each
+
+
+def _rates(fp16: int, fp32: int, *, bf16: bool = True, fp8: bool = False) -> dict[str, int]:
+    """tf32 runs at half the fp16 rate and fp8 at twice; chips without bf16 have no tf32 either."""
+    rates = {"fp16": fp16, "fp16_fp16acc": fp16, "fp32": fp32}
+    if bf16:
+        rates |= {"bf16": fp16, "tf32": fp16 // 2}
+    if fp8:
+        rates |= {"fp8": 2 * fp16, "fp8_fp16acc": 2 * fp16}
+    return rates
+
+
+# Rates: NVIDIA's whitepapers (Volta, Turing, A100, GA102, Ada, Hopper, RTX Blackwell). Limits: CUDA C++ Programming
+# Guide, "Technical Specifications per Compute Capability".
+ARCHS = {
+    "sm_70": Arch("Volta", _rates(1024, 128, bf16=False), 98304, 98304, 64, 32),
+    "sm_75": Arch("Turing", _rates(1024, 128, bf16=False), 65536, 65536, 32, 16),
+    "sm_80": Arch("Ampere", _rates(2048, 128), 167936, 166912, 64, 32),
+    "sm_86": Arch("Ampere", _rates(1024, 256), 102400, 101376, 48, 16),
+    "sm_89": Arch("Ada", _rates(1024, 256, fp8=True), 102400, 101376, 48, 24),
+    "sm_90": Arch("Hopper", _rates(4096, 256, fp8=True), 233472, 232448, 64, 32),
+    "sm_120": Arch("Blackwell", _rates(1024, 256, fp8=True), 102400, 101376, 48, 24),
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One product. ``name`` is the string that torch.cuda.get_device_name gives, letter by letter."""
+
+    name: str
+    arch: str  # key of ARCHS
+    sm_count: int
+    boost_mhz: int  # the clock that NVIDIA's tensor-core figures are for
+    memory_gbs: float
+    vram_gb: int
+    l2_mb: int
+    power_w: int  # the board's limit
+    source: str
+    full_rate: bool  # False: GeForce, see HALVED
+    short: tuple[str, ...] = ()  # further short names
+    fp32_mhz: int | None = None  # where NVIDIA's fp32 figure is for a clock of its own
+
+    @property
+    def chip(self) -> Arch:
+        return ARCHS[self.arch]
+
+    def peak_flops(self, arithmetic: str) -> float | None:
+        """Dense FLOP per second, or None where the chip does not have this arithmetic."""
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(f"arithmetic is {arithmetic!r}: it must be one of {', '.join(ARITHMETICS)}")
+        rate = self.chip.rates.get(arithmetic)
+        if rate is None:
+            return None
+        if arithmetic in HALVED and not self.full_rate:
+            rate //= 2
+        mhz = self.fp32_mhz if arithmetic == "fp32" and self.fp32_mhz else self.boost_mhz
+        return self.sm_count * rate * mhz * 1e6
+
+    def to_json(self) -> dict[str, Any]:
+        peaks = {a: self.peak_flops(a) for a in ARITHMETICS}
+        dense = {a: None if p is None else round(p / 1e12, 1) for a, p in peaks.items()}
+        keys = ("name", "arch", "sm_count", "boost_mhz", "memory_gbs", "vram_gb", "l2_mb")
+        return {key: getattr(self, key) for key in keys} | {"dense_tflops": dense, "source": self.source}
+
+
+def _family(
+    arch: str, source: str, rows: Sequence[tuple[Any, ...]], *, full_rate: bool, prefix: str = "NVIDIA "
+) -> list[Gpu]:
+    """Rows of (name, SMs, boost MHz, GB/s, GB, L2 MB, W[, further fields of Gpu])."""
+    return [
+        Gpu(prefix + row[0], arch, *row[1:7], source, full_rate, **(row[7] if len(row) > 7 else {}))  # type: ignore[call-arg]
+        for row in rows
+    ]
+
+
+# Name, SMs, boost MHz, memory GB/s, VRAM GB, L2 MB, W. Products that share a name are told apart by SMs and VRAM.
+# Not told apart: boards of one name with slower or faster memory chips (an RTX 4070 with GDDR6 has 480 GB/s).
+GPUS: list[Gpu] = [
+    *_family(
+        "sm_89",
+        "NVIDIA GeForce RTX 40 series specifications; rates per SM: NVIDIA Ada GPU Architecture whitepaper v2.02",
+        [
+            ("4090", 128, 2520, 1008, 24, 72, 450),
+            ("4090 D", 114, 2520, 1008, 24, 72, 425),
+            ("4080 SUPER", 80, 2550, 736, 16, 64, 320),
+            ("4080", 76, 2505, 716.8, 16, 64, 320),
+            ("4070 Ti SUPER", 66, 2610, 672, 16, 48, 285),
+            ("4070 Ti", 60, 2610, 504, 12, 48, 285),
+            ("4070 SUPER", 56, 2475, 504, 12, 48, 220),
+            ("4070", 46, 2475, 504, 12, 36, 200),
+            ("4060 Ti", 34, 2535, 288, 8, 32, 160),
+            ("4060 Ti", 34, 2535, 288, 16, 32, 165, {"short": ("rtx4060ti16gb",)}),
+            ("4060", 24, 2460, 272, 8, 24, 115),
+        ],
+        full_rate=False,
+        prefix="NVIDIA GeForce RTX ",
+    ),
+    *_family(
+        "sm_89",
+        "NVIDIA GeForce RTX 40 series laptop specifications, upper end of the boost range (the laptop's power limit "
+        "decides); rates per SM: NVIDIA Ada GPU Architecture whitepaper v2.02",
+        [
+            ("4080 Laptop GPU", 58, 2280, 432, 12, 48, 150),
+            ("4070 Laptop GPU", 36, 2175, 256, 8, 32, 115),
+            ("4060 Laptop GPU", 24, 2370, 256, 8, 32, 115),
+        ],
+        full_rate=False,
+        prefix="NVIDIA GeForce RTX ",
+    ),
+    *_family(
+        "sm_86",
+        "NVIDIA GeForce RTX 30 series specifications; rates per SM: NVIDIA Ampere GA102 GPU Architecture whitepaper v2",
+        [
+            ("3090 Ti", 84, 1860, 1008, 24, 6, 450),
+            ("3090", 82, 1695, 936.2, 24, 6, 350),
+            ("3080 Ti", 80, 1665, 912.4, 12, 6, 350),
+            ("3080", 68, 1710, 760.3, 10, 5, 320),
+            ("3080", 70, 1710, 912.4, 12, 6, 350, {"short": ("rtx308012gb",)}),
+            ("3070 Ti", 48, 1770, 608.3, 8, 4, 290),
+            ("3070", 46, 1725, 448, 8, 4, 220),
+            ("3060 Ti", 38, 1665, 448, 8, 4, 200),
+            ("3060", 28, 1777, 360, 12, 3, 170),
+            ("3050", 20, 1777, 224, 8, 2, 130),
+        ],
+        full_rate=False,
+        prefix="NVIDIA GeForce RTX ",
+    ),
+    *_family(
+        "sm_120",
+        "NVIDIA GeForce RTX 50 series specifications; rates per SM: NVIDIA RTX Blackwell Architecture whitepaper v1.1",
+        [
+            ("5090", 170, 2407, 1792, 32, 96, 575),
+            ("5080", 84, 2617, 960, 16, 64, 360),
+            ("5070 Ti", 70, 2452, 896, 16, 48, 300),
+            ("5070", 48, 2512, 672, 12, 48, 250),
+            ("5060 Ti", 36, 2572, 448, 8, 32, 180),
+            ("5060 Ti", 36, 2572, 448, 16, 32, 180, {"short": ("rtx5060ti16gb",)}),
+            ("5060", 30, 2497, 448, 8, 32, 145),
+        ],
+        full_rate=False,
+        prefix="NVIDIA GeForce RTX ",
+    ),
+    *_family(
+        "sm_86",
+        "NVIDIA RTX A6000, A5500, A5000, A4500, A4000, A40 and A10 datasheets (sparse figure halved)",
+        [
+            ("RTX A6000", 84, 1800, 768, 48, 6, 300),
+            ("RTX A5500", 80, 1665, 768, 24, 6, 230),
+            ("RTX A5000", 64, 1695, 768, 24, 6, 230),
+            ("RTX A4500", 56, 1650, 640, 20, 6, 200),
+            ("RTX A4000", 48, 1560, 448, 16, 4, 140),
+            ("A40", 84, 1740, 696, 48, 6, 300),
+            ("A10", 72, 1695, 600, 24, 6, 150),
+        ],
+        full_rate=True,
+    ),
+    *_family(
+        "sm_89",
+        "NVIDIA L40S, L4 and RTX 6000/5000/4500/4000 Ada datasheets (sparse figure halved)",
+        [
+            ("L40S", 142, 2520, 864, 48, 96, 350),
+            ("L4", 58, 2040, 300, 24, 48, 72),
+            ("RTX 6000 Ada Generation", 142, 2505, 960, 48, 96, 300, {"short": ("rtx6000ada",)}),
+            ("RTX 5000 Ada Generation", 100, 2550, 576, 32, 72, 250, {"short": ("rtx5000ada",)}),
+            ("RTX 4500 Ada Generation", 60, 2580, 432, 24, 48, 210, {"short": ("rtx4500ada",)}),
+            ("RTX 4000 Ada Generation", 48, 2175, 360, 20, 48, 130, {"short": ("rtx4000ada",)}),
+        ],
+        full_rate=True,
+    ),
+    *_family(
+        "sm_80",
+        "NVIDIA A100 Tensor Core GPU Architecture whitepaper; A100 and A30 datasheets",
+        [
+            ("A100-SXM4-80GB", 108, 1410, 2039, 80, 40, 400, {"short": ("a100", "a100sxm", "a10080gb")}),
+            ("A100-SXM4-40GB", 108, 1410, 1555, 40, 40, 400, {"short": ("a10040gb",)}),
+            ("A100 80GB PCIe", 108, 1410, 1935, 80, 40, 300, {"short": ("a100pcie80gb",)}),
+            ("A100-PCIE-40GB", 108, 1410, 1555, 40, 40, 250),
+            ("A30", 56, 1440, 933, 24, 24, 165),
+        ],
+        full_rate=True,
+    ),
+    *_family(
+        "sm_90",
+        "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04; H100 and H200 datasheets (sparse figure halved)",
+        [
+            ("H100 80GB HBM3", 132, 1830, 3352, 80, 50, 700, {"short": ("h100", "h100sxm"), "fp32_mhz": 1980}),
+            ("H100 PCIe", 114, 1620, 2039, 80, 50, 350, {"fp32_mhz": 1755}),
+            ("H100 NVL", 132, 1545, 3938, 94, 50, 400, {"fp32_mhz": 1785}),
+            ("H200", 132, 1830, 4800, 141, 50, 700, {"short": ("h200sxm",), "fp32_mhz": 1980}),
+        ],
+        full_rate=True,
+    ),
+    *_family(
+        "sm_70",
+        "NVIDIA Tesla V100 GPU Architecture whitepaper",
+        [
+            ("V100-SXM2-16GB", 80, 1530, 900, 16, 6, 300, {"short": ("v100",)}),
+            ("V100-SXM2-32GB", 80, 1530, 900, 32, 6, 300),
+        ],
+        full_rate=True,
+        prefix="Tesla ",
+    ),
+    *_family("sm_75", "NVIDIA T4 datasheet", [("T4", 40, 1590, 320, 16, 4, 70)], full_rate=True, prefix="Tesla "),
+]
+
+
+def _key(name: str) -> str:
+    """Letters and digits of a name, without NVIDIA, Tesla and GeForce before it and GPU behind it."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    while words and words[0] in ("nvidia", "tesla", "geforce"):
+        words.pop(0)
+    return re.sub(r"(?<=laptop)gpu$", "", "".join(words))
+
+
+def _short_names(gpu: Gpu) -> set[str]:
+    """What may be typed for this card: its name without the maker, and without RTX if it is a number (4070)."""
+    key = _key(gpu.name)
+    return {key, re.sub(r"^rtx", "", key), *gpu.short}
+
+
+def lookup(name: str, *, sm_count: int | None = None, vram_gb: float | None = None) -> Gpu | None:
+    """The card of this name: torch's device string, or a short form (rtx4070, 4070, h100, a6000). None if unknown.
+
+    Names match whole: a 4070 is not a 4070 Ti, and an H100's MIG slice is nothing in the table. ``sm_count`` must
+    agree if given (an RTX 3080 has 68 SMs or 70); ``vram_gb`` then chooses between cards that share a name.
+    """
+    key = _key(name)
+    # Short forms are for people: a driver that says "NVIDIA H100" means some card that is not in the table.
+    from_driver = re.match(r"\s*(nvidia|tesla)\b", name, re.IGNORECASE)
+    found = [g for g in GPUS if key == _key(g.name) or (not from_driver and key in _short_names(g))]
+    if sm_count is not None:
+        found = [g for g in found if g.sm_count == sm_count]
+    if vram_gb is not None:
+        found.sort(key=lambda g: abs(g.vram_gb - vram_gb))
+    return found[0] if found else None
+
+
+def nearest(name: str, count: int = 5) -> list[str]:
+    """Names in the table that look most like ``name``."""
+    known = {short: gpu.name for gpu in reversed(GPUS) for short in sorted(_short_names(gpu))}
+    close = difflib.get_close_matches(_key(name), known, n=len(known), cutoff=0.0)
+    return list(dict.fromkeys(known[short] for short in close))[:count]
+
+
+def card(name: str, *, option: str = "gpu", vram_gb: float | None = None, otherwise: str = "") -> Gpu:
+    """The card that a user named with ``option``, by ``lookup``. Raises UserError with the nearest names if there is none;
+    ``otherwise``: what can be done instead of naming another."""
+    found = lookup(name, vram_gb=vram_gb)
+    if found is None:
+        raise UserError(
+            f"{option} is {name!r}, which is not in the table: nearest are {', '.join(nearest(name))}{otherwise}"
+        )
+    return found
+
+
+def present(device: torch.device | str | int | None = None) -> Gpu | None:
+    """The table's entry for the CUDA device that is here. None without one, or if it is not in the table."""
+    import torch
+
+    if not torch.cuda.is_available() or (device is not None and torch.device(device).type != "cuda"):
+        return None
+    props = torch.cuda.get_device_properties(device)
+    return lookup(props.name, sm_count=props.multi_processor_count, vram_gb=props.total_memory / 2**30)
+
+
+def arithmetic_of(precision: str) -> str:
+    """The arithmetic that decides the speed of a --precision: "fp16-fast" accumulates in fp16."""
+    arithmetic = {"fp16-fast": "fp16_fp16acc"}.get(precision, precision)
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"precision is {precision!r}: it must be one of fp32, tf32, bf16, fp16, fp16-fast, fp8")
+    return arithmetic
+
+
+def gains(precision: str, gpu: Gpu | None) -> bool:
+    """Whether a --precision computes faster on ``gpu`` than its plain 16-bit arithmetic, by nominal peaks.
+
+    "fp16-fast" does on GeForce, whose tensor cores accumulate in fp16 at twice the rate, and on no other card; "fp8" from Ada
+    and Hopper on. False for a card that is not in the table, or does not have the arithmetic. Raises ValueError for a
+    precision that ``arithmetic_of`` does not know."""
+    arithmetic = arithmetic_of(precision)
+    if gpu is None:
+        return False
+    plain, peak = gpu.peak_flops("bf16") or gpu.peak_flops("fp16"), gpu.peak_flops(arithmetic)
+    return peak is not None and plain is not None and peak > plain
+
+
+def peak_flops(device: torch.device | str, precision: str) -> float | None:
+    """Nominal dense FLOP per second of the device at a --precision; None on a CPU and on a card not in the table."""
+    arithmetic = arithmetic_of(precision)
+    gpu = present(device)
+    return None if gpu is None else gpu.peak_flops(arithmetic)

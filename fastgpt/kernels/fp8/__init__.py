@@ -1,0 +1,1 @@
+"""The experimental fp8 linears: operations, launches and kernels."""

@@ -1,0 +1,292 @@
+"""How the matmuls and quantisers of ops.py are run. 2-d tensors only.
+
+A tensor in fp8 is a pair: its values (M, K), contiguous, and in fp32 either ``stats`` (2, M), the scales and norms of its rows,
+or ``scale`` (groups, M), one for every K / groups columns of a row (quantise.py).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastgpt.kernels import column_sums, runtime, working_copy
+from fastgpt.kernels.fp8.kernels import CHUNK, fp8_linear_kernel, fp8_quantise_kernel, fp8_sweep_kernel
+
+FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
+"""Formats of activations and weights, and of gradients (Micikevicius et al. 2022)."""
+MULTIPLE = 16
+"""Rows of fp8 must begin at multiples of so many bytes, for the kernel's wide reads and for torch._scaled_mm alike."""
+
+
+class Fp8(NamedTuple):
+    values: Tensor
+    stats: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        return self.stats[0]
+
+    @property
+    def norm(self) -> Tensor:
+        return self.stats[1]
+
+
+class Grouped(NamedTuple):
+    """What attention writes, whose programs have no whole row. Only ``matmul`` takes it, as its first operand."""
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def columns(self) -> int:
+        """Columns of a row that share a scale."""
+        return self.values.shape[-1] // self.scale.shape[0]
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why ``device`` cannot run these kernels, or None if it can. Before sm_89 triton has no fp8 products to compile."""
+    if device.type != "cuda":
+        return None if runtime.INTERPRET or runtime.compile_only else "a CPU has no fp8 kernels"
+    major, minor = capability(device)
+    if (major, minor) >= (8, 9):
+        return None
+    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) has no fp8 tensor cores, which come with sm_89"
+
+
+def require(device: torch.device) -> None:
+    """Raise ValueError if ``device`` cannot run these kernels."""
+    reason = refusal(device)
+    if reason is not None:
+        raise ValueError(f"precision is fp8, but {reason}: use bf16")
+
+
+def engine(device: torch.device) -> str:
+    """Which engine multiplies: "triton", or "scaled_mm" (torch._scaled_mm and the epilogue in a sweep of its own).
+
+    On Hopper, whose tensor cores want warp-specialised code that triton does not write, scales per row are cuBLAS's (from
+    CUDA 12.9 on) or CUTLASS's, with sums in fp32 unless use_fast_accum. Elsewhere they are CUTLASS's alone
+    (ScaledBlas.cpp), and cuBLAS has none on sm_120 (pytorch#192707). No GPU has measured this choice yet.
+    """
+    if device.type != "cuda" or capability(device)[0] != 9:
+        return "triton"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return "scaled_mm" if _torch_multiplies(index) else "triton"
+
+
+@lru_cache
+def _torch_multiplies(index: int) -> bool:
+    """Whether this build of torch has the products asked of it: which formats cuBLAS takes with scales per row is not written
+    down anywhere."""
+    a, b = (torch.ones(64, 64, dtype=torch.bfloat16, device=torch.device("cuda", index)) for _ in range(2))
+    ones = torch.ones(2, 64, dtype=torch.float32, device=a.device)
+    try:
+        for dtype in (FORWARD, GRADIENT):
+            _scaled_mm(Fp8(a.to(dtype), ones), Fp8(b.to(FORWARD), ones), ones[0])
+    except RuntimeError:
+        return False
+    return True
+
+
+def config(M: int, N: int, *, halved: bool = False, chunk: int = CHUNK) -> dict[str, int]:
+    """Tiles of the matmul. Nothing but the interpreter's depends on the shape. In 8 warps 128 x 128 hold a tile and a chunk
+    of its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120. ``halved``: for erf and GELU's
+    gradient, which would spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an
+    SM of sm_89. ``chunk`` of K is read, and summed, at a time; as many bytes are on their way whatever it is."""
+    if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
+        m, n = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N))
+        return {"BM": m, "BN": n, "BK": chunk, "GROUP": 8, "num_warps": 4, "num_stages": 1}
+    stages = 4 * CHUNK // chunk
+    return {"BM": 64 if halved else 128, "BN": 128, "BK": chunk, "GROUP": 8, "num_warps": 8, "num_stages": stages}
+
+
+def new(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Fp8:
+    """Unwritten: values of ``shape`` (..., K), stats of all its rows."""
+    values = torch.empty(shape, dtype=dtype, device=device)
+    return Fp8(values, torch.empty(2, math.prod(shape[:-1]), dtype=torch.float32, device=device))
+
+
+def new_grouped(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device, columns: int) -> Grouped:
+    """The same with a scale for so many ``columns``, a divisor of K."""
+    scale = torch.empty(shape[-1] // columns, math.prod(shape[:-1]), dtype=torch.float32, device=device)
+    return Grouped(torch.empty(shape, dtype=dtype, device=device), scale)
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> Fp8:
+    """x (M, K), any strides."""
+    (M, K), out = x.shape, new(x.shape, dtype, x.device)
+    rows, block = (64, 1024) if runtime.INTERPRET else (16, 256)
+    with runtime.device_guard(x):
+        fp8_quantise_kernel[(triton.cdiv(M, rows),)](
+            x, out.values, out.scale, out.norm, M, K, *x.stride(), ROWS=rows, BLOCK=block, num_warps=4
+        )
+    return out
+
+
+def quantise_weight(weight: Tensor) -> tuple[Fp8, Fp8]:
+    """weight (N, K), any strides: for forward, and its transpose (K, N) for the gradient of the input. Two copies, since
+    matmul instructions of 8-bit operands read the summed side contiguous, and a scale cannot vary along it."""
+    return quantise(weight, FORWARD), quantise(weight.t(), FORWARD)
+
+
+# ---------------------------------------------------------------- matmuls: a (M, K) b (N, K)^T
+
+
+def _launch(
+    a: Fp8 | Grouped, b: Fp8, out: Tensor, epilogue: str, bias: Tensor | None = None, *, pre: Tensor | None = None,
+    q: Fp8 | None = None, erf: bool = False, sums: Tensor | None = None,
+) -> None:  # fmt: skip
+    """``sums`` (N,): of out's columns."""
+    (M, K), N = a.values.shape, b.values.shape[0]
+    columns = a.columns if isinstance(a, Grouped) else 0
+    cfg = config(M, N, halved=erf or columns > 0 or epilogue == "dgelu", chunk=columns or CHUNK)
+    rows = triton.cdiv(M, cfg["BM"])
+    partial = column_sums.partial(rows, sums)
+    with runtime.device_guard(out):
+        fp8_linear_kernel[(rows * triton.cdiv(N, cfg["BN"]),)](
+            a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out, partial,
+            *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0,
+            COLUMNS=columns, **cfg,
+        )  # fmt: skip
+        column_sums.add_up((partial, sums))
+
+
+def _bounded(q: Fp8 | None, a: Fp8 | Grouped, b: Fp8, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a quantising epilogue takes: its outputs, and what bounds its rows."""
+    if q is None or isinstance(a, Grouped):  # whose consumers have no such epilogue
+        return (None,) * 5
+    max_bias = None if bias is None else torch.linalg.vector_norm(bias, float("inf"), dtype=torch.float32)
+    return q.values, q.scale, a.norm, b.norm.amax(), max_bias
+
+
+def _scaled_mm(a: Fp8, b: Fp8, bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    return torch._scaled_mm(
+        a.values, b.values.t(), scale_a=a.scale[:, None], scale_b=b.scale[None, :], bias=bias,
+        out_dtype=torch.bfloat16, use_fast_accum=False,
+    )  # fmt: skip
+
+
+def matmul(a: Fp8 | Grouped, b: Fp8, bias: Tensor | None = None) -> Tensor:
+    """a b^T + bias: (M, N) in bf16. torch._scaled_mm has no scales for groups of columns."""
+    forward, library = a.values.dtype == FORWARD, isinstance(a, Fp8) and engine(a.values.device) == "scaled_mm"
+    with _recorded("fp8.forward" if forward else "fp8.input_grad", a, b, library):
+        if isinstance(a, Fp8) and library:
+            return _scaled_mm(a, b, bias)
+        out = a.values.new_empty(a.values.shape[0], b.values.shape[0], dtype=torch.bfloat16)
+        _launch(a, b, out, "none", bias)
+        return out
+
+
+def _recorded(op: str, a: Fp8 | Grouped, b: Fp8, library: bool) -> AbstractContextManager:
+    shape = (a.values.shape[0], *b.values.shape)
+    return runtime.record(op, shape, a.values.dtype, "cublas" if library else "triton")
+
+
+def matmul_gelu(a: Fp8, b: Fp8, bias: Tensor | None, erf: bool) -> tuple[Tensor, Tensor, Fp8]:
+    """(gelu(z), z) in bf16, and gelu(z) in fp8, of z = a b^T + bias."""
+    shape, device = (a.values.shape[0], b.values.shape[0]), a.values.device
+    out, q = a.values.new_empty(shape, dtype=torch.bfloat16), new(shape, FORWARD, device)
+    library = engine(device) == "scaled_mm"
+    with _recorded("fp8.gelu", a, b, library):
+        if library:
+            pre = _scaled_mm(a, b, bias)
+            sweep(pre, None, out, q, _bounded(q, a, b, bias), erf, None)
+        else:
+            pre = torch.empty_like(out)
+            _launch(a, b, out, "gelu", bias, pre=pre, q=q, erf=erf)
+    return out, pre, q
+
+
+def matmul_dgelu(
+    a: Fp8, b: Fp8, pre: Tensor, erf: bool, bias_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Fp8, Tensor | None]:
+    """(a b^T) gelu'(pre), in bf16 and in the gradients' fp8, and with ``bias_dtype`` the sums of its columns."""
+    shape, device = (a.values.shape[0], b.values.shape[0]), a.values.device
+    out, q = a.values.new_empty(shape, dtype=torch.bfloat16), new(shape, GRADIENT, device)
+    sums = None if bias_dtype is None else out.new_empty(shape[1], dtype=bias_dtype)
+    if engine(device) == "scaled_mm":
+        sweep(pre, _scaled_mm(a, b), out, q, _bounded(q, a, b, None), erf, sums)
+    else:
+        _launch(a, b, out, "dgelu", pre=pre, q=q, erf=erf, sums=sums)
+    return out, q, sums
+
+
+def sweep(
+    z: Tensor, dy: Tensor | None, out: Tensor, q: Fp8, bounded: tuple[Tensor | None, ...], erf: bool,
+    sums: Tensor | None,
+) -> None:  # fmt: skip
+    M, N = z.shape
+    rows, block = (256, 256) if runtime.INTERPRET else (16, 128)
+    blocks = triton.cdiv(M, rows)
+    partial = column_sums.partial(blocks, sums)
+    op = "gelu" if dy is None else "gelu_grad"
+    with runtime.record(op, (M, N), z.dtype, "triton"), runtime.device_guard(z):
+        fp8_sweep_kernel[(blocks, triton.cdiv(N, block))](
+            z, dy, out, partial, *bounded, M, N, BACKWARD=dy is not None, ERF=erf, BM=rows, BN=block, num_warps=4
+        )
+        column_sums.add_up((partial, sums))
+
+
+# ---------------- was fastgpt/kernels/_fp8_copies.py
+# fp8 forms that are kept beside a tensor: of a weight from one optimizer step to the next, of an activation or gradient
+# from the kernel that made both to the matmul that reads them.
+#
+# The second kind is found by the identity of the tensor, as autograd and the model hand on nothing else: ``give`` keeps the
+# form, ``take`` returns it, once. A tensor that was written to since (its version tells), that is a view or a sum of others,
+# or that another op made has none, and is then quantised in a pass of its own: slower, the same values.
+
+Kinds = tuple[type[Fp8 | Grouped], ...]
+
+
+@dataclass
+class _Weight:
+    forms: tuple[Tensor, Tensor, Tensor, Tensor]
+    version: int
+    address: int
+
+
+_made = WeakTensorKeyDictionary()  # a form that no matmul takes goes with its tensor
+_weights = WeakTensorKeyDictionary()
+
+
+def give(tensor: Tensor, form: Fp8 | Grouped) -> None:
+    """Keep ``form``, which is ``tensor`` in fp8."""
+    _made[tensor] = form, tensor._version
+
+
+def take(tensor: Tensor, dtype: torch.dtype, kinds: Kinds = (Fp8,)) -> Fp8 | Grouped | None:
+    """The form kept for ``tensor``, still right and of a kind that its reader takes. It is then forgotten: its memory is free
+    after one matmul."""
+    form, version = _made.pop(tensor, (None, None))
+    right = version == tensor._version and isinstance(form, kinds) and form.values.dtype == dtype
+    return form if right else None
+
+
+def of_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values and stats of ``weight`` (N, K), and the same of it rounded along its other dimension.
+
+    Kept as working_copy.py keeps its copies, until a write to the parameter; in CUDA graphs of a step, from its first
+    micro-batch to its last. Not kept: under torch.compile, under FSDP, and of a tensor that is no plain leaf parameter."""
+    plain = weight.detach()
+    if torch.compiler.is_compiling() or not working_copy.enabled or not working_copy.cachable(weight):
+        return torch.ops.fastgpt.fp8_quantise_weight(plain)
+    if working_copy.capturing(weight):
+        _weights.pop(weight, None)  # the replays to come have copies of their own
+        return working_copy.once_in_captures(weight, lambda: torch.ops.fastgpt.fp8_quantise_weight(plain))
+    now, kept = (weight._version, weight.data_ptr()), _weights.get(weight)
+    if kept is None or (kept.version, kept.address) != now or kept.forms[0].shape != weight.shape:
+        with torch.inference_mode(False):
+            kept = _weights[weight] = _Weight(torch.ops.fastgpt.fp8_quantise_weight(plain), *now)
+    return kept.forms

@@ -1,0 +1,487 @@
+"""The linear layers of a GPT's blocks with fp8 operands: ``--precision fp8``, experimental.
+
+For x (M, K) and weight W (N, K), q(.) rounding to fp8 with a scale per row::
+
+    forward    y  = q(x) q(W)^T + b           e4m3 x e4m3
+    backward   dx = q(dy) q(W^T)^T            e5m2 x e4m3
+               dW = dy^T x, db                bf16, sums in fp32: fused_linear.py
+
+Two thirds of the linears' FLOPs are fp8's. dW would need q of dy^T and x^T, transposed copies with scales along the tokens,
+two more passes for a matmul whose error (docs/precision-modes.md) is the worst of the three. The head, the loss, attention,
+norms, residual stream, embedding and optimizer are those of bf16.
+
+Who quantises what, and what it costs (bytes per element of the tensor, besides its bf16 form, which dW reads):
+
+    x of c_attn, c_fc           the norm, which has whole rows                        1 written
+    gelu(z), and its gradient   the matmul that makes them, by a bound on the row     1 written
+    dy of both c_proj           the norm's backward                                   1 written
+    x of attention's c_proj     attention, with a scale per group of columns          1 written
+    dy of c_attn                attention's backward, the same                        1 written
+    weights, both ways round    once per optimizer step, from the fp32 master         10 in all, instead of 2 for the copy
+
+A group is 64 columns of a head, or 32. Heads of a dimension that 32 does not divide have none: an fp8 product of the tensor
+cores sums 32. What attention gives and takes is then quantised by a pass of its own, 12 bytes per token and C in each layer.
+
+inf and NaN reach the gradients: quantise.py. A layer whose sizes are no multiples of 16, and every layer without gradients
+(evaluation, sampling), runs in bf16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.kernels import arguments as arguments_module
+from fastgpt.kernels import fused_attn as attn
+from fastgpt.kernels import fused_layernorm as norms
+from fastgpt.kernels import fused_linear, reference, runtime, working_copy
+from fastgpt.kernels.fp8 import launch as copies
+from fastgpt.kernels.fp8.launch import FORWARD, GRADIENT, Fp8, Grouped
+from fastgpt.kernels.fused_linear import rows_of
+from fastgpt.kernels.quantise import group_size
+
+# ---------------- was fastgpt/kernels/_fp8_attention.py
+# Attention whose kernels also write in fp8 what the linears around it read: its output, for c_proj, and in backward the
+# gradient of qkv, for c_attn. Neither is then quantised by a pass of its own.
+#
+# A program of attention has some rows of one head, so scales are per group of 64 columns of a row (32 where 64 does not
+# divide the head dimension), each exact: the largest value of a group becomes the largest of the format (quantise.py). The
+# matmuls that read them scale their sums over a group (kernels.py). Bytes per element: 1 and 4 / group beside the 2 of bf16,
+# which delta and the weight gradients read.
+
+_ARGUMENTS = attn.PACKED
+
+
+@torch.library.custom_op(
+    "fastgpt::fp8_qkv_attention_fwd",
+    mutates_args=(),
+    schema=f"(Tensor qkv, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention_fwd(qkv, n_head, n_kv_head, *options):
+    """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / group, B T)."""
+    form = _form_of_output(qkv, n_head, n_kv_head)
+    values = form.values.unflatten(-1, (n_head, -1))
+    where = (values, form.scale, form.scale.shape[1])
+    return *attn.packed_forward(qkv, n_head, n_kv_head, *options, form=where), *form
+
+
+def _form_of_output(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
+    B, T, width = qkv.shape
+    D = width // (n_head + 2 * n_kv_head)
+    return copies.new_grouped((B, T, n_head * D), FORWARD, qkv.device, group_size(D))
+
+
+@_attention_fwd.register_fake
+def _(qkv, n_head, n_kv_head, *options):
+    return *attn.packed_outputs(qkv, n_head, n_kv_head, *options), *_form_of_output(qkv, n_head, n_kv_head)
+
+
+@torch.library.custom_op(
+    "fastgpt::fp8_qkv_attention_bwd",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
+    """The gradient of qkv, in its dtype and in fp8."""
+    form = _form_of_gradient(qkv, n_head, n_kv_head)
+    groups = form.scale.shape[0] // (n_head + 2 * n_kv_head)  # of a head
+    scales = form.scale.split([heads * groups for heads in (n_head, n_kv_head, n_kv_head)])
+    parts = zip(attn.unpack(form.values, n_head, n_kv_head), scales)
+    forms = [(values, scale, form.scale.shape[1]) for values, scale in parts]
+    return attn.packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options, forms=forms), *form
+
+
+def _form_of_gradient(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
+    columns = group_size(qkv.shape[-1] // (n_head + 2 * n_kv_head))
+    return copies.new_grouped(qkv.shape, GRADIENT, qkv.device, columns)
+
+
+@_attention_bwd.register_fake
+def _(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
+    return qkv.new_empty(qkv.shape), *_form_of_gradient(qkv, n_head, n_kv_head)
+
+
+def _attention_backward(ctx, grad_out, *_):
+    grad_qkv, *form = attn.packed_gradients(ctx, _attention_bwd, grad_out)
+    copies.give(grad_qkv, Grouped(*form))
+    return grad_qkv, *[None] * 9
+
+
+_attention_fwd.register_autograd(_attention_backward, setup_context=attn.packed_setup)
+
+
+def _noted(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse, *form = _attention_fwd(*arguments)
+    copies.give(out, Grouped(*form))
+    return out, lse
+
+
+def qkv_attention(qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, **options: Any) -> Tensor:
+    """fused_attn.qkv_attention, which for fused_fp8's ``linear`` also writes its output in fp8, and in backward qkv's gradient.
+
+    Where nothing would read them (no gradients, operands not in bf16) or find them (under torch.compile), and where the head
+    dimension is no multiple of 32, it is exactly that. Raises ValueError, also for a GPU without fp8.
+    """
+    (qkv,) = attn.autocast(qkv)
+    heads = n_head + 2 * (n_kv_head or n_head)
+    if (
+        qkv.dtype != torch.bfloat16
+        or torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or not runtime.runs_in_triton(qkv)
+        or qkv.numel() == 0
+        or heads < 1
+        or qkv.shape[-1] % heads
+        or not group_size(qkv.shape[-1] // heads)
+    ):
+        return attn.qkv_attention(qkv, n_head, n_kv_head=n_kv_head, **options)
+    copies.require(qkv.device)
+    return attn.qkv_attention(qkv, n_head, n_kv_head=n_kv_head, _op=_noted, **options)
+
+
+# ---------------------------------------------------------------- ops
+#
+# q and stats: a tensor in fp8, as in launch.py; ``grouped``: stats are the scales of a Grouped one. They get no gradient;
+# the tensors that they come from get it. wt: a weight (N, K) rounded along its other dimension, which is the contiguous one.
+
+
+@torch.library.custom_op("fastgpt::fp8_quantise", mutates_args=())
+def _quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values in x's shape (..., K), stats (2, rows)."""
+    values, stats = copies.quantise(rows_of(x), dtype)
+    return values.view(x.shape), stats
+
+
+@_quantise.register_fake
+def _(x, dtype):
+    return tuple(copies.new(x.shape, dtype, x.device))
+
+
+@torch.library.custom_op("fastgpt::fp8_quantise_weight", mutates_args=())
+def _quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    forward, transposed = copies.quantise_weight(weight)
+    return *forward, transposed.values.t(), transposed.stats
+
+
+@_quantise_weight.register_fake
+def _(weight):
+    forward, transposed = (copies.new(shape, FORWARD, weight.device) for shape in (weight.shape, weight.t().shape))
+    return *forward, transposed.values.t(), transposed.stats
+
+
+def _flat(q: Tensor, stats: Tensor) -> Fp8:
+    return Fp8(rows_of(q), stats)
+
+
+def _operand(q: Tensor, stats: Tensor, grouped: bool) -> Fp8 | Grouped:
+    return Grouped(rows_of(q), stats) if grouped else _flat(q, stats)
+
+
+@torch.library.custom_op("fastgpt::linear_fp8_fwd", mutates_args=())
+def _linear_fwd(
+    x: Tensor, q: Tensor, stats: Tensor, weight: Tensor, w: Tensor, w_stats: Tensor, wt: Tensor, wt_stats: Tensor,
+    bias: Tensor | None, in_place: bool, grouped: bool,
+) -> Tensor:  # fmt: skip
+    """y (..., N) in bf16. x and weight serve backward alone."""
+    return copies.matmul(_operand(q, stats, grouped), Fp8(w, w_stats), bias).view(*x.shape[:-1], w.shape[0])
+
+
+@_linear_fwd.register_fake
+def _(x, q, stats, weight, w, *_):
+    return x.new_empty(*x.shape[:-1], w.shape[0])
+
+
+@torch.library.custom_op("fastgpt::linear_fp8_mlp_fwd", mutates_args=())
+def _mlp_fwd(
+    x: Tensor, q: Tensor, stats: Tensor, w_fc: Tensor, fc: Tensor, fc_stats: Tensor, fct: Tensor, fct_stats: Tensor,
+    b_fc: Tensor | None, w_proj: Tensor, proj: Tensor, proj_stats: Tensor, projt: Tensor, projt_stats: Tensor,
+    b_proj: Tensor | None, erf: bool, fc_in_place: bool, proj_in_place: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y (..., out), and gelu(z) and z (..., H) for backward, all in bf16."""
+    a, z, a8 = copies.matmul_gelu(_flat(q, stats), Fp8(fc, fc_stats), b_fc, erf)
+    y = copies.matmul(a8, Fp8(proj, proj_stats), b_proj)
+    y, a, z = (t.view(*x.shape[:-1], t.shape[-1]) for t in (y, a, z))
+    return y, a, z
+
+
+@_mlp_fwd.register_fake
+def _(x, q, stats, w_fc, fc, fc_stats, fct, fct_stats, b_fc, w_proj, *_):
+    y, a, z = (x.new_empty(*x.shape[:-1], size) for size in (w_proj.shape[0], w_fc.shape[0], w_fc.shape[0]))
+    return y, a, z
+
+
+@torch.library.custom_op("fastgpt::linear_fp8_bwd_input", mutates_args=())
+def _bwd_input(q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor, grouped: bool) -> Tensor:
+    """dx (..., K) in bf16, of dz in fp8."""
+    return copies.matmul(_operand(q, stats, grouped), Fp8(wt.t(), wt_stats)).view(*q.shape[:-1], wt.shape[1])
+
+
+@_bwd_input.register_fake
+def _(q, stats, wt, wt_stats, grouped):
+    return q.new_empty(*q.shape[:-1], wt.shape[1], dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("fastgpt::linear_fp8_bwd_input_gelu", mutates_args=())
+def _bwd_gelu(
+    q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor, pre: Tensor, erf: bool, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of ``pre`` in bf16 and in fp8, of dz of the layer behind gelu(pre) in fp8; and, if ``bias_dtype``, its
+    column sums: the gradient of the bias in ``pre``."""
+    dz, form, sums = copies.matmul_dgelu(_flat(q, stats), Fp8(wt.t(), wt_stats), rows_of(pre), erf, bias_dtype)
+    return dz.view(pre.shape), form.values.view(pre.shape), form.stats, dz.new_empty(0) if sums is None else sums
+
+
+@_bwd_gelu.register_fake
+def _(q, stats, wt, wt_stats, pre, erf, bias_dtype):
+    sums = pre.new_empty(pre.shape[-1] if bias_dtype else 0, dtype=bias_dtype)
+    return torch.empty_like(pre), *copies.new(pre.shape, GRADIENT, pre.device), sums
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _form(tensor: Tensor, dtype: torch.dtype, kinds: copies.Kinds = (Fp8,)) -> Fp8 | Grouped:
+    """``tensor`` in fp8: as the kernel that made it has written it, or by a pass of its own."""
+    found = None if torch.compiler.is_compiling() else copies.take(tensor, dtype, kinds)
+    return Fp8(*_quantise(tensor.detach(), dtype)) if found is None else found
+
+
+_EITHER: copies.Kinds = (Fp8, Grouped)
+"""What a matmul reads whose epilogue needs no norms of rows."""
+
+
+def _weight_and_bias(ctx, dz, x, weight, which: int, bias_dtype, in_place: bool):
+    ctx.in_place, ctx.fp16 = in_place, False
+    return fused_linear.weight_and_bias(ctx, dz, x, weight, ctx.needs_input_grad[which], bias_dtype, None)
+
+
+def _save_linear(ctx, inputs, output):
+    x, _, _, weight, _, _, wt, wt_stats, bias, ctx.adds, _ = inputs
+    wants = ctx.needs_input_grad
+    ctx.bias_dtype = bias.dtype if bias is not None and wants[8] else None
+    ctx.save_for_backward(x if wants[3] else None, weight, wt, wt_stats)
+
+
+def _linear_backward(ctx, dy):
+    x, weight, wt, wt_stats = ctx.saved_tensors
+    dx = None
+    if ctx.needs_input_grad[0]:
+        form = _form(dy, GRADIENT, _EITHER)
+        dx = _bwd_input(*form, wt, wt_stats, isinstance(form, Grouped))
+    dw, db = _weight_and_bias(ctx, dy, x, weight, 3, ctx.bias_dtype, ctx.adds)
+    return dx, None, None, dw, None, None, None, None, db, None, None
+
+
+def _save_mlp(ctx, inputs, output):
+    x, _, _, w_fc, _, _, fct, fct_stats, b_fc, w_proj, _, _, projt, projt_stats, b_proj, ctx.erf, *ctx.adds = inputs
+    _, a, z = output
+    ctx.mark_non_differentiable(a, z)
+    ctx.set_materialize_grads(False)  # zeros for a and z
+    wants = ctx.needs_input_grad
+    ctx.fc_bias = b_fc.dtype if b_fc is not None and wants[8] else None
+    ctx.proj_bias = b_proj.dtype if b_proj is not None and wants[14] else None
+    ctx.save_for_backward(x, w_fc, fct, fct_stats, w_proj, projt, projt_stats, a, z)
+
+
+def _mlp_backward(ctx, dy, _da, _dz):
+    if dy is None:
+        return (None,) * 18
+    x, w_fc, fct, fct_stats, w_proj, projt, projt_stats, a, z = ctx.saved_tensors
+    dz, q, stats, db_fc = _bwd_gelu(*_form(dy, GRADIENT), projt, projt_stats, z, ctx.erf, ctx.fc_bias)
+    dw_proj, db_proj = _weight_and_bias(ctx, dy, a, w_proj, 9, ctx.proj_bias, ctx.adds[1])
+    dx = _bwd_input(q, stats, fct, fct_stats, False) if ctx.needs_input_grad[0] else None
+    dw_fc, _ = _weight_and_bias(ctx, dz, x, w_fc, 3, None, ctx.adds[0])
+    db_fc = db_fc if ctx.fc_bias else None
+    none = (None,) * 4
+    return dx, None, None, dw_fc, *none, db_fc, dw_proj, *none, db_proj, None, None, None
+
+
+_linear_fwd.register_autograd(_linear_backward, setup_context=_save_linear)
+_mlp_fwd.register_autograd(_mlp_backward, setup_context=_save_mlp)
+
+
+# ---------------------------------------------------------------- layer norm
+
+
+@torch.library.custom_op("fastgpt::fp8_layer_norm_fwd", mutates_args=())
+def _norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, dropout_p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y in bf16, s, mean, rstd as of layer_norm_fwd, and y in fp8."""
+    outputs, form = norms.forward_outputs(x, residual, torch.bfloat16), copies.new(x.shape, FORWARD, x.device)
+    fp8 = (form.values, form.scale, form.norm)
+    norms.launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs, fp8)
+    return (*outputs, *form)
+
+
+@_norm_fwd.register_fake
+def _(x, weight, bias, residual, *_):
+    return (*norms.forward_outputs(x, residual, torch.bfloat16), *copies.new(x.shape, FORWARD, x.device))
+
+
+@torch.library.custom_op(
+    "fastgpt::fp8_layer_norm_bwd",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, "
+    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _norm_bwd(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
+    """What layer_norm_bwd returns, and dx in fp8."""
+    outputs = norms.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
+    form = copies.new(s.shape, GRADIENT, s.device)
+    fp8 = (form.values, form.scale, form.norm)
+    norms.launch_backward(dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, outputs, fp8)
+    return (*outputs, *form)
+
+
+@_norm_bwd.register_fake
+def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
+    outputs = norms.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
+    return (*outputs, *copies.new(s.shape, GRADIENT, s.device))
+
+
+def _save_norm(ctx, inputs, output):
+    norms.setup_context(ctx, inputs, output)
+    # Without a residual x is the embedding's output, whose gradient no matmul reads.
+    ctx.quantises = (
+        ctx.has_residual and ctx.x_dtype == torch.bfloat16 and inputs[0].shape[-1] <= norms.MAX_BACKWARD_BLOCK
+    )
+
+
+def _norm_backward(ctx, dy, dsum, *_):
+    def quantising(*args):
+        *outputs, q, stats = _norm_bwd(*args)
+        copies.give(outputs[0], Fp8(q, stats))
+        return outputs
+
+    return norms.backward(ctx, quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd, dy, dsum)[:7]
+
+
+_norm_fwd.register_autograd(_norm_backward, setup_context=_save_norm)
+
+
+# ---------------------------------------------------------------- public
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """fused_layernorm.layer_norm, which for ``linear`` and ``mlp`` also writes y in fp8, and in backward x's gradient.
+
+    Where nothing would read them (no gradients, y not in bf16) or find them (under torch.compile), it is exactly that.
+    """
+    if (
+        (out_dtype or x.dtype) != torch.bfloat16
+        or torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or not runtime.runs_in_triton(x)
+    ):
+        options: dict[str, Any] = {"residual": residual, "dropout_p": dropout_p, "eps": eps, "out_dtype": out_dtype}
+        return norms.layer_norm(x, weight, bias, **options)
+    copies.require(x.device)
+    norms.validate(x, weight, bias, residual, dropout_p, out_dtype)
+    seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
+    y, s, _, _, *form = _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps)
+    copies.give(y, Fp8(*form))
+    return y if residual is None else (y, s)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """dropout(x @ weight.T + bias) + residual, with x and weight rounded to fp8.
+
+    x (..., in) bf16, or anything under bf16 autocast; weight (out, in) and bias (out,) fp32 or bf16. Returns bf16, or the
+    residual's dtype; each gradient has its input's dtype. Dropout and residual are passes of their own: a GPT leaves both to
+    the norm that follows. In bf16 throughout (fused_linear.linear) where no gradient is wanted, or a size of the weight is
+    not a multiple of 16. CPU tensors outside Triton's interpreter are computed by ``reference.linear``.
+
+    Raises ValueError for arguments that do not fit, for a GPU without fp8, and for a DTensor.
+    """
+    if not _in_fp8(x, weight):
+        return _in_bf16(fused_linear.linear, x, weight, bias, residual=residual, dropout_p=dropout_p)
+    x = x.to(_check(x, weight, bias, residual, dropout_p))
+    form, weights = _form(x, FORWARD, _EITHER), copies.of_weight(weight)
+    y = _linear_fwd(x, *form, weight, *weights, bias, working_copy.adds_to(weight), isinstance(form, Grouped))
+    return _finish(y, residual, dropout_p)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
+    """gelu(x @ weight.T + bias), the GELU in a pass of its own: ``mlp`` has none."""
+    arguments_module.approximate(approximate)
+    return F.gelu(linear(x, weight, bias), approximate=approximate)
+
+
+def mlp(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    approximate: str = "tanh",
+) -> Tensor:
+    """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual. x (..., C), w_fc (H, C), w_proj (out, H); the rest is
+    as in ``linear``."""
+    arguments_module.approximate(approximate)
+    if not (_in_fp8(x, w_fc) and _in_fp8(x, w_proj)):
+        options = {"residual": residual, "dropout_p": dropout_p, "approximate": approximate}
+        return _in_bf16(fused_linear.mlp, x, w_fc, b_fc, w_proj, b_proj, **options)
+    x = x.to(_check(x, w_fc, b_fc, None, 0.0, names=("x", "w_fc", "b_fc")))
+    hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
+    _check(hidden, w_proj, b_proj, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
+    y, _, _ = _mlp_fwd(
+        x, *_form(x, FORWARD), w_fc, *copies.of_weight(w_fc), b_fc, w_proj, *copies.of_weight(w_proj), b_proj,
+        approximate == "none", working_copy.adds_to(w_fc), working_copy.adds_to(w_proj),
+    )  # fmt: skip
+    return _finish(y, residual, dropout_p)
+
+
+def _in_fp8(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer is computed in fp8 at all. Raises ValueError where it should be and cannot."""
+    if not runtime.runs_in_triton(x):
+        return False
+    copies.require(x.device)
+    if type(weight).__name__ == "DTensor":
+        raise ValueError(
+            "weight is a DTensor, which the fp8 kernels cannot read: use FSDP, which hands over whole weights, or bf16"
+        )
+    return torch.is_grad_enabled() and x.numel() > 0 and not any(size % copies.MULTIPLE for size in weight.shape)
+
+
+def _in_bf16(op, x: Tensor, *args, **options) -> Tensor:
+    """``op`` of fused_linear.py. The weight's 16-bit copy is not kept: training in fp8 has no other use for it."""
+    if not runtime.runs_in_triton(x):
+        return getattr(reference, op.__name__)(x, *args, **options)
+    return op(x, *args, keep_copy=False, **options)
+
+
+def _check(x, weight, bias, residual, dropout_p, names=("x", "weight", "bias")) -> torch.dtype:
+    dtype = fused_linear.check(x, weight, bias, "fp32", residual, dropout_p, names)
+    if dtype != torch.bfloat16:
+        raise ValueError(f"{names[0]} is {dtype}: in fp8 mode it must be bfloat16, or torch.autocast be on with it")
+    return dtype
+
+
+def _finish(y: Tensor, residual: Tensor | None, dropout_p: float) -> Tensor:
+    y = F.dropout(y, dropout_p) if dropout_p else y
+    return y if residual is None else (y + residual).to(residual.dtype)

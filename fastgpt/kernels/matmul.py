@@ -1,0 +1,600 @@
+"""How the matmuls of fused_linear.py are run: by cuBLAS or by which Triton kernel, in which tiles. 2-d tensors only.
+
+``choose`` decides it for each matmul, asking the tuning tables: cuBLAS unless Triton was measured to be quicker on such a
+card, and Triton's kernels where products are summed in fp16, which no library does by chunks. Every epilogue runs on both
+engines: cuBLAS is then followed by a kernel that only sweeps memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple, TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels import column_sums, runtime, tuning
+from fastgpt.kernels.philox import dropout
+
+# ---------------- was fastgpt/kernels/_linear_kernels.py
+# The @triton.jit functions of fused_linear.py: one matmul with epilogues, one weight gradient, and two that sweep memory.
+#
+# Every matmul of a linear layer is ``C (M, N) = A (M, K) B (K, N)`` of operands with any strides; a transposed weight or
+# activation is the same memory with its strides exchanged. Tiles of C are computed by one program each, in an order that
+# keeps GROUP rows of tiles together, so that programs that run at once read the same columns of B from L2.
+#
+# Arithmetic: operands as they lie in memory (16 bit: tensor cores; fp32: true fp32), sums in fp32. With CHUNK > 0 (fp16
+# only) products are summed in fp16 over CHUNK blocks of K, which GeForce tensor cores do at twice the rate, and each such
+# sum is added to the fp32 accumulator: the error does not grow with K.
+
+
+@triton.jit
+def gelu(x, ERF: tl.constexpr):
+    """GELU of fp32 x: x Phi(x), or Phi's tanh approximation (Hendrycks & Gimpel 2016). sigmoid(2u) = (1 + tanh u) / 2."""
+    if ERF:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * tl.sigmoid(x * (1.5957691216057308 + 0.07135481627159963 * x * x))
+
+
+@triton.jit
+def gelu_grad(x, ERF: tl.constexpr):
+    """Its derivative at fp32 x."""
+    if ERF:
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    s = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627159963 * x * x))
+    return s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881479889 * x * x)
+
+
+@triton.jit
+def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(row, column) of the tile that program ``pid`` computes: column by column within GROUP rows of tiles."""
+    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = pid // (GROUP * columns) * GROUP
+    size = tl.minimum(rows - first, GROUP)
+    within = pid % (GROUP * columns)
+    return first + within % size, within // size
+
+
+@triton.jit
+def _product(
+    A, B, rm, rn, M, N, first, last, stride_am, stride_ak, stride_bk, stride_bn,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, CHUNK: tl.constexpr,
+    ROW_SUM: tl.constexpr,
+):  # fmt: skip
+    """fp32 tile A[rm, first:last] B[first:last, rn], and with ROW_SUM the sums of A's rows over that range (else zeros).
+
+    EVEN_K: last - first is a multiple of BK."""
+    rk = tl.arange(0, BK)
+    in_m, in_n = (rm < M)[:, None], (rn < N)[None, :]
+    k = first.to(tl.int64) + rk
+    a_ptr = A + rm.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
+    b_ptr = B + k[:, None] * stride_bk + rn.to(tl.int64)[None, :] * stride_bn
+    one_step = tl.full((), BK, tl.int64)
+    step_a, step_b = one_step * stride_ak, one_step * stride_bk
+    acc = tl.zeros((BM, BN), tl.float32)
+    part = tl.zeros((BM, BN), tl.float16)
+    row_sum = tl.zeros((BM,), tl.float32)
+    steps = tl.cdiv(last - first, BK)
+    for step in range(steps):
+        if EVEN_K:
+            a, b = tl.load(a_ptr, mask=in_m, other=0.0), tl.load(b_ptr, mask=in_n, other=0.0)
+        else:
+            in_k = rk < last - first - step * BK
+            a = tl.load(a_ptr, mask=in_m & in_k[None, :], other=0.0)
+            b = tl.load(b_ptr, mask=in_n & in_k[:, None], other=0.0)
+        if CHUNK == 0:
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+        elif CHUNK == 1:
+            acc += tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
+        else:
+            part = tl.dot(a, b, part, out_dtype=tl.float16)
+            if step % CHUNK == CHUNK - 1:
+                acc += part.to(tl.float32)
+                part = tl.zeros((BM, BN), tl.float16)
+        if ROW_SUM:
+            row_sum += tl.sum(a.to(tl.float32), axis=1)
+        a_ptr += step_a
+        b_ptr += step_b
+    if CHUNK > 1:
+        acc += part.to(tl.float32)
+    return acc, row_sum
+
+
+@triton.jit
+def store_column_sums(tile, mask, COLUMN_SUM, row, rn, N):
+    """The sums of a tile's columns, into their places in that row of COLUMN_SUM (rows, N)."""
+    total = tl.sum(tl.where(mask, tile.to(tl.float32), 0.0), axis=0)
+    tl.store(COLUMN_SUM + row.to(tl.int64) * N + rn, total, mask=rn < N)
+
+
+@triton.jit
+def linear_kernel(
+    A, B, BIAS, PRE, RESIDUAL, SEED, C, COLUMN_SUM, M, N, K,
+    stride_am, stride_ak, stride_bk, stride_bn, stride_residual, dropout_p,
+    EPILOGUE: tl.constexpr, ERF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """C = epilogue(A B), C and PRE (M, N) contiguous. EPILOGUE, on the fp32 tile z of A B (+ BIAS):
+
+    "none": z, then dropout with SEED, then + RESIDUAL, each if given
+    "gelu": PRE = z (if PRE is given), C = gelu(z), from z in fp32
+    "dgelu": C = z gelu'(PRE)
+
+    COLUMN_SUM (rows of tiles, N), fp32, may be None: the sums of C's columns in each tile, as C holds them.
+    """
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    rm, rn = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
+    z, _ = _product(
+        A, B, rm, rn, M, N, tl.zeros((), tl.int32), K, stride_am, stride_ak, stride_bk, stride_bn,
+        BM, BN, BK, EVEN_K, CHUNK, False,
+    )  # fmt: skip
+    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    out = rm.to(tl.int64)[:, None] * N + rn[None, :]
+    if BIAS is not None:
+        z += tl.load(BIAS + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
+    if EPILOGUE == "gelu":
+        if PRE is not None:
+            tl.store(PRE + out, z.to(PRE.dtype.element_ty), mask=mask)
+        z = gelu(z, ERF)
+    elif EPILOGUE == "dgelu":
+        z *= gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
+    if SEED is not None:
+        z = dropout(z, SEED, rm, pid_n * BN, dropout_p, BM, BN)
+    if RESIDUAL is not None:
+        residual = RESIDUAL + rm.to(tl.int64)[:, None] * stride_residual + rn[None, :]
+        z += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    rounded = z.to(C.dtype.element_ty)
+    tl.store(C + out, rounded, mask=mask)
+    if COLUMN_SUM is not None:
+        store_column_sums(rounded, mask, COLUMN_SUM, pid_m, rn, N)
+
+
+@triton.jit
+def weight_grad_kernel(
+    A, B, C, ROW_SUM, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, stride_cm, stride_cn, per_split,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Program (i, s): tile i of C[s] = A B over K from s per_split to (s + 1) per_split, and ROW_SUM[s] = A's row sums.
+
+    Here A is dy^T and B is x, so K counts tokens, C is dW and the row sums are the bias gradient (ROW_SUM may be None).
+    C is (splits, M, N), the C[s] M N elements apart. ADD: to what C holds (one split only)."""
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
+    split = tl.program_id(1)
+    rm, rn = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
+    first = split * per_split
+    acc, row_sum = _product(
+        A, B, rm, rn, M, N, first, tl.minimum(first + per_split, K), stride_am, stride_ak, stride_bk, stride_bn,
+        BM, BN, BK, EVEN_K, CHUNK, ROW_SUM is not None,
+    )  # fmt: skip
+    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    c_ptr = C + split.to(tl.int64) * M * N + rm.to(tl.int64)[:, None] * stride_cm + rn.to(tl.int64)[None, :] * stride_cn
+    if ADD:
+        acc += tl.load(c_ptr, mask=mask, other=0.0)
+    tl.store(c_ptr, acc.to(C.dtype.element_ty), mask=mask)
+    if ROW_SUM is not None:  # every column of tiles has them
+        tl.store(ROW_SUM + split * M + rm, row_sum.to(ROW_SUM.dtype.element_ty), mask=(rm < M) & (pid_n == 0))
+
+
+@triton.jit
+def sum_splits_kernel(PARTIAL, OUT, size, splits, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """OUT (size,) = the sum of PARTIAL (splits, size) fp32, first to last (+ OUT with ADD)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    stride = tl.full((), size, tl.int64)  # an argument that is 1 is a plain int to triton, without .to
+    for split in range(splits):
+        total += tl.load(PARTIAL + split * stride + at, mask=mask, other=0.0)
+    if ADD:
+        total += tl.load(OUT + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(OUT + at, total.to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def pointwise_grad_kernel(
+    DY, PRE, SEED, DZ, COLUMN_SUM, M, N, stride_m, stride_n, dropout_p,
+    ERF: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): DZ = DY gelu'(PRE), or DY through the dropout of SEED, for ROWS rows and BN columns; and
+    COLUMN_SUM[i] = the sums of these columns as DZ holds them (may be None). PRE and DZ (M, N) contiguous."""
+    rn = tl.program_id(1) * BN + tl.arange(0, BN)
+    total = tl.zeros((BN,), tl.float32)
+    for start in range(0, ROWS, BM):
+        rm = tl.program_id(0).to(tl.int64) * ROWS + start + tl.arange(0, BM)
+        mask = (rm < M)[:, None] & (rn < N)[None, :]
+        at = rm[:, None] * N + rn[None, :]
+        dz = tl.load(DY + rm[:, None] * stride_m + rn.to(tl.int64)[None, :] * stride_n, mask=mask, other=0.0)
+        dz = dz.to(tl.float32)
+        if PRE is not None:
+            dz *= gelu_grad(tl.load(PRE + at, mask=mask, other=0.0).to(tl.float32), ERF)
+        if SEED is not None:
+            dz = dropout(dz, SEED, rm, tl.program_id(1) * BN, dropout_p, BM, BN)
+        rounded = dz.to(DZ.dtype.element_ty)
+        tl.store(DZ + at, rounded, mask=mask)
+        if COLUMN_SUM is not None:
+            total += tl.sum(rounded.to(tl.float32), axis=0)
+    if COLUMN_SUM is not None:
+        tl.store(COLUMN_SUM + tl.program_id(0) * N + rn, total, mask=rn < N)
+
+
+# ---------------- was fastgpt/kernels/matmul_fp32.py
+# cuBLAS's product of 16-bit matrices, with the result in fp32: what weight gradients are summed in.
+
+
+@lru_cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds 16-bit products to an fp32 sum in one GEMM; older ones wanted the sum in 16 bits too
+    (pytorch#167931)."""
+    try:
+        operand, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
+        torch.addmm(total, operand, operand, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        return True
+    except RuntimeError:
+        return False
+
+
+def matmul_fp32(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """out = a @ b, or out += a @ b, in fp32 from operands of any dtype. Autocast, which is still on inside an op,
+    leaves the out= overloads alone, and operands that have its dtype already."""
+    with runtime.record("matmul_fp32", (*out.shape, a.shape[1]), a.dtype, "cublas"):
+        if not a.is_cuda or a.dtype == torch.float32:
+            torch.addmm(out, a.float(), b.float(), beta=int(accumulate), out=out)
+        elif not accumulate:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+        elif _adds_to_fp32(a.device, a.dtype):
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
+        else:
+            out += torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
+
+
+MAX_SPLITS = 8
+FLOPS_PER_BYTE = 128
+"""What a GPU computes while it moves a byte: 116 for the RTX 4070 in bf16, up to 300 elsewhere."""
+PARTIALS_IN_L2 = 18 * 2**20
+"""Half of the RTX 4070's L2."""
+
+
+FEWEST_TOKENS = 2048
+"""Tokens of the smallest matmul in the tuning tables: a micro-batch of GPT-2 350M on 12 GB has as many."""
+
+
+def linear_bucket(N: int, K: int, tokens: int) -> str | None:
+    """Bucket of a linear layer's matmul: (tokens, K) by (K, N), or the gradient (N, K) of a weight. Exact in N and K, which
+    a model has few of; any number of tokens from FEWEST_TOKENS on, so that a new batch size compiles nothing."""
+    return f"N{N} K{K}" if tokens >= FEWEST_TOKENS else None
+
+
+CHUNK_LIMITS = {"linear": 128, "weight_grad": 64}
+"""Most products that may be summed in fp16 where results are stored in 16 bits, and in weight gradients, stored in fp32:
+docs/precision-modes.md has the errors. In no table is there a config beyond."""
+_TILES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (256, 128, 16), (128, 64, 4))
+_DEPTHS = ((32, 3), (32, 4), (32, 5), (64, 3), (64, 4))
+
+
+def _space(kind: str, *, fast: bool) -> list[tuning.Config]:
+    """Tiles of C and warps, x depth of a block of K and stages, x products to a sum in fp16 (``fast``), x ways to split the
+    tokens of a weight gradient; and cuBLAS, which has no sums in fp16 by chunks."""
+    grad = kind.startswith("weight_grad")
+    limit = CHUNK_LIMITS["weight_grad" if grad else "linear"]
+    found = [] if fast else [tuning.CUBLAS]
+    for (m, n, warps), (k, stages) in product(_TILES, _DEPTHS):
+        base = {"block_m": m, "block_n": n, "block_k": k, "group": 8, "num_warps": warps, "num_stages": stages}
+        chunks = [{"chunk": products // k} for products in (64, 128) if products <= limit] if fast else [{}]
+        ways = [{"splits": splits} for splits in range(1, MAX_SPLITS + 1)] if grad else [{}]
+        found += [{**base, **chunk, **split} for chunk, split in product(chunks, ways)]
+    return found
+
+
+LINEAR_KINDS = ("none", "bias", "residual", "gelu", "dgelu", "weight_grad", "weight_grad_bias")
+"""What follows a matmul (in "dgelu": precedes the next), or which gradient of a weight it is. "none" and "bias" stay with
+cuBLAS, which adds a bias itself, unless sums are in fp16."""
+for _kind in LINEAR_KINDS[2:]:
+    tuning.space(f"linear.{_kind}", _space(_kind, fast=False))
+for _kind in LINEAR_KINDS:
+    tuning.space(f"linear_fast.{_kind}", _space(_kind, fast=True))
+
+
+class Tiles(NamedTuple):
+    """Tiles of a matmul in Triton, as tables have them. ``chunk``: blocks of K whose products are summed in fp16, or 0 for
+    fp32. ``splits``: ways to split K, of weight gradients."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    num_warps: int
+    num_stages: int
+    chunk: int = 0
+    splits: int = 1
+
+    def options(self, K: int) -> dict[str, int | bool]:
+        """Keyword arguments of a launch."""
+        return {
+            "BM": self.block_m, "BN": self.block_n, "BK": self.block_k, "GROUP": self.group, "CHUNK": self.chunk,
+            "EVEN_K": K % self.block_k == 0, "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
+
+
+def choose(
+    kind: str,
+    M: int,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    accumulate: str = "fp32",
+    *,
+    wide: bool = True,
+    usual: bool = True,
+) -> tuning.Choice:
+    """The engine that computes (M, K) @ (K, N) and what goes with it, and its tiles: ``tuning.CUBLAS``, or the fields of Tiles.
+
+    ``kind``: one of ``LINEAR_KINDS``; of weight gradients M and N are the weight's rows and columns and K
+    counts tokens. ``wide``: see ``_wide``. ``usual``: whether layout and options are those that tables were made for.
+    """
+    fast = accumulate == "fp16"
+    bucket = None
+    if wide and usual:
+        rows, columns, tokens = (M, N, K) if kind.startswith("weight_grad") else (N, K, M)
+        bucket = linear_bucket(rows, columns, tokens)
+    default = tuning.CUBLAS
+    if fast:
+        sms, arch = runtime.sm_count(device), tuning.arch_of(device)
+        default = default_tiles(kind, M, N, K, dtype, accumulate, sms, wide, arch)
+    return tuning.choose(f"linear{'_fast' if fast else ''}.{kind}", dtype, bucket, device, default)
+
+
+@lru_cache(maxsize=1024)
+def default_tiles(
+    kind: str, M: int, N: int, K: int, dtype: torch.dtype, accumulate: str = "fp32", sms: int = 46, wide: bool = True,
+    arch: int | None = None,
+) -> tuning.Config:  # fmt: skip
+    """Tiles where no table has any, as a config. ``wide``: whether memory can be read 128 bits at a time (see ``_wide``);
+    where it cannot, an address per element takes the registers of a large tile. A weight gradient is split along K where
+    its tiles leave SMs idle. Nothing else depends on M: a new batch size compiles nothing.
+
+    128 x 128 x 64 in 8 warps spills nothing, and its 64 KB of shared memory hold two blocks of K while a third is on its
+    way. Sums in fp16 are of 64 products: those of 128, which tables may have, err more and gain nothing by the model of
+    ranking.py, as L2 binds and not the promotions.
+    """
+    grad = kind.startswith("weight_grad")
+    if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
+        m, n, k = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N, K))
+        tiles = Tiles(m, n, min(k, 64 if accumulate == "fp16" else 128), group=8, num_warps=4, num_stages=1)
+    elif dtype == torch.float32 or not wide:
+        tiles = Tiles(64, 64, 32, group=8, num_warps=8, num_stages=2)
+    else:
+        tiles = Tiles(128, 128, 64, group=8, num_warps=8, num_stages=3)
+    found = tiles._asdict()
+    del found["chunk"], found["splits"]
+    if accumulate == "fp16":
+        found["chunk"] = max(64 // tiles.block_k, 1)
+        if kind == "dgelu" and arch == 120:
+            found["num_stages"] = min(tiles.num_stages, 2)  # a third block of K on its way would spill
+    if grad:
+        found["splits"] = splits(M, N, K, tiles.block_m, tiles.block_n, sms)
+    return found
+
+
+def splits(M: int, N: int, K: int, block_m: int, block_n: int, sms: int) -> int:
+    """Ways to split K that take the least time, of one block per SM: more fill the last
+    wave of SMs better, but each writes C in fp32 and reads it again, past what L2 keeps. At least 512 of K each.
+
+    A model that no measurement has confirmed yet. On 46 SMs, 8192 tokens and C = 768: 5 for C x C, 2 for 3C x C, 4C x C."""
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+
+    def flops_of_one_sm(ways: int) -> float:
+        waves, partial = triton.cdiv(tiles * ways, sms), 4 * ways * M * N
+        moved = 0 if ways == 1 or partial <= PARTIALS_IN_L2 else 2 * partial
+        return waves * 2 * block_m * block_n * K / ways + moved / sms * FLOPS_PER_BYTE
+
+    return min(range(1, max(1, min(MAX_SPLITS, K // 512)) + 1), key=flops_of_one_sm)
+
+
+# ---------------------------------------------------------------- launches
+
+
+def _accumulate(fp16: bool) -> str:
+    return "fp16" if fp16 else "fp32"
+
+
+def _cublas(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b (+ bias) in their dtype. Autocast, which is still on inside an op, leaves the out= overloads alone."""
+    out = a.new_empty(a.shape[0], b.shape[1])
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias.to(a.dtype), a, b, out=out)
+
+
+def _wide(*operands: Tensor) -> bool:
+    """Whether 2-d tensors have neighbours along one dimension and multiples of 16 in all else, so that triton may read 16
+    bytes at a time."""
+    return all(
+        1 in t.stride()
+        and t.data_ptr() % 16 == 0
+        and all(size % 16 == 0 if stride == 1 else stride % 16 == 0 for size, stride in zip(t.shape, t.stride()))
+        for t in operands
+    )
+
+
+def _choose(kind: str, a: Tensor, b: Tensor, fp16: bool, *, plain: bool = True) -> tuning.Choice:
+    """The choice for a @ b. ``plain``: without the options that take registers, dropout and the exact GELU."""
+    (M, K), N = a.shape, b.shape[1]
+    weights_lie = {"none": True, "dgelu": b.stride(1) == 1}.get(kind, b.stride(0) == 1)  # as in (out, in), of a linear
+    usual = plain and weights_lie and a.stride(1) == 1
+    return choose(kind, M, N, K, a.dtype, a.device, _accumulate(fp16), wide=_wide(a, b), usual=usual)
+
+
+Result = TypeVar("Result")
+
+
+def _run(choice: tuning.Choice, a: Tensor, b: Tensor, run: Callable[[tuning.Config], Result]) -> Result:
+    """What a @ b is computed by: ``run`` with the config of ``choice``."""
+    shape, engine = (a.shape[0], b.shape[1], a.shape[1]), "cublas" if choice.config == tuning.CUBLAS else "triton"
+    with runtime.record(choice.key.kernel, shape, a.dtype, engine):
+        return tuning.launch(choice, run)
+
+
+def _launch(
+    tiles: Tiles, a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None,
+    pre: Tensor | None = None, residual: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
+    erf: bool = False, sums: Tensor | None = None,
+) -> None:  # fmt: skip
+    """``sums`` (N,): of out's columns."""
+    (M, K), N = a.shape, b.shape[1]
+    if M == 0 or N == 0:
+        return
+    residual = None if residual is None else runtime.columns_adjacent(residual)
+    rows = triton.cdiv(M, tiles.block_m)
+    partial = column_sums.partial(rows, sums)
+    with runtime.device_guard(a):
+        linear_kernel[(rows * triton.cdiv(N, tiles.block_n),)](
+            a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, partial, M, N, K,
+            *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0), dropout_p,
+            EPILOGUE=epilogue, ERF=erf, **tiles.options(K),
+        )  # fmt: skip
+        column_sums.add_up((partial, sums))
+
+
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    fp16: bool,
+) -> Tensor:
+    """dropout(a @ b + bias) + residual: (M, N) in a's dtype, with a residual in its."""
+    ends = residual is not None or seed is not None
+    kind = "residual" if ends else "none" if bias is None else "bias"
+
+    def run(config: tuning.Config) -> Tensor:
+        if config == tuning.CUBLAS:
+            y = _cublas(a, b, bias)
+            if seed is not None:
+                y, _ = pointwise_grad(y, y.dtype, None, seed, dropout_p, False, None)  # dropout is its own gradient
+            return y if residual is None else (y + residual).to(residual.dtype)
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=a.dtype if residual is None else residual.dtype)
+        _launch(Tiles(**config), a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p)
+        return out
+
+    return _run(_choose(kind, a, b, fp16, plain=seed is None), a, b, run)
+
+
+def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool, save: bool) -> tuple[Tensor, Tensor]:
+    """(gelu(z), z) of z = a @ b + bias, both (M, N) in a's dtype; z is empty if not ``save``."""
+
+    def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
+        if config == tuning.CUBLAS:
+            pre = _cublas(a, b, bias)
+            out = torch.nn.functional.gelu(pre, approximate="none" if erf else "tanh")
+            return out, pre if save else a.new_empty(0)
+        M, N = a.shape[0], b.shape[1]
+        out, pre = a.new_empty(M, N), a.new_empty((M, N) if save else 0)
+        _launch(Tiles(**config), a, b, out, "gelu", bias=bias, pre=pre if save else None, erf=erf)
+        return out, pre
+
+    return _run(_choose("gelu", a, b, fp16, plain=not erf), a, b, run)
+
+
+def matmul_dgelu(
+    a: Tensor, b: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """(a @ b) * gelu'(pre), in a's dtype, and with ``bias_dtype`` its column sums, from the kernel that forms it."""
+
+    def run(config: tuning.Config) -> tuple[Tensor, Tensor | None]:
+        if config == tuning.CUBLAS:
+            return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, bias_dtype)
+        out = a.new_empty(a.shape[0], b.shape[1])
+        sums = None if bias_dtype is None else a.new_zeros(b.shape[1], dtype=bias_dtype)
+        _launch(Tiles(**config), a, b, out, "dgelu", pre=pre, erf=erf, sums=sums)
+        return out, sums
+
+    return _run(_choose("dgelu", a, b, fp16, plain=not erf), a, b, run)
+
+
+def dense(t: Tensor) -> bool:
+    return t.is_contiguous() or t.t().is_contiguous()
+
+
+def adds_in_place(grad: Tensor | None, weight: Tensor) -> bool:
+    """Whether ``weight_grad`` can add to this ``.grad``."""
+    return grad is not None and grad.dtype == torch.float32 and grad.shape == weight.shape and dense(grad)
+
+
+def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool, *, add: bool = False) -> None:
+    """dw (N, K) = dz (M, N)^T @ x (M, K), or += with ``add`` (fp32 only), and db (N,) = the sums of dz over its rows.
+
+    dw is dense (contiguous, or the transpose of such) and written in its own dtype from fp32 sums, never through 16 bits.
+    """
+    (M, N), K = dz.shape, x.shape[1]
+    if N == 0 or K == 0:
+        if db is not None:
+            db.copy_(dz.sum(0, dtype=torch.float32))
+        return
+    kind = "weight_grad" if db is None else "weight_grad_bias"
+    usual = dz.stride(1) == 1 and x.stride(1) == 1 and dw.is_contiguous()
+    choice = choose(kind, N, K, M, x.dtype, x.device, _accumulate(fp16), wide=_wide(dz, x, dw), usual=usual)
+
+    def run(config: tuning.Config) -> None:
+        if config != tuning.CUBLAS:
+            _weight_grad_in_tiles(Tiles(**config), dz, x, dw, db, add)
+            return
+        if dw.dtype == torch.float32:
+            matmul_fp32(dw, dz.t(), x, accumulate=add)
+        else:
+            torch.mm(dz.t(), x, out=dw)
+        if db is not None:
+            db.copy_(dz.sum(0, dtype=torch.float32))
+
+    _run(choice, dz.t(), x, run)
+
+
+def _weight_grad_in_tiles(tiles: Tiles, dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, add: bool) -> None:
+    (M, N), K = dz.shape, x.shape[1]
+    per_split = max(triton.cdiv(triton.cdiv(M, tiles.splits), tiles.block_k), 1) * tiles.block_k
+    ways = max(triton.cdiv(M, per_split), 1)
+    # A split's partial sums lie in memory as dw does, so that adding them up is one sweep.
+    out = dw if ways == 1 else torch.empty(ways, N * K, dtype=torch.float32, device=x.device)
+    sums = db if ways == 1 or db is None else torch.empty(ways, N, dtype=torch.float32, device=x.device)
+    with runtime.device_guard(x):
+        weight_grad_kernel[(triton.cdiv(N, tiles.block_m) * triton.cdiv(K, tiles.block_n), ways)](
+            dz, x, out, sums, N, K, M, dz.stride(1), dz.stride(0), *x.stride(), *dw.stride(), per_split,
+            ADD=add and ways == 1, **tiles.options(M),
+        )  # fmt: skip
+        if ways > 1:
+            _sum_splits(out, dw, ways, add)
+            if db is not None and sums is not None:
+                _sum_splits(sums, db, ways, False)
+
+
+def _sum_splits(partial: Tensor, out: Tensor, ways: int, add: bool) -> None:
+    size, block = out.numel(), 2**16 if runtime.INTERPRET else 1024
+    sum_splits_kernel[(triton.cdiv(size, block),)](partial, out, size, ways, ADD=add, BLOCK=block, num_warps=4)
+
+
+def pointwise_grad(
+    dy: Tensor, dtype: torch.dtype, pre: Tensor | None, seed: Tensor | None, dropout_p: float, erf: bool,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dz = dy * gelu'(pre), or dy through dropout, in ``dtype``; and with ``bias_dtype`` the sums of dz over its rows."""
+    M, N = dy.shape
+    dz = dy.new_empty(M, N, dtype=dtype)
+    db = None if bias_dtype is None else dy.new_empty(N, dtype=bias_dtype)
+    if M == 0 or N == 0:
+        return dz, None if db is None else db.zero_()
+    rows, block_m, block_n = (256, 256, 256) if runtime.INTERPRET else (64, 16, 128)
+    blocks = triton.cdiv(M, rows)
+    partial = column_sums.partial(blocks, db)
+    op = "dropout_grad" if pre is None else "gelu_grad"
+    with runtime.record(op, (M, N), dy.dtype, "triton"), runtime.device_guard(dy):
+        pointwise_grad_kernel[(blocks, triton.cdiv(N, block_n))](
+            dy, pre, seed, dz, partial, M, N, *dy.stride(), dropout_p,
+            ERF=erf, ROWS=rows, BM=block_m, BN=block_n, num_warps=4,
+        )  # fmt: skip
+        column_sums.add_up((partial, db))
+    return dz, db

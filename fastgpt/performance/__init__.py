@@ -1,0 +1,1 @@
+"""Arithmetic about a training step without running it: FLOPs, memory, operations, time."""

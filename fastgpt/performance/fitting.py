@@ -1,0 +1,341 @@
+"""The batch geometry that fits a GPU at exactly the tokens per step asked for, and the cost of the run.
+
+Memory is counted (memory.py, docs/memory.md), speed is projected (projection.py), and energy is an upper bound: the board's
+power limit for as long as the run takes. ``fit_batch`` and ``check_fits`` apply the same rules for train.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastgpt import anatomy
+from fastgpt.common import UserError, gigabytes
+from fastgpt.config import Config, ModelConfig
+from fastgpt.hardware import cards
+from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, Memory, memory
+from fastgpt.performance.projection import Projection, project
+
+CUDA_CONTEXT = 426 * 2**20
+"""What a process holds before its first tensor: measured with PyTorch 2.10 and CUDA 13 on an sm_89 card
+(unslothai/unsloth-zoo#1053). Kernels are loaded lazily since CUDA 11.7; before, it was over 1 GB (pytorch#107667)."""
+
+DESKTOP = 400 * 2**20
+"""What a desktop session holds on a GeForce card: an assumption, close to what users report after login. A browser that plays
+video takes more (mylinuxforwork/dotfiles#93: 400 MiB, 1000 MiB with video). Data-centre cards: 0."""
+
+MARGIN = 0.05
+"""Share of VRAM left free: a choice. It is as large as the memory model's error at the two published points (docs/memory.md,
+section 7)."""
+
+CHINCHILLA = 20
+"""Compute-optimal tokens per parameter (Hoffmann et al. 2022, table 3), excluding position embeddings."""
+
+CPU_SHARE = 0.25
+"""Share of a computer's free memory that a run on the CPU may plan with: other programs need some of it."""
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that fits. Bytes in ``memory`` and ``usable``; ``vram_gb`` in 1e9 bytes, with the CUDA context.
+
+    ``grad_accum`` counts on one GPU: micro_batch x grad_accum x T x world_size = tokens_per_step. Speed, hours and kWh are
+    projections for all GPUs together, or None where nothing could be projected.
+    """
+
+    model: ModelConfig
+    gpu: str
+    kernels: str
+    precision: str
+    micro_batch: int
+    grad_accum: int
+    world_size: int
+    tokens: int
+    memory: Memory
+    usable: int
+    hint: str | None = None
+    power_w: int | None = None
+    tokens_per_second: float | None = None
+    tokens_per_second_low: float | None = None
+    tokens_per_second_high: float | None = None
+    calibrated: bool | None = None
+    """Whether the projection is calibrated on real runs like this one."""
+    calibration_error: float | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.micro_batch * self.grad_accum * self.model.block_size * self.world_size
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+    @property
+    def vram_gb(self) -> float:
+        return (self.memory.total + CUDA_CONTEXT) / 1e9
+
+    @property
+    def hours(self) -> float | None:
+        return self._hours(self.tokens_per_second)
+
+    @property
+    def hours_low(self) -> float | None:
+        return self._hours(self.tokens_per_second_high)
+
+    @property
+    def hours_high(self) -> float | None:
+        return self._hours(self.tokens_per_second_low)
+
+    @property
+    def kwh(self) -> float | None:
+        """At most: every board at its limit all the time, the rest of the computer not counted."""
+        if self.hours is None or self.power_w is None:
+            return None
+        return self.hours * self.power_w * self.world_size / 1000
+
+    def _hours(self, rate: float | None) -> float | None:
+        return None if not rate else self.steps * self.tokens_per_step / rate / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        names = (
+            "kernels precision gpu micro_batch grad_accum world_size tokens_per_step tokens steps vram_gb "
+            "tokens_per_second tokens_per_second_low tokens_per_second_high calibrated calibration_error "
+            "hours hours_low hours_high kwh hint"
+        )
+        parts = {"memory_bytes": self.memory.parts(), "peak": self.memory.peak, "usable_bytes": self.usable}
+        return {name: getattr(self, name) for name in names.split()} | parts
+
+
+def usable_vram(gpu: cards.Gpu | None, vram_gb: float | None = None) -> int:
+    """Bytes that PyTorch's allocator can plan with: VRAM less CUDA context, desktop and margin.
+
+    ``vram_gb`` replaces the card's own; GB as on the box, 2**30 bytes. Raises UserError where neither is known.
+    """
+    total = _vram(gpu, vram_gb)
+    return total - CUDA_CONTEXT - _desktop(gpu) - round(MARGIN * total)
+
+
+def plan(
+    model: ModelConfig,
+    gpu: cards.Gpu | None,
+    *,
+    tokens_per_step: int,
+    kernels: str = "triton",
+    precision: str = "bf16",
+    vram_gb: float | None = None,
+    tokens: int | None = None,
+    world_size: int = 1,
+) -> RunPlan:
+    """The largest micro-batch that fits ``gpu`` and divides ``tokens_per_step`` (of all ``world_size`` GPUs) exactly.
+
+    ``tokens`` is the run's budget, Chinchilla's 20 per parameter by default. ``gpu`` None: a card that is not in the table;
+    then ``vram_gb`` is needed and speed is unknown. Raises UserError for tokens_per_step that T x world_size does not
+    divide, naming the nearest that work, and when not even one sequence fits, naming what would.
+    """
+    if tokens is None:
+        tokens = CHINCHILLA * anatomy.n_params(model, positions=False)
+    if tokens < 1:
+        raise UserError(f"tokens is {tokens}: it must be at least 1")
+    usable = usable_vram(gpu, vram_gb)
+    hopper = gpu is not None and int(gpu.arch.removeprefix("sm_")) >= 90
+    workspace = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
+    job = _Job(model, kernels, precision, world_size, workspace)
+    name = gpu.name if gpu else f"a card with {vram_gb:g} GB"
+    micro_batch, grad_accum, hint = job.geometry(tokens_per_step, usable, name)
+    found = RunPlan(
+        model=model,
+        gpu=name,
+        kernels=kernels,
+        precision=precision,
+        micro_batch=micro_batch,
+        grad_accum=grad_accum,
+        world_size=world_size,
+        tokens=tokens,
+        memory=job.memory(micro_batch),
+        usable=usable,
+        hint=hint,
+        power_w=gpu.power_w if gpu else None,
+    )
+    speed = _projected(model, gpu, kernels, precision, micro_batch, micro_batch * grad_accum * model.block_size)
+    if speed is None:
+        return found
+    return replace(
+        found,
+        tokens_per_second=speed.tokens_per_second * world_size,
+        tokens_per_second_low=speed.tokens_per_second_low * world_size,
+        tokens_per_second_high=speed.tokens_per_second_high * world_size,
+        calibrated=speed.calibrated,
+        calibration_error=speed.calibration_error,
+    )
+
+
+def fit_batch(config: Config, room: cards.Gpu | int, world_size: int = 1, *, device: str = "cuda") -> tuple[int, int]:
+    """(micro_batch, grad_accum) that fit and keep ``config.tokens_per_step``: ``--batch-size auto``.
+
+    grad_accum as the configuration counts it, over all GPUs together. ``room``: a card, or the bytes that ``free_bytes``
+    gives before the model is built. Raises UserError as ``plan`` does.
+    """
+    job = _Job.of(config, world_size, device)
+    micro_batch, per_gpu, _ = job.geometry(config.tokens_per_step, _budget(room), _described(room))
+    return micro_batch, per_gpu * world_size
+
+
+def check_fits(config: Config, room: cards.Gpu | int, world_size: int = 1, *, device: str = "cuda") -> Memory:
+    """What the configured micro-batch needs. Raises UserError, naming what would fit, where it cannot fit even if the memory
+    model counts too much by its known error and no margin is left."""
+    job = _Job.of(config, world_size, device)
+    needed = job.memory(config.data.batch_size)
+    available = usable_vram(room) + round(MARGIN * _vram(room)) if isinstance(room, cards.Gpu) else room
+    if needed.allocated * (1 - MARGIN) <= available:
+        return needed
+    micro_batch, grad_accum, _ = job.geometry(config.tokens_per_step, _budget(room), _described(room))
+    raise UserError(
+        f"batch_size is {config.data.batch_size}: it needs about {gigabytes(needed.total)} ({job.kernels}, "
+        f"{job.precision}) of the {gigabytes(max(available, 0))} free: --batch-size {micro_batch} --grad-accum "
+        f"{grad_accum * world_size} fits, at the same {config.tokens_per_step:,} tokens per step"
+    )
+
+
+def free_bytes(device: str) -> int:
+    """Free memory for a run: that of the current CUDA device, or ``CPU_SHARE`` of the computer's free memory."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return int(CPU_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # Windows and macOS do not say
+        return 2 * 2**30
+
+
+# ---------------------------------------------------------------- geometry
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that determines how much memory a micro-batch takes."""
+
+    model: ModelConfig
+    kernels: str
+    precision: str
+    world_size: int
+    workspace: int = CUBLAS_WORKSPACE
+
+    @classmethod
+    def of(cls, config: Config, world_size: int, device: str) -> _Job:
+        kernels = config.train.implementation
+        auto = "bf16" if device == "cuda" else "fp32"
+        precision = auto if config.train.precision == "auto" else config.train.precision
+        return cls(config.model, kernels, precision, world_size)
+
+    def memory(self, micro_batch: int) -> Memory:
+        return memory(
+            self.model,
+            micro_batch=micro_batch,
+            kernels=self.kernels,
+            precision=self.precision,
+            world_size=self.world_size,
+            workspace=self.workspace,
+        )
+
+    def fits(self, micro_batch: int, usable: int) -> bool:
+        return self.memory(micro_batch).total <= usable
+
+    def geometry(self, tokens_per_step: int, usable: int, where: str) -> tuple[int, int, str | None]:
+        """micro_batch, grad_accum, and a hint where other tokens per step would allow a much larger micro-batch."""
+        if self.world_size < 1:
+            raise UserError(f"world_size is {self.world_size}: it must be at least 1")
+        unit = self.model.block_size * self.world_size
+        if tokens_per_step < 1 or tokens_per_step % unit:
+            below = tokens_per_step // unit * unit
+            near = " or ".join(f"{n:,}" for n in (below, below + unit) if n > 0)
+            each = f"block_size {self.model.block_size}" + (f" x {self.world_size} GPUs" if self.world_size > 1 else "")
+            raise UserError(
+                f"tokens_per_step is {tokens_per_step:,}: {each} needs a multiple of {unit:,}; the nearest: {near}"
+            )
+        sequences = tokens_per_step // unit
+        if not self.fits(1, usable):
+            raise UserError(self._nothing_fits(usable, where))
+        micro_batch = next(n for n in _divisors(sequences) if self.fits(n, usable))
+        largest = micro_batch
+        while largest < 2 * micro_batch and largest < sequences and self.fits(largest + 1, usable):
+            largest += 1
+        hint = None
+        if largest >= 2 * micro_batch:
+            other = max(1, round(sequences / largest)) * largest * unit
+            hint = f"{tokens_per_step:,} tokens per step allow a micro-batch of {micro_batch}; {other:,} would allow {largest}"
+        return micro_batch, sequences // micro_batch, hint
+
+    def _nothing_fits(self, usable: int, where: str) -> str:
+        """What one sequence needs, and everything that would help."""
+        ways = []
+        if self.kernels != "triton":
+            lean = replace(self, kernels="triton")
+            if lean.fits(1, usable):
+                ways.append(f"--kernels triton needs {gigabytes(lean.memory(1).total)}")
+        shorter = self.model.block_size // 2
+        while shorter >= 64:
+            job = replace(self, model=replace(self.model, block_size=shorter))
+            if job.fits(1, usable):
+                ways.append(f"--block-size {shorter} fits")
+                break
+            shorter //= 2
+        needed = self.memory(1).total
+        card = next((gpu for gpu in sorted(cards.GPUS, key=lambda g: g.vram_gb) if usable_vram(gpu) >= needed), None)
+        if card:
+            ways.append(f"a card with {card.vram_gb} GB fits it")
+        millions = anatomy.n_params(self.model, positions=False) / 1e6
+        return (
+            f"micro_batch is 1 and does not fit: one sequence of {self.model.block_size} tokens through {millions:,.0f}M "
+            f"parameters ({self.kernels}, {self.precision}) needs {gigabytes(needed)}, and {where} has "
+            f"{gigabytes(max(usable, 0))} usable: {'; '.join(ways) or 'use a smaller model'}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors, largest first."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)}, reverse=True)
+
+
+def _vram(gpu: cards.Gpu | None, vram_gb: float | None = None) -> int:
+    if vram_gb is not None and not 0 < vram_gb < 10_000:
+        raise UserError(f"vram is {vram_gb:g}: give the GB on the box, such as 12")
+    gigabytes = gpu.vram_gb if vram_gb is None and gpu else vram_gb
+    if gigabytes is None:
+        raise UserError("vram is not known for this card: give the GB on its box, such as --vram 12")
+    return round(gigabytes * 2**30)
+
+
+def _desktop(gpu: cards.Gpu | None) -> int:
+    return 0 if gpu is not None and gpu.full_rate else DESKTOP
+
+
+def _budget(room: cards.Gpu | int) -> int:
+    return usable_vram(room) if isinstance(room, cards.Gpu) else round((1 - MARGIN) * room)
+
+
+def _described(room: cards.Gpu | int) -> str:
+    return room.name if isinstance(room, cards.Gpu) else "this machine"
+
+
+def _projected(
+    model: ModelConfig, gpu: cards.Gpu | None, kernels: str, precision: str, micro_batch: int, tokens_per_step: int
+) -> Projection | None:
+    """The projection for one GPU, or None where there is none."""
+    if gpu is None:
+        return None
+    try:
+        return project(
+            anatomy.Shape.of(model),
+            gpu,
+            kernels=kernels,
+            precision=precision,
+            micro_batch=micro_batch,
+            tokens_per_step=tokens_per_step,
+            dropout=model.dropout,
+        )
+    except UserError:  # a card or an arithmetic that it has no figures for
+        return None

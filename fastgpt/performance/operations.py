@@ -1,0 +1,586 @@
+"""What one optimizer step of a GPT-2 launches, operation by operation: FLOPs, bytes and kernels, for each way to run it.
+
+Four variants of the same mathematics move very different numbers of bytes:
+
+``nanogpt-compile``, ``compile``
+    bf16 autocast under torch.compile (nanoGPT's program; this repository's model is the same graph). Inductor fuses each
+    chain of pointwise operations with the norm or the loss beside it. Logits exist as a whole, in bf16. Every fp32 weight
+    is cast once per micro-batch, every gradient is cast to fp32 and added in passes of its own. What is fused and what
+    is saved was read off the code that Inductor writes for this repository's model (docs/projection.md).
+``eager``
+    bf16 autocast, one pass per pointwise operation and per cast; logits also exist in fp32, log-probabilities and their
+    gradients with them. Weights are cast once per micro-batch (autocast keeps the copy).
+``triton``
+    this repository's kernels: residual add and norm in one pass over an fp32 residual stream, attention on packed qkv,
+    loss in chunks, working copies of the weights, weight gradients in fp32 that are added where they lie. Linears are
+    cuBLAS. ``fusions`` switches each of these off alone.
+
+FLOPs, and bytes where an operation moves no more than it must, come from performance/flops.py; the bytes of passes that only
+some variants make are written here as bytes per element. docs/projection.md explains each. No torch, no GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from fastgpt import anatomy
+from fastgpt.anatomy import Linear, Shape
+from fastgpt.common import UserError
+from fastgpt.config import PLAIN
+from fastgpt.hardware import cards
+from fastgpt.performance import flops as flops_module
+from fastgpt.performance.flops import cdiv
+from fastgpt.performance.memory import LOGITS_BUDGET, SIZES, check_step
+
+PRECISIONS = tuple(name for name, size in SIZES.items() if size <= 2)
+"""Those that a step's operations are known for: fp32 is left out."""
+
+# ---------------------------------------------------------------- what is listed
+
+GAPS = "gaps (nothing running)"
+
+LINEARS = tuple(linear.name for linear in anatomy.of(anatomy.GPT2_124M).linears)
+PASSES = ("forward", "dX", "dW")
+GROUPS = (
+    "embedding",
+    "norms forward",
+    "norms backward",
+    "attention forward",
+    "attention backward",
+    *(f"{linear} {way}" for linear in LINEARS for way in PASSES),
+    "GELU forward",
+    "GELU backward",
+    "pointwise",
+    "loss",
+    "gradient accumulation",
+    "optimizer",
+)
+"""Every group that an operation can belong to, under the names of bench/steps/trace.py; casts, residual adds
+outside the norm and everything else that a fused step does not need are "pointwise"."""
+
+Kind = Literal["matmul", "attention", "memory"]
+Per = Literal["micro-batch", "accumulation", "step"]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One execution of one operation, and how often a step executes it."""
+
+    name: str
+    group: str  # of GROUPS
+    kind: Kind
+    flops: int
+    bytes: int  # moved by one execution, every read and write counted
+    launches: int  # kernels of one execution
+    count: int = 1  # executions per micro-batch, per accumulation (all micro-batches but the first) or per step
+    per: Per = "micro-batch"
+    fresh: int = 0  # of ``bytes``: reads of what the kernel just before has written, and L2 may still hold
+    mnk: tuple[int, int, int] | None = None  # of a matmul: an (m, k) by a (k, n) matrix
+    scores: int = 0  # of attention: elements of S = Q K^T that get an exponential
+    instructions: int = 0  # of attention: plain instructions per score, beside the exponential
+    summed_in_fp16: float = 0.0  # of attention: share of its FLOPs
+    fast: bool = True  # of a matmul: in the arithmetic of the --precision; else in plain 16 bits
+    own: bool = False  # a kernel of this repository, not of a library or of Inductor
+
+    def executions(self, grad_accum: int) -> int:
+        """How often a step of ``grad_accum`` micro-batches executes this."""
+        return self.count * {"micro-batch": grad_accum, "accumulation": grad_accum - 1, "step": 1}[self.per]
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """Which fusions of the ``triton`` variant are on: as the training loop runs it on one GPU, unless said otherwise. Off,
+    an operation is PyTorch's own, as in ``eager``. bench.ablation switches them off one by one."""
+
+    attention: bool = True
+    """Flash attention on packed qkv; else torch's flash attention and the packing of its gradients."""
+    norms: bool = True
+    """Residual add and norm in one pass."""
+    weight_gradients: bool = True
+    """Weight gradients written in fp32 by the matmul; else in 16 bits, cast by a pass."""
+    loss: bool = True
+    """Head and loss in chunks; else whole logits, also in fp32."""
+    optimizer: bool = True
+    """Norm, clip, update and working copies in three launches; else torch's fused AdamW and clip_grad_norm_."""
+    working_copy: bool = True
+    """16-bit weights kept from step to step; else cast in every micro-batch."""
+    in_place: bool = True
+    """Weight gradients of later micro-batches added by the matmul that forms them; else autograd adds them."""
+    embedding: bool = True
+    """Sum of the rows in one pass, and with ``in_place`` their gradients added to the rows that occur."""
+    epilogues: bool = False
+    """GELU and its gradient in the epilogues of the matmuls, which are then Triton's: off until measured beside cuBLAS."""
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [f.name for f in fields(cls)]
+
+    def without(self, name: str) -> Fusions:
+        return replace(self, **{name: False})
+
+
+AS_SHIPPED = Fusions()
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """The integers that every part below needs. ``e``: bytes of a 16-bit element."""
+
+    shape: Shape
+    kernels: str
+    precision: str
+    B: int
+    T: int
+    dropout: float
+    sm_count: int
+    fusions: Fusions = AS_SHIPPED
+    e: int = 2
+
+    @property
+    def model(self) -> anatomy.Anatomy:
+        return anatomy.of(self.shape)
+
+    @property
+    def rows(self) -> int:
+        return self.B * self.T
+
+    @property
+    def compiled(self) -> bool:
+        return self.kernels.endswith("compile")
+
+    @property
+    def own_fp8(self) -> bool:
+        """Whether the blocks' linears are this repository's in fp8: fp8/ops.py."""
+        return self.kernels == "triton" and self.precision == "fp8"
+
+    def fused(self, name: str) -> bool:
+        """Whether this is the triton variant, with that one of its fusions."""
+        return self.kernels == "triton" and getattr(self.fusions, name)
+
+
+def sweep(name: str, group: str, moved: int, launches: int = 1, **rest: Any) -> Operation:
+    """An operation that only moves bytes."""
+    return Operation(name, group, "memory", 0, moved, launches, **rest)
+
+
+# ---------------------------------------------------------------- a step
+
+
+def operations(
+    shape: Shape,
+    kernels: str = "triton",
+    micro_batch: int = 8,
+    T: int | None = None,
+    precision: str = "bf16",
+    *,
+    dropout: float = 0.0,
+    sm_count: int = 46,
+    fusions: Fusions = AS_SHIPPED,
+) -> list[Operation]:
+    """Every operation of one optimizer step, grouped by part of the model.
+
+    ``micro_batch`` sequences of ``T`` tokens (default: the block size). ``sm_count`` matters to triton's loss, which cuts its
+    chunks to fill the SMs; ``fusions`` are those of triton that are on. Raises UserError for a name that is not in KERNELS or
+    PRECISIONS, and for sizes below 1.
+    """
+    T = shape.block_size if T is None else T
+    check_step(kernels, precision, micro_batch, PRECISIONS)
+    if T < 1:
+        raise UserError(f"T is {T}: it must be at least 1")
+    if T > shape.block_size:
+        raise UserError(f"T is {T}: the model's block_size is {shape.block_size}, so give at most that")
+    s = StepSizes(shape, kernels, precision, micro_batch, T, dropout, sm_count, fusions)
+    ops = [*_embedding(s), *_norms(s), *_attention(s), *_linears(s), *_head_and_loss(s), *_update(s)]
+    return [op for op in ops if op.count]
+
+
+# ---------------------------------------------------------------- embedding and norms
+
+
+def _embedding(s: StepSizes) -> list[Operation]:
+    """Token and position embedding in fp32, and their gradients."""
+    rows, C, V, T = s.rows, s.shape.n_embd, s.shape.vocab_size, s.T
+    distinct = min(V, rows)  # at most: text repeats itself, which the L2 would gain from
+    forward = flops_module.embedding_forward(rows, distinct, C, 4).bytes
+    if s.fused("embedding"):
+        return [sweep("embedding forward", "embedding", forward + 4 * T * C, own=True), *_fused_embedding_backward(s)]
+    backward = (
+        flops_module.embedding_backward(rows, distinct, C, 4).bytes + 4 * V * C + 4 * rows * C
+    )  # zeros first; positions
+    mask = 9 * rows * C if s.dropout else 0  # dropout: read and write fp32, write the mask
+    if s.compiled:  # gather, add (and dropout) in one kernel
+        return [
+            sweep("embedding forward", "embedding", forward + (rows * C if s.dropout else 0)),
+            sweep("embedding backward", "embedding", backward + (rows * C if s.dropout else 0), 3),
+        ]
+    return [
+        sweep("embedding forward", "embedding", forward + 8 * rows * C + mask, 4 if s.dropout else 3),
+        sweep("embedding backward", "embedding", backward + mask, 6 if s.dropout else 5),
+        # The embedding is tied to the LM head: autograd adds the two gradients.
+        sweep("tied gradients added", "embedding", 12 * V * C),
+    ]
+
+
+SORT_LAUNCHES = 4
+"""Assumed: kernels of PyTorch's sort of the token ids."""
+
+
+def _fused_embedding_backward(s: StepSizes) -> list[Operation]:
+    """A sort of the ids, sums over equal ids, and sums over sequences. In the first micro-batch of a step the gradient is
+    dense, and autograd adds it to the head's; in later ones only the rows that occur are read and written, in place."""
+    rows, C, V, T = s.rows, s.shape.n_embd, s.shape.vocab_size, s.T
+    distinct, positions, once = min(V, rows), s.shape.block_size, 12 * rows * 2
+    added = 8 * rows * C + 8 * distinct * C + 8 * T * C + once
+    dense = 8 * rows * C + 4 * distinct * C + 4 * T * C + 4 * (V + positions) * C + once
+    launches = SORT_LAUNCHES + 3
+    when: dict[str, Any] = {"own": True, "fresh": 4 * rows * C}
+    if not s.fused("in_place"):
+        return [
+            sweep("embedding backward", "embedding", dense, launches + 2, **when),
+            sweep("tied gradients added", "embedding", 12 * V * C),
+        ]
+    return [
+        sweep("embedding backward", "embedding", dense, launches + 2, per="step", **when),
+        sweep("tied gradients added", "embedding", 12 * V * C, per="step"),
+        sweep("embedding backward", "embedding", added, launches, per="accumulation", **when),
+    ]
+
+
+def _norms(s: StepSizes) -> list[Operation]:
+    """All norms follow a residual add but the first. Bytes per element: the residual stream is fp32, branches 16 bits."""
+    norms = s.model.norms
+    n, elements = sum(norm.count for norm in norms) - 1, s.rows * norms[0].width
+
+    def op(name: str, group: str, per_element: int, launches: int = 1, count: int = n, fresh: int = 0) -> Operation:
+        own = s.fused("norms") and group != "pointwise"
+        return sweep(name, group, per_element * elements, launches, count=count, fresh=fresh * elements, own=own)
+
+    forward, backward, extra = "norms forward", "norms backward", "pointwise"
+    mask = 1 if s.dropout else 0  # a byte per element, kept from forward for backward
+    first = [
+        op("first norm forward", forward, 4 + 2, count=1),
+        op("first norm backward", backward, 2 + 4 + 4, 2, count=1),
+        op("first norm, gradients added", extra, 12, count=1),
+    ]
+    if s.fused("norms"):  # Philox again in backward: no mask
+        return [
+            *first,
+            # Reads branch 2 and residual 4, writes sum 4 and norm 2, with fp8 also that in 1.
+            op("norm forward", forward, 12 + s.own_fp8, fresh=2),
+            # Reads dy 2, sum 4, the sum's gradient 4; writes the branch's gradient 2 (with fp8 also in 1), the residual's 4.
+            op("norm backward", backward, 16 + s.own_fp8, 2, fresh=2),
+        ]
+    if s.compiled:
+        return [
+            *first,
+            # Reads the last sum 4 and the branches since, 2 each (1 to 4 of them: a sum is written every fourth time, 1 on
+            # average); writes the normed 4, kept for backward, and its cast 2.
+            op("norm forward", forward, 4 + 5 + 1 + 4 + 2 + mask, fresh=2),
+            # Reads dy 2, the normed 4, the sum's gradient 4; writes that 4, and its cast 2 for the branch.
+            op("norm backward", backward, 16 + mask, fresh=2),
+            # A reduction over rows is a kernel of its own, in two stages: reads dy 2 and the normed 4 again.
+            op("norm weight gradient", backward, 6, 2),
+        ]
+    passes = [
+        *first,
+        op("residual add", extra, 2 + 4 + 4, fresh=2),
+        op("norm forward", forward, 4 + 4, fresh=4),
+        op("norm cast", extra, 4 + 2, fresh=4),
+        op("norm gradient cast", extra, 2 + 4, fresh=2),
+        op("norm backward", backward, 4 + 4 + 4, fresh=4),
+        op("norm weight gradient", backward, 8),
+        op("residual gradient add", extra, 12, fresh=4),
+        op("branch gradient cast", extra, 4 + 2, fresh=4),
+    ]
+    if s.dropout:
+        passes += [op("dropout", extra, 2 + 2 + 1, fresh=2), op("dropout backward", extra, 2 + 1 + 2, fresh=2)]
+    return passes
+
+
+# ---------------------------------------------------------------- attention
+
+SOFTMAX_INSTRUCTIONS = 8  # per score, beside the exponential: scale and subtract, maximum, sum, masks, half a convert
+DROPOUT_INSTRUCTIONS = 10  # per score: its share of a Philox call, compare, select
+
+
+def _attention(s: StepSizes) -> list[Operation]:
+    attention = s.model.attention
+    B, T, H, L, C, rows = s.B, s.T, attention.heads, attention.count, attention.width, s.rows
+    D = _padded_head(attention.head_dim, power_of_two=s.fused("attention"))
+    instructions = SOFTMAX_INSTRUCTIONS + (DROPOUT_INSTRUCTIONS if s.dropout else 0)
+
+    def op(name: str, group: str, work: flops_module.Work, moved: int, tile: int, launches: int = 1) -> Operation:
+        scores = round(B * H * T * flops_module.attended_keys(T, tile=min(tile, T)))
+        rest: dict[str, Any] = {"count": L, "scores": scores, "instructions": instructions, "own": s.fused("attention")}
+        return Operation(name, group, "attention", work.flops, moved, launches, **rest)
+
+    forward = flops_module.attention_forward(B, T, H, D, s.e, tile=min(128, T))
+    # The padding of heads is in registers, not in memory.
+    least = flops_module.attention_forward(B, T, H, attention.head_dim, s.e, kv_heads=attention.kv_heads).bytes
+    kv_width, columns = attention.kv_heads * attention.head_dim, fp8_group(s)
+    # In fp8 a byte is written beside 16 bits, and an fp32 scale for a group of columns.
+    extra, kv_extra = (rows * (width + 4 * width // columns) if columns else 0 for width in (C, kv_width))
+    found = [op("attention forward", "attention forward", forward, least + extra, 128)]
+    group, vector, kv_vector, log_sums = "attention backward", s.e * rows * C, s.e * rows * kv_width, 4 * rows * H
+    if s.fused("attention"):
+        # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
+        query = flops_module.attention_backward(B, T, H, D, s.e, tile=min(128, T), matmuls=3)
+        key = flops_module.attention_backward(B, T, H, D, s.e, tile=min(64, T), matmuls=4)
+        query_bytes = 4 * vector + 2 * kv_vector + 2 * log_sums + extra
+        key_bytes = 2 * vector + 4 * kv_vector + 2 * log_sums + 2 * kv_extra
+        found += [
+            op("attention backward dQ", group, query, query_bytes, 128),
+            op("attention backward dK dV", group, key, key_bytes, 64),
+        ]
+        if s.precision == "fp16-fast":  # all products but S, and dP's only up to 64 columns
+            shares = (1 / 2, 2 / 3, 3 / 4) if D <= 64 else (1 / 2, 1 / 3, 2 / 4)
+            found = [replace(each, summed_in_fp16=share) for each, share in zip(found, shares)]
+        return found
+    # FlashAttention-2: delta, and zeros into an fp32 dQ; the loop, which adds to that dQ; dQ rounded to 16 bits.
+    loop = flops_module.attention_backward(B, T, H, D, s.e, tile=min(128, T))
+    moved, packed = 2 * vector + 4 * kv_vector + 2 * log_sums + 8 * rows * C, vector + 2 * kv_vector
+    return [
+        *found,
+        sweep("attention backward, delta", group, 2 * vector + log_sums + 4 * rows * C, count=L, fresh=vector),
+        op("attention backward", group, loop, moved, 128),
+        sweep("attention backward, dQ cast", group, 4 * rows * C + vector, count=L, fresh=4 * rows * C),
+        # q, k and v are views of one projection: their gradients are copied together.
+        sweep("attention backward, dQ dK dV packed", group, 2 * packed, count=L, fresh=packed),
+    ]
+
+
+def _padded_head(D: int, *, power_of_two: bool) -> int:
+    """The head dimension that a kernel computes with: triton's next power of two, FlashAttention-2's next 32."""
+    return max(16, 1 << (D - 1).bit_length()) if power_of_two else 32 * cdiv(D, 32)
+
+
+# ---------------------------------------------------------------- matrix products
+
+
+def _epilogues(s: StepSizes) -> bool:
+    """Whether the GELU is in the epilogues of matmuls: those in Triton, as sums in fp16 and products in fp8 are anyway."""
+    return s.fused("epilogues") or (s.kernels == "triton" and s.precision in ("fp16-fast", "fp8"))
+
+
+def _linear(linear: Linear, M: int, count: int, s: StepSizes) -> list[Operation]:
+    """Forward, input gradient and weight gradient of y (M, N) = x (M, K) w^T. The last is rounded to 16 bits; or stays fp32,
+    and is added to what there is (``in_place``) in all micro-batches but the first."""
+    name, N, K, full = linear.name, linear.n_out, linear.n_in, s.fused("weight_gradients")
+    works = (
+        ((M, N, K), flops_module.linear_forward(M, N, K, s.e, bias=linear.bias)),
+        ((M, K, N), flops_module.linear_input_grad(M, N, K, s.e)),
+        ((N, K, M), flops_module.linear_weight_grad(M, N, K, s.e, grad_size=4 if full else s.e)),
+    )
+    own = s.kernels == "triton" and s.precision == "fp16-fast"  # no library has it
+    found = [
+        Operation(f"{name} {way}", f"{name} {way}", "matmul", work.flops, work.bytes, 1, count=count, mnk=mnk, own=own)
+        for way, (mnk, work) in zip(PASSES, works)
+    ]
+    if s.own_fp8:
+        found = _in_fp8(found, linear, M)
+    if full and s.fused("in_place"):
+        first = found.pop()
+        found += [replace(first, per="step"), replace(first, bytes=first.bytes + 4 * N * K, per="accumulation")]
+    return found
+
+
+def _in_fp8(found: list[Operation], linear: Linear, M: int) -> list[Operation]:
+    """Forward and input gradient from operands of 8 bits; the weight gradient and the head stay as they are with bf16."""
+    if not linear.in_blocks:
+        return [replace(op, fast=False) for op in found]
+    forward, dx, dw = found
+    N, K = linear.n_out, linear.n_in
+    return [
+        replace(forward, bytes=M * K + N * K + 2 * M * N, own=True),
+        replace(dx, bytes=M * N + N * K + 2 * M * K, own=True),
+        replace(dw, fast=False),
+    ]
+
+
+def fp8_group(s: StepSizes) -> int:
+    """Columns that share a scale in what attention's kernels write in fp8 for the linears around it: ``quantise.group_size``.
+    0 where they write none."""
+    D = s.model.attention.head_dim
+    return 0 if not s.own_fp8 else 64 if D % 64 == 0 else 32 if D % 32 == 0 else 0
+
+
+def _linears(s: StepSizes) -> list[Operation]:
+    """The linears of the blocks, and the GELU between the last two: passes of its own, or in the epilogues of those two."""
+    model, L, M = s.model, s.shape.n_layer, s.rows
+    linears = model.block_linears
+    ops = [op for linear in linears for op in _linear(linear, M, linear.count, s)]
+    elements = M * model.hidden
+    # The bias of the linear before the GELU: the kernel that forms the GELU's gradient writes the sums of its rows by tiles,
+    # which are then added up.
+    summed = s.kernels == "triton" and s.shape.bias
+    sums = 8 * model.hidden * cdiv(M, 128 if s.precision == "fp16-fast" else 64) if summed else 0
+    if _epilogues(s):  # forward writes z beside gelu(z); backward reads z for the gradient of gelu(z), which it writes
+        each = 3 if s.own_fp8 else 2  # what goes into the next matmul is written in 8 bits, too
+        more = {f"{linear.name} forward": (each * elements, 0) for linear in linears if linear.sink == "activation"}
+        for linear in linears:
+            if linear.source == "activation":
+                more[f"{linear.name} dX"] = (each * elements + sums, int(summed))
+        for i, op in enumerate(ops):
+            if op.name in more:
+                moved, launches = more[op.name]
+                ops[i] = replace(op, bytes=op.bytes + moved, launches=op.launches + launches, own=True)
+    else:
+        moved = (2 + 2 + 2) * elements + sums
+        ops += [
+            sweep("GELU forward", "GELU forward", (2 + 2) * elements, count=L, fresh=2 * elements),
+            sweep("GELU backward", "GELU backward", moved, 1 + int(summed), count=L, fresh=2 * elements),
+        ]
+    if s.shape.bias:
+        ops += _bias_gradients(s)
+    if s.own_fp8:
+        # Activations and gradients are written by the kernels that make them. Weights once a step, both ways round.
+        if not fp8_group(s):  # what attention gives and takes: read in 16 bits, written in 8
+            around = [linear.n_in for linear in linears if linear.source == "attention"]
+            around += [linear.n_out for linear in linears if linear.sink == "attention"]
+            ops.append(sweep("fp8 quantisation", "pointwise", 3 * M * sum(around), len(around), count=L, own=True))
+        moved, launches = 10 * (model.block_weights // L), 2 * len(linears)
+        ops.append(sweep("fp8 weights", "pointwise", moved, launches, count=L, per="step", own=True))
+    elif s.precision == "fp8":
+        # Each operand is read in 16 bits and written in 8, twice: both of its matmuls want the summed side contiguous.
+        columns = sum(linear.n_out + linear.n_in for linear in linears)
+        ops.append(sweep("fp8 quantisation", "pointwise", 4 * M * columns, 2 * len(linears), count=L))
+    return ops
+
+
+def _bias_gradients(s: StepSizes) -> list[Operation]:
+    """Passes that sum dy over its rows. In triton the tiles of dW add them up in fp16-fast; the kernel that forms the GELU's
+    gradient does in all precisions."""
+    linears, launches = s.model.block_linears, 1
+    if s.kernels == "triton":
+        linears = [linear for linear in linears if linear.sink != "activation"]
+        launches = 2  # a sum in fp32, and a copy to where it belongs
+        if s.precision == "fp16-fast":
+            return []
+    columns = sum(linear.n_out for linear in linears)
+    moved = s.e * s.rows * columns
+    return [sweep("bias gradients", "pointwise", moved, launches * len(linears), count=s.shape.n_layer)]
+
+
+# ---------------------------------------------------------------- head and loss
+
+
+LOSS_TILE = 128
+
+
+def loss_chunk(rows: int, V: int, C: int, sm_count: int) -> int:
+    """Tokens per chunk of triton's linear_cross_entropy: ``fused_cross_entropy.chunk_rows`` for 16-bit logits, repeated here as
+    importing kernels/ decides how triton runs; a test compares."""
+    padded = 64 * cdiv(V, 64)
+    budget = LOGITS_BUDGET // (2 * padded) // LOSS_TILE * LOSS_TILE
+    fewest = cdiv(rows, max(budget, LOSS_TILE))
+    best, best_fill = 0, 0.0
+    for chunks in range(fewest, fewest + 3):
+        candidate = LOSS_TILE * cdiv(cdiv(rows, chunks), LOSS_TILE)
+        tiles = candidate // LOSS_TILE * cdiv(C, LOSS_TILE)
+        fill = tiles / (sm_count * cdiv(tiles, sm_count))
+        if fill > best_fill:
+            best, best_fill = candidate, fill
+    return best
+
+
+def _head_and_loss(s: StepSizes) -> list[Operation]:
+    linear = s.model.head
+    rows, C, V = s.rows, linear.n_in, linear.n_out
+    logits = rows * V
+    if not s.fused("loss"):
+        plain = replace(s, fusions=replace(s.fusions, weight_gradients=False))
+        head = _linear(linear, rows, 1, plain)
+        if s.compiled:  # the cast to fp32 is fused into both passes
+            work = flops_module.cross_entropy(rows, V, s.e)
+            return [*head, sweep("loss", "loss", work.bytes, 4, fresh=s.e * logits)]
+        # Forward: cast 2 -> 4, log-softmax 4 -> 4. Backward: of the pick, a gradient that is zero but for one class (4);
+        # of log-softmax 4 + 4 -> 4; of the cast 4 -> 2.
+        return [*head, sweep("loss", "loss", (6 + 8 + 4 + 12 + 6) * logits, 7)]
+    chunk = loss_chunk(rows, V, C, s.sm_count)
+    whole, rest = divmod(rows, chunk)
+    once = replace(s, fusions=replace(s.fusions, in_place=False))  # all chunks of a micro-batch add to one new gradient
+    ops: list[Operation] = []
+    for size, count in ((chunk, whole), (rest, 1)):
+        if not size or not count:
+            continue
+        forward, dx, dw = _linear(linear, size, count, once)
+        summed = flops_module.linear_weight_grad(size, V, C, s.e, grad_size=4, accumulate=True)
+        # dX comes in fp32: straight from cuBLAS, or copied from the 16 bits that Triton's matmul stores.
+        moved, launches = (6, 2) if dx.own else (2, 1)
+        ops += [
+            forward,
+            # Statistics, then dlogits in place; the second pass over a row finds it in L2.
+            sweep("loss rows", "loss", 2 * s.e * size * V + 12 * size, count=count, fresh=s.e * size * V, own=True),
+            replace(dx, bytes=dx.bytes + moved * size * C, launches=launches),
+            replace(dw, bytes=summed.bytes),
+        ]
+    # dx and dW come in fp32 and are multiplied by the upstream gradient; dx is then cast.
+    return [*ops, sweep("loss gradients scaled", "loss", 14 * rows * C + 8 * V * C, 3)]
+
+
+# ---------------------------------------------------------------- weights and their update
+
+
+def _update(s: StepSizes) -> list[Operation]:
+    """Weight and gradient casts per micro-batch, accumulation, clip and AdamW."""
+    if s.kernels == "triton":
+        return [*_casts(s), _accumulation(s), _optimizer(s)]
+    P, matrices = anatomy.matmul_params(s.shape), sum(linear.count for linear in s.model.linears)
+    tied = 4 * s.model.head.weights if s.compiled else 0  # Inductor adds the embedding's gradient in the same pass
+    return [
+        sweep("weights cast", "pointwise", 6 * P, matrices),
+        sweep("weight gradients cast", "pointwise", 6 * P + tied, matrices, fresh=2 * P),
+        _accumulation(s),
+        _optimizer(s),
+    ]
+
+
+def _casts(s: StepSizes) -> list[Operation]:
+    """Casts in triton: the head's weight in every micro-batch, the blocks' only when no kernel has written a copy of them."""
+    head, blocks = s.model.head.weights, s.model.block_weights
+    matrices = sum(linear.count for linear in s.model.block_linears)
+    found = [sweep("head weight cast", "pointwise", 6 * head)]
+    if s.own_fp8:
+        pass  # theirs are "fp8 weights"
+    elif not s.fused("working_copy"):
+        found.append(sweep("weights cast", "pointwise", 6 * blocks, matrices))
+    elif not s.fused("optimizer"):  # torch's writes none: they are made anew once a step
+        found.append(sweep("weights cast", "pointwise", 6 * blocks, matrices, per="step"))
+    rounded = (0 if s.fused("weight_gradients") else blocks) + (0 if s.fused("loss") else head)
+    tensors = (0 if s.fused("weight_gradients") else matrices) + (0 if s.fused("loss") else 1)
+    if rounded:
+        found.append(sweep("weight gradients cast", "pointwise", 6 * rounded, tensors, fresh=2 * rounded))
+    return found
+
+
+def _accumulation(s: StepSizes) -> Operation:
+    """What autograd adds to the gradients of earlier micro-batches: all of them, less those that a kernel adds in place."""
+    elements, tensors = anatomy.n_params(s.shape), s.model.n_tensors
+    if s.fused("in_place") and s.fused("weight_gradients"):
+        elements -= s.model.block_weights
+        tensors -= sum(linear.count for linear in s.model.block_linears)
+        if s.fused("embedding"):  # the token embedding's gradient still goes through autograd: it is the head's too
+            positions = [table for table in s.model.embeddings if table.positions]
+            elements, tensors = elements - sum(table.n_params for table in positions), tensors - len(positions)
+    return sweep("gradients added", "gradient accumulation", 12 * elements, tensors, per="accumulation")
+
+
+def _optimizer(s: StepSizes) -> Operation:
+    N = anatomy.n_params(s.shape)
+    update = flops_module.adamw(N).bytes
+    if s.fused("optimizer"):
+        copies = 2 * anatomy.matmul_params(s.shape) if s.fusions.working_copy and not s.own_fp8 else 0
+        return sweep("clip and AdamW", "optimizer", update + copies, 3, per="step", own=True)
+    # torch: one pass for the norm (4), one that scales (8), then the fused update.
+    unscale = 8 * N if s.precision.startswith("fp16") else 0
+    return sweep("clip and AdamW", "optimizer", update + 8 * N + unscale, 12, per="step")
+
+
+# ---------------------------------------------------------------- precisions
+
+
+def arithmetics(precision: str) -> tuple[str, ...]:
+    """The hardware.ARITHMETICS of the matmuls of a step at this --precision. MFU is a share of the first one's peak."""
+    rest = (PLAIN[precision],) if precision in PLAIN else ()
+    return cards.arithmetic_of(precision), *rest

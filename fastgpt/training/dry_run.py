@@ -1,0 +1,181 @@
+"""A whole training step at its real shapes on a machine that could not compute it: what it launches, and who chose that.
+
+The step is the training loop's own (GPT, Stepper, FusedAdamW). What is left out is arithmetic: at 8 x 1024 tokens of GPT-2
+124M, minutes on a CPU and gigabytes of memory, for values never read. Inside ``no_arithmetic`` an operation on more than
+``SMALL`` elements returns memory of the right shape, strides and dtype that is never touched; smaller ones, on which host
+code may decide, are computed. Triton's launches are turned into compiles by ``offline.capture_launches`` (bench.audit), or
+only written down (``record``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastgpt.config import Config
+
+SMALL = 2**16
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+class no_arithmetic(TorchDispatchMode):
+    """Inside, PyTorch allocates large results and fills none. Views, allocations and custom ops run as they are.
+
+    ``on_operation(name, arguments, results)`` is told of each that would have computed something large."""
+
+    def __init__(self, on_operation: Any = None) -> None:
+        super().__init__()
+        self.on_operation = on_operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace != "aten":
+            with self:  # what a fused op does besides its launches is arithmetic again
+                return func.redispatch(_CPU, *args, **kwargs)  # its kernel itself: func() would come back here
+        with self:
+            # x.to(dtype) is a view or a copy: below autograd nobody has asked yet.
+            parts = func.decompose(*args, **kwargs)
+        if parts is not NotImplemented:
+            return parts
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        returns = [value.alias_info for value in func._schema.returns]
+        views = any(alias is not None and not alias.is_write for alias in returns)
+        if not tensors or views or all(x.numel() <= SMALL for x in tensors):
+            return func(*args, **kwargs)
+        written = [_argument(func, args, kwargs, alias) for alias in returns if alias is not None]
+        if written:  # in place, or out=
+            found = written[0] if len(written) == 1 else tuple(written)
+        else:
+            found = tree_map_only(Tensor, _untouched, func(*_on_meta(args), **_on_meta(kwargs)))
+        if self.on_operation is not None:
+            results = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+            self.on_operation(func.overloadpacket.__name__, tensors, results)
+        return found
+
+
+def _on_meta(tree: Any) -> Any:
+    tree = tree_map_only(Tensor, lambda x: x.to("meta"), tree)
+    return tree_map_only(torch.device, lambda _: torch.device("meta"), tree)
+
+
+def _untouched(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_meta else x
+
+
+def _argument(func: Any, args: tuple, kwargs: dict[str, Any], alias: Any) -> Any:
+    """The argument that a result is: the one whose alias set in the schema it shares."""
+    for i, parameter in enumerate(func._schema.arguments):
+        if parameter.alias_info is not None and parameter.alias_info.before_set == alias.before_set:
+            return args[i] if i < len(args) else kwargs[parameter.name]
+    raise RuntimeError(f"{func} returns an alias of no argument")
+
+
+def step(config: Config, precision: str = "bf16", micro_batches: int = 2, on_operation: Any = None) -> None:
+    """One optimizer step as ``--kernels triton`` runs it on one GPU, of ``micro_batches`` of the configuration's own size."""
+    from fastgpt import ops
+    from fastgpt.model import GPT
+    from fastgpt.optim.build import build_optimizer
+    from fastgpt.training.step import Stepper
+
+    B, T = config.data.batch_size, config.model.block_size
+    with no_arithmetic(on_operation):
+        model = GPT(config.model, ops.get("triton", precision))
+        optimizer = build_optimizer(model, config.optim, "triton")
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        stepper = Stepper(
+            model, model, optimizer, scaler, precision, config.optim.grad_clip, adds_in_place=not config.train.compile
+        )
+        tokens = torch.zeros(B, T, dtype=torch.int64)
+        stepper([(tokens, tokens)] * micro_batches, micro_batches, 1e-4)
+
+
+# ---------------------------------------------------------------- written down
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A ``tuning.Choice`` as plain values."""
+
+    kernel: str
+    dtype: str
+    bucket: str
+    config: tuple[tuple[str, int], ...]
+    source: str
+    shape: tuple[int, ...] | None
+    """(m, n, k) of a matrix product."""
+
+
+@dataclass
+class Record:
+    """What one step asked for. Counts are of the whole step."""
+
+    choices: Counter[Chosen] = field(default_factory=Counter)
+    launches: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Triton kernels, by (file, function)."""
+    products: Counter[tuple[int, int, int, str]] = field(default_factory=Counter)
+    """Matrix products that PyTorch hands to cuBLAS: (m, n, k, dtype of the operands)."""
+    sweeps: Counter[str] = field(default_factory=Counter)
+    """Other PyTorch operations on something large, by name: each is a pass over memory."""
+    moved: Counter[str] = field(default_factory=Counter)
+    """Bytes that these read and wrote, by name."""
+
+
+def record(config: Config, precision: str, arch: int, sms: int, micro_batches: int = 2) -> Record:
+    """What a step of ``config`` would launch on a card of compute capability ``arch`` with ``sms`` SMs, and which configs the
+    tables choose for it. Nothing is compiled. Raises RuntimeError under Triton's interpreter."""
+    from fastgpt.kernels import offline, runtime, tuning
+
+    found, quiet, matmul = Record(), False, None
+    tuning.forget()  # choices of another target, or refused by a card that is here
+
+    def operation(name: str, arguments: list[Tensor], results: list[Tensor]) -> None:
+        if quiet:
+            return
+        if name in ("mm", "addmm", "bmm"):
+            a, b = arguments[1:3] if name == "addmm" else arguments[:2]  # addmm's first is what it adds to
+            found.products[a.shape[-2], b.shape[-1], a.shape[-1], _plain(a.dtype)] += 1
+        elif not name.endswith(("empty", "empty_like", "empty_strided")):
+            found.sweeps[name] += 1
+            found.moved[name] += sum(x.numel() * x.element_size() for x in (*arguments, *results))
+
+    def chosen(choice: tuning.Choice, shape: tuple[int, ...] | None = None) -> None:
+        nonlocal matmul
+        if choice.key.kernel.startswith("linear") and shape is None:
+            matmul = choice  # counted when it runs, and has a shape
+        else:
+            found.choices[Chosen(*choice.key, tuple(choice.config.items()), choice.source, shape)] += 1
+
+    def runs(op: str, shape: tuple[int, ...], dtype: torch.dtype, engine: str) -> AbstractContextManager | None:
+        if op == "matmul_fp32":
+            m, n, k = shape
+            found.products[m, n, k, _plain(dtype)] += 1
+            return silence()
+        if matmul is not None and matmul.key.kernel == op:
+            chosen(matmul, shape)
+        return None
+
+    @contextmanager
+    def silence() -> Iterator[None]:
+        """On a GPU it is one matmul, in fp32 from 16 bits; the casts that a CPU needs are not counted."""
+        nonlocal quiet
+        quiet = True
+        try:
+            yield
+        finally:
+            quiet = False
+
+    with offline.count_launches(arch, sms) as found.launches, tuning.heard(chosen), runtime.recorded(runs):
+        step(config, precision, micro_batches, operation)
+    return found
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

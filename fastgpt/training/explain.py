@@ -1,0 +1,196 @@
+"""``--explain-kernels``: who computes what in a training step, in which launch config, and who chose that. Nothing is trained.
+
+The step's own host code runs once with one micro-batch and once with two (training/dry_run.py): no launch, no arithmetic. What
+the tuning tables answer on the way is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastgpt.common import UserError
+from fastgpt.config import EXPERIMENTAL, Config
+from fastgpt.hardware import cards
+from fastgpt.kernels import tuning
+from fastgpt.training import dry_run
+from fastgpt.training.dry_run import Chosen, Record
+
+HERE = "here"
+"""The value of a bare ``--explain-kernels``: the GPU that is present."""
+
+KINDS = {
+    "none": "linear, or its input gradient",
+    "bias": "linear + bias",
+    "residual": "linear + residual",
+    "gelu": "linear + GELU",
+    "dgelu": "input gradient x GELU'",
+    "weight_grad": "weight gradient",
+    "weight_grad_bias": "weight and bias gradient",
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is explained for."""
+
+    name: str
+    arch: int
+    sms: int
+
+
+def card_of(asked: str) -> Card | None:
+    """The card of that name, or with HERE the one that is present; None without a GPU. Raises UserError for an unknown
+    name, and for a card that kernels are not compiled for."""
+    if asked == HERE:
+        if not torch.cuda.is_available():
+            return None
+        found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return Card(found.name, 10 * found.major + found.minor, found.multi_processor_count)
+    gpu = cards.card(asked, option="explain_kernels")
+    card = Card(gpu.name, int(gpu.arch[3:]), gpu.sm_count)
+    if card.arch < 80:
+        raise UserError(f"explain_kernels is {asked!r} ({gpu.arch}): kernels are compiled for sm_80 and later")
+    return card
+
+
+def explain(config: Config, console: Console) -> int:
+    """Print the table for ``config.train.explain_kernels``. Raises UserError."""
+    asked = config.train.explain_kernels
+    assert asked is not None
+    if config.train.kernels != "triton":
+        raise UserError(f"kernels is {config.train.kernels!r}, which is PyTorch's alone: explain_kernels needs triton")
+    card = card_of(asked)
+    if card is None:
+        console.print(
+            "There is no CUDA GPU here: kernels run in Triton's interpreter, which compiles nothing and asks no table. "
+            "Name a card to see what it would run: --explain-kernels rtx4070"
+        )
+        return 0
+    precision = "bf16" if config.train.precision == "auto" else config.train.precision
+    gpu = cards.lookup(card.name)
+    if precision in EXPERIMENTAL and gpu is not None and not cards.gains(precision, gpu):
+        console.print(f"{card.name} is no faster in {precision}: a run would use bf16 instead.")
+        precision = "bf16"
+    _compile_instead_of_interpreting()
+    one, two = (dry_run.record(config, precision, card.arch, card.sms, n) for n in (1, 2))
+    show(config, card, precision, one, two, console)
+    return 0
+
+
+def _compile_instead_of_interpreting() -> None:
+    """Kernels are only written down, but triton has to be the one that compiles. Its interpreter is chosen at import."""
+    if find_spec("triton") is None:
+        raise UserError("explain_kernels needs triton, which is not installed: pip install triton on Linux")
+    runtime = sys.modules.get("fastgpt.kernels.runtime")
+    if (runtime is not None and runtime.INTERPRET) or (
+        "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1"
+    ):
+        raise UserError("TRITON_INTERPRET is set, so no table would be asked: unset it to use explain_kernels")
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def show(config: Config, card: Card, precision: str, one: Record, two: Record, console: Console) -> None:
+    """``one``, ``two``: what steps of so many micro-batches ask for; the difference is a micro-batch, the rest once a step."""
+    model, data = config.model, config.data
+    console.print(
+        f"[bold]{escape(card.name)}[/] (sm_{card.arch}, {card.sms} SMs), {precision}, micro-batches of "
+        f"{data.batch_size} x {model.block_size} tokens: what a step launches. Nothing was run.",
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("what", "shape (m x n x k)", "engine", "config", "chosen by"):
+        table.add_column(name, overflow="fold", no_wrap=name in ("engine", "what", "shape (m x n x k)"))
+    table.add_column("launches", justify="right")
+    rows = [*matmul_rows(one, two, model.vocab_size), *kernel_rows(one, two)]
+    for row in rows:
+        table.add_row(*(escape(cell.replace(f" ({card.name})", "")) for cell in row))
+    console.print(table)
+    console.print(
+        "launches: in a micro-batch, or 'once' in a step. Chosen by: a config measured on such a card, or ranked by a model "
+        "of what the compiler says, or the default of the kernel's file; a matmul is cuBLAS's until Triton was measured to "
+        "be quicker (python -m bench.tune).",
+        style="dim",
+        soft_wrap=True,
+    )
+    fixed = fixed_kernels(one, two)
+    if fixed:
+        console.print(f"Triton kernels with one config, in their file: {', '.join(fixed)}.", soft_wrap=True)
+    passes = [f"{_PASSES.get(name, name)} {n}" for name, n in _per_micro_batch(one.sweeps, two.sweeps).items()]
+    if passes:
+        console.print(f"Passes over memory by PyTorch, in a micro-batch: {', '.join(passes)}.", soft_wrap=True)
+
+
+_PASSES = {"_to_copy": "cast", "add_": "add in place", "new_zeros": "zeros", "copy_": "copy"}
+
+
+def _per_micro_batch(one: Counter, two: Counter) -> dict:
+    return {key: two[key] - one[key] for key in two if two[key] > one[key]}
+
+
+def _count(key: object, one: Counter, two: Counter) -> str:
+    return str(two[key] - one[key]) if two[key] > one[key] else f"{two[key]}, once"
+
+
+def matmul_rows(one: Record, two: Record, vocab_size: int) -> list[tuple[str, ...]]:
+    """The linears', as the tables decide, and the head's where it is PyTorch that multiplies."""
+    rows: list[tuple[str, ...]] = []
+    for choice in _ordered(two, "linear"):
+        kind = choice.kernel.split(".")[1]
+        name = f"{KINDS[kind]}, {choice.dtype}" + (", sums in fp16" if choice.kernel.startswith("linear_fast") else "")
+        library, shape = dict(choice.config) == tuning.CUBLAS, " x ".join(map(str, choice.shape or ()))
+        engine, config = ("cuBLAS", "-") if library else ("Triton", tuning.brief(dict(choice.config)))
+        rows.append((name, shape, engine, config, choice.source, _count(choice, one.choices, two.choices)))
+    for key in two.products:
+        m, n, k, dtype = key
+        if max(m, n, k) >= vocab_size:
+            name = f"head, {dtype.replace('bfloat', 'bf').replace('float', 'fp')}"
+            launches = _count(key, one.products, two.products)
+            rows.append((name, f"{m} x {n} x {k}", "cuBLAS", "-", "no other is offered", launches))
+    return rows
+
+
+def kernel_rows(one: Record, two: Record) -> list[tuple[str, ...]]:
+    """All other kernels that have configs to choose from."""
+    rows: list[tuple[str, ...]] = []
+    for choice in _ordered(two):
+        if not choice.kernel.startswith("linear"):
+            name, count = f"{choice.kernel}, {choice.dtype}", _count(choice, one.choices, two.choices)
+            config = tuning.brief(dict(choice.config))
+            rows.append((name, choice.bucket, "Triton", config, choice.source, count))
+    return rows
+
+
+def _ordered(record: Record, prefix: str = "") -> list[Chosen]:
+    """By kernel, in the order of first use."""
+    found = [choice for choice in record.choices if choice.kernel.startswith(prefix)]
+    first = {kernel: i for i, kernel in enumerate(dict.fromkeys(choice.kernel for choice in found))}
+    return sorted(found, key=lambda choice: first[choice.kernel])
+
+
+_WITH_CONFIGS = {
+    "forward", "backward_q", "backward_kv", "layer_norm_forward_kernel", "layer_norm_backward_kernel", "rows_kernel",
+    "_adamw_kernel", "linear_kernel", "weight_grad_kernel",
+}  # fmt: skip
+"""Kernels that ``kernel_rows`` and ``matmul_rows`` list, whose configs the tuning tables choose."""
+
+
+def fixed_kernels(one: Record, two: Record) -> list[str]:
+    """``embedding_forward 1, ...``: the others, with their launches."""
+    return [
+        f"{key[1].strip('_').removesuffix('_kernel')} {_count(key, one.launches, two.launches)}"
+        for key in two.launches
+        if key[1] not in _WITH_CONFIGS
+    ]

@@ -1,0 +1,97 @@
+"""Whatever a config or a log holds, the doctor says what it can and never falls."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastgpt.doctor.diagnosis import diagnose
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place, Setting
+from fastgpt.doctor.reading.configs import DEFAULTS
+from fastgpt.doctor.report.page import render
+from fastgpt.doctor.report.text import to_json
+from tests.doctor.runs import RTX4070, checkpoint, config, log, note
+
+VALUES = st.one_of(
+    st.integers(-3, 5),
+    st.sampled_from(
+        [64, 384, 768, 1024, 50257, 10**9, 10**30, 0.0, 0.1, 0.5, 0.99, 1.0, 2.5, -1.0, float("nan"), float("inf")]
+    ),
+    st.booleans(),
+    st.sampled_from(["", "fp16", "float16", "fp8", "cuda", "resume", "fineweb", "124M", "a\0b", "[bold]"]),
+    st.none(),
+)
+COMMENTS = st.one_of(
+    st.text(max_size=30),
+    st.sampled_from(
+        [
+            "~125M parameters",
+            "0M params",
+            "8 * 8 = 0 sequences",
+            "0B tokens seen",
+            "9" * 400 + "M params",
+            "--nproc_per_node=0",
+        ]
+    ),
+)
+CONFIGS = st.dictionaries(
+    st.sampled_from([*sorted(DEFAULTS), "world_size", "precision", "kernels"]), st.tuples(VALUES, COMMENTS), max_size=12
+)
+LOSSES = st.lists(st.one_of(st.floats(0, 20), st.just(float("nan")), st.just(float("inf"))), max_size=60)
+QUICK = settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def facts(values, kind="nanogpt", defaults=DEFAULTS):
+    place = Place("config.py", 1)
+    return ConfigFacts(kind, {k: Setting(v, place, f"{k} = {v!r}  # {c}", c) for k, (v, c) in values.items()}, defaults)
+
+
+def whole(evidence, gpu=RTX4070):
+    report = diagnose(evidence, gpu)
+    json.dumps(to_json(report, gpu))
+    render(report, evidence, gpu)
+    return report
+
+
+@QUICK
+@given(values=CONFIGS, kind=st.sampled_from(["nanogpt", "fastgpt"]), bare=st.booleans())
+def test_any_values_in_a_config(values, kind, bare):
+    whole(Evidence(facts(values, kind, {} if bare else DEFAULTS)))
+
+
+@QUICK
+@given(
+    loss=LOSSES,
+    val=LOSSES,
+    ms=st.sampled_from([0.0, 1e-9, 9350.0, float("nan"), float("inf")]),
+    mfu=st.sampled_from([float("nan"), -100.0, 0.0, 12.9, 150.0, float("inf")]),
+    every=st.sampled_from([0, 1, 100]),
+    values=CONFIGS,
+    kind=st.sampled_from(["nanogpt", "nanochat", "fastgpt", "unknown"]),
+)
+def test_any_numbers_in_a_log(loss, val, ms, mfu, every, values, kind):
+    train = val[::-1]
+    whole(Evidence(facts(values), log(loss, every=every, ms=ms, mfu=mfu, train=train, val=val, kind=kind)))
+
+
+@QUICK
+@given(
+    shape=st.dictionaries(st.sampled_from(["n_layer", "n_embd", "block_size", "bias"]), VALUES),
+    step=st.one_of(st.none(), st.integers(-1, 10**9)),
+    values=CONFIGS,
+)
+def test_any_shape_in_a_checkpoint(shape, step, values):
+    whole(Evidence(facts(values), checkpoint=checkpoint(step, facts(values), **shape)))
+    whole(Evidence(checkpoint=checkpoint(step, **shape)), None)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["parameters", "tokens_per_step", "precision", "vocab", "sm_gate", "oom", "nan", "resume", "device", "no_decay"],
+)
+def test_a_note_without_a_value(kind):
+    whole(Evidence(config(), log(np.full(30, 3.0), notes=(note(kind, "text"),))))

@@ -1,0 +1,229 @@
+"""The projection against the two real runs and the public figures, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastgpt import anatomy
+from fastgpt.anatomy import GPT2_40M, GPT2_124M
+from fastgpt.common import UserError
+from fastgpt.config import load_preset
+from fastgpt.hardware import cards
+from fastgpt.performance import flops, projection
+from fastgpt.performance.projection import ANCHORS, RUN_40M, RUN_124M, project
+from fastgpt.performance.step_time import CONSTANTS, Constants
+
+ROOT = Path(__file__).parents[2]
+RTX4070 = cards.lookup("rtx4070")
+STEP = 524_288
+
+
+def projected(shape=GPT2_124M, gpu=RTX4070, micro_batch=8, **options):
+    return project(shape, gpu, **{"micro_batch": micro_batch, "tokens_per_step": STEP, **options})
+
+
+# ---- the runs
+
+
+@pytest.mark.parametrize("name", ["40M", "124M"])
+def test_medians_are_those_of_the_logs(name):
+    log = (ROOT / "docs/rtx4070-runs" / f"nanogpt-{name.lower()}-fineweb.log").read_text(encoding="utf-8")
+    times = {int(step): float(ms) for step, ms in re.findall(r"^iter (\d+): .* time ([\d.]+)ms", log, re.MULTILINE)}
+    median = statistics.median(ms for step, ms in times.items() if step % 500)  # every 500th also evaluates
+    assert median == pytest.approx(projection.MEDIAN_MS[name], rel=5e-4)
+
+
+@pytest.mark.parametrize("run, preset", [(RUN_40M, "gpt2-40m"), (RUN_124M, "gpt2-124m")], ids=["40M", "124M"])
+def test_the_runs_have_the_shapes_and_batches_of_their_configs(run, preset):
+    script = (ROOT / "docs/rtx4070-runs" / f"train_fineweb_{preset[5:]}.py").read_text(encoding="utf-8")
+    config = {key: float(value) for key, value in re.findall(r"^(\w+) = ([\d.e-]+)", script, re.MULTILINE)}
+    keys = ("n_layer", "n_head", "n_embd", "block_size")
+    assert all(getattr(run.shape, key) == config[key] for key in keys)
+    assert run.micro_batch == config["batch_size"] and run.dropout == config["dropout"]
+    assert run.tokens_per_step == config["batch_size"] * config["gradient_accumulation_steps"] * config["block_size"]
+    assert run.shape == anatomy.Shape.of(load_preset(preset).model)
+
+
+# ---- calibration
+
+
+def test_the_frozen_clock_is_the_fit_on_the_124m_run():
+    assert projection.fit(RUN_124M).clock == pytest.approx(CONSTANTS.clock, abs=1e-4)
+    assert projection.fit(RUN_40M).clock == pytest.approx(
+        Constants.__dataclass_fields__["clock"].metadata["low"], abs=1e-4
+    )
+
+
+def test_every_frozen_clock_is_what_a_new_fit_finds():
+    assert projection.fit_clocks() == pytest.approx(projection.FITTED_CLOCKS, rel=1e-6)
+    refitted = projection.refit_clocks()
+    assert list(refitted) == list(projection.REFITTED_CLOCKS) == list(Constants.ranges())
+    for name, clocks in refitted.items():
+        assert clocks == pytest.approx(projection.REFITTED_CLOCKS[name], rel=1e-6), name
+
+
+def test_a_projection_does_not_fit(monkeypatch):
+    monkeypatch.setattr(projection, "fit", lambda *_: pytest.fail("a projection must not fit the calibration again"))
+    assert projected().tokens_per_second > 0
+
+
+@pytest.mark.parametrize("run", [RUN_40M, RUN_124M], ids=["40M", "124M"])
+def test_a_fit_reproduces_its_run(run):
+    assert run.error(projection.fit(run)) == pytest.approx(0, abs=1e-6)
+
+
+def test_each_run_predicts_the_other_within_ten_percent():
+    errors = projection.cross_errors()
+    assert set(errors) == {RUN_40M.name, RUN_124M.name}
+    assert max(map(abs, errors.values())) == projection.calibration_error() <= 0.10
+
+
+def test_the_fitted_clock_is_one_that_such_boards_can_hold():
+    assert 2500 < RTX4070.boost_mhz * projection.fit(RUN_40M).clock < RTX4070.boost_mhz * CONSTANTS.clock < 2850
+
+
+def test_the_documentation_states_every_error_as_it_is():
+    text = (ROOT / "docs/projection.md").read_text(encoding="utf-8")
+    for name, error in projection.cross_errors().items():
+        assert f"| {name} | {error:+.1%} |" in re.sub(r"\*\*", "", text), name
+    for run in ANCHORS:
+        row = next(line for line in text.splitlines() if line.startswith(f"| {run.name} |"))
+        assert f"{run.predicted():,.0f}" in row and f"{run.error():+.1%}" in row, row
+    for each in projection.refits():
+        assert f"| `{each.constant}` | {each.value:g} | {each.clock:.4f} | {each.error:+.1%} |" in text, each
+
+
+def test_the_documented_figures_for_the_rtx_4070_are_what_the_code_says():
+    text = (ROOT / "docs/projection.md").read_text(encoding="utf-8")
+    for kernels, precision in [("eager", "bf16"), ("triton", "bf16"), ("triton", "fp16-fast"), ("triton", "fp8")]:
+        p = projected(kernels=kernels, precision=precision)
+        rates = " | ".join(
+            f"{x:,.0f}" for x in (p.tokens_per_second_low, p.tokens_per_second, p.tokens_per_second_high)
+        )
+        assert f"| {kernels} | {precision} | {rates} |" in text, (kernels, precision, rates)
+
+
+def test_the_nanochat_anchor_has_the_flops_that_its_author_counts():
+    (run,) = [run for run in ANCHORS if "nanochat" in run.name]
+    assert flops.palm(run.shape) == pytest.approx(887e6, rel=1e-3)
+
+
+def test_anchors_are_the_public_figures():
+    assert {(run.gpu, run.low, run.high) for run in ANCHORS} == {
+        ("rtx4090", 106e3, 110e3),
+        ("h100", 466e3, 468e3),
+        ("h200", 495e3, 498e3),
+        ("a100", 209e3, 218e3),
+        ("rtx4070", 55.7e3, 55.7e3),
+    }
+
+
+@pytest.mark.parametrize("run", [RUN_40M, *ANCHORS], ids=lambda run: run.name)
+def test_every_measured_case_lies_in_its_interval(run):
+    p = projected(
+        run.shape, cards.lookup(run.gpu), kernels="nanogpt-compile", micro_batch=run.micro_batch, dropout=run.dropout
+    )
+    assert p.tokens_per_second == pytest.approx(run.predicted())
+    assert p.tokens_per_second_low <= run.measured <= p.tokens_per_second_high
+
+
+# ---- what a projection says
+
+
+def test_only_what_the_runs_cover_is_calibrated():
+    for options in ({}, {"shape": GPT2_40M, "micro_batch": 16}):
+        assert projected(kernels="nanogpt-compile", **options).calibrated
+    for options in (
+        {"kernels": "triton"},
+        {"kernels": "compile"},
+        {"kernels": "eager"},
+        {"precision": "fp16"},
+        {"precision": "fp16-fast"},
+        {"precision": "fp8"},
+        {"gpu": cards.lookup("rtx4070ti")},
+        {"gpu": cards.lookup("h100")},
+        {"T": 512},
+        {"shape": replace(GPT2_124M, n_embd=1536)},
+    ):
+        p = projected(**{"kernels": "nanogpt-compile", **options})
+        assert not p.calibrated and "uncalibrated" in p.status and "uncalibrated" in " ".join(p.assumptions), options
+
+
+def test_every_status_says_projected_and_the_error():
+    for gpu in map(cards.lookup, ("rtx4070", "rtx3090", "h100")):
+        p = projected(gpu=gpu)
+        assert (
+            p.status.startswith("projected") and f"calibration error {projection.calibration_error():.1%}" in p.status
+        )
+    assert "26% off in a known case" in projected(gpu=cards.lookup("h100")).status
+
+
+def test_intervals_widen_with_what_is_not_known():
+    def width(**options):
+        p = projected(**options)
+        assert p.ms_per_step_low < p.ms_per_step < p.ms_per_step_high
+        assert p.tokens_per_second_low < p.tokens_per_second < p.tokens_per_second_high
+        return p.ms_per_step_high / p.ms_per_step_low
+
+    calibrated, compiled, triton = (width(kernels=k) for k in ("nanogpt-compile", "compile", "triton"))
+    assert calibrated < compiled < triton < width(precision="fp16-fast")
+    assert width(kernels="nanogpt-compile", gpu=cards.lookup("rtx4090")) > compiled
+
+
+def test_doubled_arithmetic_gains_less_than_the_measured_ratio():
+    plain, fast = projected(precision="fp16"), projected(precision="fp16-fast")
+    assert 1.2 < fast.tokens_per_second / plain.tokens_per_second < 1.79
+    assert any("1.71 to 1.87" in text for text in fast.assumptions)
+    slow = projected(precision="fp16-fast", gpu=cards.lookup("a100"))
+    assert any("gains nothing" in text for text in slow.assumptions)
+
+
+def test_only_constants_that_matter_move_a_step():
+    moved = {s.constant: max(abs(s.at_low), abs(s.at_high)) for s in projected(kernels="nanogpt-compile").sensitivities}
+    assert set(moved) == set(Constants.ranges())
+    assert max(moved.values()) < 1e-5, "the 124M run is what the clock is fitted on, whatever the others are"
+    triton = {s.constant: max(abs(s.at_low), abs(s.at_high)) for s in projected().sensitivities}
+    assert triton["own_kernels"] > triton["memory_efficiency"] > 1e-3
+    assert triton["double_rate"] < 1e-5 and triton["clock_full_rate"] < 1e-5
+    fast = {s.constant: max(abs(s.at_low), abs(s.at_high)) for s in projected(precision="fp16-fast").sensitivities}
+    assert fast["double_rate"] > 0.01
+
+
+def test_the_logged_run_reads_as_the_facts_say():
+    p = projected(kernels="nanogpt-compile")
+    assert p.tokens_per_second == pytest.approx(56_070, rel=1e-3)
+    assert (p.mfu, p.mfu_nanogpt) == pytest.approx((0.82, 0.154), abs=0.003)
+    assert p.mfu_of == "nominal dense bf16 peak, 58.3 TFLOP/s"
+
+
+@pytest.mark.parametrize("change", [{"memory_gbs": 1008}, {"boost_mhz": 3000}, {"sm_count": 92}, {"l2_mb": 96}])
+def test_a_better_card_is_not_slower(change):
+    assert projected(gpu=replace(RTX4070, **change)).ms_per_step < projected().ms_per_step
+
+
+def test_fewer_tokens_a_step_cost_less_time_and_more_per_token():
+    whole, half = projected(), projected(tokens_per_step=STEP // 2)
+    assert whole.ms_per_step / 2 < half.ms_per_step < whole.ms_per_step
+
+
+def test_json_is_plain_and_complete():
+    found = json.loads(json.dumps(projected().to_json()))
+    assert found["projected"] is True and found["calibrated"] is False
+    assert found["tokens_per_step"] == STEP
+    keys = {"tokens_per_second", "tokens_per_second_low", "tokens_per_second_high", "ms_per_step", "mfu", "mfu_nanogpt"}
+    assert keys < set(found) and found["calibration_error"] == projection.calibration_error()
+    assert set(found["operations"][0]) == {"name", "group", "ms", "flops", "bytes", "launches", "bound"}
+    assert sum(op["ms"] for op in found["operations"]) == pytest.approx(found["ms_per_step"])
+    assert {op["bound"] for op in found["operations"]} <= {"compute", "L2", "memory", "launch"}
+
+
+@pytest.mark.parametrize("tokens", [0, 8191, 10_000])
+def test_tokens_that_are_no_whole_number_of_micro_batches_are_refused(tokens):
+    with pytest.raises(UserError, match=f"tokens_per_step is {tokens}: it must be a multiple .* 8192, such as 8192"):
+        projected(tokens_per_step=tokens)
