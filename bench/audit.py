@@ -46,7 +46,7 @@ SAMPLE = 8
 
 @dataclass(frozen=True)
 class Audit:
-    """``rows``: plain dicts, the fields of offline.Row and ``waves``, ``last_wave`` and ``problems``. In a step there is
+    """``rows``: plain dicts, the fields of cubin.Row and ``waves``, ``last_wave`` and ``problems``. In a step there is
     one per binary and grid; of the other cases, one per binary that no step launches."""
 
     gpu: cards.Gpu

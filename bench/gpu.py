@@ -52,7 +52,7 @@ TESTS = (
     "tests/training/test_step.py",
     "tests/training/test_graphs.py",
 )
-WITHOUT_GPU = ("test_compile_gate", "test_offline")
+WITHOUT_GPU = ("test_compile_gate",)
 """Tests that compile for a GPU that is not here: nothing that this one could add."""
 
 

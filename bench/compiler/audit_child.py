@@ -16,8 +16,8 @@ import triton
 
 from bench import ops
 from bench.compiler import audit_step, cubin
+from bench.compiler.capture import capture_launches
 from bench.ops import common, table_cases
-from fastgpt.kernels import offline
 
 
 def select(only: str | None, shard: tuple[int, int] | None, arch: int) -> list[common.Case]:
@@ -36,7 +36,7 @@ def compile_cases(cases: list[common.Case], arch: int, sms: int) -> tuple[list[c
     errors: dict[str, str] = {}
     for name, case in cases:
         try:
-            with offline.capture_launches(arch, sms, case=name) as launches:
+            with capture_launches(arch, sms, case=name) as launches:
                 case()
         except RuntimeError as error:
             errors[name] = str(error)

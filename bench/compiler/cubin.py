@@ -18,8 +18,8 @@ from typing import Any
 
 import triton
 
+from bench.compiler.capture import CapturedLaunch
 from fastgpt.hardware.cards import ARCHS
-from fastgpt.kernels.offline import CapturedLaunch
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Row:
     arch: int
     grid: list[int]
     launches: int
-    """How often this binary was launched with this grid (each config of an autotuned kernel counts)."""
+    """How often this binary was launched with this grid."""
     registers: int
     stack: int
     """Bytes of local memory per thread: spilled registers."""

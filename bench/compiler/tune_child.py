@@ -14,9 +14,10 @@ import torch
 import triton
 
 from bench.compiler import ranking
+from bench.compiler.capture import capture_launches, unique
 from bench.ops import families
 from bench.ops.common import Family
-from fastgpt.kernels import offline, tuning
+from fastgpt.kernels import tuning
 
 LAUNCHED_ONLY = ("programs_per_sm", "splits")
 """Keys of a config that change the grid and no binary."""
@@ -26,11 +27,11 @@ def compile_config(family: Family, config: dict[str, int], arch: int) -> ranking
     binaries: list[Any] = []
     for case in family.cases:
         try:
-            with tuning.forced({family.kernel: config}), offline.capture_launches(arch) as launches:
+            with tuning.forced({family.kernel: config}), capture_launches(arch) as launches:
                 case()
         except RuntimeError as error:
             return ranking.Facts(config, f"does not compile: {str(error)[:200]}")
-        own = [launch for launch in offline.unique(launches) if launch.kernel == family.function]
+        own = [launch for launch in unique(launches) if launch.kernel == family.function]
         binaries += [launch.compiled for launch in own]
     return ranking.facts(config, binaries, arch)
 
@@ -42,7 +43,7 @@ def default_of(family: Family, arch: int) -> dict[str, int]:
 
         return default_tiles(family.kernel.split(".")[1], 8192, 768, 768, family.dtype)
     tuning.forget()
-    with offline.capture_launches(arch):
+    with capture_launches(arch):
         family.cases[0]()
     return next(choice.default for choice in tuning.chosen() if choice.key.kernel == family.kernel)
 

@@ -1,7 +1,7 @@
 """The launches that training and sampling a GPT make: every kernel, in every shipped launch config.
 
 ``cases()`` lists (name, callable). Each callable runs one public operation forward and backward on CPU tensors; inside
-``offline.capture_launches`` its launches only compile. Tensors are then nothing but pointers, strides and dtypes
+``capture_launches`` its launches only compile. Tensors are then nothing but pointers, strides and dtypes
 (``torch.empty``, pages never touched), so shapes that decide a launch config are real ones; only sizes that plain
 PyTorch has to compute with inside an operation (the GEMMs of the loss) are kept small.
 

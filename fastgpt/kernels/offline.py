@@ -1,34 +1,23 @@
-"""Compile for a GPU that is not here, and read from the result what the compiler made of a kernel.
+"""Compile for a GPU that is not here, or count what would be launched on it.
 
-No GPU, no CUDA driver: triton lowers a kernel to a cubin with the ``ptxas`` that its wheel carries, and cubin.py reads
-how many registers, spilled bytes and shared memory the kernel takes and which instructions it runs::
+No GPU, no CUDA driver: triton lowers a kernel to a cubin with the ``ptxas`` that its wheel carries. A dry run counts launches
+(``count_launches``); bench/compiler/capture.py compiles them, and cubin.py beside it reads what the compiler made.
 
-    with capture_launches(89) as launches:              # host code runs on CPU tensors; each launch only compiles
-        layer_norm(torch.empty(64, 768, dtype=torch.bfloat16), ...)
-    for launch in unique(launches):
-        used = cubin.resources(launch.compiled)         # registers, stack (= spills), shared memory, warps
-        fit = cubin.occupancy(used, 89)                 # resident blocks per SM, and what limits them
-        ops = cubin.sass(launch.compiled)               # Counter({"HMMA.16816.F32.BF16": 64, "LDG.E.128": 8, ...})
-
-Outputs of captured code are whatever lay in memory: only the compiled kernels mean something. A process runs kernels
-either in triton's interpreter or in its compiler: under ``TRITON_INTERPRET=1`` this module raises RuntimeError.
-``python -m bench.audit`` compiles all that a training step launches, and prints the figures.
+A process runs kernels either in triton's interpreter or in its compiler: under ``TRITON_INTERPRET=1``, ``compile_for`` raises
+RuntimeError.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import triton
-from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from fastgpt.kernels import runtime
@@ -92,116 +81,14 @@ def compile_for(arch: int, sms: int | None = None) -> Iterator[CompileOnlyDriver
         active._active, runtime.compile_only, runtime.compile_only_sms = before
 
 
-@dataclass(frozen=True)
-class CapturedLaunch:
-    """One launch of a kernel that captured host code made. Launches that run the same binary have equal ``key``."""
-
-    kernel: str
-    module: str
-    """The file that defines it: "fused_attn"."""
-    arch: int
-    case: str
-    """What was being run: the ``case`` argument of capture_launches, or ""."""
-    constexprs: dict[str, Any]
-    signature: dict[str, Any]
-    """Types of the other arguments ("*bf16", "i32"; "constexpr" where an integer argument was 1; a tuple's are a tuple)."""
-    options: dict[str, Any]
-    """num_warps, num_stages, and maxnreg where set."""
-    grid: tuple[int, ...]
-    compiled: Any
-    """triton's CompiledKernel; ``compiled.asm["cubin" | "ptx" | "ttgir"]``."""
-
-    @property
-    def key(self) -> str:
-        """triton's hash of source, signature, alignments, constexprs, options and target."""
-        return self.compiled.hash
-
-    @property
-    def dtype(self) -> str:
-        """Element type of the first pointer argument: what the kernel reads."""
-        types = tree_leaves(list(self.signature.values()))
-        return next((ty[1:] for ty in types if ty.startswith("*")), "-")
-
-    @property
-    def config(self) -> str:
-        """The choices that made this binary, in one line: ``BLOCK_M=128 BLOCK_N=64 CAUSAL w4 s3``."""
-        parts = [
-            key if value is True else f"{key}={getattr(value, '__name__', value)}"
-            for key, value in self.constexprs.items()
-            if value is not False and value is not None
-        ]
-        return " ".join([*parts, f"w{self.options['num_warps']}", f"s{self.options['num_stages']}"])
-
-
-def _launch(function: JITFunction, arch: int, case: str, grid: tuple[int, ...], compiled: Any) -> CapturedLaunch:
-    source, metadata = compiled.src, compiled.metadata
-    declared = {param.name for param in function.params if param.is_constexpr}
-    constants = {function.arg_names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
-    options = {key: getattr(metadata, key, None) for key in ("num_warps", "num_stages", "maxnreg")}
-    return CapturedLaunch(
-        kernel=function.__name__,
-        module=function.module.rpartition(".")[2],
-        arch=arch,
-        case=case,
-        constexprs={key: value for key, value in constants.items() if key in declared},
-        signature={key: ty for key, ty in source.signature.items() if key not in declared},
-        options={key: value for key, value in options.items() if value is not None},
-        grid=grid,
-        compiled=compiled,
-    )
-
-
-def _innermost(error: BaseException) -> BaseException:
-    """The error inside the helper function that caused it; triton raises one more per call on the way out."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 @contextmanager
-def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> Iterator[list[CapturedLaunch]]:
-    """Turn every launch made inside into a compile for sm_``arch``, and list them in order.
-
-    Every config of an autotuned kernel (after pruning) is compiled, not only a winner. Equal launches compile once.
-    A kernel that does not compile raises RuntimeError naming the kernel and its config, from the compiler's own error.
-    """
-    launches: list[CapturedLaunch] = []
-    run_jit = JITFunction.run
-
-    def compile_one(self, *args, grid, warmup=False, **kwargs):
-        try:
-            compiled = run_jit(self, *args, grid=grid, warmup=True, **kwargs)
-        except Exception as error:
-            given = {key: value for key, value in kwargs.items() if isinstance(value, (int, float, str, type(None)))}
-            raise RuntimeError(
-                f"{self.__name__} does not compile for sm_{arch} with {given}: {_innermost(error)}"
-            ) from error
-        if callable(grid):
-            defaults = {param.name: param.default for param in self.params if param.has_default}
-            grid = grid({**defaults, **dict(zip(self.arg_names, args)), **kwargs})
-        launches.append(_launch(self, arch, case, tuple(grid), compiled))
-        return compiled
-
-    def compile_configs(self, *args, **kwargs):
-        self.nargs = dict(zip(self.arg_names, args))
-        for config in self.prune_configs(kwargs):
-            if config.pre_hook is not None:
-                config.pre_hook({**self.nargs, **kwargs, **config.all_kwargs()})
-            self.fn.run(*args, **kwargs, **config.all_kwargs())
-        self.nargs = None
-
-    with compile_for(arch, sms), _launched_by(compile_one, compile_configs):
-        yield launches
-
-
-@contextmanager
-def _launched_by(run: Any, run_autotuned: Any) -> Iterator[None]:
-    before = JITFunction.run, Autotuner.run
-    JITFunction.run, Autotuner.run = run, run_autotuned
+def launched_by(run: Any) -> Iterator[None]:
+    """Inside, ``run(kernel, *args, grid=..., **options)`` stands in for every launch."""
+    before, JITFunction.run = JITFunction.run, run
     try:
         yield
     finally:
-        JITFunction.run, Autotuner.run = before
+        JITFunction.run = before
 
 
 @contextmanager
@@ -212,10 +99,5 @@ def count_launches(arch: int, sms: int) -> Iterator[Counter[tuple[str, str]]]:
     def count(function: JITFunction, *args: Any, **kwargs: Any) -> None:
         found[function.module.rpartition(".")[2], function.__name__] += 1
 
-    with compile_for(arch, sms), _launched_by(count, Autotuner.run):
+    with compile_for(arch, sms), launched_by(count):
         yield found
-
-
-def unique(launches: Iterable[CapturedLaunch]) -> list[CapturedLaunch]:
-    """The first launch of each binary."""
-    return list({launch.key: launch for launch in reversed(list(launches))}.values())[::-1]

@@ -18,7 +18,7 @@ INTERPRET = interprets()
 """True when triton runs kernels in its CPU interpreter. Fixed for the life of the process, as triton's own switch is."""
 
 compile_only = False
-"""True while kernels/offline.py captures launches: CPU tensors then take the Triton path, and launches only compile."""
+"""True inside offline.compile_for: CPU tensors then take the Triton path, and launches only compile or are counted."""
 
 INTERPRETER_SMS = 4
 """Programs that a persistent kernel starts in the interpreter: enough to test the reduction over programs, few enough

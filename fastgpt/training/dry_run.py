@@ -3,7 +3,7 @@
 The step is the training loop's own (GPT, Stepper, FusedAdamW). What is left out is arithmetic: at 8 x 1024 tokens of GPT-2
 124M, minutes on a CPU and gigabytes of memory, for values never read. Inside ``no_arithmetic`` an operation on more than
 ``SMALL`` elements returns memory of the right shape, strides and dtype that is never touched; smaller ones, on which host
-code may decide, are computed. Triton's launches are turned into compiles by ``offline.capture_launches`` (bench.audit), or
+code may decide, are computed. Triton's launches are turned into compiles by bench/compiler/capture.py (bench.audit), or
 only written down (``record``).
 """
 

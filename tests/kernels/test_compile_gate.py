@@ -189,11 +189,11 @@ def test_adamw_moves_128_bits_at_a_time(compiled):
 
 CASTS = """
 import re, torch
-from fastgpt.kernels import offline
+from bench.compiler.capture import capture_launches
 from fastgpt.kernels.fp8 import launch
 found = {}
 for arch in (89, 90):
-    with offline.capture_launches(arch) as launches:
+    with capture_launches(arch) as launches:
         for dtype in (launch.FORWARD, launch.GRADIENT):
             launch.quantise(torch.empty(64, 256, dtype=torch.bfloat16), dtype)
     ptx = [each.compiled.asm["ptx"] for each in launches]

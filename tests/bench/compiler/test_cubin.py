@@ -1,4 +1,4 @@
-"""What cubin.py reads, for figures that are known; test_offline.py has real binaries."""
+"""What cubin.py reads, for figures that are known; test_capture.py has real binaries."""
 
 from __future__ import annotations
 
