@@ -155,7 +155,7 @@ class KernelsConfig:
     sweep: bool | None = None
     """--sweep: many shapes of each kernel; --no-sweep: GPT-2 124M's only. Without either, a sweep on a GPU without --quick."""
     only: Annotated[str, Arg("ENTRY")] = ""
-    """Only the entry of this name in bench/ops/common.py."""
+    """Only the entry of this name: embedding, layer_norm, layer_norm_residual, attention, linear_cross_entropy or adamw."""
     keep_roofs: bool = False
     """Do not measure copy and matmul rates again."""
     out: Annotated[Path | None, Arg("FOLDER")] = None

@@ -17,10 +17,11 @@ import triton
 from bench import ops
 from bench.compiler import audit_step, cubin
 from bench.compiler.capture import capture_launches
-from bench.ops import common, table_cases
+from bench.ops import table_cases
+from bench.ops.common import Case
 
 
-def select(only: str | None, shard: tuple[int, int] | None, arch: int) -> list[common.Case]:
+def select(only: str | None, shard: tuple[int, int] | None, arch: int) -> list[Case]:
     """The shipped steps, and of all other cases every N-th from the K-th on (``shard``; None: no others). With ``only``, a
     regular expression: every case whose name it is found in instead."""
     shipped = list(audit_step.shipped_steps())
@@ -30,7 +31,7 @@ def select(only: str | None, shard: tuple[int, int] | None, arch: int) -> list[c
     return shipped + (rest[shard[0] - 1 :: shard[1]] if shard else [])
 
 
-def compile_cases(cases: list[common.Case], arch: int, sms: int) -> tuple[list[cubin.Row], dict[str, str]]:
+def compile_cases(cases: list[Case], arch: int, sms: int) -> tuple[list[cubin.Row], dict[str, str]]:
     """The rows of every case, and what the compiler says of those that do not compile."""
     rows: list[cubin.Row] = []
     errors: dict[str, str] = {}

@@ -36,7 +36,8 @@ from statistics import mean
 from typing import Any
 
 from bench.compiler import cubin
-from bench.ops.common import linear_sizes, sizes, typical_tokens
+from bench.ops.attention import batch_heads
+from bench.ops.linear import linear_sizes, typical_tokens
 from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels import tuning
 
@@ -339,7 +340,7 @@ def times(kernel: str, dtype: str, bucket: str, found: Facts, gpu: Gpu) -> list[
     """(clocks, fill) at each size that stands for the bucket."""
     size = 4 if dtype == "fp32" else 2
     if kernel.startswith("attention"):
-        return [attention_time(kernel, found, heads, 1024, 64, gpu) for heads in sizes(bucket)]
+        return [attention_time(kernel, found, heads, 1024, 64, gpu) for heads in batch_heads(bucket)]
     if kernel.startswith("layer_norm"):
         return [layer_norm_time(kernel, found, rows, int(bucket[1:]), size, gpu) for rows in (2048, 8192, 16384)]
     if kernel.startswith("linear"):

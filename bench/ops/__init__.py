@@ -1,4 +1,4 @@
-"""Benchmarks per operation, one file each, mirroring fastgpt/kernels: launch cases, tuning family, timing entry and peers."""
+"""Benchmarks per operation, one file each, mirroring fastgpt/kernels: launch cases, tuning families, timing entry and peers."""
 
 from __future__ import annotations
 
@@ -9,31 +9,18 @@ from typing import Any
 
 import torch
 
-from bench.ops import common
-from bench.ops.adamw import adamw, adamw_cases, adamw_family
-from bench.ops.attention import attention, attention_cases, attention_families
+from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear
 from bench.ops.common import Case, Entry, Family, Sizes
-from bench.ops.cross_entropy import cross_entropy_cases, cross_entropy_families, linear_cross_entropy
-from bench.ops.embedding import embedding, embedding_cases
-from bench.ops.fp8 import fp8_cases
-from bench.ops.layer_norm import layer_norm, layer_norm_cases, layer_norm_families, layer_norm_residual
-from bench.ops.linear import linear_cases, linear_families
 from fastgpt.kernels import tuning
 
 ENTRIES: tuple[Callable[[Sizes, torch.device, bool], Entry], ...] = (
-    embedding,
-    layer_norm,
-    layer_norm_residual,
-    attention,
-    linear_cross_entropy,
-    adamw,
+    embedding.embedding,
+    layer_norm.layer_norm,
+    layer_norm.layer_norm_residual,
+    attention.attention,
+    cross_entropy.linear_cross_entropy,
+    adamw.adamw,
 )
-
-
-def shapes(make: Callable, base: Sizes) -> list[Sizes]:
-    """The sweep of one of ENTRIES around ``base``, which comes first, and each shape once."""
-    return list(dict.fromkeys([base, *(replace(base, **changed) for changed in SWEEPS[make.__name__])]))
-
 
 _ROWS_AND_WIDTHS: list[dict[str, Any]] = [{"C": C} for C in (384, 768, 1024, 1600)] + [{"rows": 1024}, {"rows": 32768}]
 SWEEPS: dict[str, list[dict[str, Any]]] = {
@@ -51,32 +38,29 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
 """What differs from the base, by entry."""
 
 
+def shapes(make: Callable, base: Sizes) -> list[Sizes]:
+    """The sweep of one of ENTRIES around ``base``, which comes first, and each shape once."""
+    return list(dict.fromkeys([base, *(replace(base, **changed) for changed in SWEEPS[make.__name__])]))
+
+
 def cases() -> list[Case]:
-    return [
-        *embedding_cases(), *attention_cases(), *layer_norm_cases(), *cross_entropy_cases(), *linear_cases(),
-        *fp8_cases(), *adamw_cases(),
-    ]  # fmt: skip
+    """The launches that training and sampling a GPT make: every kernel, in every shipped launch config."""
+    return [case for op in (embedding, attention, layer_norm, cross_entropy, linear, fp8, adamw) for case in op.cases()]
 
 
 def families() -> list[Family]:
-    return [
-        *attention_families(),
-        *layer_norm_families(),
-        *cross_entropy_families(),
-        adamw_family(),
-        *linear_families(),
-    ]
+    return [family for op in (attention, layer_norm, cross_entropy, adamw, linear) for family in op.families()]
 
 
 # ---------------------------------------------------------------- what ships, for bench.audit
 
 
-def table_cases(arch: int) -> list[common.Case]:
+def table_cases(arch: int) -> list[Case]:
     """A case per distinct config in the shipped tables of sm_``arch``: what the gate of bench.audit has to let pass. Where
     tables of two cards have the same config, the smaller card's name stands for both."""
     by_key = {(family.kernel, family.dtype_name, bucket): family for family in families() for bucket in family.buckets}
     paths = tuning.SHIPPED.glob(f"sm{arch}_*.json")
-    found: dict[tuple, common.Case] = {}
+    found: dict[tuple, Case] = {}
     for path in sorted(paths, key=lambda path: int(path.stem.split("_")[1])):
         for key, entry in tuning.read(path).entries.items():
             family = by_key[key]

@@ -14,15 +14,60 @@ from bench.ops.common import BF16, FP32, OURS, SHORT, Case, Entry, Family, Sizes
 from bench.parity import assert_parity
 from bench.reports.timing import Work
 from fastgpt import anatomy
-from fastgpt.kernels import fused_adamw
+from fastgpt.kernels.fused_adamw import ADAMW_BUCKET
+from fastgpt.kernels.working_copy import working_copy
 from fastgpt.optim.adamw import FusedAdamW
 from fastgpt.performance import flops
 
 
+def launch_adamw(
+    dtype: torch.dtype,
+    *,
+    max_grad_norm: float | None = 1.0,
+    copy: torch.dtype | None = None,
+    offset: int = 0,
+    scaled: bool = False,
+) -> None:
+    """A step over a few tensors: with a working copy, ``offset`` elements off alignment, or under a GradScaler."""
+    shapes = ((768, 768), (768,), (50, 768), (3,))
+    params = [torch.nn.Parameter(_zeros(shape, dtype, offset)) for shape in shapes]
+    for p in params:
+        p.grad = _zeros(p.shape, dtype, offset)
+        if copy is not None:
+            working_copy(p, copy)
+    optimizer = FusedAdamW(params, max_grad_norm=max_grad_norm)
+    if scaled:  # as torch.amp.GradScaler hands them over
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+    optimizer.step()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+    return torch.zeros(offset + math.prod(shape), dtype=dtype)[offset:].view(shape)
+
+
+def cases() -> Iterator[Case]:
+    for dtype, name in SHORT.items():
+        yield f"adamw {name}", partial(launch_adamw, dtype)
+    yield "adamw fp32 bf16 copy", partial(launch_adamw, FP32, copy=BF16)
+    yield "adamw fp32 unaligned", partial(launch_adamw, FP32, offset=1)
+    yield "adamw fp32 scaled", partial(launch_adamw, FP32, scaled=True)
+    yield "adamw fp32 no clip", partial(launch_adamw, FP32, max_grad_norm=None)
+
+
+def families() -> list[Family]:
+    cases = (partial(launch_adamw, FP32, copy=BF16), partial(launch_adamw, FP32, offset=1))
+    return [Family("adamw.update", FP32, (ADAMW_BUCKET,), "_adamw_kernel", cases, time_adamw)]
+
+
+def time_adamw(bucket: str, device: torch.device) -> Callable[[], Any]:
+    params = [torch.nn.Parameter(torch.randn(4096, 1024, device=device)) for _ in range(16)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return FusedAdamW(params, max_grad_norm=1.0).step
+
+
 def adamw(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     """Clip and update of all parameters of a GPT-2, fp32; the peer is torch's fused AdamW after clip_grad_norm_."""
-    from fastgpt.optim.adamw import FusedAdamW
-
     shapes = list(anatomy.parameters(anatomy.Shape(size.n_layer, size.H, size.C, size.T, size.V)).values())
     options: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
@@ -67,55 +112,3 @@ def adamw(size: Sizes, device: torch.device, compiled: bool) -> Entry:
         parity,
         {OURS: lambda: ours(parameters(shapes)), "torch fused": lambda: torchs(parameters(shapes))},
     )
-
-
-# ---------------------------------------------------------------- AdamW
-
-
-def launch_adamw(
-    dtype: torch.dtype,
-    *,
-    max_grad_norm: float | None = 1.0,
-    copy: torch.dtype | None = None,
-    offset: int = 0,
-    scaled: bool = False,
-) -> None:
-    """A step over a few tensors: with a working copy, ``offset`` elements off alignment, or under a GradScaler."""
-    from fastgpt.kernels.working_copy import working_copy
-    from fastgpt.optim.adamw import FusedAdamW
-
-    shapes = ((768, 768), (768,), (50, 768), (3,))
-    params = [torch.nn.Parameter(_zeros(shape, dtype, offset)) for shape in shapes]
-    for p in params:
-        p.grad = _zeros(p.shape, dtype, offset)
-        if copy is not None:
-            working_copy(p, copy)
-    optimizer = FusedAdamW(params, max_grad_norm=max_grad_norm)
-    if scaled:  # as torch.amp.GradScaler hands them over
-        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
-    optimizer.step()
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
-    return torch.zeros(offset + math.prod(shape), dtype=dtype)[offset:].view(shape)
-
-
-def adamw_cases() -> Iterator[Case]:
-    for dtype, name in SHORT.items():
-        yield f"adamw {name}", partial(launch_adamw, dtype)
-    yield "adamw fp32 bf16 copy", partial(launch_adamw, FP32, copy=BF16)
-    yield "adamw fp32 unaligned", partial(launch_adamw, FP32, offset=1)
-    yield "adamw fp32 scaled", partial(launch_adamw, FP32, scaled=True)
-    yield "adamw fp32 no clip", partial(launch_adamw, FP32, max_grad_norm=None)
-
-
-def adamw_family() -> Family:
-    cases = (partial(launch_adamw, FP32, copy=BF16), partial(launch_adamw, FP32, offset=1))
-    return Family("adamw.update", FP32, (fused_adamw.ADAMW_BUCKET,), "_adamw_kernel", cases, time_adamw)
-
-
-def time_adamw(bucket: str, device: torch.device) -> Callable[[], Any]:
-    params = [torch.nn.Parameter(torch.randn(4096, 1024, device=device)) for _ in range(16)]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    return FusedAdamW(params, max_grad_norm=1.0).step

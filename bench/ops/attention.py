@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.ops import common
 from bench.ops.common import (
     BF16,
     FP16,
@@ -27,55 +28,10 @@ from bench.ops.common import (
     total,
 )
 from bench.parity import check
-from fastgpt.kernels import reference
-from fastgpt.kernels.fused_attn import ROW_BOUNDS, attention_bucket, qkv_attention
+from fastgpt.kernels import fused_attn, reference
 from fastgpt.performance import flops
 
-
-def attention(size: Sizes, device: torch.device, compiled: bool) -> Entry:
-    """Packed qkv to packed dqkv: the peers' transposes and copies are part of their time."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from fastgpt.kernels.fused_attn import qkv_attention as fused
-
-    def inputs(B: int = size.B, H: int = size.H) -> dict[str, Tensor]:
-        return {"qkv": torch.randn(B, size.T, 3 * H * size.D, device=device).to(size.dtype)}
-
-    def eager(qkv: Tensor) -> Tensor:
-        return reference.qkv_attention(qkv, qkv.shape[-1] // (3 * size.D))
-
-    def backend(which: SDPBackend) -> Callable:
-        def op(qkv: Tensor) -> Tensor:
-            with sdpa_kernel(which):
-                return reference.qkv_attention(qkv, size.H)
-
-        return op
-
-    def ours(qkv: Tensor) -> Tensor:
-        return fused(qkv, qkv.shape[-1] // (3 * size.D))
-
-    ops = peers(eager, compiled)
-    if device.type == "cuda":
-        names = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-        names["efficient"] = SDPBackend.EFFICIENT_ATTENTION
-        ops |= {f"sdpa {name}": backend(which) for name, which in names.items()}
-    shape = (size.B, size.T, size.H, size.D, size.dtype.itemsize)
-    return Entry(
-        "attention",
-        f"B={size.B} T={size.T} H={size.H} D={size.D}, causal",
-        total(flops.attention_forward(*shape), flops.attention_backward(*shape)),
-        # Scores in fp64 are 100 MB a head at T = 4096, several times over: fewer heads where sequences are long.
-        lambda: check(
-            ours, eager, inputs(1, max(1, size.H * 1024**2 // max(size.T, 1024) ** 2)), operand_dtype=size.dtype
-        ),
-        timed({OURS: ours} | ops, device, inputs),
-    )
-
-
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
-
-
-# ---------------------------------------------------------------- attention
 
 
 def launch_attention(
@@ -87,24 +43,20 @@ def launch_attention(
     docs: bool = False,
     **options: Any,
 ) -> None:
-    from fastgpt.kernels.fused_attn import qkv_attention
-
     qkv = leaf(1, T, (H + 2 * kv) * D, dtype=dtype)
     doc_ids = torch.empty(1, T, dtype=torch.int32) if docs else None
-    backward(qkv_attention(qkv, H, n_kv_head=kv, doc_ids=doc_ids, **options))
+    backward(fused_attn.qkv_attention(qkv, H, n_kv_head=kv, doc_ids=doc_ids, **options))
 
 
 def launch_decode(dtype: torch.dtype, D: int, T_q: int, **options: Any) -> None:
     """Sampling with a preallocated cache: T_q new tokens against up to 1024 keys, no backward."""
-    from fastgpt.kernels.fused_attn import attention
-
     q = torch.empty(1, T_q, 2, D, dtype=dtype)
     k, v = torch.empty(2, 1, 1024, 2, D, dtype=dtype)
     with torch.no_grad():
-        attention(q, k, v, kv_len=torch.empty(1, dtype=torch.int32), **options)
+        fused_attn.attention(q, k, v, kv_len=torch.empty(1, dtype=torch.int32), **options)
 
 
-def attention_cases() -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     everything: dict[str, Any] = {"docs": True, "dropout_p": 0.1, "window": 256}
     for D in HEAD_DIMS:
         yield f"attention bf16 D{D}", partial(launch_attention, BF16, D)
@@ -134,22 +86,70 @@ def attention_cases() -> Iterator[Case]:
     yield "attention fp16-fast D64 decode", partial(launch_decode, FP16, 64, 1, **fast)
 
 
-def attention_families() -> list[Family]:
-    bounds = [*ROW_BOUNDS, ROW_BOUNDS[-1] + 1]
+def families() -> list[Family]:
+    bounds = [*fused_attn.ROW_BOUNDS, fused_attn.ROW_BOUNDS[-1] + 1]
     found = []
     for dtype in (BF16, FP16):
         for dropout in (False, True):
-            buckets = [attention_bucket(64, rows, plain=True, dropout=dropout) for rows in bounds]
+            found_buckets = [fused_attn.attention_bucket(64, rows, plain=True, dropout=dropout) for rows in bounds]
+            buckets = tuple(bucket for bucket in found_buckets if bucket is not None)
             case = partial(launch_attention, dtype, 64, dropout_p=0.1 if dropout else 0.0)
             for function in ("forward", "backward_q", "backward_kv"):
-                known = tuple(bucket for bucket in buckets if bucket is not None)
                 timed = partial(time_attention, f"attention.{function}", dtype)
-                found.append(Family(f"attention.{function}", dtype, known, function, (case,), timed))
+                found.append(Family(f"attention.{function}", dtype, buckets, function, (case,), timed))
     return found
 
 
+def batch_heads(bucket: str) -> list[int]:
+    """Batch x heads at T = 1024 that stand for a bucket of attention: spread over it, and 96, GPT-2 124M's (8 x 12) and
+    40M's (16 x 6), once more."""
+    bound = re.search(r"rows<=(\d+)", bucket)
+    upper = int(bound[1]) if bound else 4 * fused_attn.ROW_BOUNDS[-1]
+    found = [max(1, round(upper * share / 1024)) for share in (0.3, 0.5, 0.7, 0.85, 1.0)]
+    return found + [96] * (upper // 4 < 96 * 1024 <= upper)
+
+
 def time_attention(kernel: str, dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:
-    heads = common.sizes(bucket)[-1]
+    heads = batch_heads(bucket)[-1]
     H = min(heads, 12)
     qkv = torch.randn(-(-heads // H), 1024, 3 * H * 64, device=device).to(dtype)
-    return pass_of(kernel, partial(qkv_attention, n_head=H, dropout_p=0.1 if "dropout" in bucket else 0.0), [qkv])
+    return pass_of(
+        kernel, partial(fused_attn.qkv_attention, n_head=H, dropout_p=0.1 if "dropout" in bucket else 0.0), [qkv]
+    )
+
+
+def attention(size: Sizes, device: torch.device, compiled: bool) -> Entry:
+    """Packed qkv to packed dqkv: the peers' transposes and copies are part of their time."""
+
+    def inputs(B: int = size.B, H: int = size.H) -> dict[str, Tensor]:
+        return {"qkv": torch.randn(B, size.T, 3 * H * size.D, device=device).to(size.dtype)}
+
+    def eager(qkv: Tensor) -> Tensor:
+        return reference.qkv_attention(qkv, qkv.shape[-1] // (3 * size.D))
+
+    def backend(which: SDPBackend) -> Callable:
+        def op(qkv: Tensor) -> Tensor:
+            with sdpa_kernel(which):
+                return reference.qkv_attention(qkv, size.H)
+
+        return op
+
+    def ours(qkv: Tensor) -> Tensor:
+        return fused_attn.qkv_attention(qkv, qkv.shape[-1] // (3 * size.D))
+
+    ops = peers(eager, compiled)
+    if device.type == "cuda":
+        names = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+        names["efficient"] = SDPBackend.EFFICIENT_ATTENTION
+        ops |= {f"sdpa {name}": backend(which) for name, which in names.items()}
+    shape = (size.B, size.T, size.H, size.D, size.dtype.itemsize)
+    return Entry(
+        "attention",
+        f"B={size.B} T={size.T} H={size.H} D={size.D}, causal",
+        total(flops.attention_forward(*shape), flops.attention_backward(*shape)),
+        # Scores in fp64 are 100 MB a head at T = 4096, several times over: fewer heads where sequences are long.
+        lambda: check(
+            ours, eager, inputs(1, max(1, size.H * 1024**2 // max(size.T, 1024) ** 2)), operand_dtype=size.dtype
+        ),
+        timed({OURS: ours} | ops, inputs),
+    )

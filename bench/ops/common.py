@@ -1,17 +1,19 @@
-"""The launches that training and sampling a GPT make: every kernel, in every shipped launch config.
+"""What the files of this folder share: sizes, timed entries, launch cases and tuning families.
 
-``cases()`` lists (name, callable). Each callable runs one public operation forward and backward on CPU tensors; inside
-``capture_launches`` its launches only compile. Tensors are then nothing but pointers, strides and dtypes
-(``torch.empty``, pages never touched), so shapes that decide a launch config are real ones; only sizes that plain
-PyTorch has to compute with inside an operation (the GEMMs of the loss) are kept small.
+Every file names, for its operation,
 
-What is varied is what makes another binary or another config: dtype, head dimension, width, and the options that are
-compiled in. The heaviest combination of options comes for every head dimension: that is the one that spills first.
+* launch cases: (name, callable) for each shipped launch config. A callable runs one public operation forward and backward on
+  CPU tensors; inside ``capture_launches`` its launches only compile. Tensors are then nothing but pointers, strides and
+  dtypes (``torch.empty``, pages never touched), so shapes that decide a launch config are real ones; only sizes that plain
+  PyTorch has to compute with inside an operation (the GEMMs of the loss) are kept small. What is varied is what makes another
+  binary or another config: dtype, head dimension, width, and the options that are compiled in. The heaviest combination of
+  options comes for every head dimension: that is the one that spills first;
+* tuning families: per kernel and dtype, the launches to compile and the operation to time, for every bucket of shapes;
+* a timing entry: inputs, least work, parity check, and the peers that bench.kernels times beside ours.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,88 +24,21 @@ from torch import Tensor
 
 from bench.reports.timing import Work
 from fastgpt.kernels import tuning
-from fastgpt.kernels.fused_attn import ROW_BOUNDS
 from fastgpt.performance import flops
 
-# ---------------- was bench/entries.py
-# The operations that bench.kernels times: their inputs, least work, parity check, and peers.
-
-OURS = "triton"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of the entries: GPT-2 124M's at a micro-batch of 8 x 1024 and, for attention, 16 x 1024. SWEEPS has more."""
-
-    rows: int = 8192
-    C: int = 768
-    V: int = 50304
-    B: int = 16
-    T: int = 1024
-    H: int = 12
-    D: int = 64
-    n_layer: int = 12
-    dtype: torch.dtype = torch.bfloat16
-    parity_rows: int = 1024
-    """fp64 references are large: they get this many tokens, and one sequence."""
-
-
-TINY = Sizes(rows=64, C=64, V=256, B=1, T=64, H=2, D=32, n_layer=1, dtype=torch.float32, parity_rows=64)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One operation. ``parity`` raises AssertionError; ``variants`` are makers of what is timed, by name, ours first."""
-
-    name: str
-    shape: str
-    work: flops.Work
-    parity: Callable[[], None]
-    variants: dict[str, Callable[[], Work]]
-
-
-def forward_backward(op: Callable, device: torch.device, make: Callable[[], dict[str, Tensor]]) -> Work:
-    """``op(**inputs)`` and the gradients of all its floating inputs."""
-    inputs = {key: x.requires_grad_(x.is_floating_point()) for key, x in make().items()}
-    wanted = [x for x in inputs.values() if x.requires_grad]
-
-    def forward() -> tuple[Tensor, ...]:
-        outputs = op(**inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
-    upstream = tuple(torch.randn_like(out) for out in forward())  # with gradients: torch.compile then compiles once
-    return lambda: torch.autograd.grad(forward(), wanted, upstream)
-
-
-def peers(eager: Callable, compiled: bool, **others: Callable | None) -> dict[str, Callable]:
-    """The functions to compare with: eager, torch.compile of it if asked, and whichever others are available."""
-    found = {"eager": eager}
-    if compiled:
-        found["compile"] = torch.compile(eager)
-    return found | {name: op for name, op in others.items() if op is not None}
-
-
-def timed(ops: dict[str, Callable], device: torch.device, inputs: Callable) -> dict[str, Callable[[], Work]]:
-    """The variants of an entry that are given these inputs."""
-    return {name: partial(forward_backward, op, device, inputs) for name, op in ops.items()}
-
-
-def total(*parts: flops.Work) -> flops.Work:
-    return flops.Work(sum(p.flops for p in parts), sum(p.bytes for p in parts))
-
-
-def liger_function(name: str) -> Any:
-    """A function of Liger-Kernel, or None where it is not installed."""
-    try:
-        from liger_kernel.transformers import functional
-    except ImportError:
-        return None
-    return getattr(functional, name, None)
-
-
-Case = tuple[str, Callable[[], None]]
 SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 BF16, FP16, FP32 = SHORT
+TUNED_WIDTHS = (384, 768, 1024, 1600)
+"""GPT-2 40M's, 124M's, 350M's, 1.5B's."""
+OURS = "triton"
+
+# ---------------------------------------------------------------- launch cases
+
+Case = tuple[str, Callable[[], None]]
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
 
 
 def backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
@@ -112,44 +47,7 @@ def backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
 
 
-def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, requires_grad=True)
-
-
-# ---------------------------------------------------------------- linear layers
-
-TOKENS = {384: 16384, 768: 8192, 1024: 2048}
-"""Tokens in a micro-batch of GPT-2 40M, 124M and 350M on 12 GB, by width. Half and twice as many stand for the bucket, too."""
-
-
-# ---------------------------------------------------------------- ranking
-
-
-def sizes(bucket: str) -> list[int]:
-    """Heads x batch at T = 1024 that stand for a bucket of attention: spread over it, and 96, GPT-2 124M's (8 x 12) and
-    40M's (16 x 6), once more."""
-    bound = re.search(r"rows<=(\d+)", bucket)
-    upper = int(bound[1]) if bound else 4 * ROW_BOUNDS[-1]
-    found = [max(1, round(upper * share / 1024)) for share in (0.3, 0.5, 0.7, 0.85, 1.0)]
-    return found + [96] * (upper // 4 < 96 * 1024 <= upper)
-
-
-def linear_sizes(bucket: str) -> tuple[int, int]:
-    """(N, K) of "N3072 K768"."""
-    N, K = (int(word[1:]) for word in bucket.split())
-    return N, K
-
-
-def typical_tokens(bucket: str) -> int:
-    """Tokens in a micro-batch of the model that has this matrix: its matmul is timed with as many."""
-    return TOKENS.get(min(linear_sizes(bucket)), 8192)
-
-
-# ---------------- was bench/tune_cases.py
-# What bench.tune compares: for every kernel, dtype and shape bucket, the launches to compile and the operation to time.
-
-TUNED_WIDTHS = (384, 768, 1024, 1600)
-"""GPT-2 40M's, 124M's, 350M's, 1.5B's."""
+# ---------------------------------------------------------------- tuning families
 
 
 @dataclass(frozen=True)
@@ -197,3 +95,76 @@ def pass_of(kernel: str, op: Callable[..., Any], inputs: list[Tensor]) -> Callab
     outputs: tuple[Tensor, ...] = found if isinstance(found, tuple) else (found,)
     upstream = [torch.randn_like(out) for out in outputs]
     return lambda: torch.autograd.grad(outputs, inputs, upstream, retain_graph=True)
+
+
+# ---------------------------------------------------------------- timing entries
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes of the entries: GPT-2 124M's at a micro-batch of 8 x 1024 and, for attention, 16 x 1024. ops.SWEEPS has more."""
+
+    rows: int = 8192
+    C: int = 768
+    V: int = 50304
+    B: int = 16
+    T: int = 1024
+    H: int = 12
+    D: int = 64
+    n_layer: int = 12
+    dtype: torch.dtype = BF16
+    parity_rows: int = 1024
+    """fp64 references are large: they get this many tokens, and one sequence."""
+
+
+TINY = Sizes(rows=64, C=64, V=256, B=1, T=64, H=2, D=32, n_layer=1, dtype=FP32, parity_rows=64)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operation. ``parity`` raises AssertionError; ``variants`` are makers of what is timed, by name, ours first."""
+
+    name: str
+    shape: str
+    work: flops.Work
+    parity: Callable[[], None]
+    variants: dict[str, Callable[[], Work]]
+
+
+def forward_backward(op: Callable, make: Callable[[], dict[str, Tensor]]) -> Work:
+    """``op(**inputs)`` and the gradients of all its floating inputs."""
+    inputs = {key: x.requires_grad_(x.is_floating_point()) for key, x in make().items()}
+    wanted = [x for x in inputs.values() if x.requires_grad]
+
+    def forward() -> tuple[Tensor, ...]:
+        outputs = op(**inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    upstream = tuple(torch.randn_like(out) for out in forward())  # with gradients: torch.compile then compiles once
+    return lambda: torch.autograd.grad(forward(), wanted, upstream)
+
+
+def timed(ops: dict[str, Callable], inputs: Callable) -> dict[str, Callable[[], Work]]:
+    """The variants of an entry that are given these inputs."""
+    return {name: partial(forward_backward, op, inputs) for name, op in ops.items()}
+
+
+def peers(eager: Callable, compiled: bool, **others: Callable | None) -> dict[str, Callable]:
+    """The functions to compare with: eager, torch.compile of it if asked, and those of the others that are available."""
+    found = {"eager": eager}
+    if compiled:
+        found["compile"] = torch.compile(eager)
+    return found | {name: op for name, op in others.items() if op is not None}
+
+
+def liger_function(name: str) -> Any:
+    """A function of Liger-Kernel, or None where it is not installed."""
+    try:
+        from liger_kernel.transformers import functional
+    except ImportError:
+        return None
+    return getattr(functional, name, None)
+
+
+def total(*parts: flops.Work) -> flops.Work:
+    return flops.Work(sum(p.flops for p in parts), sum(p.bytes for p in parts))

@@ -1,4 +1,4 @@
-"""The loss: launch cases, tuning family, timing entry beside torch and Liger."""
+"""The loss: launch cases, tuning families, timing entry beside torch and Liger."""
 
 from __future__ import annotations
 
@@ -29,9 +29,52 @@ from fastgpt.kernels import fused_cross_entropy, reference
 from fastgpt.performance import flops
 
 
+def launch_loss(
+    dtype: torch.dtype, V: int = 50304, C: int = 32, N: int = 256, bias: bool = False, **options: Any
+) -> None:
+    x, weight = torch.zeros(N, C, dtype=dtype, requires_grad=True), torch.zeros(V, C, dtype=dtype, requires_grad=True)
+    shift = torch.zeros(V, dtype=dtype, requires_grad=True) if bias else None
+    backward(
+        fused_cross_entropy.linear_cross_entropy(x, weight, torch.zeros(N, dtype=torch.int64), bias=shift, **options)
+    )
+
+
+def cases() -> Iterator[Case]:
+    everything: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-4, "logit_softcap": 30.0}
+    for dtype, name in SHORT.items():
+        yield f"linear_cross_entropy {name}", partial(launch_loss, dtype)
+    yield "linear_cross_entropy bf16 padded", partial(launch_loss, BF16, vocab_size=50257)
+    yield "linear_cross_entropy bf16 all options", partial(launch_loss, BF16, bias=True, vocab_size=50257, **everything)
+    yield "linear_cross_entropy bf16 none", partial(launch_loss, BF16, reduction="none", **everything)
+    yield "linear_cross_entropy fp32 bytes", partial(launch_loss, FP32, V=256)
+    fast: dict[str, Any] = {"accumulate": "fp16"}
+    yield "linear_cross_entropy fp16-fast", partial(launch_loss, FP16, **fast)
+    yield "linear_cross_entropy fp16-fast odd", partial(launch_loss, FP16, V=50257, bias=True, **everything, **fast)
+    yield "linear_cross_entropy fp16-fast none", partial(launch_loss, FP16, reduction="none", **fast)
+
+
+def families() -> list[Family]:
+    found = []
+    for dtype in (BF16, FP16, FP32):
+        loss = partial(launch_loss, dtype, V=8192, N=64)
+        cases = (loss, partial(loss, label_smoothing=0.1, z_loss=1e-4, vocab_size=8190))
+        bucket = fused_cross_entropy.cross_entropy_bucket(8192, None)
+        assert bucket is not None
+        timed = partial(time_cross_entropy, dtype)
+        found.append(Family("cross_entropy.rows", dtype, (bucket,), "rows_kernel", cases, timed))
+    return found
+
+
+def time_cross_entropy(dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:
+    """Forward, which forms the gradients, too. Narrow: the matmuls around the kernel are not what is compared."""
+    x, weight = (torch.randn(rows, 64, device=device).to(dtype).requires_grad_() for rows in (8192, 50304))
+    target = torch.randint(0, 50304, (8192,), device=device)
+    return lambda: fused_cross_entropy.linear_cross_entropy(x, weight, target)
+
+
 def linear_cross_entropy(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     """Mean loss over the vocabulary; the peers hold the logits, in fp32 for the loss."""
-    from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy as ours
+    ours = fused_cross_entropy.linear_cross_entropy
 
     def inputs(rows: int = size.rows) -> dict[str, Tensor]:
         x = torch.randn(rows, size.C, device=device).to(size.dtype)
@@ -49,8 +92,13 @@ def linear_cross_entropy(size: Sizes, device: torch.device, compiled: bool) -> E
         "linear_cross_entropy",
         f"{size.rows} x {size.C} x {size.V}",
         flops.linear_cross_entropy(size.rows, size.C, size.V, size.dtype.itemsize, grad_size=size.dtype.itemsize),
-        lambda: check(ours, reference.linear_cross_entropy, inputs(size.parity_rows), operand_dtype=size.dtype),
-        timed({OURS: ours} | ops, device, inputs),
+        lambda: check(
+            fused_cross_entropy.linear_cross_entropy,
+            reference.linear_cross_entropy,
+            inputs(size.parity_rows),
+            operand_dtype=size.dtype,
+        ),
+        timed({OURS: ours} | ops, inputs),
     )
 
 
@@ -64,49 +112,3 @@ def _torch_linear_cross_entropy() -> dict[str, Callable]:
     if options is not None:
         found["torch linear_ce chunked"] = lambda x, weight, target: op(x, weight, target, options=options())
     return found
-
-
-# ---------------------------------------------------------------- linear + cross-entropy
-
-
-def launch_loss(
-    dtype: torch.dtype, V: int = 50304, C: int = 32, N: int = 256, bias: bool = False, **options: Any
-) -> None:
-    from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
-
-    x, weight = torch.zeros(N, C, dtype=dtype, requires_grad=True), torch.zeros(V, C, dtype=dtype, requires_grad=True)
-    shift = torch.zeros(V, dtype=dtype, requires_grad=True) if bias else None
-    backward(linear_cross_entropy(x, weight, torch.zeros(N, dtype=torch.int64), bias=shift, **options))
-
-
-def cross_entropy_cases() -> Iterator[Case]:
-    everything: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-4, "logit_softcap": 30.0}
-    for dtype, name in SHORT.items():
-        yield f"linear_cross_entropy {name}", partial(launch_loss, dtype)
-    yield "linear_cross_entropy bf16 padded", partial(launch_loss, BF16, vocab_size=50257)
-    yield "linear_cross_entropy bf16 all options", partial(launch_loss, BF16, bias=True, vocab_size=50257, **everything)
-    yield "linear_cross_entropy bf16 none", partial(launch_loss, BF16, reduction="none", **everything)
-    yield "linear_cross_entropy fp32 bytes", partial(launch_loss, FP32, V=256)
-    fast: dict[str, Any] = {"accumulate": "fp16"}
-    yield "linear_cross_entropy fp16-fast", partial(launch_loss, FP16, **fast)
-    yield "linear_cross_entropy fp16-fast odd", partial(launch_loss, FP16, V=50257, bias=True, **everything, **fast)
-    yield "linear_cross_entropy fp16-fast none", partial(launch_loss, FP16, reduction="none", **fast)
-
-
-def cross_entropy_families() -> list[Family]:
-    found = []
-    for dtype in (BF16, FP16, FP32):
-        loss = partial(launch_loss, dtype, V=8192, N=64)
-        cases = (loss, partial(loss, label_smoothing=0.1, z_loss=1e-4, vocab_size=8190))
-        bucket = fused_cross_entropy.cross_entropy_bucket(8192, None)
-        assert bucket is not None
-        timed = partial(time_cross_entropy, dtype)
-        found.append(Family("cross_entropy.rows", dtype, (bucket,), "rows_kernel", cases, timed))
-    return found
-
-
-def time_cross_entropy(dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:
-    """Forward, which forms the gradients, too. Narrow: the matmuls around the kernel are not what is compared."""
-    x, weight = (torch.randn(rows, 64, device=device).to(dtype).requires_grad_() for rows in (8192, 50304))
-    target = torch.randint(0, 50304, (8192,), device=device)
-    return lambda: fused_cross_entropy.linear_cross_entropy(x, weight, target)

@@ -7,24 +7,21 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from bench.ops.common import BF16, FP32, Case, backward, leaf
-
-# ---------------------------------------------------------------- linear layers in fp8
+from fastgpt.kernels.fp8 import launch
+from fastgpt.kernels.fp8.ops import layer_norm, linear, mlp, qkv_attention
 
 
 def has_fp8() -> bool:
-    """Elsewhere triton does not compile these kernels, and a run never gets to them."""
-    import triton
-
+    """Whether the card that is compiled for has fp8. On others triton does not compile these kernels, and no run uses them."""
     return triton.runtime.driver.active.get_current_target().arch >= 89
 
 
 def launch_fp8(C: int, *, bias: bool = False, dropout_p: float = 0.0, approximate: str = "tanh") -> None:
     """Norm, MLP, norm, linear, as in a block."""
-    from fastgpt.kernels.fp8.ops import layer_norm, linear, mlp
-
     if not has_fp8():
         return
 
@@ -44,21 +41,17 @@ def launch_fp8(C: int, *, bias: bool = False, dropout_p: float = 0.0, approximat
 
 def launch_fp8_sweep(erf: bool, bias: bool) -> None:
     """What follows torch._scaled_mm, which some of torch's CPU backends do not have: forward and backward."""
-    from fastgpt.kernels.fp8 import launch as launch_module
-
     if not has_fp8():
         return
     z, stats, limit = torch.empty(256, 768, dtype=BF16), torch.empty(2, 256), torch.empty(())
-    for dy, dtype, shift in ((None, launch_module.FORWARD, limit if bias else None), (z, launch_module.GRADIENT, None)):
-        q = launch_module.new(z.shape, dtype, z.device)
+    for dy, dtype, shift in ((None, launch.FORWARD, limit if bias else None), (z, launch.GRADIENT, None)):
+        q = launch.new(z.shape, dtype, z.device)
         sums = torch.empty(768) if bias and dy is not None else None
-        launch_module.sweep(z, dy, torch.empty_like(z), q, (q.values, q.scale, stats[1], limit, shift), erf, sums)
+        launch.sweep(z, dy, torch.empty_like(z), q, (q.values, q.scale, stats[1], limit, shift), erf, sums)
 
 
 def launch_fp8_attention(D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: bool = False, **options: Any) -> None:
     """A block's attention between its two linears: what they read in fp8 is written by attention, forward and backward."""
-    from fastgpt.kernels.fp8.ops import linear, qkv_attention
-
     if not has_fp8():
         return
     doc_ids = torch.empty(1, T, dtype=torch.int32) if docs else None
@@ -67,7 +60,7 @@ def launch_fp8_attention(D: int, T: int = 1024, H: int = 2, kv: int = 2, docs: b
     backward(linear(y, torch.nn.Parameter(torch.zeros(128, H * D)), leaf(128, dtype=FP32)))
 
 
-def fp8_cases() -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     for C in (384, 768, 1024, 1600):
         yield f"fp8 C{C}", partial(launch_fp8, C)
     everything: dict[str, Any] = {"bias": True, "dropout_p": 0.1, "approximate": "none"}

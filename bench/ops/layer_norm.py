@@ -32,66 +32,7 @@ from bench.parity import check
 from fastgpt.kernels import fused_layernorm, reference
 from fastgpt.performance import flops
 
-
-def layer_norm(size: Sizes, device: torch.device, compiled: bool) -> Entry:
-    """bf16 in and out; weight and bias are fp32 for ours, and bf16 for the peers, which would have to cast them."""
-    from fastgpt.kernels.fused_layernorm import layer_norm as ours
-
-    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
-        x = torch.randn(rows, size.C, device=device).to(size.dtype)
-        return {"x": x, "weight": torch.rand(size.C, device=device), "bias": torch.rand(size.C, device=device)}
-
-    def of_one_dtype() -> dict[str, Tensor]:
-        return {name: tensor.to(size.dtype) for name, tensor in inputs().items()}
-
-    liger = liger_function("liger_layer_norm")
-    ops = peers(
-        reference.layer_norm,
-        compiled,
-        liger=liger and (lambda x, weight, bias: liger(x, weight, bias, 1e-5)),
-    )
-    e = size.dtype.itemsize
-    forward = flops.layer_norm_forward(size.rows, size.C, e, bias=True)
-    backward = flops.layer_norm_backward(size.rows, size.C, e, bias=True)
-    return Entry(
-        "layer_norm",
-        f"{size.rows} x {size.C}",
-        total(forward, backward),
-        lambda: check(ours, reference.layer_norm, inputs(size.parity_rows)),
-        timed({OURS: ours}, device, inputs) | timed(ops, device, of_one_dtype),
-    )
-
-
-def layer_norm_residual(size: Sizes, device: torch.device, compiled: bool) -> Entry:
-    """As in a block under autocast: low-precision branch, fp32 residual stream, both outputs with a gradient."""
-    from fastgpt.kernels.fused_layernorm import layer_norm as fused
-
-    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
-        x, residual = torch.randn(2, rows, size.C, device=device)
-        return {"x": x.to(size.dtype), "residual": residual, "weight": torch.rand(size.C, device=device)}
-
-    def ours(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
-        return fused(x, weight, residual=residual)
-
-    def eager(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
-        return reference.layer_norm(x, weight, residual=residual)
-
-    e, rows, C = size.dtype.itemsize, size.rows, size.C
-    # Forward reads x and residual, writes y and the sum; backward reads dy, dsum and the sum, writes dx and dresidual.
-    moved = rows * C * ((2 * e + 2 * 4) + (2 * e + 3 * 4)) + 2 * 8 * rows + 3 * 4 * C
-    return Entry(
-        "layer_norm + residual",
-        f"{rows} x {C}",
-        flops.Work(0, moved),
-        lambda: check(ours, eager, inputs(size.parity_rows)),
-        timed({OURS: ours} | peers(eager, compiled), device, inputs),
-    )
-
-
 WIDTHS = (384, 768, 1024, 1600, 4096, 16384)
-
-
-# ---------------------------------------------------------------- layer norm
 
 
 def launch_norm(
@@ -103,16 +44,14 @@ def launch_norm(
     rows: int = 8192,
     **options: Any,
 ) -> None:
-    from fastgpt.kernels.fused_layernorm import layer_norm
-
     rows = min(rows, 2**23 // C)  # the host code may touch its outputs
     branch = leaf(rows, C, dtype=x)
     stream = None if residual is None else leaf(rows, C, dtype=residual)
     shift = leaf(C, dtype=weight) if bias else None
-    backward(layer_norm(branch, leaf(C, dtype=weight), shift, residual=stream, **options))
+    backward(fused_layernorm.layer_norm(branch, leaf(C, dtype=weight), shift, residual=stream, **options))
 
 
-def layer_norm_cases() -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     for C in WIDTHS:
         # A block's norms under bf16 autocast: bf16 branch, fp32 residual stream, bf16 output.
         yield f"layer_norm C{C}", partial(launch_norm, C, BF16, FP32, out_dtype=BF16)
@@ -128,7 +67,7 @@ def layer_norm_cases() -> Iterator[Case]:
     yield "layer_norm fp32 C16384 residual", partial(launch_norm, 16384, FP32, FP32, bias=True)
 
 
-def layer_norm_families() -> list[Family]:
+def families() -> list[Family]:
     found = []
     for C in TUNED_WIDTHS:
         for dtype in (BF16, FP16, FP32):
@@ -156,3 +95,56 @@ def time_layer_norm(kernel: str, dtype: torch.dtype, bucket: str, device: torch.
         return fused_layernorm.layer_norm(x, weight, residual=residual, out_dtype=dtype)
 
     return pass_of(kernel, op, [x.to(dtype), torch.rand(C, device=device), residual])
+
+
+def layer_norm(size: Sizes, device: torch.device, compiled: bool) -> Entry:
+    """bf16 in and out; weight and bias are fp32 for ours, and bf16 for the peers, which would have to cast them."""
+
+    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
+        x = torch.randn(rows, size.C, device=device).to(size.dtype)
+        return {"x": x, "weight": torch.rand(size.C, device=device), "bias": torch.rand(size.C, device=device)}
+
+    def of_one_dtype() -> dict[str, Tensor]:
+        return {name: tensor.to(size.dtype) for name, tensor in inputs().items()}
+
+    liger = liger_function("liger_layer_norm")
+    ops = peers(
+        reference.layer_norm,
+        compiled,
+        liger=liger and (lambda x, weight, bias: liger(x, weight, bias, 1e-5)),
+    )
+    e = size.dtype.itemsize
+    forward = flops.layer_norm_forward(size.rows, size.C, e, bias=True)
+    backward = flops.layer_norm_backward(size.rows, size.C, e, bias=True)
+    return Entry(
+        "layer_norm",
+        f"{size.rows} x {size.C}",
+        total(forward, backward),
+        lambda: check(fused_layernorm.layer_norm, reference.layer_norm, inputs(size.parity_rows)),
+        timed({OURS: fused_layernorm.layer_norm}, inputs) | timed(ops, of_one_dtype),
+    )
+
+
+def layer_norm_residual(size: Sizes, device: torch.device, compiled: bool) -> Entry:
+    """As in a block under autocast: low-precision branch, fp32 residual stream, both outputs with a gradient."""
+
+    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
+        x, residual = torch.randn(2, rows, size.C, device=device)
+        return {"x": x.to(size.dtype), "residual": residual, "weight": torch.rand(size.C, device=device)}
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        return fused_layernorm.layer_norm(x, weight, residual=residual)
+
+    def eager(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+        return reference.layer_norm(x, weight, residual=residual)
+
+    e, rows, C = size.dtype.itemsize, size.rows, size.C
+    # Forward reads x and residual, writes y and the sum; backward reads dy, dsum and the sum, writes dx and dresidual.
+    moved = rows * C * ((2 * e + 2 * 4) + (2 * e + 3 * 4)) + 2 * 8 * rows + 3 * 4 * C
+    return Entry(
+        "layer_norm + residual",
+        f"{rows} x {C}",
+        flops.Work(0, moved),
+        lambda: check(ours, eager, inputs(size.parity_rows)),
+        timed({OURS: ours} | peers(eager, compiled), inputs),
+    )

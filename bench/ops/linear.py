@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.ops import common
 from bench.ops.common import BF16, FP16, FP32, TUNED_WIDTHS, Case, Family, backward, leaf
-from fastgpt.kernels import matmul as launch
-from fastgpt.kernels import runtime, tuning
+from fastgpt.kernels import fused_linear, matmul, runtime, tuning
+from fastgpt.kernels.working_copy import gradients_in_place
 
-# ---------------------------------------------------------------- linear layers
+# ---------------------------------------------------------------- launch cases: the public operations
 
 
 def launch_mlp(
@@ -30,8 +29,6 @@ def launch_mlp(
     **options: Any,
 ) -> None:
     """An MLP with fp32 masters. Few columns, as PyTorch computes what is cuBLAS's; the tokens are enough to be split."""
-    from fastgpt.kernels.fused_linear import mlp
-    from fastgpt.kernels.working_copy import gradients_in_place
 
     def weight(out: int, into: int) -> Tensor:
         return leaf(into, out, dtype=FP32).t() if conv1d else torch.nn.Parameter(torch.zeros(out, into))
@@ -42,24 +39,21 @@ def launch_mlp(
     if in_place:
         w_fc.grad, w_proj.grad = torch.zeros(2 * C, C), torch.zeros(C, 2 * C)
     with gradients_in_place() if in_place else nullcontext():
-        backward(mlp(leaf(rows, C, dtype=dtype), w_fc, b_fc, w_proj, b_proj, residual=residual, **options))
+        backward(fused_linear.mlp(leaf(rows, C, dtype=dtype), w_fc, b_fc, w_proj, b_proj, residual=residual, **options))
 
 
 def launch_gelu(dtype: torch.dtype, **options: Any) -> None:
-    from fastgpt.kernels.fused_linear import linear_gelu
-
-    backward(linear_gelu(leaf(256, 128, dtype=dtype), leaf(256, 128, dtype=FP32), leaf(256, dtype=FP32), **options))
+    x, weight, bias = leaf(256, 128, dtype=dtype), leaf(256, 128, dtype=FP32), leaf(256, dtype=FP32)
+    backward(fused_linear.linear_gelu(x, weight, bias, **options))
 
 
 def launch_one_column() -> None:
     """A weight and a bias of one row, whose sizes triton takes for constants."""
-    from fastgpt.kernels.fused_linear import linear
-
     weight, bias = leaf(1, 16, dtype=FP32), leaf(1, dtype=FP32)
-    backward(linear(leaf(2049, 16, dtype=FP16), weight, bias, dropout_p=0.1, accumulate="fp16"))
+    backward(fused_linear.linear(leaf(2049, 16, dtype=FP16), weight, bias, dropout_p=0.1, accumulate="fp16"))
 
 
-def linear_cases() -> Iterator[Case]:
+def cases() -> Iterator[Case]:
     everything: dict[str, Any] = {"stream": FP32, "dropout_p": 0.1, "approximate": "none"}
     for dtype, name in ((BF16, "bf16"), (FP16, "fp16")):
         yield f"linear {name} mlp", partial(launch_mlp, dtype, bias=False)
@@ -76,7 +70,11 @@ def linear_cases() -> Iterator[Case]:
     yield "linear fp16-fast mlp odd", partial(launch_mlp, FP16, C=99, rows=1999, in_place=True, **everything, **fast)
 
 
-# Linear layers of GPT-2's blocks: (N, K) of a weight, in units of the width.
+# ---------------------------------------------------------------- tuning families: one product each
+
+LINEAR_WIDTHS = TUNED_WIDTHS[:3]
+TOKENS = {384: 16384, 768: 8192, 1024: 2048}
+"""Tokens in a micro-batch of GPT-2 40M, 124M and 350M on 12 GB, by width. Half and twice as many stand for the bucket, too."""
 _FORWARD = ((3, 1), (1, 1), (1, 4))  # without the MLP's first, whose epilogue is "gelu"
 SHAPES = {
     "none": (*_FORWARD, (1, 3)),  # also the input gradients, where N and K have changed places
@@ -87,21 +85,32 @@ SHAPES = {
     "weight_grad": (*_FORWARD, (4, 1)),
     "weight_grad_bias": (*_FORWARD, (4, 1)),
 }
-LINEAR_WIDTHS = TUNED_WIDTHS[:3]
+"""(N, K) of the weights of GPT-2's blocks, in units of the width, by the kind of the product."""
 
 
-def linear_families() -> Iterator[Family]:
+def linear_sizes(bucket: str) -> tuple[int, int]:
+    """(N, K) of "N3072 K768"."""
+    N, K = (int(word[1:]) for word in bucket.split())
+    return N, K
+
+
+def typical_tokens(bucket: str) -> int:
+    """Tokens in a micro-batch of the model that has this matrix: its matmul is timed with as many."""
+    return TOKENS.get(min(linear_sizes(bucket)), 8192)
+
+
+def families() -> Iterator[Family]:
     for kernel in tuning.spaces():
         if not kernel.startswith("linear"):
             continue
         kind, fast = kernel.split(".")[1], kernel.startswith("linear_fast")
         grad = kind.startswith("weight_grad")
         known = [
-            launch.linear_bucket(n * C, k * C, launch.FEWEST_TOKENS) for C in LINEAR_WIDTHS for n, k in SHAPES[kind]
+            matmul.linear_bucket(n * C, k * C, matmul.FEWEST_TOKENS) for C in LINEAR_WIDTHS for n, k in SHAPES[kind]
         ]
         buckets = tuple(bucket for bucket in known if bucket is not None)
         for dtype in (FP16,) if fast else (BF16, FP16):
-            case = partial(_launch_linear, kind, dtype, fast)
+            case = partial(_launch_product, kind, dtype, fast)
             # Adding takes registers, and so do sums of columns: some tiles spill only then.
             heavy = {"add": True} if grad else {"sums": True} if kind == "dgelu" else None
             cases = (case,) if heavy is None else (case, partial(case, **heavy))
@@ -111,17 +120,17 @@ def linear_families() -> Iterator[Family]:
             yield Family(kernel, dtype, buckets, function, cases, timed, tuple(partial(case, **more) for more in rest))
 
 
-def _launch_linear(kind: str, dtype: torch.dtype, fast: bool, **options: Any) -> None:
-    linear(kind, dtype, fast, **options)()
+def _launch_product(kind: str, dtype: torch.dtype, fast: bool, **options: Any) -> None:
+    product(kind, dtype, fast, **options)()
 
 
-def linear(
+def product(
     kind: str,
     dtype: torch.dtype,
     fast: bool,
     N: int = 256,
     K: int = 256,
-    tokens: int = launch.FEWEST_TOKENS,
+    tokens: int = matmul.FEWEST_TOKENS,
     device: torch.device | str = "cpu",
     *,
     bias: bool = True,
@@ -130,10 +139,10 @@ def linear(
     transposed: bool = False,
     sums: bool = False,
 ) -> Callable[[], Any]:
-    """The matmul of a bucket ``N.. K..`` with what goes with it, on random operands: what it gives at each call.
+    """A function that computes the product of a bucket ``N.. K..`` and its epilogue on random operands and returns the results.
 
-    ``bias`` and ``save``: of "gelu". ``add``: to a gradient that is there. ``transposed``: of "none", an input gradient.
-    ``sums``: of "dgelu", with the gradient of a bias."""
+    Options of one kind only: ``bias`` and ``save`` (the pre-activation) of "gelu"; ``transposed``, an input gradient, of
+    "none"; ``sums``, with a bias gradient, of "dgelu"; ``add``, to a gradient that is already there, of weight gradients."""
 
     def make(*shape: int, like: torch.dtype = dtype) -> Tensor:
         if runtime.compile_only:
@@ -145,31 +154,31 @@ def linear(
         db = make(N, like=FP32) if kind.endswith("bias") else None
 
         def gradient() -> list[Tensor]:
-            launch.weight_grad(dz, x, dw, db, fast, add=add)
+            matmul.weight_grad(dz, x, dw, db, fast, add=add)
             return [dw] if db is None else [dw, db]
 
         return gradient
     x, shift = make(tokens, K), make(N, like=FP32) if bias and kind != "none" else None
     weight = (make(K, N) if transposed or kind == "dgelu" else make(N, K).t()).mul_(K**-0.5)
     if kind == "gelu":
-        return lambda: launch.matmul_gelu(x, weight, shift, False, fast, save)
+        return lambda: matmul.matmul_gelu(x, weight, shift, False, fast, save)
     if kind == "dgelu":
         pre = make(tokens, N)
-        return lambda: launch.matmul_dgelu(x, weight, pre, False, fast, FP32 if sums else None)[0]
+        return lambda: matmul.matmul_dgelu(x, weight, pre, False, fast, FP32 if sums else None)[0]
     residual = make(tokens, N, like=FP32) if kind == "residual" else None
-    return lambda: launch.matmul(x, weight, shift, residual, None, 0.0, fast)
+    return lambda: matmul.matmul(x, weight, shift, residual, None, 0.0, fast)
 
 
 def time_linear(kernel: str, dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:
     prefix, kind = kernel.split(".")
-    N, K = common.linear_sizes(bucket)
-    return linear(kind, dtype, prefix == "linear_fast", N, K, common.typical_tokens(bucket), device)
+    N, K = linear_sizes(bucket)
+    return product(kind, dtype, prefix == "linear_fast", N, K, typical_tokens(bucket), device)
 
 
 def default_at(family: Family, bucket: str, default: dict[str, int], sms: int) -> dict[str, int]:
     """The default config in this bucket: that of a weight gradient is split as its shape wants."""
     if "splits" not in default:
         return default
-    N, K = common.linear_sizes(bucket)
-    ways = launch.splits(N, K, common.typical_tokens(bucket), default["block_m"], default["block_n"], sms)
+    N, K = linear_sizes(bucket)
+    ways = matmul.splits(N, K, typical_tokens(bucket), default["block_m"], default["block_n"], sms)
     return {**default, "splits": ways}

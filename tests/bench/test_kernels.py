@@ -1,4 +1,4 @@
-"""The benchmarks themselves: fair turns, no speed without parity, and the pytest-benchmark suite. No GPU needed."""
+"""bench.kernels: no speed without parity, shares of measured roofs, sweeps; and the pytest-benchmark suite. No GPU needed."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from bench import kernels, ops
-from bench.ops import attention as attention_module
-from bench.ops import common, cross_entropy, layer_norm
-from bench.ops.common import Entry
+from bench.ops import attention, layer_norm
+from bench.ops.common import Entry, Sizes
 from bench.reports import markdown, timing
 from bench.reports import results as results_module
-from bench.steps import step
 from fastgpt.common import UserError
 from fastgpt.hardware.ceilings import Ceilings
 from fastgpt.hardware.environment import ROOT
@@ -40,36 +37,6 @@ def entry(parity=lambda: None, **variants):
     """An operation whose variants are the given functions."""
     makers = {name: lambda work=work: work for name, work in variants.items()}
     return Entry("copy", "8", Work(flops=0, bytes=10**6), parity, makers)
-
-
-# ---- timing
-
-
-def test_variants_take_turns_and_take_turns_at_being_first():
-    calls = []
-    variants = {name: lambda name=name: calls.append(name) for name in "abc"}
-    found = timing.interleave(variants, CPU, rounds=4, warmup=1)
-    assert "".join(calls) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc"  # warm-up, submission time, four rounds
-    assert {name: t.runs for name, t in found.items()} == {"a": 4, "b": 4, "c": 4}
-
-
-def test_a_budget_ends_the_rounds_but_not_before_three():
-    found = timing.interleave({"a": lambda: time.sleep(0.01)}, CPU, rounds=1000, warmup=0, budget_s=0.0)
-    assert found["a"].runs == 3 and found["a"].median_ms >= 10
-
-
-def test_a_timing_is_a_median_and_the_distance_of_the_quartiles():
-    found = timing.Timing.of([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert (found.median_ms, found.runs) == (3.0, 5)
-    assert timing.Timing.of([7.0]) == timing.Timing(7.0, 0.0, 1)
-
-
-def test_peak_memory_of_a_gpu_and_of_no_gpu(device):
-    peak = timing.peak_memory(lambda: torch.empty(2**20, dtype=torch.uint8, device=device), device)
-    assert peak == (2**20 if device.type == "cuda" else None)
-
-
-# ---- bench.kernels
 
 
 def test_every_kernel_passes_parity_and_gets_times(device, tmp_path, capsys):
@@ -125,12 +92,12 @@ def test_a_share_is_of_the_measured_roof_that_binds():
 
 def test_a_sweep_has_the_usual_shape_first_and_every_shape_once():
     for make in ops.ENTRIES:
-        sizes = ops.shapes(make, common.Sizes())
-        assert sizes[0] == common.Sizes() and 3 <= len(sizes) == len(set(sizes)), make.__name__
-    attention = ops.shapes(attention_module.attention, common.Sizes())
-    assert {size.T for size in attention} == {512, 1024, 2048, 4096} and {size.D for size in attention} == {32, 64, 128}
-    assert all(size.B * size.T == 16384 and size.H * size.D == 768 for size in attention)
-    assert {size.C for size in ops.shapes(layer_norm.layer_norm, common.Sizes())} == {384, 768, 1024, 1600}
+        sizes = ops.shapes(make, Sizes())
+        assert sizes[0] == Sizes() and 3 <= len(sizes) == len(set(sizes)), make.__name__
+    lengths = ops.shapes(attention.attention, Sizes())
+    assert {size.T for size in lengths} == {512, 1024, 2048, 4096} and {size.D for size in lengths} == {32, 64, 128}
+    assert all(size.B * size.T == 16384 and size.H * size.D == 768 for size in lengths)
+    assert {size.C for size in ops.shapes(layer_norm.layer_norm, Sizes())} == {384, 768, 1024, 1600}
 
 
 def test_a_sweep_measures_several_shapes_and_says_that_interpreted_times_mean_nothing(device, tmp_path, capsys):
@@ -140,14 +107,6 @@ def test_a_sweep_measures_several_shapes_and_says_that_interpreted_times_mean_no
     found = json.loads((tmp_path / "kernels.json").read_text())["entries"]
     assert [e["shape"] for e in found] == ["64 x 64 x 256", "32 x 128 x 256"]
     assert "the times say nothing about speed" in capsys.readouterr().out
-
-
-def test_pytorchs_own_fused_loss_is_a_peer_where_there_is_one(device, monkeypatch):
-    entry = cross_entropy.linear_cross_entropy(common.TINY, device, False)
-    has_it = hasattr(torch.nn.functional, "linear_cross_entropy")
-    assert ("torch linear_ce" in entry.variants) == has_it
-    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
-    assert "torch linear_ce" not in cross_entropy.linear_cross_entropy(common.TINY, device, False).variants
 
 
 def test_warm_times_have_rates_but_no_share_of_a_memory_roof():
@@ -174,34 +133,7 @@ def test_bad_input_of_bench_kernels_is_one_sentence(monkeypatch, tmp_path, argum
         kernels.main([argument.format(file=tmp_path / "file") for argument in arguments])
 
 
-def test_the_parity_check_of_adamw_compares_separate_parameters(device, monkeypatch):
-    from fastgpt.optim import adamw as adamw_module
-
-    adamw = adamw_module.adamw(common.TINY, device, False)
-    adamw.parity()
-
-    class HalfStep(adamw_module.FusedAdamW):
-        def __init__(self, params, lr, **options):
-            super().__init__(params, lr=lr / 2, **options)
-
-    monkeypatch.setattr(adamw_module, "FusedAdamW", HalfStep)
-    with pytest.raises(AssertionError, match="parameter 0"):
-        adamw_module.adamw(common.TINY, device, False).parity()
-
-
-# ---- bench.steps.step
-
-
-def test_a_step_on_a_cpu_prints_its_figures(capsys):
-    shape = ["--batch-size", "2", "--grad-accum", "2", "--steps", "2", "--seconds", "0"]
-    assert step.main(["--device", "cpu", "--preset", "demo", "--kernels", "eager", *shape]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["tokens_per_second"] > 0 and found["steps"] == 2 and found["mfu"] is None
-    assert abs(found["first_loss"] - torch.log(torch.tensor(256.0))) < 0.2
-    assert found["formula"].startswith("palm: 6N + 12LCT")
-
-
-# ---- pytest bench --benchmark-only
+# ---- the suite: pytest bench --benchmark-only
 
 
 def test_the_suite_runs_when_asked_for_and_keeps_its_results(tmp_path):

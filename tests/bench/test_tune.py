@@ -12,9 +12,8 @@ import torch
 
 from bench import tune
 from bench.compiler import ranking, tune_measure, tune_table
-from bench.ops import common, families, table_cases
+from bench.ops import families, linear, table_cases
 from bench.ops.common import Family
-from bench.ops.linear import LINEAR_WIDTHS
 from bench.reports import timing
 from fastgpt import anatomy
 from fastgpt.common import UserError
@@ -57,7 +56,7 @@ def test_the_launcher_asks_for_the_bucket_that_is_measured(device, family, monke
 
     asked, choose = [], tuning.choose
     monkeypatch.setattr(tuning, "choose", lambda *args: asked.append(args[:3]) or choose(*args))
-    monkeypatch.setattr(common, "typical_tokens", lambda bucket: 2048)
+    monkeypatch.setattr(linear, "typical_tokens", lambda bucket: 2048)
     bucket = "N128 K64"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matmul_module, "_launch", lambda *_, **__: None)
@@ -293,7 +292,7 @@ def test_both_engines_give_the_same_results_where_they_are_timed(device, kernel,
     tiles = {**TILES, "block_m": 64, "block_n": 32} | ({"splits": 2} if "grad" in kernel else {})
     tiles |= {"chunk": 2} if "fast" in kernel else {}
     first = tuning.CUBLAS if tuning.has_library(kernel) else {**tiles, "block_k": 16}
-    monkeypatch.setattr(common, "typical_tokens", lambda bucket: 128)
+    monkeypatch.setattr(linear, "typical_tokens", lambda bucket: 128)
     if device.type == "cpu":
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(tune_measure, "interleave", lambda ready, *_, **__: dict.fromkeys(ready, 1.0))
@@ -383,7 +382,7 @@ def test_a_card_that_is_too_small_is_told_in_a_sentence(monkeypatch):
 def test_linears_that_are_tuned_are_those_of_gpt2s_blocks():
     from fastgpt.kernels.matmul import FEWEST_TOKENS, linear_bucket
 
-    widths = [anatomy.of(anatomy.Shape(1, 1, C, 1, 1)).block_linears for C in LINEAR_WIDTHS]
+    widths = [anatomy.of(anatomy.Shape(1, 1, C, 1, 1)).block_linears for C in linear.LINEAR_WIDTHS]
     linears = [linear for width in widths for linear in width]
     forward = {linear_bucket(linear.n_out, linear.n_in, FEWEST_TOKENS) for linear in linears}
     input_grads = {linear_bucket(linear.n_in, linear.n_out, FEWEST_TOKENS) for linear in linears}

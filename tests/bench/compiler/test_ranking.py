@@ -8,7 +8,9 @@ import pytest
 
 from bench.compiler import ranking
 from bench.compiler.ranking import Facts
-from bench.ops import common, families
+from bench.ops import families
+from bench.ops.attention import batch_heads
+from bench.ops.linear import typical_tokens
 from fastgpt.hardware import cards
 from fastgpt.kernels import matmul as launch
 from fastgpt.kernels import tuning
@@ -117,8 +119,8 @@ def test_causal_tiles_are_those_at_or_below_the_diagonal(kernel, m, n):
 
 def test_gpt2_124m_counts_in_its_bucket_and_no_other():
     bucket = attention_bucket(64, 8 * 12 * 1024, plain=True, dropout=False)
-    assert common.sizes(bucket)[-1] == 96
-    assert 96 not in common.sizes("D64 rows<=65536") and 96 not in common.sizes("D64 rows>1048576")
+    assert batch_heads(bucket)[-1] == 96
+    assert 96 not in batch_heads("D64 rows<=65536") and 96 not in batch_heads("D64 rows>1048576")
 
 
 # ---------------------------------------------------------------- linear layers
@@ -169,7 +171,7 @@ def test_a_weight_gradient_that_leaves_sms_idle_gains_from_a_split_and_a_large_o
 def test_a_bucket_is_timed_at_its_models_micro_batch(C, tokens):
     for N, K in ((3 * C, C), (C, C), (C, 4 * C)):
         bucket = launch.linear_bucket(N, K, tokens)
-        assert bucket is not None and common.typical_tokens(bucket) == tokens
+        assert bucket is not None and typical_tokens(bucket) == tokens
     assert launch.linear_bucket(C, C, 2047) is None
 
 
