@@ -11,9 +11,10 @@
     config = command.parse(SampleConfig, args, "fastgpt.sample")
 
 A field is a flag (``top_k`` is ``--top-k``), its docstring the flag's help. A field that is itself a dataclass is a section
-of the help page; its fields are flags like the others. tyro reads the words and draws the page. Where it is not installed (a
-rented GPU machine with nothing but torch and triton), the standard library's argparse does, with the same flags and the same
-errors. Both are imported when a command line is parsed, so that library code may import this module.
+of the help page; its fields are flags like the others. ``options`` turns the dataclass into one list, from which the words
+are read (``read``) and the help page is drawn: by tyro, or where that is not installed (a rented GPU machine with nothing but
+torch and triton) by the standard library's argparse. Both are imported to draw only, so that library code may import this
+module, and a command line means the same with either.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from contextlib import redirect_stdout, suppress
+from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from fastgpt.common import UserError
 
 AnyConfig = TypeVar("AnyConfig")
 
-UNSET = object()
-"""The value of an option that is not on the command line."""
 WIDTH = 80
 """Columns of a help page, or those of a narrower terminal."""
+TRUTH = {"True": True, "true": True, "False": False, "false": False}
 
 
 class Arg(NamedTuple):
@@ -80,6 +81,16 @@ class Option(NamedTuple):
     @property
     def flag(self) -> str:
         return "--" + (self.arg.flag or self.name.replace("_", "-"))
+
+    @property
+    def flags(self) -> list[str]:
+        """All spellings; none of a positional one."""
+        return [] if self.arg.positional else [self.flag, *self.arg.aliases]
+
+    @property
+    def switch(self) -> bool:
+        """Whether the flag alone says everything."""
+        return self.type is bool and not self.optional
 
     @property
     def metavar(self) -> str:
@@ -123,11 +134,12 @@ class Option(NamedTuple):
             return word
         if self.optional and word == "None":
             return None
-        choices = ("True", "False") if self.type is bool else get_args(self.type)
-        if choices:
+        if self.type is bool and word in TRUTH:
+            return TRUTH[word]
+        if choices := ("True", "False") if self.type is bool else get_args(self.type):
             if word not in choices:
                 raise UserError(f"{self.label} is {word!r}{nearest(word, choices)}: it can be {', '.join(choices)}")
-            return word == "True" if self.type is bool else word
+            return word
         try:
             return self.type(word)
         except ValueError:
@@ -150,20 +162,30 @@ def parse(cls: type[AnyConfig], args: Sequence[str], module: str, description: s
 
 
 def parse_known(
-    cls: type, args: Sequence[str], module: str, description: str | None = None, default: Any = None
+    cls: type, args: Sequence[str], module: str, description: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The options that ``args`` gives, by field name (whatever their section), and the words that belong to none.
-    ``default``: an instance of ``cls`` whose values the help page shows. Raises UserError for a value of the wrong type."""
-    known = options(cls, default)
-    usage = Usage(program(module), description or inspect.cleandoc(cls.__doc__ or ""), cls)
-    words = spelled_out(args, known)
-    read = _with_argparse if _tyro() is None else _with_tyro
-    found, rest = read(known, words, usage)
-    if default is None:
-        for option in known:
-            if option.default is MISSING and option.name not in found:
-                raise UserError(f"{option.label} is missing: {usage.program} --help says what it is")
+    """The options that ``args`` gives, by field name (whatever their section), and the words that belong to none; prints help
+    and exits for --help. Raises UserError for a value of the wrong type, and for one that is missing."""
+    if {"-h", "--help"} & set(args):
+        show_help(cls, module, description)
+    known = options(cls)
+    found, rest = read(args, known)
+    for option in known:
+        # With a word left over, a flag that does not exist is the likelier mistake: the caller says so.
+        if option.default is MISSING and option.name not in found and not rest:
+            raise UserError(f"{option.label} is missing: {program(module)} --help says what it is")
     return found, rest
+
+
+def show_help(cls: type, module: str, description: str | None = None, default: Any = None) -> NoReturn:
+    """Print the help page and exit. ``default``: an instance of ``cls`` whose values the page shows."""
+    known, hints = options(cls, default), get_type_hints(cls)
+    sections = {name: inspect.cleandoc(hints[name].__doc__) if name else "" for name in (o.section for o in known)}
+    draw = _with_tyro if find_spec("tyro") else _with_argparse
+    print("usage:", program(module), "[-h] [OPTIONS]", *(option.usage for option in known if option.arg.positional))
+    print(f"\n{_filled(description or inspect.cleandoc(cls.__doc__ or ''))}\n")
+    print(draw(known, sections), end="")
+    sys.exit(0)
 
 
 def refuse(words: Sequence[str], known: Sequence[Option]) -> None:
@@ -253,208 +275,115 @@ def _field_docs(cls: type) -> dict[str, str]:
     }
 
 
-def spelled_out(args: Sequence[str], known: Sequence[Option]) -> list[str]:
-    """``args`` with every flag in its first spelling and with a value: ``--no-compile`` is ``--compile=False``,
-    ``--compile False`` too, a bare ``--resume`` is ``--resume=newest``, ``--batch_size 8`` is ``--batch-size=8``. Raises
-    UserError for a flag whose value is missing."""
-    by_flag = {option.flag: option for option in known if not option.arg.positional}
-    by_flag |= {alias: option for option in known for alias in option.arg.aliases}
-    out: list[str] = []
-    words = list(args)
+def read(args: Sequence[str], known: Sequence[Option]) -> tuple[dict[str, Any], list[str]]:
+    """The values given, by field name, and the words that belong to no option. ``--no-compile`` is ``--compile False``,
+    ``--batch_size`` is ``--batch-size``, and a flag may be followed by its value or by = and its value. Raises UserError for
+    a flag whose value is missing or of the wrong type."""
+    by_flag = {name: option for option in known for name in option.flags}
+    positionals = [option for option in known if option.arg.positional]
+    given: dict[str, list[str]] = {}
+    words, rest = list(args), []
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
-        option, positive = by_flag.get(flag), "True"
-        if option is None and flag.startswith("--no-"):
-            option, positive = by_flag.get("--" + flag.removeprefix("--no-")), "False"
-            option = option if option is not None and option.type is bool and not equals else None
-        if option is None:
-            out.append(word)
+        option, opposite = by_flag.get(flag), by_flag.get(flag.replace("--no-", "--", 1))
+        if option is None and opposite is not None and opposite.type is bool and not equals:
+            given[opposite.name] = ["False"]
+        elif option is None and (word.startswith("-") or not positionals):
+            rest.append(word)
+        elif option is None:
+            given.setdefault(positionals[0].name, []).append(word)
+            if not positionals[0].many:
+                positionals.pop(0)
         elif equals:
-            out.append(f"{option.flag}={_truth(value) if option.type is bool else value}")
+            given[option.name] = [value]
         elif option.type is bool:
-            if positive == "True" and words and _truth(words[0]) in ("True", "False"):
-                positive = _truth(words.pop(0))
-            out.append(f"{option.flag}={positive}")
-        elif option.arg.bare is not None and (not words or words[0].startswith("-") or words[0].endswith(".toml")):
-            out.append(f"{option.flag}={option.arg.bare}")  # a .toml file behind it is the command's config
+            given[option.name] = [words.pop(0) if words and words[0] in TRUTH else "True"]
         elif option.many:
-            out.append(option.flag)
+            given[option.name] = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+            del words[: len(given[option.name])]
+        elif option.arg.bare is not None and (not words or words[0].startswith("-") or words[0].endswith(".toml")):
+            given[option.name] = [option.arg.bare]  # a .toml file behind it is the command's config
         elif not words or words[0].partition("=")[0] in by_flag:
             raise UserError(f"{option.flag} has no value: give {option.metavar} behind it")
         else:
-            out.append(f"{option.flag}={words.pop(0)}")
-    return out
+            given[option.name] = [words.pop(0)]
+    return {option.name: option.value(given[option.name]) for option in known if option.name in given}, rest
 
 
-def _truth(word: str) -> str:
-    return {"true": "True", "false": "False"}.get(word, word)
+# ---------------------------------------------------------------- the help page
 
 
-# ---------------------------------------------------------------- tyro
+def _width() -> int:
+    return min(WIDTH, shutil.get_terminal_size().columns)
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a help page says beside the options."""
-
-    program: str
-    description: str
-    cls: type
-
-    def line(self, known: Sequence[Option]) -> str:
-        """What is typed, in one line."""
-        positionals = [option.usage for option in known if option.arg.positional]
-        return " ".join([self.program, "[-h] [OPTIONS]", *positionals])
-
-    def text(self) -> str:
-        """The description within the width: paragraphs are filled, indented lines stay, and what an example says about itself
-        goes below it where both do not fit."""
-        width, out = min(WIDTH, shutil.get_terminal_size().columns), []
-        for block in re.split(r"\n\s*\n", self.description.replace("``", "").strip()):
-            paragraph: list[str] = []
-            for line in [*block.splitlines(), "  "]:
-                if not line.startswith("  "):
-                    paragraph.append(line)
-                    continue
-                if paragraph:
-                    out += textwrap.wrap(" ".join(paragraph), width, break_long_words=False, break_on_hyphens=False)
-                    paragraph = []
-                if len(line) > width and (parts := re.match(r"( +)(\S.*?)(?: {2,})(\S.*)$", line)):
-                    out += [parts[1] + parts[2], f"{parts[1]}    {parts[3]}"]
-                elif line.strip():
-                    out.append(line.rstrip())
-            out.append("")
-        return "\n".join(out).rstrip()
-
-    def section(self, name: str) -> str:
-        """What a section says about itself."""
-        return inspect.cleandoc(get_type_hints(self.cls)[name].__doc__ or "")
+def _filled(description: str) -> str:
+    """A description within the width: paragraphs are filled; in a block of examples each line stays, and what an example says
+    about itself goes below it where both do not fit."""
+    width, out = _width(), []
+    for block in re.split(r"\n\s*\n", description.replace("``", "").strip()):
+        if "\n  " not in f"\n{block}":
+            out += [textwrap.fill(block, width, break_long_words=False, break_on_hyphens=False), ""]
+            continue
+        for line in block.splitlines():
+            out.append(line if len(line) <= width else re.sub(r"^( +)(\S.*?) {2,}(\S)", r"\1\2\n\1    \3", line))
+        out.append("")
+    return "\n".join(out).rstrip()
 
 
-def _tyro() -> Any:
-    """The package, or None."""
-    try:
-        import tyro
-    except ImportError:
-        return None
-    return tyro
-
-
-def _with_tyro(known: Sequence[Option], words: Sequence[str], usage: Usage) -> tuple[dict[str, Any], list[str]]:
-    """The values given, by name, and the words left over. Prints help and exits if it is asked for."""
+def _with_tyro(known: Sequence[Option], sections: Mapping[str, str]) -> str:
+    """The options as tyro draws them."""
     import tyro
 
-    help_page = "-h" in words or "--help" in words
-
-    def typed(option: Option) -> Any:
-        """The field of the dataclass that tyro sees. For the help page a switch is a switch; to be read, it has a value."""
-        switch = help_page and option.type is bool and not option.optional
-        shown = tyro.conf.arg(
-            name=option.arg.flag or None,
-            metavar=None if switch else option.usage,
-            help=option.help or " ",
-            help_behavior_hint=option.note,
-            aliases=option.arg.aliases or None,
-        )
-        kind: Any
-        if switch:
-            kind = Annotated[bool, shown]
-            return kind if option.section else Annotated[kind, tyro.conf.FlagCreatePairsOff]
-        spec: Any = tyro.constructors.PrimitiveConstructorSpec(
-            nargs="*" if option.many else 1,
-            metavar=option.metavar,
-            # tyro 1.0 gives [[]] to a positional that is not there, where a word before it is not known.
-            instance_from_str=lambda words: UNSET if words == [[]] else option.value(words),
-            is_instance=lambda _: True,
-            str_from_instance=lambda _: [""],
-        )
-        kind = Annotated[Any, spec, shown]
-        return Annotated[kind, tyro.conf.Positional] if option.arg.positional else kind
-
-    def shadow(name: str, members: Sequence[Option], extra: Sequence[Any] = (), doc: str = "") -> type:
+    def shadow(section: str) -> type:
+        """The dataclass that tyro sees: a switch is a bool, everything else is text."""
         made: list[Any] = []
-        for option in members:
-            unset = option.default if help_page and option.type is bool else UNSET
-            needed = help_page and option.default is MISSING
-            made.append((option.name, typed(option), field() if needed else field(default=unset)))
-        out = make_dataclass(name, [*made, *extra], kw_only=True)
-        out.__doc__ = doc
+        for option in known:
+            if option.section != section:
+                continue
+            shown = tyro.conf.arg(
+                name=option.arg.flag or None,
+                metavar=None if option.switch else option.usage,
+                help=option.help or " ",
+                help_behavior_hint=option.note,
+                aliases=option.arg.aliases or None,
+            )
+            kind: Any = Annotated[bool if option.switch else str, shown]
+            if option.arg.positional:
+                kind = Annotated[kind, tyro.conf.Positional]
+            if not section:
+                kind = Annotated[kind, tyro.conf.FlagCreatePairsOff]
+            made.append((option.name, kind, field(default=option.default if option.switch else "")))
+        if not section:
+            made += [(name, each, field(default_factory=each)) for name in sections if name and (each := shadow(name))]
+        out = make_dataclass(section or "options", made, kw_only=True)
+        out.__doc__ = sections.get(section, "")
         return out
 
-    sections = []
-    for name in dict.fromkeys(option.section for option in known if option.section):
-        part = shadow(name, [option for option in known if option.section == name], doc=usage.section(name))
-        sections.append((name, part, field(default_factory=part)))
-    whole = shadow("options", [option for option in known if not option.section], sections)
-    found: Any
     page = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")  # tyro draws boxes in UTF-8 only
-    try:
-        with redirect_stdout(page):
-            found, rest = tyro.cli(
-                whole,
-                args=["--help"] if help_page else list(words),
-                prog=usage.program,
-                return_unknown_args=True,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit:
-        page.seek(0)
-        # tyro fills no lines of a description and spells out the usage: only what stands behind those is taken.
-        options_page = page.read().partition("\n\n")[2]
-        print(f"usage: {usage.line(known)}\n\n{usage.text()}\n\n{options_page}", end="")
-        raise
-    given = {
-        option.name: value
-        for option in known
-        if (value := getattr(getattr(found, option.section) if option.section else found, option.name)) is not UNSET
-    }
-    return given, list(rest)
+    with redirect_stdout(page), suppress(SystemExit):
+        tyro.cli(shadow(""), args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
+    page.seek(0)
+    return page.read().partition("\n\n")[2]  # without its usage, which spells out every option
 
 
-# ---------------------------------------------------------------- argparse, where tyro is not installed
-
-
-def _with_argparse(known: Sequence[Option], words: Sequence[str], usage: Usage) -> tuple[dict[str, Any], list[str]]:
-    """What ``_with_tyro`` does."""
+def _with_argparse(known: Sequence[Option], sections: Mapping[str, str]) -> str:
+    """The options as argparse prints them."""
     import argparse
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise UserError(message)
-
-    def formatter(prog: str) -> argparse.HelpFormatter:
-        width = min(WIDTH, shutil.get_terminal_size().columns)
-        return argparse.RawDescriptionHelpFormatter(prog, width=width)
-
-    parser = Parser(
-        usage.program,
-        usage=usage.line(known),
-        description=usage.text(),
-        formatter_class=formatter,
-        allow_abbrev=False,
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=_width())
     )
-    groups: dict[str, Any] = {"": parser}
+    groups: dict[str, Any] = {
+        name: parser.add_argument_group(f"{name} options", text) if name else parser for name, text in sections.items()
+    }
     for option in known:
-        if option.section not in groups:
-            groups[option.section] = parser.add_argument_group(
-                f"{option.section} options", usage.section(option.section)
-            )
-        names = [option.name] if option.arg.positional else [option.flag, *option.arg.aliases]
-        about: dict[str, Any] = {"help": f"{option.help} {option.note}".replace("%", "%%").strip(), "default": UNSET}
-        if option.type is bool and not option.optional and {"-h", "--help"} & set(words):
+        about: dict[str, Any] = {"help": f"{option.help} {option.note}".replace("%", "%%").strip()}
+        if option.switch:
             about["action"] = argparse.BooleanOptionalAction if option.section else "store_true"
         else:
-            single = "?" if option.arg.positional else 1
-            about |= {"nargs": "*" if option.many else single, "metavar": option.metavar}
-        if not option.arg.positional:
-            about["dest"] = option.name
-        groups[option.section].add_argument(*names, **about)
-    found, rest = parser.parse_known_args(list(words))
-    given = {}
-    for option in known:
-        raw = getattr(found, option.name)
-        if raw is not UNSET and raw != []:
-            given[option.name] = option.value([raw] if isinstance(raw, str) else raw)
-    return given, rest
+            about |= {"nargs": "*" if option.many else None, "metavar": option.metavar}
+        groups[option.section].add_argument(*(option.flags or [option.name]), **about)
+    return parser.format_help()

@@ -293,7 +293,7 @@ def parse(args: Sequence[str], device_type: str) -> Config:
     if file is not None:
         base = replace(load_toml(file, base if preset else Config(), device_type), config=file)
     if len(words) < len(args):
-        command.parse_known(Config, args, "fastgpt.train", default=base)
+        command.show_help(Config, "fastgpt.train", default=base)
     if asked.get("batch_size") == "auto":
         asked |= {"batch_size": base.data.batch_size, "auto_batch": True}
     for section, kind in SECTIONS.items():
