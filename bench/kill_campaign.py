@@ -28,7 +28,7 @@ import torch
 
 from fastgpt import command, common
 from fastgpt.checkpoints import checkpoint
-from fastgpt.checkpoints import folder as folder_module
+from fastgpt.checkpoints.folder import existing, newest_valid, step_of
 from fastgpt.checkpoints.tree import split
 from fastgpt.command import Arg
 from fastgpt.common import UserError
@@ -133,10 +133,10 @@ def campaign(folder: Path, options: KillConfig) -> Tally:
             saving = bool(leftovers(run) - before)
             tally.in_save += saving
             tally.before_training += not trained
-            kept = folder_module.existing(run)
+            kept = existing(run)
             where = f"last checkpoint {kept[-1].name}" if kept else "no checkpoint yet"
             print(f"kill {tally.kills}/{options.tries}: {where}{', during a save' if saving else ''}", flush=True)
-            if kept and folder_module.step_of(checkpoint.newest_valid(run)[0]) == options.steps:
+            if kept and step_of(newest_valid(run)[0]) == options.steps:
                 finished = True  # the kill came after the last save: nothing is left to resume
                 tally.survived, unproven = tally.survived + unproven, 0
         if finished:
@@ -198,7 +198,7 @@ def attempt(
 
 def fingerprint(run: Path) -> dict[str, Any]:
     """All of a finished run that must not depend on how often it was interrupted, by name, exactly."""
-    path, damaged = checkpoint.newest_valid(run)
+    path, damaged = newest_valid(run)
     saved = checkpoint.load(path, verify=False)
     parts: dict[str, Any] = {"step": saved["step"], "damaged checkpoints": damaged}
     generators = {f"random state of {name}": state for name, state in saved.pop("rng").items()}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from fastgpt import convert
-from fastgpt.checkpoints import checkpoint, rng, saver
+from fastgpt.checkpoints import checkpoint, folder, rng, saver
 from fastgpt.checkpoints.formats import any, huggingface
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
@@ -124,7 +124,7 @@ class TestRoundTrips:
         fastgpt_run(tmp_path / "run", bias)
         run(tmp_path / "run", tmp_path / "ckpt.pt")
         run(tmp_path / "ckpt.pt", tmp_path / "back", "--to", "fastgpt")
-        before, after = (checkpoint.load(checkpoint.resolve(tmp_path / name)) for name in ("run", "back"))
+        before, after = (checkpoint.load(folder.resolve(tmp_path / name)) for name in ("run", "back"))
         after.pop("nanogpt"), after.pop("exact_gelu")
         assert same(after, before)
 
@@ -132,7 +132,7 @@ class TestRoundTrips:
         fastgpt_run(tmp_path / "run", bias)
         run(tmp_path / "run", tmp_path / "hf")
         run(tmp_path / "hf", tmp_path / "back")
-        before, after = (checkpoint.load(checkpoint.resolve(tmp_path / name)) for name in ("run", "back"))
+        before, after = (checkpoint.load(folder.resolve(tmp_path / name)) for name in ("run", "back"))
         assert same(after["model"], before["model"])
         assert same(after["config"]["model"], before["config"]["model"])
         assert after["config"]["data"]["tokenizer"] == "bytes"
@@ -163,7 +163,7 @@ class TestRoundTrips:
         groups = [[p for p in ours.parameters() if p.dim() >= 2], [p for p in ours.parameters() if p.dim() < 2]]
         decays = [{"params": group, "weight_decay": decay} for group, decay in zip(groups, (0.1, 0.0))]
         optimizer = torch.optim.AdamW(decays, lr=1e-3, betas=(0.9, 0.95))
-        checkpoint.load_into(checkpoint.resolve(tmp_path / "run"), ours, optimizer)
+        checkpoint.load_into(folder.resolve(tmp_path / "run"), ours, optimizer)
         theirs = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
         theirs.load_state_dict(saved["optimizer"])
         theirs_by_name = dict(model.named_parameters())

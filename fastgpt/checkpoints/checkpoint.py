@@ -1,8 +1,8 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped, whole or absent.
 
     state = {"config": ..., **state_of(model, optimizer), "loader": ..., "rng": rng_state(), ...}
-    save(folder, step, state)                       at once; AsyncSaver does it in the background
-    path, damaged = newest_valid(folder)            the newest that verifies, and a sentence for each that does not
+    saver.save(folder, step, state)                 at once; saver.AsyncSaver does it in the background
+    path, damaged = folder.newest_valid(out)        the newest that verifies, and a sentence for each that does not
     saved = load(path, without=("model", "optimizer"), verify=False)
     load_into(path, model, optimizer)               into whatever sharding they have now
 
@@ -26,66 +26,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastgpt.checkpoints import read
-from fastgpt.checkpoints.folder import best, clean, existing, set_aside, step_of
+from fastgpt.checkpoints.folder import previous_good
 from fastgpt.checkpoints.read import Damaged, Reader, Source
-from fastgpt.checkpoints.rng import rng_state, seed_all, set_rng_state
-from fastgpt.checkpoints.saver import AsyncSaver, save
 from fastgpt.checkpoints.tree import join, references
 from fastgpt.checkpoints.write import own_rank
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig, differences
-
-__all__ = [
-    "AsyncSaver",
-    "best",
-    "check_shape",
-    "clean",
-    "existing",
-    "is_run_folder",
-    "load",
-    "load_into",
-    "newest_valid",
-    "resolve",
-    "rng_state",
-    "save",
-    "seed_all",
-    "set_aside",
-    "set_rng_state",
-    "state_of",
-    "step_of",
-]
-
-
-def newest_valid(folder: Path) -> tuple[Path, list[str]]:
-    """The checkpoint saved last in ``folder`` of those that verify to the last byte, and a sentence for each newer one that
-    does not. Raises UserError if there is none."""
-    damaged: list[str] = []
-    for path in reversed(existing(folder)):
-        try:
-            read.verify(path)
-        except Damaged as error:
-            damaged.append(f"checkpoint {path} is damaged ({error}): it is passed over")
-        else:
-            return path, damaged
-    if damaged:
-        raise UserError(f"there is no whole checkpoint in {folder}: {'; '.join(damaged)}")
-    raise UserError(
-        f"there is no checkpoint in {folder}: name another folder, or leave --resume out to start a new run"
-    )
-
-
-def is_run_folder(path: Path) -> bool:
-    """Whether ``path`` is a folder, but no checkpoint by its name."""
-    return path.is_dir() and step_of(path) < 0
-
-
-def resolve(path: Path) -> Path:
-    """A checkpoint, given itself or the run's folder whose newest is meant. Raises UserError if there is none."""
-    if is_run_folder(path):
-        return newest_valid(path)[0]
-    if not path.exists():
-        raise UserError(f"checkpoint {path} does not exist{_previous_good(path)}")
-    return path
 
 
 def load(
@@ -238,16 +184,4 @@ def _open(path: Path, verify: bool) -> Source:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f"checkpoint {path} is damaged or not a fastgpt checkpoint ({error}){_previous_good(path)}"
-
-
-def _previous_good(path: Path) -> str:
-    for candidate in reversed(existing(path.parent)):
-        later = step_of(path) >= 0 and step_of(candidate) > step_of(path)
-        if candidate != path and not later:
-            try:
-                read.verify(candidate)
-            except Damaged:
-                continue
-            return f": the previous good one is {candidate}"
-    return ": there is no earlier good one beside it"
+    return f"checkpoint {path} is damaged or not a fastgpt checkpoint ({error}){previous_good(path)}"

@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checkpoints.read import Damaged, read_member
-from fastgpt.common import write_whole
+from fastgpt.checkpoints.read import Damaged, read_member, verify
+from fastgpt.common import UserError, write_whole
 
 _DIRECTORY = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _LEFTOVER = re.compile(
@@ -54,6 +54,51 @@ def step_of(path: Path) -> int:
 
 def next_serial(folder: Path) -> int:
     return 1 + max((int(s) for s in map(_serial, existing(folder)) if s < math.inf), default=0)
+
+
+def newest_valid(folder: Path) -> tuple[Path, list[str]]:
+    """The checkpoint saved last in ``folder`` of those that verify to the last byte, and a sentence for each newer one that
+    does not. Raises UserError if there is none."""
+    damaged: list[str] = []
+    for path in reversed(existing(folder)):
+        try:
+            verify(path)
+        except Damaged as error:
+            damaged.append(f"checkpoint {path} is damaged ({error}): it is passed over")
+        else:
+            return path, damaged
+    if damaged:
+        raise UserError(f"there is no whole checkpoint in {folder}: {'; '.join(damaged)}")
+    raise UserError(
+        f"there is no checkpoint in {folder}: name another folder, or leave --resume out to start a new run"
+    )
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder, but no checkpoint by its name."""
+    return path.is_dir() and step_of(path) < 0
+
+
+def resolve(path: Path) -> Path:
+    """A checkpoint, given itself or the run's folder whose newest is meant. Raises UserError if there is none."""
+    if is_run_folder(path):
+        return newest_valid(path)[0]
+    if not path.exists():
+        raise UserError(f"checkpoint {path} does not exist{previous_good(path)}")
+    return path
+
+
+def previous_good(path: Path) -> str:
+    """The end of an error's sentence: which earlier checkpoint beside this damaged one is whole."""
+    for candidate in reversed(existing(path.parent)):
+        later = step_of(path) >= 0 and step_of(candidate) > step_of(path)
+        if candidate != path and not later:
+            try:
+                verify(candidate)
+            except Damaged:
+                continue
+            return f": the previous good one is {candidate}"
+    return ": there is no earlier good one beside it"
 
 
 def best(folder: Path) -> tuple[Path, float] | None:

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from fastgpt.checkpoints import write
-from fastgpt.checkpoints.folder import clean, existing, free_path, next_serial, partial_path, rotate
-from fastgpt.checkpoints.tree import Staging, split
+from fastgpt.checkpoints.folder import clean, existing, rotate
+from fastgpt.checkpoints.tree import split
+from fastgpt.checkpoints.write import Shard, has_group, own_rank, write
 
 OWN = ("rng",)
 """Parts of the state that each rank has its own of."""
@@ -31,10 +33,54 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int | None = N
 
     Raises OSError if it cannot be written: then nothing has changed in the folder, and the earlier ones are whole."""
     header, own, tensors = _parts(step, state, is_best=False)
-    path = _write(folder, step, header, own, tensors, None)
-    if keep is not None and _is_first():
+    path = write(folder, step, header, own, tensors)
+    if keep is not None and own_rank() == 0:
         rotate(folder, keep)
     return path
+
+
+class Staging:
+    """Copies tensors to the host, into the same (on a GPU: pinned) buffers each time.
+
+    One state of host memory as large as the checkpoint's share of this rank, held between saves: allocating and
+    pinning it anew would take longer than the copy. What ``copy`` returned last is overwritten by the next call."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Shard]:
+        """The tensors' values at this point of the current stream; waits until they are on the host."""
+        copies: dict[str, Tensor | Shard] = {}
+        devices = set()
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            host = self._buffer(name, local)
+            host.copy_(local, non_blocking=True)
+            devices |= {local.device} if local.is_cuda else set()
+            copies[name] = _shard(tensor, host) if isinstance(tensor, DTensor) else host
+        for device in devices:
+            torch.cuda.current_stream(device).synchronize()
+        for name in self._buffers.keys() - tensors.keys():
+            del self._buffers[name]
+        return copies
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            try:
+                buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+            except RuntimeError:  # the system allows no more pinned memory: slower, but it works
+                buffer = torch.empty(like.shape, dtype=like.dtype)
+            self._buffers[name] = buffer
+        return buffer
+
+
+def _shard(tensor: DTensor, host: Tensor) -> Shard:
+    chunks = tensor.__create_chunk_list__()
+    if len(chunks) != 1:
+        raise NotImplementedError(f"a parameter's local shard is {len(chunks)} pieces {tensor.placements}")
+    return Shard(host, tensor.shape, chunks[0])
 
 
 class AsyncSaver:
@@ -58,12 +104,12 @@ class AsyncSaver:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._news: list[str] = []
-        if _is_first():
+        if own_rank() == 0:
             try:
                 clean(folder)
             except OSError as error:
                 self._news.append(f"leftovers of a killed save in {folder} cannot be removed ({error.strerror})")
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10)) if write.has_group() else None
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10)) if has_group() else None
 
     def save(self, step: int, state: Mapping[str, Any], *, is_best: bool = False) -> None:
         """Copy ``state`` to the host and begin to write it as the checkpoint of ``step`` (steps done). Returns when the copy
@@ -109,7 +155,7 @@ class AsyncSaver:
     def _run(self, step: int, header: dict[str, Any], own: Any, copies: dict[str, Any]) -> None:
         start = time.perf_counter()
         try:
-            path = _write(self.folder, step, header, own, copies, self._group)
+            path = write(self.folder, step, header, own, copies, self._group)
         except BaseException as error:
             self.last_error = _failure(self.folder, step, error)
             self._news.append(self.last_error)
@@ -117,7 +163,7 @@ class AsyncSaver:
         self.last_error, self.last_saved = None, path
         self._news.append(f"saved {path} (in the background, {time.perf_counter() - start:.1f} s)")
         try:
-            if _is_first():
+            if own_rank() == 0:
                 rotate(self.folder, self.keep)
         except OSError as error:
             self._news.append(f"older checkpoints in {self.folder} cannot be deleted ({error.strerror})")
@@ -126,7 +172,7 @@ class AsyncSaver:
 def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """(content of state.json, this rank's own tree, tensors by name) of a state."""
     tree, tensors = split({key: value for key, value in state.items() if key not in OWN})
-    own, own_tensors = split({key: state[key] for key in OWN if key in state}, f"rank{write.own_rank()}")
+    own, own_tensors = split({key: state[key] for key in OWN if key in state}, f"rank{own_rank()}")
     loss = state["best_val_loss"] if is_best else None
     header = {
         "step": step,
@@ -135,17 +181,6 @@ def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str
         "state": tree,
     }
     return header, own, {**tensors, **own_tensors}
-
-
-def _write(folder: Path, step: int, header: dict[str, Any], own: Any, tensors: dict[str, Any], group: Any) -> Path:
-    def place() -> tuple[Path, int]:
-        return free_path(folder, step), next_serial(folder)
-
-    return write.write(partial_path(folder, step), place, header, own, tensors, group)
-
-
-def _is_first() -> bool:
-    return write.own_rank() == 0
 
 
 def _failure(folder: Path, step: int, error: BaseException) -> str:

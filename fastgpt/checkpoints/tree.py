@@ -8,13 +8,9 @@ with two references. Nothing in a tree can name code: it is numbers, strings, li
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
 _TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
@@ -80,67 +76,3 @@ def _memory(tensor: Tensor) -> Any:
     if not local.numel():
         return id(tensor)
     return local.device, local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape
-
-
-@dataclass(frozen=True)
-class Shard:
-    """This rank's part of a sharded tensor, on the host: what a DTensor cannot be, whose memory is its mesh's device's.
-
-    torch.distributed.checkpoint plans it by the same method as it does a DTensor."""
-
-    local: Tensor
-    shape: torch.Size
-    """The whole tensor's."""
-    chunk: ChunkStorageMetadata
-    """Where ``local`` lies in it."""
-
-    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
-        if not self.local.numel():  # more ranks than rows
-            return []
-        properties = TensorProperties(dtype=self.local.dtype)
-        data = TensorWriteData(chunk=self.chunk, properties=properties, size=self.shape)
-        return [WriteItem(MetadataIndex(fqn, self.chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
-
-
-class Staging:
-    """Copies tensors to the host, into the same (on a GPU: pinned) buffers each time.
-
-    One state of host memory as large as the checkpoint's share of this rank, held between saves: allocating and
-    pinning it anew would take longer than the copy. What ``copy`` returned last is overwritten by the next call."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Shard]:
-        """The tensors' values at this point of the current stream; waits until they are on the host."""
-        copies: dict[str, Tensor | Shard] = {}
-        devices = set()
-        for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            host = self._buffer(name, local)
-            host.copy_(local, non_blocking=True)
-            devices |= {local.device} if local.is_cuda else set()
-            copies[name] = _shard(tensor, host) if isinstance(tensor, DTensor) else host
-        for device in devices:
-            torch.cuda.current_stream(device).synchronize()
-        for name in self._buffers.keys() - tensors.keys():
-            del self._buffers[name]
-        return copies
-
-    def _buffer(self, name: str, like: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            try:
-                buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-            except RuntimeError:  # the system allows no more pinned memory: slower, but it works
-                buffer = torch.empty(like.shape, dtype=like.dtype)
-            self._buffers[name] = buffer
-        return buffer
-
-
-def _shard(tensor: DTensor, host: Tensor) -> Shard:
-    chunks = tensor.__create_chunk_list__()
-    if len(chunks) != 1:
-        raise NotImplementedError(f"a parameter's local shard is {len(chunks)} pieces {tensor.placements}")
-    return Shard(host, tensor.shape, chunks[0])

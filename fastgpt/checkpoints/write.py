@@ -19,8 +19,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,20 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from fastgpt.checkpoints.folder import free_path, next_serial, partial_path
 from fastgpt.checkpoints.read import DTYPES, FORMAT
-from fastgpt.checkpoints.tree import Shard
 from fastgpt.common import sync_folder
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -46,20 +52,20 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def write(
-    partial: Path,
-    place: Callable[[], tuple[Path, int]],
+    folder: Path,
+    step: int,
     header: dict[str, Any],
     own: Any,
     tensors: dict[str, Any],
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write a checkpoint as the directory ``partial`` and rename it; all ranks of ``group`` (default: all there are) call it.
+    """Write the checkpoint of ``step`` under a partial name and rename it; all ranks of ``group`` (default: all there are)
+    call it.
 
-    ``place()``, called on rank 0 when all is written, says the final path and the checkpoint's serial number. ``header``: the
-    content of state.json, rank 0's counts. ``own``: each rank's own JSON tree. ``tensors``: flat; a name that several ranks
-    have is written by one of them. Returns the final path. On any failure of any rank, every rank raises it and ``partial``
-    is gone."""
-    writer = Writer(partial, place, header, own)
+    ``header``: the content of state.json; rank 0's counts. ``own``: each rank's own JSON tree. ``tensors``: flat; a name that
+    several ranks have is written by one of them. Returns the final path. On any failure of any rank, every rank raises it and
+    the partial directory is gone."""
+    writer = Writer(folder, step, header, own)
     planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         metadata = dcp.save(
@@ -67,7 +73,7 @@ def write(
         )
     except BaseException as error:
         if writer.coordinator:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(writer.partial, ignore_errors=True)
         if isinstance(error, CheckpointException):  # DCP's own wrapping, a BaseException
             raise next(iter(error.failures.values()))[0] from None
         raise
@@ -85,6 +91,26 @@ def own_rank() -> int:
     return dist.get_rank() if has_group() else 0
 
 
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a sharded tensor, on the host: what a DTensor cannot be, whose memory is its mesh's device's.
+
+    torch.distributed.checkpoint plans it by the same method as it does a DTensor."""
+
+    local: Tensor
+    shape: torch.Size
+    """The whole tensor's."""
+    chunk: ChunkStorageMetadata
+    """Where ``local`` lies in it."""
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        if not self.local.numel():  # more ranks than rows
+            return []
+        properties = TensorProperties(dtype=self.local.dtype)
+        data = TensorWriteData(chunk=self.chunk, properties=properties, size=self.shape)
+        return [WriteItem(MetadataIndex(fqn, self.chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
+
+
 class _Planner(dcp.DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
         value = self.state_dict[index.fqn]
@@ -94,8 +120,9 @@ class _Planner(dcp.DefaultSavePlanner):
 class Writer(StorageWriter):
     """DCP's storage interface: each rank writes one safetensors file, the coordinator the rest, and commits."""
 
-    def __init__(self, partial: Path, place: Callable[[], tuple[Path, int]], header: dict[str, Any], own: Any) -> None:
-        self.partial, self.place, self.header, self.own = partial, place, header, own
+    def __init__(self, folder: Path, step: int, header: dict[str, Any], own: Any) -> None:
+        self.folder, self.step, self.header, self.own = folder, step, header, own
+        self.partial = partial_path(folder, step)
         self.coordinator = False
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
@@ -160,12 +187,13 @@ class Writer(StorageWriter):
             table.setdefault(name, row)["chunks"].append(
                 {"offsets": list(result.index.offset), "sizes": list(sizes), **{k: stored[k] for k in ("file", "key")}}
             )
-        final, serial = self.place()
-        for file_name, content in (("tensors.json", table), ("state.json", {**self.header, "serial": serial})):
+        state = {**self.header, "serial": next_serial(self.folder)}
+        for file_name, content in (("tensors.json", table), ("state.json", state)):
             files[file_name] = _write_json(self.partial / file_name, content)
         _write_json(self.partial / "manifest.json", {"format": FORMAT, "files": files})
         sync_folder(self.partial)
-        os.rename(self.partial, final)
+        final = free_path(self.folder, self.step)
+        os.rename(self.partial, final)  # the commit: before it there is no checkpoint, after it a whole one
         sync_folder(final.parent)
         metadata.storage_meta = StorageMeta(checkpoint_id=str(final))  # DCP hands it to every rank
 

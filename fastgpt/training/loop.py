@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgpt import anatomy, common
-from fastgpt.checkpoints import checkpoint, folder, saver
+from fastgpt.checkpoints import folder, saver
 from fastgpt.common import UserError
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
@@ -314,7 +314,7 @@ class _Loop:
             raise UserError(
                 f"the run was rolled back {MAX_ROLLBACKS} times and the loss still spikes: lower --lr; {self._last_good()}"
             )
-        path, _ = checkpoint.newest_valid(self.settings.out)
+        path, _ = folder.newest_valid(self.settings.out)
         restore_weights(run, path)
         self.pending.clear()
         self.losses.clear()

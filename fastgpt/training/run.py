@@ -267,8 +267,8 @@ def find_saved(config: Config) -> ResumePoint | None:
     if asked is None or (asked == "auto" and not folder.existing(out)):
         return None
     where = out if asked in ("newest", "auto") else Path(asked)
-    is_run = checkpoint.is_run_folder(where)
-    path, damaged = checkpoint.newest_valid(where) if is_run else (checkpoint.resolve(where), [])
+    is_run = folder.is_run_folder(where)
+    path, damaged = folder.newest_valid(where) if is_run else (folder.resolve(where), [])
     values = checkpoint.load(path, without=_WEIGHTS, verify=not is_run)
     checkpoint.check_shape(values["config"], config.model, path)
     if (

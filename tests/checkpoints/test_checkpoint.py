@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import random
+import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors import safe_open
+from torch import nn
 
-from fastgpt.checkpoints import checkpoint, rng, saver
-from fastgpt.checkpoints import folder as folder_module
+from fastgpt.checkpoints import checkpoint, folder, rng, saver, write
+from fastgpt.checkpoints.saver import AsyncSaver
+from fastgpt.checkpoints.tree import split
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
 from fastgpt.model import GPT
@@ -22,8 +27,8 @@ from fastgpt.optim.adamw import FusedAdamW
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=64)
 
 
-def save(folder, step, **extra):
-    return saver.save(folder, step, {"config": Config().to_dict(), "x": torch.arange(1000), **extra})
+def save(out, step, **extra):
+    return saver.save(out, step, {"config": Config().to_dict(), "x": torch.arange(1000), **extra})
 
 
 def same(a, b):
@@ -115,23 +120,6 @@ def test_a_state_that_cannot_be_stored_is_refused_and_leaves_nothing(tmp_path, s
     assert not list(tmp_path.iterdir())
 
 
-def test_every_random_generator_repeats(tmp_path, device):
-    def draw():
-        numbers = [torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(1).tolist(), random.gauss(0, 1)]
-        return numbers + ([torch.rand(3, device=device).tolist()] if device.type == "cuda" else [])
-
-    random.gauss(0, 1), np.random.randn(1)  # both now hold back the second number of a pair
-    path = saver.save(tmp_path, 1, {"rng": rng.rng_state()})
-    first = draw()
-    assert draw() != first
-    rng.set_rng_state(checkpoint.load(path)["rng"])
-    assert draw() == first
-    rng.seed_all(7)
-    first = draw()
-    rng.seed_all(7)
-    assert draw() == first
-
-
 @pytest.mark.parametrize("kind", [adamw, lambda m: FusedAdamW(m.parameters(), lr=1e-2)], ids=["AdamW", "FusedAdamW"])
 def test_model_and_optimizer_go_on_bit_for_bit(tmp_path, kind):
     model, optimizer = trained(kind)
@@ -172,67 +160,12 @@ def test_parts_can_be_loaded_alone(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-# --- finding the one to resume from ---------------------------------------------------------------------------------
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-DAMAGE = {"truncated": lambda p: p.write_bytes(p.read_bytes()[:-7]), "flipped": flip, "deleted": Path.unlink}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["manifest.json", "state.json", "tensors.json", "tensors-00000.safetensors"])
-def test_a_damaged_one_is_named_and_the_previous_used(tmp_path, name, damage):
-    good, bad = save(tmp_path, 10), save(tmp_path, 20)
-    DAMAGE[damage](bad / name)
-    path, damaged = checkpoint.newest_valid(tmp_path)
-    assert path == good and len(damaged) == 1 and str(bad) in damaged[0]
-    assert name in damaged[0] or name == "manifest.json"
-    with pytest.raises(UserError) as error:  # asked for by name: refused, with the previous one named
-        checkpoint.load(bad)
-    assert str(bad) in str(error.value) and str(good) in str(error.value)
-
-
-def test_when_none_is_whole_each_is_named(tmp_path):
-    paths = [save(tmp_path, step) for step in (1, 2)]
-    for path in paths:
-        flip(path / "tensors-00000.safetensors")
-    with pytest.raises(UserError) as error:
-        checkpoint.newest_valid(tmp_path)
-    assert all(str(path) in str(error.value) for path in paths)
-    for nowhere in (tmp_path / "absent", tmp_path / "empty"):
-        with pytest.raises(UserError, match="there is no checkpoint in"):
-            checkpoint.newest_valid(nowhere)
-
-
-def test_resolve_takes_a_run_or_a_checkpoint(tmp_path):
-    good, newest = save(tmp_path, 1), save(tmp_path, 2)
-    assert checkpoint.resolve(tmp_path) == newest and checkpoint.resolve(good) == good
-    with pytest.raises(UserError) as error:
-        checkpoint.resolve(tmp_path / "step-00000007")
-    assert "step-00000007 does not exist" in str(error.value) and str(newest) in str(error.value)
-
-
 def test_one_of_a_later_format_is_not_misread(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
     with pytest.raises(UserError, match="its format is 3, and this version reads 2"):
         checkpoint.load(path)
-
-
-def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
-    run = tmp_path / "run"
-    assert folder_module.set_aside(run) is None
-    for number in (1, 2):
-        save(run, 900)
-        assert folder_module.set_aside(run) == tmp_path / f"run.{number}"
-        assert not run.exists()
-    assert checkpoint.load(checkpoint.resolve(tmp_path / "run.1"))["step"] == 900
 
 
 # --- another model --------------------------------------------------------------------------------------------------
@@ -273,3 +206,105 @@ def test_an_optimizer_of_another_model_is_the_callers_error(tmp_path):
     path = saver.save(tmp_path, 1, checkpoint.state_of(model, optimizer))
     with pytest.raises(ValueError, match="not the model's"):
         checkpoint.load_into(path, GPT(SHAPE), optimizer)
+
+
+# --- 1 rank -> 2 ranks under fully_shard -> 1 rank, in one pair of gloo processes -------------------------------------
+
+
+def uneven(shard=lambda module: None):
+    """Sizes that two ranks cannot share evenly, one row that only one of them can have, and a buffer that both do."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 1))
+    model.register_buffer("scale", torch.tensor(3.0))
+    for module in (model[0], model[2], model):
+        shard(module)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def train_uneven(model, optimizer, steps):
+    for step in range(steps):
+        torch.manual_seed(step)
+        model(torch.randn(4, 5)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def plain(state):
+    """A state's tensors by name, as bytes, whole."""
+    return {
+        name: (t.full_tensor() if hasattr(t, "full_tensor") else t).numpy().tobytes()
+        for name, t in split(state)[1].items()
+    }
+
+
+def two_ranks(rank, out, port):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.fsdp import fully_shard
+
+    model, optimizer = uneven(fully_shard)
+    # 1 -> 2: what one rank saved comes back in shards, bit for bit.
+    one = out / "one" / "step-00000003"
+    checkpoint.load_into(one, model, optimizer)
+    whole = checkpoint.load(one)
+    assert plain(checkpoint.state_of(model, optimizer)) == plain({k: whole[k] for k in ("model", "optimizer")})
+    assert len(model[2].weight.to_local()) == (1 if rank == 0 else 0)
+    assert ("rng" in whole) == (rank == 0)  # the second rank has no random state there
+
+    # 2 -> 1, in the background while training goes on; something else on each rank is random states only.
+    own = {"cpu": torch.full((4,), rank, dtype=torch.uint8)}
+    background = AsyncSaver(out / "two", keep=1)
+    background.save(3, {**checkpoint.state_of(model, optimizer), "rng": own, "loader": {"rank": rank}})
+    train_uneven(model, optimizer, 1)
+    background.wait()
+    assert (background.last_error, background.last_saved) == (None, out / "two" / "step-00000003")
+    mine = checkpoint.load(background.last_saved, without=["model"])
+    assert torch.equal(mine["rng"]["cpu"], own["cpu"]) and mine["loader"] == {"rank": 0} and mine["world_size"] == 2
+
+    # The disk is full for one rank: no rank has saved, both say why, and the next save succeeds.
+    real = write.HashedFile.write
+    if rank == 1:
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        write.HashedFile.write = full
+    background.save(4, checkpoint.state_of(model, optimizer))
+    background.wait()
+    assert "the checkpoint of step 4 was not saved: the disk of" in background.last_error
+    assert [path.name for path in folder.existing(out / "two")] == ["step-00000003"]
+    assert rank == 1 or not (out / "two" / "step-00000004.partial").exists()
+    write.HashedFile.write = real
+    background.save(5, checkpoint.state_of(model, optimizer))
+    background.close()
+    assert background.last_error is None
+
+    # Back to three steps: sharded state over sharded state. Then the file for the single rank, synchronous.
+    checkpoint.load_into(one, model, optimizer)
+    path = saver.save(out / "back", 3, checkpoint.state_of(model, optimizer))
+    assert path == out / "back" / "step-00000003"
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
+def test_one_rank_to_two_to_one_bit_for_bit(tmp_path):
+    model, optimizer = uneven()
+    train_uneven(model, optimizer, 3)
+    saved = {**checkpoint.state_of(model, optimizer), "rng": rng.rng_state()}
+    saver.save(tmp_path / "one", 3, saved)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(two_ranks, args=(tmp_path, port), nprocs=2, start_method="spawn")
+
+    path, damaged = folder.newest_valid(tmp_path / "back")
+    assert damaged == [] and len(list(path.glob("tensors-*.safetensors"))) == 2
+    again, fresh = uneven()
+    checkpoint.load_into(path, again, fresh)
+    wanted = plain(checkpoint.state_of(model, optimizer))
+    assert plain(checkpoint.state_of(again, fresh)) == wanted
+    whole = checkpoint.load(path)
+    assert whole["model"]["0.weight"].shape == (7, 5)
+    assert plain({k: whole[k] for k in ("model", "optimizer")}) == wanted
+    assert [p.name for p in folder.existing(tmp_path / "two")] == ["step-00000005"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastgpt.checkpoints import checkpoint, saver
+from fastgpt.checkpoints.folder import newest_valid
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 from fastgpt.model import GPT
@@ -90,7 +91,7 @@ def test_a_pickle_in_a_checkpoint_is_never_read(tmp_path, monkeypatch):
     path = save(tmp_path / "run", 1)
     for name in (".metadata", "__0_0.distcp", "data.pkl"):  # where torch.distributed.checkpoint would look
         (path / name).write_bytes(evil)
-    assert checkpoint.load(path)["step"] == 1 and checkpoint.newest_valid(tmp_path / "run")[1] == []
+    assert checkpoint.load(path)["step"] == 1 and newest_valid(tmp_path / "run")[1] == []
     for name in ("tensors-00000.safetensors", "state.json", "tensors.json"):  # in the place of a real file, vouched for
         bad = save(tmp_path / "bad", 1)
         forge(bad, name, evil + b" " * 9000)

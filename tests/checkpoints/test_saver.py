@@ -15,10 +15,9 @@ import time
 import pytest
 import torch
 
-from fastgpt.checkpoints import checkpoint, write
-from fastgpt.checkpoints import folder as folder_module
-from fastgpt.checkpoints import saver as saver_module
-from fastgpt.checkpoints.saver import AsyncSaver
+from fastgpt.checkpoints import checkpoint, folder, write
+from fastgpt.checkpoints.folder import best, existing, newest_valid, step_of
+from fastgpt.checkpoints.saver import AsyncSaver, save
 
 
 def state(step, val_loss=math.inf):
@@ -30,7 +29,7 @@ def state(step, val_loss=math.inf):
 def assert_is_one_state(path):
     saved = checkpoint.load(path)
     step = saved["step"]
-    assert saved["marker"] == step == folder_module.step_of(path)
+    assert saved["marker"] == step == step_of(path)
     assert all((tensor == step).all() for tensor in saved["model"].values())
 
 
@@ -62,7 +61,7 @@ def test_training_goes_on_at_once_and_does_not_change_what_is_saved(tmp_path, he
         for tensor in now["model"].values():
             tensor.fill_(99.0)
         now["marker"] = 99
-        assert saver.news() == [] and not folder_module.existing(tmp_path)  # still being written
+        assert saver.news() == [] and not existing(tmp_path)  # still being written
         held.set()
         saver.wait()
         assert saver.last_error is None and saver.last_saved == tmp_path / "step-00000001"
@@ -76,9 +75,9 @@ def test_a_save_waits_for_the_one_before(tmp_path, held):
         saver.save(1, state(1))
         threading.Timer(0.2, held.set).start()
         saver.save(2, state(2))
-        assert folder_module.existing(tmp_path)[0].name == "step-00000001"
+        assert existing(tmp_path)[0].name == "step-00000001"
         saver.save(3, state(3))
-    for path in folder_module.existing(tmp_path):
+    for path in existing(tmp_path):
         assert_is_one_state(path)
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
 
@@ -101,7 +100,7 @@ def test_an_interrupt_leaves_without_waiting(tmp_path, held):
     with pytest.raises(KeyboardInterrupt), AsyncSaver(tmp_path, keep=1) as saver:
         saver.save(1, state(1))
         raise KeyboardInterrupt
-    assert not folder_module.existing(tmp_path) and saver._thread.daemon
+    assert not existing(tmp_path) and saver._thread.daemon
 
 
 # --- which are kept -------------------------------------------------------------------------------------------------
@@ -114,7 +113,7 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
             saver.save(step, state(step, loss), is_best=True)  # whoever claims to be best: the lowest is
         saver.save(7, state(7, 1.0))  # not claimed: not its own loss
     assert names(tmp_path) == ["best.json", "step-00000002", "step-00000006", "step-00000007"]
-    assert folder_module.best(tmp_path) == (tmp_path / "step-00000002", 3.0)
+    assert best(tmp_path) == (tmp_path / "step-00000002", 3.0)
     assert json.loads((tmp_path / "best.json").read_text()) == {
         "checkpoint": "step-00000002",
         "step": 2,
@@ -129,7 +128,7 @@ def test_the_best_outlives_a_resume_that_forgot_it(tmp_path):
     with AsyncSaver(tmp_path, keep=1) as saver:
         saver.save(2, state(2, 3.5), is_best=True)
         saver.save(3, state(3, 2.5), is_best=True)
-    assert folder_module.best(tmp_path) == (tmp_path / "step-00000003", 2.5)
+    assert best(tmp_path) == (tmp_path / "step-00000003", 2.5)
     assert names(tmp_path) == ["best.json", "step-00000003"]
 
 
@@ -138,35 +137,35 @@ def test_after_a_rollback_the_newest_is_the_one_saved_last(tmp_path):
         for step in (100, 200, 300, 150):  # rolled back to 100 after 300
             saver.save(step, state(step))
         saver.wait()
-        assert checkpoint.newest_valid(tmp_path)[0].name == "step-00000150"
+        assert newest_valid(tmp_path)[0].name == "step-00000150"
         assert names(tmp_path) == ["step-00000150", "step-00000300"]
         saver.save(200, state(200))
     assert names(tmp_path) == ["step-00000150", "step-00000200"]
 
 
 def test_a_step_can_be_saved_again_without_touching_the_first(tmp_path):
-    first = saver_module.save(tmp_path, 5, state(5))
+    first = save(tmp_path, 5, state(5))
     (first / "tensors-00000.safetensors").write_bytes(b"damaged")
-    second = saver_module.save(tmp_path, 5, state(5))
+    second = save(tmp_path, 5, state(5))
     assert (first.name, second.name) == ("step-00000005", "step-00000005.1")
-    assert checkpoint.newest_valid(tmp_path) == (second, [])
+    assert newest_valid(tmp_path) == (second, [])
     assert_is_one_state(second)
-    third = saver_module.save(tmp_path, 6, state(6), keep=2)
-    assert folder_module.existing(tmp_path) == [second, third]
+    third = save(tmp_path, 6, state(6), keep=2)
+    assert existing(tmp_path) == [second, third]
 
 
 def test_one_that_cannot_be_read_is_neither_counted_nor_deleted(tmp_path):
-    strange = saver_module.save(tmp_path, 9, state(9))
+    strange = save(tmp_path, 9, state(9))
     (strange / "state.json").write_text("{}")
     for step in (10, 11, 12):
-        saver_module.save(tmp_path, step, state(step), keep=2)
+        save(tmp_path, step, state(step), keep=2)
     assert names(tmp_path) == ["step-00000009", "step-00000011", "step-00000012"]
-    path, damaged = checkpoint.newest_valid(tmp_path)
+    path, damaged = newest_valid(tmp_path)
     assert path.name == "step-00000012" and str(strange) in damaged[0]
 
 
 def test_leftovers_are_removed_at_the_start_and_nothing_else(tmp_path):
-    good = saver_module.save(tmp_path, 1, state(1))
+    good = save(tmp_path, 1, state(1))
     for name in ("step-00000002.partial", "step-00000001.1.deleted"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tensors-00000.safetensors").write_bytes(b"half")
@@ -222,7 +221,7 @@ def test_disk_full_anywhere_leaves_the_old_one_whole_and_is_tried_again(tmp_path
 
 def test_the_system_refusing_to_write_more_is_survived(tmp_path):
     """Not simulated: the process may not make files of more than 8 kB."""
-    saver_module.save(tmp_path, 1, state(1))
+    save(tmp_path, 1, state(1))
 
     def child():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -246,10 +245,10 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 
 
 def test_a_synchronous_save_raises_and_changes_nothing(tmp_path, monkeypatch):
-    saver_module.save(tmp_path, 1, state(1))
+    save(tmp_path, 1, state(1))
     monkeypatch.setattr(write.os, "fsync", fails(FULL)(os.fsync))
     with pytest.raises(OSError, match="No space left"):
-        saver_module.save(tmp_path, 2, state(2))
+        save(tmp_path, 2, state(2))
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -258,11 +257,11 @@ def test_old_ones_that_cannot_be_deleted_do_not_make_the_save_a_failure(tmp_path
         saver.save(1, state(1))
         saver.wait()
         with monkeypatch.context() as patch:
-            patch.setattr(folder_module.shutil, "rmtree", fails(PermissionError(errno.EACCES, "denied"))(None))
+            patch.setattr(folder.shutil, "rmtree", fails(PermissionError(errno.EACCES, "denied"))(None))
             saver.save(2, state(2))
             saver.wait()
         assert saver.last_error is None and "cannot be deleted (denied)" in saver.news()[-1]
-    assert checkpoint.newest_valid(tmp_path) == (tmp_path / "step-00000002", [])
+    assert newest_valid(tmp_path) == (tmp_path / "step-00000002", [])
 
 
 # --- kill -9 --------------------------------------------------------------------------------------------------------
@@ -280,14 +279,14 @@ def forked(child):
 
 
 def test_kill_minus_9_at_random_moments_always_leaves_a_whole_state(tmp_path):
-    saver_module.save(tmp_path, 1, state(1))
+    save(tmp_path, 1, state(1))
     rng = random.Random(0)
     inside = 0
     for _ in range(10):
 
         def child():
             with AsyncSaver(tmp_path, keep=2) as saver:
-                step = folder_module.step_of(checkpoint.newest_valid(tmp_path)[0])
+                step = step_of(newest_valid(tmp_path)[0])
                 while True:
                     step += 1
                     saver.save(step, state(step, 1 / step), is_best=step % 3 == 0)
@@ -297,11 +296,11 @@ def test_kill_minus_9_at_random_moments_always_leaves_a_whole_state(tmp_path):
         os.kill(pid, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, "the child died by itself"
         inside += any(name.endswith((".partial", ".deleted")) for name in names(tmp_path))
-        path, damaged = checkpoint.newest_valid(tmp_path)
+        path, damaged = newest_valid(tmp_path)
         assert damaged == []
-        for kept in folder_module.existing(tmp_path):
+        for kept in existing(tmp_path):
             assert_is_one_state(kept)
     assert inside > 0, "no kill fell into a save"
-    assert folder_module.step_of(path) > 10
+    assert step_of(path) > 10
     AsyncSaver(tmp_path, keep=2).close()
-    assert len(folder_module.existing(tmp_path)) <= 4 and not [n for n in names(tmp_path) if n.endswith(".partial")]
+    assert len(existing(tmp_path)) <= 4 and not [n for n in names(tmp_path) if n.endswith(".partial")]

@@ -68,7 +68,7 @@ def test_two_ranks_equal_one_and_their_checkpoints_move_between_them(alone, tmp_
         assert got[step] == pytest.approx(expected[step], rel=1e-6), step
     assert got_val == pytest.approx(expected_val, rel=1e-6)
 
-    one, two = (checkpoint.load(checkpoint.resolve(path)) for path in (alone, tmp_path / "two"))
+    one, two = (checkpoint.load(folder.resolve(path)) for path in (alone, tmp_path / "two"))
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["loader"] == two["loader"]  # the same windows were taken
     for name, weight in one["model"].items():
@@ -133,9 +133,9 @@ def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(t
     code, output = interrupted(out, lambda: folder.existing(out), signal.SIGKILL, "--checkpoint-interval", "5")
     assert code != 0
     assert "another rank of this run is gone" in output and "--resume" in output, output
-    step = checkpoint.load(checkpoint.newest_valid(out)[0])["step"]
+    step = checkpoint.load(folder.newest_valid(out)[0])["step"]
     train(1, out, "--max-iters", str(step + 1), "--resume")
-    assert checkpoint.load(checkpoint.resolve(out))["step"] == step + 1
+    assert checkpoint.load(folder.resolve(out))["step"] == step + 1
 
 
 def test_a_signal_to_one_rank_stops_and_saves_on_all(tmp_path):
@@ -146,7 +146,7 @@ def test_a_signal_to_one_rank_stops_and_saves_on_all(tmp_path):
     )
     assert code == 0, output
     assert "stopped by a signal to another rank" in output
-    saved = checkpoint.load(checkpoint.resolve(out))
+    saved = checkpoint.load(folder.resolve(out))
     assert saved["world_size"] == 2 and saved["step"] == max(losses(out)[0])
 
 

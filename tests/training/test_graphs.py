@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from fastgpt import ops
-from fastgpt.checkpoints import rng as rng_module
+from fastgpt.checkpoints.rng import rng_state, set_rng_state
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data.shards import write_shard
@@ -254,7 +254,7 @@ def test_a_weight_that_somebody_else_writes(device, recorder, copies):
 def test_a_step_abandoned_between_two_micro_batches_leaves_no_trace(device, recorder):
     def course(stepper):
         trace = steps(stepper, device, range(2))
-        rng = rng_module.rng_state()
+        rng = rng_state()
 
         def cut_off():
             yield batches(device, 2, 2)[0]
@@ -263,7 +263,7 @@ def test_a_step_abandoned_between_two_micro_batches_leaves_no_trace(device, reco
         with pytest.raises(InterruptedError):
             stepper(cut_off(), 2, 1e-3)
         stepper.optimizer.zero_grad(set_to_none=True)  # what Run.rewind does
-        rng_module.set_rng_state(rng)
+        set_rng_state(rng)
         return [*trace, *steps(stepper, device, range(2, 4))]
 
     assert both(device, recorder, course, dropout=0.5).graphs.active

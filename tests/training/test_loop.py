@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 
 from fastgpt.checkpoints import checkpoint
-from fastgpt.checkpoints import folder as folder_module
+from fastgpt.checkpoints.folder import best, existing, resolve
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data.loader import TokenLoader
@@ -81,7 +81,7 @@ def test_the_loss_falls_and_everything_is_written(config, device, kernels):
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 13))  # not one step too many
     assert [r["step"] for r in records if "tokens_per_second" in r] == [1, 2, 4, 6, 8, 10, 12]
     assert [r["step"] for r in records if "val_loss" in r] == [0, 4, 8, 12]
-    assert [p.name for p in folder_module.existing(config.train.out)] == ["step-00000008", "step-00000012"]
+    assert [p.name for p in existing(config.train.out)] == ["step-00000008", "step-00000012"]
     assert json.loads((config.train.out / "config.json").read_text())["train"]["max_iters"] == 12
     assert json.loads((config.train.out / "environment.json").read_text())["torch"] == torch.__version__
     assert list((config.train.out / "tensorboard").iterdir())
@@ -178,7 +178,7 @@ def test_a_signal_ends_the_run_after_the_micro_batch_and_the_step_leaves_no_trac
         interrupt_at(5, patch, [number])
         run, got = train(config, device, quiet())
     assert (run.step, got) == (5, code)
-    assert checkpoint.load(checkpoint.resolve(config.train.out))["step"] == 5
+    assert checkpoint.load(resolve(config.train.out))["step"] == 5
     assert signal.getsignal(signal.SIGINT) is before
     resumed, got = train(with_train(config, resume="newest"), device, quiet())
     assert got == 0
@@ -191,16 +191,16 @@ def test_a_second_ctrl_c_leaves_at_once(config, device, monkeypatch):
     interrupt_at(5, monkeypatch, [signal.SIGINT, signal.SIGINT])
     with pytest.raises(KeyboardInterrupt):
         train(config, device, quiet())
-    assert {p.name for p in folder_module.existing(config.train.out)} <= {"step-00000004"}  # maybe still being written
+    assert {p.name for p in existing(config.train.out)} <= {"step-00000004"}  # maybe still being written
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_new_run_in_the_place_of_an_old_one_loses_neither(config, device):
     train(with_train(config, max_iters=8), device, quiet())
     train(with_train(config, max_iters=4), device, quiet())
-    assert [p.name for p in folder_module.existing(config.train.out)] == ["step-00000004"]
+    assert [p.name for p in existing(config.train.out)] == ["step-00000004"]
     aside = config.train.out.with_name("run.1")
-    assert [p.name for p in folder_module.existing(aside)] == ["step-00000004", "step-00000008"]
+    assert [p.name for p in existing(aside)] == ["step-00000004", "step-00000008"]
 
 
 def test_metrics_of_a_run_that_never_saved_are_set_aside_too(config, device, monkeypatch):
@@ -476,17 +476,17 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(config, device
     assert "was not saved: the disk of" in out and "step-00000004" in out
     assert code == 0 and run.step == 8
     # The save at step 8 failed at the end of the run: it is tried once more before the run gives up.
-    assert [p.name for p in folder_module.existing(config.train.out)] == ["step-00000004", "step-00000008"]
+    assert [p.name for p in existing(config.train.out)] == ["step-00000004", "step-00000008"]
 
 
 def test_the_best_checkpoint_stays_and_a_damaged_newest_is_passed_over(config, device, capsys):
     train(with_train(config, max_iters=12, keep_checkpoints=1), device, quiet())
-    best = folder_module.best(config.train.out)
-    assert best is not None
+    winner = best(config.train.out)
+    assert winner is not None
     losses = {r["step"]: r["val_loss"] for r in metrics(config.train.out) if "val_loss" in r and r["step"]}
-    assert best[1] == min(losses.values())
+    assert winner[1] == min(losses.values())
     train(with_train(config, max_iters=14, keep_checkpoints=2, resume="newest"), device, quiet())
-    newest = folder_module.existing(config.train.out)[-1]
+    newest = existing(config.train.out)[-1]
     with open(newest / "state.json", "r+b") as file:
         file.write(b"x")
     run, _ = train(with_train(config, max_iters=16, resume="newest"), device)

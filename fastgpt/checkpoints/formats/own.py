@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastgpt.checkpoints import checkpoint, saver
+from fastgpt.checkpoints import checkpoint, folder, saver
 from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, model_config
 from fastgpt.common import UserError
 from fastgpt.config import Config
@@ -18,11 +18,9 @@ from fastgpt.config import Config
 def read(path: Path, optimizer: bool = True) -> Portable:
     """The checkpoint ``path``, or the newest of a run's folder; its optimizer's state is read only with ``optimizer``. Raises
     UserError."""
-    where = checkpoint.resolve(path)
+    where = folder.resolve(path)
     # A folder's newest has been verified when it was chosen.
-    saved = checkpoint.load(
-        where, without=() if optimizer else ("optimizer",), verify=not checkpoint.is_run_folder(path)
-    )
+    saved = checkpoint.load(where, without=() if optimizer else ("optimizer",), verify=not folder.is_run_folder(path))
     source = str(where)
     try:
         shape, model = saved["config"]["model"], saved["model"]
