@@ -28,15 +28,14 @@ def tensors(
     They have these shapes, which follow from that of ``of``, ``size``. They are where the first one is. Kernels read their
     dtypes; where PyTorch computes instead, it decides itself. One call for all: eager training pays for each."""
     x_name, x, _ = first
-    in_triton = runtime.runs_in_triton(x)
     for name, tensor, needed in (first, *others):
         if tensor is None:
             continue
-        if needed is not None:
+        if needed is not None and tensor.shape != needed:
             shape(name, tensor, needed, of, size)
         if tensor.device != x.device:
             raise _elsewhere(name, tensor, x_name, x)
-        if in_triton and tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES and runtime.runs_in_triton(x):
             raise ValueError(f"{name} is {tensor.dtype}: use float32, float16 or bfloat16")
 
 

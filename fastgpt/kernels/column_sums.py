@@ -33,8 +33,12 @@ def partial(rows: int, out: Tensor | None) -> Tensor | None:
 
 def add_up(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
     """For pairs of a ``partial`` and its ``out``, all of one size, or of None: out = partial summed over its rows."""
-    partials = tuple(partial for partial, _ in pairs if partial is not None)
-    outs = tuple(out for _, out in pairs if out is not None)
+    partials, outs = [], []
+    for partial, out in pairs:
+        if partial is not None and out is not None:
+            partials.append(partial)
+            outs.append(out)
     if outs:
         rows, C = partials[0].shape
-        add_up_kernel[(triton.cdiv(C, 32),)](partials, outs, rows, C, ROWS=64, BLOCK=32, num_warps=4)
+        grid = (triton.cdiv(C, 32),)
+        add_up_kernel[grid](tuple(partials), tuple(outs), rows, C, ROWS=64, BLOCK=32, num_warps=4)

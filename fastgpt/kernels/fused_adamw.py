@@ -434,7 +434,9 @@ def _adamw_kernel(
 def _launch(s: Step) -> None:
     # Not through tuning.launch: a step cannot be begun twice. These kernels take hardly any shared memory: all configs fit.
     first = s.params[0]
-    settings = tuning.choose("adamw.update", first.dtype, ADAMW_BUCKET, first.device, config()).config
+    choice = tuning.choose("adamw.update", first.dtype, ADAMW_BUCKET, first.device, config())
+    tuning.announce(choice)
+    settings = choice.config
     block, chunk, num_warps = settings["BLOCK"], settings["CHUNK"], settings["num_warps"]
     plan = plan_for(s, chunk)
     for launch in plan.launches if s.total is None else ():

@@ -30,9 +30,9 @@ Both kernels can write what they make in fp8 too, with a scale per row: for ops.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 import triton
@@ -43,8 +43,70 @@ from fastgpt.kernels import arguments, column_sums, reference, runtime, tuning
 from fastgpt.kernels.philox import dropout
 from fastgpt.kernels.quantise import quantise_rows
 
-# ---------------- was fastgpt/kernels/_layernorm_kernels.py
-# The @triton.jit functions of fused_layernorm.py, and the dropout that the linears and the embedding share with it.
+MAX_WIDTH = 16_384
+"""Columns of the widest row."""
+MAX_BACKWARD_BLOCK = 4_096
+"""Columns of a row that one program of the backward kernel owns at most."""
+
+
+# ---------------------------------------------------------------- configs
+
+
+@lru_cache
+def _block(C: int) -> int:
+    """Columns of a tile that holds whole rows: tl.arange needs a power of two."""
+    return max(16, triton.next_power_of_2(C))
+
+
+def layer_norm_bucket(C: int) -> str:
+    """One bucket for any number of rows: a new batch size compiles nothing."""
+    return f"C{C}"
+
+
+def _sensible(fewest: int, most: int, bucket: str, config: tuning.Config) -> bool:
+    """Whether a thread holds from ``fewest`` to ``most`` elements of a tile."""
+    return fewest <= config["rows"] * _block(int(bucket[1:])) / (32 * config["num_warps"]) <= most
+
+
+def _space(**values: tuple[int, ...]) -> list[tuning.Config]:
+    return [dict(zip(values, chosen)) for chosen in product(*values.values())]
+
+
+tuning.space("layer_norm.forward", _space(rows=(1, 2, 4, 8, 16), num_warps=(2, 4, 8)), partial(_sensible, 8, 32))
+tuning.space(
+    "layer_norm.backward",
+    _space(rows=(1, 2, 4, 8), num_warps=(4, 8, 16), programs_per_sm=(1, 2, 3, 4, 6), num_stages=(1, 2)),
+    partial(_sensible, 4, 16),  # two accumulators take registers, too
+)
+
+
+def config(kernel: str, C: int) -> tuning.Config:
+    """The config for rows of C elements that is safe on any card. ``kernel``: "forward" or "backward".
+
+    A thread holds 16 or 32 elements of a tile in forward, 8 in backward, where s, dy, weight and two accumulators are
+    alive at once: no spills, enough bytes in flight, 128-bit loads of bf16.
+    """
+    block = _block(C)
+    if kernel == "forward":
+        # 2 rows of 2048 in 4 warps spill on sm_90 with bf16 in, fp32 out and a bias.
+        rows = 1 if block == 2048 else min(64, max(1, 4096 // block))
+        found = {"rows": rows, "num_warps": 4 if block <= 2048 else 8 if block <= 8192 else 16}
+    else:
+        rows, num_warps = min(64, max(1, 2048 // block)), 8 if block <= 2048 else 16
+        # As many programs as fit at once with a residual (97 to 128 registers a thread): a third block per SM would wait
+        # for the other two and then run alone, on a half empty card. 2 stages load the next tile while one is worked on.
+        found = {"rows": rows, "num_warps": num_warps, "programs_per_sm": 16 // num_warps, "num_stages": 2}
+    # The interpreter's cost is per program, whatever its size.
+    return {**found, "rows": 32} if runtime.INTERPRET else found
+
+
+@tuning.cached
+def _choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tuning.Choice:
+    """``dtype``: of what the kernel reads first, x in forward and dy in backward."""
+    return tuning.choose(f"layer_norm.{kernel}", dtype, layer_norm_bucket(C), device, config(kernel, C))
+
+
+# ---------------------------------------------------------------- kernels
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -167,78 +229,13 @@ def layer_norm_backward_kernel(
         tl.store(DB_PARTIAL + partial, tl.sum(db, axis=0), mask=cols < C)
 
 
-MAX_WIDTH = 16_384
-MAX_BACKWARD_BLOCK = 4_096
-
-
-def layer_norm_bucket(C: int) -> str:
-    """One bucket for any number of rows: a new batch size compiles nothing."""
-    return f"C{C}"
-
-
-def _sensible(fewest: int, most: int, bucket: str, config: tuning.Config) -> bool:
-    """Whether a thread holds from ``fewest`` to ``most`` elements of a tile."""
-    block = max(16, triton.next_power_of_2(int(bucket[1:])))
-    return fewest <= config["rows"] * block / (32 * config["num_warps"]) <= most
-
-
-def _space(**values: tuple[int, ...]) -> list[tuning.Config]:
-    return [dict(zip(values, chosen)) for chosen in product(*values.values())]
-
-
-tuning.space("layer_norm.forward", _space(rows=(1, 2, 4, 8, 16), num_warps=(2, 4, 8)), partial(_sensible, 8, 32))
-tuning.space(
-    "layer_norm.backward",
-    _space(rows=(1, 2, 4, 8), num_warps=(4, 8, 16), programs_per_sm=(1, 2, 3, 4, 6), num_stages=(1, 2)),
-    partial(_sensible, 4, 16),  # two accumulators take registers, too
-)
-
-
-class LayerNormLaunch(NamedTuple):
-    """Launch geometry of one kernel: tiles of ``rows`` x ``block`` elements."""
-
-    rows: int
-    block: int
-    num_warps: int
-    programs_per_sm: int = 0
-    num_stages: int = 1  # of the loop over tiles: 2 loads the next tile while this one is worked on
-
-
-def config(kernel: str, C: int) -> LayerNormLaunch:
-    """Geometry for rows of C elements that is safe on any card. ``kernel``: "forward" or "backward". ``_choice`` asks the
-    tuning tables first.
-
-    A thread holds 16 or 32 elements of a tile in forward, 8 in backward, where s, dy, weight and two accumulators are
-    alive at once: no spills, enough bytes in flight, 128-bit loads of bf16. Nothing here depends on the number of rows:
-    a new batch size compiles nothing.
-    """
-    block = max(16, triton.next_power_of_2(C))
-    if kernel == "forward":
-        # 2 rows of 2048 in 4 warps spill on sm_90 with bf16 in, fp32 out and a bias.
-        rows = 1 if block == 2048 else min(64, max(1, 4096 // block))
-        cfg = LayerNormLaunch(rows, block, num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16)
-    else:
-        block = min(block, MAX_BACKWARD_BLOCK)
-        rows = min(64, max(1, 2048 // block))
-        num_warps = 8 if block <= 2048 else 16
-        # As many as fit at once with a residual (97 to 128 registers a thread): a third block per SM would wait for the
-        # other two and then run alone, on a half empty card.
-        cfg = LayerNormLaunch(rows, block, num_warps, programs_per_sm=16 // num_warps, num_stages=2)
-    # The interpreter's cost is per program, whatever its size.
-    return cfg._replace(rows=32) if runtime.INTERPRET else cfg
-
-
-def _choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tuning.Choice:
-    """``dtype``: of what the kernel reads first, x in forward and dy in backward."""
-    default = {key: value for key, value in config(kernel, C)._asdict().items() if key != "block"}
-    if kernel == "forward":
-        default = {key: default[key] for key in ("rows", "num_warps")}
-    return tuning.choose(f"layer_norm.{kernel}", dtype, layer_norm_bucket(C), device, default)
+# ---------------------------------------------------------------- launchers and ops
 
 
 def _rows(x: Tensor) -> Tensor:
     """x as (rows, C) with neighbouring columns adjacent: a view if its strides allow one, else a contiguous copy."""
-    return runtime.columns_adjacent(x.reshape(-1, x.shape[-1]))
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else runtime.columns_adjacent(x)
 
 
 def forward_outputs(
@@ -276,9 +273,8 @@ def launch_forward(
         return
     x, residual = _rows(x), None if residual is None else _rows(residual)
     n_rows, C = x.shape
-    block = config("forward", C).block
 
-    def run(options: dict[str, int]) -> None:
+    def run(options: tuning.Config) -> None:
         rows, num_warps = options["rows"], options["num_warps"]
         if fp8:  # half as many elements to a thread: what it needs in registers
             rows, num_warps = (rows // 2, num_warps) if rows > 1 else (1, min(2 * num_warps, 16))
@@ -286,11 +282,10 @@ def launch_forward(
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
             y, None if residual is None else s, mean, rstd, *(fp8 or (None, None, None)),
             n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
-            C=C, ROWS=rows, BLOCK=block, num_warps=num_warps,
+            C=C, ROWS=rows, BLOCK=_block(C), num_warps=num_warps,
         )  # fmt: skip
 
-    with runtime.device_guard(x):
-        tuning.launch(_choice("forward", x.dtype, C, x.device), run)
+    tuning.launch(_choice("forward", x.dtype, C, x.device), run)
 
 
 @layer_norm_fwd.register_fake
@@ -335,31 +330,30 @@ def launch_backward(
 ) -> None:  # fmt: skip
     """Fill dx, dresidual, dweight and dbias where they are not empty, and ``fp8``: dx rounded to fp8, its scales and norms
     (C <= MAX_BACKWARD_BLOCK)."""
-    dx, dresidual, *rest = outputs
-    summed = [out if out.numel() else None for out in rest]
+    dx, dresidual, dweight, dbias = outputs
     if s.numel() == 0:
-        for out in rest:
-            out.zero_()
+        dweight.zero_()
+        dbias.zero_()
         return
     s, dy, dsum = _rows(s), _rows(dy), None if dsum is None else _rows(dsum)
     n_rows, C = s.shape
-    block = config("backward", C).block
+    block = min(_block(C), MAX_BACKWARD_BLOCK)
     chunks = triton.cdiv(C, block)
 
-    def run(options: dict[str, int]) -> None:
+    def run(options: tuning.Config) -> None:
         programs = min(runtime.sm_count(s.device) * options["programs_per_sm"], triton.cdiv(n_rows, options["rows"]))
-        partials = [column_sums.partial(programs, out) for out in summed]
+        dw_partial = column_sums.partial(programs, dweight) if dweight.numel() else None
+        db_partial = column_sums.partial(programs, dbias) if dbias.numel() else None
         layer_norm_backward_kernel[(programs, chunks)](
             dy, dsum, s, weight.contiguous(), mean, rstd, seed, seed if s_is_x else None,
-            dx, dresidual if two_gradients else None, *partials, *(fp8 or (None, None, None)),
+            dx, dresidual if two_gradients else None, dw_partial, db_partial, *(fp8 or (None, None, None)),
             n_rows, dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), dropout_p,
             C=C, CHUNKS=chunks, ROWS=options["rows"], BLOCK=block, STAGES=options["num_stages"],
             num_warps=options["num_warps"],
         )  # fmt: skip
-        column_sums.add_up(*zip(partials, summed))
+        column_sums.add_up((dw_partial, dweight), (db_partial, dbias))
 
-    with runtime.device_guard(s):
-        tuning.launch(_choice("backward", dy.dtype, C, s.device), run)
+    tuning.launch(_choice("backward", dy.dtype, C, s.device), run)
 
 
 @layer_norm_bwd.register_fake
@@ -377,8 +371,8 @@ def setup_context(ctx, inputs, output):
     ctx.has_residual, ctx.bias_dtype = residual is not None, None if bias is None else bias.dtype
 
 
-def backward(ctx, op, dy, dsum):
-    """The formula. ``op``: torch.ops.fastgpt.layer_norm_bwd, or what takes and returns the same."""
+def backward(op, ctx, dy, dsum, *_):
+    """The autograd formula. ``op``: torch.ops.fastgpt.layer_norm_bwd, or what takes and returns the same."""
     s, weight, mean, rstd, seed = ctx.saved_tensors
     if dy is None:  # only the sum was used
         dy = torch.zeros(s.shape, dtype=ctx.y_dtype, device=s.device)
@@ -394,11 +388,10 @@ def backward(ctx, op, dy, dsum):
     return dx, dw if weight_grad else None, db if bias_grad else None, dresidual, *[None] * 4
 
 
-def _backward(ctx, dy, dsum, _dmean, _drstd):
-    return backward(ctx, torch.ops.fastgpt.layer_norm_bwd, dy, dsum)
+layer_norm_fwd.register_autograd(partial(backward, torch.ops.fastgpt.layer_norm_bwd), setup_context=setup_context)
 
 
-layer_norm_fwd.register_autograd(_backward, setup_context=setup_context)
+# ---------------------------------------------------------------- public
 
 
 def validate(

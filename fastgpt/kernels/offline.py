@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import runtime
+from fastgpt.kernels import runtime, tuning
 
 
 class CompileOnlyDriver(DriverBase):
@@ -75,10 +75,12 @@ def compile_for(arch: int, sms: int | None = None) -> Iterator[CompileOnlyDriver
     driver = CompileOnlyDriver(arch)
     active.set_active(driver)
     runtime.compile_only, runtime.compile_only_sms = True, sms or runtime.compile_only_sms
+    tuning.choose_again()
     try:
         yield driver
     finally:
         active._active, runtime.compile_only, runtime.compile_only_sms = before
+        tuning.choose_again()
 
 
 @contextmanager

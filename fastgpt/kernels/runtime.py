@@ -46,9 +46,15 @@ def columns_adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+_UNCHANGED = nullcontext()
+
+
 def device_guard(x: Tensor) -> AbstractContextManager:
-    """Launch on the device that holds ``x``, whichever is current (Liger-Kernel#1303)."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    """Launch on the device that holds ``x``, whichever is current (Liger-Kernel#1303). For kernels without a choice:
+    ``tuning.launch`` does the same for the others."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _UNCHANGED
 
 
 @lru_cache
@@ -65,7 +71,6 @@ def sm_count(device: torch.device) -> int:
 
 Recorder = Callable[[str, tuple[int, ...], torch.dtype, str], AbstractContextManager | None]
 _recorder: Recorder | None = None
-_UNRECORDED = nullcontext()
 
 
 def record(op: str, shape: tuple[int, ...], dtype: torch.dtype, engine: str) -> AbstractContextManager:
@@ -74,7 +79,7 @@ def record(op: str, shape: tuple[int, ...], dtype: torch.dtype, engine: str) -> 
     ``op``: a kernel of the tuning tables ("linear.gelu"), "matmul_fp32", or what frames of a trace cannot tell apart.
     ``shape``: (m, n, k) of a matmul, (m, n) of a sweep. ``dtype``: of the operands. ``engine``: "cublas" or "triton"."""
     found = None if _recorder is None else _recorder(op, shape, dtype, engine)
-    return _UNRECORDED if found is None else found
+    return _UNCHANGED if found is None else found
 
 
 @contextmanager

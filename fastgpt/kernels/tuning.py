@@ -1,8 +1,21 @@
 """Which launch config for which GPU and shape: tables looked up at the first launch of a shape bucket, never a search.
 
-A kernel's file registers its config space with ``space`` at import: every config that is compared for the kernel. Before a
-launch it asks ``choose``, naming the kernel, the dtype it reads, its shape bucket, and a safe default. Buckets are coarse on
+A kernel's file registers its config space with ``space`` at import: every config that is compared for the kernel. Its
+launcher asks ``choose``, naming the kernel, the dtype it reads, its shape bucket, and a safe default. Buckets are coarse on
 purpose: a bucket is one config, so a new batch size or sequence length compiles a kernel at most once per bucket.
+
+A launch happens hundreds of times per step, so the question is a function of hashable arguments under ``cached``, one look-up
+in a dictionary when it was asked before, and ``launch`` runs the answer::
+
+    @tuning.cached
+    def _choice(dtype: torch.dtype, C: int, device: torch.device) -> tuning.Choice:
+        return tuning.choose("layer_norm.forward", dtype, f"C{C}", device, default={"rows": 4, "num_warps": 4})
+
+    tuning.launch(_choice(x.dtype, C, x.device), run)    # run(config): the launch itself
+
+Beside its arguments such a function may read only what does not change, or what calls ``choose_again`` when it does: the
+tables, ``forced``, refused configs, compile-only runs. A test that replaces something else calls ``forget``. ``launch`` is
+also the one place that tells a listener (``heard``) and that changes the current device, if the choice is for another.
 
 The answer comes from tables, one JSON file per architecture and SM count: the user's own in
 ``hardware.cache_dir()/tuning`` (``python -m bench.tune`` measures it) before those shipped in ``tables/``. Among the
@@ -28,7 +41,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -260,20 +273,39 @@ def entries_for(key: Key, target: Target, *more: Path) -> list[tuple[TableEntry,
 
 @dataclass(frozen=True)
 class Choice:
-    """A config and why: ``source`` is "measured", "ranked" (of which table) or "default"."""
+    """A config and why: ``source`` is "measured", "ranked" (of which table), "forced" or "default"."""
 
     key: Key
     config: Config
     default: Config
     source: str
+    device: torch.device
+    """Where it is launched."""
 
 
-_chosen: dict[tuple, Choice] = {}
-"""By (kernel, dtype, bucket, target)."""
+_cached: list[Any] = []
+"""The functions under ``cached``."""
 _forced: dict[str, Config] = {}
 _listener: Callable[[Choice], None] | None = None
 _refused: set[tuple] = set()
 """(kernel, sorted items of a config) that this GPU had no room for."""
+
+Function = TypeVar("Function", bound=Callable)
+Result = TypeVar("Result")
+
+
+def cached(answer: Function) -> Function:
+    """Decorates a function that answers which config a launch takes: it is asked once per arguments, until
+    ``choose_again``."""
+    kept = lru_cache(maxsize=4096)(answer)
+    _cached.append(kept)
+    return cast(Function, kept)
+
+
+def choose_again() -> None:
+    """Drop the answers of all ``cached`` functions: something has changed that choices depend on."""
+    for function in _cached:
+        function.cache_clear()
 
 
 @lru_cache(maxsize=64)
@@ -305,79 +337,72 @@ def arch_of(device: torch.device) -> int | None:
 
 
 def choose(kernel: str, dtype: torch.dtype, bucket: str | None, device: torch.device, default: Config) -> Choice:
-    """The config of ``kernel`` for this dtype, shape bucket and device. ``bucket`` None: no table has such shapes.
-
-    Costs a few dictionary look-ups; files are read once per process and architecture."""
-    found = None
-    if not _forced and bucket is not None:
-        found = _chosen.get((kernel, dtype, bucket, target(device)))
-    if found is None or found.default != default:
-        found = _find(kernel, dtype, bucket, device, default)
-    if _listener is not None:
-        _listener(found)
-    return found
-
-
-def _find(kernel: str, dtype: torch.dtype, bucket: str | None, device: torch.device, default: Config) -> Choice:
+    """The config of ``kernel`` for this dtype, shape bucket and device. ``bucket`` None: no table has such shapes."""
     key = Key(kernel, DTYPES.get(dtype, str(dtype)), bucket or "-")
     if kernel in _forced:
-        return Choice(key, _forced[kernel], _forced[kernel], "forced")
-    here = target(device) if bucket is not None else None
+        return Choice(key, _forced[kernel], _forced[kernel], "forced", device)
+    here = None if bucket is None else target(device)
     if here is None:
-        return Choice(key, default, default, "default")
-    found = _chosen[kernel, dtype, bucket, here] = _look_up(key, here, default)
-    return found
-
-
-def _look_up(key: Key, here: Target, default: Config) -> Choice:
-    library = has_library(key.kernel)
+        return Choice(key, default, default, "default", device)
+    library = has_library(kernel)
     for entry, table in entries_for(key, here):
-        if _name(key.kernel, entry.config) in _refused:
+        if _name(kernel, entry.config) in _refused:
             continue
         if library and not (entry.origin == "measured" and table.target.sms == here.sms):
             continue
         exact = "" if table.target.sms == here.sms else f", {table.target.sms} SMs"
         whose = "your table, " if table.mine else ""
-        return Choice(key, entry.config, default, f"{entry.origin} ({whose}{table.gpu}{exact})")
-    return Choice(key, default, default, "default: never measured" if library else "default")
+        return Choice(key, entry.config, default, f"{entry.origin} ({whose}{table.gpu}{exact})", device)
+    return Choice(key, default, default, "default: never measured" if library else "default", device)
 
 
 def _name(kernel: str, config: Config) -> tuple:
     return kernel, tuple(sorted(config.items()))
 
 
-Result = TypeVar("Result")
-
-
 def launch(choice: Choice, run: Callable[[Config], Result]) -> Result:
-    """``run(choice.config)``, and what it returns. If the card has no room for it, say so once and run the default, now and
-    from now on."""
+    """``run(choice.config)`` on the choice's device, and what it returns. If the card has no room for the config, say so once
+    and run the default, now and from now on."""
+    # Triton launches on the current device, which need not be the tensors' (Liger-Kernel#1303).
+    if choice.device.type == "cuda" and choice.device.index != torch.cuda.current_device():
+        with torch.cuda.device(choice.device):
+            return launch(choice, run)
+    if _listener is not None:
+        _listener(choice)
+    try:
+        return run(choice.config)
+    except Exception as error:
+        _refuse(choice, error)
+    return run(choice.default)
+
+
+def _refuse(choice: Choice, error: Exception) -> None:
+    """Never choose this config again, as it does not fit the card. Raises ``error`` if it says anything else."""
     from triton.runtime.errors import OutOfResources
 
+    if not isinstance(error, OutOfResources) or choice.config == choice.default:
+        raise error
     name = _name(choice.key.kernel, choice.config)
-    try:
-        return run(choice.default if name in _refused else choice.config)
-    except OutOfResources as error:
-        if choice.config == choice.default or name in _refused:
-            raise
-        _refused.add(name)
-        _chosen.clear()
-        warnings.warn(
-            f"the tuning table's config {choice.config} of {choice.key.kernel} does not fit this GPU ({error}): "
-            "the default is used; measure again with python -m bench.tune",
-            stacklevel=2,
-        )
-        return run(choice.default)
+    if name in _refused:  # by another launch, while this launcher held on to its choice
+        return
+    _refused.add(name)
+    choose_again()
+    warnings.warn(
+        f"the tuning table's config {choice.config} of {choice.key.kernel} does not fit this GPU ({error}): "
+        "the default is used; measure again with python -m bench.tune",
+        stacklevel=3,
+    )
 
 
-def chosen() -> list[Choice]:
-    """The choices that this process has made so far, in order."""
-    return list(_chosen.values())
+def announce(choice: Choice) -> None:
+    """Tell the listener of a choice. ``launch`` does; only for kernels that are launched in another way."""
+    if _listener is not None:
+        _listener(choice)
 
 
 @contextmanager
 def heard(listener: Callable[[Choice], None]) -> Iterator[None]:
-    """Inside, ``listener`` is told of every choice, as often as it is made."""
+    """Inside, ``listener`` is told of the choice of every launch."""
     global _listener
     before, _listener = _listener, listener
     try:
@@ -391,16 +416,18 @@ def forced(configs: dict[str, Config]) -> Iterator[None]:
     """Inside, these kernels run with these configs, whatever the tables say: for comparing configs."""
     before = dict(_forced)
     _forced.update(configs)
+    choose_again()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        choose_again()
 
 
 def forget() -> None:
     """Read the tables anew at the next launch: after one was written, or for tests."""
     _tables.cache_clear()
     _tables_for.cache_clear()
-    _chosen.clear()
     _refused.clear()
+    choose_again()

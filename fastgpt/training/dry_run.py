@@ -133,7 +133,8 @@ def record(config: Config, precision: str, arch: int, sms: int, micro_batches: i
     tables choose for it. Nothing is compiled. Raises RuntimeError under Triton's interpreter."""
     from fastgpt.kernels import offline, runtime, tuning
 
-    found, quiet, matmul = Record(), False, None
+    found, quiet = Record(), False
+    matmul: tuple[str, tuple[int, ...]] = "", ()
     tuning.forget()  # choices of another target, or refused by a card that is here
 
     def operation(name: str, arguments: list[Tensor], results: list[Tensor]) -> None:
@@ -146,20 +147,18 @@ def record(config: Config, precision: str, arch: int, sms: int, micro_batches: i
             found.sweeps[name] += 1
             found.moved[name] += sum(x.numel() * x.element_size() for x in (*arguments, *results))
 
-    def chosen(choice: tuning.Choice, shape: tuple[int, ...] | None = None) -> None:
-        nonlocal matmul
-        if choice.key.kernel.startswith("linear") and shape is None:
-            matmul = choice  # counted when it runs, and has a shape
-        else:
-            found.choices[Chosen(*choice.key, tuple(choice.config.items()), choice.source, shape)] += 1
+    def chosen(choice: tuning.Choice) -> None:
+        op, sizes = matmul
+        shape = sizes if op == choice.key.kernel else None
+        found.choices[Chosen(*choice.key, tuple(choice.config.items()), choice.source, shape)] += 1
 
     def runs(op: str, shape: tuple[int, ...], dtype: torch.dtype, engine: str) -> AbstractContextManager | None:
+        nonlocal matmul
         if op == "matmul_fp32":
             m, n, k = shape
             found.products[m, n, k, _plain(dtype)] += 1
             return silence()
-        if matmul is not None and matmul.key.kernel == op:
-            chosen(matmul, shape)
+        matmul = op, shape  # a linear's choice is launched next
         return None
 
     @contextmanager

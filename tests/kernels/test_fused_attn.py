@@ -220,7 +220,7 @@ def test_fp16_sums_change_every_result_and_no_statistic(device, monkeypatch):
     """Scores are summed in fp32 in either mode: lse is equal bit by bit in the same tiles, of which tables know either's."""
 
     def choose(kernel, dtype, bucket, device, default):
-        return tuning.Choice(tuning.Key(kernel, "-", "-"), default, default, "default")
+        return tuning.Choice(tuning.Key(kernel, "-", "-"), default, default, "default", device)
 
     monkeypatch.setattr(tuning, "choose", choose)
     qkv, seed = packed(device, 100, D=64, B=1, dtype=torch.float16), None

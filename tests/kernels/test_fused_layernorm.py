@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from bench import parity
-from fastgpt.kernels import fused_layernorm, reference, runtime
+from fastgpt.kernels import fused_layernorm, reference, runtime, tuning
 from fastgpt.kernels.fused_layernorm import layer_norm
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -35,7 +35,8 @@ def gradients(arguments, upstream=None, **options):
 def use_geometry(monkeypatch, **changes):
     """Launch with ``changes`` made to the config, so that a small input meets what large ones meet."""
     stock = fused_layernorm.config
-    monkeypatch.setattr(fused_layernorm, "config", lambda *key: stock(*key)._replace(**changes))
+    monkeypatch.setattr(fused_layernorm, "config", lambda *key: stock(*key) | changes)
+    tuning.choose_again()
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------
@@ -263,12 +264,15 @@ def test_nothing_passed_in_is_written_and_no_two_results_share_memory(device):
 
 
 # bug 20: launches on the current device instead of the tensors'
-def test_kernels_launch_on_the_device_of_their_tensors(device, monkeypatch):
-    guarded, stock = [], runtime.device_guard
-    monkeypatch.setattr(runtime, "device_guard", lambda tensor: guarded.append(tensor.device) or stock(tensor))
+def test_kernels_launch_on_the_device_of_their_tensors(device):
+    choices = []
     arguments = inputs((4, 16), device)
-    gradients(arguments)
-    assert guarded == [arguments["x"].device] * 2
+    with tuning.heard(choices.append):
+        gradients(arguments)
+    assert [(choice.key.kernel, choice.device) for choice in choices] == [
+        ("layer_norm.forward", arguments["x"].device),
+        ("layer_norm.backward", arguments["x"].device),
+    ]
 
 
 @pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)], ids=str)

@@ -31,7 +31,7 @@ def in_tiles(monkeypatch, block_m: int, block_n: int, block_k: int, splits: int 
 
 
 def chosen(kind: str, config: dict) -> tuning.Choice:
-    return tuning.Choice(tuning.Key(f"linear.{kind}", "-", "-"), config, config, "forced")
+    return tuning.Choice(tuning.Key(f"linear.{kind}", "-", "-"), config, config, "forced", torch.device("cpu"))
 
 
 def run_by(monkeypatch, name: str) -> None:

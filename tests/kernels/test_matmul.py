@@ -122,7 +122,7 @@ def test_tables_are_asked_about_the_layouts_of_a_linear_only(device, tables, kin
 
     def choose(kind, *_, usual, **__):
         asked.append(usual)
-        return tuning.Choice(KEY, tuning.CUBLAS, tuning.CUBLAS, "default")
+        return tuning.Choice(KEY, tuning.CUBLAS, tuning.CUBLAS, "default", torch.device("cpu"))
 
     monkeypatch.setattr(launch, "choose", choose)
     x, weight, dz = (torch.ones(*size, device=device) for size in ((64, 32), (48, 32), (64, 48)))

@@ -15,7 +15,7 @@ import torch
 
 from fastgpt.common import UserError
 from fastgpt.hardware import cards
-from fastgpt.kernels import tuning
+from fastgpt.kernels import fused_adamw, fused_cross_entropy, fused_layernorm, tuning  # noqa: F401 (their spaces)
 from fastgpt.kernels.fused_attn import attention_bucket
 from fastgpt.kernels.tuning import Key, Table, TableEntry, Target
 
@@ -123,10 +123,60 @@ def test_tables_are_read_once_per_process(folders, on_rtx_4070, monkeypatch):
     assert len(reads) == 1
 
 
-def test_choices_are_listed_for_whoever_explains_them(folders, on_rtx_4070):
+def test_a_listener_hears_the_choice_of_every_launch(folders, on_rtx_4070):
     write(folders[0], OTHER)
-    choose()
-    assert [(choice.key, choice.config) for choice in tuning.chosen()] == [(KEY, OTHER)]
+    heard, ran = [], []
+    with tuning.heard(heard.append):
+        for _ in range(2):
+            tuning.launch(choose(), ran.append)
+    tuning.launch(choose(), ran.append)
+    assert [(choice.key, choice.config) for choice in heard] == [(KEY, OTHER)] * 2 and ran == [OTHER] * 3
+
+
+def test_a_cached_answer_is_asked_for_again_after_whatever_changes_it(folders, on_rtx_4070):
+    asked = []
+
+    @tuning.cached
+    def cached_choice(tile: int) -> tuning.Choice:
+        asked.append(tile)
+        return choose(default={"tile": tile, "num_warps": 8})
+
+    def unfit(config):
+        if config == OTHER:
+            raise out_of_resources()
+
+    assert cached_choice(4096) is cached_choice(4096) and asked == [4096]
+    write(folders[0], OTHER)
+    tuning.forget()
+    assert cached_choice(4096).config == OTHER
+    with tuning.forced({KEY.kernel: THIRD}):
+        assert cached_choice(4096).config == THIRD
+    assert cached_choice(4096).config == OTHER
+    with pytest.warns(UserWarning, match="does not fit"):
+        tuning.launch(cached_choice(4096), unfit)
+    assert cached_choice(4096).config == DEFAULT
+
+
+def test_a_launch_is_on_the_device_of_its_choice(monkeypatch):
+    current, entered = [0], []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+            current.append(self.device.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    for index in (0, 1):
+        choice = tuning.Choice(KEY, DEFAULT, DEFAULT, "default", torch.device("cuda", index))
+        assert tuning.launch(choice, lambda config: current[-1]) == index
+    assert entered == [torch.device("cuda", 1)] and current == [0]
 
 
 def test_no_table_is_read_without_a_bucket(folders, on_rtx_4070, monkeypatch):
@@ -190,7 +240,6 @@ def test_a_bad_table_is_one_warning_and_the_default(folders, on_rtx_4070, what):
     path.write_text(BAD[what]) if isinstance(BAD[what], str) else edited(path, **BAD[what])
     with pytest.warns(UserWarning) as caught:
         assert choose().config == DEFAULT
-        tuning._chosen.clear()
         assert choose().config == DEFAULT
     (message,) = [str(w.message) for w in caught]
     assert str(path) in message and "bench.tune" in message and "\n" not in message

@@ -359,7 +359,7 @@ def _norm_backward(ctx, dy, dsum, *_):
         copies.give(outputs[0], Fp8(q, stats))
         return outputs
 
-    return norms.backward(ctx, quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd, dy, dsum)[:7]
+    return norms.backward(quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd, ctx, dy, dsum)[:7]
 
 
 _norm_fwd.register_autograd(_norm_backward, setup_context=_save_norm)
