@@ -11,14 +11,13 @@ between two uses of an operation; 8192 x 768 in bf16 is 12.6 MB and would otherw
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from fastgpt.statistics import median_and_iqr
 
 Work = Callable[[], Any]
 
@@ -34,7 +33,8 @@ class Timing:
 
     @classmethod
     def of(cls, samples: list[float]) -> Timing:
-        return cls(*median_and_iqr(samples), len(samples))
+        quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else [0.0, 0.0, 0.0]
+        return cls(statistics.median(samples), quartiles[2] - quartiles[0], len(samples))
 
 
 def interleave(

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from rich.console import Console
+
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
@@ -78,7 +80,7 @@ def card(name: str | None, evidence: Evidence) -> Gpu | None:
     if name is not None:
         return cards.card(name)
     if evidence.log is not None:
-        devices = [environment.known(str(note.value)) for note in evidence.log.all("device")]
+        devices = [cards.lookup(str(note.value)) for note in evidence.log.all("device")]
         return next((gpu for gpu in reversed(devices) if gpu), None)
     return cards.present()
 
@@ -87,8 +89,8 @@ def examine(evidence: Evidence, gpu: Gpu | None, *, here: bool, corpus_tokens: i
     """Every finding; ``here``: the run is to start on this machine, so that is looked at too."""
     found = diagnose(evidence, gpu, corpus_tokens)
     if here:
-        config = found.figures.config
-        asked = config.is_set("device") and str(config.get("device")).startswith("cuda")
+        device = found.figures.config.settings.get("device")
+        asked = device is not None and str(device.value).startswith("cuda")
         it = environment.Machine.here()
         found.findings = rank([*environment.machine(it, wants_cuda=asked, wants_triton=it.cuda), *found.findings])
     return found
@@ -105,14 +107,12 @@ def main(args: list[str]) -> int:
     if options.json:
         print(json.dumps(text.to_json(found, gpu), indent=2, allow_nan=False))
     else:
-        from rich.console import Console
-
         console = Console(highlight=False)
         text.print_report(found, gpu, console)
         if options.html is not None:
             console.print(f"wrote {options.html}", markup=False)
     sys.stdout.flush()
-    return 0 if found.clean else 1
+    return 1 if found.findings else 0
 
 
 if __name__ == "__main__":

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from fastgpt.doctor import checks
-from fastgpt.doctor import figures as figures_module
-from fastgpt.doctor.checks import unknowns
-from fastgpt.doctor.evidence import Evidence, Place
-from fastgpt.doctor.figures import Figures
+from fastgpt.doctor.evidence import Evidence, Seen
+from fastgpt.doctor.figures import Figures, compute
 from fastgpt.doctor.findings import Finding, rank, registered_checks
-from fastgpt.doctor.reading import configs_fastgpt
+from fastgpt.doctor.reading.configs_fastgpt import in_fastgpts_names
+from fastgpt.doctor.unknowns import not_checked, unread
 from fastgpt.hardware.cards import Gpu
 
 checks.load()
@@ -22,25 +21,16 @@ class Diagnosis:
 
     findings: list[Finding]
     figures: Figures
-    not_checked: list[str] = field(default_factory=list)
+    not_checked: list[str]
     """What could not be checked, and which file would allow it."""
-    unread: list[tuple[Place, str]] = field(default_factory=list)
+    unread: Seen
     """What was given and could not be read, and why."""
-
-    @property
-    def clean(self) -> bool:
-        return not self.findings
 
 
 def diagnose(evidence: Evidence, gpu: Gpu | None = None, corpus_tokens: int | None = None) -> Diagnosis:
     """Run every check. ``gpu``: the card of the run, None if it is not known. ``corpus_tokens``: of the training data."""
-    numbers = figures_module.compute(evidence, gpu, corpus_tokens)
-    found = [finding for check in registered_checks() for finding in check(evidence, numbers, gpu)]
-    if numbers.config.kind == "fastgpt":
-        found = [replace(finding, advice=configs_fastgpt.in_fastgpts_names(finding.advice)) for finding in found]
-    return Diagnosis(
-        rank(found),
-        numbers,
-        unknowns.not_checked(evidence, numbers, gpu),
-        unknowns.unread(evidence) + numbers.impossible,
-    )
+    figures = compute(evidence, gpu, corpus_tokens)
+    found = [finding for check in registered_checks() for finding in check(evidence, figures, gpu)]
+    if figures.config.kind == "fastgpt":
+        found = [replace(finding, advice=in_fastgpts_names(finding.advice)) for finding in found]
+    return Diagnosis(rank(found), figures, not_checked(evidence, figures, gpu), unread(evidence) + figures.impossible)

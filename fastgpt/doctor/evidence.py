@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +18,10 @@ class Place:
 
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+Seen = list[tuple[Place, str]]
+"""What was seen, and where."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,14 @@ class Note:
     value: Any = None
 
 
+LogKind = Literal["nanogpt", "nanochat", "llm.c", "fastgpt", "unknown"]
+
+
 @dataclass
 class LogFacts:
     """A run's log."""
 
-    kind: Literal["nanogpt", "nanochat", "llm.c", "fastgpt", "unknown"]
+    kind: LogKind
     file: str
     steps: Steps
     evals: Evals
@@ -166,7 +172,7 @@ class Evidence:
 
 # ---------------------------------------------------------------- values that a run can have
 
-WHOLE = {
+RANGES: dict[str, tuple[float, float]] = {
     "n_layer": (1, 10_000),
     "n_head": (1, 10_000),
     "n_embd": (1, 1_000_000),
@@ -181,8 +187,6 @@ WHOLE = {
     "eval_interval": (0, 10**12),
     "eval_iters": (0, 10**12),
     "log_interval": (0, 10**12),
-}
-REAL = {
     "learning_rate": (0.0, 1e3),
     "min_lr": (0.0, 1e3),
     "dropout": (0.0, 1.0),
@@ -190,31 +194,22 @@ REAL = {
     "beta2": (0.0, 1.0),
     "weight_decay": (0.0, 1e6),
 }
+"""Lowest and highest value of a setting. Bounds that are ints are those of whole numbers."""
 
 
 def possible(name: str, value: Any) -> bool:
     """Whether a run could have this value."""
-    if name in WHOLE:
-        low, high = WHOLE[name]
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-    if name in REAL:
-        least, most = REAL[name]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return number and math.isfinite(value) and least <= value <= most
-    return True
+    if name not in RANGES:
+        return True
+    low, high = RANGES[name]
+    number = isinstance(value, int if isinstance(low, int) else (int, float)) and not isinstance(value, bool)
+    return number and low <= value <= high  # NaN is in no range
 
 
-def clean(config: ConfigFacts) -> tuple[ConfigFacts, list[tuple[Place, str]]]:
+def clean(config: ConfigFacts) -> tuple[ConfigFacts, Seen]:
     """The config without impossible values, and what those were. The default does not hold for them either."""
     wrong = {name for name, setting in config.settings.items() if not possible(name, setting.value)}
-    kept = ConfigFacts(config.kind, config.settings, config.defaults, config.comments, config.unread)
-    kept.forget(wrong | {name for name, value in config.defaults.items() if not possible(name, value)})
-    said = [
-        (config.settings[n].place, f"{n} = {config.settings[n].value!r}: no run can have this") for n in sorted(wrong)
-    ]
-    return kept, said
-
-
-def shape_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's dimensions, without impossible ones."""
-    return {name: value for name, value in values.items() if possible(name, value)}
+    kept = replace(config)
+    kept.forget(wrong)
+    settings = [(name, config.settings[name]) for name in sorted(wrong)]
+    return kept, [(s.place, f"{name} = {s.value!r}: no run can have this") for name, s in settings]

@@ -12,11 +12,10 @@ import numpy as np
 from fastgpt import anatomy
 from fastgpt.anatomy import Shape
 from fastgpt.config import EXPERIMENTAL, PLAIN
-from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, LogFacts, Place, Setting, clean, possible, shape_of
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Seen, Setting, clean, possible
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import NANOGPT_PEAK, Gpu
 from fastgpt.performance import flops
-from fastgpt.statistics import mean_and_error
 
 SETTLED = 3000
 """Losses are compared from this step on (from the middle of a shorter run): before it the curve is so steep that a
@@ -25,6 +24,9 @@ straight line between two evaluations lies visibly above it."""
 ABOVE_NOMINAL = 1.15
 """Boards run a few percent above the clock of the nominal peak (a 4070 holds 2.6-2.8 GHz, the peak is for 2.475);
 beyond this the log is of another card."""
+
+KNOWN_CORPORA = {"openwebtext": 9_035_582_198, "shakespeare": 301_966, "shakespeare_char": 1_003_854}
+"""Training tokens that nanoGPT's own preparation scripts give."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Mean:
     error: float
     n: int
     since: int
+
+    @classmethod
+    def of(cls, values: np.ndarray, since: int) -> Mean | None:
+        """The mean, with the standard error of independent values: those of a training log are (each is another batch; in
+        the two real logs the autocorrelation at lag 1 is 0.04 and -0.12). None for fewer than three."""
+        n = len(values)
+        return None if n < 3 else cls(float(values.mean()), float(values.std(ddof=1) / math.sqrt(n)), n, since)
 
     def __str__(self) -> str:
         return f"{self.value:+.3f} +- {self.error:.3f}"
@@ -60,7 +69,7 @@ class Figures:
 
     config: ConfigFacts
     """The run's settings: its config, else what its log or checkpoint says of them. Never None, perhaps empty."""
-    impossible: list[tuple[Place, str]] = field(default_factory=list)
+    impossible: Seen = field(default_factory=list)
     """Settings whose values no run can have: they count as unknown."""
     shape: Shape | None = None
     precision: str = "bf16"
@@ -115,7 +124,7 @@ class Figures:
             f"the {self.precision} peak"
         )
 
-    def place(self, *names: str) -> list[tuple[Place, str]]:
+    def place(self, *names: str) -> Seen:
         """The lines on which these settings are, as evidence."""
         found = (self.config.settings.get(name) for name in names)
         return [(s.place, one_line(s.text) or f"{name} = {s.value}") for name, s in zip(names, found) if s]
@@ -154,11 +163,9 @@ def units() -> dict[str, str]:
 
 def compute(evidence: Evidence, gpu: Gpu | None, corpus_tokens: int | None = None) -> Figures:
     """All figures that the evidence allows."""
-    settings, impossible = clean(_settings(evidence))
-    figures = Figures(config=settings, impossible=impossible)
-    figures.shape = _shape(evidence, figures.config)
-    figures.precision = _precision(evidence.log, figures.config, gpu)
     log = evidence.log
+    config, impossible = clean(_settings(evidence))
+    figures = Figures(config, impossible, _shape(evidence, config), _precision(log, config, gpu))
     _size(figures, evidence)
     _tokens(figures, log, corpus_tokens)
     if log is not None:
@@ -182,7 +189,8 @@ def _settings(evidence: Evidence) -> ConfigFacts:
 
 def _shape(evidence: Evidence, config: ConfigFacts) -> Shape | None:
     """Shape of the model that is trained: the config's, else the checkpoint's."""
-    kept = shape_of(evidence.checkpoint.shape) if evidence.checkpoint else {}
+    said_by_checkpoint = evidence.checkpoint.shape if evidence.checkpoint else {}
+    kept = {name: value for name, value in said_by_checkpoint.items() if possible(name, value)}
     names = ("n_layer", "n_head", "n_embd", "block_size")
     found: dict[str, Any] = {name: config.get(name, kept.get(name)) for name in names}
     if None in found.values():
@@ -248,10 +256,6 @@ def _tokens(figures: Figures, log: LogFacts | None, corpus_tokens: int | None) -
         figures.epochs = tokens / figures.corpus_tokens
 
 
-KNOWN_CORPORA = {"openwebtext": 9_035_582_198, "shakespeare": 301_966, "shakespeare_char": 1_003_854}
-"""Training tokens that nanoGPT's own preparation scripts give."""
-
-
 def holds_evaluation(log: LogFacts) -> np.ndarray:
     """Which logged steps have an evaluation, a checkpoint or compilation in their time (bool, one per step).
 
@@ -302,22 +306,13 @@ def _losses(figures: Figures, log: LogFacts) -> None:
     both = good & np.isfinite(evals.train)
     if both.sum() < 3:
         return
-    paired = Evals(evals.step[both], evals.train[both], evals.val[both], evals.line[both])
-    last = int(paired.step[-1])
+    step, train, val = evals.step[both], evals.train[both], evals.val[both]
+    last = int(step[-1])
     since = SETTLED if last >= 2 * SETTLED else last // 2
-    late = paired.step >= since
-    figures.val_minus_train = _mean(paired.val[late] - paired.train[late], since)
-    inside = (steps.step >= max(since, paired.step[0])) & (steps.step <= last) & np.isfinite(steps.loss)
-    around = np.interp(steps.step[inside], paired.step, paired.train)
-    figures.iter_minus_train = _mean(steps.loss[inside] - around, since)
-
-
-def _mean(values: np.ndarray, since: int) -> Mean | None:
-    """Standard error as of independent values: those of a training log are (each is another batch; in the two real
-    logs the autocorrelation at lag 1 is 0.04 and -0.12)."""
-    if len(values) < 3:
-        return None
-    return Mean(*mean_and_error(values), len(values), since)
+    figures.val_minus_train = Mean.of((val - train)[step >= since], since)
+    inside = (steps.step >= max(since, step[0])) & (steps.step <= last) & np.isfinite(steps.loss)
+    around = np.interp(steps.step[inside], step, train)
+    figures.iter_minus_train = Mean.of(steps.loss[inside] - around, since)
 
 
 def _utilisation(figures: Figures, log: LogFacts | None, gpu: Gpu | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fastgpt.doctor.evidence import Evidence, Place
+from fastgpt.doctor.evidence import Evidence, Seen
 from fastgpt.doctor.figures import Figures
 from fastgpt.hardware.cards import Gpu
 
@@ -28,31 +28,21 @@ class Finding:
     severity: Severity
     title: str
     """One line."""
-    evidence: list[tuple[Place, str]]
+    evidence: Seen
     """What is seen, and where."""
     explanation: str
     """Why it matters."""
     advice: str
     """What to change: config lines ready to paste, or one sentence. Config lines come first."""
-    confidence: Confidence
+    confidence: Confidence = "certain"
     cost: float = 0.0
     """Share of the run's compute that it wastes or puts at stake, 0 to 1: findings of one severity are ranked by it."""
     cost_text: str = ""
     """The same for people: "21.8 h of training"."""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "check": self.check,
-            "severity": self.severity,
-            "title": self.title,
-            "evidence": [{"file": place.file, "line": place.line, "text": text} for place, text in self.evidence],
-            "explanation": self.explanation,
-            "advice": self.advice,
-            "confidence": self.confidence,
-            "cost": round(self.cost, 4),
-            "cost_text": self.cost_text,
-        }
+        evidence = [{"file": place.file, "line": place.line, "text": text} for place, text in self.evidence]
+        return vars(self) | {"evidence": evidence, "cost": round(self.cost, 4)}
 
 
 def rank(findings: list[Finding]) -> list[Finding]:

@@ -13,7 +13,8 @@ from fastgpt.doctor.checks import environment
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence, Place
 from fastgpt.doctor.findings import Finding, rank
-from fastgpt.doctor.reading import configs_fastgpt, corpus
+from fastgpt.doctor.reading import corpus
+from fastgpt.doctor.reading.configs_fastgpt import of_sections
 from fastgpt.doctor.report.text import COLOURS, is_code
 from fastgpt.hardware import cards
 
@@ -29,7 +30,7 @@ def preflight(config: Config, device: torch.device, machine: environment.Machine
     """Findings on a run that is about to start: costliest first, empty when clean. Opens no data and makes no CUDA context
     of its own. ``machine``: for tests."""
     place = Place(str(config.config) if config.config else f"preset {config.preset}" if config.preset else "the flags")
-    evidence = Evidence(config=configs_fastgpt.of_config(config, place))
+    evidence = Evidence(config=of_sections(config.to_dict(), place))
     gpu = cards.present(device)
     found = diagnose(evidence, gpu, corpus.in_folder(Path(config.data.data))).findings
     it = machine or environment.Machine.here()

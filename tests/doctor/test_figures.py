@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -23,7 +24,6 @@ from fastgpt.doctor.reading.logs import LogReader
 from fastgpt.doctor.report.page import render
 from fastgpt.doctor.report.text import summary, to_json
 from fastgpt.hardware import cards
-from fastgpt.performance import fitting, memory
 from fastgpt.training.report import banner
 from tests.doctor.runs import RTX4070, config, curve, log, note, only
 
@@ -162,8 +162,8 @@ def test_no_accumulation_in_fp32_is_claimed_of_them(precision):
 
 @pytest.mark.parametrize("facts, precision", [*((ours(p), p) for p in IN_FORCE), (config("dtype = 'float32'"), "fp32")])
 def test_memory_is_planned_in_it(facts, precision, monkeypatch):
-    asked, plan = [], memory.memory
-    monkeypatch.setattr(fitting, "memory", lambda *args, **kw: asked.append(kw["precision"]) or plan(*args, **kw))
+    asked, plan = [], vram.memory
+    monkeypatch.setattr(vram, "memory", lambda *args, **kw: asked.append(kw["precision"]) or plan(*args, **kw))
     numbers = found(facts)
     assert vram.needed(numbers.shape, 8, numbers) and asked == [precision]
 
@@ -182,3 +182,8 @@ def test_a_card_without_bf16_is_told_to_take_fp16_in_fastgpts_words(precision):
     finding = only(diagnose(Evidence(ours(precision)), T4).findings, "no_bf16")
     assert finding.advice.startswith("precision = 'fp16'    # with loss scaling")
     assert "no_bf16" not in {f.check for f in diagnose(Evidence(ours("fp16")), T4).findings}
+
+
+def test_the_error_of_a_mean():
+    mean = figures.Mean.of(np.array([1.0, 2.0, 3.0, 4.0]), since=0)
+    assert (mean.value, mean.error) == pytest.approx((2.5, 0.6455), rel=1e-3)

@@ -17,7 +17,7 @@ from fastgpt.doctor.preflight import announce, preflight
 from fastgpt.hardware import cards
 from tests.doctor.runs import RTX4070
 
-MACHINE = Machine("linux", "2.11.0", cuda=True, triton="3.6.0", nvidia_driver=True)
+MACHINE = Machine("linux", "2.11.0", cuda=True, triton=True, nvidia_driver=True)
 CPU = torch.device("cpu")
 
 

@@ -24,15 +24,15 @@ PRODUCT = re.compile(r"\d[\d_,]*(?:\s*[*x×]\s*\d[\d_,]*)+[^=\d]*=\s*~?(\d[\d_,.
 PER_STEP = re.compile(
     NUMBER + r"\s*tokens?\s*(?:/|per)\s*(?:optimi[sz]er\s+)?(?:step|iter|update|batch)", re.IGNORECASE
 )
+EFFECTIVE_BATCH = re.compile(r"effective batch(?: size)?\s*[:=]?\s*~?(\d[\d,_]*)(?![\d,_.]*\s*[*x×kmb])", re.IGNORECASE)
 NAMES = ("wandb_run_name", "run_name", "out_dir", "out", "wandb_project")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A number that prose claims, as written and as a value."""
+    """A number that prose claims, and the line that does."""
 
     value: float
-    words: str
     place: Place
     line: str
 
@@ -55,11 +55,11 @@ def _line(setting: Setting) -> str:
 
 def claimed_sizes(figures: Figures) -> list[Claim]:
     """Model sizes that comments and run names claim, in parameters."""
-    claims: list[tuple[float | None, str, Setting]] = []
+    claims: list[tuple[float | None, Setting]] = []
     for _, setting in remarks(figures):
         for match in SIZE_IN_PROSE.finditer(setting.comment):
             if match[2] and match[2].lower() in "mb":
-                claims.append((amount(match[1], match[2]), match[0].strip(" ("), setting))
+                claims.append((amount(match[1], match[2]), setting))
     for name in NAMES:
         named = figures.config.settings.get(name)
         if named is None or not isinstance(named.value, str):
@@ -68,8 +68,8 @@ def claimed_sizes(figures: Figures) -> list[Claim]:
             before, after = named.value[: match.start()], named.value[match.end() + 1 :]
             if NOT_A_SIZE.search(before[-12:]) or re.match("tok|data|sample", after, re.IGNORECASE):
                 continue  # "fineweb-10B": tokens, not parameters
-            claims.append((amount(match[1], match[2]), match[0].strip("-_ /."), named))
-    return [Claim(value, words, setting.place, _line(setting)) for value, words, setting in claims if value]
+            claims.append((amount(match[1], match[2]), named))
+    return [Claim(value, setting.place, _line(setting)) for value, setting in claims if value]
 
 
 def agrees(claim: float, shape: anatomy.Shape) -> bool:
@@ -91,14 +91,9 @@ def tokens_per_step(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
         return
     sequences = tokens // block
     for name, setting in remarks(figures):
-        claim = _batch_claim(name, setting)
-        if claim is None:
-            continue
-        unit, value = claim
-        if value is None:
-            continue
+        unit, value = _batch_claim(name, setting)
         right = {"sequences": (sequences,), "tokens": (tokens,), "": (sequences, tokens)}[unit]
-        if any(abs(value / number - 1) <= 0.1 for number in right):
+        if value is None or any(abs(value / number - 1) <= 0.1 for number in right):
             continue
         yield Finding(
             id="schedule",
@@ -114,15 +109,12 @@ def tokens_per_step(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
             f"gradient_accumulation_steps is {sequences:,} sequences; times block_size {block:,} it is {tokens:,} "
             "tokens (in nanoGPT accumulation is over all GPUs together).",
             advice=_geometry(figures, value if unit == "sequences" else value / block),
-            confidence="certain",
-            cost=min(
-                1.0, abs(1 - sequences / max(value, 1)) if unit == "sequences" else abs(1 - tokens / max(value, 1))
-            ),
+            cost=min(1.0, abs(1 - (sequences if unit == "sequences" else tokens) / value)),
         )
 
 
-def _batch_claim(name: str, setting: Setting) -> tuple[str, float | None] | None:
-    """("sequences" | "tokens" | "", number) that a remark says one step has."""
+def _batch_claim(name: str, setting: Setting) -> tuple[str, float | None]:
+    """("sequences" | "tokens" | "", number) that a remark says one step has; ("", None) if it says nothing of it."""
     text = setting.comment
     product = PRODUCT.search(text)
     about_batch = name in ("batch_size", "gradient_accumulation_steps") or re.search("batch", text, re.IGNORECASE)
@@ -132,11 +124,8 @@ def _batch_claim(name: str, setting: Setting) -> tuple[str, float | None] | None
         return unit, amount(product[1], product[2])
     if per_step := PER_STEP.search(text):
         return "tokens", amount(per_step[1], per_step[2])
-    if per_step := re.search(
-        r"effective batch(?: size)?\s*[:=]?\s*~?(\d[\d,_]*)(?![\d,_.]*\s*[*x×kmb])", text, re.IGNORECASE
-    ):
-        return "", amount(per_step[1], "")
-    return None
+    effective = EFFECTIVE_BATCH.search(text)
+    return "", amount(effective[1], "") if effective else None
 
 
 def _geometry(figures: Figures, sequences: float) -> str:
@@ -171,7 +160,6 @@ def token_budget(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
             f"tokens, {planned / claimed:.1f} times what the comment says.",
             advice=f"max_iters = {steps}\nlr_decay_iters = {steps}\nif {rounded(claimed)} tokens were meant; else "
             "correct the comment.",
-            confidence="certain",
             cost=max(0.0, 1 - claimed / planned),
             cost_text=figures.hours(1 - claimed / planned) + " more than meant" if claimed < planned else "",
         )

@@ -1,14 +1,13 @@
 """The curve itself: what a loss must start at, what it must not do, and the speed it is traced at.
 
-Checks use robust statistics (medians, and scatter as fastgpt.statistics has it), so that a few odd lines of a log decide
-nothing.
+Checks use robust statistics (medians, and the scatter around them), so that a few odd lines of a log decide nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
 
 import numpy as np
 
@@ -16,21 +15,42 @@ from fastgpt.config import EXPERIMENTAL
 from fastgpt.doctor.checks.resume import learning_rate
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import Figures, evaluation_interval, steady
-from fastgpt.doctor.findings import Finding, check
+from fastgpt.doctor.findings import Check, Confidence, Finding, check
 from fastgpt.hardware.cards import Gpu
-from fastgpt.statistics import fit_line, scatter
 
 MUCH_EVALUATION = 0.05
-
 
 _finding = partial(Finding, "curve")
 
 
-def _losses(log: LogFacts | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def scatter(values: np.ndarray) -> float:
+    """A standard deviation that outliers do not move: 1.4826 x the median absolute deviation (exact for a normal
+    distribution)."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
+
+
+def fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Slope of the least-squares line, and its standard error."""
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred))
+    rest = y - y.mean() - slope * centred
+    return slope, math.sqrt(float(rest @ rest) / max(1, len(y) - 2) / float(centred @ centred))
+
+
+def of_log(function: Callable[[LogFacts, Figures], Iterator[Finding]]) -> Check:
+    """Register a check that looks at the log, where there is one."""
+
+    @check(section=10)
+    @wraps(function)
+    def checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+        if evidence.log is not None:
+            yield from function(evidence.log, figures)
+
+    return checked
+
+
+def _losses(log: LogFacts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, losses and lines, finite ones only."""
-    if log is None:
-        nothing = np.zeros(0)
-        return nothing, nothing, nothing
     good = np.isfinite(log.steps.loss)
     return log.steps.step[good], log.steps.loss[good], log.steps.line[good]
 
@@ -39,11 +59,11 @@ def _at(log: LogFacts, line: int, step: int, loss: float) -> tuple[Place, str]:
     return log.place(line), f"step {step}: loss {loss:.4f}"
 
 
-@check(section=10)
-def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+@of_log
+def not_a_number(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """NaN or infinity in the loss."""
-    log = evidence.log
-    if log is None or not (notes := log.all("nan")):
+    notes = log.all("nan")
+    if not notes:
         return
     step, loss, line = _losses(log)
     before = line < (notes[0].place.line or 0)
@@ -51,6 +71,7 @@ def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
     if before.any():
         seen.append(_at(log, line[before][-1], step[before][-1], loss[before][-1]))
     lost = 1 - float(step[before][-1]) / figures.steps_seen if before.any() and figures.steps_seen else 1.0
+    lost = max(0.0, lost)
     experimental = figures.precision in EXPERIMENTAL
     yield _finding(
         "nan",
@@ -62,18 +83,16 @@ def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
         + (f" {figures.precision} is experimental: no GPU has confirmed it yet." if experimental else ""),
         ("dtype = 'bfloat16'\n" if experimental or figures.precision == "fp16" else "")
         + "Go back to the last checkpoint before it, with half the learning_rate or twice the warmup_iters.",
-        "certain",
-        max(0.0, lost),
-        figures.hours(max(0.0, lost)),
+        cost=lost,
+        cost_text=figures.hours(lost),
     )
 
 
-@check(section=10)
-def start(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+@of_log
+def start(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """An untrained model guesses among V tokens: its loss is ln V."""
-    log = evidence.log
     step, loss, line = _losses(log)
-    if log is None or figures.shape is None or not len(step) or step[0] > 1 or log.all("resume"):
+    if figures.shape is None or not len(step) or step[0] > 1 or log.all("resume"):
         return
     if figures.config.get("init_from", "scratch") != "scratch":
         return
@@ -98,12 +117,11 @@ def start(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
     )
 
 
-@check(section=10)
-def divergence(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+@of_log
+def divergence(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """The run ends well above where it has been: median of the last tenth against the lowest median of a tenth."""
-    log = evidence.log
     step, loss, line = _losses(log)
-    if log is None or len(loss) < 20:
+    if len(loss) < 20:
         return
     width = max(5, len(loss) // 10)
     starts = np.unique(np.linspace(0, len(loss) - width, 400).astype(int))  # enough places for a log of any length
@@ -129,12 +147,11 @@ def divergence(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
     )
 
 
-@check(section=10)
-def spikes(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+@of_log
+def spikes(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """Single losses far above their neighbours, that come back."""
-    log = evidence.log
     step, loss, line = _losses(log)
-    if log is None or len(loss) < 40:
+    if len(loss) < 40:
         return
     half = 5
     padded = np.pad(loss, half, mode="edge")
@@ -158,12 +175,9 @@ def spikes(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
     )
 
 
-@check(section=10)
-def plateau(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+@of_log
+def plateau(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """No progress over the last third of the run, judged by a line through the validation losses."""
-    log = evidence.log
-    if log is None:
-        return
     good = np.isfinite(log.evals.val)
     step, val, line = log.evals.step[good], log.evals.val[good], log.evals.line[good]
     late = slice(2 * len(val) // 3, None)
@@ -197,19 +211,15 @@ def plateau(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[F
     )
 
 
-@check(section=10)
-def overfitting(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+@of_log
+def overfitting(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """Validation rises while train falls."""
-    log = evidence.log
-    if log is None:
-        return
     good = np.isfinite(log.evals.val) & np.isfinite(log.evals.train)
     if good.sum() < 8:
         return
     step, train, val, line = (a[good] for a in (log.evals.step, log.evals.train, log.evals.val, log.evals.line))
     best = int(np.argmin(val))
-    after = slice(best, None)
-    if len(val[after]) < 4 or val[-3:].mean() - val[best] < 0.05 or train[-3:].mean() > train[best] - 0.02:
+    if len(val) - best < 4 or val[-3:].mean() - val[best] < 0.05 or train[-3:].mean() > train[best] - 0.02:
         return
     lost = 1 - float(step[best]) / max(1.0, float(step[-1]))
     yield _finding(
@@ -228,12 +238,9 @@ def overfitting(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterat
     )
 
 
-@check(section=10)
-def throughput_drift(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+@of_log
+def throughput_drift(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """Steps that become slower over the run, or some that are far slower than the rest."""
-    log = evidence.log
-    if log is None:
-        return
     rows = np.flatnonzero(steady(log))
     if len(rows) < 20:
         return
@@ -245,6 +252,7 @@ def throughput_drift(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> I
         return log.place(log.steps.line[row]), f"step {log.steps.step[row]}: {log.steps.ms[row]:,.0f} ms"
 
     if late > 1.03 * early and late - early > 2 * noise / math.sqrt(fifth):
+        lost = (1 - early / late) / 2
         yield _finding(
             "throughput_drift",
             "warning",
@@ -256,8 +264,8 @@ def throughput_drift(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> I
             "nvidia-smi -q -d PERFORMANCE,TEMPERATURE while it runs: look for 'Thermal Slowdown' or 'Power Cap', and "
             "for other processes.",
             "likely",
-            (1 - early / late) / 2,
-            figures.hours((1 - early / late) / 2),
+            lost,
+            figures.hours(lost),
         )
     outliers = rows[ms > 1.25 * np.median(ms)]
     if len(outliers) >= 3 and len(outliers) >= 0.02 * len(rows):
@@ -280,25 +288,23 @@ def throughput_drift(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> I
 @check(section=10)
 def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """More than a twentieth of the time spent on evaluations: as measured, else as counted from the config."""
-    share, how, seen = figures.evaluation_share, "measured in the log", figures.place("eval_interval", "eval_iters")
+    share, how = figures.evaluation_share, "measured in the log"
+    confidence: Confidence = "certain"
     if share is None:
-        share, how = (
-            counted_share(figures, evidence.log),
-            "forward passes of both splits at a third of a training step's FLOPs",
-        )
+        share, confidence = counted_share(figures, evidence.log), "likely"
+        how = "forward passes of both splits at a third of a training step's FLOPs"
     if share is None or share <= MUCH_EVALUATION:
         return
     interval = evaluation_interval(figures.config, evidence.log)
-    iters = figures.config.get("eval_iters")
     longer = math.ceil(share / MUCH_EVALUATION) * 2 * (interval or 1)
     yield _finding(
         "evaluation_time",
         "warning",
         f"{share:.0%} of the time goes into evaluations ({share * 24 * 60:.0f} minutes per day)",
-        seen,
-        f"One every {interval} steps, {iters} batches a split ({how}).",
+        figures.place("eval_interval", "eval_iters"),
+        f"One every {interval} steps, {figures.config.get('eval_iters')} batches a split ({how}).",
         f"eval_interval = {longer}",
-        "certain" if figures.evaluation_share is not None else "likely",
+        confidence,
         share,
         figures.hours(share),
     )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 
 from fastgpt.common import gigabytes
 from fastgpt.doctor.checks import vram
-from fastgpt.doctor.evidence import Evidence, Place
+from fastgpt.doctor.evidence import Evidence, Place, Seen
 from fastgpt.doctor.figures import Figures
 from fastgpt.doctor.findings import Finding, check
-from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
+from fastgpt.performance.fitting import usable_vram
 
 HERE = Place("this machine")
 FP16 = "dtype = 'float16'    # with loss scaling, which nanoGPT and fastgpt then switch on"
@@ -28,77 +29,61 @@ class Machine:
     platform: str = "linux"
     """sys.platform."""
     torch: str | None = None
-    """Version; None if it is not installed."""
+    """Its version."""
     cuda: bool = False
     """torch sees a CUDA GPU."""
-    triton: str | None = None
-    """Version; None if it is not installed."""
+    triton: bool = False
+    """Triton is installed."""
     nvidia_driver: bool = False
-    gpu: str | None = None
-    capability: tuple[int, int] | None = None
 
     @classmethod
     def here(cls) -> Machine:
         """This machine. Imports torch; makes no CUDA context."""
         import torch
 
-        triton = next((v for v in map(_version, ("triton", "triton-windows", "pytorch-triton")) if v), None)
-        cuda = torch.cuda.is_available()
         driver = shutil.which("nvidia-smi") is not None
-        name = torch.cuda.get_device_name() if cuda else None
-        capability = torch.cuda.get_device_capability() if cuda else None
-        return cls(sys.platform, torch.__version__, cuda, triton, driver, name, capability)
+        return cls(sys.platform, torch.__version__, torch.cuda.is_available(), find_spec("triton") is not None, driver)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+_finding = partial(Finding, "environment")
 
 
-def _finding(
-    check: str, title: str, seen: list[tuple[Place, str]], explanation: str, advice: str, **more: object
-) -> Finding:
-    values: dict[str, object] = {"severity": "critical", "confidence": "certain", "cost": 1.0} | more
-    return Finding("environment", check, title=title, evidence=seen, explanation=explanation, advice=advice, **values)  # type: ignore[arg-type]
-
-
-def _no_cuda(seen: list[tuple[Place, str]], torch: str | None = None) -> Finding:
-    build = f" {torch}" if torch else ""
+def _no_cuda(seen: Seen, torch: str = "torch") -> Finding:
     return _finding(
         "no_cuda",
-        f"torch{build} sees no CUDA GPU",
+        "critical",
+        f"{torch} sees no CUDA GPU",
         seen,
         "Either torch is a CPU build ('+cpu' in its version), or the driver is missing or older than the CUDA that "
         "torch was built for.",
         "python -c 'import torch; print(torch.__version__, torch.version.cuda)' and nvidia-smi tell which; then "
         "install the CUDA build of torch that pytorch.org names for this driver.",
+        cost=1.0,
     )
 
 
-def _interpreted(seen: list[tuple[Place, str]]) -> Finding:
+def _interpreted(seen: Seen) -> Finding:
     return _finding(
         "interpreted",
+        "info",
         "The run was on a CPU, the kernels in Triton's interpreter: its speed says nothing",
         seen,
         "The interpreter shows that kernels compute the right thing, one program at a time in NumPy.",
         "The same command on a machine with a CUDA GPU; python train.py --kernels eager for speed on a CPU.",
-        severity="info",
-        cost=0.0,
     )
 
 
-def _no_triton(seen: list[tuple[Place, str]], windows: bool) -> Finding:
-    package = "triton-windows" if windows else "triton"
+def _no_triton(seen: Seen, windows: bool) -> Finding:
     return _finding(
         "no_triton",
+        "critical",
         "torch is here without Triton: no torch.compile on the GPU, and no kernels of this library",
         seen,
         "PyTorch's wheels for Windows do not bring Triton; triton-windows is a package of its own."
         if windows
         else "PyTorch's CUDA wheels for Linux depend on triton; this environment has lost it, or torch is a CPU build.",
-        f"pip install {package}",
+        "pip install triton-windows" if windows else "pip install triton",
+        cost=1.0,
     )
 
 
@@ -106,8 +91,9 @@ def machine(it: Machine, *, wants_cuda: bool, wants_triton: bool) -> Iterator[Fi
     """What this machine lacks for a run that is to start on it."""
     if not it.cuda and (wants_cuda or it.nvidia_driver):
         driver = "an NVIDIA driver is installed" if it.nvidia_driver else "the run asks for CUDA"
-        yield _no_cuda([(HERE, f"torch {it.torch}: torch.cuda.is_available() is False, and {driver}")], it.torch)
-    if it.triton is None and wants_triton:
+        seen = f"torch {it.torch}: torch.cuda.is_available() is False, and {driver}"
+        yield _no_cuda([(HERE, seen)], f"torch {it.torch}")
+    if not it.triton and wants_triton:
         yield _no_triton([(HERE, f"torch {it.torch}, no triton, {it.platform}")], it.platform.startswith("win"))
 
 
@@ -123,10 +109,12 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
     if notes := log.all("no_bf16"):
         yield _finding(
             "no_bf16",
+            "critical",
             "The card has no bf16, and the run stopped at it",
             [(notes[0].place, notes[0].text), *figures.place("dtype")],
             "bf16 came with Ampere (sm_80); Turing and Volta have fp16 tensor cores.",
             FP16,
+            cost=1.0,
         )
     if notes := log.all("no_triton"):
         windows = any(re.search(r"win(dows|32)|[A-Z]:\\", note.text, re.IGNORECASE) for note in log.notes)
@@ -135,20 +123,16 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
         batch = figures.config.get("batch_size")
         yield _finding(
             "out_of_memory",
+            "critical",
             "The run ran out of GPU memory",
             [(notes[-1].place, notes[-1].text), *figures.place("batch_size", "gradient_accumulation_steps")],
             "Activations and logits grow with the micro-batch; weights and optimizer do not. Half the micro-batch at "
             "twice the accumulation is the same optimizer step.",
-            _half(figures) if batch and batch > 1 else "A shorter block_size, or a smaller model.",
-            confidence="certain",
+            vram.lines(next(vram.geometries(figures, batch // 2)))
+            if batch and batch > 1
+            else "A shorter block_size, or a smaller model.",
+            cost=1.0,
         )
-
-
-def _half(figures: Figures) -> str:
-    """Half the micro-batch at the same tokens per step."""
-    batch, accumulate = figures.config.get("batch_size"), figures.config.get("gradient_accumulation_steps") or 1
-    smaller = next(size for size in range(batch // 2, 0, -1) if batch * accumulate % size == 0)
-    return vram.lines((smaller, batch * accumulate // smaller))
 
 
 @check(section=11)
@@ -159,6 +143,7 @@ def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator
     dtype, asked = figures.config.get("dtype"), figures.place("dtype")
     yield _finding(
         "no_bf16",
+        "warning",
         f"{gpu.name} ({gpu.arch}) has no bf16 tensor cores",
         asked or [(Place("--gpu"), gpu.name)],
         "bf16 came with Ampere (sm_80). "
@@ -166,8 +151,7 @@ def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator
         f"torch emulates it, far slower than fp16, which this card does at "
         f"{(gpu.peak_flops('fp16') or 0) / 1e12:.0f} TFLOP/s.",
         FP16,
-        severity="warning",
-        confidence="likely",
+        "likely",
         cost=0.5,
     )
 
@@ -179,12 +163,13 @@ def memory(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
     ran = evidence.log is not None and len(evidence.log.steps) > 1
     if gpu is None or shape is None or batch is None or ran:
         return
-    need, room = vram.needed(shape, batch, figures), vram.room(gpu)
+    need, room = vram.needed(shape, batch, figures), usable_vram(gpu)
     if need is None or need <= room:
         return
     geometry = vram.fitting(shape, figures, gpu)
     yield _finding(
         "too_little_vram",
+        "critical",
         f"Micro-batch {batch} needs about {gigabytes(need)}; the {gpu.name} has {gigabytes(room)} to give",
         figures.place("batch_size", "gradient_accumulation_steps", "n_embd", "n_layer"),
         f"A prediction (fastgpt.plan, {vram.kernels(figures)}): weights, gradients, optimizer, activations, logits or "
@@ -193,10 +178,6 @@ def memory(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
         f"{vram.lines(geometry)}\nthe same tokens per step; python -m fastgpt.plan shows every way."
         if geometry
         else "A smaller model or block_size: one sequence does not fit.",
-        confidence="likely",
+        "likely",
+        cost=1.0,
     )
-
-
-def known(name: str | None) -> Gpu | None:
-    """The table's entry for a card that a log or a machine names."""
-    return cards.lookup(name) if name else None

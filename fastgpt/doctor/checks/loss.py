@@ -8,9 +8,9 @@ import numpy as np
 
 from fastgpt.common import rounded
 from fastgpt.doctor.checks import scaling
-from fastgpt.doctor.evidence import Evidence, LogFacts, Place
+from fastgpt.doctor.evidence import Evidence, LogFacts, Seen
 from fastgpt.doctor.figures import Figures, Mean
-from fastgpt.doctor.findings import Confidence, Finding, check
+from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
 
 LARGE_CORPUS = 1e9
@@ -68,7 +68,7 @@ def _other_run(figures: Figures) -> str:
     )
 
 
-def _extreme_evaluations(log: LogFacts, gap: Mean) -> list[tuple[Place, str]]:
+def _extreme_evaluations(log: LogFacts, gap: Mean) -> Seen:
     """The last evaluation, and the one with the widest gap."""
     evals = log.evals
     difference = np.where(evals.step >= gap.since, evals.val - evals.train, np.nan)
@@ -89,18 +89,19 @@ def dropout_on_large_corpus(evidence: Evidence, figures: Figures, gpu: Gpu | Non
     if figures.epochs is not None:
         if figures.epochs >= 1:
             return
-        data, confidence = f"The run sees {figures.epochs:.2f} epochs of its data: no token twice. ", "certain"
+        data = f"The run sees {figures.epochs:.2f} epochs of its data: no token twice. "
     else:
         if tokens is None or tokens < LARGE_CORPUS or _overfits(figures):
             return
-        data = f"The run sees {rounded(tokens)} tokens. "
-        data += "How many the corpus has is not in these files (bytes of train.bin / 2), "
+        data = (
+            f"The run sees {rounded(tokens)} tokens. How many the corpus has is not in these files (bytes of train.bin / "
+            "2), "
+        )
         data += (
             "but validation does not rise above train: no sign that text is learned by heart. "
             if figures.val_minus_train
-            else ("but so large a run is seldom on a small corpus. ")
+            else "but so large a run is seldom on a small corpus. "
         )
-        confidence = "likely"
     cost = figures.iter_minus_train
     yield Finding(
         id="dropout_on_large_corpus",
@@ -111,14 +112,10 @@ def dropout_on_large_corpus(evidence: Evidence, figures: Figures, gpu: Gpu | Non
         evidence=figures.place("dropout", "max_iters", "dataset") + _noisiest(evidence.log, cost),
         explanation=data + "Dropout is for data that are seen again and again. " + _measured_cost(evidence, cost),
         advice="dropout = 0.0",
-        confidence=_confidence(confidence),
+        confidence="likely" if figures.epochs is None else "certain",
         cost=0.1,
         cost_text=f"{cost.value:.3f} nat in training" if cost and cost.sigmas >= 3 and cost.value > 0 else "",
     )
-
-
-def _confidence(word: str) -> Confidence:
-    return "certain" if word == "certain" else "likely"
 
 
 def _overfits(figures: Figures) -> bool:
@@ -141,7 +138,7 @@ def _measured_cost(evidence: Evidence, cost: Mean | None) -> str:
     )
 
 
-def _noisiest(log: LogFacts | None, cost: Mean | None) -> list[tuple[Place, str]]:
+def _noisiest(log: LogFacts | None, cost: Mean | None) -> Seen:
     """One iteration and the evaluation before it, as an example of the difference."""
     if log is None or cost is None or not len(log.steps):
         return []

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
 from fastgpt.anatomy import SHAPE
 from fastgpt.common import millions
-from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place, clean
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Seen, clean
 from fastgpt.doctor.figures import Figures
-from fastgpt.doctor.findings import Finding, check
+from fastgpt.doctor.findings import Finding, Severity, check
 from fastgpt.hardware.cards import Gpu
 
 
@@ -22,20 +21,18 @@ def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
     kept, config = evidence.checkpoint, evidence.config
     if kept is None or config is None:
         return
+    nanogpt = kept.kind == "nanogpt"
     differing = [
         name
         for name in SHAPE  # nanoGPT takes these from the checkpoint on resume, whatever the config says
-        if name in kept.shape and config.get(name) is not None and config.get(name) != kept.shape[name]
+        if config.get(name) is not None and config.get(name) != kept.shape.get(name, config.get(name))
+        if not nanogpt or name != "vocab_size" or config.is_set(name)  # else nanoGPT takes it from the data
     ]
-    if kept.kind == "nanogpt" and not config.is_set("vocab_size"):
-        differing = [name for name in differing if name != "vocab_size"]  # nanoGPT takes it from the data
     if not differing:
         return
     fields = "; ".join(
         f"{name}: {kept.shape[name]} in the checkpoint, {config.get(name)} in the config" for name in differing
     )
-    resumes = config.get("init_from") == "resume"
-    nanogpt = kept.kind == "nanogpt"
     yield Finding(
         id="resume_shape_mismatch",
         check="resume_shape_mismatch",
@@ -56,8 +53,7 @@ def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         )
         + "\n".join(f"{name} = {kept.shape[name]!r}" for name in differing)
         + ("\nto go on with the old model and say so." if nanogpt else ""),
-        confidence="certain",
-        cost=1.0 if resumes else 0.9,
+        cost=1.0 if config.get("init_from") == "resume" else 0.9,
         cost_text="everything that is trained after resuming" if nanogpt else "",
     )
 
@@ -89,20 +85,9 @@ def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None)
     step, end, stop = kept.step, config.get("lr_decay_iters"), config.get("max_iters")
     here = [(Place(kept.file), f"iter_num {step:,}")]
 
-    def finding(
-        check: str, severity: Any, title: str, explanation: str, advice: str, *names: str, cost: float
-    ) -> Finding:
-        return Finding(
-            "resume_schedule",
-            check,
-            severity,
-            title,
-            here + figures.place(*names),
-            explanation,
-            advice,
-            "certain",
-            cost,
-        )
+    def finding(check: str, severity: Severity, title: str, why: str, advice: str, *names: str, cost: float) -> Finding:
+        seen = here + figures.place(*names)
+        return Finding("resume_schedule", check, severity, title, seen, why, advice, cost=cost)
 
     resumes = config.get("init_from") == "resume"
     if evidence.config is kept.config and not resumes:
@@ -165,9 +150,7 @@ def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iter
     if last - figures.best_val < (0.001 if saved is not None else 0.02) or not (overwritten or saved is not None):
         return
     row = int(np.nanargmin(log.evals.val))
-    seen: list[tuple[Place, str]] = [
-        (log.place(log.evals.line[row]), f"step {log.evals.step[row]}: val {figures.best_val:.4f}")
-    ]
+    seen: Seen = [(log.place(log.evals.line[row]), f"step {log.evals.step[row]}: val {figures.best_val:.4f}")]
     if kept is not None and saved is not None:
         seen.append((Place(kept.file), f"best_val_loss {saved:.4f} at iter_num {kept.step}"))
     else:
@@ -194,7 +177,7 @@ def config_is_not_the_logs(evidence: Evidence, figures: Figures, gpu: Gpu | None
     config, log = evidence.config, evidence.log
     if config is None or log is None:
         return
-    differing = _differences(config, evidence, figures)
+    differing = _differences(config, log, figures)
     if not differing:
         return
     grave = any(grave for _, _, grave in differing)
@@ -207,17 +190,16 @@ def config_is_not_the_logs(evidence: Evidence, figures: Figures, gpu: Gpu | None
         explanation="The file was edited afterwards, or flags on the command line changed it. Findings that need "
         "both take the log's word for what happened.",
         advice="Give the config as it was when the run started, and the flags of its command line (--key=value).",
-        confidence="certain" if not grave else "likely",
-        cost=0.0,
+        confidence="likely" if grave else "certain",
     )
 
 
-def _differences(
-    config: ConfigFacts, evidence: Evidence, figures: Figures
-) -> list[tuple[str, list[tuple[Place, str]], bool]]:
-    log = evidence.log
-    assert log is not None
-    found: list[tuple[str, list[tuple[Place, str]], bool]] = []
+Difference = tuple[str, Seen, bool]
+"""What differs, where that is seen, and whether it makes the run another one."""
+
+
+def _differences(config: ConfigFacts, log: LogFacts, figures: Figures) -> list[Difference]:
+    found: list[Difference] = []
     for note in log.all("override"):
         name, value = note.value
         if config.is_set(name) and config.get(name) != value:
@@ -231,23 +213,13 @@ def _differences(
     for note in log.all("tokens_per_step"):
         parts = [config.get(name) for name in ("batch_size", "gradient_accumulation_steps", "block_size")]
         if note.value and None not in parts and math.prod(parts) != note.value:
-            found.append(
-                (
-                    f"{note.value:,} tokens per step in the log, {math.prod(parts):,} in the config",
-                    [(note.place, note.text)],
-                    True,
-                )
-            )
+            what = f"{note.value:,} tokens per step in the log, {math.prod(parts):,} in the config"
+            found.append((what, [(note.place, note.text)], True))
     if log.kind == "nanogpt" and log.steps.thinned == 1:
-        found += _interval("log_interval", config, log.steps.step, figures, log.place)
-        found += _interval("eval_interval", config, log.evals.step, figures, log.place)
+        for name, steps in (("log_interval", log.steps.step), ("eval_interval", log.evals.step)):
+            wanted, gaps = config.get(name), np.diff(steps)
+            gaps = gaps[gaps > 0]
+            if config.is_set(name) and wanted is not None and len(gaps) >= 3 and int(np.median(gaps)) != wanted:
+                what = f"{name} {wanted} in the config, {int(np.median(gaps))} in the log"
+                found.append((what, figures.place(name), False))
     return found
-
-
-def _interval(name: str, config: ConfigFacts, steps: np.ndarray, figures: Figures, place: Any) -> list[Any]:
-    wanted = config.get(name)
-    gaps = np.diff(steps)
-    gaps = gaps[gaps > 0]
-    if not config.is_set(name) or len(gaps) < 3 or wanted is None or int(np.median(gaps)) == wanted:
-        return []
-    return [(f"{name} {wanted} in the config, {int(np.median(gaps))} in the log", figures.place(name), False)]

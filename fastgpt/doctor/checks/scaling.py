@@ -33,10 +33,10 @@ class Fit:
         """Nats per token."""
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
-    def best_size(self, compute: float) -> float:
-        """Parameters that minimise the loss at ``compute`` = 6 N D FLOP (Hoffmann et al. 2022, equation 4)."""
-        G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        return G * (compute / 6) ** (self.beta / (self.alpha + self.beta))
+    def tokens_for(self, parameters: float, loss: float) -> float | None:
+        """Tokens after which a model of this size has this loss; None if it never does."""
+        rest = loss - self.E - self.A / parameters**self.alpha
+        return (self.B / rest) ** (1 / self.beta) if rest > 0 else None
 
 
 HOFFMANN = Fit("Hoffmann et al. 2022", 1.69, 406.4, 0.34, 410.7, 0.28)
@@ -77,7 +77,6 @@ class Measured:
     name: str
     shape: Shape
     gpu: str
-    dataset: str
     dropout: float
     tokens_per_step: int
     steady_ms: float  # median of iterations without an evaluation
@@ -101,7 +100,6 @@ SMALL = Measured(
     name="the 40.56M run",
     shape=GPT2_40M,
     gpu="NVIDIA GeForce RTX 4070",
-    dataset="fineweb",
     dropout=0.1,
     tokens_per_step=524288,
     steady_ms=3909.8,
@@ -114,7 +112,6 @@ LARGE = Measured(
     name="the 123.59M run",
     shape=GPT2_124M,
     gpu="NVIDIA GeForce RTX 4070",
-    dataset="fineweb",
     dropout=0.0,
     tokens_per_step=524288,
     steady_ms=9349.8,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from fastgpt.common import rounded
 from fastgpt.doctor.checks.comments import remarks
 from fastgpt.doctor.checks.resume import learning_rate
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.figures import Figures
-from fastgpt.doctor.findings import Confidence, Finding, Severity, check
+from fastgpt.doctor.findings import Finding, Severity, check
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance import flops
 
@@ -24,12 +25,10 @@ def _finding(
     explanation: str,
     advice: str,
     *names: str,
-    confidence: Confidence = "certain",
-    cost: float = 0.0,
-    cost_text: str = "",
+    **more: Any,
 ) -> Finding:
-    seen = figures.place(*names)
-    return Finding("schedule", check, severity, title, seen, explanation, advice, confidence, cost, cost_text)
+    """A finding whose evidence is the lines of the settings ``names``."""
+    return Finding("schedule", check, severity, title, figures.place(*names), explanation, advice, **more)
 
 
 @check(section=8)
@@ -62,9 +61,7 @@ def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
 def floor(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """min_lr above learning_rate: the "decay" is a rise."""
     low, high = figures.config.get("min_lr"), figures.config.get("learning_rate")
-    if low is None or high is None or low <= high:
-        return
-    if not figures.config.get("decay_lr", True):
+    if low is None or high is None or low <= high or not figures.config.get("decay_lr", True):
         return
     default = "" if figures.config.is_set("min_lr") else " (the default)"
     yield _finding(
@@ -145,8 +142,7 @@ def ranks(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         "nanoGPT divides the accumulation among the ranks and asserts that nothing is left over: the run does not "
         "start.",
         f"gradient_accumulation_steps = {count * max(1, round(accumulate / count))}",
-        "certain",
-        1.0,
+        cost=1.0,
     )
 
 
@@ -162,71 +158,60 @@ def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         return
     half_life = math.log(0.5) / math.log(value)
     memory = f"{half_life:.0f} steps, {rounded(half_life * tokens)} tokens"
-    told = f"beta2 {value:g} halves a squared gradient's weight in {memory}. "
     if tokens >= LARGE_BATCH and value >= 0.99:
-        yield _finding(
-            figures,
-            "beta2_for_batch",
-            "info",
-            f"beta2 {value:g} with {tokens:,} tokens per step: 0.95 is usual for batches this large",
-            told
-            + "GPT-3 and nanoGPT's GPT-2 take 0.95 at half a million tokens; 0.99 is nanoGPT's for tiny batches. A long "
+        better = 0.95
+        title = f"with {tokens:,} tokens per step: 0.95 is usual for batches this large"
+        why = (
+            "GPT-3 and nanoGPT's GPT-2 take 0.95 at half a million tokens; 0.99 is nanoGPT's for tiny batches. A long "
             "memory is slow to notice that gradients grew, and makes loss spikes likelier. What it costs here is not "
-            "known.",
-            "beta2 = 0.95",
-            "beta2",
-            confidence="possible",
+            "known."
         )
     elif tokens < SMALL_BATCH and half_life * tokens < SHORT_MEMORY and (total or 0) > 2000:
         better = 0.99 if value < 0.99 else 0.999
-        yield _finding(
-            figures,
-            "beta2_for_batch",
-            "info",
-            f"beta2 {value:g} with only {tokens:,} tokens per step: a longer memory is usual for batches this small",
-            told + "With few tokens per step the squared gradients are noisy, and so are the steps.",
-            f"beta2 = {better}",
-            "beta2",
-            confidence="possible",
-        )
+        title = f"with only {tokens:,} tokens per step: a longer memory is usual for batches this small"
+        why = "With few tokens per step the squared gradients are noisy, and so are the steps."
+    else:
+        return
+    why = f"beta2 {value:g} halves a squared gradient's weight in {memory}. {why}"
+    title, better_line = f"beta2 {value:g} {title}", f"beta2 = {better}"
+    yield _finding(figures, "beta2_for_batch", "info", title, why, better_line, "beta2", confidence="possible")
 
 
 @check(section=8)
 def weight_decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Weight decay on norms: nanoGPT says how many tensors it leaves alone."""
-    for note in evidence.log.all("no_decay") if evidence.log else []:
-        left_alone = re.search(r"non-decayed parameter tensors: (\d+)", note.text)
-        if left_alone and int(left_alone[1]) == 0 and figures.config.get("weight_decay", 0):
-            yield Finding(
-                "schedule",
-                "weight_decay_on_norms",
-                "warning",
-                "Weight decay is applied to every tensor, norms and biases too",
-                [(note.place, note.text), *figures.place("weight_decay")],
-                "Decay pulls the gains of the norms to 0, against what they are for; GPT-2 and GPT-3 recipes decay "
-                "matrices and embeddings only.",
-                "Put parameters with fewer than two dimensions into a group with weight_decay = 0.0.",
-                "certain",
-                0.02,
-            )
-            return
+    notes = evidence.log.all("no_decay") if evidence.log else []
+    wrong = [note for note in notes if re.search(r"non-decayed parameter tensors: 0\b", note.text)]
+    if not wrong or not figures.config.get("weight_decay", 0):
+        return
+    yield Finding(
+        "schedule",
+        "weight_decay_on_norms",
+        "warning",
+        "Weight decay is applied to every tensor, norms and biases too",
+        [(wrong[0].place, wrong[0].text), *figures.place("weight_decay")],
+        "Decay pulls the gains of the norms to 0, against what they are for; GPT-2 and GPT-3 recipes decay matrices and "
+        "embeddings only.",
+        "Put parameters with fewer than two dimensions into a group with weight_decay = 0.0.",
+        cost=0.02,
+    )
 
 
 @check(section=8)
 def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A large vocabulary that is not a multiple of 64."""
-    size = figures.shape.vocab_size if figures.shape else None
-    if size is None or figures.shape is None or size % 64 == 0 or size < 1024:
+    shape = figures.shape
+    if shape is None or shape.vocab_size % 64 == 0 or shape.vocab_size < 1024:
         return
-    padded = 64 * math.ceil(size / 64)
-    head = 6 * size * figures.shape.n_embd / flops.palm(figures.shape)
+    size, padded = shape.vocab_size, 64 * math.ceil(shape.vocab_size / 64)
+    head = 6 * size * shape.n_embd / flops.palm(shape)
     yield _finding(
         figures,
         "vocabulary_not_padded",
         "warning",
         f"vocab_size {size:,} is not a multiple of 64: the head's matmuls run off the fast path",
         f"The head is {head:.0%} of this model's FLOPs, and rows of {size:,} bf16 values are not aligned to 16 bytes, "
-        f"which tensor-core kernels want. {padded - size} rows more cost {(padded - size) * figures.shape.n_embd:,} "
+        f"which tensor-core kernels want. {padded - size} rows more cost {(padded - size) * shape.n_embd:,} "
         "parameters that no token uses.",
         f"vocab_size = {padded}",
         "vocab_size",
@@ -238,13 +223,10 @@ def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
 @check(section=8)
 def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Heads whose dimension attention kernels pad, or that are too small to fill a matmul instruction."""
-    if figures.shape is None:
+    shape = figures.shape
+    if shape is None or shape.n_embd % shape.n_head:
         return
-    if figures.shape.n_embd % figures.shape.n_head:
-        yield _indivisible(figures, figures.shape.n_embd, figures.shape.n_head)
-        return
-    width, heads = figures.shape.n_embd, figures.shape.n_head
-    D = width // heads
+    width, heads, D = shape.n_embd, shape.n_head, shape.n_embd // shape.n_head
     padded = max(16, 2 ** math.ceil(math.log2(D)))
     if padded / D < 1.2 and D >= 16:
         return
@@ -262,19 +244,18 @@ def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         "n_head",
         "n_embd",
         confidence="likely",
-        cost=(1 - D / padded)
-        * 12
-        * figures.shape.n_layer
-        * width
-        * figures.shape.block_size
-        / flops.palm(figures.shape)
-        / 2,
+        cost=(1 - D / padded) * 12 * shape.n_layer * width * shape.block_size / flops.palm(shape) / 2,
     )
 
 
-def _indivisible(figures: Figures, width: int, heads: int) -> Finding:
+@check(section=8)
+def heads_divide_the_width(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """Heads that do not divide the width."""
+    if figures.shape is None or figures.shape.n_embd % figures.shape.n_head == 0:
+        return
+    width, heads = figures.shape.n_embd, figures.shape.n_head
     near = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - heads), h))
-    return _finding(
+    yield _finding(
         figures,
         "heads_do_not_divide",
         "critical",

@@ -19,6 +19,7 @@ from fastgpt.doctor.figures import Figures
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance import flops
+from fastgpt.performance.fitting import usable_vram
 
 ADAM_BYTES = 16
 """Memory per parameter that does not depend on the batch: fp32 weight, gradient and AdamW's two moments."""
@@ -70,7 +71,6 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         f"{size / claimed:.0%} of what was meant. "
         f"{_consequences(figures, shape, change[1], gpu) if change else ''}".strip(),
         advice=_advice(change, _geometry(figures, change[1], gpu) if change else ""),
-        confidence="certain",
         cost=1.0,
         cost_text=figures.hours() + " on another model than was meant",
     )
@@ -112,7 +112,7 @@ def _consequences(figures: Figures, shape: Shape, other: Shape, gpu: Gpu | None)
     now, then = (vram.needed(s, batch, figures) if batch else None for s in (shape, other))
     if now and then:
         text += f", all together from {now / 1e9:.1f} to {gigabytes(then)} at micro-batch {batch} (fastgpt.plan's "
-        text += f"prediction; the {gpu.name} has {vram.room(gpu) / 1e9:.1f} to give)" if gpu else "prediction)"
+        text += f"prediction; the {gpu.name} has {usable_vram(gpu) / 1e9:.1f} to give)" if gpu else "prediction)"
     text += f". Time: {work:.2f} times the FLOPs per token"
     if figures.steady_ms_per_iter:
         text += f", {figures.steady_ms_per_iter * work / 1e3:.1f} s per step at the present MFU (a projection)"
@@ -151,51 +151,47 @@ def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         tokens = max(tokens, figures.tokens_planned or 0)
         if not figures.tokens_planned or tokens >= FEW * size:
             return
-    shown = tokens / size
-    evidence_lines = figures.place("max_iters", "n_layer", "n_embd")
-    steps = figures.steps_seen if figures.tokens_seen is not None else figures.config.get("max_iters")
-    if evidence.log is not None and many and figures.steps_seen is not None:
-        evidence_lines.insert(0, (_last_line(evidence.log), f"step {figures.steps_seen:,}"))
-    explanation = (
-        f"{steps:,} steps x {figures.tokens_per_step:,} = {tokens / 1e9:.2f}B tokens for {millions(size)} parameters: "
-        f"{ratio:.0f} per parameter, {ratio / scaling.TOKENS_PER_PARAMETER:.1f} times Chinchilla's 20. "
-        if many
-        else f"The run is planned for {shown:.1f} tokens per parameter; Chinchilla's compute-optimal split is about 20. "
-    )
-    explanation += (
-        "20 says how to split compute between size and tokens, not where to stop: a small model goes on improving, "
-        "and is cheaper to use. "
-        if many
-        else "At this compute a smaller model on more tokens would end lower. "
-    )
+    shown, log = tokens / size, evidence.log
+    seen = figures.place("max_iters", "n_layer", "n_embd")
+    if many:
+        steps = figures.steps_seen if figures.tokens_seen is not None else figures.config.get("max_iters")
+        explanation = (
+            f"{steps:,} steps x {figures.tokens_per_step:,} = {tokens / 1e9:.2f}B tokens for {millions(size)} parameters: "
+            f"{ratio:.0f} per parameter, {ratio / scaling.TOKENS_PER_PARAMETER:.1f} times Chinchilla's 20. "
+            "20 says how to split compute between size and tokens, not where to stop: a small model goes on improving, "
+            "and is cheaper to use. "
+        )
+        if log is not None:
+            if figures.steps_seen is not None:
+                seen.insert(0, (_last_line(log), f"step {figures.steps_seen:,}"))
+            explanation += _where_it_pays(log)
+    else:
+        explanation = (
+            f"The run is planned for {shown:.1f} tokens per parameter; Chinchilla's compute-optimal split is about 20. "
+            "At this compute a smaller model on more tokens would end lower. "
+        )
     best = None
-    if evidence.log is not None and many:
-        explanation += _where_it_pays(evidence.log)
     if figures.shape is not None:
         table, best = _same_compute(figures, figures.shape, tokens)
         explanation += table
+    times = f"{shown / 20:.1f} times" if shown >= 20 else f"a {20 / shown:.0f}th of"
+    waste = _waste(figures, best, tokens)
     yield Finding(
         id="tokens_per_parameter",
         check="many" if many else "few",
         severity="warning",
-        title=f"{_ratio(shown)} tokens per parameter: {_times(shown)} Chinchilla's 20",
-        evidence=evidence_lines,
+        title=f"{_ratio(shown)} tokens per parameter: {times} Chinchilla's 20",
+        evidence=seen,
         explanation=explanation.strip(),
         advice=_size_advice(figures, best, gpu),
         confidence="likely",
-        cost=_waste(figures, best, tokens),
-        cost_text=figures.hours(_waste(figures, best, tokens)) + " could have been saved for the same loss (fit)"
-        if best
-        else "",
+        cost=waste,
+        cost_text=figures.hours(waste) + " could have been saved for the same loss (fit)" if best else "",
     )
 
 
 def _ratio(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio / 20:.1f} times" if ratio >= 20 else f"a {20 / ratio:.0f}th of"
 
 
 def _last_line(log: LogFacts) -> Place:
@@ -258,13 +254,11 @@ def _waste(figures: Figures, best: scaling.Offer | None, tokens: float) -> float
     """Share of the compute without which the better size, by Hoffmann's fit, ends at this run's loss."""
     if best is None or figures.parameters is None or figures.shape is None:
         return 0.0
-    here = scaling.HOFFMANN.loss(figures.parameters, tokens)
     fit = scaling.HOFFMANN
-    rest = here - fit.E - fit.A / best.parameters**fit.alpha
-    if rest <= 0:
+    needed = fit.tokens_for(best.parameters, fit.loss(figures.parameters, tokens))
+    if needed is None:
         return 0.0
-    needed = (fit.B / rest) ** (1 / fit.beta) * flops.palm(best.shape)
-    return max(0.0, 1 - needed / (tokens * flops.palm(figures.shape)))
+    return max(0.0, 1 - needed * flops.palm(best.shape) / (tokens * flops.palm(figures.shape)))
 
 
 def _size_advice(figures: Figures, best: scaling.Offer | None, gpu: Gpu | None) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from fastgpt.common import percent, teraflops
 from fastgpt.doctor.checks import scaling
-from fastgpt.doctor.evidence import Evidence, LogFacts, Place
+from fastgpt.doctor.evidence import Evidence, LogFacts, Place, Seen
 from fastgpt.doctor.figures import ABOVE_NOMINAL, Figures, holds_evaluation, steady
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware import cards
@@ -78,11 +78,10 @@ def mfu_denominator(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
         if figures.mfu_nominal > 0.6
         else f"Profile the step: {percent(figures.mfu_nominal)} of the card leaves room (micro-batch, torch.compile, "
         "fused kernels).",
-        confidence="certain",
     )
 
 
-def _of_an_a100(figures: Figures, seen: list[tuple[Place, str]]) -> Finding:
+def _of_an_a100(figures: Figures, seen: Seen) -> Finding:
     """What can be said of the figure where the card is not known."""
     assert figures.mfu_nanogpt is not None
     return Finding(
@@ -95,7 +94,6 @@ def _of_an_a100(figures: Figures, seen: list[tuple[Place, str]]) -> Finding:
         f"this run does {figures.model_tflops:.1f} TFLOP/s per GPU (6N + 12LCT per token); what share of the card's "
         "own peak that is depends on the card.",
         advice="Name the card: --gpu rtx4070, for example.",
-        confidence="certain",
     )
 
 
@@ -123,7 +121,6 @@ def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         f"ones. {percent(printed)} is {printed * 312:.0f} TFLOP/s per GPU: {named}"
         + (f"Cards with a higher dense peak: {', '.join(able[:6])}." if able else "No card in the table is that fast."),
         advice="Name the log's own card: --gpu h100, for example.",
-        confidence="certain",
     )
 
 
@@ -154,7 +151,6 @@ def mfu_includes_eval(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> 
         f"the time. Over the whole run, evaluations and all, it is {percent(usual * (1 - figures.evaluation_share))} in "
         "nanoGPT's unit.",
         advice="Nothing to change for speed. To read the mfu of training, look at iterations without an evaluation.",
-        confidence="certain",
         cost=figures.evaluation_share,
         cost_text=f"{figures.evaluation_minutes_per_day:.0f} min per day",
     )
@@ -169,7 +165,7 @@ def _step(log: LogFacts, row: int) -> tuple[Place, str]:
     return log.place(s.line[row]), f"iter {s.step[row]}: {s.ms[row]:,.0f} ms, mfu {s.mfu[row]:.2f}%"
 
 
-def _usual_step(log: LogFacts) -> list[tuple[Place, str]]:
+def _usual_step(log: LogFacts) -> Seen:
     rows = np.flatnonzero(steady(log))
     return [_step(log, int(rows[-1]))] if len(rows) else []
 
@@ -192,5 +188,4 @@ def sm_gate(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[F
         "compiled. No batch size, model size or environment variable changes the number of SMs. The kernels of this "
         "library have no such gate: they are tuned per chip.",
         advice="Change nothing in batch or model. With fastgpt: python train.py --kernels triton.",
-        confidence="certain",
     )

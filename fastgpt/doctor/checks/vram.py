@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 
 from fastgpt.anatomy import Shape
@@ -10,6 +11,8 @@ from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 from fastgpt.doctor.figures import Figures
 from fastgpt.hardware.cards import Gpu
+from fastgpt.performance.fitting import usable_vram
+from fastgpt.performance.memory import memory
 
 
 def kernels(figures: Figures) -> str:
@@ -22,35 +25,28 @@ def kernels(figures: Figures) -> str:
 
 def needed(shape: Shape, micro_batch: int, figures: Figures) -> int | None:
     """Bytes of a training step, predicted; None for a shape or kernels that the planner has no answer for."""
-    from fastgpt.performance import memory
-
     dropout = figures.config.get("dropout") or 0.0
     precision = "fp32" if figures.precision == "tf32" else figures.precision
     try:
         model = ModelConfig(**asdict(shape), dropout=dropout if dropout < 1 else 0.0)
-        return memory.memory(model, micro_batch=micro_batch, kernels=kernels(figures), precision=precision).total
+        return memory(model, micro_batch=micro_batch, kernels=kernels(figures), precision=precision).total
     except UserError:
         return None
 
 
-def room(gpu: Gpu) -> int:
-    """Bytes that a run can have on this card."""
-    from fastgpt.performance import fitting as fitting_module
-
-    return fitting_module.usable_vram(gpu)
+def geometries(figures: Figures, largest: int) -> Iterator[tuple[int, int]]:
+    """Micro-batches from ``largest`` down, each with the accumulation that keeps the tokens per step."""
+    batch, accumulate = figures.config.get("batch_size"), figures.config.get("gradient_accumulation_steps") or 1
+    return ((size, batch * accumulate // size) for size in range(largest, 0, -1) if batch * accumulate % size == 0)
 
 
 def fitting(shape: Shape, figures: Figures, gpu: Gpu) -> tuple[int, int] | None:
-    """The largest micro-batch up to the present one that fits, and the accumulation that keeps the tokens per step.
-
-    None if the batch is not known, or one sequence does not fit."""
-    batch, accumulate = figures.config.get("batch_size"), figures.config.get("gradient_accumulation_steps") or 1
-    if batch is None:
-        return None
-    sizes = (size for size in range(batch, 0, -1) if batch * accumulate % size == 0)
-    found = next((size for size in sizes if (needed(shape, size, figures) or math.inf) <= room(gpu)), None)
-    return (found, batch * accumulate // found) if found else None
+    """The largest of the run's ``geometries`` that fits; None if its batch is not known, or one sequence does not fit."""
+    room = usable_vram(gpu)
+    sizes = geometries(figures, figures.config.get("batch_size") or 0)
+    return next((found for found in sizes if (needed(shape, found[0], figures) or math.inf) <= room), None)
 
 
 def lines(geometry: tuple[int, int]) -> str:
+    """Config lines for a micro-batch and its accumulation."""
     return f"batch_size = {geometry[0]}\ngradient_accumulation_steps = {geometry[1]}"

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastgpt.anatomy import SHAPE, Shapes, shape_told_by
 from fastgpt.common import UserError
@@ -39,8 +39,24 @@ def newest(folder: Path) -> Path | None:
 
 def read_checkpoint(path: Path) -> CheckpointFacts:
     """What a checkpoint holds. Raises UserError for one that is damaged, of another program, or that would run code."""
-    if path.is_dir():
-        return _fastgpt(path, *_from_folder(path))
+    state, shapes = _from_folder(path) if path.is_dir() else _from_file(path)
+    config = state.get("config")
+    sections = config if isinstance(config, Mapping) else {}
+    if path.is_dir() or isinstance(sections.get("model"), Mapping):
+        # fastgpt's: {config: {model, data, optim, train}, step, best_val_loss, ...}
+        facts = _facts("fastgpt", path, sections.get("model"), shapes)
+        facts.step = _whole(state.get("step"))
+        facts.config = configs_fastgpt.of_sections(sections, Place(str(path)))
+    else:  # nanoGPT's: {model, optimizer, model_args, iter_num, best_val_loss, config}, or a bare state dict
+        facts = _facts("nanogpt", path, state.get("model_args"), shapes)
+        facts.step = _whole(state.get("iter_num"))
+        facts.config = configs.of_values(config, Place(str(path))) if isinstance(config, Mapping) else None
+    facts.best_val_loss = _number(state.get("best_val_loss"))
+    return facts
+
+
+def _from_file(path: Path) -> tuple[Mapping[str, Any], Shapes]:
+    """A checkpoint that is one file: what it holds, and the shapes of its model's tensors."""
     state = _load(path)
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}: it is neither nanoGPT's nor fastgpt's")
@@ -50,33 +66,7 @@ def read_checkpoint(path: Path) -> CheckpointFacts:
         raise UserError(
             f"checkpoint {path} holds no GPT-2 (no transformer.wte.weight): it is neither nanoGPT's nor fastgpt's"
         )
-    config = state.get("config")
-    if isinstance(config, Mapping) and isinstance(config.get("model"), Mapping):
-        return _fastgpt(path, state, shapes)
-    return _nanogpt(path, state, shapes)
-
-
-def _nanogpt(path: Path, state: Mapping[str, Any], shapes: Shapes) -> CheckpointFacts:
-    """{model, optimizer, model_args, iter_num, best_val_loss, config}; of a bare state dict, what its tensors say."""
-    args, config = state.get("model_args"), state.get("config")
-    facts = _facts("nanogpt", path, args if isinstance(args, Mapping) else {}, shapes)
-    facts.step = _whole(state.get("iter_num"))
-    facts.best_val_loss = _number(state.get("best_val_loss"))
-    if isinstance(config, Mapping):
-        facts.config = configs.of_values(config, Place(str(path)))
-    return facts
-
-
-def _fastgpt(path: Path, state: Mapping[str, Any], shapes: Shapes) -> CheckpointFacts:
-    """{config: {model, data, optim, train}, step, best_val_loss, ...}."""
-    config = state.get("config")
-    config = config if isinstance(config, Mapping) else {}
-    shape = config.get("model")
-    facts = _facts("fastgpt", path, shape if isinstance(shape, Mapping) else {}, shapes)
-    facts.step = _whole(state.get("step"))
-    facts.best_val_loss = _number(state.get("best_val_loss"))
-    facts.config = configs_fastgpt.of_sections(config, Place(str(path)))
-    return facts
+    return state, shapes
 
 
 def _from_folder(path: Path) -> tuple[Mapping[str, Any], Shapes]:
@@ -134,10 +124,10 @@ def _shapes(tensors: Mapping[Any, Any]) -> Shapes:
     return shapes
 
 
-def _facts(kind: Any, path: Path, said: Mapping[Any, Any], shapes: Shapes) -> CheckpointFacts:
+def _facts(kind: Literal["nanogpt", "fastgpt"], path: Path, said: Any, shapes: Shapes) -> CheckpointFacts:
     """Shape as the checkpoint says it; where its tensors say otherwise, theirs."""
     facts = CheckpointFacts(kind, str(path), {})
-    for name in SHAPE:
+    for name in SHAPE if isinstance(said, Mapping) else ():
         if said.get(name) is None:
             continue
         try:
@@ -149,16 +139,10 @@ def _facts(kind: Any, path: Path, said: Mapping[Any, Any], shapes: Shapes) -> Ch
             why = f"the checkpoint says {facts.shape[name]}, its tensors {value}: the tensors count"
             facts.unread.append(Unread(Place(str(path)), name, why))
         facts.shape[name] = value
-    facts.parameters = _count(shapes) or None
+    # without position embeddings, and the causal masks that nanoGPT stores where it has no flash attention
+    not_counted = re.compile(r"wpe\.weight$|\.attn\.(?:masked_)?bias$")
+    facts.parameters = sum(math.prod(size) for name, size in shapes.items() if not not_counted.search(name)) or None
     return facts
-
-
-def _count(shapes: Shapes) -> int:
-    """Parameters, excluding position embeddings, and the causal masks that nanoGPT stores where it has no flash attention."""
-    masks = re.compile(r"\.attn\.(?:masked_)?bias$")
-    return sum(
-        math.prod(shape) for name, shape in shapes.items() if not masks.search(name) and not name.endswith("wpe.weight")
-    )
 
 
 def _number(value: Any) -> float | None:

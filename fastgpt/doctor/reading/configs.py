@@ -8,7 +8,6 @@ fastgpt's own TOML is configs_fastgpt.py.
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from fastgpt.doctor.reading.literals import (
     assign,
     checked,
     comment_of,
+    did_you_mean,
     literal_or_text,
     names_set_by,
     parse,
@@ -97,8 +97,9 @@ def parse_nanogpt(text: str, file: str, first_line: int = 1) -> ConfigFacts:
         comment = next((comments[j] for j in spanned if j < len(lines) and comments[j]), "")
         for name, value in assigned.items():
             facts.settings[name] = Setting(value, place, written, comment)
-            if meant := _misspelt(name):
-                why = f"nanoGPT has no setting {name} (did you mean {meant}?), so this line changes nothing"
+            meant = did_you_mean(name, DEFAULTS, likeness=0.85)  # nanoGPT takes any name without a word
+            if meant and name not in DEFAULTS and not name.startswith("_"):
+                why = f"nanoGPT has no setting {name}{meant}, so this line changes nothing"
                 facts.unread.append(Unread(place, written, why))
         if assigned:
             used.update(spanned)
@@ -133,7 +134,7 @@ def of_values(values: Mapping[Any, Any], place: Place) -> ConfigFacts:
     return facts
 
 
-def apply_overrides(facts: ConfigFacts, overrides: Sequence[str], place: Place = COMMAND_LINE) -> None:
+def apply_overrides(facts: ConfigFacts, overrides: Sequence[str]) -> None:
     """``--key=value`` (and ``--key value``) over a config, in place, under the names of the program it is for.
 
     Raises UserError for an argument of another form. A key that is not known, or a value that the program would stop at,
@@ -149,17 +150,16 @@ def apply_overrides(facts: ConfigFacts, overrides: Sequence[str], place: Place =
         value = literal_or_text(form[2])
         if facts.kind == "fastgpt":
             field = form[1].replace("-", "_").split(".")[-1]
-            configs_fastgpt.set_field(facts, field, Setting(value, place, argument))
+            configs_fastgpt.set_field(facts, field, Setting(value, COMMAND_LINE, argument))
         else:
-            override(facts, form[1], value, place, argument)
+            override(facts, form[1], value, COMMAND_LINE, argument)
 
 
 def override(facts: ConfigFacts, name: str, value: bool | int | float | str, place: Place, text: str) -> None:
     """One override as nanoGPT takes it: a setting that exists, a value of the very type that it has."""
     if name not in facts.settings and name not in DEFAULTS:
-        close = difflib.get_close_matches(name, DEFAULTS, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        facts.unread.append(Unread(place, text, f"nanoGPT's train.py has no setting {name}{hint} and stops at it"))
+        why = f"nanoGPT's train.py has no setting {name}{did_you_mean(name, DEFAULTS)} and stops at it"
+        facts.unread.append(Unread(place, text, why))
         return
     present = facts.get(name, DEFAULTS.get(name))
     if present is not None and type(present) is not type(value):
@@ -184,10 +184,3 @@ def _statements(text: str, lines: list[str]) -> Iterator[tuple[int, ast.stmt | N
             yield from [(i, node) for node in parse(line).body]
         except PARSE_ERRORS:
             yield i, None
-
-
-def _misspelt(name: str) -> str | None:
-    """The setting that an unknown name was probably meant to be: nanoGPT takes it without a word."""
-    if name in DEFAULTS or name.startswith("_"):
-        return None
-    return next(iter(difflib.get_close_matches(name, DEFAULTS, n=1, cutoff=0.85)), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 from fastgpt.common import UserError
 from fastgpt.config import SECTIONS, Config
 from fastgpt.doctor.evidence import ConfigFacts, Place, Setting, Unread
-from fastgpt.doctor.reading.literals import NotLiteral, checked, comment_of
+from fastgpt.doctor.reading.literals import NotLiteral, checked, comment_of, did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -81,19 +80,13 @@ def of_sections(sections: Mapping[Any, Any], place: Place) -> ConfigFacts:
     return facts
 
 
-def of_config(config: Config, place: Place) -> ConfigFacts:
-    """A configuration of this library, as train.py is about to use it."""
-    return of_sections(config.to_dict(), place)
-
-
 def set_field(facts: ConfigFacts, key: str, setting: Setting, section: str | None = None) -> None:
     """One of fastgpt's fields under nanoGPT's name and in nanoGPT's terms: min_lr is a rate there, not a share, and the
     decay's end is a number of steps. What fastgpt does not have, or cannot be, goes into ``facts.unread``."""
     known = {field.name for name, kind in SECTIONS.items() if section in (None, name) for field in fields(kind)}
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        facts.unread.append(Unread(setting.place, setting.text or key, f"fastgpt has no field {key}{hint}"))
+        why = f"fastgpt has no field {key}{did_you_mean(key, known)}"
+        facts.unread.append(Unread(setting.place, setting.text or key, why))
         return
     name, value = _RENAMED.get(key, key), setting.value
     try:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import io
 import math
 import operator
 import tokenize
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from fastgpt.doctor.evidence import RANGES
 
 LONGEST = 10_000
 """A line or string of more characters is not a setting."""
@@ -40,6 +43,12 @@ def literal_or_text(text: str) -> bool | int | float | str:
     return value if isinstance(value, (bool, int, float, str)) else text
 
 
+def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """ " (did you mean this?)", or "" if no known name is that much alike."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 def comment_of(line: str) -> str:
     """What follows the # on a line, or ""."""
     if "#" not in line or len(line) > LONGEST:
@@ -52,8 +61,6 @@ def comment_of(line: str) -> str:
         pass
     return ""
 
-
-_SIZES = {"n_layer", "n_head", "n_embd", "block_size", "vocab_size", "batch_size", "gradient_accumulation_steps"}
 
 _BOUNDS = {"max_iters", "warmup_iters", "lr_decay_iters"}  # only compared with: 3e9 / 524288 works, and means its floor
 
@@ -77,9 +84,10 @@ def checked(name: str, value: Any, like: Any) -> Any:
             return float(value)
         if value != int(value) and name not in _BOUNDS:
             raise NotLiteral(f"{name} is {value}: it must be a whole number")
-        if name in _SIZES and value < 1:
-            raise NotLiteral(f"{name} is {value}: it must be at least 1")
-        return int(value)
+        value = int(value)
+        if name in RANGES and value < RANGES[name][0]:
+            raise NotLiteral(f"{name} is {value}: it must be at least {RANGES[name][0]}")
+        return value
     if isinstance(like, str) and not isinstance(value, str):
         raise NotLiteral(f"{name} is {_short(value)}: it must be a string")
     return value

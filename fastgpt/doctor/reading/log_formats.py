@@ -7,9 +7,9 @@ for certain. A number counts only when what follows it shows where it ends.
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Kind = Literal["nanogpt", "nanochat", "llm.c", "fastgpt", "unknown"]
+from fastgpt.doctor.evidence import LogKind
 
 _N = rb"[-+]?(?:\d+(?:,\d{3})*(?:\.\d*)?(?:[eE][-+]?\d+)?|nan|NaN|inf)"
 _NA = rb"(?:" + _N + rb"|n/a)"
@@ -20,14 +20,14 @@ _LOSS = rb"(?P<loss>" + _N + rb")"
 class StepForm(NamedTuple):
     """A step line. Groups: step, loss and, where the form has them, ms, mfu (percent), rate (tokens per second), lr."""
 
-    kind: Kind
+    kind: LogKind
     mark: bytes
     """Bytes that every line of this form contains: cheap to look for."""
     strict: re.Pattern[bytes]
     loose: re.Pattern[bytes]
 
 
-def _form(kind: Kind, mark: bytes, strict: bytes, loose: bytes) -> StepForm:
+def _form(kind: LogKind, mark: bytes, strict: bytes, loose: bytes) -> StepForm:
     return StepForm(kind, mark, re.compile(strict), re.compile(loose))
 
 
@@ -76,7 +76,7 @@ STEPS = (
 
 _D = rb"(?:\d+\.\d{2,12}|nan|inf)(?!\d)"
 _D4 = rb"(?:\d+\.\d{4,12}|nan|inf)(?!\d)"  # fewer decimals: shortened by a cut or a wrap
-EVALS: tuple[tuple[Kind, re.Pattern[bytes]], ...] = (
+EVALS: tuple[tuple[LogKind, re.Pattern[bytes]], ...] = (
     # step 500: train loss 5.4383, val loss 5.5055
     (
         "nanogpt",
@@ -95,7 +95,7 @@ START = re.compile(rb"(?:iter|step)\s+\d{1,12}\s*[:/]")
 VAL_LOSS = re.compile(rb"val\s+loss")
 """What an evaluation line contains."""
 
-NOTES: tuple[tuple[str, Kind | None, bytes], ...] = (
+_NOTES: tuple[tuple[str, LogKind | None, bytes], ...] = (
     ("parameters", "nanogpt", rb"number of parameters: ([\d.]{1,12}M)"),
     ("no_decay", "nanogpt", rb"num non-decayed parameter tensors: (\d{1,6})"),
     ("parameters", "fastgpt", rb"([\d.]{1,12}M) parameters \((?:excluding position embeddings|positions apart)\)"),
@@ -133,6 +133,7 @@ NOTES: tuple[tuple[str, Kind | None, bytes], ...] = (
     ("traceback", None, rb"(Traceback \(most recent call last\))"),
     ("val_bpb", "nanochat", rb"Step (\d{1,12} \| Validation bpb: \d+\.\d{4,})"),
 )
+NOTES = [(kind, program, re.compile(pattern)) for kind, program, pattern in _NOTES]
 """Lines that say something else: kind, whose log it shows, pattern with the value in its first group."""
 
 RECORD_WORDS = (b"iter ", b"step ", b'"step"', b"val loss", b"trl:", b"tel:")

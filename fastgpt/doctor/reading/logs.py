@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, Note, Place, Steps, Unread
+from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, LogKind, Note, Place, Steps, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt, literals
 from fastgpt.doctor.reading import log_formats as forms
 from fastgpt.doctor.reading.encoding import blocks
@@ -44,7 +44,11 @@ def read_log(path: Path, limit: int = MOST_STEPS) -> LogFacts:
 
 
 class LogReader:
-    """Reads a log in blocks that end where a line ends; ``facts`` then returns what it says."""
+    """Reads a log in blocks that end where a line ends; ``facts`` then returns what it says.
+
+    Each line goes first to ``_reads_on``, where something that takes several lines has begun: a line that the terminal
+    wrapped (``_continue``), a config that nanoGPT repeats (``_echoed``), a traceback. What that leaves is looked through for
+    steps and evaluations (``_records``), then for notes."""
 
     def __init__(self, file: str, limit: int = MOST_STEPS) -> None:
         self.file = file
@@ -52,7 +56,7 @@ class LogReader:
         self.steps = Series(7, limit)  # step, loss, ms, mfu, tokens per second, lr, line
         self.evals = Series(4, MOST_EVALS)  # step, train, val, line
         self.notes: dict[str, list[Note]] = {}
-        self.kinds: Counter[forms.Kind] = Counter()
+        self.kinds: Counter[LogKind] = Counter()
         self.config: ConfigFacts | None = None
         self._forms = list(forms.STEPS)
         self._fits: forms.StepForm | None = None  # the form that the last step had
@@ -166,20 +170,19 @@ class LogReader:
             if "val" in match.re.groupindex:
                 said = match.groupdict()
                 step = int(said["step"]) if said.get("step") else self._step
-                self._eval(step, _float(said.get("train")), _float(said["val"]), number)
+                self.evals.add((step, _float(said.get("train")), _float(said["val"]), number))
             else:
                 self._step_from(match, line, number)
         return max((match.end() for _, match in found), default=0)
 
-    def _steps_in(self, line: bytes) -> list[tuple[forms.Kind, re.Match[bytes]]]:
+    def _steps_in(self, line: bytes) -> list[tuple[LogKind, re.Match[bytes]]]:
         for form in self._forms:
             if form.mark in line:
                 found = [(form.kind, match) for match in form.strict.finditer(line)]
                 if found:
                     if form is not self._fits:
-                        self._fits = (
-                            form  # it comes first from now on, behind fastgpt's only, whose lines nanoGPT's fits too
-                        )
+                        self._fits = form
+                        # It comes first from now on, behind fastgpt's only, whose lines nanoGPT's form fits too.
                         self._forms.sort(key=lambda other: (other.kind != "fastgpt", other is not form))
                     return found
         return []
@@ -207,9 +210,6 @@ class LogReader:
         if not math.isfinite(loss):
             self._add_note("nan", line, number, loss)
 
-    def _eval(self, step: int, train: float, val: float, number: int) -> None:
-        self.evals.add((step, train, val, number))
-
     def _json(self, line: bytes, number: int) -> bool:
         """A line of metrics.jsonl."""
         try:
@@ -226,14 +226,13 @@ class LogReader:
         step = _number(record.get("step"))
         if not (0 <= step < 1e12):
             return "event" in record
-        loss, val = _number(record.get("loss")), _number(record.get("val_loss"))
         if "loss" in record:
             self.kinds["fastgpt"] += 1
-            rest = [_number(record.get(name)) for name in ("ms", "mfu", "tokens_per_second", "lr")]
-            self._take_step(int(step), [loss, rest[0], rest[1] * 100, *rest[2:]], line, number)
+            loss, ms, mfu, *rest = (_number(record.get(k)) for k in ("loss", "ms", "mfu", "tokens_per_second", "lr"))
+            self._take_step(int(step), [loss, ms, 100 * mfu, *rest], line, number)
         if record.get("val_loss") is not None:
             self.kinds["fastgpt"] += 1
-            self._eval(int(step), _number(record.get("train_loss")), val, number)
+            self.evals.add((int(step), _number(record.get("train_loss")), _number(record["val_loss"]), number))
         return True
 
     # --- everything else ---
@@ -243,7 +242,7 @@ class LogReader:
             self._end_echo()
             self._echo_line, self._reads_on = number + 1, self._echoed
             self.kinds["nanogpt"] += 1
-        for kind, program, pattern in _NOTES:
+        for kind, program, pattern in forms.NOTES:
             if match := pattern.search(line):
                 if program is not None:
                     self.kinds[program] += 1
@@ -321,9 +320,6 @@ class LogReader:
             unread=unread,
             config=self.config,
         )
-
-
-_NOTES = [(kind, program, re.compile(pattern)) for kind, program, pattern in forms.NOTES]
 
 
 def _not_plain(lines: list[bytes]) -> list[int]:
@@ -419,14 +415,14 @@ class Series:
         self._used, self.stride = half, self.stride * 2
 
 
-def in_order(rows: np.ndarray, step_column: int = 0) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """Rows with strictly rising steps, and where the run was begun again: (index of the row, step before, step it went back
-    to).
+def in_order(rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
+    """Rows whose first column, the step, strictly rises, and where the run was begun again: (index of the row, step
+    before, step it went back to).
 
     A step that is printed again at once (by another rank) counts as printed last. Where a run was begun again, what it had
     done past that step is dropped. A step that goes back for a moment (a rank that lags, a garbled digit) fills a gap or is
     dropped."""
-    steps = rows[:, step_column]
+    steps = rows[:, 0]
     back: list[tuple[int, int, int]] = []
     order: list[float] = []  # steps kept, rising
     row_of: dict[float, int] = {}

@@ -9,7 +9,7 @@ from stat import S_ISREG
 
 from fastgpt.common import UserError
 from fastgpt.config import config_folder, preset_names
-from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Unread
+from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Evidence, LogFacts, Place, Unread
 from fastgpt.doctor.reading import checkpoints, configs, configs_fastgpt
 from fastgpt.doctor.reading.encoding import decode, is_text
 from fastgpt.doctor.reading.logs import read_log
@@ -31,15 +31,20 @@ def read(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evidence:
     given: dict[str, Path] = {}
     for path in files:
         if path not in folders:
-            kind = _read_one(path, evidence)
+            facts = _read_one(path)
+            kind = _KINDS[type(facts)]
             if kind in given:
                 both = f"{given[kind]} and {path} are both a {kind}"
                 raise UserError(f"{both}: the doctor looks at one run, so name one of them")
             given[kind] = path
+            setattr(evidence, kind, facts)
     for path in folders:
         _read_folder(path, evidence)
     _settle_config(evidence, overrides)
     return evidence
+
+
+_KINDS = {ConfigFacts: "config", LogFacts: "log", CheckpointFacts: "checkpoint"}
 
 
 def _settle_config(evidence: Evidence, overrides: Sequence[str]) -> None:
@@ -65,30 +70,22 @@ def _preset(path: Path) -> Path:
     return path
 
 
-def _read_one(path: Path, evidence: Evidence) -> str:
-    """Read one file into its place; returns "config", "log" or "checkpoint". The last of two of a kind stays."""
+def _read_one(path: Path) -> ConfigFacts | LogFacts | CheckpointFacts:
     try:
         if os.path.isdir(path):  # not Path.is_dir: it raises for a name that is too long
-            evidence.checkpoint = checkpoints.read_checkpoint(path)
-            return "checkpoint"
+            return checkpoints.read_checkpoint(path)
         mode = path.stat()
         if not S_ISREG(mode.st_mode):
             raise UserError(f"{path} is not a file: write what it gives into one")
         with open(path, "rb") as file:
             data = file.read(LARGEST_CONFIG + 1)
         if checkpoints.is_checkpoint(path, data[:4]):
-            evidence.checkpoint = checkpoints.read_checkpoint(path)
-            return "checkpoint"
-        found = _text_file(path, data)
+            return checkpoints.read_checkpoint(path)
+        return _text_file(path, data)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:  # a name with a NUL in it
         raise UserError(f"{str(path)!r} cannot be read: {error}") from error
-    if isinstance(found, ConfigFacts):
-        evidence.config = found
-        return "config"
-    evidence.log = found
-    return "log"
 
 
 def _text_file(path: Path, data: bytes) -> ConfigFacts | LogFacts:
@@ -122,46 +119,38 @@ def _read_folder(folder: Path, evidence: Evidence) -> None:
     """Take from a run's folder what was not given by name: metrics.jsonl or the newest log, the newest checkpoint, the
     config if there is only one. What is left, and what cannot be read, is listed. Raises UserError if there is nothing."""
     try:
-        checkpoint = checkpoints.newest(folder)
+        newest = checkpoints.newest(folder)
         files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: -path.stat().st_mtime)
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}") from error
-    found = Evidence(log=evidence.log)
-    named = evidence.log is not None
-    all_configs: list[ConfigFacts] = []
-    if checkpoint is not None and evidence.checkpoint is None:
-        _try(checkpoint, found)
-    for path in sorted(
-        (path for path in files if path.suffix in _LOGS + _CONFIGS), key=lambda path: _ORDER.index(path.suffix)
-    ):
-        if found.log is None or path.suffix in _CONFIGS:
-            _try(path, found)
-        elif not named:
-            found.unread.append(Unread(Place(str(path)), "", f"it was left alone: the log is {found.log.file}"))
-        if found.config is not None:
-            all_configs.append(found.config)
-            found.config = None
-    if len(all_configs) > 1:
-        found.unread.append(
-            Unread(Place(str(folder)), "", f"{len(all_configs)} configs lie in it: name the one that was used")
-        )
-    has_checkpoint = found.checkpoint is not None or (checkpoint is not None and evidence.checkpoint is not None)
-    if not has_checkpoint and not all_configs and found.log is None:
+    found = Evidence(log=evidence.log, checkpoint=evidence.checkpoint)
+    configs_here: list[ConfigFacts] = []
+    texts = sorted((path for path in files if path.suffix in _ORDER), key=lambda path: _ORDER.index(path.suffix))
+    for path in [newest, *texts] if newest is not None and evidence.checkpoint is None else texts:
+        if found.log is not None and path.suffix in _LOGS:
+            if evidence.log is None:
+                found.unread.append(Unread(Place(str(path)), "", f"it was left alone: the log is {found.log.file}"))
+            continue
+        try:
+            facts = _read_one(path)
+        except UserError as error:
+            found.unread.append(Unread(Place(str(path)), "", str(error)))
+            continue
+        if isinstance(facts, ConfigFacts):
+            configs_here.append(facts)
+        else:
+            setattr(found, _KINDS[type(facts)], facts)
+    if len(configs_here) > 1:
+        why = f"{len(configs_here)} configs lie in it: name the one that was used"
+        found.unread.append(Unread(Place(str(folder)), "", why))
+    if not configs_here and found.log is None and (newest is None or found.checkpoint is None):
         why = f": {found.unread[0].why}" if found.unread else ""
         raise UserError(f"{folder} has no config, log or checkpoint that can be read in it{why}")
-    evidence.checkpoint = evidence.checkpoint or found.checkpoint
-    evidence.log = found.log
-    if evidence.config is None and len(all_configs) == 1:
-        evidence.config = all_configs[0]
+    evidence.log, evidence.checkpoint = found.log, found.checkpoint
+    if evidence.config is None and len(configs_here) == 1:
+        evidence.config = configs_here[0]
     evidence.unread += found.unread
 
 
-_LOGS, _CONFIGS = (".jsonl", ".log", ".txt", ".out"), (".py", ".toml")
-_ORDER = _LOGS + _CONFIGS  # the likeliest first
-
-
-def _try(path: Path, found: Evidence) -> None:
-    try:
-        _read_one(path, found)
-    except UserError as error:
-        found.unread.append(Unread(Place(str(path)), "", str(error)))
+_LOGS = (".jsonl", ".log", ".txt", ".out")
+_ORDER = (*_LOGS, ".py", ".toml")  # the likeliest first

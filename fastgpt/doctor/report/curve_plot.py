@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 import numpy as np
@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 900, 380
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 46, 40
 DOTS = 2000  # a longer log is drawn thinned
 Pin = tuple[int, int, Finding]  # step, number, finding
+Scale = Callable[[float], float]  # a step or loss -> its place in the picture
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -56,7 +57,7 @@ def loss_curve(log: LogFacts, pins: Sequence[Pin]) -> str:
     for i, (name, colour) in enumerate(legend):
         parts.append(f"<rect x={WIDTH - 330} y={TOP + 10 + 18 * i} width=14 height=4 fill='{colour}'/>")
         parts.append(f"<text x={WIDTH - 310} y={TOP + 16 + 18 * i}>{name}</text>")
-    parts += _pins(pins, x, y, steps, losses, series)
+    parts += _pins(pins, x, y, *(series[1][2:] if len(series[1][2]) else (steps, losses)))
     return f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='Loss by step'>{''.join(parts)}</svg>"
 
 
@@ -66,7 +67,7 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return steps[good], values[good]
 
 
-def _axes(x, y, last: int, low: float, high: float) -> list[str]:  # type: ignore[no-untyped-def]
+def _axes(x: Scale, y: Scale, last: int, low: float, high: float) -> list[str]:
     parts, taken = [], math.inf
     marks = sorted({*ticks(low, low + (high - low) / 6, 4), *ticks(low, high, 7)})
     for loss in marks:
@@ -87,12 +88,12 @@ def _axes(x, y, last: int, low: float, high: float) -> list[str]:  # type: ignor
     return parts
 
 
-def _pins(pins: Sequence[Pin], x, y, steps, losses, series) -> list[str]:  # type: ignore[no-untyped-def]
-    """A numbered circle above each step that a finding cites, a thread down to the curve; neighbours stand side by side."""
+def _pins(pins: Sequence[Pin], x: Scale, y: Scale, steps: np.ndarray, losses: np.ndarray) -> list[str]:
+    """A numbered circle above each step that a finding cites, a thread down to the curve of these losses; neighbours stand
+    side by side."""
     parts: list[str] = []
     taken: list[tuple[float, float]] = []
     drawn: dict[int, float] = {}  # number -> where its last pin points
-    on = (series[1][2], series[1][3]) if len(series[1][2]) else (steps, losses)
     for step, number, finding in sorted(pins, key=lambda pin: (-pin[0], -pin[1])):
         if number in drawn and abs(drawn[number] - x(step)) < 24:
             continue
@@ -103,7 +104,7 @@ def _pins(pins: Sequence[Pin], x, y, steps, losses, series) -> list[str]:  # typ
             if at < LEFT:
                 at, height = x(step), height + 22
         taken.append((at, height))
-        foot = y(float(np.interp(step, *on)))
+        foot = y(float(np.interp(step, steps, losses)))
         colour = f"var(--{finding.severity})"
         parts.append(
             f"<a href='#finding-{number}'><title>{escape(finding.title)}</title><line x1={at:.1f} x2={x(step):.1f} "

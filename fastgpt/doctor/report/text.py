@@ -39,12 +39,8 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
         return [] if any(value is None for value in values) else [(name, form.format(*values))]
 
     f = figures
-    parameters = millions(f.parameters) if f.parameters else None
-    spent = f.tokens_seen if f.tokens_seen is not None else f.tokens_planned
-    share = 100 * f.evaluation_share if f.evaluation_share is not None else None
-    nominal = 100 * f.mfu_nominal if f.mfu_nominal is not None else None
-    unit = 100 * f.mfu_nanogpt if f.mfu_nanogpt is not None else None
-    ceiling = 100 * f.ceiling_nanogpt if f.ceiling_nanogpt is not None else None
+    parameters, tokens = f.parameters and millions(f.parameters), f.seen()
+    unit = "{:.1%} in nanoGPT's unit (of an A100)"
     ratio = ",.0f" if (f.tokens_per_parameter or 0) >= 100 else ".3g"
     card = gpu.name.removeprefix("NVIDIA ") if gpu else ""
     return [
@@ -53,7 +49,7 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
             "tokens",
             "{:,} per step, {} " + ("seen" if f.tokens_seen is not None else "planned"),
             f.tokens_per_step,
-            spent and rounded(spent),
+            tokens and rounded(tokens),
         ),
         *row("", f"{{:{ratio}}} per parameter (Chinchilla: 20)", f.tokens_per_parameter),
         *row(
@@ -63,11 +59,16 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
             f.tokens_per_second,
             f.model_tflops,
         ),
-        *row("MFU", "{:.1f}% of the " + card + " ({:.1f} TFLOP/s {})", nominal, f.nominal_tflops, f.precision),
-        *(row("", "{}", f.out_of_reach) if nominal is not None and f.out_of_reach else []),
-        *row("", "{:.1f}% in nanoGPT's unit (of an A100); the card's ceiling there is {:.1f}%", unit, ceiling),
-        *(row("MFU", "{:.1f}% in nanoGPT's unit (of an A100)", unit) if ceiling is None else []),
-        *row("evaluations", "{:.1f}% of the time, {:.0f} minutes per day", share, f.evaluation_minutes_per_day),
+        *row("MFU", "{:.1%} of the " + card + " ({:.1f} TFLOP/s {})", f.mfu_nominal, f.nominal_tflops, f.precision),
+        *(row("", "{}", f.out_of_reach) if f.mfu_nominal is not None and f.out_of_reach else []),
+        *row("", f"{unit}; the card's ceiling there is {{:.1%}}", f.mfu_nanogpt, f.ceiling_nanogpt),
+        *(row("MFU", unit, f.mfu_nanogpt) if f.ceiling_nanogpt is None else []),
+        *row(
+            "evaluations",
+            "{:.1%} of the time, {:.0f} minutes per day",
+            f.evaluation_share,
+            f.evaluation_minutes_per_day,
+        ),
         *row("val loss", "{:.4f} last, {:.4f} lowest (step {:,})", f.last_val, f.best_val, f.best_val_step),
     ]
 
@@ -89,7 +90,7 @@ def print_report(report: Diagnosis, gpu: Gpu | None, console: Console) -> None:
         console.print("[bold]Not checked")
         for sentence in report.not_checked:
             console.print(Padding(Text(sentence), (0, 0, 0, 2)))
-    console.print(_verdict(report))
+    console.print(f"[bold]{counts(report)}" if report.findings else "[bold green]nothing found")
 
 
 def _finding(number: int, finding: Finding) -> RenderableType:
@@ -102,17 +103,15 @@ def _finding(number: int, finding: Finding) -> RenderableType:
         rows.add_row("seen" if i == 0 else "", Text.assemble((f"{place}  ", "dim"), text))
     rows.add_row("why", _prose(finding.explanation))
     rows.add_row("do", _advice(finding.advice))
-    sure = f"{finding.confidence}" + (f"; at stake: {finding.cost_text}" if finding.cost_text else "")
+    sure = finding.confidence + (f"; at stake: {finding.cost_text}" if finding.cost_text else "")
     rows.add_row("sure", Text(f"{sure}  [{finding.id}]", style="dim"))
     return Group(head, Padding(rows, (0, 0, 0, 3)))
 
 
 def _prose(text: str) -> RenderableType:
     """Paragraphs wrap; tables keep their lines."""
-    parts: list[RenderableType] = []
-    for line in text.split("\n"):
-        parts.append(Text(line, no_wrap=is_table(line), overflow="ignore" if is_table(line) else "fold"))
-    return Group(*parts)
+    lines = ((line, is_table(line)) for line in text.split("\n"))
+    return Group(*(Text(line, no_wrap=table, overflow="ignore" if table else "fold") for line, table in lines))
 
 
 def is_table(line: str) -> bool:
@@ -134,7 +133,3 @@ def counts(report: Diagnosis) -> str:
     by = [sum(f.severity == s for f in report.findings) for s in ("critical", "warning", "info")]
     words = [f"{by[0]} critical", f"{by[1]} warning{'s' * (by[1] != 1)}", f"{by[2]} note{'s' * (by[2] != 1)}"]
     return ", ".join(word for n, word in zip(by, words) if n)
-
-
-def _verdict(report: Diagnosis) -> str:
-    return f"[bold]{counts(report)}" if report.findings else "[bold green]nothing found"

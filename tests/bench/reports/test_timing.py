@@ -28,6 +28,8 @@ def test_a_timing_is_a_median_and_the_distance_of_the_quartiles():
     found = timing.Timing.of([1.0, 2.0, 3.0, 4.0, 100.0])
     assert (found.median_ms, found.runs) == (3.0, 5)
     assert timing.Timing.of([7.0]) == timing.Timing(7.0, 0.0, 1)
+    assert timing.Timing.of([1.0, 2.0]) == timing.Timing(1.5, 1.5, 2)
+    assert timing.Timing.of([4.0, 1.0, 2.0, 3.0]) == timing.Timing(2.5, 2.5, 4)
 
 
 def test_peak_memory_of_a_gpu_and_of_no_gpu(device):

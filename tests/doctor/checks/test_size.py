@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from fastgpt import anatomy
@@ -179,16 +180,14 @@ def test_the_fits_at_published_points():
     assert scaling.HOFFMANN.loss(70e9, 1.4e12) == pytest.approx(1.937, abs=0.002)
     # Besiroglu et al. 2024: about 20 tokens per parameter at Chinchilla's compute, 5.76e23; approach 3 as published: about 70.
     for fit, low, high in ((scaling.BESIROGLU, 18, 28), (scaling.HOFFMANN, 60, 110)):
-        size = fit.best_size(5.76e23)
+        size = min(np.geomspace(1e9, 1e12, 2000), key=lambda size: fit.loss(size, 5.76e23 / 6 / size))
         assert low < 5.76e23 / 6 / size / size < high
 
 
-def test_the_best_size_is_a_minimum():
-    compute = 3e18
+def test_tokens_for_a_loss_are_those_that_give_it():
     for fit in (scaling.HOFFMANN, scaling.BESIROGLU):
-        best = fit.best_size(compute)
-        loss = [fit.loss(size, compute / 6 / size) for size in (0.8 * best, best, 1.25 * best)]
-        assert loss[1] < min(loss[0], loss[2])
+        assert fit.tokens_for(1e8, fit.loss(1e8, 3e9)) == pytest.approx(3e9)
+        assert fit.tokens_for(1e8, fit.E) is None
 
 
 @pytest.mark.parametrize("ran, size", [(scaling.SMALL, "40m"), (scaling.LARGE, "124m")])

@@ -14,7 +14,7 @@ from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, Precision, load_preset, preset_names
 from fastgpt.doctor.evidence import ConfigFacts, Place
 from fastgpt.doctor.reading.configs import DEFAULTS, apply_overrides, is_nanogpt, parse_nanogpt
-from fastgpt.doctor.reading.configs_fastgpt import is_fastgpt, of_config, parse_fastgpt
+from fastgpt.doctor.reading.configs_fastgpt import is_fastgpt, of_sections, parse_fastgpt
 
 REAL = Path(__file__).parents[3] / "docs" / "rtx4070-runs"
 
@@ -269,7 +269,7 @@ def test_overrides_of_a_fastgpt_config_have_its_names():
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_reads_as_the_library_reads_it(name):
-    facts = of_config(load_preset(name, "cuda"), Place("preset"))
+    facts = of_sections(load_preset(name, "cuda").to_dict(), Place("preset"))
     from fastgpt.config import config_folder
 
     read = parse_fastgpt((config_folder() / f"{name}.toml").read_text(), f"{name}.toml")

@@ -44,7 +44,7 @@ FIGURES = {
 
 def test_checks_register_themselves_in_the_order_of_the_documentation(monkeypatch):
     names = [registered.__name__ for registered in findings_module.registered_checks()]
-    assert len(names) == len(set(names)) == 34
+    assert len(names) == len(set(names)) == 35
     assert (names[0], names[-1]) == ("param_count_mismatch", "memory")
     assert names.index("block_size") < names.index("tokens_per_step") < names.index("not_a_number")
 
@@ -123,7 +123,7 @@ def test_markup_in_a_users_file_is_text():
 
 def test_a_clean_run_says_so():
     report = diagnose(Evidence(config()), None, corpus_tokens=10**10)
-    assert report.clean and "nothing found" in text_of(report, None)
+    assert not report.findings and "nothing found" in text_of(report, None)
 
 
 def test_what_is_missing_is_named_with_the_file_that_would_tell():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgpt.doctor.evidence import Evidence, Place
+from fastgpt.doctor.evidence import Evidence, Seen
 from fastgpt.doctor.figures import Figures
 from fastgpt.hardware.cards import Gpu
 
@@ -40,7 +40,7 @@ def not_checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> list[s
     return out
 
 
-def unread(evidence: Evidence) -> list[tuple[Place, str]]:
+def unread(evidence: Evidence) -> Seen:
     """Everything that was given and could not be read."""
     parts = (evidence.config, evidence.log, evidence.checkpoint, evidence)
     return [
