@@ -14,9 +14,12 @@ torch.optim.AdamW):
 3. ``_adamw_kernel``: one program per chunk updates p, m, v and the working copy; it returns at once if the step does
    not happen.
 
-The kernels find the tensors through a table of addresses in device memory (fused_adamw.py), so that any number of
-tensors of any size, from any parameter groups, takes one launch each of 1 and 3. Dtypes are compiled in: 1 and 3 are
-launched once per (parameter dtype, gradient dtype, 16-byte aligned or not), which for a GPT is once.
+A kernel argument is one pointer, and a step touches hundreds of tensors. The kernels therefore read a table of addresses in
+device memory (a row per kind, a column per tensor) and a list of (tensor, chunk) pairs, one pair per program: any number of
+tensors of any size, from any parameter groups, takes one launch each of 1 and 3. ``Plan`` builds both once and keeps them while
+the tensors stay where they are. Only gradients are expected to move, since ``zero_grad`` frees them: their row is then sent
+again, from pinned memory and without waiting. Dtypes are compiled in: 1 and 3 are launched once per (parameter dtype, gradient
+dtype, 16-byte aligned or not), which for a GPT is once.
 
 Dtypes: parameters and gradients fp32, bf16 or fp16; moments, step counts and arithmetic fp32. bf16 parameters are
 rounded stochastically (Gupta et al. 2015), or updates below 2^-9 of a weight would be lost; the random bits are
@@ -30,7 +33,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from itertools import product
-from typing import List, NamedTuple, Optional  # noqa: UP035  (torch.library reads annotations of lists only so)
+from typing import NamedTuple
 
 import torch
 import triton
@@ -39,14 +42,6 @@ from torch import Tensor
 
 from fastgpt.kernels import runtime, tuning
 from fastgpt.kernels.philox import stochastic_bf16
-
-# ---------------- was fastgpt/kernels/_adamw_plan.py
-# Where the tensors of an AdamW step lie, written down in device memory for the kernels of fused_adamw.py.
-#
-# A kernel argument is one pointer; an optimizer step touches hundreds of tensors. So the kernels get one table of
-# addresses (a row per kind, a column per tensor) and one list of (tensor, chunk) pairs, one pair per program. Both are
-# built once and kept for as long as the tensors stay where they are. Only gradients are expected to move, since
-# ``zero_grad`` frees them: their row is then sent again, from pinned memory and without waiting.
 
 # Rows of the int64 table: addresses, then what else a program needs to know of its tensor.
 PARAM = tl.constexpr(0)
@@ -63,25 +58,237 @@ COPY_KINDS = {torch.bfloat16: 1, torch.float16: 2}
 
 COEFFICIENTS = tl.constexpr(8)  # fp32 numbers per tensor in ``Plan.coefficients``; 7 are used
 
+# Columns of the fp64 hyperparameter table, which has one row per parameter group.
+LR = tl.constexpr(0)
+BETA1 = tl.constexpr(1)
+BETA2 = tl.constexpr(2)
+EPS = tl.constexpr(3)
+WEIGHT_DECAY = tl.constexpr(4)
+MAX_GRAD_NORM = tl.constexpr(5)  # the first group's counts; inf: no clipping
+HYPERPARAMETERS = tl.constexpr(6)
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+ADAMW_BUCKET = "any"
+tuning.space(
+    "adamw.update",
+    [  # BLOCK elements at a time, CHUNK (a multiple) per program. 4 elements a thread are one 128-bit access per fp32 tensor;
+        # with more, triton passes every store through shared memory to keep it coalesced.
+        {"BLOCK": 128 * warps, "CHUNK": chunk, "num_warps": warps}
+        for warps, chunk in product((4, 8, 16), (4096, 8192, 16384, 32768))
+    ],
+)
+
+
+def config() -> dict[str, int]:
+    """The default of both chunked kernels, safe on any card. The interpreter pays per block operation, so its are larger."""
+    if runtime.INTERPRET:
+        return {"BLOCK": 4096, "CHUNK": 32768, "num_warps": 8}
+    return {"BLOCK": 1024, "CHUNK": 8192, "num_warps": 8}
+
+
+@tuning.cached
+def _choice(dtype: torch.dtype, device: torch.device) -> tuning.Choice:
+    return tuning.choose("adamw.update", dtype, ADAMW_BUCKET, device, config())
+
+
+@triton.jit
+def _chunk_of(program, table, chunks, n, CHUNK: tl.constexpr):
+    """Which tensor's chunk a program works on, the chunk's first element, and how many elements are left from there on."""
+    tensor = tl.load(chunks + 2 * program)
+    first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
+    return tensor, first, tl.load(table + NUMEL * n + tensor) - first
+
+
+@triton.jit
+def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = address.to(tl.pointer_type(DTYPE))
+    if ALIGNED:  # triton knows nothing of an address out of memory, and would access single elements
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit(do_not_specialize=["n"])
+def _sum_squares_kernel(
+    table, chunks, partials, n, grad_scale,
+    GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    tensor, first, left = _chunk_of(program, table, chunks, n, CHUNK)
+    grad = _pointer(tl.load(table + GRAD * n + tensor), GRAD_DTYPE, ALIGNED)
+    grad += first + tl.arange(0, BLOCK)
+    inverse_scale = 1.0
+    if grad_scale is not None:
+        inverse_scale = 1.0 / tl.load(grad_scale)
+    total = tl.full([BLOCK], 0.0, tl.float32)
+    # A mask whose alignment is unknown splits every access into single elements: full chunks go without.
+    if left >= CHUNK:
+        for start in range(0, CHUNK, BLOCK):
+            g = tl.load(grad + start).to(tl.float32) * inverse_scale
+            total += g * g
+    else:
+        for start in range(0, left.to(tl.int32), BLOCK):
+            mask = start + tl.arange(0, BLOCK) < left
+            g = tl.load(grad + start, mask=mask, other=0.0).to(tl.float32) * inverse_scale
+            total += g * g
+    tl.store(partials + program, tl.sum(total))
+
+
+@triton.jit(do_not_specialize=["n", "n_partials"])
+def _prepare_kernel(
+    table, partials, hyper, coefficients, control, grad_norm, skipped, grad_scale, found_inf, n, n_partials,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``control`` (2,) receives the factor on the gradients, clip / grad_scale, and 1 or 0: whether the step happens."""
+    offsets = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n_partials, BLOCK):
+        total += tl.load(partials + start + offsets, mask=start + offsets < n_partials, other=0.0)
+    norm = tl.sqrt(tl.sum(total))
+    clip = tl.minimum(1.0, tl.load(hyper + MAX_GRAD_NORM).to(tl.float32) / (norm + 1e-6))
+    happens = norm < float("inf")  # False for NaN, too
+    if found_inf is not None:
+        happens = happens & (tl.load(found_inf) == 0)
+    tl.store(grad_norm, norm)
+    tl.store(skipped, tl.load(skipped) + (1 - happens.to(tl.int64)))
+    if grad_scale is not None:
+        clip /= tl.load(grad_scale)
+    tl.store(control, clip)
+    tl.store(control + 1, happens.to(tl.float32))
+
+    for start in range(0, n, BLOCK):
+        tensor = start + offsets
+        mask = tensor < n
+        step = tl.load(table + STEP * n + tensor, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+        t = tl.load(step, mask=mask, other=0.0) + happens.to(tl.float32)
+        tl.store(step, t, mask=mask)
+
+        row = hyper + tl.load(table + GROUP * n + tensor, mask=mask, other=0) * HYPERPARAMETERS
+        lr = tl.load(row + LR)
+        beta1 = tl.load(row + BETA1)
+        beta2 = tl.load(row + BETA2)
+        eps = tl.load(row + EPS)
+        weight_decay = tl.load(row + WEIGHT_DECAY)
+        # fp64: 1 - beta2 of 0.001 would keep four digits in fp32. t of 0 (a first step that is skipped) is never used.
+        t = tl.maximum(t, 1.0).to(tl.float64)
+        correction1 = 1.0 - tl.exp(t * tl.log(beta1))
+        correction2 = 1.0 - tl.exp(t * tl.log(beta2))
+        out = coefficients + tensor * COEFFICIENTS
+        tl.store(out, (1.0 - lr * weight_decay).to(tl.float32), mask=mask)
+        tl.store(out + 1, (1.0 - beta1).to(tl.float32), mask=mask)
+        tl.store(out + 2, beta2.to(tl.float32), mask=mask)
+        tl.store(out + 3, (1.0 - beta2).to(tl.float32), mask=mask)
+        tl.store(out + 4, (lr / correction1).to(tl.float32), mask=mask)
+        tl.store(out + 5, (1.0 / tl.sqrt(correction2)).to(tl.float32), mask=mask)
+        tl.store(out + 6, eps.to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _update(
+    param, grad, exp_avg, exp_avg_sq, copy_address, copy_kind, start, first, left, scale,
+    decay, weight1, beta2, weight2, step_size, inverse_correction2, eps, seed, tensor, step,
+    MASKED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Update BLOCK elements, from ``start`` on, of the chunk at element ``first`` of its tensor, ``left`` from its end."""
+    offsets = start + tl.arange(0, BLOCK)
+    mask = offsets < left if MASKED else None
+    g = tl.load(grad + offsets, mask=mask).to(tl.float32) * scale
+    m = tl.load(exp_avg + offsets, mask=mask)
+    v = tl.load(exp_avg_sq + offsets, mask=mask)
+    p = tl.load(param + offsets, mask=mask).to(tl.float32)
+    m += (g - m) * weight1
+    v = v * beta2 + g * g * weight2
+    p = p * decay - step_size * m / (tl.sqrt(v) * inverse_correction2 + eps)
+    tl.store(exp_avg + offsets, m, mask=mask)
+    tl.store(exp_avg_sq + offsets, v, mask=mask)
+    dtype: tl.constexpr = param.dtype.element_ty
+    if dtype == tl.bfloat16:
+        tl.store(param + offsets, stochastic_bf16(p, seed, tensor, step, first + start, BLOCK), mask=mask)
+    else:
+        tl.store(param + offsets, p.to(dtype), mask=mask)
+    if dtype == tl.float32:  # the kind of copy differs from tensor to tensor of one launch, so it is no constexpr
+        if copy_kind == 1:
+            copy = _pointer(copy_address, tl.bfloat16, ALIGNED)
+            tl.store(copy + first + offsets, p.to(tl.bfloat16), mask=mask)
+        if copy_kind == 2:
+            copy = _pointer(copy_address, tl.float16, ALIGNED)
+            tl.store(copy + first + offsets, p.to(tl.float16), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n", "seed"])
+def _adamw_kernel(
+    table, chunks, coefficients, control, n, seed,
+    PARAM_DTYPE: tl.constexpr, GRAD_DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(control + 1) != 0:  # else the step is skipped
+        tensor, first, left = _chunk_of(tl.program_id(0), table, chunks, n, CHUNK)
+        row = table + tensor
+        param = _pointer(tl.load(row + PARAM * n), PARAM_DTYPE, ALIGNED)
+        grad = _pointer(tl.load(row + GRAD * n), GRAD_DTYPE, ALIGNED)
+        exp_avg = _pointer(tl.load(row + EXP_AVG * n), tl.float32, ALIGNED)
+        exp_avg_sq = _pointer(tl.load(row + EXP_AVG_SQ * n), tl.float32, ALIGNED)
+        param += first
+        grad += first
+        exp_avg += first
+        exp_avg_sq += first
+        copy_address = tl.load(row + COPY * n)
+        copy_kind = tl.load(row + COPY_KIND * n)
+        step = tl.load(tl.load(row + STEP * n).to(tl.pointer_type(tl.float32))).to(tl.uint32)
+        scale = tl.load(control)
+        row = coefficients + tensor * COEFFICIENTS
+        decay = tl.load(row)
+        weight1 = tl.load(row + 1)
+        beta2 = tl.load(row + 2)
+        weight2 = tl.load(row + 3)
+        step_size = tl.load(row + 4)
+        inverse_correction2 = tl.load(row + 5)
+        eps = tl.load(row + 6)
+        if left >= CHUNK:  # without masks, as in _sum_squares_kernel
+            for start in range(0, CHUNK, BLOCK):
+                _update(
+                    param, grad, exp_avg, exp_avg_sq, copy_address, copy_kind, start, first, left, scale,
+                    decay, weight1, beta2, weight2, step_size, inverse_correction2, eps, seed, tensor, step,
+                    False, ALIGNED, BLOCK,
+                )  # fmt: skip
+        else:
+            for start in range(0, left.to(tl.int32), BLOCK):
+                _update(
+                    param, grad, exp_avg, exp_avg_sq, copy_address, copy_kind, start, first, left, scale,
+                    decay, weight1, beta2, weight2, step_size, inverse_correction2, eps, seed, tensor, step,
+                    True, ALIGNED, BLOCK,
+                )  # fmt: skip
+
 
 class Step(NamedTuple):
-    """The arguments of one AdamW step; ``fused_adamw.adamw_`` says what they are."""
+    """The arguments of ``adamw_``, one AdamW step on all tensors together. They lie on one device."""
 
     params: list[Tensor]
+    """The i-th of these, of ``grads`` and of the moments have one shape (any, 0-dim and empty included) and dense strides."""
     grads: list[Tensor]
     exp_avgs: list[Tensor]
+    """Moments, in fp32; in fp64 for fp64 parameters."""
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
+    """0-dim fp32: the steps taken so far."""
     copies: list[Tensor]
+    """bf16 or fp16 working copies of the fp32 parameters that ``copy_of`` numbers."""
     copy_of: list[int]
     group_of: list[int]
+    """Each parameter's row of ``hyper``."""
     hyper: Tensor
+    """(groups, 6) fp64, with columns LR to MAX_GRAD_NORM."""
     grad_scale: Tensor | None
+    """One fp32, divides the gradients."""
     found_inf: Tensor | None
+    """One fp32; non-zero skips the step."""
     grad_norm: Tensor
+    """fp32, receives the norm of the unscaled gradients before clipping."""
     skipped: Tensor
+    """int64, counts the skipped steps. They change nothing else."""
     seed: int
+    """Of the stochastic rounding."""
     total: Tensor | None = None
+    """One fp32: the sum of squares of all unscaled gradients, where ``grads`` are only a rank's shards of them."""
 
 
 class Launch(NamedTuple):
@@ -100,14 +307,8 @@ class Plan:
     def __init__(self, s: Step, chunk: int) -> None:
         n, device = len(s.params), s.params[0].device
         table = torch.zeros(ROWS, n, dtype=torch.int64)
-        for row, tensors in (
-            (PARAM, s.params),
-            (GRAD, s.grads),
-            (EXP_AVG, s.exp_avgs),
-            (EXP_AVG_SQ, s.exp_avg_sqs),
-            (STEP, s.steps),
-        ):
-            table[row.value] = torch.tensor([tensor.data_ptr() for tensor in tensors])
+        for row, tensors in enumerate((s.params, s.grads, s.exp_avgs, s.exp_avg_sqs, s.steps)):  # PARAM to STEP
+            table[row] = torch.tensor([tensor.data_ptr() for tensor in tensors])
         for i, copy in zip(s.copy_of, s.copies):
             table[COPY.value, i] = copy.data_ptr()
             table[COPY_KIND.value, i] = COPY_KINDS[copy.dtype]
@@ -203,291 +404,34 @@ def pinned(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory() if device.type == "cuda" else host
 
 
-# Columns of the fp64 hyperparameter table, which has one row per parameter group.
-LR = tl.constexpr(0)
-BETA1 = tl.constexpr(1)
-BETA2 = tl.constexpr(2)
-EPS = tl.constexpr(3)
-WEIGHT_DECAY = tl.constexpr(4)
-MAX_GRAD_NORM = tl.constexpr(5)  # the first group's counts; inf: no clipping
-HYPERPARAMETERS = tl.constexpr(6)
-
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-ADAMW_BUCKET = "any"
-tuning.space(
-    "adamw.update",
-    [  # 4 elements a thread: with more, triton passes every store through shared memory to keep it coalesced.
-        {"BLOCK": 128 * warps, "CHUNK": chunk, "num_warps": warps}
-        for warps, chunk in product((4, 8, 16), (4096, 8192, 16384, 32768))
-    ],
-)
-
-
-def config() -> dict[str, int]:
-    """Launch configuration of the two chunked kernels that is safe on any card: BLOCK elements at a time, CHUNK (a
-    multiple) per program. ``_launch`` asks the tuning tables first.
-
-    4 elements a thread: one 128-bit access per fp32 tensor. With 8, triton passes every store through shared memory to
-    keep it coalesced. The interpreter pays per block operation, so its blocks are larger."""
-    if runtime.INTERPRET:
-        return {"BLOCK": 4096, "CHUNK": 32768, "num_warps": 8}
-    return {"BLOCK": 1024, "CHUNK": 8192, "num_warps": 8}
-
-
-@triton.jit(do_not_specialize=["n"])
-def _sum_squares_kernel(
-    table,
-    chunks,
-    partials,
-    n,
-    grad_scale,
-    GRAD_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0)
-    tensor = tl.load(chunks + 2 * program)
-    first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-    left = tl.load(table + NUMEL * n + tensor) - first
-    grad = tl.load(table + GRAD * n + tensor).to(tl.pointer_type(GRAD_DTYPE))
-    if ALIGNED:
-        grad = tl.multiple_of(grad, 16)
-    grad += first + tl.arange(0, BLOCK)
-    inverse_scale = 1.0
-    if grad_scale is not None:
-        inverse_scale = 1.0 / tl.load(grad_scale)
-    total = tl.full([BLOCK], 0.0, tl.float32)
-    # A mask whose alignment is unknown splits every access into single elements: full chunks go without.
-    if left >= CHUNK:
-        for start in range(0, CHUNK, BLOCK):
-            g = tl.load(grad + start).to(tl.float32) * inverse_scale
-            total += g * g
-    else:
-        for start in range(0, left.to(tl.int32), BLOCK):
-            mask = start + tl.arange(0, BLOCK) < left
-            g = tl.load(grad + start, mask=mask, other=0.0).to(tl.float32) * inverse_scale
-            total += g * g
-    tl.store(partials + program, tl.sum(total))
-
-
-@triton.jit(do_not_specialize=["n", "n_partials"])
-def _prepare_kernel(
-    table,
-    partials,
-    hyper,
-    coefficients,
-    control,
-    grad_norm,
-    skipped,
-    grad_scale,
-    found_inf,
-    n,
-    n_partials,
-    BLOCK: tl.constexpr,
-):
-    """``control`` (2,) receives the factor on the gradients, clip / grad_scale, and 1 or 0: whether the step
-    happens."""
-    offsets = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n_partials, BLOCK):
-        total += tl.load(partials + start + offsets, mask=start + offsets < n_partials, other=0.0)
-    norm = tl.sqrt(tl.sum(total))
-    clip = tl.minimum(1.0, tl.load(hyper + MAX_GRAD_NORM).to(tl.float32) / (norm + 1e-6))
-    happens = norm < float("inf")  # False for NaN, too
-    if found_inf is not None:
-        happens = happens & (tl.load(found_inf) == 0)
-    tl.store(grad_norm, norm)
-    tl.store(skipped, tl.load(skipped) + (1 - happens.to(tl.int64)))
-    if grad_scale is not None:
-        clip /= tl.load(grad_scale)
-    tl.store(control, clip)
-    tl.store(control + 1, happens.to(tl.float32))
-
-    for start in range(0, n, BLOCK):
-        tensor = start + offsets
-        mask = tensor < n
-        step = tl.load(table + STEP * n + tensor, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-        t = tl.load(step, mask=mask, other=0.0) + happens.to(tl.float32)
-        tl.store(step, t, mask=mask)
-
-        row = hyper + tl.load(table + GROUP * n + tensor, mask=mask, other=0) * HYPERPARAMETERS
-        lr = tl.load(row + LR)
-        beta1 = tl.load(row + BETA1)
-        beta2 = tl.load(row + BETA2)
-        eps = tl.load(row + EPS)
-        weight_decay = tl.load(row + WEIGHT_DECAY)
-        # fp64: 1 - beta2 of 0.001 would keep four digits in fp32. t of 0 (a first step that is skipped) is never used.
-        t = tl.maximum(t, 1.0).to(tl.float64)
-        correction1 = 1.0 - tl.exp(t * tl.log(beta1))
-        correction2 = 1.0 - tl.exp(t * tl.log(beta2))
-        out = coefficients + tensor * COEFFICIENTS
-        tl.store(out, (1.0 - lr * weight_decay).to(tl.float32), mask=mask)
-        tl.store(out + 1, (1.0 - beta1).to(tl.float32), mask=mask)
-        tl.store(out + 2, beta2.to(tl.float32), mask=mask)
-        tl.store(out + 3, (1.0 - beta2).to(tl.float32), mask=mask)
-        tl.store(out + 4, (lr / correction1).to(tl.float32), mask=mask)
-        tl.store(out + 5, (1.0 / tl.sqrt(correction2)).to(tl.float32), mask=mask)
-        tl.store(out + 6, eps.to(tl.float32), mask=mask)
-
-
-@triton.jit
-def _update(
-    param, grad, exp_avg, exp_avg_sq, copy_address, copy_kind, start, first, left, scale,
-    decay, weight1, beta2, weight2, step_size, inverse_correction2, eps, seed, tensor, step,
-    MASKED: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Update BLOCK elements, from ``start`` on, of the chunk at element ``first`` of its tensor, ``left`` from its
-    end."""
-    offsets = start + tl.arange(0, BLOCK)
-    mask = offsets < left if MASKED else None
-    g = tl.load(grad + offsets, mask=mask).to(tl.float32) * scale
-    m = tl.load(exp_avg + offsets, mask=mask)
-    v = tl.load(exp_avg_sq + offsets, mask=mask)
-    p = tl.load(param + offsets, mask=mask).to(tl.float32)
-    m += (g - m) * weight1
-    v = v * beta2 + g * g * weight2
-    p = p * decay - step_size * m / (tl.sqrt(v) * inverse_correction2 + eps)
-    tl.store(exp_avg + offsets, m, mask=mask)
-    tl.store(exp_avg_sq + offsets, v, mask=mask)
-    dtype: tl.constexpr = param.dtype.element_ty
-    if dtype == tl.bfloat16:
-        tl.store(param + offsets, stochastic_bf16(p, seed, tensor, step, first + start, BLOCK), mask=mask)
-    else:
-        tl.store(param + offsets, p.to(dtype), mask=mask)
-    if dtype == tl.float32:
-        if copy_kind == 1:
-            copy = copy_address.to(tl.pointer_type(tl.bfloat16))
-            if ALIGNED:
-                copy = tl.multiple_of(copy, 16)
-            tl.store(copy + first + offsets, p.to(tl.bfloat16), mask=mask)
-        if copy_kind == 2:
-            copy = copy_address.to(tl.pointer_type(tl.float16))
-            if ALIGNED:
-                copy = tl.multiple_of(copy, 16)
-            tl.store(copy + first + offsets, p.to(tl.float16), mask=mask)
-
-
-@triton.jit(do_not_specialize=["n", "seed"])
-def _adamw_kernel(
-    table,
-    chunks,
-    coefficients,
-    control,
-    n,
-    seed,
-    PARAM_DTYPE: tl.constexpr,
-    GRAD_DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    if tl.load(control + 1) != 0:
-        program = tl.program_id(0)
-        tensor = tl.load(chunks + 2 * program)
-        first = tl.load(chunks + 2 * program + 1).to(tl.int64) * CHUNK
-        left = tl.load(table + NUMEL * n + tensor) - first
-        row = table + tensor
-        param = tl.load(row + PARAM * n).to(tl.pointer_type(PARAM_DTYPE))
-        grad = tl.load(row + GRAD * n).to(tl.pointer_type(GRAD_DTYPE))
-        exp_avg = tl.load(row + EXP_AVG * n).to(tl.pointer_type(tl.float32))
-        exp_avg_sq = tl.load(row + EXP_AVG_SQ * n).to(tl.pointer_type(tl.float32))
-        if ALIGNED:
-            param = tl.multiple_of(param, 16)
-            grad = tl.multiple_of(grad, 16)
-            exp_avg = tl.multiple_of(exp_avg, 16)
-            exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
-        param += first
-        grad += first
-        exp_avg += first
-        exp_avg_sq += first
-        copy_address = tl.load(row + COPY * n)
-        copy_kind = tl.load(row + COPY_KIND * n)
-        step = tl.load(tl.load(row + STEP * n).to(tl.pointer_type(tl.float32))).to(tl.uint32)
-        scale = tl.load(control)
-        row = coefficients + tensor * COEFFICIENTS
-        decay = tl.load(row)
-        weight1 = tl.load(row + 1)
-        beta2 = tl.load(row + 2)
-        weight2 = tl.load(row + 3)
-        step_size = tl.load(row + 4)
-        inverse_correction2 = tl.load(row + 5)
-        eps = tl.load(row + 6)
-        if left >= CHUNK:
-            for start in range(0, CHUNK, BLOCK):
-                _update(
-                    param, grad, exp_avg, exp_avg_sq, copy_address, copy_kind, start, first, left, scale,
-                    decay, weight1, beta2, weight2, step_size, inverse_correction2, eps, seed, tensor, step,
-                    False, ALIGNED, BLOCK,
-                )  # fmt: skip
-        else:
-            for start in range(0, left.to(tl.int32), BLOCK):
-                _update(
-                    param, grad, exp_avg, exp_avg_sq, copy_address, copy_kind, start, first, left, scale,
-                    decay, weight1, beta2, weight2, step_size, inverse_correction2, eps, seed, tensor, step,
-                    True, ALIGNED, BLOCK,
-                )  # fmt: skip
-
-
 def _launch(s: Step) -> None:
     # Not through tuning.launch: a step cannot be begun twice. These kernels take hardly any shared memory: all configs fit.
     first = s.params[0]
-    choice = tuning.choose("adamw.update", first.dtype, ADAMW_BUCKET, first.device, config())
+    choice = _choice(first.dtype, first.device)
     tuning.announce(choice)
     settings = choice.config
-    block, chunk, num_warps = settings["BLOCK"], settings["CHUNK"], settings["num_warps"]
-    plan = plan_for(s, chunk)
+    plan = plan_for(s, settings["CHUNK"])
     for launch in plan.launches if s.total is None else ():
         _sum_squares_kernel[(launch.n_chunks,)](
-            plan.table,
-            plan.chunks[launch.first :],
-            plan.partials[launch.first :],
-            plan.n_tensors,
-            s.grad_scale,
-            GRAD_DTYPE=DTYPES[launch.grad_dtype],
-            ALIGNED=launch.aligned,
-            CHUNK=chunk,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+            plan.table, plan.chunks[launch.first :], plan.partials[launch.first :], plan.n_tensors, s.grad_scale,
+            GRAD_DTYPE=DTYPES[launch.grad_dtype], ALIGNED=launch.aligned, **settings,
+        )  # fmt: skip
+    partials, n_partials = (plan.partials, plan.n_chunks) if s.total is None else (s.total, 1)
     _prepare_kernel[(1,)](
-        plan.table,
-        plan.partials if s.total is None else s.total,
-        s.hyper,
-        plan.coefficients,
-        plan.control,
-        s.grad_norm,
-        s.skipped,
-        s.grad_scale,
-        s.found_inf,
-        plan.n_tensors,
-        plan.n_chunks if s.total is None else 1,
-        BLOCK=1024,
-        num_warps=8,
-    )
+        plan.table, partials, s.hyper, plan.coefficients, plan.control, s.grad_norm, s.skipped, s.grad_scale, s.found_inf,
+        plan.n_tensors, n_partials, BLOCK=1024, num_warps=8,
+    )  # fmt: skip
     for launch in plan.launches:
         _adamw_kernel[(launch.n_chunks,)](
-            plan.table,
-            plan.chunks[launch.first :],
-            plan.coefficients,
-            plan.control,
-            plan.n_tensors,
-            s.seed,
-            PARAM_DTYPE=DTYPES[launch.param_dtype],
-            GRAD_DTYPE=DTYPES[launch.grad_dtype],
-            ALIGNED=launch.aligned,
-            CHUNK=chunk,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+            plan.table, plan.chunks[launch.first :], plan.coefficients, plan.control, plan.n_tensors, s.seed,
+            PARAM_DTYPE=DTYPES[launch.param_dtype], GRAD_DTYPE=DTYPES[launch.grad_dtype], ALIGNED=launch.aligned,
+            **settings,
+        )  # fmt: skip
 
 
 def _reference(s: Step) -> None:
-    """The same step in plain PyTorch, for CPU tensors outside the interpreter and for fp64. ``torch.where`` in place
-    of a branch: no value is brought to the host. bf16 is rounded stochastically, with other random bits than the
-    kernel's."""
+    """The same step in plain PyTorch, for CPU tensors outside the interpreter and for fp64. ``torch.where`` in place of a
+    branch: no value is brought to the host. bf16 is rounded stochastically, with other random bits than the kernel's."""
     inverse_scale = 1.0 if s.grad_scale is None else 1.0 / s.grad_scale.squeeze()
     grads = [g.to(m.dtype) * inverse_scale for g, m in zip(s.grads, s.exp_avgs)]
     norm = torch.nn.utils.get_total_norm(grads) if s.total is None else s.total.squeeze().sqrt()
@@ -519,48 +463,19 @@ def _reference(s: Step) -> None:
 
 
 @torch.library.custom_op(
-    "fastgpt::adamw_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "copies", "grad_norm", "skipped")
+    "fastgpt::adamw_",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "copies", "grad_norm", "skipped"),
+    schema="(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+    "Tensor(e!)[] copies, SymInt[] copy_of, SymInt[] group_of, Tensor hyper, Tensor? grad_scale, Tensor? found_inf, "
+    "Tensor(f!) grad_norm, Tensor(g!) skipped, SymInt seed, Tensor? total=None) -> ()",
 )
-def adamw_(
-    params: List[Tensor],  # noqa: UP006
-    grads: List[Tensor],  # noqa: UP006
-    exp_avgs: List[Tensor],  # noqa: UP006
-    exp_avg_sqs: List[Tensor],  # noqa: UP006
-    steps: List[Tensor],  # noqa: UP006
-    copies: List[Tensor],  # noqa: UP006
-    copy_of: List[int],  # noqa: UP006
-    group_of: List[int],  # noqa: UP006
-    hyper: Tensor,
-    grad_scale: Optional[Tensor],  # noqa: UP045
-    found_inf: Optional[Tensor],  # noqa: UP045
-    grad_norm: Tensor,
-    skipped: Tensor,
-    seed: int,
-    total: Optional[Tensor] = None,  # noqa: UP045
-) -> None:
-    """One AdamW step, in place, on all tensors together; they lie on one device and nothing is brought to the host.
-
-    params, grads, exp_avgs, exp_avg_sqs: the i-th of each has the same shape (any, 0-dim and empty included) and
-    strides
-        (dense). Moments are fp32, or fp64 for fp64 parameters.
-    steps: 0-dim fp32, the steps taken so far. copies: bf16 or fp16 working copies of the fp32 parameters that
-    ``copy_of``
-        numbers. group_of: each parameter's row of ``hyper``, the (groups, 6) fp64 table with columns LR to
-        MAX_GRAD_NORM.
-    grad_scale: one fp32, divides the gradients. found_inf: one fp32, non-zero skips the step. A gradient norm that is
-    not
-        finite, be it that it leaves fp32's range, skips it as well. A skipped step adds one to ``skipped`` (int64) and
-        changes nothing else.
-    grad_norm: fp32, receives the norm of the unscaled gradients before clipping. seed: of the stochastic rounding.
-    total: one fp32, the sum of squares of all unscaled gradients, where these here are only a rank's shards of them.
-    """
-    step = Step(
-        params, grads, exp_avgs, exp_avg_sqs, steps, copies, copy_of, group_of, hyper, grad_scale, found_inf, grad_norm,
-        skipped, seed, total,
-    )  # fmt: skip
+def adamw_(*arguments):
+    """One AdamW step, in place; ``Step`` has its arguments. Nothing is brought to the host. A gradient norm that is not
+    finite, or that leaves fp32's range, skips the step as ``found_inf`` does."""
+    step = Step(*arguments)
     with torch.no_grad():
-        if runtime.runs_in_triton(params[0]) and all(t.dtype in DTYPES for t in (*params, *grads)):
-            with runtime.device_guard(params[0]):
+        if runtime.runs_in_triton(step.params[0]) and all(t.dtype in DTYPES for t in (*step.params, *step.grads)):
+            with runtime.device_guard(step.params[0]):
                 _launch(step)
         else:
             _reference(step)
