@@ -26,6 +26,11 @@ def first_line(error: BaseException, limit: int = 200) -> str:
 # ---------------------------------------------------------------- files
 
 
+def cache_dir() -> Path:
+    """$XDG_CACHE_HOME/fastgpt, or ~/.cache/fastgpt."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write bytes to that takes the place of ``path`` at the end. Readers see the old file or the new one; after

@@ -17,7 +17,7 @@ import torch
 from fastgpt import anatomy
 from fastgpt.common import percent
 from fastgpt.hardware import cards
-from fastgpt.hardware import ceilings as ceilings_module
+from fastgpt.hardware.ceilings import Ceilings, device_name
 from fastgpt.performance import flops
 
 
@@ -38,10 +38,6 @@ class StepReport:
     measured_denominator: str
     data_wait: float | None
     """Share of the time in which the host waited for data; the device may have had work meanwhile."""
-
-    def tokens_per_joule(self, power_w: float | None) -> float | None:
-        """At a mean power, as ``hardware.telemetry`` gives it."""
-        return self.tokens_per_second / power_w if self.tokens_per_second is not None and power_w else None
 
     def format(self) -> str:
         """One line that names its formula and every denominator; n/a for what is not known."""
@@ -129,7 +125,7 @@ class StepMeter:
         self.flops_per_token, self.peak_flops, self.measured_flops = flops_per_token, peak_flops, measured_flops
         self.palm_flops_per_token = flops_per_token if formula == "palm" else palm_flops_per_token
         self.formula = str(flops.FORMULAS[formula])
-        card = ceilings_module.device_name(self.device)
+        card = device_name(self.device)
         self.denominator = _named(peak_flops, peak_name or f"nominal dense peak of {card}")
         self.measured_denominator = _named(measured_flops, "matmul ceiling measured here")
         self._synchronize = synchronize or self._synchronize_device
@@ -148,19 +144,17 @@ class StepMeter:
         precision: str,
         *,
         formula: str = "palm",
-        ceilings: ceilings_module.Ceilings | None = None,
+        ceilings: Ceilings | None = None,
         warmup_steps: int = 1,
     ) -> StepMeter:
         """A meter with every name and number filled in. ``ceilings``: hardware.measured_ceilings(device)."""
         arithmetic = cards.arithmetic_of(precision)
-        if formula not in flops.FORMULAS:
-            raise ValueError(f"formula is {formula!r}: it must be one of {', '.join(flops.FORMULAS)}")
         return cls(
             device,
             flops.FORMULAS[formula].per_token(shape),
             cards.peak_flops(device, precision),
             formula=formula,
-            peak_name=f"nominal dense {arithmetic} peak of {ceilings_module.device_name(device)}",
+            peak_name=f"nominal dense {arithmetic} peak of {device_name(device)}",
             measured_flops=ceilings.peak_flops(arithmetic) if ceilings else None,
             palm_flops_per_token=flops.palm(shape),
             warmup_steps=warmup_steps,
@@ -170,44 +164,33 @@ class StepMeter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def start(self) -> None:
-        """A step begins. ``step`` does this and ``stop``."""
-        if self._in_step:
-            raise RuntimeError("a step is already being measured: stop it first")
-        if self._excluded_depth:
-            raise RuntimeError("a step begins inside excluded(): leave it first")
-        self._in_step = True
-        if self._since is None and not self._warmup_left:
-            self._resume()
-
-    def stop(self, tokens: int) -> None:
-        """The step that ``start`` began is launched and consumed ``tokens``. Does not wait for the device."""
-        if not self._in_step:
-            raise RuntimeError("no step is being measured: start one first")
-        self._in_step = False
-        if not self._warmup_left:
-            self._window += _StepTally(steps=1, tokens=tokens)
-            return
-        self._warmup_left -= 1
-        if not self._warmup_left:
-            self._resume()
-
     @contextmanager
     def step(self, tokens: int) -> Iterator[None]:
-        """Measure one step of ``tokens`` tokens; not counted if it raises."""
-        self.start()
+        """Measure one step of ``tokens`` tokens. It is launched at the end, and may not be done; not counted if it raises."""
+        if self._in_step:
+            raise RuntimeError("a step is already being measured: end it first")
+        if self._excluded_depth:
+            raise RuntimeError("a step begins inside excluded(): leave it first")
+        if self._since is None and not self._warmup_left:
+            self._resume()
+        self._in_step = True
         try:
             yield
-        except BaseException:
+        finally:
             self._in_step = False
-            raise
-        self.stop(tokens)
+        if self._warmup_left:
+            self._warmup_left -= 1
+            if not self._warmup_left:
+                self._resume()
+        else:
+            self._window += _StepTally(steps=1, tokens=tokens)
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
         """Leave this out of the time: evaluation, checkpoints, compilation. May be nested, and be inside a step."""
         running = self._since is not None
-        self._pause()
+        self._settle()
+        self._since = None
         self._excluded_depth += 1
         try:
             yield
@@ -244,10 +227,6 @@ class StepMeter:
     def _resume(self) -> None:
         self._synchronize()
         self._since = self._clock()
-
-    def _pause(self) -> None:
-        self._settle()
-        self._since = None
 
     def _settle(self) -> None:
         """Wait for the device and move the running stretch into the tally."""

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fastgpt.common import UserError, first_line
-from fastgpt.data.hub import HUB, HubCorpus
+from fastgpt.data.hub import HUB, HubCorpus, HubReading
 from fastgpt.data.readers import (
     ALL_SUFFIXES,
     TABLE_SUFFIXES,
@@ -34,44 +34,12 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 NOT_IN_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
-class Reading(Protocol):
-    """One pass over a corpus: an iterator that knows its position."""
-
-    def __iter__(self) -> Iterator[Document]: ...
-
-    def position(self) -> dict[str, Any]:
-        """The position after the last document, as JSON; ``corpus.read(position)`` continues there."""
-
-    def done(self) -> float | None:
-        """The share of the corpus that has been read, 0..1, for a progress bar; None if unknown."""
-
-    def skipped(self) -> list[str]:
-        """Files that could not be decoded and were skipped."""
-
-
-class Corpus(Protocol):
-    @property
-    def source(self) -> str:
-        """The name by which the user asked for it."""
-
-    @property
-    def size(self) -> int | None:
-        """Bytes on the disk; None if unknown."""
-
-    def recipe(self) -> dict[str, Any]:
-        """Everything that determines the documents, as JSON."""
-
-    def split_by_position(self, val_fraction: float) -> int | None:
-        """The byte at which a corpus of one single text is split in two; None for a corpus of documents."""
-
-    def read(self, position: dict[str, Any] | None = None) -> Reading: ...
-
-
 @dataclass
 class FileCorpus:
     """An ordered list of files."""
 
     source: str
+    """The name by which the user asked for it."""
     root: Path
     files: list[Path]
     text_column: str = "text"
@@ -81,9 +49,11 @@ class FileCorpus:
 
     @property
     def size(self) -> int:
+        """Bytes on the disk."""
         return sum(f.stat().st_size for f in self.files)
 
     def recipe(self) -> dict[str, Any]:
+        """Everything that determines the documents, as JSON."""
         where = self.source if self.source == STDLIB else str(Path(self.source).expanduser().resolve())
         return {"source": where, "source_digest": self.digest(), "text_column": self.text_column}
 
@@ -98,6 +68,7 @@ class FileCorpus:
         return known.hexdigest()
 
     def split_by_position(self, val_fraction: float) -> int | None:
+        """The byte at which a corpus of one single text is split in two; None for a corpus of documents."""
         only = self.files[0]
         if len(self.files) > 1 or only.name.endswith(TABLE_SUFFIXES):
             return None
@@ -146,13 +117,21 @@ class FileReading:
             yield from ((None, row) for row in reader_of(path)(path, self.corpus.text_column, self.row))
 
     def position(self) -> dict[str, Any]:
+        """The position after the last document, as JSON; ``corpus.read(position)`` continues there."""
         return {"file": self.file, "row": self.row, "undecoded": self.undecoded}
 
     def done(self) -> float:
+        """The share of the corpus that has been read, 0..1, for a progress bar."""
         return min(1.0, (self._before[self.file] + self._offset) / max(1, self._before[-1]))
 
     def skipped(self) -> list[str]:
+        """Files that could not be decoded."""
         return self.undecoded
+
+
+Corpus = FileCorpus | HubCorpus
+Reading = FileReading | HubReading
+"""One pass over a corpus: an iterator that knows its position."""
 
 
 def open_corpus(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, cache_dir
 from fastgpt.data.corpora import STDLIB, is_hub_name, open_corpus
 from fastgpt.data.manifest import PROGRESS, read_manifest, recipe_of
 from fastgpt.data.preparation import prepare
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
-from fastgpt.data.verification import cache_root
 from fastgpt.data.windows import Windows
 
 
@@ -30,7 +28,6 @@ def resolve(
     tokenizer: str = "gpt2",
     vocab_size: int | None = None,
     block_size: int | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
 ) -> ResolvedData:
     """The shards to train on.
 
@@ -42,7 +39,6 @@ def resolve(
         vocab_size: of the model, which must have a row for every id of the tokenizer. (TokenLoader checks that the files
             hold no other ids.)
         block_size: if given, both splits must hold at least one window of block_size + 1 tokens.
-        cache_dir: default ``$XDG_CACHE_HOME/fastgpt`` or ``~/.cache/fastgpt``.
 
     Raises:
         UserError: the data is missing, empty, damaged, unfinished, too short, or made with another tokenizer.
@@ -60,7 +56,7 @@ def resolve(
         raise UserError(f"data {data!r} is not finished: give the command that prepares it again to continue")
     train, val = _shards_in(path, "train"), _shards_in(path, "val")
     if data == STDLIB or not (train or val):
-        folder = _prepare_in_cache(data, tok, cache_dir)
+        folder = _prepare_in_cache(data, tok)
         train, val = _shards_in(folder, "train"), _shards_in(folder, "val")
     else:
         for split, found in (("train", train), ("val", val)):
@@ -75,7 +71,7 @@ def resolve(
     return ResolvedData(train, val, tok)
 
 
-def _prepare_in_cache(data: str, tok: Tokenizer, cache_dir: str | os.PathLike[str] | None) -> Path:
+def _prepare_in_cache(data: str, tok: Tokenizer) -> Path:
     if is_hub_name(data):
         name = data.rsplit("/", 1)[-1].removeprefix("hf:")
         raise UserError(
@@ -86,7 +82,7 @@ def _prepare_in_cache(data: str, tok: Tokenizer, cache_dir: str | os.PathLike[st
     recipe = recipe_of(corpus, tok)
     label = f"{STDLIB}-py{platform.python_version()}" if data == STDLIB else Path(data).stem or "data"
     key = sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    folder = cache_root(cache_dir) / f"{label}-{tok.name}-{key}"
+    folder = cache_dir() / f"{label}-{tok.name}-{key}"
     prepare(data, folder, tok)
     return folder
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,35 +29,23 @@ NAMES = ("gpt2", "bytes")
 DOWNLOAD_SECONDS = 30.0
 
 
-class Tokenizer(Protocol):
-    name: str
-    vocab_size: int
-    eot: int
-    """The id that separates documents."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """uint16 ids of many texts, on one core. Long work releases the GIL."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text. Ids past the vocabulary (rows that pad a model's embedding) are left out."""
-
-
 class BytesTokenizer:
     """The ids are the UTF-8 bytes. Byte 0, which does not occur in text, separates documents."""
 
     name = "bytes"
     vocab_size = 256
     eot = 0
+    """The id that separates documents."""
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", errors="replace"))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """uint16 ids of many texts, on one core. Long work releases the GIL."""
         return [np.frombuffer(t.encode("utf-8", errors="replace"), np.uint8).astype(np.uint16) for t in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text. Ids past the vocabulary (rows that pad a model's embedding) are left out."""
         return bytes(i for i in ids if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
@@ -85,6 +73,9 @@ class GPT2Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+
+Tokenizer = BytesTokenizer | GPT2Tokenizer
 
 
 @lru_cache

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgpt.common import UserError, gigabytes, write_json
+from fastgpt.common import UserError, cache_dir, gigabytes, write_json
 from fastgpt.data.manifest import read_manifest
 from fastgpt.data.shards import CHUNK, check_ids, open_shard
 
@@ -30,13 +30,6 @@ CACHED_FROM = 32 << 20
 SAID_FROM = 1 << 30
 """Bytes to read from which on a message says so."""
 THREADS = 8
-
-
-def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """``$XDG_CACHE_HOME/fastgpt`` or ``~/.cache/fastgpt``, unless another is given."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastgpt"
 
 
 @dataclass(frozen=True)
@@ -104,7 +97,7 @@ def _remembered(path: Path) -> FileFacts | None:
 
 def _memory_of(path: Path) -> Path:
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
-    return cache_root() / "checked" / f"{name}.json"
+    return cache_dir() / "checked" / f"{name}.json"
 
 
 def _state_of(path: Path) -> list[int]:

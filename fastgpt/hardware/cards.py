@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastgpt.common import UserError
-from fastgpt.hardware.ceilings import (
-    ARITHMETICS,
-)
+from fastgpt.hardware.ceilings import ARITHMETICS
 
 if TYPE_CHECKING:
     import torch
@@ -108,12 +106,13 @@ class Gpu:
         return {key: getattr(self, key) for key in keys} | {"dense_tflops": dense, "source": self.source}
 
 
-def _family(
-    arch: str, source: str, rows: Sequence[tuple[Any, ...]], *, full_rate: bool, prefix: str = "NVIDIA "
-) -> list[Gpu]:
-    """Rows of (name, SMs, boost MHz, GB/s, GB, L2 MB, W[, further fields of Gpu])."""
+GEFORCE = "NVIDIA GeForce RTX "
+
+
+def _family(prefix: str, arch: str, source: str, rows: Sequence[tuple[Any, ...]]) -> list[Gpu]:
+    """Rows of (name behind the prefix, SMs, boost MHz, GB/s, GB, L2 MB, W[, further fields of Gpu])."""
     return [
-        Gpu(prefix + row[0], arch, *row[1:7], source, full_rate, **(row[7] if len(row) > 7 else {}))  # type: ignore[call-arg]
+        Gpu(prefix + row[0], arch, *row[1:7], source, prefix != GEFORCE, **(row[7] if len(row) > 7 else {}))  # type: ignore[call-arg]
         for row in rows
     ]
 
@@ -122,6 +121,7 @@ def _family(
 # Not told apart: boards of one name with slower or faster memory chips (an RTX 4070 with GDDR6 has 480 GB/s).
 GPUS: list[Gpu] = [
     *_family(
+        GEFORCE,
         "sm_89",
         "NVIDIA GeForce RTX 40 series specifications; rates per SM: NVIDIA Ada GPU Architecture whitepaper v2.02",
         [
@@ -137,10 +137,9 @@ GPUS: list[Gpu] = [
             ("4060 Ti", 34, 2535, 288, 16, 32, 165, {"short": ("rtx4060ti16gb",)}),
             ("4060", 24, 2460, 272, 8, 24, 115),
         ],
-        full_rate=False,
-        prefix="NVIDIA GeForce RTX ",
     ),
     *_family(
+        GEFORCE,
         "sm_89",
         "NVIDIA GeForce RTX 40 series laptop specifications, upper end of the boost range (the laptop's power limit "
         "decides); rates per SM: NVIDIA Ada GPU Architecture whitepaper v2.02",
@@ -149,10 +148,9 @@ GPUS: list[Gpu] = [
             ("4070 Laptop GPU", 36, 2175, 256, 8, 32, 115),
             ("4060 Laptop GPU", 24, 2370, 256, 8, 32, 115),
         ],
-        full_rate=False,
-        prefix="NVIDIA GeForce RTX ",
     ),
     *_family(
+        GEFORCE,
         "sm_86",
         "NVIDIA GeForce RTX 30 series specifications; rates per SM: NVIDIA Ampere GA102 GPU Architecture whitepaper v2",
         [
@@ -167,10 +165,9 @@ GPUS: list[Gpu] = [
             ("3060", 28, 1777, 360, 12, 3, 170),
             ("3050", 20, 1777, 224, 8, 2, 130),
         ],
-        full_rate=False,
-        prefix="NVIDIA GeForce RTX ",
     ),
     *_family(
+        GEFORCE,
         "sm_120",
         "NVIDIA GeForce RTX 50 series specifications; rates per SM: NVIDIA RTX Blackwell Architecture whitepaper v1.1",
         [
@@ -182,10 +179,9 @@ GPUS: list[Gpu] = [
             ("5060 Ti", 36, 2572, 448, 16, 32, 180, {"short": ("rtx5060ti16gb",)}),
             ("5060", 30, 2497, 448, 8, 32, 145),
         ],
-        full_rate=False,
-        prefix="NVIDIA GeForce RTX ",
     ),
     *_family(
+        "NVIDIA ",
         "sm_86",
         "NVIDIA RTX A6000, A5500, A5000, A4500, A4000, A40 and A10 datasheets (sparse figure halved)",
         [
@@ -197,9 +193,9 @@ GPUS: list[Gpu] = [
             ("A40", 84, 1740, 696, 48, 6, 300),
             ("A10", 72, 1695, 600, 24, 6, 150),
         ],
-        full_rate=True,
     ),
     *_family(
+        "NVIDIA ",
         "sm_89",
         "NVIDIA L40S, L4 and RTX 6000/5000/4500/4000 Ada datasheets (sparse figure halved)",
         [
@@ -210,9 +206,9 @@ GPUS: list[Gpu] = [
             ("RTX 4500 Ada Generation", 60, 2580, 432, 24, 48, 210, {"short": ("rtx4500ada",)}),
             ("RTX 4000 Ada Generation", 48, 2175, 360, 20, 48, 130, {"short": ("rtx4000ada",)}),
         ],
-        full_rate=True,
     ),
     *_family(
+        "NVIDIA ",
         "sm_80",
         "NVIDIA A100 Tensor Core GPU Architecture whitepaper; A100 and A30 datasheets",
         [
@@ -222,9 +218,9 @@ GPUS: list[Gpu] = [
             ("A100-PCIE-40GB", 108, 1410, 1555, 40, 40, 250),
             ("A30", 56, 1440, 933, 24, 24, 165),
         ],
-        full_rate=True,
     ),
     *_family(
+        "NVIDIA ",
         "sm_90",
         "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04; H100 and H200 datasheets (sparse figure halved)",
         [
@@ -233,19 +229,17 @@ GPUS: list[Gpu] = [
             ("H100 NVL", 132, 1545, 3938, 94, 50, 400, {"fp32_mhz": 1785}),
             ("H200", 132, 1830, 4800, 141, 50, 700, {"short": ("h200sxm",), "fp32_mhz": 1980}),
         ],
-        full_rate=True,
     ),
     *_family(
+        "Tesla ",
         "sm_70",
         "NVIDIA Tesla V100 GPU Architecture whitepaper",
         [
             ("V100-SXM2-16GB", 80, 1530, 900, 16, 6, 300, {"short": ("v100",)}),
             ("V100-SXM2-32GB", 80, 1530, 900, 32, 6, 300),
         ],
-        full_rate=True,
-        prefix="Tesla ",
     ),
-    *_family("sm_75", "NVIDIA T4 datasheet", [("T4", 40, 1590, 320, 16, 4, 70)], full_rate=True, prefix="Tesla "),
+    *_family("Tesla ", "sm_75", "NVIDIA T4 datasheet", [("T4", 40, 1590, 320, 16, 4, 70)]),
 ]
 
 

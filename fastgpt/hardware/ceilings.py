@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import sys
@@ -14,11 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from json import dumps, loads
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgpt.common import write_whole
+from fastgpt.common import cache_dir, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -58,11 +57,6 @@ def device_name(device: torch.device | str) -> str:
         return platform.processor() or platform.machine()
 
 
-def cache_dir() -> Path:
-    """$XDG_CACHE_HOME/fastgpt, or ~/.cache/fastgpt."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgpt"
-
-
 def measured_ceilings(device: torch.device | str, refresh: bool = False) -> Ceilings:
     """Copy bandwidth and matmul rate per arithmetic of ``device``.
 
@@ -81,7 +75,7 @@ def measured_ceilings(device: torch.device | str, refresh: bool = False) -> Ceil
     rates = {arithmetic: _matmul_tflops(arithmetic, device) for arithmetic in ARITHMETICS}
     ceilings = Ceilings(name, host, version, threads, _copy_gbs(device), rates)
     try:
-        write_whole(path, dumps(asdict(ceilings), indent=1))
+        write_json(path, asdict(ceilings))
     except OSError as error:
         print(f"measured ceilings are not kept: {error}", file=sys.stderr)
     return ceilings

@@ -18,7 +18,7 @@ tables, ``forced``, refused configs, compile-only runs. A test that replaces som
 also the one place that tells a listener (``heard``) and that changes the current device, if the choice is for another.
 
 The answer comes from tables, one JSON file per architecture and SM count: the user's own in
-``hardware.cache_dir()/tuning`` (``python -m bench.tune`` measures it) before those shipped in ``tables/``. Among the
+``common.cache_dir()/tuning`` (``python -m bench.tune`` measures it) before those shipped in ``tables/``. Among the
 files of the device's architecture whose shared-memory limit it has, the nearest SM count that has an entry for the
 bucket wins; if none has one, the default. Each entry says whether it was ``measured`` on such a card or ``ranked`` by the
 model of ranking.py, from what the compiler says of it.
@@ -45,8 +45,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from fastgpt.common import UserError, write_whole
-from fastgpt.hardware import cards, ceilings
+from fastgpt.common import UserError, cache_dir, write_whole
+from fastgpt.hardware import cards
 from fastgpt.kernels import runtime
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.tuning", 1
@@ -216,7 +216,7 @@ def _entry(item: dict[str, Any], target: Target) -> TableEntry:
 
 
 def user_folder() -> Path:
-    return ceilings.cache_dir() / "tuning"
+    return cache_dir() / "tuning"
 
 
 @lru_cache(maxsize=16)

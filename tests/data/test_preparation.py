@@ -489,8 +489,9 @@ def test_resolve_text_goes_through_the_cache(tmp_path, monkeypatch):
         resolve(str(path), tokenizer="bytes", block_size=5000)
 
 
-def test_resolve_stdlib(tmp_path):
-    train, val, _ = resolve("stdlib", tokenizer="bytes", vocab_size=256, block_size=32, cache_dir=tmp_path)
+def test_resolve_stdlib(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    train, val, _ = resolve("stdlib", tokenizer="bytes", vocab_size=256, block_size=32)
     assert train[0].name == "train_000000.bin" and train[0].parent.name.startswith("stdlib-py3.")
     assert len(open_shard(train[0])) > 5e6 and len(open_shard(val[0])) > 1e5
 
@@ -519,11 +520,12 @@ def test_resolve_folders_of_others(tmp_path, names):
         (lambda d: None, {}, "folder without text"),
     ],
 )
-def test_resolve_refuses_in_one_sentence(tmp_path, write, arguments, message):
+def test_resolve_refuses_in_one_sentence(tmp_path, monkeypatch, write, arguments, message):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write(tmp_path)
     before = sorted(tmp_path.iterdir())
     data = str(tmp_path / arguments.get("data", ""))
     arguments = {key: value for key, value in arguments.items() if key != "data"}
     with pytest.raises(UserError, match=message):
-        resolve(data, cache_dir=tmp_path / "cache", **arguments)
+        resolve(data, **arguments)
     assert sorted(tmp_path.iterdir()) == before, "nothing is written"

@@ -245,12 +245,12 @@ def test_without_a_name_and_a_known_card_it_is_refused_as_plan_refuses_it(capsys
         assert "gpu is not given and there is no CUDA GPU here" in refused(capsys, monkeypatch, *argv)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 9999")
-    monkeypatch.setattr(cards_module, "present", lambda: None)
+    monkeypatch.setattr(__main__, "present", lambda: None)
     assert "RTX 9999 is not in the table" in refused(capsys, monkeypatch)
 
 
 def test_entry_point_does_not_import_torch():
-    code = "import sys, fastgpt.hardware.cards as h; h.main(['rtx4070']); print('torch' in sys.modules)"
+    code = "import sys, fastgpt.hardware.__main__ as h; h.main(['rtx4070']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 

@@ -18,7 +18,7 @@ def run(code):
 
 
 def test_picking_first_interprets_the_kernels():
-    code = "from fastgpt import device; where = device.pick('cpu', 'triton'); import torch; from fastgpt import ops;"
+    code = "from fastgpt.hardware import device; where = device.pick('cpu', 'triton'); import torch; from fastgpt import ops;"
     code += "from fastgpt.kernels import runtime; assert runtime.runs_in_triton(torch.empty(0, device=where))"
     result = run(code)
     assert result.returncode == 0, result.stderr
@@ -26,7 +26,7 @@ def test_picking_first_interprets_the_kernels():
 
 @pytest.mark.parametrize("earlier", ["fastgpt.ops", "fastgpt.model", "fastgpt.kernels", "triton"])
 def test_picking_too_late_is_refused_and_never_falls_back_in_silence(earlier):
-    result = run(f"import {earlier}; from fastgpt import device; device.pick('cpu', 'triton')")
+    result = run(f"import {earlier}; from fastgpt.hardware import device; device.pick('cpu', 'triton')")
     assert "UserError: the kernels are already imported" in result.stderr
 
 
