@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgpt.checkpoints import checkpoint
+from fastgpt.checkpoints import checkpoint, saver
 from fastgpt.checkpoints.folder import best, existing, resolve
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -460,9 +460,7 @@ def test_smaller_geometry_keeps_the_sequences_per_step(before, after):
 
 
 def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(config, device, monkeypatch, capsys):
-    from fastgpt.checkpoints import write
-
-    real, calls = write.write, []
+    real, calls = saver.write, []
 
     def full(*args):
         calls.append(args)
@@ -470,7 +468,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(config, device
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(write, "write", full)
+    monkeypatch.setattr(saver, "write", full)
     run, code = train(config, device)
     out = capsys.readouterr().out
     assert "was not saved: the disk of" in out and "step-00000004" in out
