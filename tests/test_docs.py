@@ -3,6 +3,8 @@
 A block between ``` fences (or indented by four) whose first line starts with a program's name is a block of commands; CHECKS
 says how each is checked, and a command that matches none of its patterns fails. Cheap ones are run; the rest goes through the
 entry's own argument parser and stops there, so that a flag, a preset or a choice that does not exist fails.
+
+CONTRIBUTING's recipe is carried out in a copy of the repository: files are written, diffs applied, commands run.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
 
@@ -25,7 +29,8 @@ from fastgpt.__main__ import main as fastgpt_command
 from fastgpt.config import tomllib
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
 PROGRAMS = ("python", "python3", "fastgpt", "make", "pytest", "torchrun", "pip", "git", "export", "cd", "source")
 TINY = "--n-embd 32 --n-layer 1 --block-size 16 --vocab-size 256 --tokenizer bytes --batch-size 2 --grad-accum 1"
 TINY += " --max-iters 1 --eval-iters 1 --device cpu --no-tensorboard"
@@ -184,11 +189,57 @@ def pip(words, **_):
             assert extra in project["optional-dependencies"], f"there is no extra {extra!r}"
 
 
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """A copy of the repository after CONTRIBUTING's recipe: each block was written, or applied, where its first line says."""
+    folder = tmp_path_factory.mktemp("recipe")
+    for name in ("fastgpt", "bench", "configs", "tests"):
+        copytree(ROOT / name, folder / name, ignore=ignore_patterns("__pycache__", "results"))
+    (folder / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    for language, text in blocks(CONTRIBUTING):
+        if language == "python":
+            title = re.match(r"# (\S+\.py)\n", text)
+            assert title, f"this block does not begin with the name of its file:\n{text}"
+            (folder / title[1]).write_text(text, encoding="utf-8")
+        elif language == "diff":
+            apply(text, folder)
+    return folder
+
+
+def apply(diff, folder):
+    """Apply a diff without line numbers: what a hunk keeps and removes has to stand once in its file."""
+    for change in re.split(r"^\+\+\+ ", diff, flags=re.MULTILINE)[1:]:
+        name, _, hunks = change.partition("\n")
+        text = "\n" + (folder / name).read_text(encoding="utf-8")
+        for hunk in hunks.split("@@\n"):
+            lines = hunk.splitlines(keepends=True)
+            old = "\n" + "".join(line[1:] or line for line in lines if not line.startswith("+"))
+            new = "\n" + "".join(line[1:] or line for line in lines if not line.startswith("-"))
+            assert text.count(old) == 1, (
+                f"CONTRIBUTING's recipe changes lines that {name} does not have, or has twice:{old}"
+            )
+            text = text.replace(old, new)
+        (folder / name).write_text(text[1:], encoding="utf-8")
+
+
+def after_the_recipe(words, request, tmp_path, **_):
+    folder = request.getfixturevalue("recipe")
+    unset = {"TRITON_INTERPRET"} | {key for key in os.environ if key.startswith("PYTEST_")}
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    environment |= {"PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert "relu2" in result.stdout or words[2] == "pytest", result.stdout
+
+
 def nothing(words, **_):
     """The shell's own, or another program's: not ours to check."""
 
 
 CHECKS = [
+    (r".*relu2", after_the_recipe),
     (r"(\w+=\S* )*make ", make),
     (r"(python -m )?pip ", pip),
     (r"(python -m )?pytest ", pytest_accepts),
@@ -204,7 +255,7 @@ CHECKS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS_OF_PAGES)
-def test_the_command_works(command, tmp_path, monkeypatch, capsys):
+def test_the_command_works(command, request, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "120")
     words = shlex.split(command)
@@ -214,7 +265,7 @@ def test_the_command_works(command, tmp_path, monkeypatch, capsys):
         words[0] = "python"
     check = next((check for pattern, check in CHECKS if re.match(pattern, shlex.join(words))), None)
     assert check, f"{COMMANDS_OF_PAGES[command].name}: CHECKS in {__name__} does not say how to check this command"
-    check(words, tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
+    check(words, request=request, tmp_path=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def test_the_commands_are_found():
@@ -224,16 +275,38 @@ def test_the_commands_are_found():
     assert len(COMMANDS_OF_PAGES) > 30
 
 
+def spans(page):
+    """What stands between single backticks in its sentences and tables."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_entries_named_in_a_sentence_exist(page):
-    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for span in re.findall(r"`([^`\n]+)`", prose):
+    for span in spans(page):
         if match := re.match(r"python -m ((?:fastgpt|bench)[\w.]*)", span):
             entry(["python", "-m", match[1]])
         elif match := re.match(r"fastgpt (\w+)", span):
             assert match[1] in COMMANDS, span
         elif match := re.match(r"make (\w+)", span):
             make(["make", match[1]])
+
+
+OURS = [path for top in ("fastgpt", "bench", "tests", "docs", "tools", "configs") for path in (ROOT / top).rglob("*")]
+OURS += [path for path in ROOT.iterdir() if path.is_file()]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_files_and_names_in_a_sentence_exist(page):
+    """A Python file or a folder of ours, by its whole path or the end of it, and ``fastgpt.module.name``."""
+    for span in spans(page):
+        if span == "bench/results/":  # made by the first results
+            continue
+        if re.fullmatch(r"[\w/]+\.py|(fastgpt|bench|tests|docs|tools|configs)/[\w./-]+", span):
+            ending = f"/{span.rstrip('/')}"
+            assert any(path.as_posix().endswith(ending) for path in OURS), f"there is no {span}"
+        elif match := re.fullmatch(r"((?:fastgpt|bench)(?:\.\w+)*)(?:\(.*\))?", span):
+            pkgutil.resolve_name(match[1])
 
 
 # ---- Python blocks
@@ -250,22 +323,16 @@ def given(name):
     return {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "idx": idx, "targets": idx}[name]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if pythons(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != CONTRIBUTING and pythons(page)], ids=lambda page: page.name
+)
 def test_the_python_blocks_run(page, tmp_path, monkeypatch):
-    """In their order, each as a file of its own. One that starts with ``# a/path.py`` can be imported by those after it."""
+    """In their order, each as a file of its own."""
     monkeypatch.chdir(tmp_path)
-    for number, text in enumerate(pythons(page)):
-        title = re.match(r"# ([\w/]+)\.py\n", text)
-        name = title[1].replace("/", ".") if title else f"block_{number}"
-        file = tmp_path / f"{name}.py"
-        file.write_text(text, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(name, file)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        names = compile(text, str(file), "exec").co_names
-        for wanted in {"model", "optimizer", "idx", "targets"} & set(names):
-            setattr(module, wanted, given(wanted))
-        spec.loader.exec_module(module)
+    for text in pythons(page):
+        code = compile(text, page.name, "exec")
+        wanted = {"model", "optimizer", "idx", "targets"} & set(code.co_names)
+        exec(code, {"__name__": "block"} | {name: given(name) for name in wanted})
 
 
 # ---- links and quoted messages

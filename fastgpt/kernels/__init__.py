@@ -20,9 +20,7 @@ _PUBLIC = {
     "linear_gelu": "fused_linear",
     "mlp": "fused_linear",
 }
-__all__ = [
-    "attention", "embedding", "layer_norm", "linear", "linear_cross_entropy", "linear_gelu", "mlp", "qkv_attention"
-]  # fmt: skip
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
