@@ -22,8 +22,8 @@ from typing import Annotated, Any
 import torch
 
 from bench.reports import tables
+from bench.reports.timing import parse_budget
 from bench.steps.ablation_measure import VARIANTS, Variant
-from bench.tune import parse_budget
 from fastgpt import command, common
 from fastgpt.anatomy import Shape
 from fastgpt.command import Arg

@@ -32,6 +32,7 @@ from bench.compiler.tune_table import HINTS, change, facts_of, open_table, print
 from bench.ops import families
 from bench.ops.common import Family
 from bench.ops.linear import default_at
+from bench.reports.timing import parse_budget
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
@@ -98,7 +99,7 @@ def rank(chosen: list[Family], card: cards.Gpu, path: Path, deadline: float) -> 
     measured stay. Returns the number not reached."""
     paths = {False: path, True: path.parent / HINTS.name / path.name}
     tables = {library: open_table(where, target_of(card), card.name) for library, where in paths.items()}
-    rows: list[tuple[str, ...]] = []
+    rows: list[list[str]] = []
     for done, family in enumerate(chosen):
         if time.monotonic() > deadline:
             print_changes(rows, "model's time over the default's")
@@ -125,14 +126,6 @@ def rank(chosen: list[Family], card: cards.Gpu, path: Path, deadline: float) -> 
 
 
 # ---------------------------------------------------------------- command line
-
-
-def parse_budget(text: str) -> float:
-    """Seconds of "90s", "10m", "1h" or "300". Raises UserError."""
-    parsed = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
-    if not parsed or not float(parsed[1]):
-        raise UserError(f"budget is {text!r}: it must be a time such as 90s, 10m or 1h")
-    return float(parsed[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[parsed[2]]
 
 
 def pick(pattern: str | None) -> list[Family]:

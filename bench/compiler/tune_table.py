@@ -13,6 +13,7 @@ from typing import Any
 
 from bench.compiler import ranking
 from bench.ops.common import Family
+from bench.reports.tables import print_table, terminal
 from fastgpt.common import UserError, write_whole
 from fastgpt.hardware.environment import ROOT
 from fastgpt.kernels import tuning
@@ -87,22 +88,16 @@ def open_table(path: Path, target: tuning.Target, gpu: str) -> tuning.Table:
         ) from None
 
 
-def change(entry: tuning.TableEntry, old: dict[str, int], figure: float | None) -> tuple[str, ...]:
-    new = "(the same)" if entry.config == old else tuning.brief(entry.config)
-    return " ".join(entry.key), tuning.brief(old), new, "-" if figure is None else f"{figure:.3f}"
+UNCHANGED = "(the same)"
 
 
-def print_changes(rows: list[tuple[str, ...]], figure: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def change(entry: tuning.TableEntry, old: dict[str, int], figure: float | None) -> list[str]:
+    new = UNCHANGED if entry.config == old else tuning.brief(entry.config)
+    return [" ".join(entry.key), tuning.brief(old), new, "-" if figure is None else f"{figure:.3f}"]
 
-    if not rows:
-        return
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("kernel, dtype, bucket", "old", "new"):
-        shown.add_column(name, overflow="fold")
-    shown.add_column(figure, justify="right", max_width=16)
-    for row in rows:
-        shown.add_row(*row, style=None if row[2] != "(the same)" else "dim")
-    Console(width=None if sys.stdout.isatty() else 150, highlight=False).print(shown)
+
+def print_changes(rows: list[list[str]], figure: str) -> None:
+    """A line per entry that ``change`` has made: dim where the config stays as it was."""
+    if rows:
+        cells = [["kernel, dtype, bucket", "old", "new", figure], *rows]
+        print_table(terminal(150), "", cells, lambda row: "dim" if row[2] == UNCHANGED else None, narrow=True)

@@ -1,68 +1,10 @@
-"""What a GPU that is not here would do, for the report of bench.mfu: its step as projected, its kernels as compiled.
-
-Nothing here is a measurement. bench.project and bench.audit show the same at length.
-"""
+"""Tables and notes of what bench/steps/elsewhere.py finds: a step as projected, its kernels as compiled. Reads plain dicts."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastgpt.common import UserError
-from fastgpt.config import EXPERIMENTAL, load_preset, preset_names
-from fastgpt.hardware.cards import Gpu
-from fastgpt.performance.memory import KERNELS
-
-AUDITED = "step gpt2-124m {precision}"
-"""The step whose kernels are compiled: all of them take minutes (python -m bench.audit)."""
-
-
-def projection(model: str | None, gpu: Gpu, precision: str = "bf16") -> dict[str, Any]:
-    """One step of a preset (GPT-2 124M if ``model`` is none of them) on every kind of kernels, in bf16; and on ours in
-    ``precision``, if that is an experimental one."""
-    from fastgpt.anatomy import Shape
-    from fastgpt.performance.projection import project
-
-    name = model if model in preset_names() and model != "demo" else "gpt2-124m"
-    config = load_preset(name, "cuda")
-    batch, T, tokens = config.data.batch_size, config.model.block_size, config.tokens_per_step
-    shape = Shape.of(config.model)
-    rest: dict[str, Any] = {"micro_batch": batch, "tokens_per_step": tokens, "dropout": config.model.dropout}
-    steps = {kernels: (kernels, "bf16") for kernels in KERNELS}
-    if precision in EXPERIMENTAL:
-        steps[f"triton {precision}"] = ("triton", precision)
-    variants: dict[str, Any] = {}
-    for name_of_step, (kernels, used) in steps.items():
-        try:
-            variants[name_of_step] = project(shape, gpu, kernels=kernels, precision=used, **rest).to_json()
-        except UserError as error:  # a card without the arithmetic
-            variants[name_of_step] = {"error": str(error)}
-    return {
-        "gpu": gpu.name,
-        "model": name,
-        "batch_size": batch,
-        "seq": T,
-        "tokens_per_step": tokens,
-        "variants": variants,
-    }
-
-
-def audit(gpu: Gpu, precision: str = "bf16") -> dict[str, Any]:
-    """The kernels of a GPT-2 124M step in bf16, or in an experimental precision, compiled for this GPU in a process of its own:
-    rows of bench.audit."""
-    from bench import audit as audit_module
-
-    case = AUDITED.format(precision=precision if precision in EXPERIMENTAL else "bf16")
-    found: dict[str, Any] = {"gpu": gpu.name, "arch": gpu.arch, "cases": case}
-    try:
-        report = audit_module.run(audit_module.target(None, gpu.name), only=f"^{case}$", shard=None)
-    except (UserError, RuntimeError, OSError) as error:  # an architecture that Triton does not compile for, no ptxas
-        return found | {"error": str(error).splitlines()[0][:300]}
-    if not report.rows:
-        return found | {"error": f"{gpu.name} cannot run {case}"}
-    return found | {"triton": report.triton, "rows": report.rows, "failures": report.failures}
-
-
-# ---------------------------------------------------------------- tables
+from bench.reports.tables import Cells
 
 
 def projection_notes(found: dict[str, Any]) -> list[str]:
@@ -81,7 +23,7 @@ def projection_notes(found: dict[str, Any]) -> list[str]:
     return notes
 
 
-def projection_cells(found: dict[str, Any]) -> list[list[str]]:
+def projection_cells(found: dict[str, Any]) -> Cells:
     """A row per kind of kernels: low, central, high."""
     cells = [["kernels", "tokens/s, low", "central", "high", "ms/step", "MFU", "nanoGPT's", "what"]]
     for name, v in found["variants"].items():
@@ -95,7 +37,7 @@ def projection_cells(found: dict[str, Any]) -> list[list[str]]:
     return cells
 
 
-def projected_operation_cells(found: dict[str, Any]) -> list[list[str]]:
+def projected_operation_cells(found: dict[str, Any]) -> Cells:
     """Milliseconds per step by group of operations, one column per kind of kernels; longest first."""
     known = {name: v for name, v in found["variants"].items() if "error" not in v}
     sums: dict[str, dict[str, float]] = {}
@@ -119,7 +61,7 @@ def audit_note(found: dict[str, Any]) -> str:
     return f"Every kernel of a {found['cases'].removeprefix('step ')} step, compiled with triton {found['triton']}: {gate}."
 
 
-def audit_cells(found: dict[str, Any]) -> list[list[str]]:
+def audit_cells(found: dict[str, Any]) -> Cells:
     """A row per kernel: what it takes of an SM, and how it fills the card."""
     cells = [
         ["kernel", "launches", "registers", "shared, bytes", "blocks/SM", "limit", "waves", "last full", "tensor cores"]
@@ -128,7 +70,7 @@ def audit_cells(found: dict[str, Any]) -> list[list[str]]:
         held = row["waves"] is not None
         cells.append(
             [
-                f"{row['module'].removeprefix('_').removeprefix('fused_')}: {row['kernel']}",
+                f"{row['module'].removeprefix('fused_')}: {row['kernel']}",
                 f"{row['launches']}",
                 f"{row['registers']}",
                 f"{row['shared']:,}",

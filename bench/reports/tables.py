@@ -25,14 +25,20 @@ def terminal(width: int) -> Console:
 
 
 def print_table(
-    console: Console, title: str, cells: Cells, style: Callable[[list[str]], str | None] = lambda row: None
+    console: Console,
+    title: str,
+    cells: Cells,
+    style: Callable[[list[str]], str | None] = lambda row: None,
+    *,
+    narrow: bool = False,
 ) -> None:
-    """Print a table under its title. Figures are never cut; text wraps where the terminal is narrow. ``style``: of a row."""
+    """Print a table under its title. Figures are never cut; text wraps where the terminal is narrow. ``style``: of a row.
+    ``narrow``: one space between columns instead of two."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if narrow else (0, 1))
     for i, name in enumerate(cells[0]):
         figures = is_figures(cells, i)
         table.add_column(
@@ -43,7 +49,8 @@ def print_table(
         )
     for row in cells[1:]:
         table.add_row(*map(escape, row), style="bold" if row[0] == "sum" else style(row))
-    console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
+    if title:
+        console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
     console.print(table)
 
 

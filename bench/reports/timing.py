@@ -11,6 +11,7 @@ between two uses of an operation; 8192 x 768 in bf16 is 12.6 MB and would otherw
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from fastgpt.common import UserError
 
 Work = Callable[[], Any]
 
@@ -119,3 +122,11 @@ def peak_memory(work: Work, device: torch.device) -> int | None:
     work()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of "90s", "10m", "1h" or "300". Raises UserError."""
+    parsed = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
+    if not parsed or not float(parsed[1]):
+        raise UserError(f"budget is {text!r}: it must be a time such as 90s, 10m or 1h")
+    return float(parsed[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[parsed[2]]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bench import mfu
-from bench.reports import elsewhere
-from fastgpt.hardware import cards
+from bench.steps import elsewhere
+from fastgpt.hardware import ceilings
 from fastgpt.hardware.ceilings import Ceilings
 
 TINY = "L1H2C32T32V160"
@@ -46,7 +46,7 @@ def quick_run(monkeypatch, folder):
     def compile_without_compiler(model, **_):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n  in torch._inductor.config.cpp.cxx")
 
-    monkeypatch.setattr(cards, "measured_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(ceilings, "measured_ceilings", lambda device: CEILINGS)
     monkeypatch.setattr(mfu, "TINY", INTERPRETED)
     monkeypatch.setattr(torch, "compile", compile_without_compiler)
     return ["--device", "cpu", "--model", TINY, "--batch", "2", "--steps", "3", "--out", str(folder / "out")]

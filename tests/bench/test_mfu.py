@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import sys
 from dataclasses import replace
 from typing import get_args
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from bench import mfu
-from bench.reports import elsewhere, mfu_tables, timing
+from bench.reports import mfu_tables, timing
 from bench.steps import profile
 from bench.steps.profile import Setup, mfu_figures
 from fastgpt import command, common
@@ -22,9 +21,8 @@ from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, ModelConfig, Precision
 from fastgpt.hardware import cards
 from fastgpt.ops import usable_precision
-from fastgpt.performance import memory
 from fastgpt.performance.operations import GAPS, operations
-from tests.bench.mfu_run import AUDIT_ROW, CEILINGS, INTERPRETED, TINY, quick, quick_run, result
+from tests.bench.mfu_run import CEILINGS, INTERPRETED, TINY, quick, quick_run, result
 
 __all__ = ["quick", "result"]  # fixtures
 
@@ -289,88 +287,7 @@ def test_a_results_file_that_is_not_there_ends_in_one_sentence(tmp_path):
         mfu.main(["--from", str(tmp_path / "mfu.json"), "--out", str(tmp_path / "out")])
 
 
-# ---------------------------------------------------------------- elsewhere: projection and audit
-
-
-def test_the_projection_says_that_it_is_one_beside_its_error(result):
-    found = result[0]["projection"]
-    assert found["gpu"] == "NVIDIA GeForce RTX 4070" and found["model"] == "gpt2-124m"
-    assert set(found["variants"]) == set(memory.KERNELS)
-    for row, variant in zip(elsewhere.projection_cells(found)[1:], found["variants"].values()):
-        assert variant["tokens_per_second_low"] < variant["tokens_per_second"] < variant["tokens_per_second_high"]
-        assert row[-1].startswith("projected") and "calibration error" in row[-1]
-    notes = elsewhere.projection_notes(found)
-    assert "projection" in notes[0] and re.search(r"Calibration error \d+\.\d%", notes[1])
-    sums = elsewhere.projected_operation_cells(found)
-    assert sums[0][0] == "operation" and sums[-1][0] == "sum" and any(row[0] == "attention backward" for row in sums)
-
-
-def test_an_experimental_precision_is_projected_beside_bf16():
-    found = elsewhere.projection("gpt2-40m", cards.card("rtx4070"), "fp8")
-    assert [*found["variants"]] == [*memory.KERNELS, "triton fp8"]
-    assert found["variants"]["triton fp8"]["precision"] == "fp8" and mfu_tables.projected_in(found) == ", bf16, fp8"
-    assert elsewhere.projection_notes(found)[-1] == (
-        "MFU: bf16: nominal dense bf16 peak, 58.3 TFLOP/s; fp8: nominal dense fp8 peak, 116.6 TFLOP/s."
-    )
-    assert "triton fp8, ms" in elsewhere.projected_operation_cells(found)[0]
-
-
-@pytest.mark.parametrize(
-    ("precision", "case"),
-    [("fp32", "step gpt2-124m bf16"), ("fp8", "step gpt2-124m fp8"), ("fp16-fast", "step gpt2-124m fp16-fast")],
-)
-def test_the_audit_is_of_the_precision_that_is_asked_for(precision, case, monkeypatch):
-    from bench import audit
-
-    asked = []
-    monkeypatch.setattr(
-        audit, "run", lambda card, *, only, shard: asked.append(only) or audit.Audit(card, "3", [], [], {})
-    )
-    found = elsewhere.audit(cards.card("rtx3090"), precision)
-    assert asked == [f"^{case}$"] and found["error"] == f"NVIDIA GeForce RTX 3090 cannot run {case}", (
-        "nothing to compile"
-    )
-
-
-def test_a_card_without_the_arithmetic_is_said_and_not_a_crash():
-    found = elsewhere.projection("gpt2-40m", cards.card("v100"))
-    assert found["model"] == "gpt2-40m" and all("bf16" in v["error"] for v in found["variants"].values())
-    assert elsewhere.projection_cells(found)[1][-1] == found["variants"]["nanogpt-compile"]["error"]
-
-
-def test_an_audit_that_cannot_compile_is_reported(monkeypatch):
-    from bench import audit
-
-    def no_compiler(*_, **__):
-        raise RuntimeError("ptxas not found\nsecond line")
-
-    monkeypatch.setattr(audit, "run", no_compiler)
-    found = elsewhere.audit(cards.card("rtx4070"))
-    assert found["error"] == "ptxas not found" and found["arch"] == "sm_89"
-    assert elsewhere.audit(cards.card("v100"))["error"].startswith("gpu is ")
-
-
-def test_the_audit_asks_for_the_shipped_step_of_this_card(monkeypatch):
-    from bench import audit
-
-    asked = {}
-
-    def run(card, *, only, shard):
-        asked.update(card=card, only=only, shard=shard)
-        return audit.Audit(card, "3.7.1", [], [AUDIT_ROW], {})
-
-    monkeypatch.setattr(audit, "run", run)
-    monkeypatch.setattr(audit.Audit, "failures", property(lambda self: []))
-    found = elsewhere.audit(cards.card("rtx4070"))
-    assert asked["card"].name == "NVIDIA GeForce RTX 4070" and re.search(asked["only"], "step gpt2-124m bf16")
-    assert elsewhere.audit_cells(found)[1][:3] == ["attn_kernels: forward", "24", "128"]
-    assert "no spills" in elsewhere.audit_note(found)
-
-
-# ---------------- was tests/test_bench_mfu_precisions.py
-# python -m bench.mfu --precision fp16-fast and fp8: where they are measured, as what, and what the report says of it.
-
-CPU = torch.device("cpu")
+# ---------------------------------------------------------------- --precision fp16-fast and fp8
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import audit
+from bench.compiler import audit
 from fastgpt import anatomy
 from fastgpt.config import load_preset
 from tests.kernels.test_tuning import in_child

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
 from bench.reports import timing
@@ -35,3 +36,8 @@ def test_a_timing_is_a_median_and_the_distance_of_the_quartiles():
 def test_peak_memory_of_a_gpu_and_of_no_gpu(device):
     peak = timing.peak_memory(lambda: torch.empty(2**20, dtype=torch.uint8, device=device), device)
     assert peak == (2**20 if device.type == "cuda" else None)
+
+
+@pytest.mark.parametrize("text, seconds", [("90s", 90), ("10m", 600), ("1h", 3600), ("300", 300), ("1.5m", 90)])
+def test_budgets(text, seconds):
+    assert timing.parse_budget(text) == seconds
