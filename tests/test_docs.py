@@ -335,6 +335,16 @@ def test_the_python_blocks_run(page, tmp_path, monkeypatch):
         exec(code, {"__name__": "block"} | {name: given(name) for name in wanted})
 
 
+# ---- what a page must have
+
+
+def test_the_doctors_page_has_every_check():
+    page = (ROOT / "docs" / "doctor.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "fastgpt/doctor/checks").glob("*.py")]
+    names = {name for source in sources for name in re.findall(r'\b(?:id|check)="(\w+)"', source)}
+    assert len(names) > 10 and [name for name in sorted(names) if f"`{name}`" not in page] == []
+
+
 # ---- links and quoted messages
 
 
