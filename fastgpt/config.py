@@ -249,7 +249,7 @@ def preset_names() -> list[str]:
 def load_preset(name: str, device: str = "cpu") -> Config:
     """The preset of that name, for a device type ("cpu" or "cuda"). Raises UserError for an unknown name."""
     if name not in preset_names():
-        raise UserError(f"preset is {name!r}{nearest(name, preset_names())}: it can be {', '.join(preset_names())}")
+        raise UserError(command.unknown("preset", name, preset_names()))
     return replace(load_toml(config_folder() / f"{name}.toml", Config(), device), preset=name)
 
 

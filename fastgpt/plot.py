@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from fastgpt import command, common
-from fastgpt.checkpoints import folder as folder_module
+from fastgpt.checkpoints.folder import METRICS
 from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.doctor.reading.logs import read_log
@@ -42,7 +42,7 @@ def read(path: Path, tokens_per_step: int | None = None) -> Curves:
     ``tokens_per_step`` is for logs that give times but no rate, and do not say it themselves. Raises UserError for what
     cannot be read, and for a log without a step.
     """
-    if (path / folder_module.METRICS if path.is_dir() else path).name == folder_module.METRICS:
+    if (path / METRICS if path.is_dir() else path).name == METRICS:
         return _of_records(path if path.is_dir() else path.parent, metrics.read(path))
     if not path.is_file():
         raise UserError(f"{path} is neither a run's folder nor a log file: name one that exists")
@@ -133,9 +133,8 @@ def draw(runs: Sequence[Curves], path: Path) -> Path:
 def _running_mean(step: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means over a fiftieth of the points, at the middle of each window."""
     width = max(2, len(values) // 50)
-    return np.convolve(step, np.full(width, 1 / width), "valid"), np.convolve(
-        values, np.full(width, 1 / width), "valid"
-    )
+    window = np.full(width, 1 / width)
+    return np.convolve(step, window, "valid"), np.convolve(values, window, "valid")
 
 
 def _limit(axes: Any, runs: Sequence[Curves]) -> None:

@@ -61,7 +61,7 @@ def measured_ceilings(device: torch.device | str, refresh: bool = False) -> Ceil
     """Copy bandwidth and matmul rate per arithmetic of ``device``.
 
     Measured once per machine, torch version and thread count (about three seconds) and kept as JSON in ``cache_dir()``;
-    ``refresh`` measures again. A cache file that does not parse is measured anew; one that cannot be written is said.
+    ``refresh`` measures again. A cache file that does not parse is replaced; a message says so where none can be written.
     """
     import torch
 

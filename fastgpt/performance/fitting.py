@@ -16,7 +16,7 @@ from fastgpt.common import UserError, gigabytes
 from fastgpt.config import Config, ModelConfig
 from fastgpt.hardware import cards
 from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, Memory, memory
-from fastgpt.performance.projection import Projection, project
+from fastgpt.performance.projection import project
 
 CUDA_CONTEXT = 426 * 2**20
 """What a process holds before its first tensor: measured with PyTorch 2.10 and CUDA 13 on an sm_89 card
@@ -144,7 +144,7 @@ def plan(
     job = _Job(model, kernels, precision, world_size, workspace)
     name = gpu.name if gpu else f"a card with {vram_gb:g} GB"
     micro_batch, grad_accum, hint = job.geometry(tokens_per_step, usable, name)
-    found = RunPlan(
+    return RunPlan(
         model=model,
         gpu=name,
         kernels=kernels,
@@ -157,17 +157,7 @@ def plan(
         usable=usable,
         hint=hint,
         power_w=gpu.power_w if gpu else None,
-    )
-    speed = _projected(model, gpu, kernels, precision, micro_batch, micro_batch * grad_accum * model.block_size)
-    if speed is None:
-        return found
-    return replace(
-        found,
-        tokens_per_second=speed.tokens_per_second * world_size,
-        tokens_per_second_low=speed.tokens_per_second_low * world_size,
-        tokens_per_second_high=speed.tokens_per_second_high * world_size,
-        calibrated=speed.calibrated,
-        calibration_error=speed.calibration_error,
+        **_projected(job, gpu, micro_batch, grad_accum),
     )
 
 
@@ -321,21 +311,22 @@ def _described(room: cards.Gpu | int) -> str:
     return room.name if isinstance(room, cards.Gpu) else "this machine"
 
 
-def _projected(
-    model: ModelConfig, gpu: cards.Gpu | None, kernels: str, precision: str, micro_batch: int, tokens_per_step: int
-) -> Projection | None:
-    """The projection for one GPU, or None where there is none."""
+def _projected(job: _Job, gpu: cards.Gpu | None, micro_batch: int, grad_accum: int) -> dict[str, Any]:
+    """The fields of RunPlan that are projected; empty where there is no projection."""
     if gpu is None:
-        return None
+        return {}
     try:
-        return project(
-            anatomy.Shape.of(model),
+        speed = project(
+            anatomy.Shape.of(job.model),
             gpu,
-            kernels=kernels,
-            precision=precision,
+            kernels=job.kernels,
+            precision=job.precision,
             micro_batch=micro_batch,
-            tokens_per_step=tokens_per_step,
-            dropout=model.dropout,
+            tokens_per_step=micro_batch * grad_accum * job.model.block_size,
+            dropout=job.model.dropout,
         )
     except UserError:  # a card or an arithmetic that it has no figures for
-        return None
+        return {}
+    rates = ("tokens_per_second", "tokens_per_second_low", "tokens_per_second_high")
+    found = {name: getattr(speed, name) * job.world_size for name in rates}
+    return {**found, "calibrated": speed.calibrated, "calibration_error": speed.calibration_error}

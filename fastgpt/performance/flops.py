@@ -103,7 +103,7 @@ FORMULAS = {
 }
 
 
-# The least work of one operation -------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the least work of one operation
 
 
 class Roof(NamedTuple):
@@ -123,30 +123,20 @@ class Work(NamedTuple):
         return Roof(compute, "compute") if compute >= memory else Roof(memory, "memory")
 
 
-def attention_forward(
-    B: int, T: int, H: int, D: int, size: int = 2, *, kv_heads: int = 0, is_causal: bool = True, tile: int = 1
-) -> Work:
-    """Read q, k, v; write out, and the log-sum-exp (B, H, T) in fp32. Two matmuls of 2D FLOP per query and key.
+def attention_forward(B: int, T: int, H: int, D: int, size: int = 2, *, kv_heads: int = 0, tile: int = 1) -> Work:
+    """Causal, as the next. Read q, k, v; write out, and the log-sum-exp (B, H, T) in fp32. Two matmuls of 2D FLOP per query and
+    key.
 
     ``size``: bytes of an element, here and below. ``kv_heads``: heads of k and v, if they are fewer than H."""
-    pairs = round(B * H * T * attended_keys(T, causal=is_causal, tile=tile))
+    pairs = round(B * H * T * attended_keys(T, tile=tile))
     return Work(4 * D * pairs, 2 * B * T * (H + (kv_heads or H)) * D * size + 4 * B * H * T)
 
 
 def attention_backward(
-    B: int,
-    T: int,
-    H: int,
-    D: int,
-    size: int = 2,
-    *,
-    kv_heads: int = 0,
-    is_causal: bool = True,
-    tile: int = 1,
-    matmuls: int = 5,
+    B: int, T: int, H: int, D: int, size: int = 2, *, kv_heads: int = 0, tile: int = 1, matmuls: int = 5
 ) -> Work:
     """Read q, k, v, out, dout and the log-sum-exp; write dq, dk, dv. ``matmuls``: 5, or 7 with separate loops."""
-    pairs = round(B * H * T * attended_keys(T, causal=is_causal, tile=tile))
+    pairs = round(B * H * T * attended_keys(T, tile=tile))
     return Work(2 * matmuls * D * pairs, 4 * B * T * (H + (kv_heads or H)) * D * size + 4 * B * H * T)
 
 
@@ -162,9 +152,9 @@ def layer_norm_backward(rows: int, C: int, size: int = 2, *, residual: bool = Fa
     return Work(0, rows * C * size * (4 if residual else 3) + 8 * rows + 4 * C * (3 if bias else 2))
 
 
-def linear_forward(M: int, N: int, K: int, size: int = 2, *, bias: bool = False, residual: bool = False) -> Work:
-    """y (M, N) = x (M, K) w^T (N, K): read x and w (bias, residual), write y. 2MNK FLOP, as the next two."""
-    return Work(2 * M * N * K, size * (M * K + N * K + M * N * (2 if residual else 1) + (N if bias else 0)))
+def linear_forward(M: int, N: int, K: int, size: int = 2, *, bias: bool = False) -> Work:
+    """y (M, N) = x (M, K) w^T (N, K): read x and w (and bias), write y. 2MNK FLOP, as the next two."""
+    return Work(2 * M * N * K, size * (M * K + N * K + M * N + (N if bias else 0)))
 
 
 def linear_input_grad(M: int, N: int, K: int, size: int = 2) -> Work:
@@ -177,16 +167,10 @@ def linear_weight_grad(M: int, N: int, K: int, size: int = 2, *, grad_size: int 
     return Work(2 * M * N * K, size * (M * N + M * K) + grad_size * N * K * (2 if accumulate else 1))
 
 
-def linear_cross_entropy(
-    rows: int, C: int, V: int, size: int = 2, *, grad: bool = True, grad_size: int = 4, recompute: bool = False
-) -> Work:
-    """Head and loss in one, logits never in memory: read x (rows, C), w (V, C), int64 targets; write fp32 losses.
-
-    ``grad`` adds dx and dw, two more matmuls (three with ``recompute``)."""
-    product, data = 2 * rows * C * V, size * (rows * C + V * C) + 12 * rows
-    if not grad:
-        return Work(product, data)
-    return Work(product * (4 if recompute else 3), data + size * rows * C + grad_size * V * C)
+def linear_cross_entropy(rows: int, C: int, V: int, size: int = 2, *, grad_size: int = 4) -> Work:
+    """Head and loss in one, logits never in memory: read x (rows, C), w (V, C), int64 targets; write fp32 losses, dx and dw.
+    Three matmuls: logits, dx, dw."""
+    return Work(6 * rows * C * V, size * (2 * rows * C + V * C) + 12 * rows + grad_size * V * C)
 
 
 def cross_entropy(rows: int, V: int, size: int = 2, *, grad: bool = True) -> Work:
@@ -201,15 +185,11 @@ def embedding_forward(rows: int, distinct: int, C: int, size: int = 2) -> Work:
     return Work(0, 8 * rows + (distinct + rows) * C * size)
 
 
-def embedding_backward(rows: int, distinct: int, C: int, size: int = 2, *, grad_size: int = 4) -> Work:
-    """Read int64 tokens and dy; add into the rows of the ``distinct`` tokens among them."""
-    return Work(0, 8 * rows + rows * C * size + 2 * distinct * C * grad_size)
+def embedding_backward(rows: int, distinct: int, C: int, size: int = 2) -> Work:
+    """Read int64 tokens and dy; add into the fp32 rows of the ``distinct`` tokens among them."""
+    return Work(0, 8 * rows + rows * C * size + 2 * distinct * C * 4)
 
 
-def adamw(
-    params: int, *, param_size: int = 4, grad_size: int = 4, moment_size: int = 4, copy_size: int = 0, clip: bool = True
-) -> Work:
-    """Read and write the parameter and two moments, read the gradient. ``clip`` reads the gradient once more, before,
-    for its norm; ``copy_size`` writes a working copy (2 for bf16)."""
-    per_param = 2 * param_size + 4 * moment_size + grad_size * (2 if clip else 1) + copy_size
-    return Work(0, params * per_param)
+def adamw(params: int) -> Work:
+    """All in fp32: read the gradient for its norm; read it again, read and write the parameter and two moments."""
+    return Work(0, params * 4 * (2 + 6))

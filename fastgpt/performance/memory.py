@@ -93,7 +93,7 @@ def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str 
     C, T, V = model.n_embd, model.block_size, model.vocab_size
     N = micro_batch * T
     # Per norm: eager and the kernels keep its input, mean and 1/std; Inductor the normalised input and 1/(std C).
-    norms = sum(norm.count * (4 * norm.width + (4 if _compiled(kernels) else 8)) for norm in parts.norms)
+    norms = sum(norm.count * (4 * norm.width + (4 if kernels.endswith("compile") else 8)) for norm in parts.norms)
     # The input of every linear: norm output, attention output, norm output, GELU output. The outputs that attention (q, k and
     # v) and the GELU read; the norms' residual sum is kept instead of a branch. Attention's log-sum-exp.
     linears = sum(
@@ -174,10 +174,6 @@ def memory(
         workspace=CUBLAS_HANDLES * workspace,
         peak=peak,
     )
-
-
-def _compiled(kernels: str) -> bool:
-    return kernels in ("compile", "nanogpt-compile")
 
 
 def check_step(kernels: str, precision: str, micro_batch: int, precisions: Iterable[str] = tuple(SIZES)) -> None:

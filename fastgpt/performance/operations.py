@@ -29,7 +29,7 @@ from fastgpt.anatomy import Linear, Shape
 from fastgpt.common import UserError
 from fastgpt.config import PLAIN
 from fastgpt.hardware import cards
-from fastgpt.performance import flops as flops_module
+from fastgpt.performance import flops
 from fastgpt.performance.flops import cdiv
 from fastgpt.performance.memory import LOGITS_BUDGET, SIZES, check_step
 
@@ -202,12 +202,11 @@ def _embedding(s: StepSizes) -> list[Operation]:
     """Token and position embedding in fp32, and their gradients."""
     rows, C, V, T = s.rows, s.shape.n_embd, s.shape.vocab_size, s.T
     distinct = min(V, rows)  # at most: text repeats itself, which the L2 would gain from
-    forward = flops_module.embedding_forward(rows, distinct, C, 4).bytes
+    forward = flops.embedding_forward(rows, distinct, C, 4).bytes
     if s.fused("embedding"):
         return [sweep("embedding forward", "embedding", forward + 4 * T * C, own=True), *_fused_embedding_backward(s)]
-    backward = (
-        flops_module.embedding_backward(rows, distinct, C, 4).bytes + 4 * V * C + 4 * rows * C
-    )  # zeros first; positions
+    # The whole gradient is zeroed first; positions read dy once more.
+    backward = flops.embedding_backward(rows, distinct, C, 4).bytes + 4 * V * C + 4 * rows * C
     mask = 9 * rows * C if s.dropout else 0  # dropout: read and write fp32, write the mask
     if s.compiled:  # gather, add (and dropout) in one kernel
         return [
@@ -310,14 +309,14 @@ def _attention(s: StepSizes) -> list[Operation]:
     D = _padded_head(attention.head_dim, power_of_two=s.fused("attention"))
     instructions = SOFTMAX_INSTRUCTIONS + (DROPOUT_INSTRUCTIONS if s.dropout else 0)
 
-    def op(name: str, group: str, work: flops_module.Work, moved: int, tile: int, launches: int = 1) -> Operation:
-        scores = round(B * H * T * flops_module.attended_keys(T, tile=min(tile, T)))
+    def op(name: str, group: str, work: flops.Work, moved: int, tile: int, launches: int = 1) -> Operation:
+        scores = round(B * H * T * flops.attended_keys(T, tile=min(tile, T)))
         rest: dict[str, Any] = {"count": L, "scores": scores, "instructions": instructions, "own": s.fused("attention")}
         return Operation(name, group, "attention", work.flops, moved, launches, **rest)
 
-    forward = flops_module.attention_forward(B, T, H, D, s.e, tile=min(128, T))
+    forward = flops.attention_forward(B, T, H, D, s.e, tile=min(128, T))
     # The padding of heads is in registers, not in memory.
-    least = flops_module.attention_forward(B, T, H, attention.head_dim, s.e, kv_heads=attention.kv_heads).bytes
+    least = flops.attention_forward(B, T, H, attention.head_dim, s.e, kv_heads=attention.kv_heads).bytes
     kv_width, columns = attention.kv_heads * attention.head_dim, fp8_group(s)
     # In fp8 a byte is written beside 16 bits, and an fp32 scale for a group of columns.
     extra, kv_extra = (rows * (width + 4 * width // columns) if columns else 0 for width in (C, kv_width))
@@ -325,8 +324,8 @@ def _attention(s: StepSizes) -> list[Operation]:
     group, vector, kv_vector, log_sums = "attention backward", s.e * rows * C, s.e * rows * kv_width, 4 * rows * H
     if s.fused("attention"):
         # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
-        query = flops_module.attention_backward(B, T, H, D, s.e, tile=min(128, T), matmuls=3)
-        key = flops_module.attention_backward(B, T, H, D, s.e, tile=min(64, T), matmuls=4)
+        query = flops.attention_backward(B, T, H, D, s.e, tile=min(128, T), matmuls=3)
+        key = flops.attention_backward(B, T, H, D, s.e, tile=min(64, T), matmuls=4)
         query_bytes = 4 * vector + 2 * kv_vector + 2 * log_sums + extra
         key_bytes = 2 * vector + 4 * kv_vector + 2 * log_sums + 2 * kv_extra
         found += [
@@ -338,7 +337,7 @@ def _attention(s: StepSizes) -> list[Operation]:
             found = [replace(each, summed_in_fp16=share) for each, share in zip(found, shares)]
         return found
     # FlashAttention-2: delta, and zeros into an fp32 dQ; the loop, which adds to that dQ; dQ rounded to 16 bits.
-    loop = flops_module.attention_backward(B, T, H, D, s.e, tile=min(128, T))
+    loop = flops.attention_backward(B, T, H, D, s.e, tile=min(128, T))
     moved, packed = 2 * vector + 4 * kv_vector + 2 * log_sums + 8 * rows * C, vector + 2 * kv_vector
     return [
         *found,
@@ -368,9 +367,9 @@ def _linear(linear: Linear, M: int, count: int, s: StepSizes) -> list[Operation]
     and is added to what there is (``in_place``) in all micro-batches but the first."""
     name, N, K, full = linear.name, linear.n_out, linear.n_in, s.fused("weight_gradients")
     works = (
-        ((M, N, K), flops_module.linear_forward(M, N, K, s.e, bias=linear.bias)),
-        ((M, K, N), flops_module.linear_input_grad(M, N, K, s.e)),
-        ((N, K, M), flops_module.linear_weight_grad(M, N, K, s.e, grad_size=4 if full else s.e)),
+        ((M, N, K), flops.linear_forward(M, N, K, s.e, bias=linear.bias)),
+        ((M, K, N), flops.linear_input_grad(M, N, K, s.e)),
+        ((N, K, M), flops.linear_weight_grad(M, N, K, s.e, grad_size=4 if full else s.e)),
     )
     own = s.kernels == "triton" and s.precision == "fp16-fast"  # no library has it
     found = [
@@ -492,7 +491,7 @@ def _head_and_loss(s: StepSizes) -> list[Operation]:
         plain = replace(s, fusions=replace(s.fusions, weight_gradients=False))
         head = _linear(linear, rows, 1, plain)
         if s.compiled:  # the cast to fp32 is fused into both passes
-            work = flops_module.cross_entropy(rows, V, s.e)
+            work = flops.cross_entropy(rows, V, s.e)
             return [*head, sweep("loss", "loss", work.bytes, 4, fresh=s.e * logits)]
         # Forward: cast 2 -> 4, log-softmax 4 -> 4. Backward: of the pick, a gradient that is zero but for one class (4);
         # of log-softmax 4 + 4 -> 4; of the cast 4 -> 2.
@@ -505,7 +504,7 @@ def _head_and_loss(s: StepSizes) -> list[Operation]:
         if not size or not count:
             continue
         forward, dx, dw = _linear(linear, size, count, once)
-        summed = flops_module.linear_weight_grad(size, V, C, s.e, grad_size=4, accumulate=True)
+        summed = flops.linear_weight_grad(size, V, C, s.e, grad_size=4, accumulate=True)
         # dX comes in fp32: straight from cuBLAS, or copied from the 16 bits that Triton's matmul stores.
         moved, launches = (6, 2) if dx.own else (2, 1)
         ops += [
@@ -560,7 +559,7 @@ def _accumulation(s: StepSizes) -> Operation:
     if s.fused("in_place") and s.fused("weight_gradients"):
         elements -= s.model.block_weights
         tensors -= sum(linear.count for linear in s.model.block_linears)
-        if s.fused("embedding"):  # the token embedding's gradient still goes through autograd: it is the head's too
+        if s.fused("embedding"):  # the token embedding is tied to the LM head, so autograd still adds its gradient
             positions = [table for table in s.model.embeddings if table.positions]
             elements, tensors = elements - sum(table.n_params for table in positions), tensors - len(positions)
     return sweep("gradients added", "gradient accumulation", 12 * elements, tensors, per="accumulation")
@@ -568,7 +567,7 @@ def _accumulation(s: StepSizes) -> Operation:
 
 def _optimizer(s: StepSizes) -> Operation:
     N = anatomy.n_params(s.shape)
-    update = flops_module.adamw(N).bytes
+    update = flops.adamw(N).bytes
     if s.fused("optimizer"):
         copies = 2 * anatomy.matmul_params(s.shape) if s.fusions.working_copy and not s.own_fp8 else 0
         return sweep("clip and AdamW", "optimizer", update + copies, 3, per="step", own=True)

@@ -47,15 +47,10 @@ class MeasuredRun:
 
     def predicted(self, constants: Constants = CONSTANTS) -> float:
         """Tokens per second, as the model projects them."""
-        gpu = cards.lookup(self.gpu)
-        assert gpu is not None
-        T = self.shape.block_size
+        gpu, T = cards.card(self.gpu), self.shape.block_size
         accum = self.tokens_per_step // (self.micro_batch * T)
-        return (
-            1e3
-            * self.tokens_per_step
-            / step_ms(self.shape, gpu, "nanogpt-compile", "bf16", self.micro_batch, accum, T, self.dropout, constants)
-        )
+        step = (self.shape, gpu, "nanogpt-compile", "bf16", self.micro_batch, accum, T, self.dropout)
+        return 1e3 * self.tokens_per_step / step_ms(*step, constants)
 
     def error(self, constants: Constants = CONSTANTS) -> float:
         """Relative error of the predicted step time: above 0, the model is too slow."""
@@ -71,6 +66,7 @@ def _real(name: str, shape: Shape, micro_batch: int, dropout: float) -> Measured
     return MeasuredRun(f"RTX 4070, {name}", "rtx4070", shape, rate, rate, micro_batch, dropout)
 
 
+RTX_4070 = cards.card("rtx4070")
 RUN_40M = _real("40M", GPT2_40M, 16, 0.1)
 RUN_124M = _real("124M", GPT2_124M, 8, 0.0)
 
@@ -220,7 +216,7 @@ def _residual(gpu: Gpu, calibrated: bool) -> tuple[float, float]:
     if calibrated:
         return base, base
     base = math.hypot(base, *(run.error() for run in ANCHORS if run.gpu == "rtx4070"))
-    if gpu.name == _calibrated_gpu().name:
+    if gpu == RTX_4070:
         return base, base
     off = [1 / (1 + error) - 1 for error in known_errors(gpu).values()]  # measured over projected step time, less 1
     return math.hypot(base, -min(0.0, *off)), math.hypot(base, max(0.0, *off))
@@ -229,23 +225,18 @@ def _residual(gpu: Gpu, calibrated: bool) -> tuple[float, float]:
 def known_errors(gpu: Gpu) -> dict[str, float]:
     """The error of the step time in what was measured on this card; for another card, on cards of its kind (full rate or
     halved), the RTX 4070 left out."""
-    if gpu.name == _calibrated_gpu().name:
+    if gpu == RTX_4070:
         return cross_errors() | {run.name: run.error() for run in ANCHORS if run.gpu == "rtx4070"}
-    others = [run for run in ANCHORS if run.gpu != "rtx4070"]
-    kind = [run for run in others if (found := cards.lookup(run.gpu)) and found.full_rate == gpu.full_rate]
-    return {run.name: run.error() for run in kind}
-
-
-def _calibrated_gpu() -> Gpu:
-    gpu = cards.lookup("rtx4070")
-    assert gpu is not None
-    return gpu
+    others = {run: cards.card(run.gpu) for run in ANCHORS}
+    return {
+        run.name: run.error() for run, card in others.items() if card != RTX_4070 and card.full_rate == gpu.full_rate
+    }
 
 
 def is_calibrated(shape: Shape, gpu: Gpu, kernels: str, precision: str, T: int) -> bool:
     """Whether the two runs say something about this: their card, program and precision, and a size between theirs."""
     between = GPT2_40M.n_embd <= shape.n_embd <= GPT2_124M.n_embd and shape.n_layer == 12 and T == 1024
-    return gpu.name == _calibrated_gpu().name and (kernels, precision) == ("nanogpt-compile", "bf16") and between
+    return gpu == RTX_4070 and (kernels, precision) == ("nanogpt-compile", "bf16") and between
 
 
 # ---------------------------------------------------------------- a projection

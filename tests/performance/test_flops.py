@@ -189,7 +189,6 @@ def test_attention_work():
     assert flops.attention_forward(B, T, H, D) == (2 * 2 * D * pairs, 4 * tensor + lse)
     assert flops.attention_backward(B, T, H, D) == (5 * 2 * D * pairs, 8 * tensor + lse)
     assert flops.attention_backward(B, T, H, D, matmuls=7).flops == 7 * 2 * D * pairs
-    assert flops.attention_forward(B, T, H, D, is_causal=False).flops == 2 * 2 * D * B * H * T * T
     shared = tensor // H  # k and v of one head for all queries
     assert flops.attention_forward(B, T, H, D, kv_heads=1) == (2 * 2 * D * pairs, 2 * tensor + 2 * shared + lse)
     assert flops.attention_backward(B, T, H, D, kv_heads=1) == (5 * 2 * D * pairs, 4 * tensor + 4 * shared + lse)
@@ -207,7 +206,7 @@ def test_layer_norm_work():
 def test_linear_work():
     M, N, K = 5, 7, 3
     assert flops.linear_forward(M, N, K) == (210, 2 * (15 + 21 + 35))
-    assert flops.linear_forward(M, N, K, bias=True, residual=True) == (210, 2 * (15 + 21 + 35 + 35 + 7))
+    assert flops.linear_forward(M, N, K, bias=True) == (210, 2 * (15 + 21 + 35 + 7))
     assert flops.linear_input_grad(M, N, K) == (210, 2 * (35 + 21 + 15))
     assert flops.linear_weight_grad(M, N, K) == (210, 2 * (35 + 15) + 4 * 21)
     assert flops.linear_weight_grad(M, N, K, accumulate=True) == (210, 2 * (35 + 15) + 8 * 21)
@@ -228,9 +227,7 @@ def test_loss_work():
     rows, C, V = 6, 4, 10
     x, w, ends = 2 * rows * C, 2 * V * C, rows * (8 + 4)  # int64 target, fp32 loss
     product = 2 * rows * C * V
-    assert flops.linear_cross_entropy(rows, C, V, grad=False) == (product, x + w + ends)
     assert flops.linear_cross_entropy(rows, C, V) == (3 * product, 2 * x + w + ends + 4 * V * C)
-    assert flops.linear_cross_entropy(rows, C, V, recompute=True).flops == 4 * product
     logits = 2 * rows * V
     assert flops.cross_entropy(rows, V, grad=False) == (0, logits + ends)
     assert flops.cross_entropy(rows, V) == (0, 3 * logits + ends + rows * (8 + 4 + 4))
@@ -239,8 +236,7 @@ def test_loss_work():
 def test_embedding_and_optimizer_work():
     assert flops.embedding_forward(6, 4, 16) == (0, 6 * 8 + (4 + 6) * 16 * 2)
     assert flops.embedding_backward(6, 4, 16) == (0, 6 * 8 + 6 * 16 * 2 + 2 * 4 * 16 * 4)
-    assert flops.adamw(100, clip=False) == (0, 100 * 7 * 4)
-    assert flops.adamw(100, copy_size=2) == (0, 100 * (8 * 4 + 2))
+    assert flops.adamw(100) == (0, 100 * 8 * 4)
 
 
 def test_roof_is_the_nearer_limit():
