@@ -257,7 +257,7 @@ def test_sums_in_fp16_are_all_but_the_scores():
 
 RECORD = """
 import json, torch
-from fastgpt import dry_run
+from fastgpt.training import dry_run
 from fastgpt.config import load_preset
 from dataclasses import replace
 
