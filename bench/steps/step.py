@@ -28,7 +28,8 @@ from fastgpt.model import GPT
 from fastgpt.ops import precision_for, scales_loss
 from fastgpt.optim.build import build_optimizer
 from fastgpt.performance import flops
-from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
+from fastgpt.training.graphs import CudaRecorder, Graphs
+from fastgpt.training.run import use_graphs
 from fastgpt.training.step import LossScaler, Stepper
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from fastgpt.kernels import interpreter, runtime
+from fastgpt.kernels import runtime
 
 if runtime.INTERPRET:
+    from fastgpt.kernels import interpreter
+
     interpreter.install()
 
 _PUBLIC = {

@@ -1,5 +1,1 @@
-"""Optimizers: FusedAdamW, and which parameters of a model get what."""
-
-from fastgpt.optim.adamw import FusedAdamW
-
-__all__ = ["FusedAdamW"]
+"""Optimizers, and which parameters of a model get what."""

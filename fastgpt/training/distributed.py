@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgpt.common import UserError
-from fastgpt.kernels import working_copy
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,8 @@ def parallelize(
 
         return wrapped, switch
     from torch.distributed.fsdp import fully_shard
+
+    from fastgpt.kernels import working_copy
 
     # FSDP refills the storage of gathered parameters without raising their version: no copy of them can be trusted.
     working_copy.enabled = False

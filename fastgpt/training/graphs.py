@@ -31,32 +31,14 @@ import torch
 from torch import Tensor
 
 from fastgpt.checkpoints.rng import rng_state, set_rng_state
-from fastgpt.common import UserError
 from fastgpt.kernels import working_copy
 from fastgpt.training.step import Stepper
-
-AUTOMATIC = False
-"""Whether ``--cuda-graphs auto`` captures where it can: not before a GPU has shown what it gains."""
 
 MAX_CAPTURES = 16
 """After that many, something goes on replacing tensors of the step, and capturing costs more than it gains."""
 
 Work = Callable[[], list[Tensor]]
 Batch = tuple[Tensor, ...]
-
-
-def use_graphs(asked: str, device: torch.device, kernels: str, compiled: bool, ranks: int) -> bool:
-    """``--cuda-graphs``: whether to capture. Raises UserError for "on" where it cannot be."""
-    reasons = {
-        f"device is {device.type!r}: use --device cuda": device.type != "cuda",
-        f"kernels is {kernels!r}: use --kernels triton": kernels != "triton",
-        "compile is on: leave out --compile": compiled,
-        f"the run has {ranks} ranks: use one": ranks > 1,
-    }
-    reason = next((text for text, holds in reasons.items() if holds), None)
-    if asked == "on" and reason is not None:
-        raise UserError(f"cuda_graphs is 'on' but {reason}, or --cuda-graphs off")
-    return reason is None and (asked == "on" or (asked == "auto" and AUTOMATIC))
 
 
 class Recorder(Protocol):

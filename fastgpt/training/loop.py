@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -194,14 +193,14 @@ class _Loop:
             is_best = self._evaluate() if evaluation else False
             if text:
                 with self.meter.excluded():
-                    self.say(f"sample at step {run.step}: {self._beside_graphs(partial(sample, run))!r}")
+                    self.say(f"sample at step {run.step}: {self._beside_graphs(sample)!r}")
             # A save that failed is tried again at the next log line.
             if save or (log and self.world.any(self.saver.last_error is not None)):
                 self._save(is_best)
             self._tell()
         self._read_losses(0)
         if self.hellaswag is not None and run.step == settings.max_iters and not self.stop.asked:
-            score = self._beside_graphs(partial(score_hellaswag, run, self.hellaswag))
+            score = self._beside_graphs(score_hellaswag, self.hellaswag)
             self.say(str(score))
             self._write({"step": run.step, "hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm})
         if self.stop.asked and run.step and run.step < settings.max_iters:
@@ -352,25 +351,25 @@ class _Loop:
         run = self.state
         began = time.monotonic()
         with self.meter.excluded():
-            loss = self._beside_graphs(partial(evaluate, run))
+            loss = self._beside_graphs(evaluate)
         is_best = loss < run.best_val_loss
         run.best_val_loss = min(run.best_val_loss, loss)
         self.say(f"step {run.step}: val loss {loss:.4f}, best {run.best_val_loss:.4f}")
         self._write({"step": run.step, "val_loss": loss, "eval_seconds": time.monotonic() - began})
         return is_best
 
-    def _beside_graphs(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns. If the memory that CUDA graphs hold is what it lacks, they go."""
+    def _beside_graphs(self, work: Callable[..., T], *args: Any) -> T:
+        """``work(run, *args)``. If the memory that CUDA graphs hold is what it lacks, they go."""
         graphs = self.state.stepper.graphs
         try:
-            return work()
+            return work(self.state, *args)
         except torch.cuda.OutOfMemoryError:
             if graphs is None or not graphs.active:
                 raise
         graphs.give_up()
         torch.cuda.empty_cache()
         self.say("CUDA graphs are not used: evaluation does not fit beside them; training goes on without")
-        return work()
+        return work(self.state, *args)
 
     def _save(self, is_best: bool) -> None:
         """Begin a checkpoint of the state as it is now; it is written while training goes on."""

@@ -21,7 +21,6 @@ from fastgpt.config import EXPERIMENTAL
 from fastgpt.hardware import cards, ceilings
 from fastgpt.performance import flops
 from fastgpt.performance.memory import memory
-from fastgpt.performance.projection import project
 from fastgpt.training.run import Run
 
 
@@ -92,6 +91,8 @@ def _projected(run: Run) -> str:
     gpu, config = cards.present(run.device), run.config
     if gpu is None or run.world.size > 1:
         return ""
+    from fastgpt.performance.projection import project
+
     try:
         step = project(
             anatomy.Shape.of(config.model),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
 from fastgpt.ops import scales_loss, usable_precision
 from fastgpt.optim.build import build_optimizer
-from fastgpt.performance.fitting import check_fits, fit_batch, free_bytes
 from fastgpt.training.distributed import World, parallelize
-from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
 from fastgpt.training.step import LossScaler, Stepper
+
+AUTOMATIC = False
+"""Whether ``--cuda-graphs auto`` captures where it can: not before a GPU has shown what it gains."""
 
 _WEIGHTS = ("model", "optimizer")
 SPIKE_WINDOW = 128
@@ -132,12 +133,16 @@ def choose_geometry(config: Config, device: torch.device, world: World) -> Confi
 
     Raises UserError for a micro-batch that cannot fit a GPU (unless the doctor is off), naming what does.
     """
-    room = int(world.broadcast(str(free_bytes(device.type))))  # ranks have to agree
+    guarded = device.type == "cuda" and config.train.doctor  # a CPU swaps
+    if not (config.data.auto_batch or guarded):
+        return config
+    from fastgpt.performance import fitting
+
+    room = int(world.broadcast(str(fitting.free_bytes(device.type))))  # ranks have to agree
     if config.data.auto_batch:
-        micro_batch, grad_accum = fit_batch(config, room, world.size, device=device.type)
+        micro_batch, grad_accum = fitting.fit_batch(config, room, world.size, device=device.type)
         return replace(config, data=replace(config.data, batch_size=micro_batch, grad_accum=grad_accum))
-    if device.type == "cuda" and config.train.doctor:
-        check_fits(config, room, world.size)
+    fitting.check_fits(config, room, world.size)
     return config
 
 
@@ -158,6 +163,20 @@ def initial_weights(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
             "use --tokenizer gpt2"
         )
     return replace(config, model=replace(shape, dropout=config.model.dropout)), portable.weights
+
+
+def use_graphs(asked: str, device: torch.device, kernels: str, compiled: bool, ranks: int) -> bool:
+    """``--cuda-graphs``: whether to capture. Raises UserError for "on" where it cannot be."""
+    reasons = {
+        f"device is {device.type!r}: use --device cuda": device.type != "cuda",
+        f"kernels is {kernels!r}: use --kernels triton": kernels != "triton",
+        "compile is on: leave out --compile": compiled,
+        f"the run has {ranks} ranks: use one": ranks > 1,
+    }
+    reason = next((text for text, holds in reasons.items() if holds), None)
+    if asked == "on" and reason is not None:
+        raise UserError(f"cuda_graphs is 'on' but {reason}, or --cuda-graphs off")
+    return reason is None and (asked == "on" or (asked == "auto" and AUTOMATIC))
 
 
 def build(
@@ -185,11 +204,16 @@ def build(
     model = model.to(device)
     if world.rank:  # the weights are the same on every rank, dropout is not
         rng.seed_all(seed + 1_000_003 * world.rank)
-    forward, synchronize = _forward(model, config, world)
+    if settings.compile:
+        # In place, so that parameters keep their names. FSDP has to stay outside of what is compiled.
+        sharded = world.size > 1 and settings.parallel == "fsdp"
+        for module in model.transformer.h if sharded else [model]:
+            module.compile()
+    forward, synchronize = parallelize(model, model.transformer.h, settings.parallel, world)
     stepper = Stepper(
         model=model,
         forward=forward,
-        optimizer=build_optimizer(model, config.optim, config.train.kernels),
+        optimizer=build_optimizer(model, config.optim, settings.kernels),
         scaler=LossScaler(device.type, enabled=scales_loss(precision)),
         precision=precision,
         grad_clip=config.optim.grad_clip,
@@ -198,6 +222,8 @@ def build(
         adds_in_place=settings.kernels == "triton" and world.size == 1 and not settings.compile,
     )
     if graphs:
+        from fastgpt.training.graphs import CudaRecorder, Graphs
+
         stepper.graphs = Graphs(stepper, CudaRecorder(device))
     return Run(
         config,
@@ -211,17 +237,6 @@ def build(
         config.data.grad_accum // world.size,
         refused=refused,
     )
-
-
-def _forward(model: GPT, config: Config, world: World) -> tuple[Any, Callable[[bool], None]]:
-    """What to call for the forward pass (compiled, spread over ranks), and the switch for gradient synchronisation."""
-    if (
-        config.train.compile
-    ):  # in place, so that parameters keep their names; FSDP has to stay outside of what is compiled
-        sharded = world.size > 1 and config.train.parallel == "fsdp"
-        for module in model.transformer.h if sharded else [model]:
-            module.compile()
-    return parallelize(model, model.transformer.h, config.train.parallel, world)
 
 
 def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[TokenLoader, TokenLoader]:
@@ -271,9 +286,8 @@ def find_saved(config: Config) -> ResumePoint | None:
     path, damaged = folder.newest_valid(where) if is_run else (folder.resolve(where), [])
     values = checkpoint.load(path, without=_WEIGHTS, verify=not is_run)
     checkpoint.check_shape(values["config"], config.model, path)
-    if (
-        values["step"] >= config.train.max_iters and asked != "auto"
-    ):  # a script that restarts until all is done must stop
+    # With "auto" that is no error: a script that restarts the run until all steps are done has to come to an end.
+    if values["step"] >= config.train.max_iters and asked != "auto":
         raise UserError(
             f"max_iters is {config.train.max_iters} but checkpoint {path} has done {values['step']} steps: raise --max-iters"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,34 +48,6 @@ class LossScaler(torch.amp.GradScaler):
         return result
 
 
-class CapturedStep(Protocol):
-    """A step's work in CUDA graphs, in the place of ``Stepper.micro_step`` and of the update."""
-
-    def micro_step(self, index: int, batch: tuple[Tensor, ...]) -> Tensor: ...
-
-    def update(self) -> Tensor: ...
-
-
-class StepGraphs(Protocol):
-    """What a step asks of graphs.Graphs, and the loop between two steps."""
-
-    @property
-    def due(self) -> bool: ...
-
-    @property
-    def active(self) -> bool: ...
-
-    def for_step(self, batch: tuple[Tensor, ...], grad_accum: int) -> CapturedStep | None: ...
-
-    def ran_directly(self, batch: tuple[Tensor, ...], grad_accum: int) -> None: ...
-
-    def capture(self) -> str: ...
-
-    def drop(self) -> None: ...
-
-    def give_up(self) -> None: ...
-
-
 @dataclass
 class Stepper:
     """``stepper(batches, grad_accum, lr)`` -> (mean loss, gradient norm before clipping), both fp32 device scalars, and
@@ -97,8 +69,9 @@ class Stepper:
     adds_in_place: bool = False
     """Weight gradients of a later micro-batch are added to ``.grad`` by the kernel that forms them (``gradients_in_place``):
     the Triton operations on one rank, not compiled. Gradients then differ in the last bits of fp32 sums."""
-    graphs: StepGraphs | None = None
-    """Replays captured steps where they fit; the caller runs ``graphs.capture()`` between steps when it is due."""
+    graphs: Any = None
+    """A graphs.Graphs, which replays captured steps where they fit; the caller runs its ``capture()`` between steps when it is
+    ``due``."""
     _skipped: Tensor | None = None
 
     def __call__(self, batches: Iterable[tuple[Tensor, ...]], grad_accum: int, lr: float) -> tuple[Tensor, Tensor]:
@@ -118,17 +91,15 @@ class Stepper:
 
     def micro_step(self, batch: tuple[Tensor, ...], grad_accum: int) -> Tensor:
         """Forward and backward of one of ``grad_accum`` micro-batches. Returns its share of the step's loss."""
-        with self._adding(), autocast(batch[0].device, self.precision):
+        adding: AbstractContextManager = nullcontext()
+        if self.adds_in_place:
+            from fastgpt.kernels.working_copy import gradients_in_place
+
+            adding = gradients_in_place()
+        with adding, autocast(batch[0].device, self.precision):
             loss = self.forward(*batch)[1] / grad_accum
         self.scaler.scale(loss).backward()
         return loss.detach()
-
-    def _adding(self) -> AbstractContextManager:
-        if not self.adds_in_place:
-            return nullcontext()
-        from fastgpt.kernels.working_copy import gradients_in_place
-
-        return gradients_in_place()
 
     def update(self) -> Tensor:
         """Clip, optimizer step, loss scale. Returns the gradient norm before clipping."""
@@ -148,9 +119,8 @@ class Stepper:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif norm.is_cuda and not isinstance(
-            next(self.model.parameters()), DTensor
-        ):  # what GradScaler does: the fused kernel reads the flag, and the host need not wait
+        elif norm.is_cuda and not isinstance(next(self.model.parameters()), DTensor):
+            # What GradScaler does: the fused kernel reads the flag on the device, so the host need not wait for it.
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.step()

@@ -22,10 +22,10 @@ from fastgpt.kernels.working_copy import existing, forget, working_copy
 from fastgpt.model import GPT
 from fastgpt.optim.build import build_optimizer
 from fastgpt.training import graphs, loop, run
-from fastgpt.training.graphs import CudaRecorder, Graphs, use_graphs
+from fastgpt.training.graphs import CudaRecorder, Graphs
 from fastgpt.training.step import LossScaler, Stepper
 from tests.training.tape import TapeRecorder
-from tests.training.test_loss_scale import Calls
+from tests.training.test_step import Calls
 
 USED = "CUDA graphs: the steps that follow are replayed"
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -369,25 +369,6 @@ def test_a_learning_rate_on_the_host_is_not_captured(device, recorder):
 # ---------------------------------------------------------------- --cuda-graphs
 
 
-def test_on_is_refused_where_it_cannot_be():
-    for arguments, reason in (
-        ((CPU, "triton", False, 1), "device is 'cpu': use --device cuda"),
-        ((CUDA, "eager", False, 1), "kernels is 'eager': use --kernels triton"),
-        ((CUDA, "triton", True, 1), "compile is on: leave out --compile"),
-        ((CUDA, "triton", False, 2), "the run has 2 ranks: use one"),
-    ):
-        with pytest.raises(UserError, match=f"^cuda_graphs is 'on' but {reason}, or --cuda-graphs off$"):
-            use_graphs("on", *arguments)
-        assert not use_graphs("auto", *arguments) and not use_graphs("off", *arguments)
-    assert use_graphs("on", CUDA, "triton", False, 1)
-
-
-def test_auto_waits_for_a_measurement(monkeypatch):
-    assert not use_graphs("auto", CUDA, "triton", False, 1)
-    monkeypatch.setattr(graphs, "AUTOMATIC", True)
-    assert use_graphs("auto", CUDA, "triton", False, 1) and not use_graphs("auto", CPU, "triton", False, 1)
-
-
 @pytest.fixture
 def config(tmp_path):
     """A run of a few steps on this file's bytes."""
@@ -415,7 +396,7 @@ def test_on_without_a_gpu_is_said_before_anything_is_written(config, tmp_path):
 def graphed(config, recorder, monkeypatch):
     """The configuration of a run with graphs, by quick operations."""
     monkeypatch.setattr(run, "get_ops", lambda *_: COPIES)
-    monkeypatch.setattr(run, "CudaRecorder", lambda device: recorder)
+    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: recorder)
     monkeypatch.setattr(run, "use_graphs", lambda asked, *_: asked == "on")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     return config

@@ -1,5 +1,5 @@
-"""What is decided before a run is built: the micro-batch that fits. Loss spikes: told from noise, silent until there is
-something to compare with."""
+"""What is decided before a run is built: the micro-batch that fits, CUDA graphs. Loss spikes: told from noise, silent until
+there is something to compare with."""
 
 import math
 import random
@@ -10,11 +10,12 @@ import torch
 
 from fastgpt.common import UserError
 from fastgpt.config import load_preset
+from fastgpt.performance import fitting
 from fastgpt.training import run
 from fastgpt.training.distributed import World
-from fastgpt.training.run import SPIKE_WINDOW, SpikeDetector, choose_geometry
+from fastgpt.training.run import SPIKE_WINDOW, SpikeDetector, choose_geometry, use_graphs
 
-CUDA = torch.device("cuda")
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 GB = 10**9
 
 
@@ -29,7 +30,7 @@ def asked(config, **data):
 
 @pytest.mark.parametrize(("free", "largest"), [(11 * GB, 16), (8 * GB, 16), (5 * GB, 8)])
 def test_an_automatic_batch_takes_the_most_that_fits_at_the_same_tokens(config, monkeypatch, free, largest):
-    monkeypatch.setattr(run, "free_bytes", lambda kind: free)
+    monkeypatch.setattr(fitting, "free_bytes", lambda kind: free)
     chosen = choose_geometry(asked(config, auto_batch=True), CUDA, World())
     assert chosen.tokens_per_step == config.tokens_per_step == 524288
     assert 1 <= chosen.data.batch_size <= largest
@@ -39,18 +40,40 @@ def test_an_automatic_batch_takes_the_most_that_fits_at_the_same_tokens(config, 
 
 
 def test_a_micro_batch_that_cannot_fit_is_refused_with_what_would(config, monkeypatch):
-    monkeypatch.setattr(run, "free_bytes", lambda kind: 6 * GB)
+    monkeypatch.setattr(fitting, "free_bytes", lambda kind: 6 * GB)
     large = asked(config, batch_size=64, grad_accum=8)
     with pytest.raises(UserError, match=r"batch_size is 64.*--batch-size \d+ --grad-accum \d+ fits"):
         choose_geometry(large, CUDA, World())
     unchecked = replace(large, train=replace(large.train, doctor=False))
     assert choose_geometry(unchecked, CUDA, World()) == unchecked
-    assert choose_geometry(large, torch.device("cpu"), World()) == large  # a CPU swaps
+    assert choose_geometry(large, CPU, World()) == large  # a CPU swaps
 
 
 def test_what_fits_is_left_alone(config, monkeypatch):
-    monkeypatch.setattr(run, "free_bytes", lambda kind: 12 * GB)
+    monkeypatch.setattr(fitting, "free_bytes", lambda kind: 12 * GB)
     assert choose_geometry(config, CUDA, World()) == config
+
+
+# ---- --cuda-graphs
+
+
+def test_on_is_refused_where_it_cannot_be():
+    for arguments, reason in (
+        ((CPU, "triton", False, 1), "device is 'cpu': use --device cuda"),
+        ((CUDA, "eager", False, 1), "kernels is 'eager': use --kernels triton"),
+        ((CUDA, "triton", True, 1), "compile is on: leave out --compile"),
+        ((CUDA, "triton", False, 2), "the run has 2 ranks: use one"),
+    ):
+        with pytest.raises(UserError, match=f"^cuda_graphs is 'on' but {reason}, or --cuda-graphs off$"):
+            use_graphs("on", *arguments)
+        assert not use_graphs("auto", *arguments) and not use_graphs("off", *arguments)
+    assert use_graphs("on", CUDA, "triton", False, 1)
+
+
+def test_auto_waits_for_a_measurement(monkeypatch):
+    assert not use_graphs("auto", CUDA, "triton", False, 1)
+    monkeypatch.setattr(run, "AUTOMATIC", True)
+    assert use_graphs("auto", CUDA, "triton", False, 1) and not use_graphs("auto", CPU, "triton", False, 1)
 
 
 # ---- loss spikes
