@@ -108,8 +108,7 @@ class Note:
 
     ``kind``: "parameters" (value: count), "tokens_per_step" (value), "no_decay" (tensors without weight decay),
     "sm_gate", "oom", "nan", "resume", "checkpoint", "device" (value: name), "precision" (value: fastgpt's, as it is in
-    force), "traceback" (value: its last line, "KeyboardInterrupt" for Ctrl-C), "no_cuda", "no_triton", "no_bf16",
-    "vocab" (value), "override" (value: (name, value)), "val_bpb" (nanochat; value: (step, bits per byte)).
+    force), "traceback", "no_cuda", "no_triton", "no_bf16", "vocab" (value), "override" (value: (name, value)).
     """
 
     kind: str

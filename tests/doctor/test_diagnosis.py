@@ -14,7 +14,7 @@ from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place, Setting
 from fastgpt.doctor.reading.configs import DEFAULTS
 from fastgpt.doctor.report.page import render
 from fastgpt.doctor.report.text import to_json
-from tests.doctor.runs import RTX4070, checkpoint, config, log, note
+from tests.doctor.runs import RTX4070, checkpoint, config, curve, log, note, real, real_report
 
 VALUES = st.one_of(
     st.integers(-3, 5),
@@ -95,3 +95,40 @@ def test_any_shape_in_a_checkpoint(shape, step, values):
 )
 def test_a_note_without_a_value(kind):
     whole(Evidence(config(), log(np.full(30, 3.0), notes=(note(kind, "text"),))))
+
+
+IDS = {
+    "param_count_mismatch",
+    "tokens_per_parameter",
+    "val_below_train",
+    "dropout_on_large_corpus",
+    "mfu_denominator",
+    "mfu_includes_eval",
+    "sm_gate",
+    "resume_shape_mismatch",
+    "schedule",
+    "curve",
+    "environment",
+}
+
+
+def test_all_ids_can_be_made_at_once():
+    gate, oom = note("sm_gate", "Not enough SMs to use max_autotune_gemm mode"), note("nan", "iter 3000: loss nan")
+    evidence = real("40m")
+    broken = log(np.r_[curve(600), 9.0], notes=(gate, oom, note("no_cuda", "no NVIDIA driver")))
+    report = diagnose(Evidence(evidence.config, broken, checkpoint(n_embd=768)), RTX4070)
+    found = {f.id for f in report.findings} | {f.id for f in real_report("40m").findings}
+    assert found >= IDS
+
+
+def test_a_config_alone_a_log_alone_a_checkpoint_alone():
+    assert diagnose(Evidence(config())).figures.tokens_per_parameter == pytest.approx(25.45, abs=0.01)
+    alone = diagnose(Evidence(log=real("124m").log), RTX4070)
+    assert alone.figures.mfu_nanogpt == pytest.approx(0.154, abs=0.001), "the log repeats its config"
+    kept = checkpoint(config=config())
+    assert diagnose(Evidence(checkpoint=kept)).figures.parameters == 123_587_328
+
+
+def test_an_empty_log_is_no_reason_to_fall():
+    report = diagnose(Evidence(config(), log()))
+    assert report.findings == [] and report.figures.steps_seen is None

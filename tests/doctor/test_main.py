@@ -11,9 +11,7 @@ import pytest
 
 from fastgpt.common import UserError
 from fastgpt.doctor import __main__ as doctor
-from fastgpt.doctor.evidence import Evidence
-from fastgpt.doctor.reading import corpus
-from tests.doctor.runs import REAL, SOUND, config
+from tests.doctor.runs import REAL, SOUND
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG, LOG = REAL / "train_fineweb_40m.py", REAL / "nanogpt-40m-fineweb.log"
@@ -106,15 +104,3 @@ def test_help_has_examples(capsys):
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert "before resuming" in out and "Exit code: 0 nothing found, 1 findings, 2 unreadable" in out
-
-
-def test_the_corpus_is_measured_where_nanogpt_keeps_it(tmp_path, monkeypatch):
-    folder = tmp_path / "data" / "mine"
-    folder.mkdir(parents=True)
-    (folder / "train.bin").write_bytes(b"\0" * 2000)
-    (folder / "val.bin").write_bytes(b"\0" * 500)
-    monkeypatch.chdir(tmp_path)
-    assert corpus.tokens(Evidence(config("dataset = 'mine'"))) == 1000
-    assert corpus.tokens(Evidence(config("dataset = 'other'"))) is None
-    assert corpus.tokens(Evidence(config("dataset = '\\0'"))) is None
-    assert corpus.tokens(Evidence()) is None

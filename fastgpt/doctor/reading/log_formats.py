@@ -131,15 +131,12 @@ _NOTES: tuple[tuple[str, LogKind | None, bytes], ...] = (
     ("resume", None, rb"(Resuming training from|Resuming optimization from step \d{1,12}|resumed at step \d{1,12})"),
     ("checkpoint", None, rb"(saving checkpoint to|Writing checkpoint at step \d{1,12}|^saved \S+)"),
     ("traceback", None, rb"(Traceback \(most recent call last\))"),
-    ("val_bpb", "nanochat", rb"Step (\d{1,12} \| Validation bpb: \d+\.\d{4,})"),
 )
 NOTES = [(kind, program, re.compile(pattern)) for kind, program, pattern in _NOTES]
 """Lines that say something else: kind, whose log it shows, pattern with the value in its first group."""
 
 RECORD_WORDS = (b"iter ", b"step ", b'"step"', b"val loss", b"trl:", b"tel:")
-NOTE_WORDS = tuple(
-    b"Validation|enough SMs|emory|Traceback|esum|checkpoint|saved |Overriding|changed nothing".split(b"|")
-)
+NOTE_WORDS = tuple(b"enough SMs|emory|Traceback|esum|checkpoint|saved |Overriding|changed nothing".split(b"|"))
 START_WORDS = tuple(
     b'arameters|tokens|batch size|ocab|evice|GPU|CUDA|NVIDIA|riton|loat16|bf16|total |kernels  |"config"'.split(b"|")
 )
@@ -152,5 +149,3 @@ ECHO_END = re.compile(
     rb"|iter \d|step \d)"
 )
 """What nanoGPT prints before and after it repeats a config file."""
-
-LAST_OF_TRACEBACK = re.compile(rb"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.{0,280})")

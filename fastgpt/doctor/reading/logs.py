@@ -14,7 +14,6 @@ import re
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ MOST_STEPS, MOST_EVALS, MOST_NOTES = 1 << 16, 1 << 16, 1000
 """Steps and evaluations kept before they are thinned; notes of one kind (past it, the last one replaces the one before)."""
 _PLAIN = 600  # a longer line is never one step's
 _WRAPPED, _PIECES = 600, 4  # a wrapped line: characters and pieces at most
-_ECHO, _TRACEBACK = 2000, 200  # lines of a config that a log repeats, and of a traceback, at most
+_ECHO = 2000  # lines of a config that a log repeats, at most
 _START_LINES = 100_000  # what a program says when it starts is looked for in as many lines
 
 
@@ -47,8 +46,8 @@ class LogReader:
     """Reads a log in blocks that end where a line ends; ``facts`` then returns what it says.
 
     Each line goes first to ``_reads_on``, where something that takes several lines has begun: a line that the terminal
-    wrapped (``_continue``), a config that nanoGPT repeats (``_echoed``), a traceback. What that leaves is looked through for
-    steps and evaluations (``_records``), then for notes."""
+    wrapped (``_continue``), or a config that nanoGPT repeats (``_echoed``). What that leaves is looked through for steps and
+    evaluations (``_records``), then for notes."""
 
     def __init__(self, file: str, limit: int = MOST_STEPS) -> None:
         self.file = file
@@ -247,18 +246,8 @@ class LogReader:
                 if program is not None:
                     self.kinds[program] += 1
                 self._add_note(kind, line, number, _note_value(kind, _text(match[1])))
-                if kind == "traceback":
-                    self._reads_on = self._end_of_traceback
                 if kind in ("resume", "override"):
                     self._starts_until = number + _START_LINES
-
-    def _end_of_traceback(self, line: bytes, number: int) -> bool:
-        began = self.notes["traceback"][-1]
-        if last := forms.LAST_OF_TRACEBACK.match(line):
-            self.notes["traceback"][-1] = replace(began, value=_text(last[1]))
-        if last or number - (began.place.line or 0) > _TRACEBACK:
-            self._reads_on = None
-        return False
 
     def _add_note(self, kind: str, line: bytes, number: int, value: Any) -> None:
         notes = self.notes.setdefault(kind, [])
@@ -332,13 +321,10 @@ def _not_plain(lines: list[bytes]) -> list[int]:
 
 
 def _note_value(kind: str, text: str) -> Any:
-    """A note's value from its text: a count, (step, bits per byte), (name, value), or the text itself."""
+    """A note's value from its text: a count, (name, value), or the text itself."""
     if kind == "override":
         name, _, value = text.partition(" = ")
         return name, literals.literal_or_text(value.strip())
-    if kind == "val_bpb":
-        step, _, bits = text.partition(" | Validation bpb: ")
-        return int(step), float(bits)
     if kind in ("parameters", "tokens_per_step", "vocab"):
         number = text.replace(",", "")
         try:
