@@ -296,6 +296,23 @@ def evaluation_interval(config: ConfigFacts, log: LogFacts | None) -> int | None
     return config.get("eval_interval") or None
 
 
+def learning_rate(step: int, config: ConfigFacts) -> float | None:
+    """nanoGPT's get_lr: linear warmup, cosine to min_lr at lr_decay_iters, min_lr after. None if a value is missing."""
+    peak, floor = config.get("learning_rate"), config.get("min_lr")
+    warmup, end = config.get("warmup_iters"), config.get("lr_decay_iters")
+    if peak is None or floor is None or warmup is None or end is None:
+        return None
+    if not config.get("decay_lr", True):
+        return float(peak)
+    if config.get("schedule", "cosine") != "cosine":
+        return None  # fastgpt has others
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step > end or end <= warmup:
+        return float(floor)
+    return floor + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup))) * (peak - floor)
+
+
 def _losses(figures: Figures, log: LogFacts) -> None:
     evals, steps = log.evals, log.steps
     good = np.isfinite(evals.val)

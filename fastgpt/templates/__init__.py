@@ -11,11 +11,7 @@ from typing import Any
 
 def render(template: str, **values: Any) -> str:
     """The page that a template of this folder makes of these values. A value that it lacks is an error, not a blank."""
-    from jinja2 import (
-        Environment,
-        PackageLoader,
-        StrictUndefined,  # only pages need it
-    )
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # here, since only pages need it
 
     environment = Environment(
         loader=PackageLoader(__name__, ""),

@@ -151,7 +151,7 @@ def test_the_words_are_those_of_bench_mfu():
 
 @pytest.mark.parametrize("precision", EXPERIMENTAL)
 def test_no_accumulation_in_fp32_is_claimed_of_them(precision):
-    """Of a log of nanoGPT beside a config of fastgpt."""
+    """A log of nanoGPT beside a config of fastgpt."""
     printed = log(curve(100), ms=9350.0, mfu=15.4)
     text = only(diagnose(Evidence(ours(precision), printed), RTX4070).findings, "mfu_denominator").explanation
     assert "fp32 accumulation" not in text and f"100% of the {precision} peak" in text and "fp16acc" not in text

@@ -12,9 +12,8 @@ from functools import partial, wraps
 import numpy as np
 
 from fastgpt.config import EXPERIMENTAL
-from fastgpt.doctor.checks.resume import learning_rate
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
-from fastgpt.doctor.figures import Figures, evaluation_interval, steady
+from fastgpt.doctor.figures import Figures, evaluation_interval, learning_rate, steady
 from fastgpt.doctor.findings import Check, Confidence, Finding, check
 from fastgpt.hardware.cards import Gpu
 

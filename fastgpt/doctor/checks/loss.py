@@ -131,7 +131,7 @@ def _measured_cost(evidence: Evidence, cost: Mean | None) -> str:
     small = "" if cost.sigmas >= 3 else ", which is within its noise"
     return (
         "Its cost shows in the `iter` losses, which are computed with it, against the train evaluations around them, "
-        f"which are not: {cost.value:+.3f} +- {cost.error:.3f} nat{small} ({cost.n} iterations from step "
+        f"which are not: {cost} nat{small} ({cost.n} iterations from step "
         f"{cost.since:,} on). In {scaling.LARGE.name}, at dropout 0, the same difference is {value:+.3f} +- "
         f"{error:.3f}: nothing. This is the loss while training with it; what the final model loses is less, and only "
         "a second run tells."

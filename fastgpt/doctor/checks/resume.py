@@ -10,7 +10,7 @@ import numpy as np
 from fastgpt.anatomy import SHAPE
 from fastgpt.common import millions
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Seen, clean
-from fastgpt.doctor.figures import Figures
+from fastgpt.doctor.figures import Figures, learning_rate
 from fastgpt.doctor.findings import Finding, Severity, check
 from fastgpt.hardware.cards import Gpu
 
@@ -56,23 +56,6 @@ def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         cost=1.0 if config.get("init_from") == "resume" else 0.9,
         cost_text="everything that is trained after resuming" if nanogpt else "",
     )
-
-
-def learning_rate(step: int, config: ConfigFacts) -> float | None:
-    """nanoGPT's get_lr: linear warmup, cosine to min_lr at lr_decay_iters, min_lr after. None if a value is missing."""
-    peak, floor = config.get("learning_rate"), config.get("min_lr")
-    warmup, end = config.get("warmup_iters"), config.get("lr_decay_iters")
-    if peak is None or floor is None or warmup is None or end is None:
-        return None
-    if not config.get("decay_lr", True):
-        return float(peak)
-    if config.get("schedule", "cosine") != "cosine":
-        return None  # fastgpt has others
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    if step > end or end <= warmup:
-        return float(floor)
-    return floor + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup))) * (peak - floor)
 
 
 @check(section=7)

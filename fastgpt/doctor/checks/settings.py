@@ -5,30 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 from fastgpt.common import rounded
 from fastgpt.doctor.checks.comments import remarks
-from fastgpt.doctor.checks.resume import learning_rate
 from fastgpt.doctor.evidence import Evidence
-from fastgpt.doctor.figures import Figures
-from fastgpt.doctor.findings import Finding, Severity, check
+from fastgpt.doctor.figures import Figures, learning_rate
+from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance import flops
 
-
-def _finding(
-    figures: Figures,
-    check: str,
-    severity: Severity,
-    title: str,
-    explanation: str,
-    advice: str,
-    *names: str,
-    **more: Any,
-) -> Finding:
-    """A finding whose evidence is the lines of the settings ``names``."""
-    return Finding("schedule", check, severity, title, figures.place(*names), explanation, advice, **more)
+_finding = partial(Finding, "schedule")
 
 
 @check(section=8)
@@ -39,10 +26,10 @@ def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
         return
     never = warm >= total
     yield _finding(
-        figures,
         "warmup_too_long",
         "critical" if never else "warning",
         f"warmup_iters {warm:,} " + ("never ends" if never else "takes most of the run") + f": max_iters is {total:,}",
+        figures.place("warmup_iters", "max_iters"),
         f"The rate rises until step {warm:,}"
         + (
             f"; the run ends at {total / warm:.0%} of it and never trains at the learning rate that was chosen."
@@ -50,8 +37,6 @@ def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
             else ", and decays in what is left. Warmup is for the first few percent."
         ),
         f"warmup_iters = {max(1, min(2000, total // 20))}",
-        "warmup_iters",
-        "max_iters",
         cost=1.0 if never else 0.5,
         cost_text=figures.hours(min(1.0, warm / total)),
     )
@@ -65,14 +50,12 @@ def floor(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         return
     default = "" if figures.config.is_set("min_lr") else " (the default)"
     yield _finding(
-        figures,
         "min_lr_above_lr",
         "critical",
         f"min_lr {low:g}{default} is above learning_rate {high:g}: the rate rises from warmup to the end",
+        figures.place("min_lr", "learning_rate"),
         "The cosine runs from learning_rate to min_lr, whichever is larger.",
         f"min_lr = {high / 10:g}",
-        "min_lr",
-        "learning_rate",
         cost=1.0,
         cost_text=figures.hours(),
     )
@@ -87,16 +70,14 @@ def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
     default = "" if figures.config.is_set("lr_decay_iters") else " (the default)"
     if end < 0.9 * total:
         yield _finding(
-            figures,
             "decay_ends_early",
             "warning",
             f"The learning rate is at its floor for the last {1 - end / total:.0%} of the run: lr_decay_iters "
             f"{end:,}{default}, max_iters {total:,}",
+            figures.place("lr_decay_iters", "max_iters"),
             "Steps at the floor change the model little. Decay and run end together in every recipe this comes from "
             "(Hoffmann et al. 2022: a decay that misses the end by more than 25% costs loss).",
             f"lr_decay_iters = {total}",
-            "lr_decay_iters",
-            "max_iters",
             cost=1 - end / total,
             cost_text=figures.hours(1 - end / total) + " at the floor",
         )
@@ -104,15 +85,13 @@ def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         last, peak = learning_rate(total, figures.config), figures.config.get("learning_rate")
         left = f" at {last:.2e}, {last / peak:.0%} of its peak" if last and peak else ""
         yield _finding(
-            figures,
             "decay_cut_off",
             "warning",
             f"The run ends before its decay does: lr_decay_iters {end:,}{default}, max_iters {total:,}",
+            figures.place("lr_decay_iters", "max_iters"),
             f"The learning rate stops{left}. The last part of a decay brings the most: a schedule longer than the run "
             "ends at a higher loss (Hoffmann et al. 2022, appendix B).",
             f"lr_decay_iters = {total}",
-            "lr_decay_iters",
-            "max_iters",
             cost=0.2,
         )
 
@@ -133,8 +112,7 @@ def ranks(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         count = figures.gpus
     if not accumulate or not count or accumulate % count == 0:
         return
-    yield Finding(
-        "schedule",
+    yield _finding(
         "accumulation_not_divisible",
         "critical",
         f"gradient_accumulation_steps {accumulate} does not divide by {count} processes",
@@ -173,8 +151,8 @@ def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
     else:
         return
     why = f"beta2 {value:g} halves a squared gradient's weight in {memory}. {why}"
-    title, better_line = f"beta2 {value:g} {title}", f"beta2 = {better}"
-    yield _finding(figures, "beta2_for_batch", "info", title, why, better_line, "beta2", confidence="possible")
+    title, advice = f"beta2 {value:g} {title}", f"beta2 = {better}"
+    yield _finding("beta2_for_batch", "info", title, figures.place("beta2"), why, advice, "possible")
 
 
 @check(section=8)
@@ -184,8 +162,7 @@ def weight_decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
     wrong = [note for note in notes if re.search(r"non-decayed parameter tensors: 0\b", note.text)]
     if not wrong or not figures.config.get("weight_decay", 0):
         return
-    yield Finding(
-        "schedule",
+    yield _finding(
         "weight_decay_on_norms",
         "warning",
         "Weight decay is applied to every tensor, norms and biases too",
@@ -206,15 +183,14 @@ def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
     size, padded = shape.vocab_size, 64 * math.ceil(shape.vocab_size / 64)
     head = 6 * size * shape.n_embd / flops.palm(shape)
     yield _finding(
-        figures,
         "vocabulary_not_padded",
         "warning",
         f"vocab_size {size:,} is not a multiple of 64: the head's matmuls run off the fast path",
+        figures.place("vocab_size"),
         f"The head is {head:.0%} of this model's FLOPs, and rows of {size:,} bf16 values are not aligned to 16 bytes, "
         f"which tensor-core kernels want. {padded - size} rows more cost {(padded - size) * shape.n_embd:,} "
         "parameters that no token uses.",
         f"vocab_size = {padded}",
-        "vocab_size",
         confidence="likely",
         cost=0.1 * head,
     )
@@ -233,16 +209,14 @@ def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
     fitting = [h for h in range(1, width + 1) if width % h == 0 and width // h in (64, 128)]
     better = min(fitting, key=lambda h: abs(h - heads), default=None)
     yield _finding(
-        figures,
         "head_dimension",
         "warning",
         f"Head dimension {D} ({width} / {heads}): attention kernels compute {padded}, {1 - D / padded:.0%} of it for "
         "nothing",
+        figures.place("n_head", "n_embd"),
         "Flash attention works on heads of 16, 32, 64, 128 or 256 (some kernels also 96): others are padded to the "
         "next. It concerns attention only, not the linear layers.",
         f"n_head = {better}    # head dimension {width // better}" if better else "An n_embd that is n_head x 64.",
-        "n_head",
-        "n_embd",
         confidence="likely",
         cost=(1 - D / padded) * 12 * shape.n_layer * width * shape.block_size / flops.palm(shape) / 2,
     )
@@ -256,14 +230,12 @@ def heads_divide_the_width(evidence: Evidence, figures: Figures, gpu: Gpu | None
     width, heads = figures.shape.n_embd, figures.shape.n_head
     near = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - heads), h))
     yield _finding(
-        figures,
         "heads_do_not_divide",
         "critical",
         f"n_embd {width} is not a multiple of n_head {heads}",
+        figures.place("n_head", "n_embd"),
         "Each head takes an equal part of the width: the model cannot be built.",
         f"n_head = {near}",
-        "n_head",
-        "n_embd",
         cost=1.0,
     )
 
@@ -275,13 +247,11 @@ def block_size(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
     if not block or corpus is None or block < corpus:
         return
     yield _finding(
-        figures,
         "block_size_beyond_data",
         "critical",
         f"block_size {block:,} is beyond the data: the corpus has {corpus:,} tokens",
+        figures.place("block_size", "dataset"),
         "There is not one whole window in it: nanoGPT fails when it draws the first batch.",
         f"block_size = {2 ** int(math.log2(max(2, corpus // 16)))}",
-        "block_size",
-        "dataset",
         cost=1.0,
     )

@@ -1,4 +1,4 @@
-"""Resuming: another shape, another schedule, a best loss that is none; and a log that is not the config's."""
+"""Resuming: another shape, another schedule, a "best" loss that is not the lowest; and a log that is not the config's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fastgpt.doctor.checks.resume import learning_rate
+from fastgpt.doctor.figures import learning_rate
 from tests.doctor.runs import checkpoint, config, curve, examine, log, names, note, only, real_report
 
 

@@ -369,7 +369,7 @@ def test_a_half_line_before_a_crash_keeps_what_is_certain_and_the_crash(log):
     )
     assert (steps(facts), facts.steps.loss.tolist()) == ([5], [3.1234])
     assert [note.kind for note in facts.notes] == ["traceback", "oom"]
-    assert facts.notes[0].value.startswith("torch.OutOfMemoryError")
+    assert facts.notes[1].text.startswith("torch.OutOfMemoryError")
 
 
 def test_of_a_restarted_run_the_later_part_counts(log):
