@@ -33,7 +33,8 @@ def encoding_of(head: bytes) -> str:
 def is_text(head: bytes) -> bool:
     """Whether bytes read as text: less than a fifth control characters or broken UTF-8 (or UTF-16)."""
     text = head.decode(encoding_of(head), "replace")
-    bad = text.count("\ufffd") + len(text.encode("utf-8", "replace")) - len(_printable(text))
+    encoded = text.encode("utf-8", "replace")
+    bad = text.count("\ufffd") + len(encoded) - len(encoded.translate(None, _CONTROL))
     return bad * 5 <= len(text)
 
 
@@ -71,7 +72,3 @@ def blocks(path: Path) -> Iterator[bytes]:
 
 def _mostly_zero(data: bytes) -> bool:
     return len(data) > 0 and data.count(0) * 10 >= len(data) * 9
-
-
-def _printable(text: str) -> bytes:
-    return text.encode("utf-8", "replace").translate(None, _CONTROL)
