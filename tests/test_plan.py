@@ -18,7 +18,7 @@ from fastgpt import plan as plan_command
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig, load_preset, load_toml
 from fastgpt.hardware import cards
-from fastgpt.performance import fitting, projection
+from fastgpt.performance import projection
 from fastgpt.performance.fitting import (
     CUDA_CONTEXT,
     DESKTOP,
@@ -35,6 +35,7 @@ from fastgpt.plan import main
 RTX4070, H100 = cards.lookup("rtx4070"), cards.lookup("h100")
 M124 = load_preset("gpt2-124m").model
 HALF_MILLION = 524288
+PROJECT = projection.project
 LARGE = ModelConfig(48, 25, 1600, 1024, 50304)  # GPT-2 XL
 
 
@@ -53,7 +54,7 @@ def speed(monkeypatch):
             calibration_error=0.03,
         )
 
-    monkeypatch.setattr(fitting, "project", project)
+    monkeypatch.setattr(projection, "project", project)
     return calls
 
 
@@ -199,7 +200,7 @@ def test_four_gpus_take_a_quarter_of_the_time_and_the_same_energy(speed):
 
 
 def test_the_real_projection_answers_for_every_kind_of_kernels(monkeypatch):
-    monkeypatch.setattr(fitting, "project", projection.project)
+    monkeypatch.setattr(projection, "project", PROJECT)
     for kernels in KERNELS:
         found = plan(M124, RTX4070, tokens_per_step=HALF_MILLION, kernels=kernels)
         assert 0 < found.tokens_per_second_low < found.tokens_per_second < found.tokens_per_second_high
@@ -213,7 +214,7 @@ def no_speed(monkeypatch):
     def project(*_, **__):
         raise UserError("no figures for this card")
 
-    monkeypatch.setattr(fitting, "project", project)
+    monkeypatch.setattr(projection, "project", project)
 
 
 def test_a_gpu_that_the_projection_does_not_know_has_no_speed(no_speed):

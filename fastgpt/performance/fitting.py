@@ -16,7 +16,6 @@ from fastgpt.common import UserError, gigabytes
 from fastgpt.config import Config, ModelConfig
 from fastgpt.hardware import cards
 from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, Memory, memory
-from fastgpt.performance.projection import project
 
 CUDA_CONTEXT = 426 * 2**20
 """What a process holds before its first tensor: measured with PyTorch 2.10 and CUDA 13 on an sm_89 card
@@ -315,6 +314,8 @@ def _projected(job: _Job, gpu: cards.Gpu | None, micro_batch: int, grad_accum: i
     """The fields of RunPlan that are projected; empty where there is no projection."""
     if gpu is None:
         return {}
+    from fastgpt.performance.projection import project  # not for those who only ask what fits
+
     try:
         speed = project(
             anatomy.Shape.of(job.model),
