@@ -4,6 +4,10 @@ The roof of an operation is the later of two limits: its matmul FLOPs at the dev
 to move at the device's bandwidth (Williams et al. 2009). FLOPs and bytes are those of performance/flops.py, summed over a step:
 least figures, each input read once and each output written once. An operation that a fused step does not need (casts, adds
 outside the norm) has no work, so all of its time counts as a gap.
+
+``step_work`` knows steps in one arithmetic. The experimental modes mix two (docs/precision-modes.md, docs/fp8.md): which
+operations are in which, and what the mode moves beyond 16 bits or less, is read from performance/operations.py, so that
+profile and projection count the same.
 """
 
 from __future__ import annotations
@@ -17,42 +21,11 @@ from fastgpt import anatomy
 from fastgpt.anatomy import Shape
 from fastgpt.config import PLAIN
 from fastgpt.hardware.ceilings import Ceilings
-from fastgpt.performance import flops as flops_module
+from fastgpt.performance import flops
 from fastgpt.performance.flops import Work
-from fastgpt.performance.operations import AS_SHIPPED, Fusions, Operation, arithmetics, operations
+from fastgpt.performance.operations import AS_SHIPPED, Fusions, arithmetics, operations
 
-
-@dataclass(frozen=True)
-class Roofs:
-    """The two limits of a device. ``flops_per_second`` is None where this arithmetic has not been measured."""
-
-    flops_per_second: float | None
-    bytes_per_second: float
-
-    @classmethod
-    def measured(cls, ceilings: Ceilings, arithmetic: str) -> Roofs:
-        """What this machine reached itself: the fairer judge, as no code reaches the nominal figures."""
-        return cls(ceilings.peak_flops(arithmetic), ceilings.copy_gbs * 1e9)
-
-
-@dataclass(frozen=True)
-class JudgedOperation:
-    """One operation of a profiled step beside its roof. ``flops`` and ``bytes`` are None where nothing is counted."""
-
-    name: str
-    calls: int
-    ms: float
-    share: float
-    """Share of the step's wall time."""
-    flops: int | None
-    bytes: int | None
-    roof_ms: float | None
-    bound: str | None
-    """"compute" or "memory": which roof is the nearer one."""
-    achieved: float | None
-    """roof_ms / ms. Above 1 where data was still in a cache: the roof takes every byte from memory."""
-    gap_ms: float
-    """What reaching the roof would save."""
+# ---------------------------------------------------------------- what a step has to do
 
 
 def step_work(
@@ -88,85 +61,40 @@ def step_work(
     for linear in model.linears:
         N, K = linear.n_out, linear.n_in
         grad_size = 4 if one_pass_loss and linear.sink == "loss" else size
-        add(f"{linear.name} forward", flops_module.linear_forward(rows, N, K, size, bias=linear.bias), linear.count)
-        add(f"{linear.name} dX", flops_module.linear_input_grad(rows, N, K, size), linear.count)
-        add(f"{linear.name} dW", flops_module.linear_weight_grad(rows, N, K, size, grad_size=grad_size), linear.count)
+        add(f"{linear.name} forward", flops.linear_forward(rows, N, K, size, bias=linear.bias), linear.count)
+        add(f"{linear.name} dX", flops.linear_input_grad(rows, N, K, size), linear.count)
+        add(f"{linear.name} dW", flops.linear_weight_grad(rows, N, K, size, grad_size=grad_size), linear.count)
     heads = (B, T, attention.heads, attention.head_dim, size)
-    add("attention forward", flops_module.attention_forward(*heads, kv_heads=attention.kv_heads), attention.count)
-    add("attention backward", flops_module.attention_backward(*heads, kv_heads=attention.kv_heads), attention.count)
+    add("attention forward", flops.attention_forward(*heads, kv_heads=attention.kv_heads), attention.count)
+    add("attention backward", flops.attention_backward(*heads, kv_heads=attention.kv_heads), attention.count)
     bias = shape.bias
-    add(
-        "norms forward", flops_module.layer_norm_forward(rows, C, stream, bias=bias)
-    )  # the first one has no residual yet
-    add("norms backward", flops_module.layer_norm_backward(rows, C, stream, bias=bias))
+    # The first norm has no residual yet.
+    add("norms forward", flops.layer_norm_forward(rows, C, stream, bias=bias))
+    add("norms backward", flops.layer_norm_backward(rows, C, stream, bias=bias))
     behind_a_branch = sum(norm.count for norm in model.norms) - 1
-    add("norms forward", flops_module.layer_norm_forward(rows, C, stream, residual=fused, bias=bias), behind_a_branch)
-    add("norms backward", flops_module.layer_norm_backward(rows, C, stream, residual=fused, bias=bias), behind_a_branch)
+    add("norms forward", flops.layer_norm_forward(rows, C, stream, residual=fused, bias=bias), behind_a_branch)
+    add("norms backward", flops.layer_norm_backward(rows, C, stream, residual=fused, bias=bias), behind_a_branch)
     add("pointwise", Work(0, 0))
     if not fused:  # x + branch, and the sum of its two gradients
         add("pointwise", Work(0, rows * C * ((size + 8) + 12)), behind_a_branch)
     add("GELU forward", Work(0, 2 * rows * model.hidden * size), L)
     add("GELU backward", Work(0, 3 * rows * model.hidden * size), L)
     if one_pass_loss:
-        forward = flops_module.cross_entropy(rows, V, size, grad=False)
+        forward = flops.cross_entropy(rows, V, size, grad=False)
         add("loss", Work(0, forward.bytes + rows * V * size))
     else:
-        add("loss", flops_module.cross_entropy(rows, V, size))
+        add("loss", flops.cross_entropy(rows, V, size))
     for table in model.embeddings:
         table_rows, different = (T, T) if table.positions else (rows, distinct)
-        add("embedding", flops_module.embedding_forward(table_rows, different, C, 4))
-        add("embedding", flops_module.embedding_backward(table_rows, different, C, 4))
+        add("embedding", flops.embedding_forward(table_rows, different, C, 4))
+        add("embedding", flops.embedding_backward(table_rows, different, C, 4))
     work = {name: Work(w.flops * grad_accum, w.bytes * grad_accum) for name, w in work.items()}
     params = anatomy.n_params(shape)
     work["gradient accumulation"] = Work(0, 12 * params * (grad_accum - 1))
-    copied = (
-        anatomy.matmul_params(shape) if fused and one_pass_loss and size < 4 else 0
-    )  # the working copy of the matrices
-    optimizer = flops_module.adamw(params)
-    work["optimizer"] = Work(0, optimizer.bytes + copied * size)
+    # Our optimizer writes the working copy of the matrices, too.
+    copied = anatomy.matmul_params(shape) if fused and one_pass_loss and size < 4 else 0
+    work["optimizer"] = Work(0, flops.adamw(params).bytes + copied * size)
     return work
-
-
-def against_roofs(profile: StepProfile, work: dict[str, Work], roofs: Roofs) -> list[JudgedOperation]:
-    """Every operation of a step beside its roof, longest first; what has no name comes last, as "unaccounted"."""
-    rows = []
-    for op in profile.operations:
-        todo = work.get(op.name)
-        roof = _roof(todo, roofs)
-        rows.append(
-            JudgedOperation(
-                name=op.name,
-                calls=op.calls,
-                ms=op.ms,
-                share=op.ms / profile.wall_ms,
-                flops=todo.flops if todo else None,
-                bytes=todo.bytes if todo else None,
-                roof_ms=None if roof is None else 1e3 * roof.seconds,
-                bound=roof.bound if roof and roof.seconds else None,
-                achieved=1e3 * roof.seconds / op.ms if roof and roof.seconds else None,
-                gap_ms=max(0.0, op.ms - (1e3 * roof.seconds if roof else 0.0)),
-            )
-        )
-    unknown = sum(profile.unaccounted.values())
-    if unknown:
-        count, share = len(profile.unaccounted), unknown / profile.wall_ms
-        rows.append(JudgedOperation("unaccounted", count, unknown, share, None, None, None, None, None, unknown))
-    return rows
-
-
-def _roof(todo: Work | None, roofs: Roofs) -> flops_module.Roof | None:
-    """None where there is no work to name, or where it needs a matmul rate that is not known."""
-    if todo is None or (todo.flops and roofs.flops_per_second is None):
-        return None
-    return todo.roof(roofs.flops_per_second or float("inf"), roofs.bytes_per_second)
-
-
-# ---------------- was bench/step_roofs.py
-# The roof of every operation of a profiled step at its --precision: in which arithmetic it is computed, what it has to move.
-#
-# What stands above knows steps in one arithmetic. The experimental modes mix two (docs/precision-modes.md, docs/fp8.md):
-# which operations are in which, and what the mode moves beyond 16 bits or less, is read off performance/operations.py, so
-# that profile and projection count the same.
 
 
 def needed(
@@ -181,7 +109,7 @@ def needed(
     compiled: bool,
     distinct: int | None = None,
 ) -> dict[str, Work]:
-    """roofline.step_work of a step on ``kernels`` ("eager" or "triton"), under torch.compile or not, and what our kernels do
+    """``step_work`` of a step on ``kernels`` ("eager" or "triton"), under torch.compile or not, and what our kernels do
     otherwise: operands and copies in fp8, and GELU in the epilogues of the matmuls around it, where ``profile`` has no
     operation for it."""
     triton = kernels == "triton"
@@ -197,10 +125,8 @@ def needed(
     )
     if not triton or precision == "fp32":
         return work
-    own_pass, in_matmuls = (
-        any(op.name == "GELU forward" for op in profile.operations),
-        replace(AS_SHIPPED, epilogues=True),
-    )
+    own_pass = any(op.name == "GELU forward" for op in profile.operations)
+    in_matmuls = replace(AS_SHIPPED, epilogues=True)
     plain = PLAIN.get(precision, precision)
     before = _bytes(shape, B, T, grad_accum, plain, in_matmuls if own_pass and precision != plain else AS_SHIPPED)
     after = _bytes(shape, B, T, grad_accum, precision, AS_SHIPPED if own_pass else in_matmuls)
@@ -220,22 +146,79 @@ def _bytes(shape: Shape, B: int, T: int, grad_accum: int, precision: str, fusion
     return moved
 
 
+# ---------------------------------------------------------------- beside what was profiled
+
+
+@dataclass(frozen=True)
+class JudgedOperation:
+    """One operation of a profiled step beside its roof. ``flops`` and ``bytes`` are None where nothing is counted."""
+
+    name: str
+    calls: int
+    ms: float
+    share: float
+    """Share of the step's wall time."""
+    flops: int | None
+    bytes: int | None
+    roof_ms: float | None
+    bound: str | None
+    """"compute" or "memory": which roof is the nearer one."""
+    achieved: float | None
+    """roof_ms / ms. Above 1 where data was still in a cache: the roof takes every byte from memory."""
+    gap_ms: float
+    """What reaching the roof would save."""
+    arithmetic: str | None
+    """In what its matmuls are computed; None where it has none."""
+
+
 def judge(
     profile: StepProfile, work: dict[str, Work], ceilings: Ceilings, shape: Shape, B: int, T: int, precision: str
 ) -> list[dict[str, Any]]:
-    """roofline.judge, each operation by the rate of its own arithmetic, which is named beside it (None where there are no
-    matmul FLOPs), as plain values."""
-    arithmetic = arithmetics(precision)
-    share = _doubled(shape, B, T, precision) if precision in PLAIN else {}
+    """Every operation of a step beside its roof, longest first, as plain values; what has no name comes last, as "unaccounted".
+
+    The roof is what this machine reached itself: the fairer judge, as no code reaches the nominal figures. Each operation is
+    judged by the rate of its own arithmetic."""
+    names, mixed = arithmetics(precision), precision in PLAIN
+    doubled_of = _doubled(shape, B, T, precision) if mixed else {}
     rows = []
     for op in profile.operations:
-        doubled = share.get(op.name, 0.0 if precision in PLAIN else 1.0)
-        used = [name for name, part in zip(arithmetic, (doubled, 1.0 - doubled)) if part]
-        roofs = Roofs(_rate(ceilings, arithmetic, doubled), ceilings.copy_gbs * 1e9)
-        (row,) = against_roofs(replace(profile, operations=(op,), unaccounted={}), work, roofs)
-        rows.append({**asdict(row), "arithmetic": " + ".join(used) if row.flops else None})
-    rest = against_roofs(replace(profile, operations=()), work, Roofs(None, ceilings.copy_gbs * 1e9))
-    return rows + [{**asdict(row), "arithmetic": None} for row in rest]
+        doubled = doubled_of.get(op.name, 0.0) if mixed else 1.0
+        used = " + ".join(name for name, part in zip(names, (doubled, 1.0 - doubled)) if part)
+        rate = _rate(ceilings, names, doubled)
+        rows.append(_judged(op.name, op.calls, op.ms, profile.wall_ms, work.get(op.name), rate, ceilings, used))
+    if unknown := sum(profile.unaccounted.values()):
+        count = len(profile.unaccounted)
+        rows.append(_judged("unaccounted", count, unknown, profile.wall_ms, None, None, ceilings, ""))
+    return [asdict(row) for row in rows]
+
+
+def _judged(
+    name: str,
+    calls: int,
+    ms: float,
+    wall_ms: float,
+    todo: Work | None,
+    rate: float | None,
+    ceilings: Ceilings,
+    used: str,
+) -> JudgedOperation:
+    """``rate``: FLOP per second in the arithmetics ``used``; None where it was not measured: a matmul has no roof then."""
+    roof = None
+    if todo is not None and (rate is not None or not todo.flops):
+        roof = todo.roof(rate or float("inf"), ceilings.copy_gbs * 1e9)
+    return JudgedOperation(
+        name=name,
+        calls=calls,
+        ms=ms,
+        share=ms / wall_ms,
+        flops=todo.flops if todo else None,
+        bytes=todo.bytes if todo else None,
+        roof_ms=None if roof is None else 1e3 * roof.seconds,
+        bound=roof.bound if roof and roof.seconds else None,
+        achieved=1e3 * roof.seconds / ms if roof and roof.seconds else None,
+        gap_ms=max(0.0, ms - (1e3 * roof.seconds if roof else 0.0)),
+        arithmetic=used if todo and todo.flops else None,
+    )
 
 
 def _doubled(shape: Shape, B: int, T: int, precision: str) -> dict[str, float]:
@@ -245,19 +228,15 @@ def _doubled(shape: Shape, B: int, T: int, precision: str) -> dict[str, float]:
     for op in operations(shape, "triton", B, T, precision):
         if op.flops:
             total[op.group] += op.flops * op.count
-            mode[op.group] += op.flops * op.count * _share(op)
-    return {group: mode[group] / flops for group, flops in total.items()}
+            mode[op.group] += op.flops * op.count * (op.summed_in_fp16 if op.kind == "attention" else float(op.fast))
+    return {group: mode[group] / total[group] for group in total}
 
 
-def _share(op: Operation) -> float:
-    return op.summed_in_fp16 if op.kind == "attention" else float(op.fast)
-
-
-def _rate(ceilings: Ceilings, arithmetic: tuple[str, ...], doubled: float) -> float | None:
+def _rate(ceilings: Ceilings, names: tuple[str, ...], doubled: float) -> float | None:
     """FLOP per second measured here, of an operation with that share in the first arithmetic; None where one it needs was not
     measured."""
     seconds = 0.0  # per FLOP
-    for name, part in zip(arithmetic, (doubled, 1.0 - doubled)):
+    for name, part in zip(names, (doubled, 1.0 - doubled)):
         peak = ceilings.peak_flops(name)
         if part and peak is None:
             return None
