@@ -1,4 +1,5 @@
-"""The part of bench.ablation that runs the variants: the training step's own objects, with one of them exchanged."""
+"""The training steps that bench.ablation compares, as shipped and with one thing changed, and the part of it that runs them: the
+training loop's own objects, one of them exchanged."""
 
 from __future__ import annotations
 
@@ -24,13 +25,11 @@ from fastgpt.kernels import runtime, tuning, working_copy
 from fastgpt.ops import EAGER, Ops
 from fastgpt.training.step import Stepper
 
-# ---------------- was bench/ablation_variants.py
-# The variants of the training step that bench.ablation compares: as shipped, and with one thing changed.
-
 
 @dataclass(frozen=True)
 class Variant:
-    """The step with one thing changed. ``fusion``: of operations.Fusions; ``part``: of fp16-fast, see ablation.PARTS."""
+    """The step with one thing changed. ``fusion``: a field of operations.Fusions, switched to ``on``; ``part``: one of
+    ablation.PARTS, computed as in plain fp16."""
 
     name: str
     text: str

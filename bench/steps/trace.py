@@ -7,8 +7,10 @@ it adds up to the wall time of the step exactly:
   counted twice), and time with nothing running is a gap, or data if the host was loading some;
 * without one, by the self time of the host's operations; Python and dispatch between them are the gap.
 
-The name of an operation comes from the host operations around it (for a kernel: around its launch), see trace.py; where
-these are ambiguous, from a range that names it (``IS``). Time that no rule can name is listed as unaccounted.
+The name of an operation comes from the host operations around it (for a kernel: around its launch), innermost first: by name,
+and for a matmul by its shape and by whether autograd's backward pass is running. That holds for plain PyTorch, for Inductor's
+kernels (their names list the operations fused into them) and for our own registered ones. Where these are ambiguous, a range
+names it (``IS``). Time that no rule can name is listed as unaccounted.
 """
 
 from __future__ import annotations
@@ -28,20 +30,24 @@ from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.performance.operations import GAPS
 
-# ---------------- was fastgpt/op_names.py
-# Which operation of a GPT's training step a host operation belongs to, or a kernel that it launched.
-#
-# The frames around it decide, innermost first: by name, and for a matmul by its shape and by whether autograd's backward
-# pass is running. That holds for plain PyTorch, for Inductor's kernels (their names list the operations fused into them) and
-# for our own registered ones.
-
 STEP, DATA, OPTIMIZER = "fastgpt::step", "fastgpt::data", "fastgpt::optimizer"
 """Ranges that the profiled step has to carry (torch.profiler.record_function)."""
+IS = "fastgpt::is "
+"""A range of this name and an operation's, such as "fastgpt::is head dX", makes all that runs inside it that operation."""
 
-UNTOLD_GEMM = "matmul (not told apart)"
+# ---------------------------------------------------------------- reading
 
 HOST, LAUNCH, KERNEL, COPY = "host", "launch", "kernel", "copy"
 """Kinds of events: the last two are the device's."""
+_KINDS = {
+    "cpu_op": HOST,
+    "user_annotation": HOST,
+    "cuda_runtime": LAUNCH,
+    "cuda_driver": LAUNCH,
+    "kernel": KERNEL,
+    "gpu_memcpy": COPY,
+    "gpu_memset": COPY,
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,41 @@ class Event:
     """Shapes of the tensor arguments, where the profiler recorded them."""
     external: int | None = None
 
+
+def read_trace(path: Path) -> list[Event]:
+    """The events of a Chrome trace that torch.profiler has exported (.json, or .json.gz).
+
+    Raises UserError if the file cannot be read or is something else.
+    """
+    try:
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        raw = json.loads(text)["traceEvents"]
+        return [_event(e) for e in raw if e.get("ph") == "X" and e.get("cat") in _KINDS]
+    except OSError as error:
+        raise UserError(f"trace {path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        raise UserError(f"trace {path} is not a Chrome trace of torch.profiler: record it anew") from error
+
+
+def _event(raw: dict[str, Any]) -> Event:
+    args = raw.get("args", {})
+    dims = args.get("Input Dims", [])
+    return Event(
+        name=raw["name"],
+        start=float(raw["ts"]),
+        end=float(raw["ts"]) + float(raw.get("dur", 0)),
+        kind=_KINDS[raw["cat"]],
+        thread=raw.get("tid", 0),
+        correlation=args.get("correlation"),
+        # A list of tensors is one argument whose "shape" is a list of shapes: it identifies no operation.
+        dims=tuple(tuple(d) for d in dims if isinstance(d, list) and all(isinstance(n, int) for n in d)),
+        external=args.get("External id"),
+    )
+
+
+# ---------------------------------------------------------------- naming
+
+UNTOLD_GEMM = "matmul (not told apart)"
 
 _WRAPPER = re.compile(
     r"autograd::engine|torch-compiled|torchdynamo|aotdispatch|pregraph|compiledfunction|compiledfxgraph|profilerstep|"
@@ -92,6 +133,11 @@ _LOSS = re.compile(r"cross_?entropy|log_?softmax|nll_?loss|logsumexp")
 _OPTIMIZER = re.compile(r"^fastgpt::(optimizer$|adamw)|^optimizer\.(step|zero_grad)|_fused_adam|clip_grad")
 _GEMM_KERNEL = re.compile(r"gemm|cutlass|nvjet|xmma|triton_tem_fused\w*mm")
 _BACKWARD_PASS = "autograd::engine::evaluate_function"
+_SILENT = re.compile(
+    r"^GeneratedBackwardFor_\w+_default$|^GeneratedBackwardFor_fastgpt_linear_gelu_\w+Backward$|^fastgpt::linear_fp8_mlp_fwd$"
+)
+"""Frames that do not identify an operation: autograd's frames within one of our operations have its name but no shapes, and
+the matmuls inside autograd's node of a linear with a GELU, and inside fp8's MLP, have frames of their own."""
 
 
 class Namer:
@@ -212,24 +258,7 @@ def _is_overhead(frame: Event) -> bool:
     return bool(_WRAPPER.search(frame.name) or _VIEW.search(frame.name))
 
 
-IS = "fastgpt::is "
-"""A range of this name and an operation's, such as "fastgpt::is head dX", makes all that runs inside it that operation."""
-
-_SILENT = re.compile(
-    r"^GeneratedBackwardFor_\w+_default$|^GeneratedBackwardFor_fastgpt_linear_gelu_\w+Backward$|^fastgpt::linear_fp8_mlp_fwd$"
-)
-"""Frames that do not identify an operation: autograd's frames within one of our operations have its name but no shapes, and
-the matmuls inside autograd's node of a linear with a GELU, and inside fp8's MLP, have frames of their own."""
-
-_KINDS = {
-    "cpu_op": HOST,
-    "user_annotation": HOST,
-    "cuda_runtime": LAUNCH,
-    "cuda_driver": LAUNCH,
-    "kernel": KERNEL,
-    "gpu_memcpy": COPY,
-    "gpu_memset": COPY,
-}
+# ---------------------------------------------------------------- attribution
 
 
 @dataclass(frozen=True)
@@ -263,43 +292,6 @@ class StepProfile:
     def ms(self, name: str) -> float:
         """Milliseconds of an operation; 0 if it did not run."""
         return sum(op.ms for op in self.operations if op.name == name)
-
-
-# ---------------------------------------------------------------- reading
-
-
-def read_trace(path: Path) -> list[Event]:
-    """The events of a Chrome trace that torch.profiler has exported (.json, or .json.gz).
-
-    Raises UserError if the file cannot be read or is something else.
-    """
-    try:
-        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        raw = json.loads(text)["traceEvents"]
-        return [_event(e) for e in raw if e.get("ph") == "X" and e.get("cat") in _KINDS]
-    except OSError as error:
-        raise UserError(f"trace {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        raise UserError(f"trace {path} is not a Chrome trace of torch.profiler: record it anew") from error
-
-
-def _event(raw: dict[str, Any]) -> Event:
-    args = raw.get("args", {})
-    dims = args.get("Input Dims", [])
-    return Event(
-        name=raw["name"],
-        start=float(raw["ts"]),
-        end=float(raw["ts"]) + float(raw.get("dur", 0)),
-        kind=_KINDS[raw["cat"]],
-        thread=raw.get("tid", 0),
-        correlation=args.get("correlation"),
-        # A list of tensors is one argument whose "shape" is a list of shapes: it identifies no operation.
-        dims=tuple(tuple(d) for d in dims if isinstance(d, list) and all(isinstance(n, int) for n in d)),
-        external=args.get("External id"),
-    )
-
-
-# ---------------------------------------------------------------- attribution
 
 
 def attribute(events: Iterable[Event], shape: Shape, rows: int) -> StepProfile:
