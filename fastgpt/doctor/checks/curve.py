@@ -126,7 +126,7 @@ def divergence(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     starts = np.unique(np.linspace(0, len(loss) - width, 400).astype(int))  # enough places for a log of any length
     medians = np.array([np.median(loss[i : i + width]) for i in starts])
     lowest = int(np.argmin(medians))
-    noise = scatter(np.diff(loss[len(loss) // 2 :])) / math.sqrt(2)
+    noise = scatter(np.diff(loss[len(loss) // 2 :])) / math.sqrt(2)  # a difference has the noise of two losses
     rise = float(medians[-1] - medians[lowest])
     if rise <= max(0.3, 3 * noise):
         return

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 from fastgpt.doctor.evidence import LogKind
 
-_N = rb"[-+]?(?:\d+(?:,\d{3})*(?:\.\d*)?(?:[eE][-+]?\d+)?|nan|NaN|inf)"
-_NA = rb"(?:" + _N + rb"|n/a)"
-_STEP = rb"(?P<step>\d{1,12})"
-_LOSS = rb"(?P<loss>" + _N + rb")"
+_N = r"[-+]?(?:\d+(?:,\d{3})*(?:\.\d*)?(?:[eE][-+]?\d+)?|nan|NaN|inf)"
+_NA = rf"(?:{_N}|n/a)"
+_STEP = r"(?P<step>\d{1,12})"
+_LOSS = rf"(?P<loss>{_N})"
 
 
 class StepForm(NamedTuple):
@@ -27,8 +27,9 @@ class StepForm(NamedTuple):
     loose: re.Pattern[bytes]
 
 
-def _form(kind: LogKind, mark: bytes, strict: bytes, loose: bytes) -> StepForm:
-    return StepForm(kind, mark, re.compile(strict), re.compile(loose))
+def _form(kind: LogKind, mark: bytes, start: str, rest: str, certain: str = "") -> StepForm:
+    """The strict form is ``start`` and ``rest``; the loose one ``start`` and as much as ``certain`` matches."""
+    return StepForm(kind, mark, re.compile((start + rest).encode()), re.compile((start + certain).encode()))
 
 
 STEPS = (
@@ -36,59 +37,52 @@ STEPS = (
     _form(
         "fastgpt",
         b"tok/s",
-        rb"iter\s+%b:\s*loss\s+%b,\s*time\s+(?P<ms>%b)(?:ms)?,\s*mfu\s+(?P<mfu>%b)%%?,\s*(?P<rate>%b)\s*tok/s,\s*lr\s+(?P<lr>%b),"
-        % (_STEP, _LOSS, _NA, _NA, _NA, _N),
-        rb"iter\s+%b:\s*loss\s+%b,\s*time\s+(?P<ms>%b)(?:ms)?,\s*mfu\s+(?P<mfu>%b)%%?,\s*(?P<rate>%b)\s*tok/s"
-        % (_STEP, _LOSS, _NA, _NA, _NA),
+        rf"iter\s+{_STEP}:\s*loss\s+{_LOSS},\s*time\s+(?P<ms>{_NA})(?:ms)?,\s*mfu\s+(?P<mfu>{_NA})%?,"
+        rf"\s*(?P<rate>{_NA})\s*tok/s",
+        rf",\s*lr\s+(?P<lr>{_N}),",
     ),
     # iter 200: loss 6.2977, time 3917.80ms, mfu 12.87%
     _form(
         "nanogpt",
         b"iter",
-        rb"iter\s+%b:\s*loss\s+%b,\s*time\s+(?P<ms>%b)ms,\s*mfu\s+(?P<mfu>%b)%%" % (_STEP, _LOSS, _N, _N),
-        rb"iter\s+%b:\s*loss\s+%b,(?:\s*time\s+(?P<ms>%b)ms)?" % (_STEP, _LOSS, _N),
+        rf"iter\s+{_STEP}:\s*loss\s+{_LOSS},",
+        rf"\s*time\s+(?P<ms>{_N})ms,\s*mfu\s+(?P<mfu>{_N})%",
+        rf"(?:\s*time\s+(?P<ms>{_N})ms)?",
     ),
     # step 00010/21400 (0.05%) | loss: 9.1 | lrm: 1.00 | dt: 412.08ms | tok/sec: 1,272,310 | bf16_mfu: 48.20 | ...
     _form(
         "nanochat",
         b"tok/sec",
-        rb"step\s+%b/\d+\s+\([\d.]+%%\)\s*\|\s*loss:\s*%b\s*\|(?:[^|\n]{0,40}\|){0,4}?\s*dt:\s*(?P<ms>%b)ms\s*\|"
-        rb"\s*tok/sec:\s*(?P<rate>%b)\s*\|\s*\w{0,8}mfu:\s*(?P<mfu>%b)(?=\s*(?:\||$))" % (_STEP, _LOSS, _N, _N, _N),
-        rb"step\s+%b/\d+\s+\([\d.]+%%\)\s*\|\s*loss:\s*%b\s*\|" % (_STEP, _LOSS),
+        rf"step\s+{_STEP}/\d+\s+\([\d.]+%\)\s*\|\s*loss:\s*{_LOSS}\s*\|",
+        rf"(?:[^|\n]{{0,40}}\|){{0,4}}?\s*dt:\s*(?P<ms>{_N})ms\s*\|\s*tok/sec:\s*(?P<rate>{_N})\s*\|"
+        rf"\s*\w{{0,8}}mfu:\s*(?P<mfu>{_N})(?=\s*(?:\||$))",
     ),
     # step    1/19560 | loss 11.009 (+nanz)| norm 15.4 (+nanz)| lr 8.57e-07 | 3056.36 ms | 42.6% bf16 MFU | 171535 tok/s
     _form(
         "llm.c",
         b"tok/s",
-        rb"step\s+%b/\d+\s*\|\s*(?:train\s+)?loss\s+%b[^|\n]{0,20}\|\s*norm\s[^|\n]{0,40}\|\s*lr\s+(?P<lr>%b)\s*\|"
-        rb"\s*\(?(?P<ms>%b)\s*ms\s*\|(?:\s*(?P<mfu>%b)%%[^|\n]{0,30}\|)?\s*(?P<rate>%b)\s*tok/s"
-        % (_STEP, _LOSS, _N, _N, _N, _N),
-        rb"step\s+%b/\d+\s*\|\s*(?:train\s+)?loss\s+%b\s*[(|]" % (_STEP, _LOSS),
+        rf"step\s+{_STEP}/\d+\s*\|\s*(?:train\s+)?loss\s+{_LOSS}",
+        rf"[^|\n]{{0,20}}\|\s*norm\s[^|\n]{{0,40}}\|\s*lr\s+(?P<lr>{_N})\s*\|\s*\(?(?P<ms>{_N})\s*ms\s*\|"
+        rf"(?:\s*(?P<mfu>{_N})%[^|\n]{{0,30}}\|)?\s*(?P<rate>{_N})\s*tok/s",
+        r"\s*[(|]",
     ),
     # llm.c's main.log: s:0 trl:10.9851 lr:0.000001 norm:15.32
-    _form(
-        "llm.c",
-        b"trl:",
-        rb"\bs:%b trl:%b lr:(?P<lr>%b)\s" % (_STEP, _LOSS, _N),
-        rb"\bs:%b trl:%b\s" % (_STEP, _LOSS),
-    ),
+    _form("llm.c", b"trl:", rf"\bs:{_STEP} trl:{_LOSS}", rf" lr:(?P<lr>{_N})\s", r"\s"),
 )
 
-_D = rb"(?:\d+\.\d{2,12}|nan|inf)(?!\d)"
-_D4 = rb"(?:\d+\.\d{4,12}|nan|inf)(?!\d)"  # fewer decimals: shortened by a cut or a wrap
-EVALS: tuple[tuple[LogKind, re.Pattern[bytes]], ...] = (
+_D = r"(?:\d+\.\d{2,12}|nan|inf)(?!\d)"
+_D4 = r"(?:\d+\.\d{4,12}|nan|inf)(?!\d)"  # fewer decimals: shortened by a cut or a wrap
+_EVALS: tuple[tuple[LogKind, str], ...] = (
     # step 500: train loss 5.4383, val loss 5.5055
-    (
-        "nanogpt",
-        re.compile(rb"step\s+%b:\s*train\s+loss\s+(?P<train>%b),\s*val\s+loss\s+(?P<val>%b)" % (_STEP, _D, _D)),
-    ),
+    ("nanogpt", rf"step\s+{_STEP}:\s*train\s+loss\s+(?P<train>{_D}),\s*val\s+loss\s+(?P<val>{_D})"),
     # step 500: val loss 5.5055
-    ("fastgpt", re.compile(rb"step\s+%b(?:/\d+)?:?\s+val\s+loss\s+(?P<val>%b)" % (_STEP, _D4))),
+    ("fastgpt", rf"step\s+{_STEP}(?:/\d+)?:?\s+val\s+loss\s+(?P<val>{_D4})"),
     # s:250 tel:6.4731
-    ("llm.c", re.compile(rb"\bs:%b tel:(?P<val>%b)" % (_STEP, _D4))),
+    ("llm.c", rf"\bs:{_STEP} tel:(?P<val>{_D4})"),
     # val loss 11.009360: of the step last seen
-    ("llm.c", re.compile(rb"^\s*val loss\s+(?P<val>(?:\d+\.\d+|nan|inf))\s*$")),
+    ("llm.c", r"^\s*val loss\s+(?P<val>(?:\d+\.\d+|nan|inf))\s*$"),
 )
+EVALS = [(kind, re.compile(pattern.encode())) for kind, pattern in _EVALS]
 
 START = re.compile(rb"(?:iter|step)\s+\d{1,12}\s*[:/]")
 """Where a step or evaluation line begins."""

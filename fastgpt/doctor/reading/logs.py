@@ -79,6 +79,7 @@ class LogReader:
         self._ended = not lines[-1]
         if self._ended:
             lines.pop()
+        # The first nan is noted with its line, so a block that may hold it is read whole.
         thinned = self.steps.stride > 1 and (b"nan" not in block or "nan" in self.notes)
         odd = _not_plain(lines) if thinned else []
         text = b"\n".join([lines[i] for i in odd]) if thinned else block
@@ -98,6 +99,7 @@ class LogReader:
         i = 0  # the next line
         for end in [*odd, len(lines)]:
             while i < end:
+                # -seen % stride lines come before the next that the series keeps.
                 if self._reads_on is None and (dropped := min(-steps.seen % steps.stride, end - i)):
                     steps.seen += dropped
                     i += dropped
@@ -281,7 +283,7 @@ class LogReader:
                 why = "the log ends in the middle of this line"
                 unread.append(Unread(Place(self.file, number), _text(line)[:200], why))
         self._end_echo()
-        if self._skipped is not None:
+        if self._skipped is not None:  # counted and not parsed, but the last step is always kept
             line, number = self._skipped
             self._records(line, number)
         if self._last_row is not None and not np.array_equal(self.steps.rows()[-1:], [self._last_row], equal_nan=True):
@@ -414,7 +416,7 @@ def in_order(rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
     row_of: dict[float, int] = {}
     first = top = -np.inf
     for i, step in enumerate(steps):
-        if step < top:
+        if step < top:  # the run was begun again if the next lines stay below top; else a rank lags
             coming = steps[i + 1 : i + 1 + STRAGGLERS]
             lag = len(order) - bisect_right(order, step)
             at_end = len(coming) == 0 or (len(coming) < STRAGGLERS and lag < STRAGGLERS)

@@ -40,7 +40,7 @@ def loss_curve(log: LogFacts, pins: Sequence[Pin]) -> str:
         return LEFT + (WIDTH - LEFT - RIGHT) * step / last
 
     def y(loss: float) -> float:
-        if high - low < 1e-6:
+        if high - low < 1e-6:  # a flat curve: the logarithms below would be of one number
             return (TOP + HEIGHT - BOTTOM) / 2
         part = math.log((loss - base) / (high - base)) / math.log((low - base) / (high - base))
         return TOP + (HEIGHT - TOP - BOTTOM) * part
