@@ -1,5 +1,5 @@
-"""The operations that a GPT step is made of, as one table, and which ``--precision`` they can run in here. The model calls an
-``Ops`` and does not know which.
+"""The operations that a GPT step is made of, as one table, and which ``--precision`` they can run in on a device. The model
+calls an ``Ops`` and does not know which.
 
 EAGER is plain PyTorch (and the specification); TRITON is the fused kernels. Both follow torch.autocast: matmul operands and
 the outputs of norms take its dtype, while parameters, the residual stream and the loss stay fp32.
@@ -53,6 +53,16 @@ EAGER = Ops(
 )
 
 
+def _in_compute_dtype(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
+    """``layer_norm``, whose output the next matmul reads without another cast."""
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
+        options.setdefault("out_dtype", compute_dtype(x))
+        return layer_norm(x, weight, bias, **options)
+
+    return norm
+
+
 @cache
 def _triton() -> Ops:
     from fastgpt.kernels.fused_attn import attention, qkv_attention
@@ -61,14 +71,11 @@ def _triton() -> Ops:
     from fastgpt.kernels.fused_layernorm import layer_norm
     from fastgpt.kernels.fused_linear import linear, linear_gelu, mlp
 
-    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
-        options.setdefault("out_dtype", compute_dtype(x))
-        return layer_norm(x, weight, bias, **options)
-
     def loss(x: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
         # The master itself, not its working copy: the gradient, summed in fp32 over chunks, then stays fp32.
         return linear_cross_entropy(x.to(compute_dtype(x)), weight, target, **options)
 
+    norm = _in_compute_dtype(layer_norm)
     return Ops("triton", norm, attention, qkv_attention, linear, linear_gelu, mlp, loss, embedding)
 
 
@@ -88,16 +95,12 @@ def _fp8() -> Ops:
     they are under autocast: anything else raises ValueError."""
     from fastgpt.kernels.fp8 import ops
 
-    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
-        options.setdefault("out_dtype", compute_dtype(x))
-        return ops.layer_norm(x, weight, bias, **options)
-
     own = {name: getattr(ops, name) for name in ("qkv_attention", "linear", "linear_gelu", "mlp")}
-    return replace(_triton(), name="triton fp8", layer_norm=norm, **own)
+    return replace(_triton(), name="triton fp8", layer_norm=_in_compute_dtype(ops.layer_norm), **own)
 
 
 def get(name: str, precision: str = "bf16") -> Ops:
-    """The table for ``--kernels triton|eager`` at a ``--precision``, resolved: most need no table of their own, as autocast
+    """The table for ``--kernels triton|eager`` at a resolved ``--precision``: most need no table of their own, as autocast
     gives operands their dtype. Raises ValueError for another name."""
     if name == "eager":
         return EAGER
@@ -123,8 +126,8 @@ def precision_for(name: str, device: torch.device) -> str:
 def usable_precision(name: str, device: torch.device, kernels: str) -> tuple[str, str | None]:
     """What a run with ``--precision name`` computes in, and, if that is not what was asked for, a sentence that says why.
 
-    An experimental mode needs ``--kernels triton``, and a card that is faster in it: anywhere else, such as where a run is
-    resumed on another card, auto's choice takes its place. A card that hardware.GPUS does not have is given what is asked."""
+    An experimental mode needs ``--kernels triton``, and a card that is faster in it: anywhere else, for example when a run is
+    resumed on another card, auto's choice takes its place. On a card that cards.GPUS does not list, what was asked is used."""
     if name not in EXPERIMENTAL:
         return precision_for(name, device), None
     gpu, unable = cards.present(device), _unable(name, device)
@@ -143,7 +146,7 @@ def usable_precision(name: str, device: torch.device, kernels: str) -> tuple[str
 
 
 def _unable(name: str, device: torch.device) -> str | None:
-    """Why the kernels of an experimental mode cannot run on a GPU, in the table or not."""
+    """Why the kernels of an experimental mode cannot run on this GPU, whether cards.GPUS lists it or not."""
     if name != "fp8" or device.type != "cuda":
         return None
     from fastgpt.kernels.fp8.launch import refusal
@@ -152,7 +155,7 @@ def _unable(name: str, device: torch.device) -> str | None:
 
 
 def scales_loss(precision: str) -> bool:
-    """Whether gradients are stored in fp16, whose smallest numbers a loss scale has to lift them over."""
+    """Whether gradients are stored in fp16, where small ones underflow unless the loss is scaled."""
     return DTYPES[precision] == torch.float16
 
 

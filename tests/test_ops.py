@@ -95,7 +95,7 @@ def test_every_product_of_a_step_but_the_scores_is_summed_in_fp16(device, monkey
     def refuse(*_, **__):
         pytest.fail("a library's matmul sums in fp32")
 
-    for name in ("forward", "backward_q", "backward_kv"):
+    for name in ("forward_kernel", "backward_q_kernel", "backward_kv_kernel"):
         monkeypatch.setattr(fused_attn, name, Watched(getattr(fused_attn, name)))
     for name in ("linear_kernel", "weight_grad_kernel"):
         monkeypatch.setattr(matmul, name, Watched(getattr(matmul, name)))

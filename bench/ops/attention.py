@@ -96,7 +96,7 @@ def families() -> list[Family]:
             case = partial(launch_attention, dtype, 64, dropout_p=0.1 if dropout else 0.0)
             for function in ("forward", "backward_q", "backward_kv"):
                 timed = partial(time_attention, f"attention.{function}", dtype)
-                found.append(Family(f"attention.{function}", dtype, buckets, function, (case,), timed))
+                found.append(Family(f"attention.{function}", dtype, buckets, f"{function}_kernel", (case,), timed))
     return found
 
 

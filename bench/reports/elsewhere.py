@@ -70,7 +70,7 @@ def audit_cells(found: dict[str, Any]) -> Cells:
         held = row["waves"] is not None
         cells.append(
             [
-                f"{row['module'].removeprefix('fused_')}: {row['kernel']}",
+                f"{row['module'].removeprefix('fused_')}: {row['kernel'].strip('_').removesuffix('_kernel')}",
                 f"{row['launches']}",
                 f"{row['registers']}",
                 f"{row['shared']:,}",

@@ -1,7 +1,7 @@
 """What every fused operation checks before it launches: one function for each kind of argument, with one message.
 
-Each raises ValueError, whose message names the argument, its value and what to use instead. A tensor that is None is optional
-and not given. Messages are formatted only when raised: torch.compile would otherwise tie a graph to the sizes in them.
+Each raises ValueError, whose message names the argument, its value and what to use instead. Messages are formatted only when
+raised: torch.compile would otherwise tie a graph to the sizes in them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ def tensors(
     first: tuple[str, Tensor, None],
     *others: tuple[str, Tensor | None, Sequence[int] | None],
 ) -> None:
-    """Floating-point tensors, each given as (name, tensor, the shape that it has to have or None for any).
+    """Floating-point tensors, each given as (name, tensor or None, the shape that it must have or None for any).
 
-    They have these shapes, which follow from that of ``of``, ``size``. They are where the first one is. Kernels read their
-    dtypes; where PyTorch computes instead, it decides itself. One call for all: eager training pays for each."""
+    They must have these shapes, which follow from the shape ``size`` of ``of``, be on the first one's device, and have a
+    dtype that kernels read (where PyTorch computes instead, it decides itself). One call for all: eager training pays for
+    each."""
     x_name, x, _ = first
     for name, tensor, needed in (first, *others):
         if tensor is None:
@@ -44,15 +45,13 @@ def _elsewhere(name: str, tensor: Tensor, x_name: str, x: Tensor) -> ValueError:
 
 
 def shape(name: str, tensor: Tensor, needed: Sequence[int], of: str, size: Sequence[int]) -> None:
-    """``tensor`` has the shape ``needed``, which follows from that of ``of``, ``size``."""
+    """``tensor`` must have the shape ``needed``, which follows from the shape ``size`` of ``of``."""
     if tuple(tensor.shape) != tuple(needed):
         raise ValueError(f"{name} is {tuple(tensor.shape)}: {of} of {tuple(size)} needs {tuple(needed)}")
 
 
-def integers(name: str, tensor: Tensor | None, needed: Sequence[int], x_name: str, x: Tensor) -> None:
-    """``tensor`` (doc_ids, kv_len) holds integers, has the shape ``needed`` and is where ``x`` is."""
-    if tensor is None:
-        return
+def integers(name: str, tensor: Tensor, needed: Sequence[int], x_name: str, x: Tensor) -> None:
+    """``tensor`` (doc_ids, kv_len) must hold integers, have the shape ``needed`` and be on x's device."""
     if tuple(tensor.shape) != tuple(needed) or tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: use integers of shape {tuple(needed)}")
     if tensor.device != x.device:
@@ -60,7 +59,7 @@ def integers(name: str, tensor: Tensor | None, needed: Sequence[int], x_name: st
 
 
 def indices(name: str, tensor: Tensor, x_name: str, x: Tensor) -> None:
-    """``tensor`` holds token ids or classes and is where ``x`` is."""
+    """``tensor`` must hold token ids or classes and be on x's device."""
     if tensor.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"{name} is {tensor.dtype}: use int64 or int32")
     if tensor.device != x.device:
@@ -73,7 +72,7 @@ def dtype(name: str, value: torch.dtype | None) -> None:
 
 
 def probability(name: str, value: float) -> None:
-    """``value`` (dropout_p, label_smoothing) is in [0, 1]. With a dropout of 1 nothing is left, and no gradient."""
+    """``value`` (dropout_p, label_smoothing) must be in [0, 1]. A dropout of 1 leaves nothing, and no gradient."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} is {value}: it must lie in [0, 1]")
 
@@ -84,9 +83,11 @@ def choice(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def accumulate(value: str, operands: torch.dtype) -> None:
-    """How products are summed, for operands of a matmul in this dtype."""
+    """How products of a matmul are summed whose operands have this dtype."""
+    if value == "fp32":
+        return
     choice("accumulate", value, ("fp32", "fp16"))
-    if value == "fp16" and operands != torch.float16:
+    if operands != torch.float16:
         raise ValueError(f"accumulate is 'fp16', but the operands are {operands}: use float16 ones, or 'fp32'")
 
 
@@ -95,6 +96,6 @@ def approximate(value: str) -> None:
     choice("approximate", value, ("tanh", "none"))
 
 
-def window(value: int | None) -> None:
-    if value is not None and value < 1:
+def window(value: int) -> None:
+    if value < 1:
         raise ValueError(f"window is {value}: use 1 (a query sees itself) or more, or None")

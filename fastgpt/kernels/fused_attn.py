@@ -2,19 +2,19 @@
 
     S = scale Q K^T        P = softmax(S) over the keys a query sees        O = dropout(P) V
 
-Dao et al. 2022 and Dao 2023 (FlashAttention 1 and 2): no T x T matrix reaches memory. A program of ``forward`` owns a
-block of queries and walks over blocks of keys with a running maximum and sum per query, in base 2 (the scale is folded
-into one constant). Kept for backward: O and lse = log2(sum of 2^(S log2 e)), (B, H, T_q) in fp32; +inf for a query
-that sees nothing, which makes its P zero.
+Dao et al. 2022 and Dao 2023 (FlashAttention 1 and 2): no T x T matrix reaches memory. A program of ``forward_kernel`` owns
+a block of queries and walks over blocks of keys with a running maximum and sum per query, in base 2 (the scale is folded
+into one constant). Saved for backward: the inputs, O, dropout's seed, and lse = log2(sum of 2^(S log2 e)), (B, H, T_q) in
+fp32; +inf for a query that sees nothing, which makes its P zero.
 
 Backward, with delta = rowsum(dO O), and P and dropout's mask recomputed:
 
     dP = dropout(dO V^T)    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q    dV = dropout(P)^T dO
 
-``backward_q`` owns queries, writes dQ and, as it holds dO and O anyway, delta; ``backward_kv`` runs after it, owns keys,
-sums over the query heads that share them, writes dK and dV. Every result has one owner that adds in a fixed order: no
-atomics, bit-equal runs. Operands of dots have the inputs' dtype (P and dS are rounded to it), sums are fp32, and fp32
-inputs are multiplied in full fp32.
+``backward_q_kernel`` owns queries, writes dQ and, as it holds dO and O anyway, delta; ``backward_kv_kernel`` runs after it,
+owns keys, sums over the query heads that share them, writes dK and dV. Every result has one owner that adds in a fixed
+order: no atomics, bit-equal runs. Operands of dots have the inputs' dtype (P and dS are rounded to it), sums are fp32, and
+fp32 inputs are multiplied in full fp32.
 
 Cost, causal, for T tokens of one head (without causal: twice that): forward 2 T^2 D FLOPs in 2 dots, backward 7 T^2 D in
 7 (both backward kernels compute S and dP: the price of no atomics; 5 would be the least). Bytes: forward reads q, k, v
@@ -28,14 +28,13 @@ or, up to D = 64, columns (dP), and these sums in fp32; GeForce tensor cores do 
 an absolute error in S is a relative one in P: docs/precision-modes.md has the figures. 1 of 2 dots of the forward and 5 of
 the 7 of the backward are quicker, dP's 2 only up to D = 64.
 
-Tiles that no query sees (future, outside the window, other documents) are never visited, only tiles on an edge are
-masked, and the heaviest causal tiles of a head start first. The jit functions are in fused_attn.py, their launches and
-blocks in fused_attn.py.
+``quantised`` is the hook for fp8 (quantise.py): where a result is written in 8 bits too, or None, which costs nothing.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -48,20 +47,10 @@ from fastgpt.kernels import arguments, reference, runtime, tuning
 from fastgpt.kernels.philox import keep_mask
 from fastgpt.kernels.quantise import group_size, quantise_groups
 
-# ---------------- was fastgpt/kernels/_attn_kernels.py
-# The Triton kernels of fused_attn.py, whose docstring has the maths. Arguments they share:
-#
-# * q, k, v, out, grad_*: tensors of which (T, D) matrices are addressed through ``strides = (batch, row, head)``; columns
-#   are adjacent. ``lse`` and ``delta`` are (B, H, T_q) fp32, contiguous.
-# * kv_len (B,), docs (B, T_k), seed (1,), window: None when unused; the code for them is then not compiled.
-# * CAUSAL, and ALIGNED: queries stand at positions counted from the end of the keys (anything but plain attention to all).
-# * FP16_SUMS (fp16 operands): products are summed in fp16 over a block of keys, queries or columns, at most 64 of them, and
-#   these sums in fp32. Scores never are.
-# * out_form, grad_*_form: None, or where the result goes in fp8 too, as (values, with the strides of the 16-bit result; scales,
-#   one for every 64 columns of a row, (groups, B T) from this tensor's first group on; B T).
-#
-# Query i stands at position i + offset. A loop over blocks has three parts (0: leading edge, which only a window has; 1:
-# blocks that need no mask; 2: trailing edge), unrolled by static_range so that part 1 compiles without any masking.
+MAX_HEAD_DIM = 256
+LOG2E = math.log2(math.e)
+DECODING = 16
+"""Queries up to which a forward pass is taken for sampling's."""
 
 HIDDEN = tl.constexpr(-1e30)
 """Score of a key that a query does not see: finite, so that no inf - inf is formed where a tile shows a query no key."""
@@ -70,415 +59,7 @@ CHUNK = tl.constexpr(64)
 """Most products that are summed in fp16: docs/precision-modes.md has the errors."""
 
 
-# ---- Who sees whom --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _alignment(kv_len, batch, T_q, T_k):
-    """(offset, n_keys) of one batch; keys at or past n_keys do not exist."""
-    if kv_len is not None:
-        length = tl.load(kv_len + batch).to(tl.int32)
-        return length - T_q, tl.minimum(length, T_k)
-    else:
-        return T_k - T_q, T_k
-
-
-@triton.jit
-def _documents(docs, position, T_k):
-    return tl.load(docs + position, mask=(position >= 0) & (position < T_k), other=0)
-
-
-@triton.jit
-def _visible(position, key, docs, n_keys, T_k, window, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr):
-    """reference.attention_mask of one tile. ``position`` and ``key`` come shaped to broadcast, in either orientation."""
-    seen = key < n_keys
-    if ALIGNED:
-        seen = seen & (position >= 0)
-    if CAUSAL:
-        seen = seen & (key <= position)
-    if window is not None:
-        seen = seen & (key > position - window)
-        if not CAUSAL:
-            seen = seen & (key < position + window)
-    if docs is not None:
-        seen = seen & (_documents(docs, position, T_k) == _documents(docs, key, T_k))
-    return seen
-
-
-@triton.jit
-def _narrow(docs, own, others, lo, hi, T_k, BLOCK: tl.constexpr):
-    """Shorten lo..hi by the blocks at its ends whose ids all lie outside the range of ids at the positions ``own``.
-
-    ``others`` is where position lo + arange(BLOCK) would be if lo were 0. Right for ids in any order, useful for packed
-    documents, whose ids come in runs."""
-    inside = (own >= 0) & (own < T_k)
-    ids = _documents(docs, own, T_k)
-    first = tl.min(tl.where(inside, ids, 2147483647))
-    last = tl.max(tl.where(inside, ids, -2147483648))
-    start = hi
-    stop = lo
-    for n in range(lo, hi, BLOCK):
-        position = n + others
-        other = _documents(docs, position, T_k)
-        match = (position >= 0) & (position < T_k) & (other >= first) & (other <= last)
-        found = tl.max(match.to(tl.int32)) > 0
-        start = tl.minimum(start, tl.where(found, n, hi))
-        stop = tl.maximum(stop, tl.where(found, n + BLOCK, lo))
-    return start, tl.minimum(stop, hi)
-
-
-@triton.jit
-def _blocks(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
-    """Ends of the three parts, in whole blocks: lo..full_lo, full_lo..full_hi, full_hi..hi."""
-    lo = tl.maximum(lo, 0) // BLOCK * BLOCK
-    full_lo = (tl.maximum(full_lo, 0) + BLOCK - 1) // BLOCK * BLOCK
-    full_hi = tl.maximum(full_hi, 0) // BLOCK * BLOCK
-    no_full = full_hi <= full_lo
-    return lo, tl.where(no_full, lo, full_lo), tl.where(no_full, lo, full_hi), hi
-
-
-@triton.jit
-def _key_blocks(
-    m, offset, T_q, n_keys, T_k, docs, window,
-    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Keys to visit for the queries m..m+BLOCK_M-1: some query sees lo..hi, all of them see full_lo..full_hi."""
-    first = m + offset
-    last = tl.minimum(m + BLOCK_M, T_q) - 1 + offset
-    lo = 0
-    full_lo = 0
-    hi = n_keys
-    full_hi = n_keys
-    if CAUSAL:
-        hi = tl.minimum(hi, last + 1)
-        full_hi = tl.minimum(full_hi, first + 1)
-    if window is not None:
-        lo = first - window + 1
-        full_lo = last - window + 1
-        if not CAUSAL:
-            hi = tl.minimum(hi, last + window)
-            full_hi = tl.minimum(full_hi, first + window)
-    if ALIGNED:
-        hi = tl.where(last < 0, 0, hi)
-        full_hi = tl.where(first < 0, 0, full_hi)
-    lo, full_lo, full_hi, hi = _blocks(lo, hi, full_lo, full_hi, BLOCK_N)
-    if docs is not None:  # every block is masked
-        lo, hi = _narrow(docs, first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), lo, hi, T_k, BLOCK_N)
-        return lo, lo, lo, hi
-    return lo, full_lo, full_hi, hi
-
-
-@triton.jit
-def _query_blocks(
-    n, offset, T_q, n_keys, T_k, docs, window,
-    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Queries to visit for the keys n..n+BLOCK_N-1: lo..hi see some of them, full_lo..full_hi see all."""
-    last = n + BLOCK_N - 1
-    lo = 0
-    full_lo = 0
-    hi = tl.where(n < n_keys, T_q, 0)
-    full_hi = tl.where(last < n_keys, T_q, 0)
-    if ALIGNED:
-        lo = -offset
-        full_lo = -offset
-    if CAUSAL:
-        lo = tl.maximum(lo, n - offset)
-        full_lo = tl.maximum(full_lo, last - offset)
-    if window is not None:
-        hi = tl.minimum(hi, last + window - offset)
-        full_hi = tl.minimum(full_hi, n + window - offset)
-        if not CAUSAL:
-            lo = tl.maximum(lo, n - window + 1 - offset)
-            full_lo = tl.maximum(full_lo, last - window + 1 - offset)
-    lo, full_lo, full_hi, hi = _blocks(lo, hi, full_lo, full_hi, BLOCK_M)
-    if docs is not None:
-        lo, hi = _narrow(docs, n + tl.arange(0, BLOCK_N), offset + tl.arange(0, BLOCK_M), lo, hi, T_k, BLOCK_M)
-        return lo, lo, lo, hi
-    return lo, full_lo, full_hi, hi
-
-
-# ---- Tiles ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _matrix(tensor, strides, batch, head):
-    """First element and row stride of one batch's and head's (T, D) matrix, in 64-bit arithmetic."""
-    b = tl.full([], strides[0], tl.int64)
-    t = tl.full([], strides[1], tl.int64)
-    h = tl.full([], strides[2], tl.int64)
-    return tensor + (batch * b + head * h), t
-
-
-@triton.jit
-def _load(base, stride, start, end, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
-    """Rows start... of a (T, D) matrix; zeros past ``end`` (which only an EDGE tile reaches) and past D."""
-    row = tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, COLS)[None, :]
-    pointers = base + start * stride + (row * stride + col)
-    if EDGE and D < COLS:
-        return tl.load(pointers, mask=(start + row < end) & (col < D), other=0.0)
-    elif EDGE:
-        return tl.load(pointers, mask=start + row < end, other=0.0)
-    elif D < COLS:
-        return tl.load(pointers, mask=col < D, other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def _store(tile, base, stride, start, end, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    row = tl.arange(0, ROWS)[:, None]
-    col = tl.arange(0, COLS)[None, :]
-    pointers = base + start * stride + (row * stride + col)
-    if D < COLS:
-        tl.store(pointers, tile.to(base.dtype.element_ty), mask=(start + row < end) & (col < D))
-    else:
-        tl.store(pointers, tile.to(base.dtype.element_ty), mask=start + row < end)
-
-
-@triton.jit
-def _store_fp8(
-    tile, form, strides, batch, head, start, T, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """``tile``, in the dtype of the result it is of, rounded once more: rows start... of T."""
-    base, stride = _matrix(form[0], strides, batch, head)
-    row = tl.arange(0, ROWS)
-    col = tl.arange(0, COLS)[None, :]
-    pointers = base + start * stride + (row[:, None] * stride + col)
-    n_rows = tl.full([], form[2], tl.int64)
-    scales = form[1] + (head * (D // group_size(D)) * n_rows + batch.to(tl.int64) * T + start)
-    within = start + row < T
-    quantise_groups(tile.to(tl.float32), pointers, within[:, None] & (col < D), scales + row, within, n_rows, D, COLS)
-
-
-# ---- Products -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _dot(a, b, FP16_SUMS: tl.constexpr):
-    """a b in fp32, from fp32 sums, or with FP16_SUMS from sums in fp16. fp32 operands are multiplied in full fp32."""
-    if FP16_SUMS:
-        return tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
-    else:
-        return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
-def _add_dot(acc, a, b, FP16_SUMS: tl.constexpr):
-    """acc + a b, acc in fp32: with FP16_SUMS the products of a b alone are summed in fp16."""
-    if FP16_SUMS:
-        return acc + tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
-    else:
-        return tl.dot(a, b, acc, input_precision="ieee")
-
-
-# ---- Kernels --------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
-def forward(
-    q, k, v, out, out_form, lse, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
-    H, T_q, T_k, window, c, threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-    ALIGNED: tl.constexpr, FLIP: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """out and lse of BLOCK_M queries of one head. ``c`` is |scale| log2(e); FLIP: scale is negative.
-
-    Grid: blocks of queries x heads x batch, blocks fastest and last (heaviest, when causal) first."""
-    n_blocks = tl.cdiv(T_q, BLOCK_M)
-    m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
-    head_row = tl.program_id(0) // n_blocks
-    batch = head_row // H
-    head = head_row % H
-    if docs is not None:
-        docs += batch.to(tl.int64) * T_k
-    offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
-    lo, full_lo, full_hi, hi = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
-    q_base, q_stride = _matrix(q, q_strides, batch, head)
-    k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
-    v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
-    out_base, out_stride = _matrix(out, out_strides, batch, head)
-
-    query = m + tl.arange(0, BLOCK_M)
-    q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
-    if FLIP:
-        q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
-    for part in tl.static_range(3):
-        start = lo if part == 0 else (full_lo if part == 1 else full_hi)
-        stop = full_lo if part == 0 else (full_hi if part == 1 else hi)
-        if part > 0 or window is not None:
-            for n in range(start, stop, BLOCK_N):
-                k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
-                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-                if part != 1:
-                    key = n + tl.arange(0, BLOCK_N)
-                    seen = _visible((query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
-                    s = tl.where(seen, s, HIDDEN)
-                new_peak = tl.maximum(peak, tl.max(s, 1) * c)
-                p = tl.exp2(s * c - new_peak[:, None])
-                if part != 1:
-                    p = tl.where(seen, p, 0.0)
-                shrink = tl.exp2(peak - new_peak)
-                total = total * shrink + tl.sum(p, 1)  # of all p: dropout comes after the softmax
-                peak = new_peak
-                if seed is not None:
-                    p = tl.where(keep_mask(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N), p, 0.0)
-                v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
-                acc = _add_dot(acc * shrink[:, None], p.to(v_tile.dtype), v_tile, FP16_SUMS)
-
-    sees_any = total > 0
-    acc = acc * (inv_keep / tl.where(sees_any, total, 1.0))[:, None]
-    _store(acc, out_base, out_stride, m, T_q, D, BLOCK_M, BLOCK_D)
-    if out_form is not None:
-        _store_fp8(acc.to(out.dtype.element_ty), out_form, out_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
-    log_sum = tl.where(sees_any, peak + tl.log2(tl.where(sees_any, total, 1.0)), float("inf"))
-    tl.store(lse + head_row.to(tl.int64) * T_q + query, log_sum, mask=query < T_q)
-
-
-@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
-def backward_q(
-    q, k, v, out, grad_out, lse, delta, grad_q, grad_q_form, kv_len, docs, seed, q_strides, k_strides,
-    v_strides, out_strides, grad_out_strides, grad_q_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep,
-    D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, FP16_SUMS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """grad_q, and delta for ``backward_kv``, of BLOCK_M queries of one head. Grid as ``forward``."""
-    n_blocks = tl.cdiv(T_q, BLOCK_M)
-    m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
-    head_row = tl.program_id(0) // n_blocks
-    batch = head_row // H
-    head = head_row % H
-    if docs is not None:
-        docs += batch.to(tl.int64) * T_k
-    offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
-    lo, full_lo, full_hi, hi = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
-    q_base, q_stride = _matrix(q, q_strides, batch, head)
-    k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
-    v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
-    out_base, out_stride = _matrix(out, out_strides, batch, head)
-    do_base, do_stride = _matrix(grad_out, grad_out_strides, batch, head)
-    dq_base, dq_stride = _matrix(grad_q, grad_q_strides, batch, head)
-
-    query = m + tl.arange(0, BLOCK_M)
-    statistics = head_row.to(tl.int64) * T_q + query
-    o_tile = _load(out_base, out_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
-    do_tile = _load(do_base, do_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
-    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
-    tl.store(delta + statistics, row_delta, mask=query < T_q)
-    row_lse = tl.load(lse + statistics, mask=query < T_q, other=float("inf"))
-    q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for part in tl.static_range(3):
-        start = lo if part == 0 else (full_lo if part == 1 else full_hi)
-        stop = full_lo if part == 0 else (full_hi if part == 1 else hi)
-        if part > 0 or window is not None:
-            for n in range(start, stop, BLOCK_N):
-                k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
-                if q_tile.dtype == tl.float32:  # or q is read before a barrier and kept in registers across it: spills
-                    tl.debug_barrier()
-                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-                p = tl.exp2(s * c - row_lse[:, None])
-                if part != 1:
-                    key = n + tl.arange(0, BLOCK_N)
-                    seen = _visible((query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
-                    p = tl.where(seen, p, 0.0)
-                v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
-                if q_tile.dtype == tl.float32:
-                    tl.debug_barrier()
-                dp = _dot(do_tile, tl.trans(v_tile), FP16_SUMS and BLOCK_D <= CHUNK)
-                if seed is not None:
-                    dp = tl.where(keep_mask(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N), dp * inv_keep, 0.0)
-                ds = p * (dp - row_delta[:, None])
-                acc = _add_dot(acc, ds.to(k_tile.dtype), k_tile, FP16_SUMS)
-    dq = (acc * scale).to(grad_q.dtype.element_ty)
-    _store(dq, dq_base, dq_stride, m, T_q, D, BLOCK_M, BLOCK_D)
-    if grad_q_form is not None:
-        _store_fp8(dq, grad_q_form, grad_q_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
-def backward_kv(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, grad_k_form, grad_v_form, kv_len, docs, seed,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, window, c, scale,
-    threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
-    FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """grad_k and grad_v of BLOCK_N keys of one key/value head, summed over its GROUP of query heads.
-
-    Grid: blocks of keys x key/value heads x batch, blocks fastest; the first blocks are the heaviest when causal. Tiles
-    are transposed, (keys, queries): P^T and dS^T then are first operands of their dots as they stand."""
-    n_blocks = tl.cdiv(T_k, BLOCK_N)
-    n = (tl.program_id(0) % n_blocks) * BLOCK_N
-    kv_row = tl.program_id(0) // n_blocks
-    batch = kv_row // (H // GROUP)
-    kv_head = kv_row % (H // GROUP)
-    if docs is not None:
-        docs += batch.to(tl.int64) * T_k
-    offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
-    lo, full_lo, full_hi, hi = _query_blocks(
-        n, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N
-    )
-    k_base, k_stride = _matrix(k, k_strides, batch, kv_head)
-    v_base, v_stride = _matrix(v, v_strides, batch, kv_head)
-    dk_base, dk_stride = _matrix(grad_k, grad_k_strides, batch, kv_head)
-    dv_base, dv_stride = _matrix(grad_v, grad_v_strides, batch, kv_head)
-
-    key = n + tl.arange(0, BLOCK_N)
-    k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, True)
-    v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, True)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        head_row = batch * H + head
-        q_base, q_stride = _matrix(q, q_strides, batch, head)
-        do_base, do_stride = _matrix(grad_out, grad_out_strides, batch, head)
-        row_statistics = head_row.to(tl.int64) * T_q
-        for part in tl.static_range(3):
-            start = lo if part == 0 else (full_lo if part == 1 else full_hi)
-            stop = full_lo if part == 0 else (full_hi if part == 1 else hi)
-            for m in range(start, stop, BLOCK_M):
-                query = m + tl.arange(0, BLOCK_M)
-                q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, part != 1)
-                do_tile = _load(do_base, do_stride, m, T_q, D, BLOCK_M, BLOCK_D, part != 1)
-                # Past T_q: lse = inf makes p zero, delta = 0 keeps what is left of the scratch out of it.
-                row_lse = tl.load(lse + row_statistics + query, mask=query < T_q, other=float("inf"))
-                row_delta = tl.load(delta + row_statistics + query, mask=query < T_q, other=0.0)
-                s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-                p = tl.exp2(s * c - row_lse[None, :])
-                if part != 1:
-                    seen = _visible((query + offset)[None, :], key[:, None], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
-                    p = tl.where(seen, p, 0.0)
-                dp = _dot(v_tile, tl.trans(do_tile), FP16_SUMS and BLOCK_D <= CHUNK)
-                dropped = p
-                if seed is not None:
-                    kept = tl.trans(keep_mask(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N))
-                    dropped = tl.where(kept, p, 0.0)
-                    dp = tl.where(kept, dp * inv_keep, 0.0)
-                dv = _add_dot(dv, dropped.to(do_tile.dtype), do_tile, FP16_SUMS)
-                ds = p * (dp - row_delta[None, :])
-                dk = _add_dot(dk, ds.to(q_tile.dtype), q_tile, FP16_SUMS)
-    dk_rounded = (dk * scale).to(grad_k.dtype.element_ty)
-    dv_rounded = (dv * inv_keep).to(grad_v.dtype.element_ty)
-    _store(dk_rounded, dk_base, dk_stride, n, T_k, D, BLOCK_N, BLOCK_D)
-    _store(dv_rounded, dv_base, dv_stride, n, T_k, D, BLOCK_N, BLOCK_D)
-    if grad_k_form is not None:
-        _store_fp8(dk_rounded, grad_k_form, grad_k_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)
-        _store_fp8(dv_rounded, grad_v_form, grad_v_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)
-
-
-# ---------------- was fastgpt/kernels/_attn_launch.py
-# How the kernels of fused_attn.py are run: in which blocks, with what arguments. q, k, v (B, T, heads, D), any strides.
-
-MAX_HEAD_DIM = 256
-LOG2E = math.log2(math.e)
-DECODING = 16
-"""Queries up to which a forward pass is taken for sampling's."""
-
+# ---- Configs --------------------------------------------------------------------------------------------------------
 
 ROW_BOUNDS = (2**14, 2**16, 2**18, 2**20)
 """Upper ends of the tuning tables' buckets: B x heads x T. GPT-2 124M at 8 x 1024 has 98,304."""
@@ -542,11 +123,17 @@ _CORRECTIONS: dict[tuple, dict[str, int]] = {
     (90, "backward_q", True, 64, False): {"BLOCK_N": 16},
     (90, "backward_kv", True, 256, False): {"num_stages": 2},
 }
-# The same without "fp32", where results are written in fp8 too.
-_FP8_CORRECTIONS: dict[tuple, dict[str, int]] = {
+# The same without "fp32", where results are quantised too.
+_QUANTISED_CORRECTIONS: dict[tuple, dict[str, int]] = {
     (120, "backward_q", 64, False): {"BLOCK_N": 16},
     (89, "backward_q", 256, True): {"maxnreg": 255},  # triton 3.6's ptxas would stop at 168, for a third block per SM
 }
+
+
+@lru_cache
+def _block_d(D: int) -> int:
+    """Columns of a tile: tl.arange needs a power of two, tl.dot at least 16."""
+    return max(16, triton.next_power_of_2(D))
 
 
 def config(
@@ -558,7 +145,7 @@ def config(
     dropout: bool = False,
     plain: bool = True,
     fp16_sums: bool = False,
-    fp8: bool = False,
+    quantised: bool = False,
     arch: int | None = None,
 ) -> dict[str, int]:
     """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D that are safe on any
@@ -589,114 +176,504 @@ def config(
     if dtype != torch.float32 and plain and width == 64 and warps == 8:
         options["maxnreg"] = 128
     options |= _CORRECTIONS.get((arch, kernel, dtype == torch.float32, width, dropout), {})
-    return options | (_FP8_CORRECTIONS.get((arch, kernel, width, dropout), {}) if fp8 else {})
+    return options | (_QUANTISED_CORRECTIONS.get((arch, kernel, width, dropout), {}) if quantised else {})
 
 
-def _block_d(D: int) -> int:
-    return max(16, triton.next_power_of_2(D))
+@tuning.cached
+def _choice(
+    kernel: str, dtype: torch.dtype, device: torch.device, D: int, rows: int, T_own: int,
+    plain: bool, dropout: bool, fp16: bool, quantised: bool,
+) -> tuning.Choice:  # fmt: skip
+    """The config of a kernel whose programs own ``rows`` rows in all, T_own in each head. ``plain``: causal attention with no
+    option but dropout, and without groups where they add a loop."""
+    default = config(
+        kernel, dtype, D, T_own,
+        dropout=dropout, plain=plain and not dropout, fp16_sums=fp16, quantised=quantised, arch=tuning.arch_of(device),
+    )  # fmt: skip
+    bucket = attention_bucket(D, rows, plain=plain and T_own > DECODING, dropout=dropout)
+    # With sums in fp16 another binary, with a limit of its own to its blocks: entries for the usual one are not for it.
+    return tuning.choose(f"attention{'_fast' if fp16 else ''}.{kernel}", dtype, bucket, device, default)
+
+
+# ---- Kernels --------------------------------------------------------------------------------------------------------
+#
+# Arguments they share:
+#
+# * q, k, v, out, grad_*: tensors of which (T, D) matrices are addressed through ``strides = (batch, row, head)``; columns
+#   are adjacent. ``lse`` and ``delta`` are (B, H, T_q) fp32, contiguous.
+# * kv_len (B,), docs (B, T_k), seed (1,), window: None when unused; the code for them is then not compiled.
+# * CAUSAL, and ALIGNED: queries stand at positions counted from the end of the keys (anything but plain attention to all).
+# * FP16_SUMS (fp16 operands): products are summed in fp16 over CHUNK keys, queries or columns at most. Scores never are.
+# * quantised: None, or where the result goes in fp8 too, as (values, with the strides of the 16-bit result; scales, one for
+#   every group of columns of a row, (groups, B T) from this tensor's first group on; B T).
+#
+# Query i stands at position i + offset. A loop over blocks has three parts (0: leading edge, which among keys only a window
+# has; 1: blocks that need no mask; 2: trailing edge), unrolled by static_range so that part 1 compiles without any masking.
+
+
+@triton.jit
+def _alignment(kv_len, batch, T_q, T_k):
+    """(offset, n_keys) of one batch; keys at or past n_keys do not exist."""
+    if kv_len is not None:
+        length = tl.load(kv_len + batch).to(tl.int32)
+        return length - T_q, tl.minimum(length, T_k)
+    else:
+        return T_k - T_q, T_k
+
+
+@triton.jit
+def _documents(docs, position, T_k):
+    return tl.load(docs + position, mask=(position >= 0) & (position < T_k), other=0)
+
+
+@triton.jit
+def _visible(position, key, docs, n_keys, T_k, window, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr):
+    """reference.attention_mask of one tile. ``position`` and ``key`` come shaped to broadcast, in either orientation."""
+    seen = key < n_keys
+    if ALIGNED:
+        seen = seen & (position >= 0)
+    if CAUSAL:
+        seen = seen & (key <= position)
+    if window is not None:
+        seen = seen & (key > position - window)
+        if not CAUSAL:
+            seen = seen & (key < position + window)
+    if docs is not None:
+        seen = seen & (_documents(docs, position, T_k) == _documents(docs, key, T_k))
+    return seen
+
+
+@triton.jit
+def _narrow(docs, own, others, lo, hi, T_k, BLOCK: tl.constexpr):
+    """Shorten lo..hi by the blocks at its ends whose ids all lie outside the range of ids at the positions ``own``.
+
+    ``others`` is where position lo + arange(BLOCK) would be if lo were 0. Right for ids in any order, useful for packed
+    documents, whose ids come in runs."""
+    inside = (own >= 0) & (own < T_k)
+    ids = _documents(docs, own, T_k)
+    first = tl.min(tl.where(inside, ids, 2147483647))
+    last = tl.max(tl.where(inside, ids, -2147483648))
+    start = hi
+    stop = lo
+    for n in range(lo, hi, BLOCK):
+        position = n + others
+        other = _documents(docs, position, T_k)
+        match = (position >= 0) & (position < T_k) & (other >= first) & (other <= last)
+        found = tl.max(match.to(tl.int32)) > 0
+        start = tl.minimum(start, tl.where(found, n, hi))
+        stop = tl.maximum(stop, tl.where(found, n + BLOCK, lo))
+    return start, tl.minimum(stop, hi)
+
+
+@triton.jit
+def _blocks(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
+    """Ends of the three parts, in whole blocks: lo..full_lo, full_lo..full_hi, full_hi..hi."""
+    lo = tl.maximum(lo, 0) // BLOCK * BLOCK
+    full_lo = (tl.maximum(full_lo, 0) + BLOCK - 1) // BLOCK * BLOCK
+    full_hi = tl.maximum(full_hi, 0) // BLOCK * BLOCK
+    # With no block that needs no mask, parts 0 and 1 are empty and part 2 walks over everything.
+    no_full = full_hi <= full_lo
+    return lo, tl.where(no_full, lo, full_lo), tl.where(no_full, lo, full_hi), hi
+
+
+@triton.jit
+def _key_blocks(
+    m, offset, T_q, n_keys, T_k, docs, window,
+    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Ends of the three parts of the keys for the queries m..m+BLOCK_M-1: some query sees lo..hi, all see full_lo..full_hi."""
+    first = m + offset
+    last = tl.minimum(m + BLOCK_M, T_q) - 1 + offset
+    lo = 0
+    full_lo = 0
+    hi = n_keys
+    full_hi = n_keys
+    if CAUSAL:
+        hi = tl.minimum(hi, last + 1)
+        full_hi = tl.minimum(full_hi, first + 1)
+    if window is not None:
+        lo = first - window + 1
+        full_lo = last - window + 1
+        if not CAUSAL:
+            hi = tl.minimum(hi, last + window)
+            full_hi = tl.minimum(full_hi, first + window)
+    if ALIGNED:  # queries at negative positions, before the first key, see nothing
+        hi = tl.where(last < 0, 0, hi)
+        full_hi = tl.where(first < 0, 0, full_hi)
+    lo, full_lo, full_hi, hi = _blocks(lo, hi, full_lo, full_hi, BLOCK_N)
+    if docs is not None:  # every block is masked
+        lo, hi = _narrow(docs, first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), lo, hi, T_k, BLOCK_N)
+        return lo, lo, lo, hi
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def _query_blocks(
+    n, offset, T_q, n_keys, T_k, docs, window,
+    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Ends of the three parts of the queries for the keys n..n+BLOCK_N-1: lo..hi see some key, full_lo..full_hi see all."""
+    last = n + BLOCK_N - 1
+    lo = 0
+    full_lo = 0
+    hi = tl.where(n < n_keys, T_q, 0)
+    full_hi = tl.where(last < n_keys, T_q, 0)
+    if ALIGNED:
+        lo = -offset
+        full_lo = -offset
+    if CAUSAL:
+        lo = tl.maximum(lo, n - offset)
+        full_lo = tl.maximum(full_lo, last - offset)
+    if window is not None:
+        hi = tl.minimum(hi, last + window - offset)
+        full_hi = tl.minimum(full_hi, n + window - offset)
+        if not CAUSAL:
+            lo = tl.maximum(lo, n - window + 1 - offset)
+            full_lo = tl.maximum(full_lo, last - window + 1 - offset)
+    lo, full_lo, full_hi, hi = _blocks(lo, hi, full_lo, full_hi, BLOCK_M)
+    if docs is not None:  # every block is masked
+        lo, hi = _narrow(docs, n + tl.arange(0, BLOCK_N), offset + tl.arange(0, BLOCK_M), lo, hi, T_k, BLOCK_M)
+        return lo, lo, lo, hi
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def _matrix(tensor, strides, batch, head):
+    """First element and row stride of one batch's and head's (T, D) matrix, in 64-bit arithmetic."""
+    # Triton passes a stride that fits 32 bits as such (and 1 as a constant); its product with a row may not fit them.
+    b = tl.full([], strides[0], tl.int64)
+    t = tl.full([], strides[1], tl.int64)
+    h = tl.full([], strides[2], tl.int64)
+    return tensor + (batch * b + head * h), t
+
+
+@triton.jit
+def _load(base, stride, start, end, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, EDGE: tl.constexpr):
+    """Rows start... of a (T, D) matrix; zeros past ``end`` (which only an EDGE tile reaches) and past D."""
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    pointers = base + start * stride + (row * stride + col)
+    # A mask costs registers and splits wide loads, so each is compiled only where rows or columns can be missing.
+    if EDGE and D < COLS:
+        return tl.load(pointers, mask=(start + row < end) & (col < D), other=0.0)
+    elif EDGE:
+        return tl.load(pointers, mask=start + row < end, other=0.0)
+    elif D < COLS:
+        return tl.load(pointers, mask=col < D, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _store(tile, base, stride, start, end, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    pointers = base + start * stride + (row * stride + col)
+    if D < COLS:
+        tl.store(pointers, tile.to(base.dtype.element_ty), mask=(start + row < end) & (col < D))
+    else:
+        tl.store(pointers, tile.to(base.dtype.element_ty), mask=start + row < end)
+
+
+@triton.jit
+def _store_quantised(
+    tile, quantised, strides, batch, head, start, T, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Rows start... of T of ``tile``, which holds a result as already rounded to its own dtype, rounded once more to fp8."""
+    base, stride = _matrix(quantised[0], strides, batch, head)
+    row = tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)[None, :]
+    pointers = base + start * stride + (row[:, None] * stride + col)
+    n_rows = tl.full([], quantised[2], tl.int64)
+    scales = quantised[1] + (head * (D // group_size(D)) * n_rows + batch.to(tl.int64) * T + start)
+    within = start + row < T
+    quantise_groups(tile.to(tl.float32), pointers, within[:, None] & (col < D), scales + row, within, n_rows, D, COLS)
+
+
+@triton.jit
+def _dot(a, b, FP16_SUMS: tl.constexpr):
+    """a b in fp32, from fp32 sums, or with FP16_SUMS from sums in fp16. fp32 operands are multiplied in full fp32."""
+    if FP16_SUMS:
+        return tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _add_dot(acc, a, b, FP16_SUMS: tl.constexpr):
+    """acc + a b, acc in fp32: with FP16_SUMS the products of a b alone are summed in fp16."""
+    if FP16_SUMS:
+        return acc + tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
+def forward_kernel(
+    q, k, v, out, quantised, lse, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
+    H, T_q, T_k, window, c, threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    ALIGNED: tl.constexpr, FLIP: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out and lse of BLOCK_M queries of one head. ``c`` is |scale| log2(e); FLIP: scale is negative.
+
+    Grid: blocks of queries x heads x batch, blocks fastest and last (heaviest, when causal) first."""
+    n_blocks = tl.cdiv(T_q, BLOCK_M)
+    # Last queries first: when causal they see the most keys, and a long program that starts late runs alone at the end.
+    m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
+    head_row = tl.program_id(0) // n_blocks
+    batch = head_row // H
+    head = head_row % H
+    if docs is not None:
+        docs += batch.to(tl.int64) * T_k
+    offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
+    ends = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
+    q_base, q_stride = _matrix(q, q_strides, batch, head)
+    k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
+    v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
+    out_base, out_stride = _matrix(out, out_strides, batch, head)
+
+    query = m + tl.arange(0, BLOCK_M)
+    q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
+    if FLIP:  # -q and |scale|: the running maximum below needs c >= 0, so that the largest s is the largest s c
+        q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    for part in tl.static_range(3):
+        if part > 0 or window is not None:
+            for n in range(ends[part], ends[part + 1], BLOCK_N):
+                k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                if part != 1:
+                    key = n + tl.arange(0, BLOCK_N)
+                    seen = _visible((query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
+                    s = tl.where(seen, s, HIDDEN)
+                new_peak = tl.maximum(peak, tl.max(s, 1) * c)
+                # c = |scale| log2(e), so this is exp(scale s - max) in one FMA and one exp2 instruction.
+                p = tl.exp2(s * c - new_peak[:, None])
+                if part != 1:  # a query that sees no key of this tile has peak HIDDEN, and p = 1 at hidden keys
+                    p = tl.where(seen, p, 0.0)
+                # What was summed under the old maximum, in units of the new one.
+                shrink = tl.exp2(peak - new_peak)
+                total = total * shrink + tl.sum(p, 1)  # of all p: dropout comes after the softmax
+                peak = new_peak
+                if seed is not None:
+                    p = tl.where(keep_mask(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N), p, 0.0)
+                v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                acc = _add_dot(acc * shrink[:, None], p.to(v_tile.dtype), v_tile, FP16_SUMS)
+
+    sees_any = total > 0  # the output of a query that sees no key is 0, not 0 / 0
+    acc = acc * (inv_keep / tl.where(sees_any, total, 1.0))[:, None]
+    _store(acc, out_base, out_stride, m, T_q, D, BLOCK_M, BLOCK_D)
+    if quantised is not None:
+        _store_quantised(acc.to(out.dtype.element_ty), quantised, out_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
+    # lse = +inf makes 2^(S - lse) zero in backward, which needs no mask of its own for such queries.
+    log_sum = tl.where(sees_any, peak + tl.log2(tl.where(sees_any, total, 1.0)), float("inf"))
+    tl.store(lse + head_row.to(tl.int64) * T_q + query, log_sum, mask=query < T_q)
+
+
+@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
+def backward_q_kernel(
+    q, k, v, out, grad_out, lse, delta, grad_q, quantised, kv_len, docs, seed, q_strides, k_strides,
+    v_strides, out_strides, grad_out_strides, grad_q_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep,
+    D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, FP16_SUMS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_q, and delta for ``backward_kv_kernel``, of BLOCK_M queries of one head. Grid as of ``forward_kernel``."""
+    n_blocks = tl.cdiv(T_q, BLOCK_M)
+    m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
+    head_row = tl.program_id(0) // n_blocks
+    batch = head_row // H
+    head = head_row % H
+    if docs is not None:
+        docs += batch.to(tl.int64) * T_k
+    offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
+    ends = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
+    q_base, q_stride = _matrix(q, q_strides, batch, head)
+    k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
+    v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
+    out_base, out_stride = _matrix(out, out_strides, batch, head)
+    do_base, do_stride = _matrix(grad_out, grad_out_strides, batch, head)
+    dq_base, dq_stride = _matrix(grad_q, grad_q_strides, batch, head)
+
+    query = m + tl.arange(0, BLOCK_M)
+    statistics = head_row.to(tl.int64) * T_q + query
+    o_tile = _load(out_base, out_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
+    do_tile = _load(do_base, do_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
+    # rowsum(dO O) = rowsum(P dP): what the softmax's gradient subtracts, with dropout too, for no pass over the keys.
+    row_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)
+    tl.store(delta + statistics, row_delta, mask=query < T_q)
+    row_lse = tl.load(lse + statistics, mask=query < T_q, other=float("inf"))
+    q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for part in tl.static_range(3):
+        if part > 0 or window is not None:
+            for n in range(ends[part], ends[part + 1], BLOCK_N):
+                k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                if q_tile.dtype == tl.float32:  # or q is read before a barrier and kept in registers across it: spills
+                    tl.debug_barrier()
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+                p = tl.exp2(s * c - row_lse[:, None])  # normalised already: lse has the sum in it
+                if part != 1:
+                    key = n + tl.arange(0, BLOCK_N)
+                    seen = _visible((query + offset)[:, None], key[None, :], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
+                    p = tl.where(seen, p, 0.0)
+                v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
+                if q_tile.dtype == tl.float32:
+                    tl.debug_barrier()
+                dp = _dot(do_tile, tl.trans(v_tile), FP16_SUMS and BLOCK_D <= CHUNK)
+                if seed is not None:
+                    dp = tl.where(keep_mask(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N), dp * inv_keep, 0.0)
+                ds = p * (dp - row_delta[:, None])
+                acc = _add_dot(acc, ds.to(k_tile.dtype), k_tile, FP16_SUMS)
+    dq = (acc * scale).to(grad_q.dtype.element_ty)
+    _store(dq, dq_base, dq_stride, m, T_q, D, BLOCK_M, BLOCK_D)
+    if quantised is not None:
+        _store_quantised(dq, quantised, grad_q_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
+def backward_kv_kernel(
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, quantised_k, quantised_v, kv_len, docs, seed,
+    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, window, c, scale,
+    threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
+    FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v of BLOCK_N keys of one key/value head, summed over its GROUP of query heads.
+
+    Grid: blocks of keys x key/value heads x batch, blocks fastest; the first blocks are the heaviest when causal. Tiles
+    are transposed, (keys, queries): P^T and dS^T then are first operands of their dots as they stand."""
+    n_blocks = tl.cdiv(T_k, BLOCK_N)
+    n = (tl.program_id(0) % n_blocks) * BLOCK_N  # the first keys are seen by the most queries when causal
+    kv_row = tl.program_id(0) // n_blocks
+    batch = kv_row // (H // GROUP)
+    kv_head = kv_row % (H // GROUP)
+    if docs is not None:
+        docs += batch.to(tl.int64) * T_k
+    offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
+    ends = _query_blocks(n, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
+    k_base, k_stride = _matrix(k, k_strides, batch, kv_head)
+    v_base, v_stride = _matrix(v, v_strides, batch, kv_head)
+    dk_base, dk_stride = _matrix(grad_k, grad_k_strides, batch, kv_head)
+    dv_base, dv_stride = _matrix(grad_v, grad_v_strides, batch, kv_head)
+
+    key = n + tl.arange(0, BLOCK_N)
+    k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, True)
+    v_tile = _load(v_base, v_stride, n, n_keys, D, BLOCK_N, BLOCK_D, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(GROUP):  # query heads that share this key/value head: one owner adds them up, without atomics
+        head = kv_head * GROUP + member
+        head_row = batch * H + head
+        q_base, q_stride = _matrix(q, q_strides, batch, head)
+        do_base, do_stride = _matrix(grad_out, grad_out_strides, batch, head)
+        row_statistics = head_row.to(tl.int64) * T_q
+        for part in tl.static_range(3):
+            for m in range(ends[part], ends[part + 1], BLOCK_M):
+                query = m + tl.arange(0, BLOCK_M)
+                q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, part != 1)
+                do_tile = _load(do_base, do_stride, m, T_q, D, BLOCK_M, BLOCK_D, part != 1)
+                # Past T_q: lse = inf makes p zero, delta = 0 keeps what is left of the scratch out of it.
+                row_lse = tl.load(lse + row_statistics + query, mask=query < T_q, other=float("inf"))
+                row_delta = tl.load(delta + row_statistics + query, mask=query < T_q, other=0.0)
+                s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+                p = tl.exp2(s * c - row_lse[None, :])
+                if part != 1:
+                    seen = _visible((query + offset)[None, :], key[:, None], docs, n_keys, T_k, window, CAUSAL, ALIGNED)
+                    p = tl.where(seen, p, 0.0)
+                dp = _dot(v_tile, tl.trans(do_tile), FP16_SUMS and BLOCK_D <= CHUNK)
+                # 1 / (1 - p) goes into dP here and, as it is one factor of all of dV, into dV once after the loop.
+                dropped = p
+                if seed is not None:
+                    kept = tl.trans(keep_mask(seed, m, n, head_row, threshold, BLOCK_M, BLOCK_N))
+                    dropped = tl.where(kept, p, 0.0)
+                    dp = tl.where(kept, dp * inv_keep, 0.0)
+                dv = _add_dot(dv, dropped.to(do_tile.dtype), do_tile, FP16_SUMS)
+                ds = p * (dp - row_delta[None, :])
+                dk = _add_dot(dk, ds.to(q_tile.dtype), q_tile, FP16_SUMS)
+    dk_rounded = (dk * scale).to(grad_k.dtype.element_ty)
+    dv_rounded = (dv * inv_keep).to(grad_v.dtype.element_ty)
+    _store(dk_rounded, dk_base, dk_stride, n, T_k, D, BLOCK_N, BLOCK_D)
+    _store(dv_rounded, dv_base, dv_stride, n, T_k, D, BLOCK_N, BLOCK_D)
+    if quantised_k is not None:
+        _store_quantised(dk_rounded, quantised_k, grad_k_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)
+        _store_quantised(dv_rounded, quantised_v, grad_v_strides, batch, kv_head, n, T_k, D, BLOCK_N, BLOCK_D)
 
 
 # ---- Launchers ------------------------------------------------------------------------------------------------------
+#
+# q (B, T_q, H, D), k and v (B, T_k, H_kv, D), out and gradients alike: any strides, columns adjacent.
 
 
-def _common(
-    q: Tensor,
-    k: Tensor,
-    docs: Tensor | None,
-    kv_len: Tensor | None,
-    seed: Tensor | None,
-    window: int | None,
-    dropout_p: float,
-    causal: bool,
-    fp16: bool,
-) -> dict[str, Any]:
-    """Arguments that all three kernels take alike."""
-    return {
+def _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16) -> tuple[dict[str, Any], bool]:
+    """Arguments that all three kernels take alike, and whether this is causal attention with no option but dropout."""
+    _, T_q, H, D = q.shape
+    _, T_k, H_kv, _ = k.shape
+    options = window is not None or docs is not None or kv_len is not None
+    common = {
         "kv_len": None if kv_len is None else kv_len.contiguous(),
         "docs": None if docs is None else docs.contiguous(),
-        "seed": seed,
-        "H": q.shape[2],
-        "T_q": q.shape[1],
-        "T_k": k.shape[1],
-        "window": window,
+        "seed": seed, "H": H, "T_q": T_q, "T_k": T_k, "window": window,
+        # Philox keeps what its 31 random bits put at or above the threshold; with dropout_p = 1 nothing.
         "threshold": min(int(dropout_p * 2**31), 2**31 - 1),
         "inv_keep": 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
-        "D": q.shape[3],
-        "GROUP": q.shape[2] // k.shape[2],
-        "CAUSAL": causal,
-        "FP16_SUMS": fp16,
-        "ALIGNED": causal or window is not None or docs is not None or kv_len is not None,
-        "BLOCK_D": _block_d(q.shape[3]),
-    }
+        "D": D, "GROUP": H // H_kv, "CAUSAL": causal, "ALIGNED": causal or options, "FP16_SUMS": fp16,
+        "BLOCK_D": _block_d(D),
+    }  # fmt: skip
+    return common, causal and not options
 
 
-def _strides(**tensors: Tensor) -> dict[str, tuple[int, ...]]:
-    return {f"{name}_strides": tensor.stride()[:3] for name, tensor in tensors.items()}
-
-
-def _choice(kernel: str, q: Tensor, heads: int, T_own: int, common: dict[str, Any], form: Any) -> tuning.Choice:
-    """The config of a kernel whose programs own T_own rows of ``heads`` heads in each batch. ``form``: of fp8, or None."""
-    dropout, D = common["seed"] is not None, q.shape[-1]
-    options = any(common[name] is not None for name in ("docs", "kv_len", "window"))
-    grouped = kernel == "backward_kv" and common["GROUP"] > 1  # adds a loop there, nothing elsewhere
-    causal, fp16 = common["CAUSAL"] and not options and not grouped, common["FP16_SUMS"]
-    default = config(
-        kernel, q.dtype, D, T_own,
-        dropout=dropout, plain=causal and not dropout, fp16_sums=fp16, fp8=form is not None,
-        arch=tuning.arch_of(q.device),
-    )  # fmt: skip
-    rows = q.shape[0] * heads * T_own
-    bucket = attention_bucket(D, rows, plain=causal and T_own > DECODING, dropout=dropout)
-    # With sums in fp16 another binary, with a limit of its own to its blocks: entries for the usual one are not for it.
-    return tuning.choose(f"attention{'_fast' if fp16 else ''}.{kernel}", q.dtype, bucket, q.device, default)
-
-
-def launch_forward(q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16, *, form=None) -> Tensor:
-    """Write attention of q (B, T_q, H, D), k and v (B, T_k, H_kv, D) into ``out``, and in fp8 into ``form`` (the kernels'
-    out_form); return lse (B, H, T_q)."""
-    B, T_q, H, _ = q.shape
+def launch_forward(
+    q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16, *, quantised=None
+) -> Tensor:
+    """Write attention into ``out``, and in fp8 into ``quantised``; return lse (B, H, T_q)."""
+    B, T_q, H, D = q.shape
     lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
-    q, k, v = map(runtime.columns_adjacent, (q, k, v))
-    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
+    common, plain = _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16)
 
-    def run(options: dict[str, int]) -> None:
-        forward[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
-            q, k, v, out, form, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
-            **_strides(q=q, k=k, v=v, out=out), **common, **options,
+    def run(options: tuning.Config) -> None:
+        forward_kernel[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
+            q, k, v, out, quantised, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
+            q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3], out_strides=out.stride()[:3],
+            **common, **options,
         )  # fmt: skip
 
-    with runtime.device_guard(q):
-        tuning.launch(_choice("forward", q, H, T_q, common, form), run)
+    key = q.dtype, q.device, D, B * H * T_q, T_q, plain, seed is not None, fp16, quantised is not None
+    tuning.launch(_choice("forward", *key), run)
     return lse
 
 
 def launch_backward(
     grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16,
-    *, forms=(None, None, None),
+    *, quantised=(None, None, None),
 ) -> None:  # fmt: skip
-    """Write all of grad_q, grad_k and grad_v, and in fp8 into ``forms``."""
-    B, T_q, H, _ = q.shape
+    """Write all of grad_q, grad_k and grad_v, and in fp8 into ``quantised``."""
+    B, T_q, H, D = q.shape
     T_k, H_kv = k.shape[1:3]
-    q, k, v, grad_out = map(runtime.columns_adjacent, (q, k, v, grad_out))
     delta = torch.empty_like(lse)
-    common = _common(q, k, docs, kv_len, seed, window, dropout_p, causal, fp16)
-    common = {"c": scale * LOG2E, "scale": scale, **common}
+    common, plain = _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16)
+    common |= {
+        "c": scale * LOG2E, "scale": scale, "q_strides": q.stride()[:3], "k_strides": k.stride()[:3],
+        "v_strides": v.stride()[:3], "grad_out_strides": grad_out.stride()[:3],
+    }  # fmt: skip
 
-    def run_q(options: dict[str, int]) -> None:
-        backward_q[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
-            q, k, v, out, grad_out, lse, delta, grad_q, forms[0],
-            **_strides(q=q, k=k, v=v, out=out, grad_out=grad_out, grad_q=grad_q), **common, **options,
+    def run_q(options: tuning.Config) -> None:
+        backward_q_kernel[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
+            q, k, v, out, grad_out, lse, delta, grad_q, quantised[0],
+            out_strides=out.stride()[:3], grad_q_strides=grad_q.stride()[:3], **common, **options,
         )  # fmt: skip
 
-    def run_kv(options: dict[str, int]) -> None:
-        backward_kv[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
-            q, k, v, grad_out, lse, delta, grad_k, grad_v, *forms[1:],
-            **_strides(q=q, k=k, v=v, grad_out=grad_out, grad_k=grad_k, grad_v=grad_v), **common, **options,
+    def run_kv(options: tuning.Config) -> None:
+        backward_kv_kernel[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
+            q, k, v, grad_out, lse, delta, grad_k, grad_v, *quantised[1:],
+            grad_k_strides=grad_k.stride()[:3], grad_v_strides=grad_v.stride()[:3], **common, **options,
         )  # fmt: skip
 
-    with runtime.device_guard(q):
-        tuning.launch(_choice("backward_q", q, H, T_q, common, forms[0]), run_q)
-        tuning.launch(_choice("backward_kv", q, H_kv, T_k, common, forms[1]), run_kv)
+    key = seed is not None, fp16, quantised[0] is not None
+    tuning.launch(_choice("backward_q", q.dtype, q.device, D, B * H * T_q, T_q, plain, *key), run_q)
+    plain = plain and H == H_kv  # a group adds a loop, and with it registers
+    tuning.launch(_choice("backward_kv", q.dtype, q.device, D, B * H_kv * T_k, T_k, plain, *key), run_kv)
 
 
 def unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -706,17 +683,44 @@ def unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor,
     return q, k, v
 
 
+def packed_forward(qkv, doc_ids, seed, n_head, n_kv_head, *options, quantised=None) -> tuple[Tensor, Tensor]:
+    """The output (B, T, H D) of qkv, and lse."""
+    q, k, v = unpack(runtime.columns_adjacent(qkv), n_head, n_kv_head)
+    out = qkv.new_empty(q.shape)
+    lse = launch_forward(q, k, v, out, doc_ids, None, seed, *options, quantised=quantised)
+    return out.flatten(2), lse
+
+
+def packed_outputs(qkv, doc_ids, seed, n_head, n_kv_head, *options) -> tuple[Tensor, Tensor]:
+    """What packed_forward returns, unwritten."""
+    B, T, width = qkv.shape
+    C = width // (n_head + 2 * n_kv_head) * n_head
+    return qkv.new_empty((B, T, C)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
+
+
+def packed_backward(
+    grad_out, qkv, out, lse, doc_ids, seed, n_head, n_kv_head, *options, quantised=(None, None, None)
+) -> Tensor:
+    """The gradient of qkv."""
+    grad_qkv = qkv.new_empty(qkv.shape)
+    inputs, grads = unpack(runtime.columns_adjacent(qkv), n_head, n_kv_head), unpack(grad_qkv, n_head, n_kv_head)
+    grad_out, out = runtime.columns_adjacent(grad_out).unflatten(-1, (n_head, -1)), out.unflatten(-1, (n_head, -1))
+    launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, seed, *options, quantised=quantised)
+    return grad_qkv
+
+
 # ---- Operators ------------------------------------------------------------------------------------------------------
 
-_OPTIONS = "Tensor? doc_ids, {kv_len}Tensor? seed, bool causal, float scale, int? window, float dropout_p, bool fp16"
-_SEPARATE = _OPTIONS.format(kv_len="Tensor? kv_len, ")
-PACKED = "int n_head, int n_kv_head, " + _OPTIONS.format(kv_len="")
+_OPTIONS = "bool causal, float scale, int? window, float dropout_p, bool fp16"
+_SEPARATE = f"Tensor? doc_ids, Tensor? kv_len, Tensor? seed, {_OPTIONS}"
+PACKED = f"Tensor? doc_ids, Tensor? seed, int n_head, int n_kv_head, {_OPTIONS}"
 
 
 @torch.library.custom_op(
     "fastgpt::attention_fwd", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_SEPARATE}) -> (Tensor, Tensor)"
 )
 def _attention_fwd(q, k, v, *options):
+    q, k, v = map(runtime.columns_adjacent, (q, k, v))
     out = q.new_empty(q.shape)
     return out, launch_forward(q, k, v, out, *options)
 
@@ -735,6 +739,7 @@ def _(q, k, v, *options):
 )
 def _attention_bwd(grad_out, q, k, v, out, lse, *options):
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    grad_out, q, k, v = map(runtime.columns_adjacent, (grad_out, q, k, v))
     launch_backward(grad_out, q, k, v, out, lse, *grads, *options)
     return grads
 
@@ -747,24 +752,11 @@ def _(grad_out, q, k, v, out, lse, *options):
 @torch.library.custom_op(
     "fastgpt::qkv_attention_fwd", mutates_args=(), schema=f"(Tensor qkv, {PACKED}) -> (Tensor, Tensor)"
 )
-def _qkv_attention_fwd(qkv, n_head, n_kv_head, *options):
-    return packed_forward(qkv, n_head, n_kv_head, *options)
+def _qkv_attention_fwd(qkv, *options):
+    return packed_forward(qkv, *options)
 
 
-def packed_forward(qkv, n_head, n_kv_head, doc_ids, *options, form=None):
-    """The output (B, T, H D) of qkv, and lse."""
-    q, k, v = unpack(qkv, n_head, n_kv_head)
-    out = qkv.new_empty(q.shape)
-    lse = launch_forward(q, k, v, out, doc_ids, None, *options, form=form)
-    return out.flatten(2), lse
-
-
-@_qkv_attention_fwd.register_fake
-def packed_outputs(qkv, n_head, n_kv_head, *options):
-    """What packed_forward returns, unwritten."""
-    B, T, width = qkv.shape
-    C = width // (n_head + 2 * n_kv_head) * n_head
-    return qkv.new_empty((B, T, C)), qkv.new_empty((B, n_head, T), dtype=torch.float32)
+_qkv_attention_fwd.register_fake(packed_outputs)
 
 
 @torch.library.custom_op(
@@ -772,17 +764,8 @@ def packed_outputs(qkv, n_head, n_kv_head, *options):
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {PACKED}) -> Tensor",
 )
-def _qkv_attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
-    return packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options)
-
-
-def packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, doc_ids, *options, forms=(None, None, None)):
-    """The gradient of qkv."""
-    grad_qkv = qkv.new_empty(qkv.shape)
-    grad_out, out = (x.unflatten(-1, (n_head, -1)) for x in (grad_out, out))
-    inputs, grads = unpack(qkv, n_head, n_kv_head), unpack(grad_qkv, n_head, n_kv_head)
-    launch_backward(grad_out, *inputs, out, lse, *grads, doc_ids, None, *options, forms=forms)
-    return grad_qkv
+def _qkv_attention_bwd(grad_out, qkv, out, lse, *options):
+    return packed_backward(grad_out, qkv, out, lse, *options)
 
 
 @_qkv_attention_bwd.register_fake
@@ -790,16 +773,11 @@ def _(grad_out, qkv, *rest):
     return qkv.new_empty(qkv.shape)
 
 
-def _without_grad_of(ctx, *outputs: Tensor) -> None:
-    """Nothing flows back through lse, or through fp8: spare backward tensors of zeros for them."""
-    ctx.mark_non_differentiable(*outputs)
-    ctx.set_materialize_grads(False)
-
-
 def _attention_setup(ctx, inputs, output):
     q, k, v, doc_ids, kv_len, seed, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, doc_ids, kv_len, seed)
-    _without_grad_of(ctx, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or backward would be given zeros for lse
 
 
 def _attention_backward(ctx, grad_out, _):
@@ -807,20 +785,15 @@ def _attention_backward(ctx, grad_out, _):
 
 
 def packed_setup(ctx, inputs, output):
-    qkv, n_head, n_kv_head, doc_ids, seed, *ctx.options = inputs
-    ctx.heads = n_head, n_kv_head
+    """``output``: the result, lse, and what else has no gradient."""
+    qkv, doc_ids, seed, *ctx.options = inputs
     ctx.save_for_backward(qkv, *output[:2], doc_ids, seed)
-    _without_grad_of(ctx, *output[1:])
-
-
-def packed_gradients(ctx, op, grad_out):
-    """What ``op`` returns: _qkv_attention_bwd, or an op that takes the same arguments."""
-    qkv, out, lse, doc_ids, seed = ctx.saved_tensors
-    return op(grad_out, qkv, out, lse, *ctx.heads, doc_ids, seed, *ctx.options)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _qkv_attention_backward(ctx, grad_out, _):
-    return packed_gradients(ctx, _qkv_attention_bwd, grad_out), *[None] * 9
+    return _qkv_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options), *[None] * 9
 
 
 _attention_fwd.register_autograd(_attention_backward, setup_context=_attention_setup)
@@ -830,13 +803,9 @@ _qkv_attention_fwd.register_autograd(_qkv_attention_backward, setup_context=pack
 # ---- Public functions -----------------------------------------------------------------------------------------------
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, in its dtype, as PyTorch's attention does (it leaves fp64 alone)."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+def _autocast(x: Tensor) -> Tensor:
+    """Under autocast in its dtype, as PyTorch's attention does (which leaves fp64 alone)."""
+    return x if x.dtype == torch.float64 else x.to(runtime.compute_dtype(x))
 
 
 def _check(
@@ -846,10 +815,12 @@ def _check(
     """Raise ValueError for options that no kernel takes."""
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"the head dimension is {D}: use 1 to {MAX_HEAD_DIM}")
-    arguments.window(window)
+    if window is not None:
+        arguments.window(window)
     arguments.probability("dropout_p", dropout_p)
     arguments.accumulate(accumulate, x.dtype)
-    arguments.integers("doc_ids", doc_ids, (B, T_k), name, x)
+    if doc_ids is not None:
+        arguments.integers("doc_ids", doc_ids, (B, T_k), name, x)
 
 
 def attention(
@@ -871,8 +842,7 @@ def attention(
     H_kv, D up to 256. ``scale`` defaults to 1/sqrt(D). A query stands at position kv_len - T_q + i (kv_len, (B,)
     integers, defaults to T_k) and sees the keys before kv_len that are not after it (``causal``), fewer than ``window``
     away, and of its own document (``doc_ids``, (B, T_k) integers); one that sees none gets zeros. Keys at or past
-    kv_len are never read. ``accumulate="fp16"``: see above. Saved for backward: q, k, v, the output, lse (B, H, T_q) and
-    dropout's seed.
+    kv_len are never read. ``accumulate="fp16"``: see above.
     Raises ValueError for shapes, dtypes or options that do not fit.
     """
     if not (q.dim() == k.dim() == 4 and k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]):
@@ -883,19 +853,21 @@ def attention(
     if H_kv == 0 or H % H_kv:
         raise ValueError(f"q has {H} heads and k has {H_kv}: use a number of query heads that k's divides")
     arguments.tensors("q", q.shape, ("q", q, None), ("k", k, None), ("v", v, None))
-    q, k, v = autocast(q, k, v)
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention is given {q.dtype}, {k.dtype}, {v.dtype} for q, k, v: use one dtype")
     _check("q", q, D, B, T_k, window, doc_ids, dropout_p, accumulate)
-    arguments.integers("kv_len", kv_len, (B,), "q", q)
+    if kv_len is not None:
+        arguments.integers("kv_len", kv_len, (B,), "q", q)
     if not runtime.runs_in_triton(q) or q.numel() == 0 or k.numel() == 0:
         return reference.attention(
             q, k, v, causal=causal, scale=scale, window=window, doc_ids=doc_ids, kv_len=kv_len, dropout_p=dropout_p
         )
     seed = runtime.draw_seed(q.device) if dropout_p else None
     scale = D**-0.5 if scale is None else scale
-    options = causal, scale, window, dropout_p, accumulate == "fp16"
-    return _attention_fwd(q, k, v, doc_ids, kv_len, seed, *options)[0]
+    return _attention_fwd(
+        q, k, v, doc_ids, kv_len, seed, causal, scale, window, dropout_p, accumulate == "fp16"
+    )[0]  # fmt: skip
 
 
 def qkv_attention(
@@ -909,13 +881,14 @@ def qkv_attention(
     doc_ids: Tensor | None = None,
     dropout_p: float = 0.0,
     accumulate: str = "fp32",
-    _op: Any = _qkv_attention_fwd,
+    operator: Any = _qkv_attention_fwd,
 ) -> Tensor:
     """Self-attention over packed projections: qkv (B, T, (H + 2 H_kv) D) -> (B, T, H D); (B, T, 3C) -> (B, T, C) when
     H_kv = H, as GPT-2's c_attn packs them: all queries, all keys, all values.
 
     ``attention`` without a transpose or a copy in either direction: q, k and v are read inside qkv, and the gradient is
-    written into one tensor of qkv's shape. Saved for backward: qkv, the output, lse and dropout's seed. Raises ValueError.
+    written into one tensor of qkv's shape. Raises ValueError. ``operator``: kernels/fp8 puts its own in place of the
+    registered one, with the same arguments.
     """
     n_kv_head = n_kv_head or n_head
     if qkv.dim() != 3 or n_head < 1 or n_head % n_kv_head or qkv.shape[-1] % (n_head + 2 * n_kv_head):
@@ -926,7 +899,7 @@ def qkv_attention(
     B, T, width = qkv.shape
     D = width // (n_head + 2 * n_kv_head)
     arguments.tensors("qkv", qkv.shape, ("qkv", qkv, None))
-    (qkv,) = autocast(qkv)
+    qkv = _autocast(qkv)
     _check("qkv", qkv, D, B, T, window, doc_ids, dropout_p, accumulate)
     if not runtime.runs_in_triton(qkv) or qkv.numel() == 0:
         return reference.qkv_attention(
@@ -936,4 +909,4 @@ def qkv_attention(
     seed = runtime.draw_seed(qkv.device) if dropout_p else None
     scale = D**-0.5 if scale is None else scale
     options = causal, scale, window, dropout_p, accumulate == "fp16"
-    return _op(qkv, n_head, n_kv_head, doc_ids, seed, *options)[0]
+    return operator(qkv, doc_ids, seed, n_head, n_kv_head, *options)[0]

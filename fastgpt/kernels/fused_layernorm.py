@@ -25,7 +25,7 @@ for that: several programs then share a row. Each reads all of it for the two me
 Dropout: Philox4x32 of (seed; column // 4, row), one call for four columns, repeated in backward: no mask is stored.
 Salmon et al. 2011.
 
-Both kernels can write what they make in fp8 too, with a scale per row: for ops.py, and at no cost without.
+``quantised`` is the hook for fp8 (quantise.py): where y or dx is written in 8 bits too, or nothing, which costs nothing.
 """
 
 from __future__ import annotations
@@ -265,9 +265,9 @@ def layer_norm_fwd(
 
 def launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    dropout_p: float, eps: float, outputs: tuple[Tensor, ...], fp8: tuple[Tensor, ...] = (),
+    dropout_p: float, eps: float, outputs: tuple[Tensor, ...], quantised: tuple[Tensor, ...] = (),
 ) -> None:  # fmt: skip
-    """Fill y, s, mean, rstd, and ``fp8``: y rounded to fp8, its scales and norms."""
+    """Fill y, s, mean, rstd, and ``quantised``: y rounded to fp8, its scales and norms."""
     y, s, mean, rstd = outputs
     if x.numel() == 0:
         return
@@ -276,11 +276,11 @@ def launch_forward(
 
     def run(options: tuning.Config) -> None:
         rows, num_warps = options["rows"], options["num_warps"]
-        if fp8:  # half as many elements to a thread: what it needs in registers
+        if quantised:  # half as many elements to a thread: what it needs in registers
             rows, num_warps = (rows // 2, num_warps) if rows > 1 else (1, min(2 * num_warps, 16))
         layer_norm_forward_kernel[(triton.cdiv(n_rows, rows),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
-            y, None if residual is None else s, mean, rstd, *(fp8 or (None, None, None)),
+            y, None if residual is None else s, mean, rstd, *(quantised or (None, None, None)),
             n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
             C=C, ROWS=rows, BLOCK=_block(C), num_warps=num_warps,
         )  # fmt: skip
@@ -326,9 +326,9 @@ def layer_norm_bwd(
 
 def launch_backward(
     dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
-    dropout_p: float, s_is_x: bool, two_gradients: bool, outputs: tuple[Tensor, ...], fp8: tuple[Tensor, ...] = (),
+    dropout_p: float, s_is_x: bool, two_gradients: bool, outputs: tuple[Tensor, ...], quantised: tuple[Tensor, ...] = (),
 ) -> None:  # fmt: skip
-    """Fill dx, dresidual, dweight and dbias where they are not empty, and ``fp8``: dx rounded to fp8, its scales and norms
+    """Fill dx, dresidual, dweight and dbias where they are not empty, and ``quantised``: dx rounded to fp8, its scales and norms
     (C <= MAX_BACKWARD_BLOCK)."""
     dx, dresidual, dweight, dbias = outputs
     if s.numel() == 0:
@@ -346,7 +346,7 @@ def launch_backward(
         db_partial = column_sums.partial(programs, dbias) if dbias.numel() else None
         layer_norm_backward_kernel[(programs, chunks)](
             dy, dsum, s, weight.contiguous(), mean, rstd, seed, seed if s_is_x else None,
-            dx, dresidual if two_gradients else None, dw_partial, db_partial, *(fp8 or (None, None, None)),
+            dx, dresidual if two_gradients else None, dw_partial, db_partial, *(quantised or (None, None, None)),
             n_rows, dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), dropout_p,
             C=C, CHUNKS=chunks, ROWS=options["rows"], BLOCK=block, STAGES=options["num_stages"],
             num_warps=options["num_warps"],
@@ -363,8 +363,8 @@ def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, *wanted
 
 def setup_context(ctx, inputs, output):
     x, weight, bias, residual, seed, dropout_p, *_ = inputs
-    y, s, mean, rstd, *fp8 = output
-    ctx.mark_non_differentiable(mean, rstd, *fp8)
+    y, s, mean, rstd, *quantised = output
+    ctx.mark_non_differentiable(mean, rstd, *quantised)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x if residual is None else s, weight, mean, rstd, seed)
     ctx.dropout_p, ctx.x_dtype, ctx.y_dtype = dropout_p, x.dtype, y.dtype

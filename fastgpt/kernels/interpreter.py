@@ -1,7 +1,7 @@
-"""What Triton's CPU interpreter needs to be right.
+"""Corrections to Triton's CPU interpreter.
 
 With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, one program after
-another, in NumPy. Three things in it need care:
+another, in NumPy. Three things in it are wrong:
 
 * bfloat16. NumPy has none, so the interpreter keeps the raw 16 bits and computes *on the bit patterns*
   (triton-lang/triton#4972). ``install`` makes casts, dots and arithmetic go through fp32 with round-to-nearest-even.
@@ -10,7 +10,7 @@ another, in NumPy. Three things in it need care:
   the chip does: to nearest even, saturating, inf too; NaN stays NaN.
 * NumPy >= 2.4 breaks loop bounds in the interpreter of triton 3.6.
 
-Neither matters for compiled kernels.
+None of this concerns compiled kernels.
 """
 
 from __future__ import annotations

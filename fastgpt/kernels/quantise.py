@@ -1,18 +1,22 @@
-"""Rounding rows to fp8, each with a scale of its own, inside whichever kernel has the whole row; or groups of columns.
+"""Rounding to fp8 inside a kernel of another operation: whole rows, or groups of columns of a row, each with its own scale.
+
+This is the one hook by which kernels/fp8 reaches into other kernels: the launchers of fused_layernorm.py and fused_attn.py take
+``quantised``, where a result is to be written in fp8 beside its own dtype. The kernels then call ``quantise_rows`` or
+``quantise_groups`` on what they hold in registers; where it is None, nothing of this is compiled.
 
 For a row x, with F the largest number of the format (448 in e4m3, 57,344 in e5m2; Micikevicius et al. 2022)::
 
     scale = max |x| / F        q = round(x / scale)        x is about scale * q
 
-Scales are worked out where the row is made and never leave the device: no history, no wait for the host. The norm that comes
-with them, scale * ||q||, lets the next matmul scale its own result before it knows it (kernels.py).
+Scales are worked out where the row is made and never leave the device: no history, no wait for the host. The norm written
+with them, scale * ||q||, bounds the next matmul's result, which can so be scaled before it is known (fp8/kernels.py).
 
 A program of attention has the columns of one head only. What it makes gets a scale for every ``group_size`` columns of a row
 in the same way, which the matmul applies where it adds up its sums over these columns. DeepSeek-AI 2024 (arXiv 2412.19437,
 section 3.3) scale 1 x 128 groups so.
 
-inf and NaN arrive. A row that holds one becomes NaN there, and inf makes its scale inf, so that every sum over the row is
-inf or NaN: nothing here turns one into a finite number, although conversions to fp8 saturate on the chip.
+inf and NaN are preserved. A row that holds one becomes NaN there, and inf makes its scale inf, so that every sum over the row
+is inf or NaN: nothing here turns one into a finite number, although conversions to fp8 saturate on the chip.
 """
 
 from __future__ import annotations
@@ -30,8 +34,8 @@ def group_size(D):
 
 @triton.jit
 def row_scale(amax, Q):
-    """Scales (ROWS,) that bring amax, fp32, to the largest number of what Q points to. 0 and NaN stay 1 / scale = finite and
-    NaN."""
+    """Scales (ROWS,) that bring amax, fp32, to the largest number of what Q points to. For 0 the scale is not 0, so that its
+    reciprocal is finite; for NaN it is NaN."""
     largest: tl.constexpr = 448.0 if Q.dtype.element_ty == tl.float8e4nv else 57344.0
     # Smallest normal number: its reciprocal is finite, so a row of zeros gives zeros.
     return tl.maximum(tl.div_rn(amax, largest), 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
@@ -45,9 +49,10 @@ def scaled_down(x, scale):
 
 @triton.jit
 def nearest(x, Q):
-    """fp32 x as what Q points to, to nearest even. For sm_89 triton's own cast goes through fp16, cut off toward zero, which
-    makes a tie of what lies just above one: there what fp16 has no bits for leaves a one in the last that it has."""
+    """fp32 x in the dtype that Q points to, rounded to nearest even."""
     if not tl.target_info.cuda_capability_geq(9, 0):
+        # For sm_89 triton's own cast goes through fp16, cut off toward zero, which makes a tie of what lies just above one. So
+        # where one of the 13 bits that fp16 lacks is set, set the last bit that it has: no longer a tie.
         bits = x.to(tl.uint32, bitcast=True)
         bits |= ((bits & 0x1FFF) != 0).to(tl.uint32) << 13
         x = bits.to(tl.float32, bitcast=True)
@@ -56,7 +61,7 @@ def nearest(x, Q):
 
 @triton.jit
 def norm_bound(sum_squares, scale, Q):
-    """The least that ||row|| can be certain not to exceed once q is rounded: half a unit in the last place more."""
+    """An upper bound of ||row|| once q is rounded: rounding adds at most half a unit in the last place."""
     slack: tl.constexpr = 1.0625 if Q.dtype.element_ty == tl.float8e4nv else 1.125
     return tl.sqrt(sum_squares) * scale * slack
 

@@ -1,8 +1,8 @@
 """The specification: every fused operation in plain PyTorch.
 
-These functions define what the kernels compute, in any floating dtype (tests run them in fp64), and are what CPU tensors
-get outside the interpreter. They are also the EAGER table of fastgpt/ops.py, and meant as a strong baseline: PyTorch's own
-fused attention, layer norm and cross-entropy are called wherever they can express the operation.
+These functions define what the kernels compute, in any floating dtype (tests run them in fp64), and compute CPU tensors
+outside the interpreter. They are also the EAGER table of fastgpt/ops.py, and a strong baseline: PyTorch's own fused
+attention, layer norm and cross-entropy are called wherever they can express the operation.
 """
 
 from __future__ import annotations
@@ -48,13 +48,8 @@ def layer_norm(
         total = (F.dropout(x, dropout_p) + residual).to(residual.dtype)
     else:
         total = F.dropout(x, dropout_p) if dropout_p else x
-    y = F.layer_norm(
-        total,
-        (x.shape[-1],),
-        weight.to(total.dtype),
-        None if bias is None else bias.to(total.dtype),
-        eps,
-    ).to(out_dtype or x.dtype)
+    bias = None if bias is None else bias.to(total.dtype)
+    y = F.layer_norm(total, x.shape[-1:], weight.to(total.dtype), bias, eps).to(out_dtype or x.dtype)
     return y if residual is None else (y, total)
 
 
@@ -112,22 +107,18 @@ def attention(
     if q.numel() == 0 or k.numel() == 0 or dropout_p == 1:  # nothing to attend to, or nothing that is kept
         return q.new_zeros(q.shape) + sum((0 * x).sum() for x in (q, k, v))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    grouped = H != H_kv
-    if causal and T_q == T_k and window is None and doc_ids is None and kv_len is None:
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p, enable_gqa=grouped
-        )
-        return out.transpose(1, 2)
-    mask = attention_mask(T_q, T_k, q.device, causal=causal, window=window, doc_ids=doc_ids, kv_len=kv_len)
-    if mask is None:
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout_p, enable_gqa=grouped)
-        return out.transpose(1, 2)
-    # A row with no key: let it see all of them and zero the output, so that no NaN is ever formed.
-    sees_any = mask.any(-1, keepdim=True)
+    square = causal and T_q == T_k and window is None and doc_ids is None and kv_len is None
+    mask, sees_any = None, None
+    if not square:  # which PyTorch's flash attention does by itself, without a mask in memory
+        mask = attention_mask(T_q, T_k, q.device, causal=causal, window=window, doc_ids=doc_ids, kv_len=kv_len)
+    if mask is not None:
+        # A row with no key: let it see all of them and zero the output, so that no NaN is ever formed.
+        sees_any = mask.any(-1, keepdim=True)
+        mask = mask | ~sees_any
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask | ~sees_any, scale=scale, dropout_p=dropout_p, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=square, scale=scale, dropout_p=dropout_p, enable_gqa=H != H_kv
     )
-    return torch.where(sees_any, out, 0).transpose(1, 2)
+    return (out if sees_any is None else torch.where(sees_any, out, 0)).transpose(1, 2)
 
 
 def qkv_attention(
@@ -142,22 +133,13 @@ def qkv_attention(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Self-attention over packed projections: qkv (B, T, (H + 2 H_kv) D) -> (B, T, H D); (B, T, 3C) -> (B, T, C) when
-    H_kv = H. The packing is all queries, then all keys, then all values, as nanoGPT's and GPT-2's c_attn writes it."""
+    H_kv = H: all queries, then all keys, then all values, as nanoGPT's and GPT-2's c_attn packs them."""
     n_kv_head = n_kv_head or n_head
-    B, T, width = qkv.shape
-    D = width // (n_head + 2 * n_kv_head)
-    q, k, v = qkv.split((n_head * D, n_kv_head * D, n_kv_head * D), dim=-1)
+    q, k, v = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).split((n_head, n_kv_head, n_kv_head), dim=2)
     out = attention(
-        q.view(B, T, n_head, D),
-        k.view(B, T, n_kv_head, D),
-        v.view(B, T, n_kv_head, D),
-        causal=causal,
-        scale=scale,
-        window=window,
-        doc_ids=doc_ids,
-        dropout_p=dropout_p,
-    )
-    return out.reshape(B, T, n_head * D)
+        q, k, v, causal=causal, scale=scale, window=window, doc_ids=doc_ids, dropout_p=dropout_p
+    )  # fmt: skip
+    return out.flatten(2)
 
 
 def linear(
@@ -174,9 +156,8 @@ def linear(
     The result has x's dtype (under autocast, autocast's), or with a residual the residual's. ``accumulate`` ("fp32",
     "fp16") is how a kernel sums; it does not change what is meant."""
     mixed = any(t is not None and t.dtype != x.dtype for t in (weight, bias))
-    if mixed and not torch.is_autocast_enabled(
-        x.device.type
-    ):  # which casts by itself, each weight once per forward pass
+    # Autocast casts by itself, each weight once per forward pass.
+    if mixed and not torch.is_autocast_enabled(x.device.type):
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     y = F.linear(x, weight, bias)
     y = F.dropout(y, dropout_p) if dropout_p else y

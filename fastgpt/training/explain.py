@@ -181,8 +181,8 @@ def _ordered(record: Record, prefix: str = "") -> list[Chosen]:
 
 
 _WITH_CONFIGS = {
-    "forward", "backward_q", "backward_kv", "layer_norm_forward_kernel", "layer_norm_backward_kernel", "rows_kernel",
-    "_adamw_kernel", "linear_kernel", "weight_grad_kernel",
+    "forward_kernel", "backward_q_kernel", "backward_kv_kernel", "layer_norm_forward_kernel", "layer_norm_backward_kernel",
+    "rows_kernel", "_adamw_kernel", "linear_kernel", "weight_grad_kernel",
 }  # fmt: skip
 """Kernels that ``kernel_rows`` and ``matmul_rows`` list, whose configs the tuning tables choose."""
 

@@ -19,7 +19,7 @@ INTERPRETED = "L1H1C32T24V80"
 CEILINGS = Ceilings("test CPU", "host", "2.13", 1, copy_gbs=10.0, matmul_tflops={"fp32": 0.1, "bf16": 0.05})
 AUDIT_ROW = {
     "module": "fused_attn",
-    "kernel": "forward",
+    "kernel": "forward_kernel",
     "launches": 24,
     "registers": 128,
     "shared": 32768,

@@ -131,14 +131,19 @@ def test_every_launch_of_a_step_is_found(compiled, preset):
 
     norms = 2 * layers + 1
     assert launches("layer_norm_forward_kernel") == launches("layer_norm_backward_kernel") == micro_batches * norms
-    assert {launches(name) for name in ("forward", "backward_q", "backward_kv")} == {micro_batches * layers}
+    assert {launches(name) for name in ("forward_kernel", "backward_q_kernel", "backward_kv_kernel")} == {
+        micro_batches * layers
+    }
     assert launches("rows_kernel") >= micro_batches and launches("_adamw_kernel") == 1
 
 
 def test_fp16_fast_sums_every_product_of_a_step_but_the_scores_in_fp16(compiled):
     """By the instructions: GeForce cards run those that accumulate in fp16 at twice the rate."""
     rows = [row for row in compiled[0]["sm_89"] if row["case"] == "step gpt2-124m fp16-fast" and row["dots"]]
-    shares = {"forward": 1 / 2, "backward_q": 2 / 3, "backward_kv": 3 / 4, "linear_kernel": 1, "weight_grad_kernel": 1}
+    shares = {
+        "forward_kernel": 1 / 2, "backward_q_kernel": 2 / 3, "backward_kv_kernel": 3 / 4, "linear_kernel": 1,
+        "weight_grad_kernel": 1,
+    }  # fmt: skip
     assert {row["kernel"] for row in rows} == set(shares)
     for row in rows:
         kinds = row["tensor_core"]
@@ -148,7 +153,7 @@ def test_fp16_fast_sums_every_product_of_a_step_but_the_scores_in_fp16(compiled)
 
 def test_the_grids_of_a_step_are_those_of_its_real_shapes(compiled):
     rows, config = step_of(compiled, "gpt2-124m"), load_preset("gpt2-124m", "cuda")
-    forward = next(row for row in rows if row["kernel"] == "forward")
+    forward = next(row for row in rows if row["kernel"] == "forward_kernel")
     blocks_of_queries = config.model.block_size // option(forward, "BLOCK_M")
     assert forward["grid"] == [blocks_of_queries * config.model.n_head * config.data.batch_size]
     assert forward["waves"] == pytest.approx(forward["grid"][0] / (46 * forward["blocks_per_sm"]))

@@ -11,8 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from bench import parity
-from fastgpt.kernels import attention, qkv_attention, reference, runtime, tuning
-from fastgpt.kernels import fused_attn as launch
+from fastgpt.kernels import attention, fused_attn, qkv_attention, reference, runtime, tuning
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -222,13 +221,16 @@ def test_fp16_sums_change_every_result_and_no_statistic(device, monkeypatch):
     def choose(kernel, dtype, bucket, device, default):
         return tuning.Choice(tuning.Key(kernel, "-", "-"), default, default, "default", device)
 
+    monkeypatch.setattr(fused_attn, "_choice", fused_attn._choice.__wrapped__)  # without its memory
     monkeypatch.setattr(tuning, "choose", choose)
     qkv, seed = packed(device, 100, D=64, B=1, dtype=torch.float16), None
-    calls = [launch._qkv_attention_fwd(qkv, 2, 2, None, seed, True, 0.125, None, 0.0, fast) for fast in (False, True)]
+    calls = [
+        fused_attn._qkv_attention_fwd(qkv, None, seed, 2, 2, True, 0.125, None, 0.0, fast) for fast in (False, True)
+    ]
     (out, lse), (out_fast, lse_fast) = calls
     assert torch.equal(lse, lse_fast) and not torch.equal(out, out_fast)
     grads = [
-        launch._qkv_attention_bwd(out, qkv, out, lse, 2, 2, None, seed, True, 0.125, None, 0.0, fast)
+        fused_attn._qkv_attention_bwd(out, qkv, out, lse, None, seed, 2, 2, True, 0.125, None, 0.0, fast)
         for fast in (False, True)
     ]
     for exact, fast in zip(*(grad.split(128, -1) for grad in grads)):
@@ -237,23 +239,22 @@ def test_fp16_sums_change_every_result_and_no_statistic(device, monkeypatch):
 
 def test_no_block_of_fp16_sums_is_longer_than_its_limit(monkeypatch):
     """64 products, whatever the shape: keys in forward and dQ, queries in dK and dV."""
-    limit = launch.kernels.CHUNK.value
+    limit = fused_attn.CHUNK.value
     assert limit == 64
     for interpreted in (True, False):
         monkeypatch.setattr(runtime, "INTERPRET", interpreted)
         for kernel, walked in (("forward", "BLOCK_N"), ("backward_q", "BLOCK_N"), ("backward_kv", "BLOCK_M")):
             for D, T, dropout, plain in itertools.product((32, 64, 128, 256), (1, 4096), (False, True), (False, True)):
                 options = {"dropout": dropout, "plain": plain and not dropout, "fp16_sums": True}
-                assert launch.config(kernel, torch.float16, D, T, **options)[walked] <= limit
+                assert fused_attn.config(kernel, torch.float16, D, T, **options)[walked] <= limit
 
 
-def test_tuning_tables_of_the_usual_kernels_are_not_for_fp16_sums(device, monkeypatch):
+def test_tuning_tables_of_the_usual_kernels_are_not_for_fp16_sums(device):
     asked = []
-    choose = tuning.choose
-    monkeypatch.setattr(tuning, "choose", lambda kernel, *rest: asked.append(kernel) or choose(kernel, *rest))
-    for accumulate in ("fp32", "fp16"):
-        qkv = packed(device, 17, dtype=torch.float16).requires_grad_()
-        qkv_attention(qkv, 2, accumulate=accumulate).sum().backward()
+    with tuning.heard(lambda choice: asked.append(choice.key.kernel)):
+        for accumulate in ("fp32", "fp16"):
+            qkv = packed(device, 17, dtype=torch.float16).requires_grad_()
+            qkv_attention(qkv, 2, accumulate=accumulate).sum().backward()
     names = ("forward", "backward_q", "backward_kv")
     assert asked == [f"attention.{name}" for name in names] + [f"attention_fast.{name}" for name in names]
 
@@ -273,7 +274,7 @@ def test_operands_that_cannot_be_summed_so_are_named(device, accumulate, message
     with pytest.raises(ValueError, match=message):
         qkv_attention(qkv, 2, accumulate=accumulate)
     with pytest.raises(ValueError, match=message):
-        attention(*launch.unpack(qkv, 2, 2), accumulate=accumulate)
+        attention(*fused_attn.unpack(qkv, 2, 2), accumulate=accumulate)
 
 
 # ---- What must not change -------------------------------------------------------------------------------------------
@@ -385,10 +386,10 @@ def test_offsets_past_two_to_the_31(device, needs_memory):
     expected = attention(*leaves)
     expected_grads = torch.autograd.grad(expected, leaves, grad_out)
     options = (None, None, None, True, D**-0.5, None, 0.0, False)
-    lse = launch.launch_forward(view(0), view(1), view(2), view(4), *options)
+    lse = fused_attn.launch_forward(view(0), view(1), view(2), view(4), *options)
     assert torch.equal(view(4), expected)
     grads = view(5), view(6), torch.empty_like(v)
-    launch.launch_backward(view(3), view(0), view(1), view(2), view(4), lse, *grads, *options)
+    fused_attn.launch_backward(view(3), view(0), view(1), view(2), view(4), lse, *grads, *options)
     for got, wanted in zip(grads, expected_grads):
         assert torch.equal(got, wanted)
 
@@ -447,7 +448,8 @@ def test_dropout_does_not_depend_on_the_blocks(device, monkeypatch):
     q, k, _ = inputs(device, 96)
     kept = dropped_probabilities(device, q, k, 0.5) > 0
     smaller = {"BLOCK_M": 16, "BLOCK_N": 32}
-    monkeypatch.setattr(launch, "config", lambda *_, **__: smaller)
+    monkeypatch.setattr(fused_attn, "_choice", fused_attn._choice.__wrapped__)  # without its memory
+    monkeypatch.setattr(fused_attn, "config", lambda *_, **__: smaller)
     assert torch.equal(kept, dropped_probabilities(device, q, k, 0.5) > 0)
 
 
@@ -478,16 +480,16 @@ def operator_calls(device):
     kv_len = torch.tensor([25], device=device)
     seed = torch.tensor([3], device=device)
     separate = docs, kv_len, seed, True, 0.25, 9, 0.1, False
-    together = 2, 2, None, None, True, 0.25, None, 0.0, False
-    out, lse = launch._attention_fwd(q, k, v, *separate)
-    packed_out, packed_lse = launch._qkv_attention_fwd(qkv, *together)
+    together = None, None, 2, 2, True, 0.25, None, 0.0, False
+    out, lse = fused_attn._attention_fwd(q, k, v, *separate)
+    packed_out, packed_lse = fused_attn._qkv_attention_fwd(qkv, *together)
     leaves, leaf = tuple(x.clone().requires_grad_() for x in (q, k, v)), qkv.clone().requires_grad_()
     return {
-        "attention_fwd": (launch._attention_fwd, (*leaves, *separate)),
-        "attention_bwd": (launch._attention_bwd, (torch.randn_like(out), q, k, v, out, lse, *separate)),
-        "qkv_attention_fwd": (launch._qkv_attention_fwd, (leaf, *together)),
+        "attention_fwd": (fused_attn._attention_fwd, (*leaves, *separate)),
+        "attention_bwd": (fused_attn._attention_bwd, (torch.randn_like(out), q, k, v, out, lse, *separate)),
+        "qkv_attention_fwd": (fused_attn._qkv_attention_fwd, (leaf, *together)),
         "qkv_attention_bwd": (
-            launch._qkv_attention_bwd,
+            fused_attn._qkv_attention_bwd,
             (torch.randn_like(packed_out), qkv, packed_out, packed_lse, *together),
         ),
     }
@@ -519,7 +521,7 @@ def test_autocast(device):
     qkv = packed(device, 40).requires_grad_()
     with torch.autocast(device.type, dtype=torch.bfloat16):
         out = qkv_attention(qkv, 2)
-        separate = attention(*launch.unpack(qkv, 2, 2))
+        separate = attention(*fused_attn.unpack(qkv, 2, 2))
     assert out.dtype == separate.dtype == torch.bfloat16
     assert torch.equal(out, qkv_attention(qkv.bfloat16(), 2)) and torch.equal(out, separate.flatten(2))
     (grad,) = torch.autograd.grad(out.float().sum(), qkv)
@@ -553,7 +555,7 @@ def test_cpu_without_the_interpreter_takes_the_reference(monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRET", False)
     qkv = torch.randn(1, 9, 96, dtype=torch.float64, requires_grad=True)
     assert torch.equal(qkv_attention(qkv, 2), reference.qkv_attention(qkv, 2))
-    q, k, v = launch.unpack(qkv, 2, 2)
+    q, k, v = fused_attn.unpack(qkv, 2, 2)
     assert torch.equal(attention(q, k, v, window=3), reference.attention(q, k, v, window=3))
 
 

@@ -485,7 +485,7 @@ print(json.dumps(compiles))
 def test_a_new_batch_size_or_length_compiles_a_kernel_at_most_once_per_bucket():
     compiles = in_child(COUNT_COMPILES)
     assert {name.split(",")[0] for name in compiles} == {
-        "forward", "backward_q", "backward_kv", "layer_norm_forward_kernel", "layer_norm_backward_kernel", "add_up_kernel",
-        "rows_kernel",
+        "forward_kernel", "backward_q_kernel", "backward_kv_kernel", "layer_norm_forward_kernel",
+        "layer_norm_backward_kernel", "add_up_kernel", "rows_kernel",
     }  # fmt: skip
     assert max(compiles.values()) == 1, compiles

@@ -319,9 +319,9 @@ def test_the_kernels_listed_are_those_of_a_step(recorded):
     # Beside the norms', those of GELU's gradient for a bias.
     more = [op for op in listed if op.name in ("GELU backward", "mlp down dX") and op.launches > 1]
     assert launches["add_up_kernel"] == launches["layer_norm_backward_kernel"] + sum(op.executions(3) for op in more)
-    assert launches["forward"] == executed(listed, "attention forward")
-    assert launches["backward_q"] == executed(listed, "attention backward dQ")
-    assert launches["backward_kv"] == executed(listed, "attention backward dK dV")
+    assert launches["forward_kernel"] == executed(listed, "attention forward")
+    assert launches["backward_q_kernel"] == executed(listed, "attention backward dQ")
+    assert launches["backward_kv_kernel"] == executed(listed, "attention backward dK dV")
     assert launches["rows_kernel"] == executed(listed, "loss rows")
     assert launches["pointwise_grad_kernel"] == executed(listed, "GELU backward")
     assert launches["embedding_forward_kernel"] == executed(listed, "embedding forward") == 3

@@ -100,10 +100,10 @@ def _torch_multiplies(index: int) -> bool:
 
 
 def config(M: int, N: int, *, halved: bool = False, chunk: int = CHUNK) -> dict[str, int]:
-    """Tiles of the matmul. Nothing but the interpreter's depends on the shape. In 8 warps 128 x 128 hold a tile and a chunk
-    of its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120. ``halved``: for erf and GELU's
-    gradient, which would spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an
-    SM of sm_89. ``chunk`` of K is read, and summed, at a time; as many bytes are on their way whatever it is."""
+    """Tiles of the matmul, which depend on the shape in the interpreter alone. 8 warps hold a tile of 128 x 128 and a chunk of
+    its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120. ``halved``: for erf and GELU's gradient,
+    which would spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an SM of
+    sm_89. ``chunk`` of K is read, and summed, at a time; the stages keep the bytes in flight the same."""
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
         m, n = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N))
         return {"BM": m, "BN": n, "BK": chunk, "GROUP": 8, "num_warps": 4, "num_stages": 1}
@@ -239,13 +239,12 @@ def sweep(
         column_sums.add_up((partial, sums))
 
 
-# ---------------- was fastgpt/kernels/_fp8_copies.py
-# fp8 forms that are kept beside a tensor: of a weight from one optimizer step to the next, of an activation or gradient
-# from the kernel that made both to the matmul that reads them.
+# ---------------------------------------------------------------- forms that are kept beside a tensor
 #
-# The second kind is found by the identity of the tensor, as autograd and the model hand on nothing else: ``give`` keeps the
-# form, ``take`` returns it, once. A tensor that was written to since (its version tells), that is a view or a sum of others,
-# or that another op made has none, and is then quantised in a pass of its own: slower, the same values.
+# Of a weight from one optimizer step to the next; of an activation or gradient from the kernel that made both to the matmul
+# that reads them. The second kind is found by the identity of the tensor, as autograd and the model hand on nothing else:
+# ``give`` keeps the form, ``take`` returns it, once. A tensor that was written to since (its version tells), that is a view or
+# a sum of others, or that another op made has none, and is then quantised in a pass of its own: slower, the same values.
 
 Kinds = tuple[type[Fp8 | Grouped], ...]
 

@@ -34,113 +34,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import arguments as arguments_module
-from fastgpt.kernels import fused_attn as attn
-from fastgpt.kernels import fused_layernorm as norms
-from fastgpt.kernels import fused_linear, reference, runtime, working_copy
-from fastgpt.kernels.fp8 import launch as copies
+from fastgpt.kernels import (
+    arguments,
+    fused_attn,
+    fused_layernorm,
+    fused_linear,
+    reference,
+    runtime,
+    working_copy,
+)
+from fastgpt.kernels.fp8 import launch
 from fastgpt.kernels.fp8.launch import FORWARD, GRADIENT, Fp8, Grouped
 from fastgpt.kernels.fused_linear import rows_of
 from fastgpt.kernels.quantise import group_size
-
-# ---------------- was fastgpt/kernels/_fp8_attention.py
-# Attention whose kernels also write in fp8 what the linears around it read: its output, for c_proj, and in backward the
-# gradient of qkv, for c_attn. Neither is then quantised by a pass of its own.
-#
-# A program of attention has some rows of one head, so scales are per group of 64 columns of a row (32 where 64 does not
-# divide the head dimension), each exact: the largest value of a group becomes the largest of the format (quantise.py). The
-# matmuls that read them scale their sums over a group (kernels.py). Bytes per element: 1 and 4 / group beside the 2 of bf16,
-# which delta and the weight gradients read.
-
-_ARGUMENTS = attn.PACKED
-
-
-@torch.library.custom_op(
-    "fastgpt::fp8_qkv_attention_fwd",
-    mutates_args=(),
-    schema=f"(Tensor qkv, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _attention_fwd(qkv, n_head, n_kv_head, *options):
-    """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / group, B T)."""
-    form = _form_of_output(qkv, n_head, n_kv_head)
-    values = form.values.unflatten(-1, (n_head, -1))
-    where = (values, form.scale, form.scale.shape[1])
-    return *attn.packed_forward(qkv, n_head, n_kv_head, *options, form=where), *form
-
-
-def _form_of_output(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
-    B, T, width = qkv.shape
-    D = width // (n_head + 2 * n_kv_head)
-    return copies.new_grouped((B, T, n_head * D), FORWARD, qkv.device, group_size(D))
-
-
-@_attention_fwd.register_fake
-def _(qkv, n_head, n_kv_head, *options):
-    return *attn.packed_outputs(qkv, n_head, n_kv_head, *options), *_form_of_output(qkv, n_head, n_kv_head)
-
-
-@torch.library.custom_op(
-    "fastgpt::fp8_qkv_attention_bwd",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-)
-def _attention_bwd(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
-    """The gradient of qkv, in its dtype and in fp8."""
-    form = _form_of_gradient(qkv, n_head, n_kv_head)
-    groups = form.scale.shape[0] // (n_head + 2 * n_kv_head)  # of a head
-    scales = form.scale.split([heads * groups for heads in (n_head, n_kv_head, n_kv_head)])
-    parts = zip(attn.unpack(form.values, n_head, n_kv_head), scales)
-    forms = [(values, scale, form.scale.shape[1]) for values, scale in parts]
-    return attn.packed_backward(grad_out, qkv, out, lse, n_head, n_kv_head, *options, forms=forms), *form
-
-
-def _form_of_gradient(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
-    columns = group_size(qkv.shape[-1] // (n_head + 2 * n_kv_head))
-    return copies.new_grouped(qkv.shape, GRADIENT, qkv.device, columns)
-
-
-@_attention_bwd.register_fake
-def _(grad_out, qkv, out, lse, n_head, n_kv_head, *options):
-    return qkv.new_empty(qkv.shape), *_form_of_gradient(qkv, n_head, n_kv_head)
-
-
-def _attention_backward(ctx, grad_out, *_):
-    grad_qkv, *form = attn.packed_gradients(ctx, _attention_bwd, grad_out)
-    copies.give(grad_qkv, Grouped(*form))
-    return grad_qkv, *[None] * 9
-
-
-_attention_fwd.register_autograd(_attention_backward, setup_context=attn.packed_setup)
-
-
-def _noted(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse, *form = _attention_fwd(*arguments)
-    copies.give(out, Grouped(*form))
-    return out, lse
-
-
-def qkv_attention(qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, **options: Any) -> Tensor:
-    """fused_attn.qkv_attention, which for fused_fp8's ``linear`` also writes its output in fp8, and in backward qkv's gradient.
-
-    Where nothing would read them (no gradients, operands not in bf16) or find them (under torch.compile), and where the head
-    dimension is no multiple of 32, it is exactly that. Raises ValueError, also for a GPU without fp8.
-    """
-    (qkv,) = attn.autocast(qkv)
-    heads = n_head + 2 * (n_kv_head or n_head)
-    if (
-        qkv.dtype != torch.bfloat16
-        or torch.compiler.is_compiling()
-        or not torch.is_grad_enabled()
-        or not runtime.runs_in_triton(qkv)
-        or qkv.numel() == 0
-        or heads < 1
-        or qkv.shape[-1] % heads
-        or not group_size(qkv.shape[-1] // heads)
-    ):
-        return attn.qkv_attention(qkv, n_head, n_kv_head=n_kv_head, **options)
-    copies.require(qkv.device)
-    return attn.qkv_attention(qkv, n_head, n_kv_head=n_kv_head, _op=_noted, **options)
-
 
 # ---------------------------------------------------------------- ops
 #
@@ -151,24 +57,24 @@ def qkv_attention(qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, **o
 @torch.library.custom_op("fastgpt::fp8_quantise", mutates_args=())
 def _quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values in x's shape (..., K), stats (2, rows)."""
-    values, stats = copies.quantise(rows_of(x), dtype)
+    values, stats = launch.quantise(rows_of(x), dtype)
     return values.view(x.shape), stats
 
 
 @_quantise.register_fake
 def _(x, dtype):
-    return tuple(copies.new(x.shape, dtype, x.device))
+    return tuple(launch.new(x.shape, dtype, x.device))
 
 
 @torch.library.custom_op("fastgpt::fp8_quantise_weight", mutates_args=())
 def _quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    forward, transposed = copies.quantise_weight(weight)
+    forward, transposed = launch.quantise_weight(weight)
     return *forward, transposed.values.t(), transposed.stats
 
 
 @_quantise_weight.register_fake
 def _(weight):
-    forward, transposed = (copies.new(shape, FORWARD, weight.device) for shape in (weight.shape, weight.t().shape))
+    forward, transposed = (launch.new(shape, FORWARD, weight.device) for shape in (weight.shape, weight.t().shape))
     return *forward, transposed.values.t(), transposed.stats
 
 
@@ -186,7 +92,7 @@ def _linear_fwd(
     bias: Tensor | None, in_place: bool, grouped: bool,
 ) -> Tensor:  # fmt: skip
     """y (..., N) in bf16. x and weight serve backward alone."""
-    return copies.matmul(_operand(q, stats, grouped), Fp8(w, w_stats), bias).view(*x.shape[:-1], w.shape[0])
+    return launch.matmul(_operand(q, stats, grouped), Fp8(w, w_stats), bias).view(*x.shape[:-1], w.shape[0])
 
 
 @_linear_fwd.register_fake
@@ -201,8 +107,8 @@ def _mlp_fwd(
     b_proj: Tensor | None, erf: bool, fc_in_place: bool, proj_in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (..., out), and gelu(z) and z (..., H) for backward, all in bf16."""
-    a, z, a8 = copies.matmul_gelu(_flat(q, stats), Fp8(fc, fc_stats), b_fc, erf)
-    y = copies.matmul(a8, Fp8(proj, proj_stats), b_proj)
+    a, z, a8 = launch.matmul_gelu(_flat(q, stats), Fp8(fc, fc_stats), b_fc, erf)
+    y = launch.matmul(a8, Fp8(proj, proj_stats), b_proj)
     y, a, z = (t.view(*x.shape[:-1], t.shape[-1]) for t in (y, a, z))
     return y, a, z
 
@@ -215,8 +121,8 @@ def _(x, q, stats, w_fc, fc, fc_stats, fct, fct_stats, b_fc, w_proj, *_):
 
 @torch.library.custom_op("fastgpt::linear_fp8_bwd_input", mutates_args=())
 def _bwd_input(q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor, grouped: bool) -> Tensor:
-    """dx (..., K) in bf16, of dz in fp8."""
-    return copies.matmul(_operand(q, stats, grouped), Fp8(wt.t(), wt_stats)).view(*q.shape[:-1], wt.shape[1])
+    """dx (..., K) in bf16, from dz in fp8."""
+    return launch.matmul(_operand(q, stats, grouped), Fp8(wt.t(), wt_stats)).view(*q.shape[:-1], wt.shape[1])
 
 
 @_bwd_input.register_fake
@@ -228,28 +134,28 @@ def _(q, stats, wt, wt_stats, grouped):
 def _bwd_gelu(
     q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor, pre: Tensor, erf: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient of ``pre`` in bf16 and in fp8, of dz of the layer behind gelu(pre) in fp8; and, if ``bias_dtype``, its
-    column sums: the gradient of the bias in ``pre``."""
-    dz, form, sums = copies.matmul_dgelu(_flat(q, stats), Fp8(wt.t(), wt_stats), rows_of(pre), erf, bias_dtype)
+    """The gradient of ``pre`` in bf16 and in fp8, from the fp8 gradient of the layer that reads gelu(pre); and, if
+    ``bias_dtype``, its column sums: the gradient of the bias in ``pre``."""
+    dz, form, sums = launch.matmul_dgelu(_flat(q, stats), Fp8(wt.t(), wt_stats), rows_of(pre), erf, bias_dtype)
     return dz.view(pre.shape), form.values.view(pre.shape), form.stats, dz.new_empty(0) if sums is None else sums
 
 
 @_bwd_gelu.register_fake
 def _(q, stats, wt, wt_stats, pre, erf, bias_dtype):
     sums = pre.new_empty(pre.shape[-1] if bias_dtype else 0, dtype=bias_dtype)
-    return torch.empty_like(pre), *copies.new(pre.shape, GRADIENT, pre.device), sums
+    return torch.empty_like(pre), *launch.new(pre.shape, GRADIENT, pre.device), sums
 
 
 # ---------------------------------------------------------------- autograd
 
 
-def _form(tensor: Tensor, dtype: torch.dtype, kinds: copies.Kinds = (Fp8,)) -> Fp8 | Grouped:
+def _form(tensor: Tensor, dtype: torch.dtype, kinds: launch.Kinds = (Fp8,)) -> Fp8 | Grouped:
     """``tensor`` in fp8: as the kernel that made it has written it, or by a pass of its own."""
-    found = None if torch.compiler.is_compiling() else copies.take(tensor, dtype, kinds)
+    found = None if torch.compiler.is_compiling() else launch.take(tensor, dtype, kinds)
     return Fp8(*_quantise(tensor.detach(), dtype)) if found is None else found
 
 
-_EITHER: copies.Kinds = (Fp8, Grouped)
+_EITHER: launch.Kinds = (Fp8, Grouped)
 """What a matmul reads whose epilogue needs no norms of rows."""
 
 
@@ -312,15 +218,15 @@ def _norm_fwd(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y in bf16, s, mean, rstd as of layer_norm_fwd, and y in fp8."""
-    outputs, form = norms.forward_outputs(x, residual, torch.bfloat16), copies.new(x.shape, FORWARD, x.device)
-    fp8 = (form.values, form.scale, form.norm)
-    norms.launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs, fp8)
+    outputs, form = fused_layernorm.forward_outputs(x, residual, torch.bfloat16), launch.new(x.shape, FORWARD, x.device)
+    quantised = form.values, form.scale, form.norm
+    fused_layernorm.launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs, quantised)
     return (*outputs, *form)
 
 
 @_norm_fwd.register_fake
 def _(x, weight, bias, residual, *_):
-    return (*norms.forward_outputs(x, residual, torch.bfloat16), *copies.new(x.shape, FORWARD, x.device))
+    return (*fused_layernorm.forward_outputs(x, residual, torch.bfloat16), *launch.new(x.shape, FORWARD, x.device))
 
 
 @torch.library.custom_op(
@@ -332,37 +238,113 @@ def _(x, weight, bias, residual, *_):
 )
 def _norm_bwd(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
     """What layer_norm_bwd returns, and dx in fp8."""
-    outputs = norms.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
-    form = copies.new(s.shape, GRADIENT, s.device)
-    fp8 = (form.values, form.scale, form.norm)
-    norms.launch_backward(dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, outputs, fp8)
+    outputs = fused_layernorm.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
+    form = launch.new(s.shape, GRADIENT, s.device)
+    quantised = form.values, form.scale, form.norm
+    fused_layernorm.launch_backward(
+        dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, outputs, quantised
+    )
     return (*outputs, *form)
 
 
 @_norm_bwd.register_fake
 def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
-    outputs = norms.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
-    return (*outputs, *copies.new(s.shape, GRADIENT, s.device))
+    outputs = fused_layernorm.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
+    return (*outputs, *launch.new(s.shape, GRADIENT, s.device))
 
 
 def _save_norm(ctx, inputs, output):
-    norms.setup_context(ctx, inputs, output)
+    fused_layernorm.setup_context(ctx, inputs, output)
     # Without a residual x is the embedding's output, whose gradient no matmul reads.
     ctx.quantises = (
-        ctx.has_residual and ctx.x_dtype == torch.bfloat16 and inputs[0].shape[-1] <= norms.MAX_BACKWARD_BLOCK
+        ctx.has_residual and ctx.x_dtype == torch.bfloat16 and inputs[0].shape[-1] <= fused_layernorm.MAX_BACKWARD_BLOCK
     )
 
 
 def _norm_backward(ctx, dy, dsum, *_):
     def quantising(*args):
         *outputs, q, stats = _norm_bwd(*args)
-        copies.give(outputs[0], Fp8(q, stats))
+        launch.give(outputs[0], Fp8(q, stats))
         return outputs
 
-    return norms.backward(quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd, ctx, dy, dsum)[:7]
+    return fused_layernorm.backward(quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd, ctx, dy, dsum)[
+        :7
+    ]
 
 
 _norm_fwd.register_autograd(_norm_backward, setup_context=_save_norm)
+
+
+# ---------------------------------------------------------------- attention
+#
+# Its output, which c_proj reads, and in backward the gradient of qkv, which c_attn reads, are written in fp8 too. A program of
+# attention has some rows of one head, so each scale is of a group of columns (quantise.py).
+
+
+@torch.library.custom_op(
+    "fastgpt::fp8_qkv_attention_fwd",
+    mutates_args=(),
+    schema=f"(Tensor qkv, {fused_attn.PACKED}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention_fwd(qkv, doc_ids, seed, n_head, n_kv_head, *options):
+    """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / group, B T)."""
+    form = _form_of_output(qkv, n_head, n_kv_head)
+    values = form.values.unflatten(-1, (n_head, -1))
+    where = values, form.scale, form.scale.shape[1]
+    return *fused_attn.packed_forward(qkv, doc_ids, seed, n_head, n_kv_head, *options, quantised=where), *form
+
+
+def _form_of_output(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
+    B, T, width = qkv.shape
+    D = width // (n_head + 2 * n_kv_head)
+    return launch.new_grouped((B, T, n_head * D), FORWARD, qkv.device, group_size(D))
+
+
+@_attention_fwd.register_fake
+def _(qkv, doc_ids, seed, n_head, n_kv_head, *options):
+    outputs = fused_attn.packed_outputs(qkv, doc_ids, seed, n_head, n_kv_head, *options)
+    return *outputs, *_form_of_output(qkv, n_head, n_kv_head)
+
+
+@torch.library.custom_op(
+    "fastgpt::fp8_qkv_attention_bwd",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {fused_attn.PACKED}) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_bwd(grad_out, qkv, out, lse, doc_ids, seed, n_head, n_kv_head, *options):
+    """The gradient of qkv, in its dtype and in fp8."""
+    form = _form_of_gradient(qkv, n_head, n_kv_head)
+    groups = form.scale.shape[0] // (n_head + 2 * n_kv_head)  # of a head
+    scales = form.scale.split([heads * groups for heads in (n_head, n_kv_head, n_kv_head)])
+    parts = zip(fused_attn.unpack(form.values, n_head, n_kv_head), scales)
+    where = [(values, scale, form.scale.shape[1]) for values, scale in parts]
+    options = doc_ids, seed, n_head, n_kv_head, *options
+    return fused_attn.packed_backward(grad_out, qkv, out, lse, *options, quantised=where), *form
+
+
+def _form_of_gradient(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
+    columns = group_size(qkv.shape[-1] // (n_head + 2 * n_kv_head))
+    return launch.new_grouped(qkv.shape, GRADIENT, qkv.device, columns)
+
+
+@_attention_bwd.register_fake
+def _(grad_out, qkv, out, lse, doc_ids, seed, n_head, n_kv_head, *options):
+    return qkv.new_empty(qkv.shape), *_form_of_gradient(qkv, n_head, n_kv_head)
+
+
+def _attention_backward(ctx, grad_out, *_):
+    grad_qkv, *form = _attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
+    launch.give(grad_qkv, Grouped(*form))
+    return grad_qkv, *[None] * 9
+
+
+_attention_fwd.register_autograd(_attention_backward, setup_context=fused_attn.packed_setup)
+
+
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse, *form = _attention_fwd(*arguments)
+    launch.give(out, Grouped(*form))
+    return out, lse
 
 
 # ---------------------------------------------------------------- public
@@ -389,13 +371,35 @@ def layer_norm(
         or not runtime.runs_in_triton(x)
     ):
         options: dict[str, Any] = {"residual": residual, "dropout_p": dropout_p, "eps": eps, "out_dtype": out_dtype}
-        return norms.layer_norm(x, weight, bias, **options)
-    copies.require(x.device)
-    norms.validate(x, weight, bias, residual, dropout_p, out_dtype)
+        return fused_layernorm.layer_norm(x, weight, bias, **options)
+    launch.require(x.device)
+    fused_layernorm.validate(x, weight, bias, residual, dropout_p, out_dtype)
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     y, s, _, _, *form = _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps)
-    copies.give(y, Fp8(*form))
+    launch.give(y, Fp8(*form))
     return y if residual is None else (y, s)
+
+
+def qkv_attention(qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, **options: Any) -> Tensor:
+    """fused_attn.qkv_attention, which for ``linear`` also writes its output in fp8, and in backward qkv's gradient.
+
+    Where nothing would read them (no gradients, operands not in bf16) or find them (under torch.compile), and where the head
+    dimension is no multiple of 32, it is exactly that. Raises ValueError, also for a GPU without fp8.
+    """
+    heads = n_head + 2 * (n_kv_head or n_head)
+    if (
+        runtime.compute_dtype(qkv) != torch.bfloat16
+        or torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or not runtime.runs_in_triton(qkv)
+        or qkv.numel() == 0
+        or heads < 1
+        or qkv.shape[-1] % heads
+        or not group_size(qkv.shape[-1] // heads)
+    ):
+        return fused_attn.qkv_attention(qkv, n_head, n_kv_head=n_kv_head, **options)
+    launch.require(qkv.device)
+    return fused_attn.qkv_attention(qkv, n_head, n_kv_head=n_kv_head, operator=_attention, **options)
 
 
 def linear(
@@ -418,14 +422,14 @@ def linear(
     if not _in_fp8(x, weight):
         return _in_bf16(fused_linear.linear, x, weight, bias, residual=residual, dropout_p=dropout_p)
     x = x.to(_check(x, weight, bias, residual, dropout_p))
-    form, weights = _form(x, FORWARD, _EITHER), copies.of_weight(weight)
+    form, weights = _form(x, FORWARD, _EITHER), launch.of_weight(weight)
     y = _linear_fwd(x, *form, weight, *weights, bias, working_copy.adds_to(weight), isinstance(form, Grouped))
     return _finish(y, residual, dropout_p)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
     """gelu(x @ weight.T + bias), the GELU in a pass of its own: ``mlp`` has none."""
-    arguments_module.approximate(approximate)
+    arguments.approximate(approximate)
     return F.gelu(linear(x, weight, bias), approximate=approximate)
 
 
@@ -442,7 +446,7 @@ def mlp(
 ) -> Tensor:
     """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual. x (..., C), w_fc (H, C), w_proj (out, H); the rest is
     as in ``linear``."""
-    arguments_module.approximate(approximate)
+    arguments.approximate(approximate)
     if not (_in_fp8(x, w_fc) and _in_fp8(x, w_proj)):
         options = {"residual": residual, "dropout_p": dropout_p, "approximate": approximate}
         return _in_bf16(fused_linear.mlp, x, w_fc, b_fc, w_proj, b_proj, **options)
@@ -450,7 +454,7 @@ def mlp(
     hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
     _check(hidden, w_proj, b_proj, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
     y, _, _ = _mlp_fwd(
-        x, *_form(x, FORWARD), w_fc, *copies.of_weight(w_fc), b_fc, w_proj, *copies.of_weight(w_proj), b_proj,
+        x, *_form(x, FORWARD), w_fc, *launch.of_weight(w_fc), b_fc, w_proj, *launch.of_weight(w_proj), b_proj,
         approximate == "none", working_copy.adds_to(w_fc), working_copy.adds_to(w_proj),
     )  # fmt: skip
     return _finish(y, residual, dropout_p)
@@ -460,12 +464,12 @@ def _in_fp8(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer is computed in fp8 at all. Raises ValueError where it should be and cannot."""
     if not runtime.runs_in_triton(x):
         return False
-    copies.require(x.device)
+    launch.require(x.device)
     if type(weight).__name__ == "DTensor":
         raise ValueError(
             "weight is a DTensor, which the fp8 kernels cannot read: use FSDP, which hands over whole weights, or bf16"
         )
-    return torch.is_grad_enabled() and x.numel() > 0 and not any(size % copies.MULTIPLE for size in weight.shape)
+    return torch.is_grad_enabled() and x.numel() > 0 and not any(size % launch.MULTIPLE for size in weight.shape)
 
 
 def _in_bf16(op, x: Tensor, *args, **options) -> Tensor:

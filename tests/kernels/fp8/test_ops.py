@@ -17,7 +17,7 @@ from bench.numerics.simulation import matmul as simulated
 from fastgpt import ops
 from fastgpt.config import ModelConfig
 from fastgpt.kernels import fused_attn, fused_layernorm, fused_linear, reference, runtime, tuning, working_copy
-from fastgpt.kernels.fp8 import launch as copies
+from fastgpt.kernels.fp8 import launch
 from fastgpt.kernels.fp8 import ops as module
 from fastgpt.kernels.fp8.launch import FORWARD, GRADIENT, Fp8, Grouped
 from fastgpt.model import GPT
@@ -52,8 +52,8 @@ def attend(op, qkv: Tensor, heads: int, kv: int, options: dict):
         options = {"doc_ids": (torch.arange(T, device=qkv.device) // 9).expand(B, T)}
     qkv = qkv.clone().requires_grad_()
     out = op(qkv, heads, n_kv_head=kv, **options)
-    form, seen = copies.take(out, FORWARD, (Grouped,)), []
-    qkv.register_hook(lambda grad: seen.append(copies.take(grad, GRADIENT, (Grouped,))))
+    form, seen = launch.take(out, FORWARD, (Grouped,)), []
+    qkv.register_hook(lambda grad: seen.append(launch.take(grad, GRADIENT, (Grouped,))))
     out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(BF16))
     return out.detach(), form, qkv.grad, seen[0]
 
@@ -62,6 +62,7 @@ def attend(op, qkv: Tensor, heads: int, kv: int, options: dict):
 def test_attention_writes_what_a_pass_would(device, case, monkeypatch):
     # Without fp8 in the tiles that it has with fp8, and so with sums in the same order.
     choose, chosen = tuning.choose, {}
+    monkeypatch.setattr(fused_attn, "_choice", fused_attn._choice.__wrapped__)  # without its memory
     monkeypatch.setattr(tuning, "choose", lambda kernel, *rest: chosen.setdefault(kernel, choose(kernel, *rest)))
     heads, kv, D, T, options = ATTENTION[case]
     qkv = torch.randn(2, T, (heads + 2 * kv) * D, device=device).to(BF16)
@@ -83,8 +84,8 @@ def test_what_is_not_finite_passes_from_attention_to_its_linears(device, bad):
     qkv[0, 130, 130] = bad  # v of key 130: in the output of the tiles that read it
     out, form, grad, grad_form = attend(module.qkv_attention, qkv, 1, 1, {})
     for tensor, made, width in ((out, form, 64), (grad, grad_form, 192)):
-        b = copies.quantise_weight(torch.ones(16, width, device=device))[0]
-        finite = copies.matmul(Grouped(made.values.flatten(0, 1), made.scale), b).isfinite()
+        b = launch.quantise_weight(torch.ones(16, width, device=device))[0]
+        finite = launch.matmul(Grouped(made.values.flatten(0, 1), made.scale), b).isfinite()
         broken = ~tensor[0].isfinite().all(dim=1)
         assert 0 < broken.sum() and not finite[broken].any() and finite[~broken].all()
     qkv.requires_grad_()
@@ -98,7 +99,7 @@ def test_a_linear_around_attention_errs_as_rows_do(device):
     leaves = qkv.clone().requires_grad_(), weight.clone().requires_grad_()
     y = module.qkv_attention(leaves[0], 2)
     found = module.linear(y, leaves[1])
-    assert len(copies._made) == 0, "read"
+    assert len(launch._made) == 0, "read"
     exact = y.detach().double() @ weight.double().t()
     assert relative_error(found.detach(), exact) < 0.039  # docs/precision-modes.md
     assert not torch.equal(found, module.linear(y.detach(), leaves[1])), "by rows"
@@ -112,7 +113,7 @@ def test_attention_whose_form_nobody_would_read(device, why):
     with torch.set_grad_enabled(why != "no gradients"):
         out = module.qkv_attention(qkv, 1)
         assert torch.equal(out, fused_attn.qkv_attention(qkv, 1))
-    assert len(copies._made) == 0
+    assert len(launch._made) == 0
 
 
 def test_attention_refuses_what_attention_refuses(device, monkeypatch):
@@ -122,7 +123,7 @@ def test_attention_refuses_what_attention_refuses(device, monkeypatch):
             module.qkv_attention(qkv, n_head)
     with pytest.raises(ValueError, match=r"dropout_p is 1\.5"):
         module.qkv_attention(qkv, 1, dropout_p=1.5)
-    monkeypatch.setattr(copies, "refusal", lambda _: "RTX 3090 (sm_86) has no fp8 tensor cores")
+    monkeypatch.setattr(launch, "refusal", lambda _: "RTX 3090 (sm_86) has no fp8 tensor cores")
     with pytest.raises(ValueError, match="precision is fp8, but RTX 3090"):
         module.qkv_attention(qkv, 1)
 
@@ -153,9 +154,9 @@ def test_the_norm_writes_what_a_pass_would(device, C, residual, dropout_p):
         inputs = [t.clone().requires_grad_() for t in leaves]
         out = norm(*inputs, residual=stream, dropout_p=dropout_p, out_dtype=BF16)
         y = out[0] if residual else out
-        form = copies.take(y, FORWARD)
+        form = launch.take(y, FORWARD)
         seen: list = []
-        inputs[0].register_hook(lambda grad, seen=seen: seen.append((grad, copies.take(grad, GRADIENT))))
+        inputs[0].register_hook(lambda grad, seen=seen: seen.append((grad, launch.take(grad, GRADIENT))))
         y.backward(torch.linspace(-1, 1, y.numel(), device=device).view_as(y).to(BF16))
         results.append([y, *[t.grad for t in inputs]])
         if norm is module.layer_norm:
@@ -300,7 +301,7 @@ def test_without_gradients_everything_runs_in_bf16(device):
             module.linear(inputs["x"], weight), fused_linear.linear(inputs["x"], weight, keep_copy=False)
         )
         norm = module.layer_norm(inputs["x"], torch.ones(96, device=device))
-    assert weight not in copies._weights and copies.take(norm, FORWARD) is None
+    assert weight not in launch._weights and launch.take(norm, FORWARD) is None
     assert working_copy.existing(weight) is None, "no second copy beside fp8's"
 
 
@@ -373,9 +374,9 @@ def test_every_tensor_of_a_model_is_quantised_by_its_maker(device, monkeypatch, 
         asked.append((tensor.shape[-1], dtype, type(form)))
         return form
 
-    real, quantise = copies.take, copies.quantise
-    monkeypatch.setattr(copies, "take", take)
-    monkeypatch.setattr(copies, "quantise", lambda x, dtype: passes.append(tuple(x.shape)) or quantise(x, dtype))
+    real, quantise = launch.take, launch.quantise
+    monkeypatch.setattr(launch, "take", take)
+    monkeypatch.setattr(launch, "quantise", lambda x, dtype: passes.append(tuple(x.shape)) or quantise(x, dtype))
     model = tiny(device, attention=True, n_head=64 // D, n_embd=64)
     loss_of(model, torch.randint(0, 64, (2, 17), device=device)).backward()
     groups = Grouped if D >= 32 else type(None)
@@ -386,36 +387,36 @@ def test_every_tensor_of_a_model_is_quantised_by_its_maker(device, monkeypatch, 
     weights = [shape for matrix in matrices for shape in (matrix, matrix[::-1])]
     others = [] if D >= 32 else 2 * [(32, 64), (32, 192)]
     assert sorted(passes) == sorted(weights + others), "a pass of its own for weights alone"
-    assert len(copies._made) == 0, "forms are let go of when they have been read"
+    assert len(launch._made) == 0, "forms are let go of when they have been read"
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
-    count = len(copies._weights)
+    count = len(launch._weights)
     del model
-    assert count == 8 and len(copies._weights) == 0
+    assert count == 8 and len(launch._weights) == 0
 
 
 def test_a_form_is_only_for_the_tensor_as_it_was(device):
     def made():
         tensor = torch.randn(4, 16, device=device)
-        copies.give(tensor, copies.quantise(tensor, FORWARD))
+        launch.give(tensor, launch.quantise(tensor, FORWARD))
         return tensor
 
-    assert copies.take(tensor := made(), FORWARD) is not None
-    assert copies.take(tensor, FORWARD) is None, "taken"
-    assert copies.take(made(), GRADIENT) is None, "another format"
-    assert copies.take(made(), FORWARD, (Grouped,)) is None, "scales of another kind"
-    copies.give(tensor := torch.randn(4, 64, device=device), rounded_in_groups(tensor, FORWARD))
-    assert copies.take(tensor, FORWARD) is None, "the same"
-    assert copies.take(made().view(2, 32), FORWARD) is None, "another tensor"
-    assert copies.take(made().add_(1), FORWARD) is None, "written to since"
+    assert launch.take(tensor := made(), FORWARD) is not None
+    assert launch.take(tensor, FORWARD) is None, "taken"
+    assert launch.take(made(), GRADIENT) is None, "another format"
+    assert launch.take(made(), FORWARD, (Grouped,)) is None, "scales of another kind"
+    launch.give(tensor := torch.randn(4, 64, device=device), rounded_in_groups(tensor, FORWARD))
+    assert launch.take(tensor, FORWARD) is None, "the same"
+    assert launch.take(made().view(2, 32), FORWARD) is None, "another tensor"
+    assert launch.take(made().add_(1), FORWARD) is None, "written to since"
     made()
     del tensor
-    assert len(copies._made) == 0, "a form goes with its tensor"
+    assert len(launch._made) == 0, "a form goes with its tensor"
 
 
 def test_weights_are_quantised_once_per_step(device, monkeypatch):
     calls = []
-    real = copies.quantise_weight
-    monkeypatch.setattr(copies, "quantise_weight", lambda weight: calls.append(1) or real(weight))
+    real = launch.quantise_weight
+    monkeypatch.setattr(launch, "quantise_weight", lambda weight: calls.append(1) or real(weight))
     weight, x = nn.Parameter(torch.randn(32, 16, device=device)), torch.randn(4, 16, device=device).to(BF16)
     optimizer = FusedAdamW([weight], lr=0.1)
     for _ in range(2):
@@ -424,9 +425,9 @@ def test_weights_are_quantised_once_per_step(device, monkeypatch):
         optimizer.step()
     assert len(calls) == 2
     expected = rounded(weight.detach(), FORWARD).values
-    assert same_bits(copies.of_weight(weight)[0], expected) and len(calls) == 3
+    assert same_bits(launch.of_weight(weight)[0], expected) and len(calls) == 3
     monkeypatch.setattr(working_copy, "enabled", False)  # as under FSDP
-    copies.of_weight(weight)
+    launch.of_weight(weight)
     assert len(calls) == 4
 
 
@@ -479,11 +480,11 @@ def test_torch_compile(device):
 
 def test_opcheck(device):
     weight, x = torch.randn(32, 16, device=device), torch.randn(2, 3, 16, device=device).to(BF16)
-    forms = copies.of_weight(weight)
+    forms = launch.of_weight(weight)
     q, stats = module._quantise(x, FORWARD)
     dq, dstats = module._quantise(torch.randn(2, 3, 32, device=device), GRADIENT)
     wide, qkv = torch.randn(64, 16, device=device), torch.randn(1, 5, 192, device=device).to(BF16)
-    arguments = (1, 1, None, None, True, 0.125, None, 0.0, False)
+    arguments = (None, None, 1, 1, True, 0.125, None, 0.0, False)
     out, lse, *grouped = torch.ops.fastgpt.fp8_qkv_attention_fwd(qkv, *arguments)
     grads = x.requires_grad_(), weight.requires_grad_()
     for op, args in (
@@ -491,7 +492,7 @@ def test_opcheck(device):
         (torch.ops.fastgpt.fp8_quantise_weight, (weight.detach(),)),
         (torch.ops.fastgpt.linear_fp8_fwd, (grads[0], q, stats, grads[1], *forms, None, False, False)),
         (torch.ops.fastgpt.linear_fp8_bwd_input, (dq, dstats, *forms[2:], False)),
-        (torch.ops.fastgpt.linear_fp8_bwd_input, (*grouped, *copies.of_weight(wide)[2:], True)),
+        (torch.ops.fastgpt.linear_fp8_bwd_input, (*grouped, *launch.of_weight(wide)[2:], True)),
         (torch.ops.fastgpt.fp8_qkv_attention_fwd, (qkv, *arguments)),
         (torch.ops.fastgpt.fp8_qkv_attention_bwd, (out, qkv, out, lse, *arguments)),
     ):
@@ -509,7 +510,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(device, monkeypatch):
         module.linear(x, weight)
     with pytest.raises(ValueError, match=r"x is \(4, 16\) and weight \(32, 48\)"):
         module.linear(x, torch.randn(32, 48, device=device))
-    monkeypatch.setattr(copies, "refusal", lambda _: "RTX 3090 (sm_86) has no fp8 tensor cores")
+    monkeypatch.setattr(launch, "refusal", lambda _: "RTX 3090 (sm_86) has no fp8 tensor cores")
     for op in (module.linear, partial(module.layer_norm, out_dtype=BF16)):
         with pytest.raises(ValueError, match=r"precision is fp8, but RTX 3090 \(sm_86\) has no .*: use bf16"):
             op(x, weight[0] if op is not module.linear else weight)
@@ -517,15 +518,15 @@ def test_what_does_not_fit_is_refused_in_a_sentence(device, monkeypatch):
 
 @pytest.mark.parametrize("capability, name", [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 9), None), ((12, 0), None)])
 def test_which_cards_can(capability, name, monkeypatch):
-    monkeypatch.setattr(copies, "capability", lambda _: capability)
+    monkeypatch.setattr(launch, "capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A card")
-    reason = copies.refusal(torch.device("cuda", 0))
+    reason = launch.refusal(torch.device("cuda", 0))
     assert reason is None if name is None else f"A card ({name}) has no fp8 tensor cores" in reason
-    assert copies.engine(torch.device("cuda", 0)) == "triton"
-    monkeypatch.setattr(copies, "capability", lambda _: (9, 0))
+    assert launch.engine(torch.device("cuda", 0)) == "triton"
+    monkeypatch.setattr(launch, "capability", lambda _: (9, 0))
     for has, name in ((True, "scaled_mm"), (False, "triton")):
-        monkeypatch.setattr(copies, "_torch_multiplies", lambda _, has=has: has)
-        assert copies.engine(torch.device("cuda", 0)) == name
+        monkeypatch.setattr(launch, "_torch_multiplies", lambda _, has=has: has)
+        assert launch.engine(torch.device("cuda", 0)) == name
 
 
 def test_a_distributed_tensor_is_refused(device):
@@ -540,7 +541,7 @@ def test_a_distributed_tensor_is_refused(device):
 def test_a_cpu_without_the_interpreter_computes_the_reference(monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRET", False)
     inputs = layer(torch.device("cpu"))
-    assert "a CPU has no fp8 kernels" in copies.refusal(torch.device("cpu"))
+    assert "a CPU has no fp8 kernels" in launch.refusal(torch.device("cpu"))
     assert torch.equal(module.linear(**inputs), reference.linear(**inputs))
 
 
