@@ -328,8 +328,8 @@ def launch_backward(
     dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
     dropout_p: float, s_is_x: bool, two_gradients: bool, outputs: tuple[Tensor, ...], quantised: tuple[Tensor, ...] = (),
 ) -> None:  # fmt: skip
-    """Fill dx, dresidual, dweight and dbias where they are not empty, and ``quantised``: dx rounded to fp8, its scales and norms
-    (C <= MAX_BACKWARD_BLOCK)."""
+    """Fill dx, dresidual, dweight and dbias where they are not empty, and ``quantised``: dx rounded to fp8, its scales and
+    norms (C <= MAX_BACKWARD_BLOCK)."""
     dx, dresidual, dweight, dbias = outputs
     if s.numel() == 0:
         dweight.zero_()

@@ -1,5 +1,5 @@
 """The @triton.jit functions of ops.py: a matmul of fp8 operands whose epilogue quantises its own result, the same
-epilogue as a sweep, and a quantiser for tensors whose maker cannot.
+epilogue as a sweep, and a quantiser for tensors that no kernel of ours has made.
 
 Sums: products of BK of K, 64 or a group of fewer, in the tensor core's accumulator, these sums in fp32. Ada's and Hopper's
 tensor cores keep 13 fraction bits of fp8 sums, which at K = 65,536 would triple the error; every 128 would do
@@ -31,7 +31,7 @@ def _quantise_bounded(value, rm, in_m, out, mask, first, Q, SCALE, NORM, MAX_NOR
         bound += tl.load(MAX_BIAS)
     scale = row_scale(bound * 1.13 if BACKWARD else bound, Q)
     tl.store(Q + out, nearest(scaled_down(value.to(tl.float32), scale), Q), mask=mask)
-    tl.store(SCALE + rm, scale, mask=in_m & first)
+    tl.store(SCALE + rm, scale, mask=in_m & first)  # all tiles of a row have the same
 
 
 @triton.jit
@@ -52,12 +52,13 @@ def fp8_linear_kernel(
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     rm, rn, rk = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     in_m, in_n = rm < M, rn < N
+    # K is contiguous in both: 8-bit tensor-core operands are read along the summed side.
     a_ptr = A + rm.to(tl.int64)[:, None] * K + rk[None, :]
     b_ptr = B + rn.to(tl.int64)[None, :] * K + rk[:, None]
-    tl.static_assert(COLUMNS % BK == 0)
+    tl.static_assert(COLUMNS % BK == 0)  # a chunk of K lies in one group: one scale per row and chunk
     z = tl.zeros((BM, BN), tl.float32)
     for k in range(0, K, BK):
-        if EVEN_K:
+        if EVEN_K:  # no mask along K, which would split the loads
             a = tl.load(a_ptr, mask=in_m[:, None], other=0.0)
             b = tl.load(b_ptr, mask=in_n[None, :], other=0.0)
         else:
@@ -72,7 +73,7 @@ def fp8_linear_kernel(
             z += tl.dot(a, b, max_num_imprecise_acc=BK)
         a_ptr += BK
         b_ptr += BK
-    if not COLUMNS:
+    if not COLUMNS:  # one scale for all of a row comes out of the sum
         z *= tl.load(SCALE_A + rm, mask=in_m, other=0.0)[:, None]
     z *= tl.load(SCALE_B + rn, mask=in_n, other=0.0)[None, :]
     mask, out = in_m[:, None] & in_n[None, :], rm.to(tl.int64)[:, None] * N + rn[None, :]
@@ -83,6 +84,7 @@ def fp8_linear_kernel(
         z = gelu(z, ERF)
     elif EPILOGUE == "dgelu":
         z *= gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
+    # What is quantised and summed below is C as stored: the fp8 form is then the same as a pass over C would make.
     rounded = z.to(C.dtype.element_ty)
     tl.store(C + out, rounded, mask=mask)
     if COLUMN_SUM is not None:

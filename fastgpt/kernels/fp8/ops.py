@@ -39,7 +39,6 @@ from fastgpt.kernels import (
     fused_attn,
     fused_layernorm,
     fused_linear,
-    reference,
     runtime,
     working_copy,
 )
@@ -420,7 +419,8 @@ def linear(
     Raises ValueError for arguments that do not fit, for a GPU without fp8, and for a DTensor.
     """
     if not _in_fp8(x, weight):
-        return _in_bf16(fused_linear.linear, x, weight, bias, residual=residual, dropout_p=dropout_p)
+        # Without the weight's 16-bit copy: training in fp8 has no other use for it.
+        return fused_linear.linear(x, weight, bias, residual=residual, dropout_p=dropout_p, keep_copy=False)
     x = x.to(_check(x, weight, bias, residual, dropout_p))
     form, weights = _form(x, FORWARD, _EITHER), launch.of_weight(weight)
     y = _linear_fwd(x, *form, weight, *weights, bias, working_copy.adds_to(weight), isinstance(form, Grouped))
@@ -448,8 +448,8 @@ def mlp(
     as in ``linear``."""
     arguments.approximate(approximate)
     if not (_in_fp8(x, w_fc) and _in_fp8(x, w_proj)):
-        options = {"residual": residual, "dropout_p": dropout_p, "approximate": approximate}
-        return _in_bf16(fused_linear.mlp, x, w_fc, b_fc, w_proj, b_proj, **options)
+        options: dict[str, Any] = {"residual": residual, "dropout_p": dropout_p, "approximate": approximate}
+        return fused_linear.mlp(x, w_fc, b_fc, w_proj, b_proj, keep_copy=False, **options)
     x = x.to(_check(x, w_fc, b_fc, None, 0.0, names=("x", "w_fc", "b_fc")))
     hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
     _check(hidden, w_proj, b_proj, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
@@ -470,13 +470,6 @@ def _in_fp8(x: Tensor, weight: Tensor) -> bool:
             "weight is a DTensor, which the fp8 kernels cannot read: use FSDP, which hands over whole weights, or bf16"
         )
     return torch.is_grad_enabled() and x.numel() > 0 and not any(size % launch.MULTIPLE for size in weight.shape)
-
-
-def _in_bf16(op, x: Tensor, *args, **options) -> Tensor:
-    """``op`` of fused_linear.py. The weight's 16-bit copy is not kept: training in fp8 has no other use for it."""
-    if not runtime.runs_in_triton(x):
-        return getattr(reference, op.__name__)(x, *args, **options)
-    return op(x, *args, keep_copy=False, **options)
 
 
 def _check(x, weight, bias, residual, dropout_p, names=("x", "weight", "bias")) -> torch.dtype:
