@@ -21,7 +21,7 @@ def row(**changed):
     fine = Row(
         case="step gpt2-124m bf16",
         module="fused_attn",
-        kernel="forward",
+        kernel="forward_kernel",
         dtype="bf16",
         config="D=64 w8 s3",
         arch=89,
