@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastgpt import __version__, common
-from fastgpt.command import unknown
-from fastgpt.common import UserError
+from fastgpt.common import UserError, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
 _FOOTER = """fastgpt COMMAND --help has the options and more examples. What help calls python train.py or python -m fastgpt.NAME

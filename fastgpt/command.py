@@ -20,7 +20,6 @@ module, and a command line means the same with either.
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import io
 import itertools
@@ -28,7 +27,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from importlib.util import find_spec
@@ -36,7 +35,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, nearest, unknown
 
 AnyConfig = TypeVar("AnyConfig")
 
@@ -138,7 +137,7 @@ class Option(NamedTuple):
             return TRUTH[word]
         if choices := ("True", "False") if self.type is bool else get_args(self.type):
             if word not in choices:
-                raise UserError(f"{self.label} is {word!r}{nearest(word, choices)}: it can be {', '.join(choices)}")
+                raise UserError(unknown(self.label, word, choices))
             return word
         try:
             return self.type(word)
@@ -214,18 +213,6 @@ def subcommand(args: Sequence[str], known: Mapping[str, type], module: str) -> t
     if name not in known:
         raise UserError(unknown("command", name, known))
     return name, rest
-
-
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """A sentence for a name that does not exist: the nearest that does, and all there are."""
-    names = list(known)
-    return f"{what} is {name!r}{nearest(name, names)}: it can be {', '.join(names)}"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'this'?)", or "" if nothing is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def program(module: str) -> str:

@@ -3,10 +3,11 @@ read them, how a command ends."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,10 +18,29 @@ class UserError(Exception):
     it and exit with 2."""
 
 
-def first_line(error: BaseException, limit: int = 200) -> str:
+def first_line(error: BaseException) -> str:
     """An exception's message, short enough to be part of one sentence."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def at_least(least: int, **values: float | None) -> None:
+    """Raise UserError for the first value below ``least``, and for NaN. None, for what is not given, passes."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise UserError(f"{name} is {value}: it must {f'be at least {least}' if least else 'not be negative'}")
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """A sentence for a name that does not exist: the nearest that does, and all there are."""
+    names = list(known)
+    return f"{what} is {name!r}{nearest(name, names)}: it can be {', '.join(names)}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'this'?)", or "" if nothing is near."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 # ---------------------------------------------------------------- files

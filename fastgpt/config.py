@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from fastgpt import command
-from fastgpt.command import Arg, nearest
-from fastgpt.common import UserError
+from fastgpt.command import Arg
+from fastgpt.common import UserError, at_least, nearest, unknown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +30,10 @@ PLAIN = {"fp16-fast": "fp16", "fp8": "bf16"}
 """The precision of the operations that an experimental one does not change."""
 Device = Literal["auto", "cpu", "cuda"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
+
+
+def _at_least(least: int, section: Any, *names: str) -> None:
+    at_least(least, **{name: getattr(section, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,7 @@ class ModelConfig:
     """0 is right for one pass over a large corpus."""
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        _at_least(1, self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
         if self.n_embd % self.n_head:
             heads = ", ".join(
                 str(h) for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and self.n_embd // h >= 16
@@ -87,9 +89,7 @@ class DataConfig:
     on one GPU or on eight."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "grad_accum"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        _at_least(1, self, "batch_size", "grad_accum")
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,7 @@ class OptimConfig:
     """Largest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "grad_clip", "warmup_iters", "min_lr_ratio"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative")
+        _at_least(0, self, "lr", "weight_decay", "grad_clip", "warmup_iters", "min_lr_ratio")
         if not 0 <= self.decay_share <= 1:
             raise UserError(f"decay_share is {self.decay_share}: it must lie in [0, 1]")
         for name in ("beta1", "beta2"):
@@ -193,12 +191,8 @@ class TrainConfig:
         return "compile" if self.compile and self.kernels == "eager" else self.kernels
 
     def __post_init__(self) -> None:
-        for name in ("max_iters", "eval_iters", "keep_checkpoints", "log_interval", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("eval_interval", "checkpoint_interval", "sample_interval", "spike_zscore"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{name} is {getattr(self, name)}: it must not be negative (0 turns it off)")
+        _at_least(1, self, "max_iters", "eval_iters", "keep_checkpoints", "log_interval", "max_skipped")
+        _at_least(0, self, "eval_interval", "checkpoint_interval", "sample_interval", "spike_zscore")
 
 
 @dataclass(frozen=True)
@@ -249,7 +243,7 @@ def preset_names() -> list[str]:
 def load_preset(name: str, device: str = "cpu") -> Config:
     """The preset of that name, for a device type ("cpu" or "cuda"). Raises UserError for an unknown name."""
     if name not in preset_names():
-        raise UserError(command.unknown("preset", name, preset_names()))
+        raise UserError(unknown("preset", name, preset_names()))
     return replace(load_toml(config_folder() / f"{name}.toml", Config(), device), preset=name)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, at_least
 from fastgpt.data.verification import verify_files
 from fastgpt.data.windows import ORDER, Windows
 
@@ -60,14 +60,10 @@ class TokenLoader:
         eot: int | None = None,
         prefetch: int = 2,
     ) -> None:
-        for name, value in (("block_size", block_size), ("batch_size", batch_size), ("world_size", world_size)):
-            if value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+        at_least(1, block_size=block_size, batch_size=batch_size, world_size=world_size)
+        at_least(0, seed=seed, prefetch=prefetch)
         if not 0 <= rank < world_size:
             raise UserError(f"rank is {rank}: it must be in 0..{world_size - 1}")
-        for name, value in (("seed", seed), ("prefetch", prefetch)):
-            if value < 0:
-                raise UserError(f"{name} is {value}: it must not be negative")
         if doc_ids and eot is None:
             raise UserError("doc_ids needs eot, the tokenizer's id between documents")
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed

@@ -27,7 +27,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from fastgpt import __version__
-from fastgpt.common import UserError, read_json, sync_folder, write_json
+from fastgpt.common import UserError, at_least, read_json, sync_folder, write_json
 from fastgpt.data import encoding
 from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encoding import EncodedBatch, cores, encode_corpus
@@ -83,7 +83,9 @@ def prepare(
         UserError: there is nothing to read or too little to split; ``out_dir`` or its ``.partial`` holds something else
             (which is never overwritten); or the disk is full (what was written stays and can be continued).
     """
-    _check_options(val_fraction=val_fraction, shard_tokens=shard_tokens, max_tokens=max_tokens, workers=workers)
+    if not 0 < val_fraction < 1:
+        raise UserError(f"val_fraction is {val_fraction}: it must lie between 0 and 1")
+    at_least(1, shard_tokens=shard_tokens, max_tokens=max_tokens, workers=workers)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError("prepare() was called while a worker imports the main script: guard it by __name__")
     out = Path(out_dir).expanduser()
@@ -315,14 +317,6 @@ def _lock(out: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)  # only after success: a process that waits for it then finds the folder complete
     finally:
         lock.release()
-
-
-def _check_options(*, val_fraction: float, **counts: int | None) -> None:
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}: it must lie between 0 and 1")
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
 
 
 def _cannot_write(error: OSError, out: Path, work: Path) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgpt.common import UserError, first_line
+from fastgpt.common import UserError, first_line, unknown
 
 if TYPE_CHECKING:
     import tiktoken
@@ -89,7 +89,7 @@ def get_tokenizer(name: str) -> Tokenizer:
         return BytesTokenizer()
     if name == "gpt2":
         return GPT2Tokenizer(_gpt2_encoding())
-    raise UserError(f"tokenizer is {name!r}; it must be one of {', '.join(NAMES)}")
+    raise UserError(unknown("tokenizer", name, NAMES))
 
 
 def _gpt2_encoding() -> tiktoken.Encoding:

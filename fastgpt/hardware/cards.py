@@ -281,10 +281,10 @@ def nearest(name: str, count: int = 5) -> list[str]:
     return list(dict.fromkeys(known[short] for short in close))[:count]
 
 
-def card(name: str, *, option: str = "gpu", vram_gb: float | None = None, otherwise: str = "") -> Gpu:
+def card(name: str, *, option: str = "gpu", otherwise: str = "") -> Gpu:
     """The card that a user named with ``option``, by ``lookup``. Raises UserError with the nearest names if there is none;
     ``otherwise``: what can be done instead of naming another."""
-    found = lookup(name, vram_gb=vram_gb)
+    found = lookup(name)
     if found is None:
         raise UserError(
             f"{option} is {name!r}, which is not in the table: nearest are {', '.join(nearest(name))}{otherwise}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastgpt import anatomy
-from fastgpt.common import UserError, gigabytes
+from fastgpt.common import UserError, at_least, gigabytes
 from fastgpt.config import Config, ModelConfig
 from fastgpt.hardware import cards
 from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, Memory, memory
@@ -135,8 +135,7 @@ def plan(
     """
     if tokens is None:
         tokens = CHINCHILLA * anatomy.n_params(model, positions=False)
-    if tokens < 1:
-        raise UserError(f"tokens is {tokens}: it must be at least 1")
+    at_least(1, tokens=tokens)
     usable = usable_vram(gpu, vram_gb)
     hopper = gpu is not None and int(gpu.arch.removeprefix("sm_")) >= 90
     workspace = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
@@ -171,10 +170,10 @@ def fit_batch(config: Config, room: cards.Gpu | int, world_size: int = 1, *, dev
     return micro_batch, per_gpu * world_size
 
 
-def check_fits(config: Config, room: cards.Gpu | int, world_size: int = 1, *, device: str = "cuda") -> Memory:
-    """What the configured micro-batch needs. Raises UserError, naming what would fit, where it cannot fit even if the memory
-    model counts too much by its known error and no margin is left."""
-    job = _Job.of(config, world_size, device)
+def check_fits(config: Config, room: cards.Gpu | int, world_size: int = 1) -> Memory:
+    """What the configured micro-batch needs on a GPU. Raises UserError, naming what would fit, where it cannot fit even if the
+    memory model counts too much by its known error and no margin is left."""
+    job = _Job.of(config, world_size, "cuda")
     needed = job.memory(config.data.batch_size)
     available = usable_vram(room) + round(MARGIN * _vram(room)) if isinstance(room, cards.Gpu) else room
     if needed.allocated * (1 - MARGIN) <= available:
@@ -234,8 +233,7 @@ class _Job:
 
     def geometry(self, tokens_per_step: int, usable: int, where: str) -> tuple[int, int, str | None]:
         """micro_batch, grad_accum, and a hint where other tokens per step would allow a much larger micro-batch."""
-        if self.world_size < 1:
-            raise UserError(f"world_size is {self.world_size}: it must be at least 1")
+        at_least(1, world_size=self.world_size)
         unit = self.model.block_size * self.world_size
         if tokens_per_step < 1 or tokens_per_step % unit:
             below = tokens_per_step // unit * unit

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from fastgpt import anatomy
-from fastgpt.common import UserError
+from fastgpt.common import UserError, at_least, unknown
 from fastgpt.config import ModelConfig
 
 KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
@@ -180,6 +180,5 @@ def check_step(kernels: str, precision: str, micro_batch: int, precisions: Itera
     """Raise UserError for kernels, a precision or a micro_batch that do not exist."""
     for name, value, known in (("kernels", kernels, KERNELS), ("precision", precision, precisions)):
         if value not in known:
-            raise UserError(f"{name} is {value!r}: it can be {', '.join(known)}")
-    if micro_batch < 1:
-        raise UserError(f"micro_batch is {micro_batch}: it must be at least 1")
+            raise UserError(unknown(name, value, known))
+    at_least(1, micro_batch=micro_batch)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from fastgpt import anatomy
 from fastgpt.anatomy import Linear, Shape
-from fastgpt.common import UserError
+from fastgpt.common import UserError, at_least
 from fastgpt.config import PLAIN
 from fastgpt.hardware import cards
 from fastgpt.performance import flops
@@ -186,8 +186,7 @@ def operations(
     """
     T = shape.block_size if T is None else T
     check_step(kernels, precision, micro_batch, PRECISIONS)
-    if T < 1:
-        raise UserError(f"T is {T}: it must be at least 1")
+    at_least(1, T=T)
     if T > shape.block_size:
         raise UserError(f"T is {T}: the model's block_size is {shape.block_size}, so give at most that")
     s = StepSizes(shape, kernels, precision, micro_batch, T, dropout, sm_count, fusions)

@@ -352,8 +352,14 @@ def test_more_of_anything_takes_more(kernels):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernels": "tritn"}, "kernels is 'tritn': it can be nanogpt-compile, eager, compile, triton"),
-        ({"precision": "tf32"}, f"precision is 'tf32': it can be {', '.join(memory_module.SIZES)}"),
+        (
+            {"kernels": "tritn"},
+            r"kernels is 'tritn' \(did you mean 'triton'\?\): it can be nanogpt-compile, eager, compile, triton",
+        ),
+        (
+            {"precision": "tf32"},
+            rf"precision is 'tf32' \(did you mean 'fp32'\?\): it can be {', '.join(memory_module.SIZES)}",
+        ),
         ({"micro_batch": 0}, "micro_batch is 0: it must be at least 1"),
     ],
 )
