@@ -1,7 +1,7 @@
-# make train: an environment, then the main job. make test: the same environment, then every test. make audit, make lint.
+# Every target first makes the environment: make train, make test, make lint, make audit.
 PYTHON ?= python3
 VENV   ?= .venv
-# The build of torch that this machine's pip offers: CUDA where it finds one, CPU where that is what there is.
+# pip picks the build of torch for this machine, CUDA or CPU.
 TORCH  ?= torch==2.13.0 triton==3.7.1
 ARGS   ?=
 JOBS   ?= 2
@@ -20,7 +20,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every kernel compiled for an RTX 4070, which need not be here; fails on spills.
+# Compiles every kernel for an RTX 4070, which need not be present; fails on spills.
 audit: install
 	$(BIN)/python -m bench.audit --arch sm_89 $(ARGS)
 

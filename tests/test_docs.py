@@ -294,6 +294,7 @@ def test_entries_named_in_a_sentence_exist(page):
 
 OURS = [path for top in ("fastgpt", "bench", "tests", "docs", "tools", "configs") for path in (ROOT / top).rglob("*")]
 OURS += [path for path in ROOT.iterdir() if path.is_file()]
+KERNELS = list((ROOT / "fastgpt" / "kernels").rglob("*.py"))
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
@@ -307,6 +308,8 @@ def test_files_and_names_in_a_sentence_exist(page):
             assert any(path.as_posix().endswith(ending) for path in OURS), f"there is no {span}"
         elif match := re.fullmatch(r"((?:fastgpt|bench)(?:\.\w+)*)(?:\(.*\))?", span):
             pkgutil.resolve_name(match[1])
+        elif re.fullmatch(r"\w+_kernel", span):
+            assert any(f"def {span}(" in path.read_text(encoding="utf-8") for path in KERNELS), f"there is no {span}"
 
 
 # ---- Python blocks
