@@ -16,9 +16,9 @@ times the same token are 512 programs and one sum over 512 rows, not one program
 runs are bit-equal. Sorting, as PyTorch's embedding_dense_backward does it, keeps the host out of it; llm.c's encoder_backward
 forms the runs on the CPU instead.
 
-**In place.** The table is also the head, so autograd gets two dense (V, C) gradients of one parameter and adds them, of
-which the embedding's has at most N rows that are not 0. Within ``fused_linear.gradients_in_place`` the rows that occur
-are added to ``wte.grad`` where there is one. The engine runs AccumulateGrad of a parameter once, after the backward of
+**In place.** The embedding is tied to the LM head, so autograd gets two dense (V, C) gradients of one parameter and adds
+them, of which the embedding's has at most N rows that are not 0. Within ``working_copy.gradients_in_place`` the rows that
+occur are added to ``wte.grad`` where there is one. Autograd runs AccumulateGrad of a parameter once, after the backward of
 its last use, with the sum of what the uses returned; a use that returns nothing adds nothing to it. So at this point
 ``wte.grad`` holds the earlier micro-batches, with or without the head's share of this one, and either is right: what is
 missing comes later, by an addition. In a step's first micro-batch there is no ``.grad`` yet, and the gradient is dense.
@@ -42,6 +42,7 @@ Beside these, the sort of N ids (some passes over 12N bytes), and partial sums: 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -52,10 +53,30 @@ from torch import Tensor
 from fastgpt.kernels import arguments, reference, runtime, working_copy
 from fastgpt.kernels.philox import dropout
 
-# ---------------- was fastgpt/kernels/_embedding_kernels.py
-# The @triton.jit functions of fused_embedding.py: the sum of two rows, and the gradients of the two tables.
-#
-# Tokens are numbered n = b T + t. A program owns BLOCK columns: program id 1 says which.
+
+class EmbeddingLaunch(NamedTuple):
+    """Launch geometry: tiles of ``rows`` x ``block`` elements; ``piece`` sorted tokens are walked one after another, and
+    ``pieces`` of them by one program."""
+
+    rows: int
+    block: int
+    piece: int = 16
+    pieces: int = 1
+
+
+@lru_cache
+def config(C: int) -> EmbeddingLaunch:
+    """Geometry for rows of C elements, safe on any card. Blocks of 256 or 128 columns, 1 KB or half of it at a time: at most
+    127 lanes idle, none at C = 384, 768, 1024. Nothing here depends on the number of tokens: a new batch size compiles
+    nothing."""
+    if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
+        return EmbeddingLaunch(64, max(16, triton.next_power_of_2(C)), pieces=64)
+    block = min(max(triton.next_power_of_2(C), 16), 128 if C % 256 else 256)
+    return EmbeddingLaunch(1024 // block, block)
+
+
+# ---------------------------------------------------------------- kernels
+# Tokens are numbered n = b T + t. A program owns BLOCK columns of some tokens: program id 1 says which columns.
 
 
 @triton.jit(do_not_specialize=["n_tokens", "T", "V", "position", "idx_stride_b", "idx_stride_t"])
@@ -71,6 +92,7 @@ def embedding_forward_kernel(
     exists, inside = row < n_tokens, (cols < C)[None, :]
     b, t = (row // T).to(tl.int64), (row % T).to(tl.int64)
     idx = tl.load(IDX + b * idx_stride_b + t * idx_stride_t, mask=exists, other=-1).to(tl.int64)
+    # An id outside the table never becomes an address: the host does not look, as asking a GPU would make it wait.
     known = exists & (idx >= 0) & (idx < V)
     token = WTE + tl.where(known, idx, 0)[:, None] * wte_stride + cols[None, :]
     x = tl.load(token, mask=known[:, None] & inside, other=float("nan")).to(tl.float32)
@@ -79,6 +101,7 @@ def embedding_forward_kernel(
     if SEED is not None:
         x = dropout(x, SEED, row, tl.program_id(1) * BLOCK, dropout_p, ROWS, BLOCK)
     tl.store(OUT + row.to(tl.int64)[:, None] * C + cols[None, :], x.to(OUT.dtype.element_ty), mask=mask)
+    # The programs that share these tokens would all write the same ids: one does.
     tl.store(IDS + row, tl.where(known, idx, -1).to(tl.int32), mask=exists & (tl.program_id(1) == 0))
 
 
@@ -92,7 +115,7 @@ def position_grad_kernel(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = (t < T)[:, None] & (cols < C)[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for b in range(0, B):
+    for b in range(0, B):  # one order of the sum whatever the grid: repeat runs are bit-equal
         row = t + b * T
         dx = tl.load(DX + row[:, None] * dx_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         if SEED is not None:
@@ -119,7 +142,7 @@ def token_grad_kernel(
     first_col = tl.program_id(1) * BLOCK
     cols = first_col + tl.arange(0, BLOCK)
     inside = (cols < C)[None, :]
-    # -2 stands for "no token": an id of its own.
+    # -2 stands for "no token": an id of its own, unlike -1, a token outside the table.
     before = tl.load(IDS + piece * PIECE - 1, mask=(piece > 0) & (piece * PIECE < n_tokens), other=-2)
     total = tl.zeros((PIECES, BLOCK), tl.float32)
     last = tl.full((PIECES,), -2, tl.int32)
@@ -132,9 +155,11 @@ def token_grad_kernel(
         dx = dx.to(tl.float32)
         if SEED is not None:
             dx = dropout(dx, SEED, row, first_col, dropout_p, PIECES, BLOCK)
-        total = tl.where((id == last)[:, None], total, 0.0) + dx
+        total = tl.where((id == last)[:, None], total, 0.0) + dx  # a new run starts from 0
         last = id
 
+        # A run ends here if the next token has another id. It is whole if it also began here: then its row is written once,
+        # by this program alone.
         ends = tl.load(IDS + at + 1, mask=at + 1 < n_tokens, other=-2) != id
         whole = exists & ends & (id != before) & (id >= 0)
         out = GRAD + id.to(tl.int64)[:, None] * grad_stride + cols[None, :]
@@ -142,6 +167,7 @@ def token_grad_kernel(
         if ADD:
             result += tl.load(out, mask=whole[:, None] & inside, other=0.0).to(tl.float32)
         tl.store(out, result.to(GRAD.dtype.element_ty), mask=whole[:, None] & inside)
+        # Else the part of it in this piece: at its end, or at the end of the piece.
         begins = id != before
         part = exists & (ends | (step == PIECE - 1)) & ((ends == 0) | (begins == 0))
         slot = 2 * piece + tl.where(begins, 1, 0)
@@ -159,11 +185,13 @@ def long_runs_kernel(
     end = (piece + 1) * PIECE  # the first token of the next piece
     id = tl.load(IDS + end - 1, mask=end < n_tokens, other=-2)
     before = tl.load(IDS + piece * PIECE - 1, mask=piece > 0, other=-2)
+    # Only the piece in which a long run begins adds it up, and only if it begins there: id != before.
     goes_on = (tl.load(IDS + end, mask=end < n_tokens, other=-2) == id) & (id >= 0) & (id != before)
     if goes_on:
         cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = (cols < C)[None, :]
         lanes = tl.arange(0, ROWS)
+        # Lane 0 starts with what the first piece holds (its row 1); all lanes then add row 0 of the pieces that follow.
         first = PARTIAL + (2 * piece + 1) * C + cols[None, :] + tl.zeros((ROWS, 1), tl.int32)
         total = tl.load(first, mask=(lanes == 0)[:, None] & inside, other=0.0)
         ahead = piece + 1 + lanes
@@ -181,75 +209,39 @@ def long_runs_kernel(
         tl.store(out, sums.to(GRAD.dtype.element_ty), mask=cols < C)
 
 
-class EmbeddingLaunch(NamedTuple):
-    """Launch geometry: tiles of ``rows`` x ``block`` elements; ``piece`` sorted tokens are walked one after another, and
-    ``pieces`` of them by one program."""
-
-    rows: int
-    block: int
-    piece: int = 16
-    pieces: int = 1
-
-
-def config(C: int) -> EmbeddingLaunch:
-    """Geometry for rows of C elements, safe on any card. Blocks of 256 or 128 columns, 1 KB or half of it at a time: at most
-    127 lanes idle, none at C = 384, 768, 1024. Nothing here depends on the number of tokens: a new batch size compiles
-    nothing."""
-    block = min(max(triton.next_power_of_2(C), 16), 128 if C % 256 else 256)
-    if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
-        return EmbeddingLaunch(64, max(16, triton.next_power_of_2(C)), pieces=64)
-    return EmbeddingLaunch(1024 // block, block)
-
-
-# ---------------------------------------------------------------- launchers
-
-
-def _grid(cfg: EmbeddingLaunch, rows: int, per_program: int, C: int) -> tuple[int, int]:
-    return triton.cdiv(rows, per_program), triton.cdiv(C, cfg.block)
-
-
-def _add_position_grad(
-    grad: Tensor, dx: Tensor, T: int, position: int, seed: Tensor | None, dropout_p: float, add: bool
-) -> None:
-    """grad[position : position + T] = (``add``: +=) the sums of dx (N, C) over the sequences."""
-    (N, C), cfg = dx.shape, config(dx.shape[1])
-    position_grad_kernel[_grid(cfg, T, cfg.rows, C)](
-        dx, seed, grad, N // T, T, position, dx.stride(0), grad.stride(0), dropout_p,
-        C=C, ADD=add, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4,
-    )  # fmt: skip
-
-
-def _add_token_grad(grad: Tensor, dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float, add: bool) -> None:
-    """grad[v] = (``add``: +=) the sum of the rows of dx (N, C) whose id is v, for each v among ``ids`` (N,) from 0 on."""
-    (N, C), cfg = dx.shape, config(dx.shape[1])
-    ids, order = ids.sort(stable=True)
-    pieces = triton.cdiv(N, cfg.piece)
-    partial = torch.empty(2 * pieces, C, dtype=torch.float32, device=dx.device)
-    token_grad_kernel[_grid(cfg, pieces, cfg.pieces, C)](
-        dx, seed, ids, order, grad, partial, N, dx.stride(0), grad.stride(0), dropout_p,
-        C=C, ADD=add, PIECE=cfg.piece, PIECES=cfg.pieces, BLOCK=cfg.block, num_warps=max(1, cfg.block // 128),
-    )  # fmt: skip
-    if pieces > 1:
-        long_runs_kernel[_grid(cfg, pieces - 1, 1, C)](
-            ids, grad, partial, N, grad.stride(0),
-            C=C, ADD=add, PIECE=cfg.piece, ROWS=16, BLOCK=cfg.block, num_warps=4,
-        )  # fmt: skip
+# ---------------------------------------------------------------- launcher of the gradients
 
 
 def _launch_grads(
     wte_grad: Tensor | None, wpe_grad: Tensor | None, dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float,
     position: int, *, add: bool,
 ) -> None:  # fmt: skip
-    """Both gradients, where not None; their rows neighbours in memory along C. dx (..., T, C), ids (N,)."""
+    """Fill both gradients, or add to them, where not None. They have adjacent columns. dx (..., T, C), ids (N,)."""
     if dx.numel() == 0:
         return
     T = dx.shape[-2]
     dx = runtime.columns_adjacent(dx.reshape(-1, dx.shape[-1]))
+    (N, C), cfg = dx.shape, config(dx.shape[1])
+    column_blocks = triton.cdiv(C, cfg.block)
     with runtime.device_guard(dx):
         if wpe_grad is not None:
-            _add_position_grad(wpe_grad, dx, T, position, seed, dropout_p, add)
+            position_grad_kernel[(triton.cdiv(T, cfg.rows), column_blocks)](
+                dx, seed, wpe_grad, N // T, T, position, dx.stride(0), wpe_grad.stride(0), dropout_p,
+                C=C, ADD=add, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4,
+            )  # fmt: skip
         if wte_grad is not None:
-            _add_token_grad(wte_grad, dx, ids, seed, dropout_p, add)
+            ids, order = ids.sort(stable=True)
+            pieces = triton.cdiv(N, cfg.piece)
+            partial = torch.empty(2 * pieces, C, dtype=torch.float32, device=dx.device)
+            token_grad_kernel[(triton.cdiv(pieces, cfg.pieces), column_blocks)](
+                dx, seed, ids, order, wte_grad, partial, N, dx.stride(0), wte_grad.stride(0), dropout_p,
+                C=C, ADD=add, PIECE=cfg.piece, PIECES=cfg.pieces, BLOCK=cfg.block, num_warps=max(1, cfg.block // 128),
+            )  # fmt: skip
+            if pieces > 1:  # a run may have gone on from one to the next
+                long_runs_kernel[(pieces - 1, column_blocks)](
+                    ids, wte_grad, partial, N, wte_grad.stride(0),
+                    C=C, ADD=add, PIECE=cfg.piece, ROWS=16, BLOCK=cfg.block, num_warps=4,
+                )  # fmt: skip
 
 
 def _check_ids(idx: Tensor, V: int) -> None:
@@ -277,7 +269,7 @@ def _forward(
     rows, cfg = idx.reshape(-1, idx.shape[-1]), config(C)
     wte, wpe = runtime.columns_adjacent(wte), runtime.columns_adjacent(wpe)
     with runtime.device_guard(x):
-        embedding_forward_kernel[_grid(cfg, rows.numel(), cfg.rows, C)](
+        embedding_forward_kernel[(triton.cdiv(rows.numel(), cfg.rows), triton.cdiv(C, cfg.block))](
             rows, wte, wpe, seed, x, ids, rows.numel(), rows.shape[1], V, position, *rows.stride(),
             wte.stride(0), wpe.stride(0), dropout_p, C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4,
         )  # fmt: skip

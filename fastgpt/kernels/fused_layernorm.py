@@ -11,7 +11,7 @@ Backward, with g = dy * weight and the means taken over C:
     dx        = ds * keep / (1 - p)
     dweight   = sum over rows of dy * xhat,    dbias = sum over rows of dy
 
-Saved for backward: s (that is x itself without a residual), weight, mean and rstd (fp32, one each per row), the seed.
+Saved for backward: s (x itself without a residual), weight, mean and rstd (fp32, one each per row), the seed.
 
 Bytes that have to move, e = bytes per element: forward 2e per element (read x, write y), 4e with a residual; backward
 3e (read s and dy, write ds), one e more for dsum, one more for a second gradient. At 8192 x 768 in bf16: 25.2 MB and
@@ -19,20 +19,18 @@ Bytes that have to move, e = bytes per element: forward 2e per element (read x, 
 
 Backward is one persistent kernel. Each program walks over tiles of rows, keeps its share of dweight and dbias in
 registers, one fp32 accumulator per element of the tile, and writes it once to a (programs, C) buffer, which a second
-kernel adds up in a fixed order: deterministic, no atomics. Rows wider than MAX_BACKWARD_BLOCK leave too few registers
-for that: several programs then share a row. Each reads all of it for the two means, but owns one block of its columns.
+kernel adds up (column_sums.py). Rows wider than MAX_BACKWARD_BLOCK leave too few registers for that: several programs then
+share a row. Each reads all of it for the two means, but owns one block of its columns.
 
-Dropout: Philox4x32 of (seed; column // 4, row), one call for four columns, repeated in backward: no mask is stored.
-Salmon et al. 2011.
-
-``quantised`` is the hook for fp8 (quantise.py): where y or dx is written in 8 bits too, or nothing, which costs nothing.
+Dropout (philox.py) is repeated in backward from the seed: no mask is stored. ``quantised`` is the hook for fp8 (quantise.py):
+where y or dx is written in 8 bits too; without, it costs nothing.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache, partial
 from itertools import product
-from typing import overload
+from typing import Any
 
 import torch
 import triton
@@ -116,6 +114,7 @@ def layer_norm_forward_kernel(
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS whole rows. RESIDUAL and SUM, BIAS, SEED, and Q, SCALE and NORM (y in fp8) may be None."""
+    # 64 bits: row x stride passes 2^31 elements at a batch that still fits the card.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     row_mask = rows < n_rows
@@ -125,6 +124,7 @@ def layer_norm_forward_kernel(
     if SEED is not None:
         s = dropout(s, SEED, rows, 0, dropout_p, ROWS, BLOCK)
         if RESIDUAL is None:
+            # Rounded, as backward forms it again from x.
             s = s.to(X.dtype.element_ty).to(tl.float32)
     if RESIDUAL is not None:
         residual = RESIDUAL + (rows * residual_stride)[:, None] + cols[None, :]
@@ -134,6 +134,8 @@ def layer_norm_forward_kernel(
         tl.store(SUM + out, rounded, mask=mask)
         s = rounded.to(tl.float32)
 
+    # The variance around the mean, not E[s^2] - mean^2: that cancels where the mean is large. Lanes past C are 0 in the sum,
+    # but would be -mean once centred.
     mean = tl.sum(s, axis=1) / C
     centred = tl.where((cols < C)[None, :], s - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
@@ -145,6 +147,7 @@ def layer_norm_forward_kernel(
         y += tl.load(BIAS + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     y = y.to(Y.dtype.element_ty)
     tl.store(Y + out, y, mask=mask)
+    # fp8 of y as rounded, so that the linear multiplies what a pass over Y would have given it.
     if Q is not None:
         quantise_rows(y.to(tl.float32), rows, row_mask, out, mask, Q, SCALE, NORM)
 
@@ -177,13 +180,15 @@ def layer_norm_backward_kernel(
     (it equals DX), the seeds (no dropout), DW_PARTIAL and DB_PARTIAL (no such gradient is wanted), Q, SCALE and NORM (dx in
     fp8; with CHUNKS = 1 only).
     """
+    # Weight and the two sums stay in registers for all tiles of this program. The sums are added up over a tile's rows only
+    # at the end: in the loop that would be a reduction across threads per tile.
     chunk = tl.program_id(1)
     first_col = chunk * BLOCK
     cols = first_col + tl.arange(0, BLOCK)
     weight = tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
-    first_tile = tl.program_id(0).to(tl.int64)
+    first_tile = tl.program_id(0).to(tl.int64)  # 64 bits for all that is formed from it
     for tile in tl.range(first_tile, tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         row_mask = rows < n_rows
@@ -200,7 +205,9 @@ def layer_norm_backward_kernel(
         g = dy * weight
         mean_g = tl.sum(g, axis=1) / C
         mean_g_xhat = tl.sum(g * xhat, axis=1) / C
-        for step in range(1, CHUNKS):  # the rest of these rows, which other programs own
+        for step in range(
+            1, CHUNKS
+        ):  # the rest of these rows, which other programs own, each from its own neighbour on
             other_first = (chunk + step) % CHUNKS * BLOCK
             other_cols = other_first + tl.arange(0, BLOCK)
             other_weight = tl.load(WEIGHT + other_cols, mask=other_cols < C, other=0.0).to(tl.float32)[None, :]
@@ -209,10 +216,12 @@ def layer_norm_backward_kernel(
             )
             mean_g += tl.sum(other_dy * other_weight, axis=1) / C
             mean_g_xhat += tl.sum(other_dy * other_weight * other_xhat, axis=1) / C
+        # Past C, where dy and g are 0, xhat is -mean * rstd and ds not 0: the stores are masked.
         ds = (g - mean_g[:, None] - xhat * mean_g_xhat[:, None]) * rstd[:, None]
         if DSUM is not None:
             dsum = DSUM + (rows * dsum_stride)[:, None] + cols[None, :]
             ds += tl.load(dsum, mask=mask, other=0.0).to(tl.float32)
+        # The residual's gradient is ds before dropout's mask, in its own dtype.
         if DRESIDUAL is not None:
             tl.store(DRESIDUAL + out, ds.to(DRESIDUAL.dtype.element_ty), mask=mask)
         if SEED is not None:
@@ -233,7 +242,8 @@ def layer_norm_backward_kernel(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as (rows, C) with neighbouring columns adjacent: a view if its strides allow one, else a contiguous copy."""
+    """x as (rows, C) with neighbouring columns adjacent: a view if its strides allow one, else a contiguous copy. The
+    kernels take any stride between rows."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else runtime.columns_adjacent(x)
 
@@ -276,7 +286,7 @@ def launch_forward(
 
     def run(options: tuning.Config) -> None:
         rows, num_warps = options["rows"], options["num_warps"]
-        if quantised:  # half as many elements to a thread: what it needs in registers
+        if quantised:  # half as many elements per thread: rounding to fp8 takes registers, too
             rows, num_warps = (rows // 2, num_warps) if rows > 1 else (1, min(2 * num_warps, 16))
         layer_norm_forward_kernel[(triton.cdiv(n_rows, rows),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
@@ -406,16 +416,6 @@ def validate(
     arguments.tensors("x", x.shape, ("x", x, None), *rest)
 
 
-@overload
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: None = None,
-    dropout_p: float = 0.0, eps: float = 1e-5, out_dtype: torch.dtype | None = None,
-) -> Tensor: ...  # fmt: skip
-@overload
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor,
-    dropout_p: float = 0.0, eps: float = 1e-5, out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -425,13 +425,13 @@ def layer_norm(
     dropout_p: float = 0.0,
     eps: float = 1e-5,
     out_dtype: torch.dtype | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Layer norm of ``dropout(x) + residual`` over the last dimension.
 
     x (..., C) with C up to 16,384, of any rank from 1 and any strides: views whose rows lie a constant stride apart are
     read in place, others copied first. weight, bias (C,). residual of x's shape. Each tensor fp32, fp16 or bf16.
 
-    Returns y in ``out_dtype`` (default: x's), and with a residual also the sum, in the residual's dtype. Results are
+    Returns y in ``out_dtype`` (default: x's); with a residual (y, sum), the sum in the residual's dtype. Both are
     contiguous. Each gradient has its input's dtype. Autocast changes nothing: the arithmetic is fp32 anyway.
     Raises ValueError for shapes, dtypes and devices that do not fit. CPU tensors outside Triton's interpreter are
     computed by ``reference.layer_norm``.

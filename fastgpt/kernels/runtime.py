@@ -1,4 +1,5 @@
-"""What every launcher asks before it launches: does this tensor run in Triton, on what, and with which dropout seed.
+"""What a launcher needs to know before it launches: whether a tensor runs in Triton, on which device and how many SMs, and
+with which dropout seed; and the hook through which a profiler learns what is launched.
 
 Nothing here touches CUDA at import.
 """

@@ -21,15 +21,15 @@ The answer comes from tables, one JSON file per architecture and SM count: the u
 ``common.cache_dir()/tuning`` (``python -m bench.tune`` measures it) before those shipped in ``tables/``. Among the
 files of the device's architecture whose shared-memory limit it has, the nearest SM count that has an entry for the
 bucket wins; if none has one, the default. Each entry says whether it was ``measured`` on such a card or ``ranked`` by the
-model of ranking.py, from what the compiler says of it.
+model of bench/compiler/ranking.py, from what the compiler reports of it.
 
-A table that is damaged, or made for another architecture, is left out with one warning, and so are a table's entries for a
-kernel that have a config outside its space: they are checked when that kernel first asks. A config that turns out not to fit
-when it is launched is replaced by the default, with one warning. Training goes on in all cases. Nothing here touches a GPU at
-import.
+A table that is damaged, or made for another architecture, is left out with one warning. So are a table's entries for a kernel
+if one of them has a config outside the kernel's space; this is checked when the kernel first asks. A config that turns out not
+to fit when it is launched is replaced by the default, with one warning. Training goes on in all cases. Nothing here touches a
+GPU at import.
 
-A matmul that cuBLAS can compute (``has_library``) is cuBLAS's until a measurement says otherwise: only an entry ``measured``
-on a card of this SM count takes it away. What the model ranks for such a matmul is a hint for bench.tune, and in no table.
+A matmul that cuBLAS can compute (``has_library``) is left to cuBLAS unless an entry ``measured`` on a card of this SM count
+says otherwise. What the model ranks for such a matmul is a hint for bench.tune, and in no table.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from fastgpt.kernels import runtime
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.tuning", 1
 ORIGINS = ("measured", "ranked")
+ENTRY_FIELDS = ("origin", "config", "resources", "evidence")
 SHIPPED = Path(__file__).parent / "tables"
 Config = dict[str, int]
 """What a launcher passes on to its kernel: integers by name."""
@@ -159,24 +160,18 @@ class Table:
         """Raise ValueError if an entry for ``kernel`` has a config that is not in its space."""
         for key, entry in self.entries.items():
             if key.kernel == kernel and not contains(kernel, entry.config):
-                raise ValueError(f"config {entry.config} of {' '.join(key)} is none that this version knows")
-
-    def to_json(self) -> dict[str, Any]:
-        about = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "arch": f"sm_{self.target.arch}"}
-        about |= {"sms": self.target.sms, "shared_per_block": self.target.shared}
-        entries = [
-            {**entry.key._asdict(), "origin": entry.origin, "config": entry.config}
-            | {"resources": entry.resources, "evidence": entry.evidence}
-            for entry in sorted(self.entries.values(), key=lambda entry: entry.key)
-        ]
-        return about | {"gpu": self.gpu, "compiler": self.compiler, "entries": entries}
+                raise ValueError(f"config {entry.config} of {' '.join(key)} is not one that this version knows")
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all, one line per entry. Raises UserError where nothing can be written."""
-        found = self.to_json()
-        lines = [json.dumps(entry) for entry in found.pop("entries")]
-        head = json.dumps(found, indent=1)[:-2]
-        text = head + ',\n "entries": [' + ",".join("\n  " + line for line in lines) + "\n ]\n}\n"
+        about = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "arch": f"sm_{self.target.arch}"}
+        about |= {"sms": self.target.sms, "shared_per_block": self.target.shared}
+        about |= {"gpu": self.gpu, "compiler": self.compiler}
+        lines = [
+            "\n  " + json.dumps({**entry.key._asdict(), **{name: getattr(entry, name) for name in ENTRY_FIELDS}})
+            for entry in sorted(self.entries.values(), key=lambda entry: entry.key)
+        ]
+        text = json.dumps(about, indent=1)[:-2] + ',\n "entries": [' + ",".join(lines) + "\n ]\n}\n"
         try:
             write_whole(path, text)
         except OSError as error:

@@ -10,8 +10,10 @@ What the version does not see: writes through ``param.data`` or by foreign kerne
 parameter's storage behind the version's back. Call ``forget(param)`` after the former; set ``enabled = False`` under
 the latter.
 
-A CUDA graph casts at each replay, which cannot ask for versions. Whoever captures inside ``captured_reads`` promises to
-ask in its place, and then it reads the copies.
+A CUDA graph casts at each replay, as replays do not check versions. Code that captures inside ``captured_reads`` promises to
+check them before each replay, and then the graph reads the copies.
+
+The other half of what a weight costs per micro-batch is its gradient: ``gradients_in_place``.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ def captured_reads() -> Iterator[Captures]:
     """Captures made inside read the copies that are up to date, and list them in what this yields. Others are cast as ever.
 
     For a graph of training steps, whose captured FusedAdamW step writes parameters and copies together. Its owner keeps
-    the copies alive as long as the graph, and before it replays compares each with ``existing(param)``: another one, or
-    None, means that somebody else has written the parameter, and that the graph is out of date.
+    the copies alive as long as the graph, and before each replay compares them with ``existing(param)``: another one, or
+    None, means that something else has written the parameter and the graph is out of date.
     """
     global _captures
     before, _captures = _captures, Captures()
@@ -70,8 +72,8 @@ def captured_reads() -> Iterator[Captures]:
 
 
 def once_in_captures(param: Tensor, make: Callable[[], Any]) -> Any:
-    """``make()``, while capturing. Inside ``captured_reads`` by the first capture alone: its owner replays the others after it,
-    with no update in between, and keeps ``Captures.made`` alive. In any other capture anew."""
+    """``make()``, for calls while capturing. Inside ``captured_reads`` only the first capture makes it: its owner replays the
+    others after that one, with no update in between, and keeps ``Captures.made`` alive. Any other capture makes its own."""
     if _captures is None:
         return make()
     if param not in _captures.made:
@@ -125,7 +127,7 @@ def existing(param: Tensor) -> Tensor | None:
 
 
 def mark_fresh(param: Tensor) -> None:
-    """Declare the copy of ``param`` up to date with its present version. For whoever has just written both."""
+    """Declare the copy of ``param`` up to date with its present version, after a kernel has written both."""
     entry = _entries.get(param)
     if entry is not None:
         entry.version = param._version
@@ -137,11 +139,12 @@ def forget(param: Tensor) -> None:
 
 
 def capturing(param: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: its replays would not look whether a cached copy is still up to date."""
+    """Whether a CUDA graph is being captured: its replays would not check whether a cached copy is still up to date."""
     return param.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def cachable(param: Tensor) -> bool:
+    """Whether a version counts every write to ``param``: not of a view, an inference tensor or a DTensor."""
     return type(param) is nn.Parameter and param.is_leaf and not param.is_inference()
 
 
@@ -152,6 +155,8 @@ def _fresh(param: Tensor) -> _Entry | None:
     # ``param.data = other`` may change what lies at one address.
     return entry if entry.copy.shape == param.shape and entry.copy.device == param.device else None
 
+
+# ---------------------------------------------------------------- gradients
 
 _in_place = False
 

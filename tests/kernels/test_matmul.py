@@ -97,7 +97,7 @@ def test_a_table_with_longer_sums_in_fp16_than_the_error_allows_is_foreign(table
     if fits:
         assert of_mlp(kind, "fp16").config["chunk"] == chunk
     else:
-        with pytest.warns(UserWarning, match="is none that this version knows"):
+        with pytest.warns(UserWarning, match="is not one that this version knows"):
             assert of_mlp(kind, "fp16").source == "default"
 
 
