@@ -292,21 +292,24 @@ def _bwd(
     wte_dtype: torch.dtype | None, wpe_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dwte (V, C) and dwpe (P, C), dense; empty without a dtype."""
-    dwte = dx.new_zeros((V, dx.shape[-1]) if wte_dtype else 0, dtype=wte_dtype)
-    dwpe = dx.new_zeros((P, dx.shape[-1]) if wpe_dtype else 0, dtype=wpe_dtype)
+    dwte, dwpe = _zero_gradients(dx, V, P, wte_dtype, wpe_dtype)
     _launch_grads(
         dwte if wte_dtype else None, dwpe if wpe_dtype else None, dx, ids, seed, dropout_p, position, add=False
     )
     return dwte, dwpe
 
 
+def _zero_gradients(
+    dx: Tensor, V: int, P: int, wte_dtype: torch.dtype | None, wpe_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    C = dx.shape[-1]
+    dwte = dx.new_zeros((V, C) if wte_dtype else 0, dtype=wte_dtype)
+    return dwte, dx.new_zeros((P, C) if wpe_dtype else 0, dtype=wpe_dtype)
+
+
 @_bwd.register_fake
 def _(dx, ids, seed, dropout_p, position, V, P, wte_dtype, wpe_dtype):
-    C = dx.shape[-1]
-    return (
-        dx.new_empty((V, C) if wte_dtype else 0, dtype=wte_dtype),
-        dx.new_empty((P, C) if wpe_dtype else 0, dtype=wpe_dtype),
-    )
+    return _zero_gradients(dx, V, P, wte_dtype, wpe_dtype)
 
 
 @torch.library.custom_op("fastgpt::embedding_bwd_add", mutates_args=("wte_grad", "wpe_grad"))

@@ -290,7 +290,7 @@ Result = TypeVar("Result")
 
 
 def cached(answer: Function) -> Function:
-    """Decorates a function that answers which config a launch takes: it is asked once per arguments, until
+    """Decorates a function that answers which config a launch takes: it is called once per arguments, until
     ``choose_again``."""
     kept = lru_cache(maxsize=4096)(answer)
     _cached.append(kept)
@@ -359,7 +359,7 @@ def launch(choice: Choice, run: Callable[[Config], Result]) -> Result:
     """``run(choice.config)`` on the choice's device, and what it returns. If the card has no room for the config, say so once
     and run the default, now and from now on."""
     # Triton launches on the current device, which need not be the tensors' (Liger-Kernel#1303).
-    if choice.device.type == "cuda" and choice.device.index != torch.cuda.current_device():
+    if choice.device.type == "cuda" and choice.device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(choice.device):
             return launch(choice, run)
     if _listener is not None:
