@@ -17,8 +17,7 @@ from torch import Tensor
 
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
-from fastgpt.kernels.runtime import compute_dtype
-from fastgpt.ops import EAGER, Ops
+from fastgpt.ops import EAGER, Ops, compute_dtype
 
 
 class LayerNorm(nn.Module):
