@@ -41,12 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.kernels import arguments, reference, runtime
-from fastgpt.kernels import matmul as launch
+from fastgpt.kernels import arguments, matmul, reference, runtime
 from fastgpt.kernels.working_copy import adds_to, working_copy
-
-# ---------------- was fastgpt/kernels/_linear_grads.py
-# The backward ops of fused_linear.py, as torch.library sees them: what autograd's formulas there are made of.
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -54,16 +50,18 @@ def rows_of(t: Tensor) -> Tensor:
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-# dz and x are (..., N) and (..., K) here, and of the same 16- or 32-bit dtype.
+# ---------------------------------------------------------------- backward ops
+#
+# What autograd's formulas below are made of. dz and x are (..., N) and (..., K), and of the same 16- or 32-bit dtype.
 
 
 @torch.library.custom_op("fastgpt::linear_bwd_input", mutates_args=())
 def _bwd_input(dz: Tensor, weight: Tensor, pre: Tensor | None, erf: bool, fp16: bool) -> Tensor:
     """dz @ weight, times gelu'(pre) if given."""
     if pre is None:
-        dx = launch.matmul(rows_of(dz), weight, None, None, None, 0.0, fp16)
+        dx = matmul.matmul(rows_of(dz), weight, None, None, None, 0.0, fp16)
     else:
-        dx, _ = launch.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16)
+        dx, _ = matmul.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16)
     return dx.view(*dz.shape[:-1], weight.shape[1])
 
 
@@ -77,7 +75,7 @@ def _bwd_input_sums(
     dz: Tensor, weight: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(dz @ weight) gelu'(pre), and its column sums: the gradient of the bias in ``pre``."""
-    dpre, sums = launch.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16, bias_dtype)
+    dpre, sums = matmul.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16, bias_dtype)
     assert sums is not None
     return dpre.view(pre.shape), sums
 
@@ -89,8 +87,9 @@ def _(dz, weight, pre, erf, fp16, bias_dtype):
 
 def _new_weight_grads(weight: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """dW with weight's layout, so that a transposed view gives its base a contiguous gradient; db, or empty."""
-    dw = torch.empty_like(weight) if launch.dense(weight) else weight.new_empty(weight.shape)
-    return dw, weight.new_empty(weight.shape[0] if bias_dtype else 0, dtype=bias_dtype or weight.dtype)
+    return torch.empty_like(weight), weight.new_empty(
+        weight.shape[0] if bias_dtype else 0, dtype=bias_dtype or weight.dtype
+    )
 
 
 @torch.library.custom_op("fastgpt::linear_bwd_weight", mutates_args=())
@@ -99,7 +98,7 @@ def _bwd_weight(
 ) -> tuple[Tensor, Tensor]:
     """dW and, if ``bias_dtype``, db. Of weight only shape, layout and dtype matter."""
     dw, db = _new_weight_grads(weight, bias_dtype)
-    launch.weight_grad(rows_of(dz), rows_of(x), dw, db if bias_dtype else None, fp16)
+    matmul.weight_grad(rows_of(dz), rows_of(x), dw, db if bias_dtype else None, fp16)
     return dw, db
 
 
@@ -112,7 +111,7 @@ def _(dz, x, weight, bias_dtype, fp16):
 def _bwd_weight_add(grad: Tensor, dz: Tensor, x: Tensor, bias_dtype: torch.dtype | None, fp16: bool) -> Tensor:
     """grad += dW; returns db, empty without ``bias_dtype``."""
     db = grad.new_empty(grad.shape[0] if bias_dtype else 0, dtype=bias_dtype or grad.dtype)
-    launch.weight_grad(rows_of(dz), rows_of(x), grad, db if bias_dtype else None, fp16, add=True)
+    matmul.weight_grad(rows_of(dz), rows_of(x), grad, db if bias_dtype else None, fp16, add=True)
     return db
 
 
@@ -127,7 +126,7 @@ def _new_pointwise(dy: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype | Non
 
 
 def _pointwise(dy, dtype, bias_dtype, pre, seed, dropout_p, erf):
-    dz, db = launch.pointwise_grad(
+    dz, db = matmul.pointwise_grad(
         rows_of(dy), dtype, None if pre is None else rows_of(pre), seed, dropout_p, erf, bias_dtype
     )
     return dz.view(dy.shape), dz.new_empty(0) if db is None else db
@@ -172,7 +171,7 @@ def _linear_fwd(
     """y (..., N) in the residual's dtype, else x's. With ``pre``, x is gelu(pre), and pre gets the gradient instead; and
     ``pre_bias``, the bias in pre, its column sums."""
     residual = None if residual is None else rows_of(residual)
-    y = launch.matmul(rows_of(x), (weight if copy is None else copy).t(), bias, residual, seed, dropout_p, fp16)
+    y = matmul.matmul(rows_of(x), (weight if copy is None else copy).t(), bias, residual, seed, dropout_p, fp16)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -187,7 +186,7 @@ def _linear_gelu_fwd(
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """gelu(z) and z (empty if not ``save``), (..., N) in x's dtype."""
-    a, z = launch.matmul_gelu(rows_of(x), (weight if copy is None else copy).t(), bias, erf, fp16, save)
+    a, z = matmul.matmul_gelu(rows_of(x), (weight if copy is None else copy).t(), bias, erf, fp16, save)
     shape = *x.shape[:-1], weight.shape[0]
     return a.view(shape), z.view(shape) if save else z
 
@@ -206,7 +205,7 @@ def weight_and_bias(ctx, dz, x, weight, wants_weight, bias_dtype, db) -> tuple[T
     ask = bias_dtype if db is None else None
     dw: Tensor | None = None
     if wants_weight:
-        if ctx.in_place and not torch.is_grad_enabled() and launch.adds_in_place(weight.grad, weight):
+        if ctx.in_place and not torch.is_grad_enabled() and matmul.adds_in_place(weight.grad, weight):
             summed = _bwd_weight_add(weight.grad, dz, x, ask, ctx.fp16)
         else:
             dw, summed = _bwd_weight(dz, x, weight, ask, ctx.fp16)
@@ -359,7 +358,11 @@ def mlp(
 
 def _wanted(*tensors: Tensor | None) -> bool:
     """Whether any of them gets a gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _gelu(

@@ -1,8 +1,16 @@
-"""How the matmuls of fused_linear.py are run: by cuBLAS or by which Triton kernel, in which tiles. 2-d tensors only.
+"""Matmuls of the linear layers with what follows them: by cuBLAS or by which Triton kernel, in which tiles.
 
-``choose`` decides it for each matmul, asking the tuning tables: cuBLAS unless Triton was measured to be quicker on such a
-card, and Triton's kernels where products are summed in fp16, which no library does by chunks. Every epilogue runs on both
-engines: cuBLAS is then followed by a kernel that only sweeps memory.
+Every matmul is ``C (M, N) = A (M, K) B (K, N)`` of 2-d operands with any strides; a transposed weight or activation is the same
+memory with its strides exchanged. Operands are read as they lie in memory (16 bit: tensor cores; fp32: true fp32) and summed in
+fp32. With CHUNK > 0 (fp16 only) products are summed in fp16 over CHUNK blocks of K, which GeForce tensor cores do at twice the
+rate, and each such sum is added to the fp32 accumulator: the error does not grow with K.
+
+Tiles of C are computed by one program each, in an order that keeps GROUP rows of tiles together, so that programs that run at
+once read the same columns of B from L2.
+
+``choose`` decides for each matmul who computes it, asking the tuning tables: cuBLAS unless Triton was measured to be quicker on
+such a card, and Triton's kernels where products are summed in fp16, which no library does by chunks. Every epilogue runs on
+both engines: cuBLAS is then followed by a kernel that only sweeps memory.
 """
 
 from __future__ import annotations
@@ -20,16 +28,139 @@ from torch import Tensor
 from fastgpt.kernels import column_sums, runtime, tuning
 from fastgpt.kernels.philox import dropout
 
-# ---------------- was fastgpt/kernels/_linear_kernels.py
-# The @triton.jit functions of fused_linear.py: one matmul with epilogues, one weight gradient, and two that sweep memory.
-#
-# Every matmul of a linear layer is ``C (M, N) = A (M, K) B (K, N)`` of operands with any strides; a transposed weight or
-# activation is the same memory with its strides exchanged. Tiles of C are computed by one program each, in an order that
-# keeps GROUP rows of tiles together, so that programs that run at once read the same columns of B from L2.
-#
-# Arithmetic: operands as they lie in memory (16 bit: tensor cores; fp32: true fp32), sums in fp32. With CHUNK > 0 (fp16
-# only) products are summed in fp16 over CHUNK blocks of K, which GeForce tensor cores do at twice the rate, and each such
-# sum is added to the fp32 accumulator: the error does not grow with K.
+LINEAR_KINDS = ("none", "bias", "residual", "gelu", "dgelu", "weight_grad", "weight_grad_bias")
+"""What follows a matmul (in "dgelu": precedes the next), or which gradient of a weight it is. "none" and "bias" stay with
+cuBLAS, which adds a bias itself, unless sums are in fp16."""
+FEWEST_TOKENS = 2048
+"""Tokens of the smallest matmul in the tuning tables: a micro-batch of GPT-2 350M on 12 GB has as many."""
+CHUNK_LIMITS = {"linear": 128, "weight_grad": 64}
+"""Most products that may be summed in fp16 where results are stored in 16 bits, and in weight gradients, stored in fp32:
+docs/precision-modes.md has the errors. No table has a config beyond."""
+MAX_SPLITS = 8
+FLOPS_PER_BYTE = 128
+"""What a GPU computes while it moves a byte: 116 for the RTX 4070 in bf16, up to 300 elsewhere."""
+PARTIALS_IN_L2 = 18 * 2**20
+"""Half of the RTX 4070's L2."""
+
+
+# ---------------------------------------------------------------- configs
+
+
+class Tiles(NamedTuple):
+    """Tiles of a matmul in Triton, as tables have them. ``chunk``: blocks of K whose products are summed in fp16, or 0 for
+    fp32. ``splits``: ways to split K, of weight gradients."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group: int
+    num_warps: int
+    num_stages: int
+    chunk: int = 0
+    splits: int = 1
+
+    def options(self, K: int) -> dict[str, int | bool]:
+        """Keyword arguments of a launch."""
+        return {
+            "BM": self.block_m, "BN": self.block_n, "BK": self.block_k, "GROUP": self.group, "CHUNK": self.chunk,
+            "EVEN_K": K % self.block_k == 0, "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
+
+
+def _tiles(m: int, n: int, k: int, num_warps: int, num_stages: int) -> tuning.Config:
+    return {"block_m": m, "block_n": n, "block_k": k, "group": 8, "num_warps": num_warps, "num_stages": num_stages}
+
+
+_TILES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (256, 128, 16), (128, 64, 4))
+_DEPTHS = ((32, 3), (32, 4), (32, 5), (64, 3), (64, 4))
+
+
+def _space(kind: str, *, fast: bool) -> list[tuning.Config]:
+    """Tiles of C and warps, x depth of a block of K and stages, x products to a sum in fp16 (``fast``), x ways to split the
+    tokens of a weight gradient; and cuBLAS, which has no sums in fp16 by chunks."""
+    grad = kind.startswith("weight_grad")
+    limit = CHUNK_LIMITS["weight_grad" if grad else "linear"]
+    found = [] if fast else [tuning.CUBLAS]
+    for (m, n, warps), (k, stages) in product(_TILES, _DEPTHS):
+        chunks = [{"chunk": products // k} for products in (64, 128) if products <= limit] if fast else [{}]
+        ways = [{"splits": splits} for splits in range(1, MAX_SPLITS + 1)] if grad else [{}]
+        found += [{**_tiles(m, n, k, warps, stages), **chunk, **split} for chunk, split in product(chunks, ways)]
+    return found
+
+
+for _kind in LINEAR_KINDS[2:]:
+    tuning.space(f"linear.{_kind}", _space(_kind, fast=False))
+for _kind in LINEAR_KINDS:
+    tuning.space(f"linear_fast.{_kind}", _space(_kind, fast=True))
+
+
+def linear_bucket(N: int, K: int, tokens: int) -> str | None:
+    """Bucket of a linear layer's matmul: (tokens, K) by (K, N), or the gradient (N, K) of a weight. Exact in N and K, which
+    a model has few of; any number of tokens from FEWEST_TOKENS on, so that a new batch size compiles nothing."""
+    return f"N{N} K{K}" if tokens >= FEWEST_TOKENS else None
+
+
+def splits(M: int, N: int, K: int, block_m: int, block_n: int, sms: int) -> int:
+    """Ways to split K that take the least time, of one block per SM: more fill the last
+    wave of SMs better, but each writes C in fp32 and reads it again, past what L2 keeps. At least 512 of K each.
+
+    A model that no measurement has confirmed yet. On 46 SMs, 8192 tokens and C = 768: 5 for C x C, 2 for 3C x C, 4C x C."""
+    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+
+    def flops_of_one_sm(ways: int) -> float:
+        waves, partial = triton.cdiv(tiles * ways, sms), 4 * ways * M * N
+        moved = 0 if ways == 1 or partial <= PARTIALS_IN_L2 else 2 * partial
+        return waves * 2 * block_m * block_n * K / ways + moved / sms * FLOPS_PER_BYTE
+
+    return min(range(1, max(1, min(MAX_SPLITS, K // 512)) + 1), key=flops_of_one_sm)
+
+
+def default_tiles(
+    kind: str, M: int, N: int, K: int, dtype: torch.dtype, fp16: bool = False, sms: int = 46, wide: bool = True,
+    arch: int | None = None,
+) -> tuning.Config:  # fmt: skip
+    """Tiles where no table has any, as a config. ``wide``: whether memory can be read 128 bits at a time (see ``_wide``);
+    where it cannot, an address per element takes the registers of a large tile. A weight gradient is split along K where
+    its tiles leave SMs idle. Nothing else depends on M: a new batch size compiles nothing.
+
+    128 x 128 x 64 in 8 warps spills nothing, and its 64 KB of shared memory hold two blocks of K while a third is on its
+    way. Sums in fp16 are of 64 products: those of 128, which tables may have, err more and gain nothing by the model of
+    bench/compiler/ranking.py, as L2 binds and not the promotions.
+    """
+    if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
+        m, n, k = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N, K))
+        found = _tiles(m, n, min(k, 64 if fp16 else 128), num_warps=4, num_stages=1)
+    elif dtype == torch.float32 or not wide:
+        found = _tiles(64, 64, 32, num_warps=8, num_stages=2)
+    else:
+        # On sm_120 a third block of K on its way would spill beside gelu'.
+        found = _tiles(128, 128, 64, num_warps=8, num_stages=2 if fp16 and kind == "dgelu" and arch == 120 else 3)
+    if fp16:
+        found["chunk"] = max(64 // found["block_k"], 1)
+    if kind.startswith("weight_grad"):
+        found["splits"] = splits(M, N, K, found["block_m"], found["block_n"], sms)
+    return found
+
+
+@tuning.cached
+def choose(
+    kind: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, fp16: bool = False, *,
+    wide: bool = True, usual: bool = True,
+) -> tuning.Choice:  # fmt: skip
+    """The engine that computes (M, K) @ (K, N) and what goes with it, and its tiles: ``tuning.CUBLAS``, or the fields of Tiles.
+
+    ``kind``: one of ``LINEAR_KINDS``; of weight gradients M and N are the weight's rows and columns and K
+    counts tokens. ``wide``: see ``_wide``. ``usual``: whether layout and options are those that tables were made for.
+    """
+    bucket, default = None, tuning.CUBLAS
+    if wide and usual:
+        bucket = linear_bucket(M, N, K) if kind.startswith("weight_grad") else linear_bucket(N, K, M)
+    if fp16:
+        default = default_tiles(kind, M, N, K, dtype, fp16, runtime.sm_count(device), wide, tuning.arch_of(device))
+    return tuning.choose(f"linear_fast.{kind}" if fp16 else f"linear.{kind}", dtype, bucket, device, default)
+
+
+# ---------------------------------------------------------------- kernels
 
 
 @triton.jit
@@ -37,12 +168,13 @@ def gelu(x, ERF: tl.constexpr):
     """GELU of fp32 x: x Phi(x), or Phi's tanh approximation (Hendrycks & Gimpel 2016). sigmoid(2u) = (1 + tanh u) / 2."""
     if ERF:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    # 2u = 2 sqrt(2 / pi) (x + 0.044715 x^3)
     return x * tl.sigmoid(x * (1.5957691216057308 + 0.07135481627159963 * x * x))
 
 
 @triton.jit
 def gelu_grad(x, ERF: tl.constexpr):
-    """Its derivative at fp32 x."""
+    """GELU's derivative at fp32 x."""
     if ERF:
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
@@ -69,12 +201,15 @@ def _product(
     """fp32 tile A[rm, first:last] B[first:last, rn], and with ROW_SUM the sums of A's rows over that range (else zeros).
 
     EVEN_K: last - first is a multiple of BK."""
+    # Offsets in 64 bits: rows times strides pass 2^31 elements, in logits for example.
     rk = tl.arange(0, BK)
     in_m, in_n = (rm < M)[:, None], (rn < N)[None, :]
     k = first.to(tl.int64) + rk
     a_ptr = A + rm.to(tl.int64)[:, None] * stride_am + k[None, :] * stride_ak
     b_ptr = B + k[:, None] * stride_bk + rn.to(tl.int64)[None, :] * stride_bn
-    one_step = tl.full((), BK, tl.int64)
+    one_step = tl.full(
+        (), BK, tl.int64
+    )  # BK stride_ak in 64 bits, also where the stride is 1 and triton's own constant
     step_a, step_b = one_step * stride_ak, one_step * stride_bk
     acc = tl.zeros((BM, BN), tl.float32)
     part = tl.zeros((BM, BN), tl.float16)
@@ -83,12 +218,12 @@ def _product(
     for step in range(steps):
         if EVEN_K:
             a, b = tl.load(a_ptr, mask=in_m, other=0.0), tl.load(b_ptr, mask=in_n, other=0.0)
-        else:
+        else:  # a mask that changes with the step costs registers and an access's width, so only here
             in_k = rk < last - first - step * BK
             a = tl.load(a_ptr, mask=in_m & in_k[None, :], other=0.0)
             b = tl.load(b_ptr, mask=in_n & in_k[:, None], other=0.0)
         if CHUNK == 0:
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            acc = tl.dot(a, b, acc, input_precision="ieee")  # fp32 operands: no TF32
         elif CHUNK == 1:
             acc += tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
         else:
@@ -133,7 +268,7 @@ def linear_kernel(
         A, B, rm, rn, M, N, tl.zeros((), tl.int32), K, stride_am, stride_ak, stride_bk, stride_bn,
         BM, BN, BK, EVEN_K, CHUNK, False,
     )  # fmt: skip
-    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    mask = (rm < M)[:, None] & (rn < N)[None, :]  # _product took rows and columns past the edges for zeros
     out = rm.to(tl.int64)[:, None] * N + rn[None, :]
     if BIAS is not None:
         z += tl.load(BIAS + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
@@ -148,7 +283,7 @@ def linear_kernel(
     if RESIDUAL is not None:
         residual = RESIDUAL + rm.to(tl.int64)[:, None] * stride_residual + rn[None, :]
         z += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    rounded = z.to(C.dtype.element_ty)
+    rounded = z.to(C.dtype.element_ty)  # the only rounding; sums of columns are of what C holds
     tl.store(C + out, rounded, mask=mask)
     if COLUMN_SUM is not None:
         store_column_sums(rounded, mask, COLUMN_SUM, pid_m, rn, N)
@@ -177,7 +312,7 @@ def weight_grad_kernel(
     if ADD:
         acc += tl.load(c_ptr, mask=mask, other=0.0)
     tl.store(c_ptr, acc.to(C.dtype.element_ty), mask=mask)
-    if ROW_SUM is not None:  # every column of tiles has them
+    if ROW_SUM is not None:  # every column of tiles has them: the first one stores
         tl.store(ROW_SUM + split * M + rm, row_sum.to(ROW_SUM.dtype.element_ty), mask=(rm < M) & (pid_n == 0))
 
 
@@ -204,6 +339,7 @@ def pointwise_grad_kernel(
     COLUMN_SUM[i] = the sums of these columns as DZ holds them (may be None). PRE and DZ (M, N) contiguous."""
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float32)
+    # ROWS rows in pieces of BM: a program then writes one row of sums for many rows of dz.
     for start in range(0, ROWS, BM):
         rm = tl.program_id(0).to(tl.int64) * ROWS + start + tl.arange(0, BM)
         mask = (rm < M)[:, None] & (rn < N)[None, :]
@@ -222,8 +358,7 @@ def pointwise_grad_kernel(
         tl.store(COLUMN_SUM + tl.program_id(0) * N + rn, total, mask=rn < N)
 
 
-# ---------------- was fastgpt/kernels/matmul_fp32.py
-# cuBLAS's product of 16-bit matrices, with the result in fp32: what weight gradients are summed in.
+# ---------------------------------------------------------------- cuBLAS
 
 
 @lru_cache
@@ -252,190 +387,45 @@ def matmul_fp32(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
             out += torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
 
 
-MAX_SPLITS = 8
-FLOPS_PER_BYTE = 128
-"""What a GPU computes while it moves a byte: 116 for the RTX 4070 in bf16, up to 300 elsewhere."""
-PARTIALS_IN_L2 = 18 * 2**20
-"""Half of the RTX 4070's L2."""
-
-
-FEWEST_TOKENS = 2048
-"""Tokens of the smallest matmul in the tuning tables: a micro-batch of GPT-2 350M on 12 GB has as many."""
-
-
-def linear_bucket(N: int, K: int, tokens: int) -> str | None:
-    """Bucket of a linear layer's matmul: (tokens, K) by (K, N), or the gradient (N, K) of a weight. Exact in N and K, which
-    a model has few of; any number of tokens from FEWEST_TOKENS on, so that a new batch size compiles nothing."""
-    return f"N{N} K{K}" if tokens >= FEWEST_TOKENS else None
-
-
-CHUNK_LIMITS = {"linear": 128, "weight_grad": 64}
-"""Most products that may be summed in fp16 where results are stored in 16 bits, and in weight gradients, stored in fp32:
-docs/precision-modes.md has the errors. In no table is there a config beyond."""
-_TILES = ((128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (256, 128, 16), (128, 64, 4))
-_DEPTHS = ((32, 3), (32, 4), (32, 5), (64, 3), (64, 4))
-
-
-def _space(kind: str, *, fast: bool) -> list[tuning.Config]:
-    """Tiles of C and warps, x depth of a block of K and stages, x products to a sum in fp16 (``fast``), x ways to split the
-    tokens of a weight gradient; and cuBLAS, which has no sums in fp16 by chunks."""
-    grad = kind.startswith("weight_grad")
-    limit = CHUNK_LIMITS["weight_grad" if grad else "linear"]
-    found = [] if fast else [tuning.CUBLAS]
-    for (m, n, warps), (k, stages) in product(_TILES, _DEPTHS):
-        base = {"block_m": m, "block_n": n, "block_k": k, "group": 8, "num_warps": warps, "num_stages": stages}
-        chunks = [{"chunk": products // k} for products in (64, 128) if products <= limit] if fast else [{}]
-        ways = [{"splits": splits} for splits in range(1, MAX_SPLITS + 1)] if grad else [{}]
-        found += [{**base, **chunk, **split} for chunk, split in product(chunks, ways)]
-    return found
-
-
-LINEAR_KINDS = ("none", "bias", "residual", "gelu", "dgelu", "weight_grad", "weight_grad_bias")
-"""What follows a matmul (in "dgelu": precedes the next), or which gradient of a weight it is. "none" and "bias" stay with
-cuBLAS, which adds a bias itself, unless sums are in fp16."""
-for _kind in LINEAR_KINDS[2:]:
-    tuning.space(f"linear.{_kind}", _space(_kind, fast=False))
-for _kind in LINEAR_KINDS:
-    tuning.space(f"linear_fast.{_kind}", _space(_kind, fast=True))
-
-
-class Tiles(NamedTuple):
-    """Tiles of a matmul in Triton, as tables have them. ``chunk``: blocks of K whose products are summed in fp16, or 0 for
-    fp32. ``splits``: ways to split K, of weight gradients."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group: int
-    num_warps: int
-    num_stages: int
-    chunk: int = 0
-    splits: int = 1
-
-    def options(self, K: int) -> dict[str, int | bool]:
-        """Keyword arguments of a launch."""
-        return {
-            "BM": self.block_m, "BN": self.block_n, "BK": self.block_k, "GROUP": self.group, "CHUNK": self.chunk,
-            "EVEN_K": K % self.block_k == 0, "num_warps": self.num_warps, "num_stages": self.num_stages,
-        }  # fmt: skip
-
-
-def choose(
-    kind: str,
-    M: int,
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    accumulate: str = "fp32",
-    *,
-    wide: bool = True,
-    usual: bool = True,
-) -> tuning.Choice:
-    """The engine that computes (M, K) @ (K, N) and what goes with it, and its tiles: ``tuning.CUBLAS``, or the fields of Tiles.
-
-    ``kind``: one of ``LINEAR_KINDS``; of weight gradients M and N are the weight's rows and columns and K
-    counts tokens. ``wide``: see ``_wide``. ``usual``: whether layout and options are those that tables were made for.
-    """
-    fast = accumulate == "fp16"
-    bucket = None
-    if wide and usual:
-        rows, columns, tokens = (M, N, K) if kind.startswith("weight_grad") else (N, K, M)
-        bucket = linear_bucket(rows, columns, tokens)
-    default = tuning.CUBLAS
-    if fast:
-        sms, arch = runtime.sm_count(device), tuning.arch_of(device)
-        default = default_tiles(kind, M, N, K, dtype, accumulate, sms, wide, arch)
-    return tuning.choose(f"linear{'_fast' if fast else ''}.{kind}", dtype, bucket, device, default)
-
-
-@lru_cache(maxsize=1024)
-def default_tiles(
-    kind: str, M: int, N: int, K: int, dtype: torch.dtype, accumulate: str = "fp32", sms: int = 46, wide: bool = True,
-    arch: int | None = None,
-) -> tuning.Config:  # fmt: skip
-    """Tiles where no table has any, as a config. ``wide``: whether memory can be read 128 bits at a time (see ``_wide``);
-    where it cannot, an address per element takes the registers of a large tile. A weight gradient is split along K where
-    its tiles leave SMs idle. Nothing else depends on M: a new batch size compiles nothing.
-
-    128 x 128 x 64 in 8 warps spills nothing, and its 64 KB of shared memory hold two blocks of K while a third is on its
-    way. Sums in fp16 are of 64 products: those of 128, which tables may have, err more and gain nothing by the model of
-    ranking.py, as L2 binds and not the promotions.
-    """
-    grad = kind.startswith("weight_grad")
-    if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
-        m, n, k = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N, K))
-        tiles = Tiles(m, n, min(k, 64 if accumulate == "fp16" else 128), group=8, num_warps=4, num_stages=1)
-    elif dtype == torch.float32 or not wide:
-        tiles = Tiles(64, 64, 32, group=8, num_warps=8, num_stages=2)
-    else:
-        tiles = Tiles(128, 128, 64, group=8, num_warps=8, num_stages=3)
-    found = tiles._asdict()
-    del found["chunk"], found["splits"]
-    if accumulate == "fp16":
-        found["chunk"] = max(64 // tiles.block_k, 1)
-        if kind == "dgelu" and arch == 120:
-            found["num_stages"] = min(tiles.num_stages, 2)  # a third block of K on its way would spill
-    if grad:
-        found["splits"] = splits(M, N, K, tiles.block_m, tiles.block_n, sms)
-    return found
-
-
-def splits(M: int, N: int, K: int, block_m: int, block_n: int, sms: int) -> int:
-    """Ways to split K that take the least time, of one block per SM: more fill the last
-    wave of SMs better, but each writes C in fp32 and reads it again, past what L2 keeps. At least 512 of K each.
-
-    A model that no measurement has confirmed yet. On 46 SMs, 8192 tokens and C = 768: 5 for C x C, 2 for 3C x C, 4C x C."""
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-
-    def flops_of_one_sm(ways: int) -> float:
-        waves, partial = triton.cdiv(tiles * ways, sms), 4 * ways * M * N
-        moved = 0 if ways == 1 or partial <= PARTIALS_IN_L2 else 2 * partial
-        return waves * 2 * block_m * block_n * K / ways + moved / sms * FLOPS_PER_BYTE
-
-    return min(range(1, max(1, min(MAX_SPLITS, K // 512)) + 1), key=flops_of_one_sm)
-
-
-# ---------------------------------------------------------------- launches
-
-
-def _accumulate(fp16: bool) -> str:
-    return "fp16" if fp16 else "fp32"
-
-
 def _cublas(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b (+ bias) in their dtype. Autocast, which is still on inside an op, leaves the out= overloads alone."""
     out = a.new_empty(a.shape[0], b.shape[1])
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias.to(a.dtype), a, b, out=out)
 
 
+# ---------------------------------------------------------------- launches
+
+
+@lru_cache(maxsize=4096)
+def _in_16s(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether a matrix has neighbours along one dimension and multiples of 16 in all else."""
+    return 1 in strides and all((size if stride == 1 else stride) % 16 == 0 for size, stride in zip(shape, strides))
+
+
 def _wide(*operands: Tensor) -> bool:
-    """Whether 2-d tensors have neighbours along one dimension and multiples of 16 in all else, so that triton may read 16
-    bytes at a time."""
-    return all(
-        1 in t.stride()
-        and t.data_ptr() % 16 == 0
-        and all(size % 16 == 0 if stride == 1 else stride % 16 == 0 for size, stride in zip(t.shape, t.stride()))
-        for t in operands
-    )
-
-
-def _choose(kind: str, a: Tensor, b: Tensor, fp16: bool, *, plain: bool = True) -> tuning.Choice:
-    """The choice for a @ b. ``plain``: without the options that take registers, dropout and the exact GELU."""
-    (M, K), N = a.shape, b.shape[1]
-    weights_lie = {"none": True, "dgelu": b.stride(1) == 1}.get(kind, b.stride(0) == 1)  # as in (out, in), of a linear
-    usual = plain and weights_lie and a.stride(1) == 1
-    return choose(kind, M, N, K, a.dtype, a.device, _accumulate(fp16), wide=_wide(a, b), usual=usual)
+    """Whether triton may read these 16 bytes at a time, for which it asks multiples of 16 in address, sizes and strides."""
+    wide = True
+    for t in operands:  # asked at every launch, so no generator expression: Python calls one per operand
+        wide = wide and t.data_ptr() % 16 == 0 and _in_16s(t.shape, t.stride())
+    return wide
 
 
 Result = TypeVar("Result")
 
 
-def _run(choice: tuning.Choice, a: Tensor, b: Tensor, run: Callable[[tuning.Config], Result]) -> Result:
-    """What a @ b is computed by: ``run`` with the config of ``choice``."""
-    shape, engine = (a.shape[0], b.shape[1], a.shape[1]), "cublas" if choice.config == tuning.CUBLAS else "triton"
-    with runtime.record(choice.key.kernel, shape, a.dtype, engine):
-        return tuning.launch(choice, run)
+def _run(
+    kind: str, a: Tensor, b: Tensor, fp16: bool, usual: bool, run: Callable[[tuning.Config], Result], *others: Tensor
+) -> Result:
+    """What a @ b is computed by: ``run``, with the config chosen for it. ``usual``: as in ``choose``. ``others``: what else has
+    to be aligned."""
+    (M, K), N = a.shape, b.shape[1]
+    choice = choose(kind, M, N, K, a.dtype, a.device, fp16, wide=_wide(a, b, *others), usual=usual)
+    cublas = choice.config == tuning.CUBLAS
+    with runtime.record(choice.key.kernel, (M, N, K), a.dtype, "cublas" if cublas else "triton"):
+        if not cublas:
+            return tuning.launch(choice, run)
+        tuning.announce(choice)  # PyTorch takes the device from its operands, and there is no config to refuse
+        return run(choice.config)
 
 
 def _launch(
@@ -450,27 +440,19 @@ def _launch(
     residual = None if residual is None else runtime.columns_adjacent(residual)
     rows = triton.cdiv(M, tiles.block_m)
     partial = column_sums.partial(rows, sums)
-    with runtime.device_guard(a):
-        linear_kernel[(rows * triton.cdiv(N, tiles.block_n),)](
-            a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, partial, M, N, K,
-            *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0), dropout_p,
-            EPILOGUE=epilogue, ERF=erf, **tiles.options(K),
-        )  # fmt: skip
-        column_sums.add_up((partial, sums))
+    linear_kernel[(rows * triton.cdiv(N, tiles.block_n),)](
+        a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, partial, M, N, K,
+        *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0), dropout_p,
+        EPILOGUE=epilogue, ERF=erf, **tiles.options(K),
+    )  # fmt: skip
+    column_sums.add_up((partial, sums))
 
 
 def matmul(
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    fp16: bool,
-) -> Tensor:
+    a: Tensor, b: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, dropout_p: float, fp16: bool
+) -> Tensor:  # fmt: skip
     """dropout(a @ b + bias) + residual: (M, N) in a's dtype, with a residual in its."""
-    ends = residual is not None or seed is not None
-    kind = "residual" if ends else "none" if bias is None else "bias"
+    kind = "residual" if residual is not None or seed is not None else "none" if bias is None else "bias"
 
     def run(config: tuning.Config) -> Tensor:
         if config == tuning.CUBLAS:
@@ -482,7 +464,9 @@ def matmul(
         _launch(Tiles(**config), a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p)
         return out
 
-    return _run(_choose(kind, a, b, fp16, plain=seed is None), a, b, run)
+    # A weight lies (out, in), so B of a forward pass is transposed; "none" is dx as well, where it is not. Tables have both.
+    usual = seed is None and a.stride(1) == 1 and (kind == "none" or b.stride(0) == 1)
+    return _run(kind, a, b, fp16, usual, run)
 
 
 def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool, save: bool) -> tuple[Tensor, Tensor]:
@@ -498,7 +482,7 @@ def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool
         _launch(Tiles(**config), a, b, out, "gelu", bias=bias, pre=pre if save else None, erf=erf)
         return out, pre
 
-    return _run(_choose("gelu", a, b, fp16, plain=not erf), a, b, run)
+    return _run("gelu", a, b, fp16, not erf and a.stride(1) == 1 and b.stride(0) == 1, run)
 
 
 def matmul_dgelu(
@@ -514,16 +498,14 @@ def matmul_dgelu(
         _launch(Tiles(**config), a, b, out, "dgelu", pre=pre, erf=erf, sums=sums)
         return out, sums
 
-    return _run(_choose("dgelu", a, b, fp16, plain=not erf), a, b, run)
-
-
-def dense(t: Tensor) -> bool:
-    return t.is_contiguous() or t.t().is_contiguous()
+    return _run("dgelu", a, b, fp16, not erf and a.stride(1) == 1 and b.stride(1) == 1, run)
 
 
 def adds_in_place(grad: Tensor | None, weight: Tensor) -> bool:
     """Whether ``weight_grad`` can add to this ``.grad``."""
-    return grad is not None and grad.dtype == torch.float32 and grad.shape == weight.shape and dense(grad)
+    if grad is None or grad.dtype != torch.float32 or grad.shape != weight.shape:
+        return False
+    return grad.is_contiguous() or grad.t().is_contiguous()
 
 
 def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool, *, add: bool = False) -> None:
@@ -531,14 +513,10 @@ def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool
 
     dw is dense (contiguous, or the transpose of such) and written in its own dtype from fp32 sums, never through 16 bits.
     """
-    (M, N), K = dz.shape, x.shape[1]
-    if N == 0 or K == 0:
+    if dw.numel() == 0:
         if db is not None:
             db.copy_(dz.sum(0, dtype=torch.float32))
         return
-    kind = "weight_grad" if db is None else "weight_grad_bias"
-    usual = dz.stride(1) == 1 and x.stride(1) == 1 and dw.is_contiguous()
-    choice = choose(kind, N, K, M, x.dtype, x.device, _accumulate(fp16), wide=_wide(dz, x, dw), usual=usual)
 
     def run(config: tuning.Config) -> None:
         if config != tuning.CUBLAS:
@@ -551,7 +529,8 @@ def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool
         if db is not None:
             db.copy_(dz.sum(0, dtype=torch.float32))
 
-    _run(choice, dz.t(), x, run)
+    usual = dz.stride(1) == 1 and x.stride(1) == 1 and dw.is_contiguous()
+    _run("weight_grad" if db is None else "weight_grad_bias", dz.t(), x, fp16, usual, run, dw)
 
 
 def _weight_grad_in_tiles(tiles: Tiles, dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, add: bool) -> None:
@@ -561,15 +540,14 @@ def _weight_grad_in_tiles(tiles: Tiles, dz: Tensor, x: Tensor, dw: Tensor, db: T
     # A split's partial sums lie in memory as dw does, so that adding them up is one sweep.
     out = dw if ways == 1 else torch.empty(ways, N * K, dtype=torch.float32, device=x.device)
     sums = db if ways == 1 or db is None else torch.empty(ways, N, dtype=torch.float32, device=x.device)
-    with runtime.device_guard(x):
-        weight_grad_kernel[(triton.cdiv(N, tiles.block_m) * triton.cdiv(K, tiles.block_n), ways)](
-            dz, x, out, sums, N, K, M, dz.stride(1), dz.stride(0), *x.stride(), *dw.stride(), per_split,
-            ADD=add and ways == 1, **tiles.options(M),
-        )  # fmt: skip
-        if ways > 1:
-            _sum_splits(out, dw, ways, add)
-            if db is not None and sums is not None:
-                _sum_splits(sums, db, ways, False)
+    weight_grad_kernel[(triton.cdiv(N, tiles.block_m) * triton.cdiv(K, tiles.block_n), ways)](
+        dz, x, out, sums, N, K, M, dz.stride(1), dz.stride(0), *x.stride(), *dw.stride(), per_split,
+        ADD=add and ways == 1, **tiles.options(M),
+    )  # fmt: skip
+    if ways > 1:
+        _sum_splits(out, dw, ways, add)
+        if db is not None and sums is not None:
+            _sum_splits(sums, db, ways, False)
 
 
 def _sum_splits(partial: Tensor, out: Tensor, ways: int, add: bool) -> None:

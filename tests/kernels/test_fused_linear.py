@@ -22,9 +22,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def in_tiles(monkeypatch, block_m: int, block_n: int, block_k: int, splits: int = 3) -> None:
     """Every matmul in Triton, in these tiles."""
 
-    def choose(kind, M, N, K, dtype, device, accumulate="fp32", **_):
+    def choose(kind, M, N, K, dtype, device, fp16=False, **_):
         tiles = launch.Tiles(block_m, block_n, block_k, group=2, num_warps=4, num_stages=2)
-        tiles = tiles._replace(chunk=2 if accumulate == "fp16" else 0)
+        tiles = tiles._replace(chunk=2 if fp16 else 0)
         return chosen(kind, tiles._replace(splits=splits if kind.startswith("weight_grad") else 1)._asdict())
 
     monkeypatch.setattr(launch, "choose", choose)
@@ -190,8 +190,8 @@ def test_empty(device, shape, K, N, name, monkeypatch):
 
 def test_more_rows_than_a_program_of_each_kernel_takes(device, monkeypatch):
     # bug 3: a partial-sum buffer of floor instead of ceil
-    def choose(kind, M, N, K, dtype, device, accumulate="fp32", **_):
-        return chosen(kind, launch.default_tiles(kind, M, N, K, dtype, accumulate, runtime.sm_count(device)))
+    def choose(kind, M, N, K, dtype, device, fp16=False, **_):
+        return chosen(kind, launch.default_tiles(kind, M, N, K, dtype, fp16, runtime.sm_count(device)))
 
     monkeypatch.setattr(launch, "choose", choose)
     for op in (linear, linear_gelu):

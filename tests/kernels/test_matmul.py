@@ -17,9 +17,6 @@ KEY = tuning.Key("linear", "-", "-")
 @pytest.fixture
 def compiled_for_a_gpu(monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRET", False)
-    launch.default_tiles.cache_clear()
-    yield
-    launch.default_tiles.cache_clear()
 
 
 @pytest.fixture
@@ -43,16 +40,16 @@ TILES = {"block_m": 128, "block_n": 128, "block_k": 32, "group": 8, "num_warps":
 CPU = torch.device("cpu")
 
 
-def of_mlp(kind, accumulate="fp32", tokens=8192, **options):
+def of_mlp(kind, fp16=False, tokens=8192, **options):
     """Of the MLP's first matrix (3072, 768)."""
     sizes = (3072, 768, tokens) if kind.startswith("weight_grad") else (tokens, 3072, 768)
-    return launch.choose(kind, *sizes, torch.float16, CPU, accumulate, **options)
+    return launch.choose(kind, *sizes, torch.float16, CPU, fp16, **options)
 
 
 @pytest.mark.parametrize("kind", launch.LINEAR_KINDS)
 def test_without_a_table_matmuls_are_cublas_unless_they_accumulate_in_fp16(kind, tables):
     assert of_mlp(kind).config == tuning.CUBLAS
-    fast = of_mlp(kind, "fp16")
+    fast = of_mlp(kind, True)
     assert fast.source == "default" and launch.Tiles(**fast.config).chunk >= 1
 
 
@@ -76,7 +73,7 @@ def test_a_measurement_that_cublas_won_says_so(tables):
 
 def test_sums_in_fp16_take_the_ranked_tiles_of_the_nearest_card(tables):
     tables("linear_fast.gelu", {**TILES, "chunk": 4}, "ranked", sms=60)
-    assert of_mlp("gelu", "fp16").config == {**TILES, "chunk": 4}
+    assert of_mlp("gelu", True).config == {**TILES, "chunk": 4}
 
 
 @pytest.mark.parametrize("options", [{"tokens": 1024}, {"wide": False}, {"usual": False}], ids=str)
@@ -95,10 +92,10 @@ def test_a_table_with_longer_sums_in_fp16_than_the_error_allows_is_foreign(table
     tables(kernel, {**TILES, "chunk": chunk, **splits}, "ranked")
     kind = kernel.split(".")[1]
     if fits:
-        assert of_mlp(kind, "fp16").config["chunk"] == chunk
+        assert of_mlp(kind, True).config["chunk"] == chunk
     else:
         with pytest.warns(UserWarning, match="is not one that this version knows"):
-            assert of_mlp(kind, "fp16").source == "default"
+            assert of_mlp(kind, True).source == "default"
 
 
 def test_a_config_that_does_not_fit_gives_the_matmul_back_to_cublas(tables, monkeypatch):
@@ -157,7 +154,7 @@ def test_few_tokens_are_not_split(K, ways):
 def test_fp16_sums_are_of_64_products_where_no_table_says_otherwise(kind, interpreted, compiled_for_a_gpu, monkeypatch):
     monkeypatch.setattr(runtime, "INTERPRET", interpreted)
     for wide in (True, False):
-        found = launch.default_tiles(kind, 8192, 3072, 768, torch.float16, "fp16", wide=wide)
+        found = launch.default_tiles(kind, 8192, 3072, 768, torch.float16, True, wide=wide)
         assert found["chunk"] * found["block_k"] == 64
     assert "chunk" not in launch.default_tiles(kind, 8192, 3072, 768, torch.float16)
 
