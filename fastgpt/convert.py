@@ -11,7 +11,7 @@ from rich.console import Console
 from fastgpt import command, common
 from fastgpt.checkpoints.formats import huggingface, nanogpt, own
 from fastgpt.checkpoints.formats.any import Format, read
-from fastgpt.checkpoints.formats.portable import Portable, refuse_existing
+from fastgpt.checkpoints.formats.portable import Portable
 from fastgpt.command import Arg
 from fastgpt.common import UserError, millions
 
@@ -42,7 +42,9 @@ class ConvertConfig:
 
 def main(args: list[str]) -> int:
     config = command.parse(ConvertConfig, args, "fastgpt.convert")
-    refuse_existing(config.out)
+    out = config.out
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists: name another output, or remove it")
     kind, portable = read(config.source)
     to = config.to or _target(kind, config.out)
     if to == "nanogpt" and config.out.suffix != ".pt":

@@ -12,7 +12,7 @@ from typing import Annotated
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.config import Device, Kernels
-from fastgpt.hardware import device as device_module
+from fastgpt.hardware.device import pick
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class HellaSwagConfig:
 
 def main(args: list[str]) -> int:
     config = command.parse(HellaSwagConfig, args, "fastgpt.hellaswag")
-    where = device_module.pick(config.device, config.kernels)
+    where = pick(config.device, config.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training.evaluation import hellaswag_score, load_hellaswag, load_model
 

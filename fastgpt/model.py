@@ -1,4 +1,4 @@
-"""GPT-2, readable top to bottom: learned positions, pre-norm blocks, GELU (tanh), head tied to the token embedding.
+"""GPT-2, readable top to bottom: learned positions, pre-norm blocks, GELU (tanh), the LM head tied to the token embedding.
 
 The residual add (and its dropout) belongs to the norm that follows it, so a block takes the residual stream and the branch
 that is still to be added: ``layer_norm(branch, residual=x)`` returns the normed sum and the sum in one pass.
@@ -36,7 +36,8 @@ class LayerNorm(nn.Module):
 class KVCache:
     """Keys and values of one sequence batch, preallocated: per layer k and v (B, block_size, H, D).
 
-    ``length`` (B,) int32 on the device counts the tokens in it, as ops.attention's kv_len wants it."""
+    ``length`` (B,) int32 on the device counts the tokens in it, as ops.attention's kv_len wants it; ``position`` is the same
+    number on the host, so that slicing does not wait for the GPU."""
 
     def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, batch, config.block_size, config.n_head, config.n_embd // config.n_head)
@@ -105,6 +106,7 @@ class Block(nn.Module):
         self, x: Tensor, branch: Tensor | None, cache: KVCache | None = None, doc_ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         dropout_p = self.dropout if self.training else 0.0
+        # The embedding has no branch to add, and has had its dropout.
         h, x = (self.ln_1(x), x) if branch is None else self.ln_1(branch, x, dropout_p)
         branch = self.attn(h, cache, doc_ids)
         h, x = self.ln_2(branch, x, dropout_p)
@@ -160,7 +162,7 @@ class GPT(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """The classifier's weight (vocab_size, C): the token embedding."""
+        """The weight of the LM head (vocab_size, C), which is tied to the token embedding."""
         return self.transformer.wte.weight
 
     def n_params(self, positions: bool = False) -> int:

@@ -70,7 +70,7 @@ def main(args: list[str]) -> int:
 
 
 def _import_model(folder: Path) -> ModuleType:
-    """model.py of ``folder``, as train.py will import it. Raises UserError if there is none with a GPT."""
+    """model.py of ``folder``, as train.py will import it. Raises UserError unless it is there and has a class GPT."""
     if not (folder / "model.py").is_file():
         raise UserError(f"{folder} has no model.py: train.py has to lie beside nanoGPT's model.py")
     module = importlib.import_module("model")

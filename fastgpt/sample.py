@@ -12,7 +12,7 @@ from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import Device, Kernels
-from fastgpt.hardware import device as device_module
+from fastgpt.hardware.device import pick
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def pieces(tokenizer: Any, ids: list[int], new: Iterable[int]) -> Iterator[str]:
 
 def main(args: list[str]) -> int:
     config = command.parse(SampleConfig, args, "fastgpt.sample")
-    where = device_module.pick(config.device, config.kernels)
+    where = pick(config.device, config.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training.evaluation import load_model
 

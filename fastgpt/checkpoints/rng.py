@@ -35,14 +35,10 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what ``rng_state`` returned. A generator that the state does not hold, or that this machine does not
-    have, stays as it is."""
+    """Put back what ``rng_state`` returned. The CUDA generator stays as it is where the state or this machine has none."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-    if "numpy" in state:
-        keys, rest = state["numpy"]["keys"].numpy().astype(np.uint32), state["numpy"]["rest"]
-        np.random.set_state(("MT19937", keys, *rest))
-    if "python" in state:
-        python = state["python"]
-        random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    numpy, python = state["numpy"], state["python"]
+    np.random.set_state(("MT19937", numpy["keys"].numpy().astype(np.uint32), *numpy["rest"]))
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))

@@ -23,9 +23,6 @@ from fastgpt.checkpoints.folder import clean, existing, rotate
 from fastgpt.checkpoints.tree import split
 from fastgpt.checkpoints.write import Shard, has_group, own_rank, write
 
-OWN = ("rng",)
-"""Parts of the state that each rank has its own of."""
-
 
 def save(folder: Path, step: int, state: Mapping[str, Any], keep: int | None = None) -> Path:
     """Write ``state`` as the checkpoint of ``step`` (steps done) and return its path; all ranks call it. With ``keep``, delete
@@ -171,8 +168,8 @@ class AsyncSaver:
 
 def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """(content of state.json, this rank's own tree, tensors by name) of a state."""
-    tree, tensors = split({key: value for key, value in state.items() if key not in OWN})
-    own, own_tensors = split({key: state[key] for key in OWN if key in state}, f"rank{own_rank()}")
+    tree, tensors = split({key: value for key, value in state.items() if key != "rng"})
+    own, own_tensors = split({"rng": state["rng"]} if "rng" in state else {}, f"rank{own_rank()}")
     loss = state["best_val_loss"] if is_best else None
     header = {
         "step": step,

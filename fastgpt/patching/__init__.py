@@ -33,12 +33,13 @@ def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -
     Raises UserError, and changes nothing, if the model is of another family, wrapped, or partly patched.
     """
     family = _family(model)
-    done = [module for _, module in fused_modules(model)]
+    done = fused_modules(model)
     if done and not is_patched(model):
         raise UserError(
             f"{len(done)} modules of this {type(model).__name__} are patched and the model is not: "
             "fastgpt.unpatch(model) first, then patch it whole"
         )
+    # Modules patched before get their own forward back first, so that they are probed as they are; kept to undo a failure.
     earlier = [(module, type(module), dict(vars(module))) for module in done]
     for module in done:
         restore(module)
@@ -47,7 +48,7 @@ def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -
         plan = PatchPlan()
         family.plan(model, plan)
         ops = operations.get("triton" if find_spec("triton") else "eager")
-        for _, module, mixin in plan.changes:
+        for module, mixin in plan.changes:
             fuse(module, mixin, ops)
             changed.append(module)
     except BaseException:
@@ -57,6 +58,7 @@ def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -
             module.__class__ = cls
             vars(module).update(state)
         raise
+    # Plain attributes of the instance: not in the state_dict, and gone after unpatch.
     vars(model).update(plan.attributes, _fastgpt_keep_logits=keep_logits, _fastgpt_patched=True)
     report = _report(model, family, plan, keep_logits)
     if not quiet and int(os.environ.get("RANK", 0)) == 0:
@@ -70,7 +72,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     for wrapper in ("_orig_mod", "module"):
         if type(model).__name__ in _WRAPPERS and isinstance(getattr(model, wrapper, None), nn.Module):
             model = getattr(model, wrapper)
-    modules = [module for _, module in fused_modules(model)]
+    modules = fused_modules(model)
     for module in modules:
         check_restorable(module)
     for module in modules:

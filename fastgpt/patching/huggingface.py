@@ -240,5 +240,5 @@ def _plan_loss(model: Any, plan: PatchPlan) -> None:
     elif not HuggingFaceLMHeadModel._own_loss(model):
         plan.keep("loss", "it has a loss function of its own")
     else:
-        plan.change("loss", "", model, HuggingFaceLMHeadModel)
+        plan.change("loss", model, HuggingFaceLMHeadModel)
         plan.attributes = {"_fastgpt_passes_on": parameters(type(model.transformer).forward)[1]}

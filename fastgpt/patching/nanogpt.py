@@ -22,18 +22,13 @@ class NanoGPTAttention(Fused):
 
     def forward(self: Any, x: Tensor, defer_dropout: bool = False) -> Tensor:
         """``defer_dropout``: the caller applies the dropout after c_proj."""
-        if not self.fusable(x):
+        if not supported(x):
             return super().forward(x)  # type: ignore[misc]
-        y = self.ops.qkv_attention(self.c_attn(x), self.n_head, dropout_p=self.dropout_p())
+        # nanoGPT keeps the probability twice: SDPA reads the attribute, its own softmax the module.
+        dropout_p = self.dropout if getattr(self, "flash", False) else self.attn_dropout.p
+        y = self.ops.qkv_attention(self.c_attn(x), self.n_head, dropout_p=float(dropout_p) if self.training else 0.0)
         y = self.c_proj(y)
         return y if defer_dropout else self.resid_dropout(y)
-
-    def fusable(self, x: Tensor) -> bool:
-        return supported(x)
-
-    def dropout_p(self: Any) -> float:
-        own = self.dropout if getattr(self, "flash", False) else self.attn_dropout.p
-        return float(own) if self.training else 0.0
 
 
 class NanoGPTBlock(FusedBlock):
@@ -41,7 +36,7 @@ class NanoGPTBlock(FusedBlock):
         if not supported(x):
             return super().forward(x)  # type: ignore[misc]
         h, dropout_p = self.before_attention(x), 0.0
-        if is_fused(self.attn) and self.attn.fusable(h):
+        if is_fused(self.attn) and supported(h):
             branch = self.attn(h, defer_dropout=True)
             dropout_p = self.attn.resid_dropout.p if self.training else 0.0
         else:
@@ -137,7 +132,7 @@ def _plan_loss(model: Any, plan: PatchPlan) -> None:
             reasons.append(why)
         why = why and reasons[0]
     if why is None:
-        plan.change("loss", "", model, NanoGPTModel)
+        plan.change("loss", model, NanoGPTModel)
     else:
         plan.keep("loss", why)
 

@@ -45,15 +45,14 @@ class PatchReport:
 class PatchPlan:
     """The changes to make and the parts to keep."""
 
-    changes: list[tuple[str, nn.Module, type[Fused]]] = field(default_factory=list)
-    """(name in the model, module, mixin)."""
+    changes: list[tuple[nn.Module, type[Fused]]] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
     """Set on the model itself; names start with _fastgpt_."""
     replaced: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
-    def change(self, operation: str, name: str, module: nn.Module, mixin: type[Fused]) -> None:
-        self.changes.append((name, module, mixin))
+    def change(self, operation: str, module: nn.Module, mixin: type[Fused]) -> None:
+        self.changes.append((module, mixin))
         self.replaced[operation] = self.replaced.get(operation, 0) + 1
 
     def keep(self, operation: str, why: str) -> None:
@@ -67,7 +66,7 @@ class PatchPlan:
             x = probe.randn(2, 3, width)
             why = probe.why_not([("", FusedLayerNorm)], lambda norm: norm(x))
         if why is None:
-            self.change("layer norm", name, module, FusedLayerNorm)
+            self.change("layer norm", module, FusedLayerNorm)
         else:
             self.keep(f"layer norm {name}", why)
 
@@ -115,9 +114,8 @@ def plan_blocks(
             reason = blocker(module.attn) or attention_blocker(module.attn) or _head_blocker(module.attn, shape[-1])
             decided[key] = _try_out(module, mixins, reason, call_attention, shape)
         for part, why in decided[key].items():
-            path = f"{name}.{part}" if part else name
             if why is None:
-                plan.change(PARTS[part], path, module.get_submodule(part), mixins[part])
+                plan.change(PARTS[part], module.get_submodule(part), mixins[part])
             elif len(decided) == 1:
                 plan.keep(PARTS[part], why)
             else:

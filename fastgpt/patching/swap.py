@@ -9,7 +9,6 @@ leaves wrappers of the class (gradient checkpointing in transformers) in effect.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from functools import cache, update_wrapper
 from typing import Any
 
@@ -79,15 +78,14 @@ def _fused_class(base: Any, mixin: Any, ops_name: str) -> type:
 
 
 def _new(base: type, mixin: type, ops_name: str) -> nn.Module:
+    """An empty module for copy and pickle to fill: the class is made on the fly, so it has no name to be found by."""
     cls: Any = _fused_class(base, mixin, ops_name)
     return cls.__new__(cls)
 
 
 def fuse(module: nn.Module, mixin: type[Fused], ops: Ops) -> None:
     """Give ``module`` the forward pass of ``mixin``, computed with ``ops``. It must not be fused already."""
-    base: Any = type(module)
-    added: Any = mixin
-    module.__class__ = _fused_class(base, added, ops.name)
+    module.__class__ = _fused_class(type(module), mixin, ops.name)  # type: ignore[arg-type]
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -117,5 +115,5 @@ def restore(module: nn.Module) -> None:
         delattr(module, name)
 
 
-def fused_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in model.named_modules() if is_fused(module))
+def fused_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if is_fused(module)]

@@ -1,4 +1,8 @@
-"""How good a model is: validation loss on fixed windows, a sample of its text, HellaSwag."""
+"""How good a model is: validation loss on fixed windows, a sample of its text, HellaSwag.
+
+HellaSwag (Zellers et al. 2019) asks which of four endings continues a context. The model's answer is the ending with the lowest
+summed loss of its tokens (acc), or the lowest mean loss, which does not favour short endings (acc_norm).
+"""
 
 from __future__ import annotations
 
@@ -75,7 +79,7 @@ class HellaSwagExample(NamedTuple):
 
 
 class HellaSwagScore(NamedTuple):
-    """Shares of examples answered correctly."""
+    """Shares of examples answered correctly, by summed and by mean loss."""
 
     acc: float
     acc_norm: float
@@ -127,21 +131,17 @@ def load_hellaswag(source: str) -> list[HellaSwagExample]:
 def hellaswag_score(
     model: Any, tokenizer: Any, examples: Sequence[HellaSwagExample], where: torch.device, batch: int = 16
 ) -> HellaSwagScore:
-    """HellaSwagScore ``model`` (a GPT, called as it is: put it into eval mode) on ``examples``, ``batch`` of them at a time.
+    """Score ``model`` (a GPT, called as it is: put it into eval mode) on ``examples``, ``batch`` of them at a time.
 
     A context too long for the model loses its beginning."""
     right = right_norm = 0
     for first in range(0, len(examples), batch):
         group = examples[first : first + batch]
-        encoded = list(_encode_endings(group, tokenizer, model.config.block_size))
-        losses, counts = _ending_losses(model, encoded, where)
-        at = 0
-        for example in group:
-            n = len(example.endings)
-            mine, tokens = losses[at : at + n], counts[at : at + n]
-            right += int(mine.argmin() == example.label)
-            right_norm += int((mine / tokens).argmin() == example.label)
-            at += n
+        losses, counts = _ending_losses(model, list(_encode_endings(group, tokenizer, model.config.block_size)), where)
+        endings = [len(example.endings) for example in group]
+        for example, loss, tokens in zip(group, losses.split(endings), counts.split(endings)):
+            right += int(loss.argmin() == example.label)
+            right_norm += int((loss / tokens).argmin() == example.label)
     return HellaSwagScore(right / len(examples), right_norm / len(examples), len(examples))
 
 
@@ -160,7 +160,7 @@ def _ending_losses(model: Any, encoded: list[tuple[list[int], int]], where: torc
     """Summed loss of each ending's tokens, and their number, fp32 on the CPU."""
     width = max(len(ids) for ids, _ in encoded) - 1
     x = torch.zeros(len(encoded), width, dtype=torch.int64)
-    y = torch.full_like(x, -100)
+    y = torch.full_like(x, -100)  # neither padding nor context counts
     for row, (ids, ending) in enumerate(encoded):
         x[row, : len(ids) - 1] = torch.tensor(ids[:-1])
         y[row, len(ids) - 1 - min(ending, len(ids) - 1) : len(ids) - 1] = torch.tensor(ids[1:])[-ending:]

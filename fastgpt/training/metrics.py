@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checkpoints.folder import METRICS as NAME
+from fastgpt.checkpoints.folder import METRICS
 from fastgpt.common import UserError, write_whole
 from fastgpt.config import Config
 
@@ -23,7 +23,7 @@ class Metrics:
     """
 
     def __init__(self, out: Path, run_id: str, step: int, config: Config) -> None:
-        path = out / NAME
+        path = out / METRICS
         try:
             out.mkdir(parents=True, exist_ok=True)
             if step and path.exists():
@@ -63,7 +63,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Raises UserError for a file that is missing or no metrics file.
     """
-    path = path / NAME if path.is_dir() else path
+    path = path / METRICS if path.is_dir() else path
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -48,7 +48,7 @@ class SpikeDetector:
         return list(self._window)
 
     def zscore(self, loss: float) -> float | None:
-        """How many standard deviations ``loss`` lies above the window, which it then joins. None where there is no saying:
+        """How many standard deviations ``loss`` lies above the window, which it then joins. None where that cannot be told:
         too few losses, no spread, or a loss that is not finite (which never joins)."""
         if not math.isfinite(loss):
             return None

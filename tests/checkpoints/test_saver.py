@@ -110,7 +110,7 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
     losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: 3.0, 5: math.nan, 6: 6.0}
     with AsyncSaver(tmp_path, keep=2) as saver:
         for step, loss in losses.items():
-            saver.save(step, state(step, loss), is_best=True)  # whoever claims to be best: the lowest is
+            saver.save(step, state(step, loss), is_best=True)  # each claims to be the best: the lowest is
         saver.save(7, state(7, 1.0))  # not claimed: not its own loss
     assert names(tmp_path) == ["best.json", "step-00000002", "step-00000006", "step-00000007"]
     assert best(tmp_path) == (tmp_path / "step-00000002", 3.0)

@@ -31,7 +31,7 @@ def linear(kernel, config, source, shape=(8192, 3072, 768)):
 
 
 def records(*choices, launches=(), products=()):
-    """Of one and two micro-batches, in each of which these happen once."""
+    """What steps of one and two micro-batches ask for, in each of which these happen once."""
     found = []
     for n in (1, 2):
         counts = [Counter({key: n for key in keys}) for keys in (choices, launches, products)]

@@ -23,7 +23,7 @@ from fastgpt import anatomy
 from fastgpt.checkpoints.formats.nanogpt import load_file
 from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, tied
 from fastgpt.common import UserError
-from fastgpt.config import Config, ModelConfig
+from fastgpt.config import Config, DataConfig, ModelConfig
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -98,13 +98,15 @@ def read(folder: Path) -> Portable:
         names = anatomy.parameters(config)
         found = {n: t for n, t in found.items() if n in names or not n.endswith(".bias") or t.any()}
     weights = in_fp32(check(source, found, config), notes)
-    step = own.get("step", 0)
+    step, extras = own.get("step", 0), {}
+    if own.get("tokenizer") == "bytes":
+        extras["fastgpt"] = {"config": replace(Config(), model=config, data=DataConfig(tokenizer="bytes")).to_dict()}
     return Portable(
         config,
         weights,
         step=step if isinstance(step, int) and step >= 0 else 0,
         exact_gelu=values.get("activation_function", "gelu_new") == "gelu",
-        extras={"fastgpt": {"config": _training(config)}} if own.get("tokenizer") == "bytes" else {},
+        extras=extras,
         notes=notes,
     )
 
@@ -143,12 +145,6 @@ def write(folder: Path, portable: Portable) -> None:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _training(config: ModelConfig) -> dict[str, Any]:
-    """The configuration of a run over bytes."""
-    default = Config()
-    return replace(default, model=config, data=replace(default.data, tokenizer="bytes")).to_dict()
 
 
 def _config(portable: Portable) -> dict[str, Any]:

@@ -23,7 +23,8 @@ _KEYS = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "confi
 
 
 def load_file(path: Path) -> Any:
-    """A ``.pt`` file's content. Raises UserError if it is none, or needs more than tensors and plain values."""
+    """A ``.pt`` file's content. Raises UserError for another file, and for one that needs more than tensors and plain
+    values."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

@@ -51,19 +51,14 @@ def write(folder: Path, portable: Portable) -> None:
 def _state(portable: Portable) -> dict[str, Any]:
     own = dict(portable.extras.get("fastgpt", {}))
     config = own.get("config") or replace(Config(), model=portable.config).to_dict()
-    optimizer = portable.optimizer or {"state": {}, "param_groups": []}
+    best = portable.extras.get("nanogpt", {}).get("best_val_loss")
     state = {
-        "best_val_loss": _best(portable),
+        "best_val_loss": float(best) if isinstance(best, (int, float, Tensor)) else math.inf,
         **own,
         "config": {**config, "model": vars(portable.config)},
         "model": portable.weights,
-        "optimizer": optimizer,
+        "optimizer": portable.optimizer or {"state": {}, "param_groups": []},
     }
     if "nanogpt" in portable.extras:
         state["nanogpt"], state["exact_gelu"] = portable.extras["nanogpt"], portable.exact_gelu
     return state
-
-
-def _best(portable: Portable) -> float:
-    best = portable.extras.get("nanogpt", {}).get("best_val_loss", math.inf)
-    return float(best) if isinstance(best, (int, float, Tensor)) else math.inf

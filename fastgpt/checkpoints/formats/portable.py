@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,11 +96,3 @@ def model_config(source: str, values: Mapping[str, Any]) -> ModelConfig:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"{source} says that {name} is {value!r}: it is no configuration of a GPT-2")
     return ModelConfig(**{name: values[name] for name in fields})
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise UserError if there is something at ``path`` that writing would replace."""
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists():
-        raise UserError(f"{path} exists: name another output, or remove it")
