@@ -19,6 +19,7 @@ def add_up_kernel(PARTIALS, OUTS, rows, C, ROWS: tl.constexpr, BLOCK: tl.constex
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for i in tl.static_range(len(OUTS)):
         total = tl.zeros((ROWS, BLOCK), tl.float32)
+        # One program per block of columns walks all rows: the order of the sum depends on nothing but their number.
         for first in range(0, rows, ROWS):
             row = first + tl.arange(0, ROWS)
             mask = (row < rows)[:, None] & (cols < C)[None, :]

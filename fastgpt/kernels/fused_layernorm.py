@@ -252,14 +252,13 @@ def forward_outputs(
     x: Tensor, residual: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unwritten y, s (empty without a residual: it never leaves the op's autograd formula), mean, rstd."""
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if residual is None:
-        s = torch.empty(0, dtype=x.dtype, device=x.device)
-    else:
-        s = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    return y, s, mean, rstd
+    size, dtype = (0, x.dtype) if residual is None else (x.shape, residual.dtype)
+    return (
+        torch.empty(x.shape, dtype=out_dtype, device=x.device),
+        torch.empty(size, dtype=dtype, device=x.device),
+        torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
+        torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device),
+    )
 
 
 @torch.library.custom_op("fastgpt::layer_norm_fwd", mutates_args=())
