@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from bench.reports import results
+from bench.steps.variants import BACKENDS
 from fastgpt import anatomy, command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, write_json
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from bench.steps.profile import Setup
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.mfu", 1
-NAMES = ("eager", "compile", "compile-max-autotune", "triton", "triton+compile")
-OURS = ("triton", "triton+compile")
+NAMES = tuple(BACKENDS)
+OURS = tuple(name for name, variant in BACKENDS.items() if variant.kernels == "triton")
 """The only ones that have the experimental precisions."""
 SMALL = "L2H6C192T128V1024"
 """What a CPU profiles: large enough that matmuls dominate, small enough for a step in a tenth of a second."""

@@ -88,7 +88,7 @@ def training(quick: bool, console: Console) -> dict[str, Any]:
 
     add(train(BF16, setup, tokens))
     for seed in (1, 2):
-        add(train(BF16, setup, tokens, name=f"bf16, perturbed {seed}", perturb=seed))
+        add(train(BF16, setup, tokens, name=f"bf16, perturbed {seed}", perturbed=seed))
     for mode in TRAINED:
         add(train(mode, setup, tokens))
     return {"setup": asdict(setup), "runs": [asdict(run) | {"final": run.final} for run in runs]}

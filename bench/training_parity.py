@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 
+from bench.numerics.runs import perturb, windows
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
@@ -50,18 +52,15 @@ class Parity:
         return float((np.abs(self.triton - self.eager) / self.envelope).max())
 
 
-def batches(steps: int, where: torch.device, rows: int = 4) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Windows of the licence, as bytes, at seeded places: a text that edits of the code do not change."""
+def batches(steps: int, where: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows of the licence, as bytes: a text that edits of the code do not change."""
     text = torch.frombuffer(bytearray(LICENCE.read_bytes()), dtype=torch.uint8).long()
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        starts = torch.randint(0, len(text) - MODEL.block_size - 1, (rows,), generator=generator)
-        window = torch.stack([text[i : i + MODEL.block_size + 1] for i in starts]).to(where)
-        yield window[:, :-1], window[:, 1:]
+    for x, y in islice(windows(text, MODEL.block_size, rows=4, seed=0), steps):
+        yield x.to(where), y.to(where)
 
 
-def curve(kernels: str, steps: int, where: torch.device, perturb: int | None = None) -> tuple[np.ndarray, list[str]]:
-    """Losses of a run and the names of the parameters that did not move. ``perturb`` seeds the perturbation."""
+def curve(kernels: str, steps: int, where: torch.device, perturbed: int | None = None) -> tuple[np.ndarray, list[str]]:
+    """Losses of a run and the names of the parameters that did not move. ``perturbed`` seeds a perturbation."""
     from fastgpt import ops  # after device.pick(): importing the kernels fixes whether they are interpreted
     from fastgpt.model import GPT
     from fastgpt.optim.build import build_optimizer
@@ -70,11 +69,8 @@ def curve(kernels: str, steps: int, where: torch.device, perturb: int | None = N
 
     torch.manual_seed(0)
     model = GPT(MODEL, ops.get(kernels)).to(where)
-    if perturb is not None:
-        torch.manual_seed(1000 + perturb)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1 + 1e-7 * torch.randn_like(parameter))
+    if perturbed is not None:
+        perturb(model, 1000 + perturbed, relative=1e-7)
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     scaler = torch.amp.GradScaler(where.type, enabled=False)
     stepper = Stepper(model, model, build_optimizer(model, OPTIM, kernels), scaler, "fp32", OPTIM.grad_clip)
@@ -92,7 +88,7 @@ def measure(steps: int, where: torch.device, runs: int = 8) -> Parity:
     if not runtime.runs_in_triton(torch.empty(0, device=where)):
         raise UserError("the kernels would not run here: set TRITON_INTERPRET=1 to run them on a CPU")
     eager, _ = curve("eager", steps, where)
-    perturbed = np.stack([curve("eager", steps, where, perturb=run)[0] for run in range(runs)])
+    perturbed = np.stack([curve("eager", steps, where, perturbed=run)[0] for run in range(runs)])
     triton, unmoved = curve("triton", steps, where)
     return Parity(eager, triton, perturbed, unmoved)
 

@@ -263,7 +263,7 @@ def linear_step(found: Facts) -> tuple[dict[str, float], float]:
 
 
 def linear_time(kernel: str, found: Facts, N: int, K: int, tokens: int, gpu: Gpu) -> tuple[float, float]:
-    """(clocks, fill) of a matmul of a bucket ``N.. K..`` (_linear_launch.linear_bucket) at this many tokens."""
+    """(clocks, fill) of a matmul of a bucket ``N.. K..`` (kernels.matmul.linear_bucket) at this many tokens."""
     config, kind = found.config, kernel.split(".")[1]
     m, n, k = (N, K, tokens) if kind.startswith("weight_grad") else (tokens, N, K)
     ways = config.get("splits", 1)

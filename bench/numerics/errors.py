@@ -183,7 +183,7 @@ def recorded(pairs: list[Operands], scale: float, modes: Iterable[Mode] = COMPAR
 
 
 SCALE_HEAD = 2.0**5
-"""Of dlogits, which are at most 1: what precision_ops gives chunks of 128."""
+"""The loss scale of dlogits, which are at most 1: numerics/ops.py gives it to chunks of 128."""
 
 
 def scale_for(pair: Operands, scale: float) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.numerics.ops import Recorder, simulated
+from bench.numerics.runs import perturb, windows
 from bench.numerics.simulation import FP32, Mode
 from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.data.corpora import documents
@@ -100,28 +101,20 @@ def corpus(characters: int) -> tuple[Tensor, Tensor]:
 
 
 def batches(tokens: Tensor, setup: Experiment, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows at seeded places, for ever."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(0, len(tokens) - setup.block_size - 1, (setup.batch_size,), generator=generator)
-        window = torch.stack([tokens[i : i + setup.block_size + 1] for i in starts])
-        yield window[:, :-1], window[:, 1:]
+    return windows(tokens, setup.block_size, setup.batch_size, seed)
 
 
 def optimizer_of(setup: Experiment) -> OptimConfig:
     return OptimConfig(lr=setup.lr, warmup_iters=max(1, setup.steps // 15), min_lr_ratio=0.05)
 
 
-def build(setup: Experiment, mode: Mode, record: Recorder | None = None, perturb: int = 0) -> Stepper:
-    """Model, optimizer and loss scaler, as the training loop steps them. ``perturb``, if not 0, seeds a relative change of
-    every initial weight by about 1e-3, less than bf16 rounds it by: two runs that differ in no more drift this far apart."""
+def build(setup: Experiment, mode: Mode, record: Recorder | None = None, perturbed: int = 0) -> Stepper:
+    """Model, optimizer and loss scaler, as the training loop steps them. ``perturbed``, if not 0, seeds a relative change of
+    every initial weight by about 1e-3, less than bf16 rounds it by."""
     torch.manual_seed(0)
     model = GPT(setup.model, simulated(mode, record))
-    if perturb:
-        torch.manual_seed(perturb)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.mul_(1 + 1e-3 * torch.randn_like(parameter))
+    if perturbed:
+        perturb(model, perturbed, relative=1e-3)
     optim = optimizer_of(setup)
     scaler = torch.amp.GradScaler("cpu", enabled=mode.needs_loss_scaling, growth_interval=setup.growth_interval)
     return Stepper(model, model, build_optimizer(model, optim, "eager"), scaler, "fp32", optim.grad_clip)
@@ -134,11 +127,11 @@ def validate(model: GPT, held: Tensor, setup: Experiment) -> float:
 
 
 def train(
-    mode: Mode, setup: Experiment, tokens: tuple[Tensor, Tensor], *, name: str = "", perturb: int = 0
+    mode: Mode, setup: Experiment, tokens: tuple[Tensor, Tensor], *, name: str = "", perturbed: int = 0
 ) -> SimulatedRun:
     """One run. The validation batches are the same each time and for each mode."""
     start = time.perf_counter()
-    stepper = build(setup, mode, perturb=perturb)
+    stepper = build(setup, mode, perturbed=perturbed)
     run = SimulatedRun(name or mode.name, [])
     optim = optimizer_of(setup)
     for step, batch in enumerate(islice(batches(tokens[0], setup, seed=1), setup.steps)):
@@ -154,7 +147,7 @@ def train(
 
 @dataclass(frozen=True)
 class Operands:
-    """Two operands of a matmul at a step of training, fp32: ``what`` as in precision_ops.Recorder."""
+    """Two operands of a matmul at a step of training, fp32: ``what`` as in numerics.ops.Recorder."""
 
     what: str
     step: int

@@ -1,5 +1,5 @@
-"""The training steps that bench.ablation compares, as shipped and with one thing changed, and the part of it that runs them: the
-training loop's own objects, one of them exchanged."""
+"""The training steps that bench.ablation compares, as shipped and with one thing changed, and the part of it that runs them:
+the training loop's own objects, one of them exchanged."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from bench.reports.results import sentence
 from bench.steps import marks, roofs
 from bench.steps import step as step_module
 from bench.steps import trace as trace_module
-from bench.steps.variants import VARIANTS
+from bench.steps.variants import BACKENDS
 from fastgpt import anatomy, ops
 from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
@@ -35,14 +35,6 @@ from fastgpt.hardware import cards
 from fastgpt.hardware import ceilings as ceilings_module
 from fastgpt.ops import autocast
 from fastgpt.performance import flops
-
-BACKENDS = {
-    "eager": VARIANTS["eager"],
-    "compile": VARIANTS["compile"],
-    "compile-max-autotune": VARIANTS["compile max-autotune"],
-    "triton": VARIANTS["triton"],
-    "triton+compile": VARIANTS["triton+compile"],
-}
 
 LOSS_TOLERANCE = {"fp32": 1e-3}
 """Where it is not step.LOSS_TOLERANCE: the largest difference between a backend's first loss and eager's. Eager has no

@@ -30,3 +30,7 @@ VARIANTS = {
     "compile max-autotune": StepVariant("eager", "max-autotune-no-cudagraphs"),
 }
 """eager is PyTorch with SDPA, F.cross_entropy, fused AdamW and clip_grad_norm_; triton is this repository's kernels."""
+
+_BACKENDS = ("eager", "compile", "compile max-autotune", "triton", "triton+compile")
+BACKENDS = {name.replace(" ", "-"): VARIANTS[name] for name in _BACKENDS}
+"""Those that bench.mfu times in turns, by the names of its --backends."""

@@ -144,7 +144,7 @@ def test_a_run_differs_in_nothing_but_the_mode(tokens):
     first, again = (training_module.train(BF16, setup, tokens) for _ in range(2))
     assert first.losses == again.losses and first.validation == again.validation
     other = training_module.train(FP16_FAST, setup, tokens)
-    perturbed = training_module.train(BF16, setup, tokens, name="p", perturb=1)
+    perturbed = training_module.train(BF16, setup, tokens, name="p", perturbed=1)
     for run in (other, perturbed):
         assert run.losses != first.losses
         assert run.losses == pytest.approx(first.losses, abs=0.01)
