@@ -147,7 +147,7 @@ class StepMeter:
         ceilings: Ceilings | None = None,
         warmup_steps: int = 1,
     ) -> StepMeter:
-        """A meter with every name and number filled in. ``ceilings``: hardware.measured_ceilings(device)."""
+        """A meter with every name and number filled in. ``ceilings``: what measured_ceilings(device) gives."""
         arithmetic = cards.arithmetic_of(precision)
         return cls(
             device,

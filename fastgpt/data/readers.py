@@ -106,7 +106,7 @@ def _rest_of_line(file: BinaryIO, limit: int) -> bytes:
     return rest
 
 
-def read_jsonl(path: Path, column: str = "text", skip: int = 0) -> Iterator[TextRow]:
+def read_jsonl(path: Path, column: str, skip: int) -> Iterator[TextRow]:
     """One JSON object per line, with its text in the field ``column``. ``.gz`` and ``.zst`` are decompressed on the way."""
     with ExitStack() as stack:
         raw = stack.enter_context(path.open("rb"))
@@ -141,7 +141,7 @@ def _text_of(line: bytes, path: Path, number: int, column: str) -> str:
     return text
 
 
-def read_parquet(path: Path, column: str = "text", skip: int = 0) -> Iterator[TextRow]:
+def read_parquet(path: Path, column: str, skip: int) -> Iterator[TextRow]:
     """The strings of one column."""
     pa = _pyarrow(path, "parquet")
     import pyarrow.parquet as pq

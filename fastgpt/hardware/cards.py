@@ -3,8 +3,6 @@
 A nominal peak is SMs x boost clock x FLOP per clock per SM (``ARCHS``): dense, never sparse. GeForce cards run their
 tensor cores at half rate when they accumulate in fp32; workstation and data-centre cards do not. A card that is not in
 ``GPUS`` has no nominal peak: ``lookup`` returns None, never another card. Nothing here touches CUDA at import.
-
-    python -m fastgpt.hardware [NAME] [--json]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What this machine reaches, measured in process: copy bandwidth, matmul rates, clock, power, temperature.
 
-``hardware`` holds the nominal figures and hands these on. Nothing here touches CUDA at import.
+The nominal figures are in cards.py. Nothing here touches CUDA at import.
 """
 
 from __future__ import annotations

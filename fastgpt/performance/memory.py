@@ -52,7 +52,7 @@ class SavedForBackward(NamedTuple):
 @dataclass(frozen=True)
 class Memory:
     """Bytes by part at the worst moment of a step. ``allocated`` compares with torch.cuda.max_memory_allocated, ``total``
-    with max_memory_reserved; the CUDA context is in neither (plan.CUDA_CONTEXT)."""
+    with max_memory_reserved; the CUDA context is in neither (fitting.CUDA_CONTEXT)."""
 
     weights: int
     working_copies: int

@@ -151,7 +151,7 @@ class StepSizes:
 
     @property
     def own_fp8(self) -> bool:
-        """Whether the blocks' linears are this repository's in fp8: fp8/ops.py."""
+        """Whether the blocks' linears are this repository's in fp8: kernels/fp8/."""
         return self.kernels == "triton" and self.precision == "fp8"
 
     def fused(self, name: str) -> bool:
@@ -579,6 +579,6 @@ def _optimizer(s: StepSizes) -> Operation:
 
 
 def arithmetics(precision: str) -> tuple[str, ...]:
-    """The hardware.ARITHMETICS of the matmuls of a step at this --precision. MFU is a share of the first one's peak."""
+    """Which of ceilings.ARITHMETICS the matmuls of a step use at this --precision. MFU is a share of the first one's peak."""
     rest = (PLAIN[precision],) if precision in PLAIN else ()
     return cards.arithmetic_of(precision), *rest
