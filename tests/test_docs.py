@@ -19,7 +19,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copy, copytree, ignore_patterns
 
 import pytest
 
@@ -195,7 +195,8 @@ def recipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     for name in ("fastgpt", "bench", "configs", "tests"):
         copytree(ROOT / name, folder / name, ignore=ignore_patterns("__pycache__", "results"))
-    (folder / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    for name in ("pyproject.toml", "CONTRIBUTING.md"):
+        copy(ROOT / name, folder)
     for language, text in blocks(CONTRIBUTING):
         if language == "python":
             title = re.match(r"# (\S+\.py)\n", text)
