@@ -117,8 +117,7 @@ class Run:
         if self.stepper.graphs is not None:
             self.stepper.graphs.drop()
         position = self.train_loader.state_dict()
-        for loader in (self.train_loader, self.val_loader):
-            loader.close()
+        self.close()
         self.micro_batch, self.grad_accum = micro_batch, grad_accum // self.world.size
         self.train_loader, self.val_loader = build_loaders(self.config, self.world, micro_batch)
         self.train_loader.load_state_dict(position)
