@@ -74,15 +74,17 @@ def kernel_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def kernels_markdown(results: dict[str, Any]) -> str:
+    return "\n\n".join(["## Kernels", *_kernels(results)])
+
+
+def _kernels(results: dict[str, Any]) -> list[str]:
     tflops = (results.get("matmul_tflops") or {}).get("bf16")
     roofs = (
         f"Roofs measured in the same run: copy {_figure(results.get('copy_gbs'), '.0f')} GB/s, "
         f"bf16 matmul {_figure(tflops, '.1f')} TFLOP/s. Medians of interleaved runs, forward + backward; with a cold L2 cache "
         "but for the column that says otherwise, rates and shares included."
     )
-    return "\n\n".join(
-        ["## Kernels", _where(results["environment"]), roofs, markdown([KERNEL_HEADER, *kernel_rows(results)])]
-    )
+    return [_where(results["environment"]), roofs, markdown([KERNEL_HEADER, *kernel_rows(results)])]
 
 
 def print_kernels(results: dict[str, Any]) -> None:
@@ -148,14 +150,14 @@ def gpu_markdown(results: dict[str, Any]) -> str:
         if isinstance(found, dict) and "error" in found:
             parts += [f"## {title}", f"No figures: {found['error']}"]
         elif found:
-            parts += section(found)
+            parts += [f"## {title}", *section(found)]
     return "\n\n".join(parts) + "\n"
 
 
 def _tests(tests: dict[str, Any]) -> list[str]:
     counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
     end = "" if tests.get("finished", True) else " (cut off by the time budget)"
-    parts = ["## Parity tests on this GPU", f"{counts} in {tests['seconds']:.0f} s{end}."]
+    parts = [f"{counts} in {tests['seconds']:.0f} s{end}."]
     return parts + (["Failed: " + ", ".join(tests["failures"][:20])] if tests.get("failures") else [])
 
 
@@ -165,7 +167,7 @@ def _steps(steps: list[dict[str, Any]]) -> list[str]:
         "torch's fused AdamW and clip_grad_norm_; compile: the same under torch.compile; triton+compile: our kernels "
         "under torch.compile. MFU: 6N + 12LCT over the card's nominal dense bf16 peak."
     )
-    return ["## Training steps", about, markdown([STEP_HEADER, *step_rows(steps)])]
+    return [about, markdown([STEP_HEADER, *step_rows(steps)])]
 
 
 def _profile(profile: dict[str, Any]) -> list[str]:
@@ -174,7 +176,7 @@ def _profile(profile: dict[str, Any]) -> list[str]:
         for name, b in profile["backends"].items()
     ]
     about = f"A step of GPT-2 124M, operation by operation: {profile['report']} (figures: {profile['file']})."
-    return ["## Where the time goes", about, markdown([["backend", "ms/step"], *rows])]
+    return [about, markdown([["backend", "ms/step"], *rows])]
 
 
 def _memory(memory: dict[str, Any]) -> list[str]:
@@ -185,7 +187,7 @@ def _memory(memory: dict[str, Any]) -> list[str]:
         cells += [f"{measured['allocated'] / 1e9:.2f}", f"{off['allocated']:+.1%}"] if measured else [row["error"], ""]
         rows.append([f"{row['preset']}, {row['kernels']}, micro-batch {row['micro_batch']}", *cells])
     header = ["step", "predicted GB", "measured GB", "prediction is off by"]
-    return ["## Peak memory", "Allocated at the peak.", markdown([header, *rows])]
+    return ["Allocated at the peak.", markdown([header, *rows])]
 
 
 def _projection(projection: dict[str, Any]) -> list[str]:
@@ -204,9 +206,7 @@ def _projection(projection: dict[str, Any]) -> list[str]:
     if projection.get("calibration_error") is not None:
         about += f" Error of its calibration: {projection['calibration_error']:.1%}."
     header = ["what", "variant", "measured ms", "projected ms", "projection is off by", "note"]
-    parts = (
-        ["## Predicted beside measured", about, markdown([header, *rows])] if rows else ["## Predicted beside measured"]
-    )
+    parts = [about, markdown([header, *rows])] if rows else []
     return parts + [f"Not projected: {error}" for error in projection.get("errors", [])]
 
 
@@ -221,19 +221,19 @@ def _ablation(found: dict[str, Any]) -> list[str]:
         cells = [figure, "-" if projected is None or shipped else f"{projected:+.1%}"]
         rows.append([row["precision"], row["variant"], *cells, row["meaning"]])
     header = ["precision", "variant", "measured", "projected", "what runs instead"]
-    return ["## What each fusion is worth", about, markdown([header, *rows])]
+    return [about, markdown([header, *rows])]
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "tests": ("Parity tests on this GPU", _tests),
-    "kernels": ("Kernels", lambda found: [kernels_markdown(found)]),
+    "kernels": ("Kernels", _kernels),
     "steps": ("Training steps", _steps),
     "profile": ("Where the time goes", _profile),
     "ablation": ("What each fusion is worth", _ablation),
     "memory": ("Peak memory", _memory),
     "projection": ("Predicted beside measured", _projection),
 }
-"""By the name of the stage, in the order of the report."""
+"""By the name of the stage, in the order of the report: its title, and what stands under it."""
 
 
 def plot_steps(results: dict[str, Any], path: Path) -> bool:

@@ -1,8 +1,8 @@
 """What was measured, kept: one file per measurement in bench/results/DEVICE/COMMIT-KIND[-N].json, never written twice.
 
 A measurement is a dict: ``schema`` and ``schema_version``; ``kind`` (of KINDS); ``label``, a name that
-people give it; ``environment`` (device, versions, commit, time: fastgpt/env.py); and ``entries``, by name, each with
-``ms``, ``iqr_ms`` and ``runs`` (also ``peak_memory`` in bytes and whatever else was measured), or ``error`` where there is
+people give it; ``environment`` (device, versions, commit, time: hardware/environment.py); and ``entries``, by name, each with
+``ms``, ``iqr_ms`` and ``runs`` (also ``peak_memory`` in bytes and other figures), or ``error`` where there is
 no figure. FASTGPT_RESULTS names another folder.
 """
 
