@@ -33,12 +33,13 @@ def print_table(
     narrow: bool = False,
 ) -> None:
     """Print a table under its title. Figures are never cut; text wraps where the terminal is narrow. ``style``: of a row.
-    ``narrow``: one space between columns instead of two."""
+    ``narrow``: less space between the columns, and none around them."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0) if narrow else (0, 1))
+    padding = (0, 1, 0, 0) if narrow else (0, 1)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding, show_edge=not narrow)
     for i, name in enumerate(cells[0]):
         figures = is_figures(cells, i)
         table.add_column(
@@ -49,8 +50,7 @@ def print_table(
         )
     for row in cells[1:]:
         table.add_row(*map(escape, row), style="bold" if row[0] == "sum" else style(row))
-    if title:
-        console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
+    console.print(f"\n[bold]{escape(title)}[/]" if title else "", soft_wrap=True)
     console.print(table)
 
 

@@ -44,7 +44,7 @@ def test_a_failed_gate_exits_with_1_and_names_kernel_case_and_figure(monkeypatch
     failures = capsys.readouterr().err.splitlines()
     assert failures == [
         "gate: attention bf16 D80: forward does not compile for sm_89",
-        "gate: forward bf16 (step gpt2-124m bf16) D=64 w8 s3: spills 16 bytes a thread, 0 loads, 0 stores",
+        "gate: forward_kernel bf16 (step gpt2-124m bf16) D=64 w8 s3: spills 16 bytes a thread, 0 loads, 0 stores",
     ]
 
 
