@@ -10,7 +10,8 @@ For token i with classifier row w_v and target t, and q the smoothed one-hot (1 
 
 Tokens are taken in chunks (``chunk_rows``). Per chunk, cuBLAS writes the logits in x's dtype into one reused buffer,
 one Triton kernel reads them row by row (statistics in fp32) and overwrites them with dz, and two more GEMMs take dz to
-dx and, accumulated in fp32 over the chunks, to dW. Chunked classifiers: Hsu et al. 2024 (Liger-Kernel), Wijmans et al.
+dx and, accumulated in fp32 over the chunks, to dW. Logits have ``padded(V)`` columns; those from V
+on are zero before and after. Chunked classifiers: Hsu et al. 2024 (Liger-Kernel), Wijmans et al.
 2024 (Cut Cross-Entropy). No gradient is filtered.
 
 When dz is formed:
@@ -24,8 +25,9 @@ When dz is formed:
 
 fp16: dz is rounded before 1/N (2e-5 / 8192 would be 0), scaled by a power of two, ``grad_scale``, taken out in fp32.
 
-``accumulate="fp16"`` (fp16 operands): the GEMMs sum products in fp16 over chunks of K, which GeForce tensor cores do at twice
-the rate (fused_cross_entropy.py). In dW a chunk may be 64 tokens of one target, each with dz near -1 and a large input:
+``accumulate="fp16"`` (fp16 operands): the GEMMs are those of linear layers (matmul.py) that sum products in fp16 over chunks of
+K, up to 128 for the logits and dx and 64 for dW, which GeForce tensor cores do at twice the rate.
+In dW a chunk may be 64 tokens of one target, each with dz near -1 and a large input:
 ``grad_scale`` then leaves room for their sum, as no loss scale can, being another factor.
 
 Peak memory at 8192 x 768 x 50304, bf16 with an fp32 weight: eager holds the log-probabilities, their gradient and that
@@ -48,192 +50,21 @@ from torch import Tensor
 from fastgpt.kernels import arguments, matmul, reference, runtime, tuning
 from fastgpt.kernels.matmul import matmul_fp32
 
-# ---------------- was fastgpt/kernels/_cross_entropy_kernels.py
-# The kernel of fused_cross_entropy.py: statistics of rows of logits, and their gradient in place.
+LOGITS_BUDGET = 256 * 2**20
+"""Bytes that the logits of one chunk may take."""
+GEMM_TILE = 128
+"""Rows and columns of cuBLAS's usual output tile."""
+FP16_SUMS_SCALE = 2.0**6
+"""Scale of dz where its products are summed in fp16: 64 tokens of one target may then have an input of 15 each. From 2^0 to 2^8
+the error is the same (docs/precision-modes.md)."""
 
 
-@triton.jit
-def softcap_of(z, cap):
-    """cap * tanh(z / cap); the exponential cannot overflow."""
-    e = tl.exp(-2 * tl.abs(z / cap))
-    capped = cap * (1 - e) / (1 + e)
-    return tl.where(z < 0, -capped, capped)
-
-
-@triton.jit
-def softcap_slope(z, cap):
-    """1 - tanh(z / cap)^2, without the cancellation where tanh is near 1."""
-    e = tl.exp(-2 * tl.abs(z / cap))
-    return 4 * e / ((1 + e) * (1 + e))
-
-
-@triton.jit(do_not_specialize=["rows"])
-def rows_kernel(
-    logits_ptr,  # (rows, stride) in x's dtype, columns [V, stride) are 0; overwritten by dz if GRAD
-    target_ptr,  # (rows,) int32 or int64
-    loss_ptr,  # (rows,) fp32, written if LOSS
-    stats_ptr,  # (rows, 2) fp32: the largest logit, and lse minus it; written if LOSS, else read
-    row_scale_ptr,  # (rows,) fp32, read if PER_ROW
-    rows,
-    V,
-    stride,
-    ignore_index,
-    scale,
-    smoothing,
-    z_loss,
-    softcap,
-    LOSS: tl.constexpr,
-    GRAD: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    CAP: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """ROWS rows: loss and statistics in a first pass over the vocabulary; dz, in place, in a second, which finds the rows
-    in L2. Logits of ignored rows are not read. A target outside [0, V) that is not ignored makes its row's loss and dz
-    NaN.
-
-    Accesses are masked at ``stride``, a multiple of 64, and cut at V in registers: a mask at an odd V would break every
-    one of them into single elements."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < rows
-    target = tl.load(target_ptr + row, mask=exists, other=0).to(tl.int64)
-    live = exists & (target != ignore_index)
-    in_range = (target >= 0) & (target < V)
-    row_ptr = logits_ptr + row * stride
-    lanes = tl.arange(0, BLOCK)
-
-    if LOSS:
-        z_target = tl.load(row_ptr + target, mask=live & in_range, other=float("nan")).to(tl.float32)
-        if CAP:
-            z_target = softcap_of(z_target, softcap)
-        z_max = tl.full((ROWS,), float("-inf"), tl.float32)
-        exp_sum = tl.full((ROWS,), 0.0, tl.float32)
-        z_sum = tl.full((ROWS,), 0.0, tl.float32)
-        for start in range(0, V, BLOCK):
-            columns = start + lanes
-            mask = live[:, None] & (columns < stride)[None, :]
-            z = tl.load(row_ptr[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-            if CAP:
-                z = softcap_of(z, softcap)
-            if SMOOTH:
-                z_sum += tl.sum(z, 1)
-            z = tl.where((columns < V)[None, :], z, float("-inf"))
-            new_max = tl.maximum(z_max, tl.max(z, 1))
-            # While every logit so far is -inf, subtract 0 instead: -inf - -inf is NaN.
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            exp_sum = exp_sum * tl.exp(z_max - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
-            z_max = new_max
-        log_sum = tl.log(exp_sum)
-        lse = z_max + log_sum
-        # z_max - z_target first: lse - z_target would cancel where the target is certain.
-        loss = log_sum + (z_max - z_target) + z_loss * lse * lse
-        if SMOOTH:
-            loss += smoothing * (z_target - z_sum / V)
-        tl.store(loss_ptr + row, tl.where(live, loss, 0.0), mask=exists)
-        tl.store(stats_ptr + 2 * row, z_max, mask=exists)
-        tl.store(stats_ptr + 2 * row + 1, log_sum, mask=exists)
-    else:
-        z_max = tl.load(stats_ptr + 2 * row, mask=exists, other=0.0)
-        log_sum = tl.load(stats_ptr + 2 * row + 1, mask=exists, other=0.0)
-
-    if GRAD:
-        # Every thread has read its target's logit before any thread overwrites it.
-        tl.debug_barrier()
-        p_factor = 1 + 2 * z_loss * (z_max + log_sum)
-        if PER_ROW:
-            scale *= tl.load(row_scale_ptr + row, mask=exists, other=0.0)
-        row_scale = tl.where(in_range, scale, float("nan"))
-        for start in range(0, V, BLOCK):
-            columns = start + lanes
-            inside = (columns < stride)[None, :]
-            z = tl.load(row_ptr[:, None] + columns[None, :], mask=live[:, None] & inside, other=0.0).to(tl.float32)
-            factor = row_scale[:, None]
-            if CAP:
-                factor *= softcap_slope(z, softcap)
-                z = softcap_of(z, softcap)
-            p = tl.exp(z - z_max[:, None] - log_sum[:, None])
-            # In fp32 until the store: p - 1 of a certain target keeps its digits.
-            dz = p * p_factor[:, None] - tl.where(columns[None, :] == target[:, None], 1 - smoothing, 0.0)
-            if SMOOTH:
-                dz -= smoothing / V
-            dz = tl.where(live[:, None] & (columns < V)[None, :], dz * factor, 0.0).to(logits_ptr.dtype.element_ty)
-            tl.store(row_ptr[:, None] + columns[None, :], dz, mask=exists[:, None] & inside)
-
-
-# ---------------- was fastgpt/kernels/_cross_entropy_matmuls.py
-# The matmuls around the row kernel of fused_cross_entropy.py: logits of a chunk of tokens, and what dz turns into.
-#
-# ``Fp32Sums`` is cuBLAS. ``Fp16Sums`` sums products in fp16 over chunks of K and these sums in fp32, which no library does: it
-# is the matmul of linear layers (matmul.py), the logits and dx with up to 128 products to a chunk, dW with 64.
-#
-# Both hold the classifier's first V rows in x's dtype. A chunk's logits (rows, ``padded(V)``) are zero past column V, and are
-# overwritten by dz, zero there as well.
+# ---------------------------------------------------------------- configs, sizes and scales
 
 
 def padded(V: int) -> int:
     """Row stride of logits: each row starts on 128 bytes whatever V is."""
     return triton.cdiv(V, 64) * 64
-
-
-class Fp32Sums:
-    """weight (V, C) and bias (V,) or None in x's dtype, for chunks of at most ``rows`` tokens, whose logits share a buffer."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        self.weight, self.bias, self.V = weight, bias, weight.shape[0]
-        self.buffer = weight.new_empty(rows, padded(self.V))
-        self.buffer[:, self.V :].zero_()
-
-    def logits(self, x: Tensor) -> Tensor:
-        """The logits of x (rows, C)."""
-        out = self.buffer[: x.shape[0]]
-        if self.bias is None:
-            torch.mm(x, self.weight.t(), out=out[:, : self.V])
-        else:
-            torch.addmm(self.bias, x, self.weight.t(), out=out[:, : self.V])
-        return out
-
-    def input_grad(self, dz: Tensor, dx: Tensor) -> None:
-        """dx (rows, C) fp32 = dz W."""
-        matmul_fp32(dx, dz[:, : self.V], self.weight, accumulate=False)
-
-    def weight_grad(self, dz: Tensor, x: Tensor, dw: Tensor, add: bool) -> None:
-        """dw[:V] fp32 = dz^T x, or += with ``add``."""
-        matmul_fp32(dw[: self.V], dz[:, : self.V].t(), x, accumulate=add)
-
-
-class Fp16Sums:
-    """The same with sums in fp16. Operands are padded to whole rows of 128 bytes, which the kernel reads 16 bytes at a time."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        more = padded(weight.shape[0]) - weight.shape[0]
-        self.weight = torch.nn.functional.pad(weight, (0, 0, 0, more)) if more else weight
-        self.bias = torch.nn.functional.pad(bias, (0, more)) if more and bias is not None else bias
-
-    def logits(self, x: Tensor) -> Tensor:
-        with self._recorded("head.logits", x, self.weight.shape):
-            return matmul.matmul(x, self.weight.t(), self.bias, None, None, 0.0, True)
-
-    def input_grad(self, dz: Tensor, dx: Tensor) -> None:
-        with self._recorded("head.input_grad", dz, self.weight.t().shape):
-            dx.copy_(matmul.matmul(dz, self.weight, None, None, None, 0.0, True))
-
-    def weight_grad(self, dz: Tensor, x: Tensor, dw: Tensor, add: bool) -> None:
-        rows = min(dz.shape[1], dw.shape[0])  # those past V get the zeros that they have to have
-        with self._recorded("head.weight_grad", dz.t(), x.t().shape):
-            matmul.weight_grad(dz[:, :rows], x, dw[:rows], None, True, add=add)
-
-    @staticmethod
-    def _recorded(op: str, a: Tensor, columns: torch.Size) -> AbstractContextManager:
-        return runtime.record(op, (a.shape[0], *columns), a.dtype, "triton")
-
-
-LOGITS_BUDGET = 256 * 2**20
-"""Bytes that the logits of one chunk may take."""
-
-GEMM_TILE = 128
-"""Rows and columns of cuBLAS's usual output tile."""
 
 
 def cross_entropy_bucket(V: int, logit_softcap: float | None) -> str | None:
@@ -264,13 +95,13 @@ def chunk_rows(rows: int, V: int, C: int, dtype: torch.dtype, sm_count: int) -> 
     return best
 
 
-def _choice(x: Tensor, V: int, logit_softcap: float | None) -> tuning.Choice:
+@tuning.cached
+def _choice(dtype: torch.dtype, V: int, logit_softcap: float | None, device: torch.device) -> tuning.Choice:
     """The row kernel's ``tile``, the logits that a program holds at a time, and warps. The default is safe on any card: 16
     logits a thread, two 128-bit accesses in bf16 and four in fp32; half of that with a softcap, whose exponentials take
     registers."""
     default = {"tile": 4096 if logit_softcap is None else 2048, "num_warps": 8}
-    bucket = cross_entropy_bucket(V, logit_softcap)
-    return tuning.choose("cross_entropy.rows", x.dtype, bucket, x.device, default)
+    return tuning.choose("cross_entropy.rows", dtype, cross_entropy_bucket(V, logit_softcap), device, default)
 
 
 def config(rows: int, V: int, tile: int, num_warps: int) -> dict[str, int]:
@@ -279,11 +110,6 @@ def config(rows: int, V: int, tile: int, num_warps: int) -> dict[str, int]:
     # The interpreter pays per program and per operation, hardly per element.
     rows_each = min(2**18 // block, triton.next_power_of_2(rows)) if runtime.INTERPRET else tile // block
     return {"ROWS": rows_each, "BLOCK": block, "num_warps": num_warps}
-
-
-FP16_SUMS_SCALE = 2.0**6
-"""Scale of dz where its products are summed in fp16: 64 tokens of one target may then have an input of 15 each. From 2^0 to 2^8
-the error is the same (docs/precision-modes.md)."""
 
 
 def grad_scale(
@@ -300,6 +126,165 @@ def grad_scale(
     return min(scale, FP16_SUMS_SCALE) if fp16_sums else scale
 
 
+# ---------------------------------------------------------------- kernel
+
+
+@triton.jit
+def softcap_of(z, cap):
+    """cap * tanh(z / cap); the exponential cannot overflow."""
+    e = tl.exp(-2 * tl.abs(z / cap))
+    capped = cap * (1 - e) / (1 + e)
+    return tl.where(z < 0, -capped, capped)
+
+
+@triton.jit
+def softcap_slope(z, cap):
+    """1 - tanh(z / cap)^2, without the cancellation where tanh is near 1."""
+    e = tl.exp(-2 * tl.abs(z / cap))
+    return 4 * e / ((1 + e) * (1 + e))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rows_kernel(
+    logits_ptr,  # (rows, stride) in x's dtype, columns [V, stride) are 0; overwritten by dz if GRAD
+    target_ptr,  # (rows,) int32 or int64
+    loss_ptr,  # (rows,) fp32, written if LOSS
+    stats_ptr,  # (rows, 2) fp32: the largest logit, and lse minus it; written if LOSS, else read
+    row_scale_ptr,  # (rows,) fp32, read if PER_ROW
+    rows, V, stride, ignore_index, scale, smoothing, z_loss, softcap,
+    LOSS: tl.constexpr, GRAD: tl.constexpr, PER_ROW: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows: loss and statistics in a first pass over the vocabulary; dz, in place, in a second, which finds the rows
+    in L2. Logits of ignored rows are not read. A target outside [0, V) that is not ignored makes its row's loss and dz
+    NaN.
+
+    Accesses are masked at ``stride``, a multiple of 64, and cut at V in registers: a mask at an odd V would break every
+    one of them into single elements."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = row < rows
+    target = tl.load(target_ptr + row, mask=exists, other=0).to(tl.int64)
+    live = exists & (target != ignore_index)
+    in_range = (target >= 0) & (target < V)
+    row_ptr = logits_ptr + row * stride
+    lanes = tl.arange(0, BLOCK)
+
+    if LOSS:
+        z_target = tl.load(row_ptr + target, mask=live & in_range, other=float("nan")).to(tl.float32)
+        if CAP:
+            z_target = softcap_of(z_target, softcap)
+        z_max = tl.full((ROWS,), float("-inf"), tl.float32)
+        exp_sum = tl.full((ROWS,), 0.0, tl.float32)
+        z_sum = tl.full((ROWS,), 0.0, tl.float32)
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            mask = live[:, None] & (columns < stride)[None, :]
+            z = tl.load(row_ptr[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            if CAP:
+                z = softcap_of(z, softcap)
+            if SMOOTH:
+                z_sum += tl.sum(z, 1)  # before the cut at V: the padding is 0
+            z = tl.where((columns < V)[None, :], z, float("-inf"))
+            # Sum of exponentials in one pass: what was summed is scaled down whenever the largest logit grows.
+            new_max = tl.maximum(z_max, tl.max(z, 1))
+            # While every logit so far is -inf, subtract 0 instead: -inf - -inf is NaN.
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            exp_sum = exp_sum * tl.exp(z_max - shift) + tl.sum(tl.exp(z - shift[:, None]), 1)
+            z_max = new_max
+        log_sum = tl.log(exp_sum)
+        lse = z_max + log_sum
+        # z_max - z_target first: lse - z_target would cancel where the target is certain.
+        loss = log_sum + (z_max - z_target) + z_loss * lse * lse
+        if SMOOTH:
+            loss += smoothing * (z_target - z_sum / V)
+        tl.store(loss_ptr + row, tl.where(live, loss, 0.0), mask=exists)
+        tl.store(stats_ptr + 2 * row, z_max, mask=exists)
+        tl.store(stats_ptr + 2 * row + 1, log_sum, mask=exists)
+    else:
+        z_max = tl.load(stats_ptr + 2 * row, mask=exists, other=0.0)
+        log_sum = tl.load(stats_ptr + 2 * row + 1, mask=exists, other=0.0)
+
+    if GRAD:
+        # Every thread has read its target's logit before any thread overwrites it.
+        tl.debug_barrier()
+        p_factor = 1 + 2 * z_loss * (z_max + log_sum)
+        if PER_ROW:
+            scale *= tl.load(row_scale_ptr + row, mask=exists, other=0.0)
+        row_scale = tl.where(in_range, scale, float("nan"))  # a target that does not exist shows, and raises nothing
+        for start in range(0, V, BLOCK):
+            columns = start + lanes
+            inside = (columns < stride)[None, :]
+            z = tl.load(row_ptr[:, None] + columns[None, :], mask=live[:, None] & inside, other=0.0).to(tl.float32)
+            factor = row_scale[:, None]
+            if CAP:
+                factor *= softcap_slope(z, softcap)
+                z = softcap_of(z, softcap)
+            p = tl.exp(z - z_max[:, None] - log_sum[:, None])
+            # In fp32 until the store: p - 1 of a certain target keeps its digits.
+            dz = p * p_factor[:, None] - tl.where(columns[None, :] == target[:, None], 1 - smoothing, 0.0)
+            if SMOOTH:
+                dz -= smoothing / V
+            dz = tl.where(live[:, None] & (columns < V)[None, :], dz * factor, 0.0).to(logits_ptr.dtype.element_ty)
+            tl.store(row_ptr[:, None] + columns[None, :], dz, mask=exists[:, None] & inside)
+
+
+# ---------------------------------------------------------------- matmuls
+
+
+class Fp32Sums:
+    """The GEMMs of a chunk by cuBLAS. weight (V, C) and bias (V,) or None are in x's dtype, V without rows past the vocabulary;
+    chunks have at most ``rows`` tokens, and share a buffer for their logits."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self.weight, self.bias, self.V = weight, bias, weight.shape[0]
+        self.buffer = weight.new_empty(rows, padded(self.V))
+        self.buffer[:, self.V :].zero_()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The logits of x (rows, C)."""
+        out = self.buffer[: x.shape[0]]
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out[:, : self.V])
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out[:, : self.V])
+        return out
+
+    def input_grad(self, dz: Tensor, dx: Tensor) -> None:
+        """dx (rows, C) fp32 = dz W."""
+        matmul_fp32(dx, dz[:, : self.V], self.weight, accumulate=False)
+
+    def weight_grad(self, dz: Tensor, x: Tensor, dw: Tensor, add: bool) -> None:
+        """dw[:V] fp32 = dz^T x, or += with ``add``."""
+        matmul_fp32(dw[: self.V], dz[:, : self.V].t(), x, accumulate=add)
+
+
+class Fp16Sums:
+    """The same by matmul.py, with sums in fp16. Operands are padded to whole rows of 128 bytes, so that the kernel reads 16
+    bytes at a time."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        more = padded(weight.shape[0]) - weight.shape[0]
+        self.weight = torch.nn.functional.pad(weight, (0, 0, 0, more)) if more else weight
+        self.bias = torch.nn.functional.pad(bias, (0, more)) if more and bias is not None else bias
+
+    def logits(self, x: Tensor) -> Tensor:
+        with self._recorded("head.logits", x, self.weight.shape):
+            return matmul.matmul(x, self.weight.t(), self.bias, None, None, 0.0, True)
+
+    def input_grad(self, dz: Tensor, dx: Tensor) -> None:
+        with self._recorded("head.input_grad", dz, self.weight.t().shape):
+            dx.copy_(matmul.matmul(dz, self.weight, None, None, None, 0.0, True))
+
+    def weight_grad(self, dz: Tensor, x: Tensor, dw: Tensor, add: bool) -> None:
+        rows = min(dz.shape[1], dw.shape[0])  # those past V get the zeros that they have to have
+        with self._recorded("head.weight_grad", dz.t(), x.t().shape):
+            matmul.weight_grad(dz[:, :rows], x, dw[:rows], None, True, add=add)
+
+    @staticmethod
+    def _recorded(op: str, a: Tensor, columns: torch.Size) -> AbstractContextManager:
+        return runtime.record(op, (a.shape[0], *columns), a.dtype, "triton")
+
+
 # ---------------------------------------------------------------- chunks
 
 
@@ -313,17 +298,9 @@ def _check_targets(target: Tensor, ignore_index: int, V: int) -> None:
 
 
 def _run_chunks(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    options: tuple,
-    stats: Tensor,
-    *,
-    losses: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    wants: Sequence[bool] = (False, False, False),
-) -> list[Tensor]:
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, options: tuple, stats: Tensor, *,
+    losses: Tensor | None = None, row_scale: Tensor | None = None, wants: Sequence[bool] = (False, False, False),
+) -> list[Tensor]:  # fmt: skip
     """Every chunk in turn. With ``losses`` (rows,), writes them and ``stats`` (rows, 2); without, reads ``stats``.
 
     Returns [dx, dW, db] in fp32, those that ``wants`` does not ask for empty: of the sum of the losses times
@@ -364,16 +341,9 @@ def _run_chunks(
 
 
 def _launch_rows(
-    logits: Tensor,
-    target: Tensor,
-    stats: Tensor,
-    options: tuple,
-    size: int,
-    *,
-    losses: Tensor | None,
-    row_scale: Tensor | None,
-    grad: bool,
-) -> None:
+    logits: Tensor, target: Tensor, stats: Tensor, options: tuple, size: int, *,
+    losses: Tensor | None, row_scale: Tensor | None, grad: bool,
+) -> None:  # fmt: skip
     """The row kernel on one chunk's logits; ``size``: rows of a whole chunk."""
     ignore_index, smoothing, z_loss, softcap, V, fp16 = options
     scale = 1.0 if row_scale is not None else grad_scale(logits.dtype, V, z_loss, softcap, fp16)
@@ -387,8 +357,7 @@ def _launch_rows(
             CAP=softcap is not None, **launch,
         )  # fmt: skip
 
-    with runtime.device_guard(logits):
-        tuning.launch(_choice(logits, V, softcap), run)
+    tuning.launch(_choice(logits.dtype, V, softcap, logits.device), run)
 
 
 # ---------------------------------------------------------------- ops
@@ -445,9 +414,10 @@ def _backward(grad, stats, wants, x, weight, target, bias, *options):
         exponent = torch.frexp(grad.abs().amax()).exponent.clamp(-126, 126)
         scale = grad_scale(x.dtype, V, z_loss, softcap, fp16)
         row_scale = torch.ldexp(grad, -exponent) * scale
-        unscale = torch.ldexp(
-            torch.full_like(exponent, 1 / scale, dtype=torch.float32), exponent
-        )  # no copy from the host
+        unscaled = torch.full_like(
+            exponent, 1 / scale, dtype=torch.float32
+        )  # made on the device: no copy from the host
+        unscale = torch.ldexp(unscaled, exponent)
     sums = _run_chunks(x, weight, target, bias, options, stats, row_scale=row_scale, wants=wants)
     return tuple((total * unscale).to(dtype) for total, dtype in zip(sums, _dtypes(x, weight, bias)))
 
@@ -546,17 +516,9 @@ def linear_cross_entropy(
         if not torch.compiler.is_compiling():
             _check_targets(target, ignore_index, V)
         return reference.linear_cross_entropy(
-            x,
-            weight,
-            target,
-            bias=bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_softcap=logit_softcap,
-            vocab_size=vocab_size,
-        )
+            x, weight, target, bias=bias, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, z_loss=z_loss, logit_softcap=logit_softcap, vocab_size=vocab_size,
+        )  # fmt: skip
     x = x.to(runtime.compute_dtype(x))
     flat = target.reshape(-1)
     inputs = x.reshape(-1, x.shape[-1]), weight, flat, bias

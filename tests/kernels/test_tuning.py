@@ -427,7 +427,7 @@ def test_every_space_has_its_default():
         "with offline.compile_for(89):\n"
         "    ok += [s.contains(f'layer_norm.{k}', n._choice(k, torch.bfloat16, C, torch.device('cpu')).default)\n"
         "           for k in ('forward', 'backward') for C in (384, 768, 1024, 1600)]\n"
-        "ok += [s.contains('cross_entropy.rows', c._choice(torch.ones(1), 50304, None).default)]\n"
+        "ok += [s.contains('cross_entropy.rows', c._choice(torch.float32, 50304, None, torch.device('cpu')).default)]\n"
         "ok += [s.contains('adamw.update', w.config())]\n"
         "print(json.dumps(ok))"
     )
