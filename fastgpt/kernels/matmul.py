@@ -101,8 +101,8 @@ def linear_bucket(N: int, K: int, tokens: int) -> str | None:
 
 
 def splits(M: int, N: int, K: int, block_m: int, block_n: int, sms: int) -> int:
-    """Ways to split K that take the least time, of one block per SM: more fill the last
-    wave of SMs better, but each writes C in fp32 and reads it again, past what L2 keeps. At least 512 of K each.
+    """Ways to split K that take the least time, with one block per SM: more ways fill the last wave of SMs better, but each
+    writes C in fp32 and reads it again, past what L2 keeps. At least 512 of K each.
 
     A model that no measurement has confirmed yet. On 46 SMs, 8192 tokens and C = 768: 5 for C x C, 2 for 3C x C, 4C x C."""
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
@@ -149,8 +149,8 @@ def choose(
 ) -> tuning.Choice:  # fmt: skip
     """The engine that computes (M, K) @ (K, N) and what goes with it, and its tiles: ``tuning.CUBLAS``, or the fields of Tiles.
 
-    ``kind``: one of ``LINEAR_KINDS``; of weight gradients M and N are the weight's rows and columns and K
-    counts tokens. ``wide``: see ``_wide``. ``usual``: whether layout and options are those that tables were made for.
+    ``kind``: one of ``LINEAR_KINDS``; in weight gradients M and N are the weight's rows and columns, and K counts tokens.
+    ``wide``: see ``_wide``. ``usual``: whether layout and options are those that tables were made for.
     """
     bucket, default = None, tuning.CUBLAS
     if wide and usual:
