@@ -22,7 +22,7 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-LONG = ("test_compile_gate.py", "test_training_parity.py", "test_loop.py", "test_distributed.py")
+LONG = ("test_compile_gate.py", "test_training_parity.py", "test_loop.py", "test_docs.py", "test_distributed.py")
 
 
 def pytest_collection_modifyitems(items):

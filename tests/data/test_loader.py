@@ -214,19 +214,6 @@ def test_shards_too_short_for_a_window_are_passed_over(files):
     assert loader.windows == 1 and loader.next_batch()[1].flatten().tolist() == list(range(6, 22))
 
 
-def test_the_loader_is_no_bottleneck(files):
-    """20M tokens/s on one core is asked for, of small batches too; CPU time of both threads, so that a busy machine
-    does not count. (Measured: 50M for 4 x 32, 500M for 16 x 1024.)"""
-    paths = files(*[65000 // 4] * 4)
-    for block_size, batch_size, batches in ((32, 4, 20_000), (1024, 16, 300)):
-        with TokenLoader(paths, block_size, batch_size) as loader:
-            loader.next_batch()
-            begin = time.process_time()
-            for _ in range(batches):
-                loader.next_batch()
-            assert batches * batch_size * block_size / (time.process_time() - begin) > 20e6
-
-
 # bugs 3, 4: the thread is ahead of the training, and the state is not.
 @pytest.mark.parametrize("prefetch", [0, 1, 5])
 def test_the_state_does_not_depend_on_how_far_the_thread_is(files, monkeypatch, prefetch):
