@@ -42,7 +42,7 @@ PARTS = {
     "head": {f"head {way}" for way in PASSES},
     "attention": {"attention forward", "attention backward"},
 }
-"""Of fp16-fast: the groups of operations whose products are summed in fp16. With the linears go the epilogues."""
+"""The groups of operations in fp16-fast whose products are summed in fp16. With the linears go the epilogues."""
 
 # ---------------------------------------------------------------- projected
 

@@ -301,7 +301,7 @@ class Stage:
     name: str
     run: Callable[[Session, float], None]
     share: float
-    """Of the time. What a stage leaves over goes to the next."""
+    """Its share of the time. What a stage leaves over goes to the next."""
     module: str
     """What it runs: a stage whose module is not here is skipped."""
 

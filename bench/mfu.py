@@ -61,8 +61,8 @@ class MfuConfig:
     precision: Precision = "auto"
     """auto: fp32 on a CPU, bf16 on a GPU. fp16-fast and fp8 are experimental, and our kernels' alone."""
     backends: Annotated[str | None, Arg("NAME,NAME")] = None
-    """Of eager, compile, compile-max-autotune, triton, triton+compile. Without it: all that have the precision; on a CPU those
-    of eager,compile,triton."""
+    """Any of eager, compile, compile-max-autotune, triton, triton+compile. Without it: all that have the precision;
+    on a CPU those of eager,compile,triton."""
     steps: int = 10
     """Timed steps of each backend."""
     device: Device = "auto"

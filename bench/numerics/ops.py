@@ -43,8 +43,9 @@ class Product:
 
     @property
     def scale_of_dlogits(self) -> float:
-        """Of a logit's gradient, which is at most 1, where it is stored in fp16: a power of two. With fp32 sums the largest
-        that fits; sums in fp16 need room for a chunk of products with the head's inputs, here if none is above ``HEADROOM``."""
+        """The scale of a logit's gradient, which is at most 1, where it is stored in fp16: a power of two. With fp32
+        sums the largest that fits; sums in fp16 need room for a chunk of products with the head's inputs, here if none is
+        above ``HEADROOM``."""
         if self.mode.output != "fp16":
             return 1.0
         if self.mode.accumulate != "fp16":

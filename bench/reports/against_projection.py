@@ -40,7 +40,7 @@ class Pair:
 
     @property
     def error(self) -> float | None:
-        """Of the projected time: above 0, the model is too slow."""
+        """The error as a share of the projected time: above 0, the model is too slow."""
         return self.projected_ms / self.measured_ms - 1 if self.projected_ms is not None and self.measured_ms else None
 
     def to_json(self) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def help_cells(backend: dict[str, Any], count: int = 8) -> Cells:
 
 
 def _advice(row: dict[str, Any]) -> str:
-    """Of a matmul that is at double rate already, without the half that recommends it."""
+    """The advice for a matmul that is at double rate already, without the half that recommends it."""
     text = advice(row["name"])
     return text.partition("; double-rate")[0] if row.get("arithmetic") in DOUBLED else text
 

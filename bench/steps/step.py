@@ -79,7 +79,7 @@ class Timed(NamedTuple):
     first_loss: float
     last_loss: float
     skipped_steps: int
-    """Of those that were timed: they do less than the others."""
+    """How many of the timed steps were skipped: they do less than the others."""
 
 
 def time_steps(

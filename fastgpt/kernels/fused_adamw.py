@@ -286,7 +286,7 @@ class Step(NamedTuple):
     skipped: Tensor
     """int64, counts the skipped steps. They change nothing else."""
     seed: int
-    """Of the stochastic rounding."""
+    """The seed of stochastic rounding."""
     total: Tensor | None = None
     """One fp32: the sum of squares of all unscaled gradients, where ``grads`` are only a rank's shards of them."""
 

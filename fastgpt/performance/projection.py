@@ -259,7 +259,7 @@ class Projection:
     tokens_per_second_low: float
     tokens_per_second_high: float
     mfu: float
-    """Of the card's nominal peak in the arithmetic that ``mfu_of`` names, FLOPs by nanoGPT's formula (flops.palm)."""
+    """The share of the card's nominal peak in the arithmetic that ``mfu_of`` names, FLOPs by nanoGPT's formula (flops.palm)."""
     mfu_of: str
     mfu_nanogpt: float
     """The same FLOPs of an A100's 312 TFLOP/s: what nanoGPT prints."""

@@ -125,7 +125,7 @@ CONSTANTS = Constants()
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 OWN_TILES = ((128, 128), (128, 64))
-"""Of this repository's 16-bit matmuls, with a GELU or with sums in fp16: larger ones spill (docs/performance.md)."""
+"""Tiles of this repository's 16-bit matmuls with a GELU or with sums in fp16: larger ones spill (docs/performance.md)."""
 SPLITS = (1, 2, 3, 4, 5, 6, 8)
 EXPONENTIALS_PER_CLOCK = 16  # per SM, compute capability 8.x and 9.0: CUDA C++ Programming Guide, arithmetic throughput
 FP32_PER_CLOCK = {"sm_80": 64, "sm_75": 64, "sm_70": 64}  # idem; 128 elsewhere
