@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 
 from bench.compiler import ranking, tune_measure
-from bench.compiler.tune_table import HINTS, change, facts_of, open_table, print_changes
+from bench.compiler.tune_table import HINTS, change, facts_of, open_table, print_changes, save
 from bench.ops import families
 from bench.ops.common import Family
 from bench.ops.linear import default_at
@@ -76,7 +76,7 @@ def ranked_entries(
     evidence: dict[str, Any]
     for bucket in family.buckets:
         usual = default_at(family, bucket, default, card.sm_count)
-        order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, card)
+        order = family.rank(bucket, found, usual, card)
         if not order:
             continue
         best = order[0]
@@ -117,7 +117,7 @@ def rank(chosen: list[Family], card: cards.Gpu, path: Path, deadline: float) -> 
             table.entries[entry.key] = entry
             usual = default_at(family, entry.key.bucket, default, card.sm_count)
             rows.append(change(entry, old.config if old else usual, entry.evidence["over_default"]))
-        table.save(paths[library])
+        save(table, paths[library])
     print_changes(rows, "model's time over the default's")
     for library, table in tables.items():
         if table.entries:

@@ -29,17 +29,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from heapq import heapify, heappop, heappush
 from statistics import mean
 from typing import Any
 
 from bench.compiler import cubin
-from bench.ops.attention import batch_heads
-from bench.ops.linear import linear_sizes, typical_tokens
 from fastgpt.hardware.cards import Gpu
-from fastgpt.kernels import tuning
 
 MODEL = 1
 """Raised when figures of the model change: entries ranked by another one are ranked anew."""
@@ -336,20 +333,7 @@ def adamw_time(found: Facts, parameters: int, gpu: Gpu) -> tuple[float, float]:
     return waves_time(-(-parameters // chunk), 30 * chunk, chunk / found.config["BLOCK"], found, gpu)
 
 
-def times(kernel: str, dtype: str, bucket: str, found: Facts, gpu: Gpu) -> list[tuple[float, float]]:
-    """(clocks, fill) at each size that stands for the bucket."""
-    size = 4 if dtype == "fp32" else 2
-    if kernel.startswith("attention"):
-        return [attention_time(kernel, found, heads, 1024, 64, gpu) for heads in batch_heads(bucket)]
-    if kernel.startswith("layer_norm"):
-        return [layer_norm_time(kernel, found, rows, int(bucket[1:]), size, gpu) for rows in (2048, 8192, 16384)]
-    if kernel.startswith("linear"):
-        N, K = linear_sizes(bucket)
-        usual = typical_tokens(bucket)
-        return [linear_time(kernel, found, N, K, tokens, gpu) for tokens in (usual // 2, usual, usual, 2 * usual)]
-    if kernel == "cross_entropy.rows":
-        return [cross_entropy_time(found, rows, 50304, size, gpu) for rows in (1536, 1664, 2048)]
-    return [adamw_time(found, parameters, gpu) for parameters in (40_560_000, 124_000_000)]
+# ---------------------------------------------------------------- ranking
 
 
 @dataclass(frozen=True)
@@ -363,12 +347,14 @@ class Ranked:
     over_default: float | None
 
 
-def rank(kernel: str, dtype: str, bucket: str, found: list[Facts], default: dict[str, int], gpu: Gpu) -> list[Ranked]:
-    """Configs without problems, best first. The default comes first unless another is better by RESOLUTION."""
-    sensible = tuning.sensible_configs(kernel, bucket)
-    candidates = [f for f in found if not f.problem and f.config in sensible]
+def rank(
+    found: list[Facts], default: dict[str, int], times: Callable[[Facts], list[tuple[float, float]]]
+) -> list[Ranked]:
+    """Configs without problems, best first. The default comes first unless another is better by RESOLUTION. ``times``:
+    (clocks, fill) of a config at each size that stands for the bucket."""
+    candidates = [f for f in found if not f.problem]
     candidates = [f for f in candidates if f.config.get("programs_per_sm", 1) <= f.blocks_per_sm or f.config == default]
-    clocks = [times(kernel, dtype, bucket, f, gpu) for f in candidates]
+    clocks = [times(f) for f in candidates]
     if not clocks:
         return []
     least = [min(own[i][0] for own in clocks) for i in range(len(clocks[0]))]

@@ -124,7 +124,7 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
                 left += 1
                 continue
             usual = default_at(family, bucket, default, card.sm_count)
-            order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, card)
+            order = family.rank(bucket, found, usual, card)
             first = tuning.CUBLAS if tuning.has_library(family.kernel) else usual
             configs = [first] + [c for c in candidates(family, bucket, order, here, folder) if c != first]
             budget_s = max(1.0, min(20.0, deadline - time.monotonic()))
@@ -149,7 +149,7 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
             dtype = family.dtype
             old = tuning.choose(family.kernel, dtype, bucket, device, first).config
             table.entries[key] = tuning.TableEntry(key, configs[best], "measured", resources, evidence)
-            table.save(path)
+            tune_table.save(table, path)
             rows.append(tune_table.change(table.entries[key], old, best_ms / times[0].median_ms))
             torch.cuda.empty_cache()
     tune_table.print_changes(rows, "time over the default's, measured")
@@ -229,7 +229,7 @@ def check_model(chosen: list[Family], asked: int, deadline: float, out: Path | N
             found, default, _ = tune_table.facts_of(family, here.arch)
             for bucket in family.buckets:
                 usual = default_at(family, bucket, default, granted)
-                order = ranking.rank(family.kernel, family.dtype_name, bucket, found, usual, small)
+                order = family.rank(bucket, found, usual, small)
                 if len(order) < 2 or time.monotonic() > deadline:
                     continue
                 configs = [r.facts.config for r in order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -18,18 +19,10 @@ from fastgpt.common import UserError, write_whole
 from fastgpt.hardware.environment import ROOT
 from fastgpt.kernels import tuning
 
+ENTRY_FIELDS = ("origin", "config", "resources", "evidence")
 HINTS = Path(__file__).parents[1] / "hints"
 """Tables of tiles for matmuls that cuBLAS can compute, ranked by the model: what bench.tune times first on such a card.
 Training never reads them, as nothing but a measurement takes a matmul from cuBLAS."""
-SOURCES = {
-    "attention": "fused_attn.py",
-    "layer_norm": "fused_layernorm.py",
-    "cross_entropy": "fused_cross_entropy.py",
-    "adamw": "fused_adamw.py",
-    "linear": "matmul.py",
-    "linear_fast": "matmul.py",
-}
-"""The file whose change makes what was compiled of a kernel out of date."""
 
 
 def facts_of(family: Family, arch: int) -> tuple[list[ranking.Facts], dict[str, int], str]:
@@ -57,9 +50,10 @@ def _slug(name: str) -> str:
 
 
 def _sources(family: Family) -> str:
-    """Hash of the kernel's files and of the configs that are compared."""
-    folder = Path(tuning.__file__).parent
-    source = (folder / SOURCES[family.kernel.split(".")[0]]).read_bytes()
+    """Hash of the kernel's file, whose change makes what was compiled out of date, and of the configs that are compared."""
+    file = inspect.getsourcefile(tuning.spaces()[family.kernel].function)
+    assert file is not None
+    source = Path(file).read_bytes()
     return hashlib.sha256(source + json.dumps(family.configs()).encode()).hexdigest()[:16]
 
 
@@ -86,6 +80,22 @@ def open_table(path: Path, target: tuning.Target, gpu: str) -> tuning.Table:
         raise UserError(
             f"the tuning table {path} cannot be used ({error}): delete it, or name another by --out"
         ) from None
+
+
+def save(table: tuning.Table, path: Path) -> None:
+    """Write the file whole or not at all, one line per entry. Raises UserError where nothing can be written."""
+    about = {"schema": tuning.SCHEMA, "schema_version": tuning.SCHEMA_VERSION, "arch": f"sm_{table.target.arch}"}
+    about |= {"sms": table.target.sms, "shared_per_block": table.target.shared}
+    about |= {"gpu": table.gpu, "compiler": table.compiler}
+    lines = [
+        "\n  " + json.dumps({**entry.key._asdict(), **{name: getattr(entry, name) for name in ENTRY_FIELDS}})
+        for entry in sorted(table.entries.values(), key=lambda entry: entry.key)
+    ]
+    text = json.dumps(about, indent=1)[:-2] + ',\n "entries": [' + ",".join(lines) + "\n ]\n}\n"
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise UserError(f"the tuning table {path} cannot be written ({error.strerror}): name another") from None
 
 
 UNCHANGED = "(the same)"

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.compiler import ranking
 from bench.ops.common import BF16, FP32, OURS, SHORT, Case, Entry, Family, Sizes
 from bench.parity import assert_parity
 from bench.reports.timing import Work
 from fastgpt import anatomy
+from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels.fused_adamw import ADAMW_BUCKET
 from fastgpt.kernels.working_copy import working_copy
 from fastgpt.optim.adamw import FusedAdamW
@@ -56,7 +58,11 @@ def cases() -> Iterator[Case]:
 
 def families() -> list[Family]:
     cases = (partial(launch_adamw, FP32, copy=BF16), partial(launch_adamw, FP32, offset=1))
-    return [Family("adamw.update", FP32, (ADAMW_BUCKET,), "_adamw_kernel", cases, time_adamw)]
+    return [Family("adamw.update", FP32, (ADAMW_BUCKET,), cases, time_adamw, clocks_adamw)]
+
+
+def clocks_adamw(bucket: str, found: ranking.Facts, gpu: Gpu) -> list[tuple[float, float]]:
+    return [ranking.adamw_time(found, parameters, gpu) for parameters in (40_560_000, 124_000_000)]
 
 
 def time_adamw(bucket: str, device: torch.device) -> Callable[[], Any]:

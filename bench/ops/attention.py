@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.compiler import ranking
 from bench.ops.common import (
     BF16,
     FP16,
@@ -28,6 +29,7 @@ from bench.ops.common import (
     total,
 )
 from bench.parity import check
+from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels import fused_attn, reference
 from fastgpt.performance import flops
 
@@ -94,10 +96,14 @@ def families() -> list[Family]:
             found_buckets = [fused_attn.attention_bucket(64, rows, plain=True, dropout=dropout) for rows in bounds]
             buckets = tuple(bucket for bucket in found_buckets if bucket is not None)
             case = partial(launch_attention, dtype, 64, dropout_p=0.1 if dropout else 0.0)
-            for function in ("forward", "backward_q", "backward_kv"):
-                timed = partial(time_attention, f"attention.{function}", dtype)
-                found.append(Family(f"attention.{function}", dtype, buckets, f"{function}_kernel", (case,), timed))
+            for kernel in ("attention.forward", "attention.backward_q", "attention.backward_kv"):
+                timed, clocks = partial(time_attention, kernel, dtype), partial(clocks_attention, kernel)
+                found.append(Family(kernel, dtype, buckets, (case,), timed, clocks))
     return found
+
+
+def clocks_attention(kernel: str, bucket: str, found: ranking.Facts, gpu: Gpu) -> list[tuple[float, float]]:
+    return [ranking.attention_time(kernel, found, heads, 1024, 64, gpu) for heads in batch_heads(bucket)]
 
 
 def batch_heads(bucket: str) -> list[int]:

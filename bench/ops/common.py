@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.compiler import ranking
 from bench.reports.timing import Work
+from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels import tuning
 from fastgpt.performance import flops
 
@@ -52,16 +54,20 @@ def backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """Buckets of one kernel and dtype that compile alike. ``function``: the jit function; ``cases`` launch it, the usual
-    options first, then those that a config of this bucket must also be good for."""
+    """Buckets of one kernel and dtype that compile alike. ``cases`` launch the kernel, the usual options first, then those that
+    a config of these buckets must also be good for."""
 
     kernel: str
+    """Its name in the tables (``tuning.space``)."""
     dtype: torch.dtype
     buckets: tuple[str, ...]
-    function: str
     cases: tuple[Callable[[], None], ...]
     timed: Callable[[str, torch.device], Callable[[], Any]]
     """For a bucket: the public operation around the kernel, at the size that stands for it. Returns its results."""
+    clocks: Callable[[str, ranking.Facts, Gpu], list[tuple[float, float]]]
+    """(clocks, fill) of a config by the model of bench/compiler/ranking.py, at each size that stands for a bucket."""
+    worth: Callable[[tuning.Config], bool] = lambda config: True
+    """Whether a config is worth compiling."""
     rest: tuple[Callable[[], None], ...] = ()
     """Cases that a config which ships must be good for, too: compiled by the gate of bench.audit only."""
 
@@ -75,9 +81,20 @@ class Family:
         alike = "" if self.kernel.startswith("linear") else f" {self.buckets[0].split(' rows')[0]}"
         return f"{self.kernel} {self.dtype_name}{alike}"
 
-    def configs(self) -> list[dict[str, int]]:
-        """Those worth compiling."""
-        return tuning.sensible_configs(self.kernel, self.buckets[0])
+    @property
+    def function(self) -> str:
+        """The kernel's name in its file."""
+        return tuning.spaces()[self.kernel].function.__name__
+
+    def configs(self) -> list[tuning.Config]:
+        """Those worth compiling; cuBLAS is not compiled."""
+        return [
+            config for config in tuning.spaces()[self.kernel].configs if config != tuning.CUBLAS and self.worth(config)
+        ]
+
+    def rank(self, bucket: str, found: list[ranking.Facts], default: tuning.Config, gpu: Gpu) -> list[ranking.Ranked]:
+        """What was compiled of ``configs()``, best first."""
+        return ranking.rank(found, default, lambda facts: self.clocks(bucket, facts, gpu))
 
 
 def pass_of(kernel: str, op: Callable[..., Any], inputs: list[Tensor]) -> Callable[[], Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.compiler import ranking
 from bench.ops.common import (
     BF16,
     FP16,
@@ -25,6 +26,7 @@ from bench.ops.common import (
     timed,
 )
 from bench.parity import check
+from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels import fused_cross_entropy, reference
 from fastgpt.performance import flops
 
@@ -60,9 +62,13 @@ def families() -> list[Family]:
         cases = (loss, partial(loss, label_smoothing=0.1, z_loss=1e-4, vocab_size=8190))
         bucket = fused_cross_entropy.cross_entropy_bucket(8192, None)
         assert bucket is not None
-        timed = partial(time_cross_entropy, dtype)
-        found.append(Family("cross_entropy.rows", dtype, (bucket,), "rows_kernel", cases, timed))
+        timed, clocks = partial(time_cross_entropy, dtype), partial(clocks_cross_entropy, dtype)
+        found.append(Family("cross_entropy.rows", dtype, (bucket,), cases, timed, clocks))
     return found
+
+
+def clocks_cross_entropy(dtype: torch.dtype, bucket: str, found: ranking.Facts, gpu: Gpu) -> list[tuple[float, float]]:
+    return [ranking.cross_entropy_time(found, rows, 50304, dtype.itemsize, gpu) for rows in (1536, 1664, 2048)]
 
 
 def time_cross_entropy(dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:

@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
+from bench.compiler import ranking
 from bench.ops.common import (
     BF16,
     FP16,
@@ -29,7 +31,8 @@ from bench.ops.common import (
     total,
 )
 from bench.parity import check
-from fastgpt.kernels import fused_layernorm, reference
+from fastgpt.hardware.cards import Gpu
+from fastgpt.kernels import fused_layernorm, reference, tuning
 from fastgpt.performance import flops
 
 WIDTHS = (384, 768, 1024, 1600, 4096, 16384)
@@ -82,9 +85,25 @@ def families() -> list[Family]:
                     (inside, everything, alone) if kernel == "backward" or dtype != FP32 else (first, everything, alone)
                 )
                 bucket = fused_layernorm.layer_norm_bucket(C)
-                function, timed = f"layer_norm_{kernel}_kernel", partial(time_layer_norm, f"layer_norm.{kernel}", dtype)
-                found.append(Family(f"layer_norm.{kernel}", dtype, (bucket,), function, cases, timed))
+                name = f"layer_norm.{kernel}"
+                timed, clocks = partial(time_layer_norm, name, dtype), partial(clocks_layer_norm, name, dtype)
+                worth = partial(few_elements_a_thread, name, C)
+                found.append(Family(name, dtype, (bucket,), cases, timed, clocks, worth))
     return found
+
+
+def few_elements_a_thread(kernel: str, C: int, config: tuning.Config) -> bool:
+    """Neither so few elements of a tile that loads are narrow, nor so many that they spill; in backward two accumulators take
+    registers, too."""
+    elements = config["rows"] * max(16, triton.next_power_of_2(C)) / (32 * config["num_warps"])
+    return 8 <= elements <= 32 if kernel == "layer_norm.forward" else 4 <= elements <= 16
+
+
+def clocks_layer_norm(
+    kernel: str, dtype: torch.dtype, bucket: str, found: ranking.Facts, gpu: Gpu
+) -> list[tuple[float, float]]:
+    C, size = int(bucket[1:]), dtype.itemsize
+    return [ranking.layer_norm_time(kernel, found, rows, C, size, gpu) for rows in (2048, 8192, 16384)]
 
 
 def time_layer_norm(kernel: str, dtype: torch.dtype, bucket: str, device: torch.device) -> Callable[[], Any]:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.compiler import ranking
 from bench.ops.common import BF16, FP16, FP32, TUNED_WIDTHS, Case, Family, backward, leaf
+from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels import fused_linear, matmul, runtime, tuning
 from fastgpt.kernels.working_copy import gradients_in_place
 
@@ -115,9 +117,15 @@ def families() -> Iterator[Family]:
             heavy = {"add": True} if grad else {"sums": True} if kind == "dgelu" else None
             cases = (case,) if heavy is None else (case, partial(case, **heavy))
             rest = {"none": ({"transposed": True},), "gelu": ({"bias": False}, {"save": False})}.get(kind, ())
-            function = "weight_grad_kernel" if grad else "linear_kernel"
-            timed = partial(time_linear, kernel, dtype)
-            yield Family(kernel, dtype, buckets, function, cases, timed, tuple(partial(case, **more) for more in rest))
+            timed, clocks = partial(time_linear, kernel, dtype), partial(clocks_linear, kernel)
+            yield Family(
+                kernel, dtype, buckets, cases, timed, clocks, rest=tuple(partial(case, **more) for more in rest)
+            )
+
+
+def clocks_linear(kernel: str, bucket: str, found: ranking.Facts, gpu: Gpu) -> list[tuple[float, float]]:
+    (N, K), usual = linear_sizes(bucket), typical_tokens(bucket)
+    return [ranking.linear_time(kernel, found, N, K, tokens, gpu) for tokens in (usual // 2, usual, usual, 2 * usual)]
 
 
 def _launch_product(kind: str, dtype: torch.dtype, fast: bool, **options: Any) -> None:

@@ -70,14 +70,12 @@ HYPERPARAMETERS = tl.constexpr(6)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 ADAMW_BUCKET = "any"
-tuning.space(
-    "adamw.update",
-    [  # BLOCK elements at a time, CHUNK (a multiple) per program. 4 elements a thread are one 128-bit access per fp32 tensor;
-        # with more, triton passes every store through shared memory to keep it coalesced.
-        {"BLOCK": 128 * warps, "CHUNK": chunk, "num_warps": warps}
-        for warps, chunk in product((4, 8, 16), (4096, 8192, 16384, 32768))
-    ],
-)
+# BLOCK elements at a time, CHUNK (a multiple) per program. 4 elements a thread are one 128-bit access per fp32 tensor; with
+# more, triton passes every store through shared memory to keep it coalesced.
+_CONFIGS = [
+    {"BLOCK": 128 * warps, "CHUNK": chunk, "num_warps": warps}
+    for warps, chunk in product((4, 8, 16), (4096, 8192, 16384, 32768))
+]
 
 
 def config() -> dict[str, int]:
@@ -215,6 +213,7 @@ def _update(
             tl.store(copy + first + offsets, p.to(tl.float16), mask=mask)
 
 
+@tuning.space("adamw.update", _CONFIGS)
 @triton.jit(do_not_specialize=["n", "seed"])
 def _adamw_kernel(
     table, chunks, coefficients, control, n, seed,

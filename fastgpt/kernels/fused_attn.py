@@ -89,9 +89,6 @@ def _space(
 
 _QUERIES = ((64, 4), (128, 4), (128, 8))
 _KEYS = ((32, 4), (32, 8), (64, 4), (64, 8), (128, 8))
-tuning.space("attention.forward", _space("BLOCK_M", "BLOCK_N", _QUERIES, (2, 3)))
-tuning.space("attention.backward_q", _space("BLOCK_M", "BLOCK_N", _QUERIES, (1, 2)))
-tuning.space("attention.backward_kv", _space("BLOCK_N", "BLOCK_M", _KEYS, (2, 3)))
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension. A tensor-core dot holds all of its second operand in
@@ -408,6 +405,7 @@ def _add_dot(acc, a, b, FP16_SUMS: tl.constexpr):
         return tl.dot(a, b, acc, input_precision="ieee")
 
 
+@tuning.space("attention.forward", _space("BLOCK_M", "BLOCK_N", _QUERIES, (2, 3)))
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def forward_kernel(
     q, k, v, out, quantised, lse, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
@@ -473,6 +471,7 @@ def forward_kernel(
     tl.store(lse + head_row.to(tl.int64) * T_q + query, log_sum, mask=query < T_q)
 
 
+@tuning.space("attention.backward_q", _space("BLOCK_M", "BLOCK_N", _QUERIES, (1, 2)))
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def backward_q_kernel(
     q, k, v, out, grad_out, lse, delta, grad_q, quantised, kv_len, docs, seed, q_strides, k_strides,
@@ -533,6 +532,7 @@ def backward_q_kernel(
         _store_quantised(dq, quantised, grad_q_strides, batch, head, m, T_q, D, BLOCK_M, BLOCK_D)
 
 
+@tuning.space("attention.backward_kv", _space("BLOCK_N", "BLOCK_M", _KEYS, (2, 3)))
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def backward_kv_kernel(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, quantised_k, quantised_v, kv_len, docs, seed,

@@ -71,10 +71,7 @@ def cross_entropy_bucket(V: int, logit_softcap: float | None) -> str | None:
     return "V>=8192" if V >= 8192 and logit_softcap is None else None
 
 
-tuning.space(
-    "cross_entropy.rows",
-    [{"tile": tile, "num_warps": warps} for tile, warps in product((2048, 4096, 8192), (4, 8, 16))],
-)
+_CONFIGS = [{"tile": tile, "num_warps": warps} for tile, warps in product((2048, 4096, 8192), (4, 8, 16))]
 
 
 def chunk_rows(rows: int, V: int, C: int, dtype: torch.dtype, sm_count: int) -> int:
@@ -144,6 +141,7 @@ def softcap_slope(z, cap):
     return 4 * e / ((1 + e) * (1 + e))
 
 
+@tuning.space("cross_entropy.rows", _CONFIGS)
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
     logits_ptr,  # (rows, stride) in x's dtype, columns [V, stride) are 0; overwritten by dz if GRAD

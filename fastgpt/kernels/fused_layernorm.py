@@ -61,21 +61,12 @@ def layer_norm_bucket(C: int) -> str:
     return f"C{C}"
 
 
-def _sensible(fewest: int, most: int, bucket: str, config: tuning.Config) -> bool:
-    """Whether a thread holds from ``fewest`` to ``most`` elements of a tile."""
-    return fewest <= config["rows"] * _block(int(bucket[1:])) / (32 * config["num_warps"]) <= most
-
-
 def _space(**values: tuple[int, ...]) -> list[tuning.Config]:
     return [dict(zip(values, chosen)) for chosen in product(*values.values())]
 
 
-tuning.space("layer_norm.forward", _space(rows=(1, 2, 4, 8, 16), num_warps=(2, 4, 8)), partial(_sensible, 8, 32))
-tuning.space(
-    "layer_norm.backward",
-    _space(rows=(1, 2, 4, 8), num_warps=(4, 8, 16), programs_per_sm=(1, 2, 3, 4, 6), num_stages=(1, 2)),
-    partial(_sensible, 4, 16),  # two accumulators take registers, too
-)
+_FORWARD = _space(rows=(1, 2, 4, 8, 16), num_warps=(2, 4, 8))
+_BACKWARD = _space(rows=(1, 2, 4, 8), num_warps=(4, 8, 16), programs_per_sm=(1, 2, 3, 4, 6), num_stages=(1, 2))
 
 
 def config(kernel: str, C: int) -> tuning.Config:
@@ -107,6 +98,7 @@ def _choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tu
 # ---------------------------------------------------------------- kernels
 
 
+@tuning.space("layer_norm.forward", _FORWARD)
 @triton.jit(do_not_specialize=["n_rows"])
 def layer_norm_forward_kernel(
     X, RESIDUAL, WEIGHT, BIAS, SEED, Y, SUM, MEAN, RSTD, Q, SCALE, NORM,
@@ -168,6 +160,7 @@ def _xhat_and_dy(
     return (s.to(tl.float32) - mean[:, None]) * rstd[:, None], dy
 
 
+@tuning.space("layer_norm.backward", _BACKWARD)
 @triton.jit(do_not_specialize=["n_rows"])
 def layer_norm_backward_kernel(
     DY, DSUM, S, WEIGHT, MEAN, RSTD, SEED, S_SEED, DX, DRESIDUAL, DW_PARTIAL, DB_PARTIAL, Q, SCALE, NORM,

@@ -88,12 +88,6 @@ def _space(kind: str, *, fast: bool) -> list[tuning.Config]:
     return found
 
 
-for _kind in LINEAR_KINDS[2:]:
-    tuning.space(f"linear.{_kind}", _space(_kind, fast=False))
-for _kind in LINEAR_KINDS:
-    tuning.space(f"linear_fast.{_kind}", _space(_kind, fast=True))
-
-
 def linear_bucket(N: int, K: int, tokens: int) -> str | None:
     """Bucket of a linear layer's matmul: (tokens, K) by (K, N), or the gradient (N, K) of a weight. Exact in N and K, which
     a model has few of; any number of tokens from FEWEST_TOKENS on, so that a new batch size compiles nothing."""
@@ -356,6 +350,12 @@ def pointwise_grad_kernel(
             total += tl.sum(rounded.to(tl.float32), axis=0)
     if COLUMN_SUM is not None:
         tl.store(COLUMN_SUM + tl.program_id(0) * N + rn, total, mask=rn < N)
+
+
+for _name, _kinds in (("linear", LINEAR_KINDS[2:]), ("linear_fast", LINEAR_KINDS)):
+    for _kind in _kinds:
+        _function = weight_grad_kernel if _kind.startswith("weight_grad") else linear_kernel
+        tuning.space(f"{_name}.{_kind}", _space(_kind, fast=_name == "linear_fast"))(_function)
 
 
 # ---------------------------------------------------------------- cuBLAS

@@ -1,6 +1,6 @@
 """Which launch config for which GPU and shape: tables looked up at the first launch of a shape bucket, never a search.
 
-A kernel's file registers its config space with ``space`` at import: every config that is compared for the kernel. Its
+A kernel is registered by the decorator ``space``, with its name in the tables and every config that is compared for it. Its
 launcher asks ``choose``, naming the kernel, the dtype it reads, its shape bucket, and a safe default. Buckets are coarse on
 purpose: a bucket is one config, so a new batch size or sequence length compiles a kernel at most once per bucket.
 
@@ -45,13 +45,12 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from fastgpt.common import UserError, cache_dir, write_whole
+from fastgpt.common import cache_dir
 from fastgpt.hardware import cards
 from fastgpt.kernels import runtime
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.tuning", 1
 ORIGINS = ("measured", "ranked")
-ENTRY_FIELDS = ("origin", "config", "resources", "evidence")
 SHIPPED = Path(__file__).parent / "tables"
 Config = dict[str, int]
 """What a launcher passes on to its kernel: integers by name."""
@@ -62,39 +61,45 @@ CUBLAS: Config = {"cublas": 1}
 
 # ---------------------------------------------------------------- spaces
 
-_spaces: dict[str, list[Config]] = {}
-_sensible: dict[str, Callable[[str, Config], bool]] = {}
+
+class Space(NamedTuple):
+    """What is registered of a kernel."""
+
+    function: Callable
+    """The Python function under ``@triton.jit``: its ``__name__`` is what a profiler sees."""
+    configs: list[Config]
 
 
-def space(kernel: str, configs: Iterable[Config], sensible: Callable[[str, Config], bool] | None = None) -> None:
-    """Register every config of ``kernel``, by its name in the tables. ``sensible(bucket, config)``: whether a config is worth
-    compiling for a bucket (default: all are)."""
-    _spaces[kernel] = list(configs)
-    if sensible is not None:
-        _sensible[kernel] = sensible
+_spaces: dict[str, Space] = {}
+Kernel = TypeVar("Kernel")
 
 
-def spaces() -> dict[str, list[Config]]:
-    """Every config of every kernel whose file has been imported, by the kernel's name."""
+def space(kernel: str, configs: Iterable[Config]) -> Callable[[Kernel], Kernel]:
+    """Decorates a @triton.jit function: ``kernel`` is its name in the tables, ``configs`` are all that it may have there. A
+    function that does several jobs has a name for each."""
+
+    def register(function: Any) -> Any:
+        _spaces[kernel] = Space(function.fn, list(configs))
+        return function
+
+    return register
+
+
+def spaces() -> dict[str, Space]:
+    """Every kernel whose file has been imported, by its name in the tables."""
     return dict(_spaces)
-
-
-def sensible_configs(kernel: str, bucket: str) -> list[Config]:
-    """The configs of ``kernel`` that are worth compiling for ``bucket``; cuBLAS is not compiled."""
-    worth = _sensible.get(kernel, lambda bucket, config: True)
-    return [config for config in _spaces[kernel] if config != CUBLAS and worth(bucket, config)]
 
 
 def contains(kernel: str, config: object) -> bool:
     """Whether ``config`` is one of ``kernel``'s, with integers for values."""
     if not isinstance(config, dict) or not all(type(value) is int for value in config.values()):
         return False
-    return config in _spaces.get(kernel, ())
+    return kernel in _spaces and config in _spaces[kernel].configs
 
 
 def has_library(kernel: str) -> bool:
     """Whether cuBLAS competes with ``kernel``: it then computes until a measurement on such a card says otherwise."""
-    return CUBLAS in _spaces.get(kernel, ())
+    return kernel in _spaces and CUBLAS in _spaces[kernel].configs
 
 
 def brief(config: Config) -> str:
@@ -161,21 +166,6 @@ class Table:
         for key, entry in self.entries.items():
             if key.kernel == kernel and not contains(kernel, entry.config):
                 raise ValueError(f"config {entry.config} of {' '.join(key)} is not one that this version knows")
-
-    def save(self, path: Path) -> None:
-        """Write the file whole or not at all, one line per entry. Raises UserError where nothing can be written."""
-        about = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "arch": f"sm_{self.target.arch}"}
-        about |= {"sms": self.target.sms, "shared_per_block": self.target.shared}
-        about |= {"gpu": self.gpu, "compiler": self.compiler}
-        lines = [
-            "\n  " + json.dumps({**entry.key._asdict(), **{name: getattr(entry, name) for name in ENTRY_FIELDS}})
-            for entry in sorted(self.entries.values(), key=lambda entry: entry.key)
-        ]
-        text = json.dumps(about, indent=1)[:-2] + ',\n "entries": [' + ",".join(lines) + "\n ]\n}\n"
-        try:
-            write_whole(path, text)
-        except OSError as error:
-            raise UserError(f"the tuning table {path} cannot be written ({error.strerror}): name another") from None
 
 
 def read(path: Path) -> Table:

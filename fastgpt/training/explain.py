@@ -180,17 +180,11 @@ def _ordered(record: Record, prefix: str = "") -> list[Chosen]:
     return sorted(found, key=lambda choice: first[choice.kernel])
 
 
-_WITH_CONFIGS = {
-    "forward_kernel", "backward_q_kernel", "backward_kv_kernel", "layer_norm_forward_kernel", "layer_norm_backward_kernel",
-    "rows_kernel", "_adamw_kernel", "linear_kernel", "weight_grad_kernel",
-}  # fmt: skip
-"""Kernels that ``kernel_rows`` and ``matmul_rows`` list, whose configs the tuning tables choose."""
-
-
 def fixed_kernels(one: Record, two: Record) -> list[str]:
-    """``embedding_forward 1, ...``: the others, with their launches."""
+    """``embedding_forward 1, ...``: kernels whose configs no table chooses, with their launches."""
+    tuned = {space.function.__name__ for space in tuning.spaces().values()}
     return [
         f"{key[1].strip('_').removesuffix('_kernel')} {_count(key, one.launches, two.launches)}"
         for key in two.launches
-        if key[1] not in _WITH_CONFIGS
+        if key[1] not in tuned
     ]

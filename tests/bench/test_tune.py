@@ -140,14 +140,14 @@ def test_ranking_leaves_measured_entries_alone(compiled, tmp_path):
     table = tuning.read(path)
     ((key, entry),) = table.entries.items()
     table.entries[key] = replace(entry, origin="measured", evidence={"ms": 1.0})
-    table.save(path)
+    tune_table.save(table, path)
     tune.main(["--rank", "--kernel", "cross_entropy.*bf16", "--out", str(tmp_path)])
     assert tuning.read(path).entries[key].origin == "measured"
 
 
 def test_tiles_that_are_ranked_beside_cublas_are_hints_and_in_no_table(compiled, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "default_at", lambda family, bucket, default, sms: default)
-    monkeypatch.setattr(ranking, "rank", lambda kernel, dtype, bucket, found, *_: [ranking.Ranked(found[0], 1, 1, 1)])
+    monkeypatch.setattr(ranking, "rank", lambda found, *_: [ranking.Ranked(found[0], 1, 1, 1)])
     monkeypatch.setattr(ranking, "linear_step", lambda facts: ({}, 0.0))
     tune.main(["--rank", "--kernel", "linear.gelu bf16", "--out", str(tmp_path / "out")])
     (hinted,) = (tmp_path / "out").rglob("*.json")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.compiler import tune_table
 from fastgpt.common import UserError
 from fastgpt.hardware import cards
 from fastgpt.kernels import fused_adamw, fused_cross_entropy, fused_layernorm, tuning  # noqa: F401 (their spaces)
@@ -52,7 +53,7 @@ def write(folder, config, sms=46, *, origin="ranked", key=KEY, arch=89, shared=3
         target, f"a card with {sms} SMs", "triton 3.7.1", {key: TableEntry(key, config, origin, resources, {})}
     )
     path = folder / target.file_name
-    table.save(path)
+    tune_table.save(table, path)
     return path
 
 
@@ -257,7 +258,7 @@ def test_a_foreign_entry_costs_a_table_that_kernels_entries_only(folders, on_rtx
     path = write(folders[1], OTHER)
     table = tuning.read(path)
     table.entries[update] = replace(table.entries[KEY], key=update)
-    table.save(path)
+    tune_table.save(table, path)
     with pytest.warns(UserWarning, match="left out"):
         assert choose(update, {"BLOCK": 1024}).config == {"BLOCK": 1024}
     assert choose().config == OTHER
@@ -337,7 +338,7 @@ def test_a_table_reads_back_as_it_was_written(folders):
     assert table.target == RTX_4070 and table.compiler == "triton 3.7.1"
     assert table.entries[KEY].config == OTHER and table.entries[KEY].origin == "ranked"
     before = path.read_bytes()
-    table.save(path)
+    tune_table.save(table, path)
     assert path.read_bytes() == before
 
 

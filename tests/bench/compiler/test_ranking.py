@@ -177,7 +177,7 @@ def test_a_bucket_is_timed_at_its_models_micro_batch(C, tokens):
 
 @pytest.mark.parametrize("family", LINEARS, ids=lambda family: family.name)
 def test_cublas_is_what_a_matmul_is_compared_with_and_is_not_compiled(family):
-    has = tuning.CUBLAS in tuning.spaces()[family.kernel]
+    has = tuning.CUBLAS in tuning.spaces()[family.kernel].configs
     assert has == tuning.has_library(family.kernel) == (not family.kernel.startswith("linear_fast"))
     assert tuning.CUBLAS not in family.configs()
 
@@ -186,7 +186,7 @@ def test_no_config_sums_more_products_in_fp16_than_the_error_allows():
     for kernel, space in tuning.spaces().items():
         if kernel.startswith("linear_fast"):
             limit = launch.CHUNK_LIMITS["weight_grad" if "weight_grad" in kernel else "linear"]
-            products = {config["chunk"] * config["block_k"] for config in space}
+            products = {config["chunk"] * config["block_k"] for config in space.configs}
             assert max(products) == limit <= 128
     assert launch.CHUNK_LIMITS == {"linear": 128, "weight_grad": 64}, "docs/precision-modes.md"
 
@@ -194,8 +194,12 @@ def test_no_config_sums_more_products_in_fp16_than_the_error_allows():
 # ---------------------------------------------------------------- ranking
 
 
+def family_of(kernel, bucket):
+    return next(f for f in families() if (f.kernel, f.dtype_name) == (kernel, "bf16") and bucket in f.buckets)
+
+
 def rank(found, default=ROWS, kernel="cross_entropy.rows", bucket="V>=8192", gpu=RTX_4070):
-    return ranking.rank(kernel, "bf16", bucket, found, default, gpu)
+    return family_of(kernel, bucket).rank(bucket, found, default, gpu)
 
 
 def test_configs_with_a_problem_are_out():
@@ -217,8 +221,8 @@ def test_the_default_stays_unless_another_is_better_by_more_than_the_model_can_t
 
 def test_few_rows_want_smaller_blocks_than_many():
     both = [attention(FORWARD, 2), attention(SMALLER, 5, {k: v / 2 for k, v in PLAIN.items()})]
-    few = ranking.times("attention.forward", "bf16", "D64 rows<=16384", both[0], RTX_4070)
-    many = ranking.times("attention.forward", "bf16", "D64 rows<=1048576", both[0], RTX_4070)
+    clocks = family_of("attention.forward", "D64 rows<=16384").clocks
+    few, many = (clocks(f"D64 rows<={most}", both[0], RTX_4070) for most in (16384, 1048576))
     assert max(fill for _, fill in few[:2]) < 0.75 < min(fill for _, fill in many)
 
 
