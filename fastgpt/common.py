@@ -37,9 +37,9 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     return f"{what} is {name!r}{nearest(name, names)}: it can be {', '.join(names)}"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'this'?)", or "" if nothing is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+def nearest(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """ " (did you mean 'this'?)", or "" if nothing is that much alike."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -1,6 +1,6 @@
 """The result of bench.mfu as one HTML file: tables and pictures inside, nothing loaded from anywhere.
 
-fastgpt/templates/mfu.html.jinja lays out what is put into words here.
+mfu.html.jinja lays out what is put into words here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def write(result: dict[str, Any], out: Path) -> Path:
 def render(result: dict[str, Any], images: dict[str, bytes]) -> str:
     """The whole page. ``images``: PNG files by name, as pictures.draw names them."""
     return templates.render(
+        __package__,
         "mfu.html.jinja",
         title=f"fastgpt: a training step on {result['environment']['device']}",
         is_figures=is_figures,

@@ -24,11 +24,9 @@ from rich.console import Console
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
-from fastgpt.doctor.checks import environment
-from fastgpt.doctor.diagnosis import Diagnosis, diagnose
+from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
-from fastgpt.doctor.findings import rank
-from fastgpt.doctor.reading import corpus
+from fastgpt.doctor.reading import surroundings
 from fastgpt.doctor.reading.read import read
 from fastgpt.doctor.report import page, text
 from fastgpt.hardware import cards
@@ -85,23 +83,14 @@ def card(name: str | None, evidence: Evidence) -> Gpu | None:
     return cards.present()
 
 
-def examine(evidence: Evidence, gpu: Gpu | None, *, here: bool, corpus_tokens: int | None = None) -> Diagnosis:
-    """Every finding; ``here``: the run is to start on this machine, so that is looked at too."""
-    found = diagnose(evidence, gpu, corpus_tokens)
-    if here:
-        device = found.figures.config.settings.get("device")
-        asked = device is not None and str(device.value).startswith("cuda")
-        it = environment.Machine.here()
-        found.findings = rank([*environment.machine(it, wants_cuda=asked, wants_triton=it.cuda), *found.findings])
-    return found
-
-
 def main(args: list[str]) -> int:
     options, overrides = parse(args)
     evidence = read(list(options.files), overrides)
     gpu = card(options.gpu, evidence)
-    tokens = int(options.corpus_tokens) if options.corpus_tokens else corpus.tokens(evidence)
-    found = examine(evidence, gpu, here=evidence.log is None and options.gpu is None, corpus_tokens=tokens)
+    tokens = int(options.corpus_tokens) if options.corpus_tokens else surroundings.corpus_tokens(evidence)
+    if evidence.log is None and options.gpu is None:  # the run is to start here
+        evidence.machine = surroundings.this_machine()
+    found = diagnose(evidence, gpu, tokens)
     if options.html is not None:
         page.write(options.html, found, evidence, gpu)
     if options.json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,10 @@ class Place:
 
 Seen = list[tuple[Place, str]]
 """What was seen, and where."""
+
+
+def seen_as_json(seen: Seen) -> list[dict[str, Any]]:
+    return [{"file": place.file, "line": place.line, "text": text} for place, text in seen]
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Unread:
 @dataclass
 class ConfigFacts:
     """A run's settings under nanoGPT's names (learning_rate, batch_size, gradient_accumulation_steps, ...), whatever
-    they were read from; later settings win, as in nanoGPT: file, then overrides."""
+    they were read from, with values that a run can have; later settings win, as in nanoGPT: file, then overrides."""
 
     kind: Literal["nanogpt", "fastgpt"]
     settings: dict[str, Setting] = field(default_factory=dict)
@@ -73,8 +77,7 @@ class ConfigFacts:
 
 @dataclass
 class Steps:
-    """Training steps as logged: arrays of one length; NaN where a line did not say. A very long log is thinned evenly
-    (one line in ``thinned`` is kept); its first and last line are always there."""
+    """Training steps as logged: arrays of one length; NaN where a line did not say."""
 
     step: np.ndarray  # int64
     loss: np.ndarray  # float64, nats
@@ -83,7 +86,6 @@ class Steps:
     tokens_per_second: np.ndarray  # float64, as printed
     lr: np.ndarray  # float64
     line: np.ndarray  # int64, line in the file
-    thinned: int = 1
 
     def __len__(self) -> int:
         return len(self.step)
@@ -129,8 +131,6 @@ class LogFacts:
     steps: Steps
     evals: Evals
     notes: list[Note] = field(default_factory=list)
-    lines: int = 0
-    """Lines in the file."""
     unread: list[Unread] = field(default_factory=list)
     config: ConfigFacts | None = None
     """The config that the log repeats (nanoGPT prints it, metrics.jsonl begins with it)."""
@@ -158,6 +158,21 @@ class CheckpointFacts:
     unread: list[Unread] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What the doctor knows of a machine."""
+
+    platform: str = "linux"
+    """sys.platform."""
+    torch: str | None = None
+    """Its version."""
+    cuda: bool = False
+    """torch sees a CUDA GPU."""
+    triton: bool = False
+    """Triton is installed."""
+    nvidia_driver: bool = False
+
+
 @dataclass
 class Evidence:
     """Everything that the user gave; None for what was not given."""
@@ -167,48 +182,5 @@ class Evidence:
     checkpoint: CheckpointFacts | None = None
     unread: list[Unread] = field(default_factory=list)
     """Files that lay in a folder that was given, and were not read."""
-
-
-# ---------------------------------------------------------------- values that a run can have
-
-RANGES: dict[str, tuple[float, float]] = {
-    "n_layer": (1, 10_000),
-    "n_head": (1, 10_000),
-    "n_embd": (1, 1_000_000),
-    "block_size": (1, 100_000_000),
-    "vocab_size": (1, 100_000_000),
-    "batch_size": (1, 1_000_000),
-    "gradient_accumulation_steps": (1, 10_000_000),
-    "world_size": (1, 1_000_000),
-    "max_iters": (0, 10**12),
-    "lr_decay_iters": (0, 10**12),
-    "warmup_iters": (0, 10**12),
-    "eval_interval": (0, 10**12),
-    "eval_iters": (0, 10**12),
-    "log_interval": (0, 10**12),
-    "learning_rate": (0.0, 1e3),
-    "min_lr": (0.0, 1e3),
-    "dropout": (0.0, 1.0),
-    "beta1": (0.0, 1.0),
-    "beta2": (0.0, 1.0),
-    "weight_decay": (0.0, 1e6),
-}
-"""Lowest and highest value of a setting. Bounds that are ints are those of whole numbers."""
-
-
-def possible(name: str, value: Any) -> bool:
-    """Whether a run could have this value."""
-    if name not in RANGES:
-        return True
-    low, high = RANGES[name]
-    number = isinstance(value, int if isinstance(low, int) else (int, float)) and not isinstance(value, bool)
-    return number and low <= value <= high  # NaN is in no range
-
-
-def clean(config: ConfigFacts) -> tuple[ConfigFacts, Seen]:
-    """The config without impossible values, and what those were. The default does not hold for them either."""
-    wrong = {name for name, setting in config.settings.items() if not possible(name, setting.value)}
-    kept = replace(config)
-    kept.forget(wrong)
-    settings = [(name, config.settings[name]) for name in sorted(wrong)]
-    return kept, [(s.place, f"{name} = {s.value!r}: no run can have this") for name, s in settings]
+    machine: Machine | None = None
+    """The machine that the run is to start on."""

@@ -12,7 +12,7 @@ import numpy as np
 from fastgpt import anatomy
 from fastgpt.anatomy import Shape
 from fastgpt.config import EXPERIMENTAL, PLAIN
-from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Seen, Setting, clean, possible
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Seen
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import NANOGPT_PEAK, Gpu
 from fastgpt.performance import flops
@@ -69,8 +69,6 @@ class Figures:
 
     config: ConfigFacts
     """The run's settings: its config, else what its log or checkpoint says of them. Never None, perhaps empty."""
-    impossible: Seen = field(default_factory=list)
-    """Settings whose values no run can have: they count as unknown."""
     shape: Shape | None = None
     precision: str = "bf16"
     """Arithmetic of the matmuls, by the name that users know: fastgpt's ``--precision``, or tf32."""
@@ -164,8 +162,9 @@ def units() -> dict[str, str]:
 def compute(evidence: Evidence, gpu: Gpu | None, corpus_tokens: int | None = None) -> Figures:
     """All figures that the evidence allows."""
     log = evidence.log
-    config, impossible = clean(_settings(evidence))
-    figures = Figures(config, impossible, _shape(evidence, config), _precision(log, config, gpu))
+    stored = evidence.checkpoint.config if evidence.checkpoint else None
+    config = evidence.config or stored or ConfigFacts("nanogpt")
+    figures = Figures(config, _shape(evidence, config), _precision(log, config, gpu))
     _size(figures, evidence)
     _tokens(figures, log, corpus_tokens)
     if log is not None:
@@ -175,27 +174,14 @@ def compute(evidence: Evidence, gpu: Gpu | None, corpus_tokens: int | None = Non
     return figures
 
 
-def _settings(evidence: Evidence) -> ConfigFacts:
-    if evidence.config is not None:
-        return evidence.config
-    stored = evidence.checkpoint.config if evidence.checkpoint else None
-    said = evidence.log.all("override") if evidence.log else []
-    if stored is not None and not said:
-        return stored
-    # nanoGPT prints its config file into the log; what that does not set has nanoGPT's defaults.
-    settings = {note.value[0]: Setting(note.value[1], note.place, note.text) for note in said}
-    return ConfigFacts("nanogpt", settings, stored.defaults if stored else {})
-
-
 def _shape(evidence: Evidence, config: ConfigFacts) -> Shape | None:
     """Shape of the model that is trained: the config's, else the checkpoint's."""
-    said_by_checkpoint = evidence.checkpoint.shape if evidence.checkpoint else {}
-    kept = {name: value for name, value in said_by_checkpoint.items() if possible(name, value)}
+    kept = evidence.checkpoint.shape if evidence.checkpoint else {}
     names = ("n_layer", "n_head", "n_embd", "block_size")
     found: dict[str, Any] = {name: config.get(name, kept.get(name)) for name in names}
     if None in found.values():
         return None
-    said = [n.value for n in (evidence.log.all("vocab") if evidence.log else []) if possible("vocab_size", n.value)]
+    said = [note.value for note in (evidence.log.all("vocab") if evidence.log else []) if note.value]
     vocab = config.settings["vocab_size"].value if config.is_set("vocab_size") else kept.get("vocab_size")
     vocab = vocab or (said[-1] if said else config.get("vocab_size", 50304))
     return Shape(**found, vocab_size=vocab, bias=bool(config.get("bias", kept.get("bias", False))))

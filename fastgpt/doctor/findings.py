@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any, Literal, get_args
 
-from fastgpt.doctor.evidence import Evidence, Seen
+from fastgpt.doctor.evidence import Evidence, Seen, seen_as_json
 from fastgpt.doctor.figures import Figures
 from fastgpt.hardware.cards import Gpu
 
@@ -22,9 +23,8 @@ files fit it, and the explanation says what else would."""
 class Finding:
     """One thing that is wrong with a run, or easily misread in it."""
 
-    id: str
     check: str
-    """Which of the checks behind this id: ("schedule", "warmup_too_long")."""
+    """What was tested: "warmup_too_long"."""
     severity: Severity
     title: str
     """One line."""
@@ -39,10 +39,11 @@ class Finding:
     """Share of the run's compute that it wastes or puts at stake, 0 to 1: findings of one severity are ranked by it."""
     cost_text: str = ""
     """The same for people: "21.8 h of training"."""
+    id: str = ""
+    """The group of checks that it belongs to: "schedule"."""
 
     def to_json(self) -> dict[str, Any]:
-        evidence = [{"file": place.file, "line": place.line, "text": text} for place, text in self.evidence]
-        return vars(self) | {"evidence": evidence, "cost": round(self.cost, 4)}
+        return {"id": self.id} | vars(self) | {"evidence": seen_as_json(self.evidence), "cost": round(self.cost, 4)}
 
 
 def rank(findings: list[Finding]) -> list[Finding]:
@@ -55,13 +56,18 @@ Check = Callable[[Evidence, Figures, Gpu | None], Iterator[Finding]]
 REGISTRY: list[tuple[int, Check]] = []
 
 
-def check(*, section: int) -> Callable[[Check], Check]:
-    """Register the decorated function as a check. ``section`` is the section of docs/doctor.md that describes it: checks
-    run in the order of the sections, those of one section in the order in which its module defines them."""
+def check(id: str, *, section: int) -> Callable[[Check], Check]:
+    """Register the decorated function as a check whose findings have this ``id``. ``section`` is the section of docs/doctor.md
+    that describes it: checks run in the order of the sections, those of one section in the order in which their module
+    defines them."""
 
     def register(function: Check) -> Check:
-        REGISTRY.append((section, function))
-        return function
+        @wraps(function)
+        def checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+            return (replace(finding, id=id) for finding in function(evidence, figures, gpu))
+
+        REGISTRY.append((section, checked))
+        return checked
 
     return register
 

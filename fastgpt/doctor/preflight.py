@@ -9,12 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from fastgpt.config import Config
-from fastgpt.doctor.checks import environment
 from fastgpt.doctor.diagnosis import diagnose
-from fastgpt.doctor.evidence import Evidence, Place
-from fastgpt.doctor.findings import Finding, rank
-from fastgpt.doctor.reading import corpus
+from fastgpt.doctor.evidence import Evidence, Machine, Place
+from fastgpt.doctor.findings import Finding
 from fastgpt.doctor.reading.configs_fastgpt import of_sections
+from fastgpt.doctor.reading.surroundings import this_machine, tokens_in
 from fastgpt.doctor.report.text import COLOURS, is_code
 from fastgpt.hardware import cards
 
@@ -26,22 +25,14 @@ SHORT = 50e6
 """Tokens of a run that is over in minutes: no words about compute that could be spent better."""
 
 
-def preflight(config: Config, device: torch.device, machine: environment.Machine | None = None) -> list[Finding]:
+def preflight(config: Config, device: torch.device, on: Machine | None = None) -> list[Finding]:
     """Findings on a run that is about to start: costliest first, empty when clean. Opens no data and makes no CUDA context
-    of its own. ``machine``: for tests."""
+    of its own. ``on``: the machine, if it is not this one."""
     place = Place(str(config.config) if config.config else f"preset {config.preset}" if config.preset else "the flags")
-    evidence = Evidence(config=of_sections(config.to_dict(), place))
-    gpu = cards.present(device)
-    found = diagnose(evidence, gpu, corpus.in_folder(Path(config.data.data))).findings
-    it = machine or environment.Machine.here()
-    lacks = environment.machine(
-        it,
-        wants_cuda=config.train.device == "cuda",
-        wants_triton=config.train.kernels == "triton" or config.train.compile,
-    )
-    if config.train.max_iters * config.tokens_per_step < SHORT:
-        found = [f for f in found if f.check not in ("few", "evaluation_time")]
-    return rank([*lacks, *found])
+    evidence = Evidence(config=of_sections(config.to_dict(), place), machine=on or this_machine())
+    found = diagnose(evidence, cards.present(device), tokens_in(Path(config.data.data))).findings
+    short = config.train.max_iters * config.tokens_per_step < SHORT
+    return [finding for finding in found if not short or finding.check not in ("few", "evaluation_time")]
 
 
 def announce(findings: list[Finding], console: Console) -> None:

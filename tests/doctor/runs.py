@@ -91,7 +91,7 @@ def log(
     )
     train = np.full(len(val), np.nan) if train is None else np.asarray(train, float)
     evals = Evals(eval_every * np.arange(len(val)), train, val, 10_001 + np.arange(len(val)))
-    return LogFacts(kind, "run.log", steps, evals, list(notes), lines=n)  # type: ignore[arg-type]
+    return LogFacts(kind, "run.log", steps, evals, list(notes))  # type: ignore[arg-type]
 
 
 def note(kind: str, text: str, value=None, line: int = 3) -> Note:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place, Setting
 from fastgpt.doctor.reading.configs import DEFAULTS
+from fastgpt.doctor.reading.values import store
 from fastgpt.doctor.report.page import render
 from fastgpt.doctor.report.text import to_json
 from tests.doctor.runs import RTX4070, checkpoint, config, curve, log, note, real, real_report
@@ -46,8 +47,10 @@ QUICK = settings(max_examples=120, deadline=None, database=None, suppress_health
 
 
 def facts(values, kind="nanogpt", defaults=DEFAULTS):
-    place = Place("config.py", 1)
-    return ConfigFacts(kind, {k: Setting(v, place, f"{k} = {v!r}  # {c}", c) for k, (v, c) in values.items()}, defaults)
+    read = ConfigFacts(kind, defaults=defaults)
+    for name, (value, comment) in values.items():
+        store(read, name, Setting(value, Place("config.py", 1), f"{name} = {value!r}  # {comment}", comment))
+    return read
 
 
 def whole(evidence, gpu=RTX4070):
@@ -85,6 +88,7 @@ def test_any_numbers_in_a_log(loss, val, ms, mfu, every, values, kind):
     values=CONFIGS,
 )
 def test_any_shape_in_a_checkpoint(shape, step, values):
+    shape = {name: setting.value for name, setting in facts({k: (v, "") for k, v in shape.items()}).settings.items()}
     whole(Evidence(facts(values), checkpoint=checkpoint(step, facts(values), **shape)))
     whole(Evidence(checkpoint=checkpoint(step, **shape)), None)
 
@@ -132,3 +136,15 @@ def test_a_config_alone_a_log_alone_a_checkpoint_alone():
 def test_an_empty_log_is_no_reason_to_fall():
     report = diagnose(Evidence(config(), log()))
     assert report.findings == [] and report.figures.steps_seen is None
+
+
+def test_what_is_missing_is_named_with_the_file_that_would_tell():
+    nothing = diagnose(Evidence()).not_checked
+    assert (
+        any("config" in s for s in nothing) and any("log" in s for s in nothing) and any("--gpu" in s for s in nothing)
+    )
+    only_log = diagnose(Evidence(log=log(curve(100), val=[5, 4, 3]))).not_checked
+    assert any("give the config" in s for s in only_log)
+    resuming = diagnose(Evidence(config("init_from = 'resume'"))).not_checked
+    assert any("ckpt.pt" in s for s in resuming)
+    assert diagnose(real("40m"), RTX4070, corpus_tokens=10**11).not_checked == []

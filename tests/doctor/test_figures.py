@@ -20,7 +20,7 @@ from fastgpt.doctor.checks import vram
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.reading.configs_fastgpt import parse_fastgpt
-from fastgpt.doctor.reading.logs import LogReader
+from fastgpt.doctor.reading.logs import parse_log
 from fastgpt.doctor.report.page import render
 from fastgpt.doctor.report.text import summary, to_json
 from fastgpt.hardware import cards
@@ -67,18 +67,15 @@ def test_the_banner_of_a_run_tells(precision, compiled, graphs):
     )
     console = Console(file=io.StringIO(), width=80)
     banner(console, run)
-    reader = LogReader("run.log")
-    reader.take(console.file.getvalue().encode())
-    assert [said.value for said in reader.facts().all("precision")] == [precision]
+    said = parse_log(console.file.getvalue(), "run.log").all("precision")
+    assert [note.value for note in said] == [precision]
 
 
 @pytest.mark.parametrize(
     "line", ["kernels  triton, fp64", "kernels  triton", "kernels  triton, fp8-e4m3", "the kernels  a, fp8"]
 )
 def test_no_other_line_does(line):
-    reader = LogReader("run.log")
-    reader.take(line.encode() + b"\n")
-    assert not reader.facts().all("precision")
+    assert not parse_log(line + "\n", "run.log").all("precision")
 
 
 @pytest.mark.parametrize(

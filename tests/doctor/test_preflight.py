@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, load_preset, preset_names
-from fastgpt.doctor.checks.environment import Machine
+from fastgpt.doctor.evidence import Machine
 from fastgpt.doctor.preflight import announce, preflight
 from fastgpt.hardware import cards
 from tests.doctor.runs import RTX4070

@@ -83,7 +83,7 @@ def agrees(claim: float, shape: anatomy.Shape) -> bool:
     return any(abs(claim / count - 1) <= 0.12 for count in counts)
 
 
-@check(section=9)
+@check("schedule", section=9)
 def tokens_per_step(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A batch that a comment computes ("16 * 32 = 512 sequences") and the settings do not give."""
     tokens, block = figures.tokens_per_step, figures.config.get("block_size")
@@ -96,7 +96,6 @@ def tokens_per_step(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
         if value is None or any(abs(value / number - 1) <= 0.1 for number in right):
             continue
         yield Finding(
-            id="schedule",
             check="tokens_per_step_comment",
             severity="warning",
             title=f"A comment says {value:,.0f} {unit or 'sequences or tokens'} per step; the settings give "
@@ -135,7 +134,7 @@ def _geometry(figures: Figures, sequences: float) -> str:
     return "Correct the comment, or batch_size and gradient_accumulation_steps."
 
 
-@check(section=9)
+@check("schedule", section=9)
 def token_budget(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A token budget that a comment claims ("~3B tokens seen") and max_iters does not give."""
     planned, per_step = figures.tokens_planned, figures.tokens_per_step
@@ -151,7 +150,6 @@ def token_budget(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
             continue
         steps = round(claimed / per_step)
         yield Finding(
-            id="schedule",
             check="token_budget_comment",
             severity="warning",
             title=f"A comment says {match[0].strip()}; max_iters gives {rounded(planned)}",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import wraps
 
 import numpy as np
 
@@ -18,8 +18,6 @@ from fastgpt.doctor.findings import Check, Confidence, Finding, check
 from fastgpt.hardware.cards import Gpu
 
 MUCH_EVALUATION = 0.05
-
-_finding = partial(Finding, "curve")
 
 
 def scatter(values: np.ndarray) -> float:
@@ -39,7 +37,7 @@ def fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def of_log(function: Callable[[LogFacts, Figures], Iterator[Finding]]) -> Check:
     """Register a check that looks at the log, where there is one."""
 
-    @check(section=10)
+    @check("curve", section=10)
     @wraps(function)
     def checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
         if evidence.log is not None:
@@ -72,7 +70,7 @@ def not_a_number(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     lost = 1 - float(step[before][-1]) / figures.steps_seen if before.any() and figures.steps_seen else 1.0
     lost = max(0.0, lost)
     experimental = figures.precision in EXPERIMENTAL
-    yield _finding(
+    yield Finding(
         "nan",
         "critical",
         "The loss is not a number: nothing is learned from here on",
@@ -99,7 +97,7 @@ def start(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     if abs(loss[0] - expected) <= 0.5:
         return
     above = loss[0] > expected
-    yield _finding(
+    yield Finding(
         "start_far_from_uniform",
         "warning",
         f"The loss starts at {loss[0]:.2f}, not near ln({figures.shape.vocab_size:,}) = {expected:.2f}",
@@ -132,7 +130,7 @@ def divergence(log: LogFacts, figures: Figures) -> Iterator[Finding]:
         return
     since = int(starts[lowest]) + width // 2
     lost = 1 - float(step[since]) / max(1.0, float(step[-1]))
-    yield _finding(
+    yield Finding(
         "divergence",
         "critical",
         f"The loss diverged: {medians[-1]:.2f} at the end, {medians[lowest]:.2f} around step {step[since]:,.0f}",
@@ -160,7 +158,7 @@ def spikes(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     out = np.flatnonzero((above > max(0.3, 6 * noise)) & (np.arange(len(loss)) >= len(loss) // 10))
     if not len(out) or len(out) > len(loss) // 5:
         return
-    yield _finding(
+    yield Finding(
         "spikes",
         "warning" if len(out) >= 3 else "info",
         f"{len(out)} loss spike{'s' if len(out) > 1 else ''}, the largest {above[out].max():.2f} nat at step "
@@ -191,7 +189,7 @@ def plateau(log: LogFacts, figures: Figures) -> Iterator[Finding]:
         return
     decayed = rate is not None and bool(peak) and rate < 0.2 * peak
     lost = span / max(1.0, float(step[-1]))
-    yield _finding(
+    yield Finding(
         "plateau",
         "warning",
         f"No progress since step {x[0]:,.0f}: val fell by {fall:.3f} +- {sure / 2:.3f} nat in {span:,.0f} steps",
@@ -221,7 +219,7 @@ def overfitting(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     if len(val) - best < 4 or val[-3:].mean() - val[best] < 0.05 or train[-3:].mean() > train[best] - 0.02:
         return
     lost = 1 - float(step[best]) / max(1.0, float(step[-1]))
-    yield _finding(
+    yield Finding(
         "overfitting",
         "warning",
         f"Overfitting since step {step[best]:,}: val rises from {val[best]:.3f} to {val[-1]:.3f} while train falls",
@@ -252,7 +250,7 @@ def throughput_drift(log: LogFacts, figures: Figures) -> Iterator[Finding]:
 
     if late > 1.03 * early and late - early > 2 * noise / math.sqrt(fifth):
         lost = (1 - early / late) / 2
-        yield _finding(
+        yield Finding(
             "throughput_drift",
             "warning",
             f"Steps became {late / early - 1:.0%} slower: {early:,.0f} ms in the first fifth of the log, {late:,.0f} "
@@ -269,7 +267,7 @@ def throughput_drift(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     outliers = rows[ms > 1.25 * np.median(ms)]
     if len(outliers) >= 3 and len(outliers) >= 0.02 * len(rows):
         extra = float((log.steps.ms[outliers] - np.median(ms)).sum() / ms.sum())
-        yield _finding(
+        yield Finding(
             "slow_steps",
             "warning" if extra > 0.03 else "info",
             f"{len(outliers)} of {len(rows)} steady steps took more than 1.25 times the median of "
@@ -284,7 +282,7 @@ def throughput_drift(log: LogFacts, figures: Figures) -> Iterator[Finding]:
         )
 
 
-@check(section=10)
+@check("curve", section=10)
 def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """More than a twentieth of the time spent on evaluations: as measured, else as counted from the config."""
     share, how = figures.evaluation_share, "measured in the log"
@@ -296,7 +294,7 @@ def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
         return
     interval = evaluation_interval(figures.config, evidence.log)
     longer = math.ceil(share / MUCH_EVALUATION) * 2 * (interval or 1)
-    yield _finding(
+    yield Finding(
         "evaluation_time",
         "warning",
         f"{share:.0%} of the time goes into evaluations ({share * 24 * 60:.0f} minutes per day)",

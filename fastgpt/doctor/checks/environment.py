@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import re
-import shutil
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
 
 from fastgpt.common import gigabytes
 from fastgpt.doctor.checks import vram
@@ -22,34 +17,8 @@ HERE = Place("this machine")
 FP16 = "dtype = 'float16'    # with loss scaling, which nanoGPT and fastgpt then switch on"
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the doctor knows of a machine; ``here()`` looks at this one, tests make their own."""
-
-    platform: str = "linux"
-    """sys.platform."""
-    torch: str | None = None
-    """Its version."""
-    cuda: bool = False
-    """torch sees a CUDA GPU."""
-    triton: bool = False
-    """Triton is installed."""
-    nvidia_driver: bool = False
-
-    @classmethod
-    def here(cls) -> Machine:
-        """This machine. Imports torch; makes no CUDA context."""
-        import torch
-
-        driver = shutil.which("nvidia-smi") is not None
-        return cls(sys.platform, torch.__version__, torch.cuda.is_available(), find_spec("triton") is not None, driver)
-
-
-_finding = partial(Finding, "environment")
-
-
 def _no_cuda(seen: Seen, torch: str = "torch") -> Finding:
-    return _finding(
+    return Finding(
         "no_cuda",
         "critical",
         f"{torch} sees no CUDA GPU",
@@ -63,7 +32,7 @@ def _no_cuda(seen: Seen, torch: str = "torch") -> Finding:
 
 
 def _interpreted(seen: Seen) -> Finding:
-    return _finding(
+    return Finding(
         "interpreted",
         "info",
         "The run was on a CPU, the kernels in Triton's interpreter: its speed says nothing",
@@ -74,7 +43,7 @@ def _interpreted(seen: Seen) -> Finding:
 
 
 def _no_triton(seen: Seen, windows: bool) -> Finding:
-    return _finding(
+    return Finding(
         "no_triton",
         "critical",
         "torch is here without Triton: no torch.compile on the GPU, and no kernels of this library",
@@ -87,17 +56,23 @@ def _no_triton(seen: Seen, windows: bool) -> Finding:
     )
 
 
-def machine(it: Machine, *, wants_cuda: bool, wants_triton: bool) -> Iterator[Finding]:
-    """What this machine lacks for a run that is to start on it."""
-    if not it.cuda and (wants_cuda or it.nvidia_driver):
+@check("environment", section=11)
+def machine(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """What the machine lacks that the run is to start on."""
+    it, get = evidence.machine, figures.config.get
+    if it is None:
+        return
+    asked = figures.config.is_set("device") and str(get("device")).startswith("cuda")
+    if not it.cuda and (asked or it.nvidia_driver):
         driver = "an NVIDIA driver is installed" if it.nvidia_driver else "the run asks for CUDA"
         seen = f"torch {it.torch}: torch.cuda.is_available() is False, and {driver}"
         yield _no_cuda([(HERE, seen)], f"torch {it.torch}")
-    if not it.triton and wants_triton:
+    fastgpt = figures.config.kind == "fastgpt"
+    if not it.triton and (get("kernels") == "triton" or get("compile") if fastgpt else it.cuda):
         yield _no_triton([(HERE, f"torch {it.torch}, no triton, {it.platform}")], it.platform.startswith("win"))
 
 
-@check(section=11)
+@check("environment", section=11)
 def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """What the log's own error messages say."""
     log = evidence.log
@@ -107,7 +82,7 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
         seen = [(notes[0].place, notes[0].text)]
         yield _interpreted(seen) if "interpreter" in notes[0].text else _no_cuda(seen)
     if notes := log.all("no_bf16"):
-        yield _finding(
+        yield Finding(
             "no_bf16",
             "critical",
             "The card has no bf16, and the run stopped at it",
@@ -121,7 +96,7 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
         yield _no_triton([(notes[0].place, notes[0].text)], windows)
     if notes := log.all("oom"):
         batch = figures.config.get("batch_size")
-        yield _finding(
+        yield Finding(
             "out_of_memory",
             "critical",
             "The run ran out of GPU memory",
@@ -135,13 +110,13 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
         )
 
 
-@check(section=11)
+@check("environment", section=11)
 def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """bf16 on a card that has none (Turing, Volta and older)."""
     if gpu is None or gpu.peak_flops("bf16") is not None or not figures.config.settings or figures.precision != "bf16":
         return
     dtype, asked = figures.config.get("dtype"), figures.place("dtype")
-    yield _finding(
+    yield Finding(
         "no_bf16",
         "warning",
         f"{gpu.name} ({gpu.arch}) has no bf16 tensor cores",
@@ -156,7 +131,7 @@ def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator
     )
 
 
-@check(section=11)
+@check("environment", section=11)
 def memory(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A micro-batch that the planner says does not fit; nothing where the log shows that it does."""
     shape, batch = figures.shape, figures.config.get("batch_size")
@@ -167,7 +142,7 @@ def memory(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
     if need is None or need <= room:
         return
     geometry = vram.fitting(shape, figures, gpu)
-    yield _finding(
+    yield Finding(
         "too_little_vram",
         "critical",
         f"Micro-batch {batch} needs about {gigabytes(need)}; the {gpu.name} has {gigabytes(room)} to give",

@@ -17,7 +17,7 @@ LARGE_CORPUS = 1e9
 """Where the size of the corpus is not known, a run of more tokens than this counts as less than one epoch."""
 
 
-@check(section=3)
+@check("val_below_train", section=3)
 def val_below_train(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Validation below train by more than the noise: not dropout, but a difference between the splits."""
     gap, log = figures.val_minus_train, evidence.log
@@ -42,7 +42,6 @@ def val_below_train(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
         "text. It says nothing about the model, and losses of runs on other splits do not compare with this one."
     )
     yield Finding(
-        id="val_below_train",
         check="val_below_train",
         severity="info",
         title=f"val lies {-gap.value:.3f} nat below train: the splits differ, dropout has nothing to do with it",
@@ -80,7 +79,7 @@ def _extreme_evaluations(log: LogFacts, gap: Mean) -> Seen:
     ]
 
 
-@check(section=4)
+@check("dropout_on_large_corpus", section=4)
 def dropout_on_large_corpus(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Dropout above 0 where no token is seen twice: it only costs."""
     dropout, tokens = figures.config.get("dropout"), figures.seen()
@@ -104,7 +103,6 @@ def dropout_on_large_corpus(evidence: Evidence, figures: Figures, gpu: Gpu | Non
         )
     cost = figures.iter_minus_train
     yield Finding(
-        id="dropout_on_large_corpus",
         check="dropout_on_large_corpus",
         severity="warning",
         title=f"dropout {dropout:g} on {'less than an epoch' if figures.epochs is not None else 'a large corpus'}: it "

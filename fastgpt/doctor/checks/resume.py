@@ -9,13 +9,13 @@ import numpy as np
 
 from fastgpt.anatomy import SHAPE
 from fastgpt.common import millions
-from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Seen, clean
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Seen
 from fastgpt.doctor.figures import Figures, learning_rate
 from fastgpt.doctor.findings import Finding, Severity, check
 from fastgpt.hardware.cards import Gpu
 
 
-@check(section=7)
+@check("resume_shape_mismatch", section=7)
 def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A checkpoint of another shape than the config."""
     kept, config = evidence.checkpoint, evidence.config
@@ -34,7 +34,6 @@ def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         f"{name}: {kept.shape[name]} in the checkpoint, {config.get(name)} in the config" for name in differing
     )
     yield Finding(
-        id="resume_shape_mismatch",
         check="resume_shape_mismatch",
         severity="critical",
         title=f"The checkpoint has another shape than the config: {', '.join(differing)}",
@@ -58,19 +57,19 @@ def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
     )
 
 
-@check(section=7)
+@check("resume_schedule", section=7)
 def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A learning rate that jumps on resume, has already ended, or a run with no steps left."""
     kept, config = evidence.checkpoint, evidence.config
     if kept is None or config is None or kept.step is None:
         return
-    config, own = figures.config, clean(kept.config)[0] if kept.config else None
+    config, own = figures.config, kept.config
     step, end, stop = kept.step, config.get("lr_decay_iters"), config.get("max_iters")
     here = [(Place(kept.file), f"iter_num {step:,}")]
 
     def finding(check: str, severity: Severity, title: str, why: str, advice: str, *names: str, cost: float) -> Finding:
         seen = here + figures.place(*names)
-        return Finding("resume_schedule", check, severity, title, seen, why, advice, cost=cost)
+        return Finding(check, severity, title, seen, why, advice, cost=cost)
 
     resumes = config.get("init_from") == "resume"
     if evidence.config is kept.config and not resumes:
@@ -120,7 +119,7 @@ def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None)
         )
 
 
-@check(section=7)
+@check("resume_best_val_loss", section=7)
 def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """nanoGPT's best_val_loss is the last one under always_save_checkpoint, and ckpt.pt with it."""
     log, kept = evidence.log, evidence.checkpoint
@@ -142,7 +141,6 @@ def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iter
             (log.place(log.evals.line[end]), f"step {log.evals.step[end]}: val {figures.last_val:.4f}, saved over it")
         )
     yield Finding(
-        id="resume_best_val_loss",
         check="resume_best_val_loss",
         severity="info",
         title=f"best_val_loss is {last:.4f}, the best in the log {figures.best_val:.4f}: the best model is gone",
@@ -154,7 +152,7 @@ def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iter
     )
 
 
-@check(section=7)
+@check("config_log_mismatch", section=7)
 def config_is_not_the_logs(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """The log was not made with this config: what is read from one may not hold for the other."""
     config, log = evidence.config, evidence.log
@@ -165,7 +163,6 @@ def config_is_not_the_logs(evidence: Evidence, figures: Figures, gpu: Gpu | None
         return
     grave = any(grave for _, _, grave in differing)
     yield Finding(
-        id="config_log_mismatch",
         check="config_log_mismatch",
         severity="warning" if grave else "info",
         title="The log was not made with exactly this config: " + ", ".join(what for what, _, _ in differing),
@@ -198,7 +195,7 @@ def _differences(config: ConfigFacts, log: LogFacts, figures: Figures) -> list[D
         if note.value and None not in parts and math.prod(parts) != note.value:
             what = f"{note.value:,} tokens per step in the log, {math.prod(parts):,} in the config"
             found.append((what, [(note.place, note.text)], True))
-    if log.kind == "nanogpt" and log.steps.thinned == 1:
+    if log.kind == "nanogpt":
         for name, steps in (("log_interval", log.steps.step), ("eval_interval", log.evals.step)):
             wanted, gaps = config.get(name), np.diff(steps)
             gaps = gaps[gaps > 0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from functools import partial
 
 from fastgpt.common import rounded
 from fastgpt.doctor.checks.comments import remarks
@@ -15,17 +14,15 @@ from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance import flops
 
-_finding = partial(Finding, "schedule")
 
-
-@check(section=8)
+@check("schedule", section=8)
 def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A warmup that takes most of the run, or never ends."""
     warm, total = figures.config.get("warmup_iters"), figures.config.get("max_iters")
     if not warm or not total or warm <= total / 2:
         return
     never = warm >= total
-    yield _finding(
+    yield Finding(
         "warmup_too_long",
         "critical" if never else "warning",
         f"warmup_iters {warm:,} " + ("never ends" if never else "takes most of the run") + f": max_iters is {total:,}",
@@ -42,14 +39,14 @@ def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
     )
 
 
-@check(section=8)
+@check("schedule", section=8)
 def floor(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """min_lr above learning_rate: the "decay" is a rise."""
     low, high = figures.config.get("min_lr"), figures.config.get("learning_rate")
     if low is None or high is None or low <= high or not figures.config.get("decay_lr", True):
         return
     default = "" if figures.config.is_set("min_lr") else " (the default)"
-    yield _finding(
+    yield Finding(
         "min_lr_above_lr",
         "critical",
         f"min_lr {low:g}{default} is above learning_rate {high:g}: the rate rises from warmup to the end",
@@ -61,7 +58,7 @@ def floor(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
     )
 
 
-@check(section=8)
+@check("schedule", section=8)
 def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A decay that ends well before the run, or is cut off by its end."""
     end, total = figures.config.get("lr_decay_iters"), figures.config.get("max_iters")
@@ -69,7 +66,7 @@ def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         return
     default = "" if figures.config.is_set("lr_decay_iters") else " (the default)"
     if end < 0.9 * total:
-        yield _finding(
+        yield Finding(
             "decay_ends_early",
             "warning",
             f"The learning rate is at its floor for the last {1 - end / total:.0%} of the run: lr_decay_iters "
@@ -84,7 +81,7 @@ def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
     elif end > 1.1 * total:
         last, peak = learning_rate(total, figures.config), figures.config.get("learning_rate")
         left = f" at {last:.2e}, {last / peak:.0%} of its peak" if last and peak else ""
-        yield _finding(
+        yield Finding(
             "decay_cut_off",
             "warning",
             f"The run ends before its decay does: lr_decay_iters {end:,}{default}, max_iters {total:,}",
@@ -96,7 +93,7 @@ def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         )
 
 
-@check(section=8)
+@check("schedule", section=8)
 def ranks(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Accumulation that does not divide by the number of processes: nanoGPT stops with an assertion."""
     accumulate = figures.config.get("gradient_accumulation_steps")
@@ -112,7 +109,7 @@ def ranks(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         count = figures.gpus
     if not accumulate or not count or accumulate % count == 0:
         return
-    yield _finding(
+    yield Finding(
         "accumulation_not_divisible",
         "critical",
         f"gradient_accumulation_steps {accumulate} does not divide by {count} processes",
@@ -128,7 +125,7 @@ SMALL_BATCH, LARGE_BATCH = 32_768, 262_144  # tokens per step
 SHORT_MEMORY = 250_000  # tokens
 
 
-@check(section=8)
+@check("schedule", section=8)
 def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Adam's memory of squared gradients, in tokens: too short for tiny batches, needlessly long for large ones."""
     value, tokens, total = figures.config.get("beta2"), figures.tokens_per_step, figures.config.get("max_iters")
@@ -152,17 +149,17 @@ def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
         return
     why = f"beta2 {value:g} halves a squared gradient's weight in {memory}. {why}"
     title, advice = f"beta2 {value:g} {title}", f"beta2 = {better}"
-    yield _finding("beta2_for_batch", "info", title, figures.place("beta2"), why, advice, "possible")
+    yield Finding("beta2_for_batch", "info", title, figures.place("beta2"), why, advice, "possible")
 
 
-@check(section=8)
+@check("schedule", section=8)
 def weight_decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Weight decay on norms: nanoGPT says how many tensors it leaves alone."""
     notes = evidence.log.all("no_decay") if evidence.log else []
     wrong = [note for note in notes if re.search(r"non-decayed parameter tensors: 0\b", note.text)]
     if not wrong or not figures.config.get("weight_decay", 0):
         return
-    yield _finding(
+    yield Finding(
         "weight_decay_on_norms",
         "warning",
         "Weight decay is applied to every tensor, norms and biases too",
@@ -174,7 +171,7 @@ def weight_decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
     )
 
 
-@check(section=8)
+@check("schedule", section=8)
 def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A large vocabulary that is not a multiple of 64."""
     shape = figures.shape
@@ -182,7 +179,7 @@ def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
         return
     size, padded = shape.vocab_size, 64 * math.ceil(shape.vocab_size / 64)
     head = 6 * size * shape.n_embd / flops.palm(shape)
-    yield _finding(
+    yield Finding(
         "vocabulary_not_padded",
         "warning",
         f"vocab_size {size:,} is not a multiple of 64: the head's matmuls run off the fast path",
@@ -196,7 +193,7 @@ def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
     )
 
 
-@check(section=8)
+@check("schedule", section=8)
 def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Heads whose dimension attention kernels pad, or that are too small to fill a matmul instruction."""
     shape = figures.shape
@@ -208,7 +205,7 @@ def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         return
     fitting = [h for h in range(1, width + 1) if width % h == 0 and width // h in (64, 128)]
     better = min(fitting, key=lambda h: abs(h - heads), default=None)
-    yield _finding(
+    yield Finding(
         "head_dimension",
         "warning",
         f"Head dimension {D} ({width} / {heads}): attention kernels compute {padded}, {1 - D / padded:.0%} of it for "
@@ -222,14 +219,14 @@ def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
     )
 
 
-@check(section=8)
+@check("schedule", section=8)
 def heads_divide_the_width(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Heads that do not divide the width."""
     if figures.shape is None or figures.shape.n_embd % figures.shape.n_head == 0:
         return
     width, heads = figures.shape.n_embd, figures.shape.n_head
     near = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - heads), h))
-    yield _finding(
+    yield Finding(
         "heads_do_not_divide",
         "critical",
         f"n_embd {width} is not a multiple of n_head {heads}",
@@ -240,13 +237,13 @@ def heads_divide_the_width(evidence: Evidence, figures: Figures, gpu: Gpu | None
     )
 
 
-@check(section=8)
+@check("schedule", section=8)
 def block_size(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A context longer than the data."""
     block, corpus = figures.config.get("block_size"), figures.corpus_tokens
     if not block or corpus is None or block < corpus:
         return
-    yield _finding(
+    yield Finding(
         "block_size_beyond_data",
         "critical",
         f"block_size {block:,} is beyond the data: the corpus has {corpus:,} tokens",

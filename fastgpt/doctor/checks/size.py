@@ -46,7 +46,7 @@ def single_change(shape: Shape, wanted: float) -> tuple[str, Shape] | None:
     )
 
 
-@check(section=1)
+@check("param_count_mismatch", section=1)
 def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A comment or the run's name claims another size than the shape gives."""
     shape = figures.shape
@@ -61,7 +61,6 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     if (logged := _log_says(evidence, figures)) is not None:
         lines.append(logged)
     yield Finding(
-        id="param_count_mismatch",
         check="param_count_mismatch",
         severity="critical",
         title=f"{millions(size)} parameters, not the {rounded(claimed)} that the {_source(wrong[0].line)} claims",
@@ -140,7 +139,7 @@ def _advice(change: tuple[str, Shape] | None, batch: str) -> str:
     )
 
 
-@check(section=2)
+@check("tokens_per_parameter", section=2)
 def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Far more, or far fewer, tokens than Chinchilla's 20 per parameter."""
     ratio, size, tokens = figures.tokens_per_parameter, figures.parameters, figures.seen()
@@ -177,7 +176,6 @@ def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     times = f"{shown / 20:.1f} times" if shown >= 20 else f"a {20 / shown:.0f}th of"
     waste = _waste(figures, best, tokens)
     yield Finding(
-        id="tokens_per_parameter",
         check="many" if many else "few",
         severity="warning",
         title=f"{_ratio(shown)} tokens per parameter: {times} Chinchilla's 20",

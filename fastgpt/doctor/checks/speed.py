@@ -27,7 +27,7 @@ def _other_card(figures: Figures) -> bool:
     return figures.mfu_nanogpt * NANOGPT_PEAK > ABOVE_NOMINAL * figures.nominal_tflops * 1e12
 
 
-@check(section=5)
+@check("mfu_denominator", section=5)
 def mfu_denominator(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """nanoGPT's mfu divides by an A100, whatever the card."""
     log = evidence.log
@@ -62,7 +62,6 @@ def mfu_denominator(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
             "in matmuls."
         )
     yield Finding(
-        id="mfu_denominator",
         check="mfu_denominator",
         severity="info",
         title=f"mfu {percent(figures.mfu_nanogpt)} is of an A100; of the {name}'s own peak the run reaches "
@@ -85,7 +84,6 @@ def _of_an_a100(figures: Figures, seen: Seen) -> Finding:
     """What can be said of the figure where the card is not known."""
     assert figures.mfu_nanogpt is not None
     return Finding(
-        id="mfu_denominator",
         check="card_unknown",
         severity="info",
         title=f"mfu {percent(figures.mfu_nanogpt)} is of an A100's peak, whatever the card is",
@@ -97,7 +95,7 @@ def _of_an_a100(figures: Figures, seen: Seen) -> Finding:
     )
 
 
-@check(section=5)
+@check("mfu_denominator", section=5)
 def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A figure that the named card, or an A100, cannot reach: the log is of a faster card."""
     log = evidence.log
@@ -111,7 +109,6 @@ def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
     able = [card.name for card in cards.GPUS if (card.peak_flops(figures.arithmetic) or 0) > rate]
     named = f"more than a {gpu.name} can do ({figures.nominal_tflops:.1f}). " if gpu and _other_card(figures) else ""
     yield Finding(
-        id="mfu_denominator",
         check="other_card",
         severity="warning" if named else "info",
         title=f"mfu {percent(printed)} is in units of an A100's peak: this log is of "
@@ -124,7 +121,7 @@ def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
     )
 
 
-@check(section=5)
+@check("mfu_includes_eval", section=5)
 def mfu_includes_eval(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """nanoGPT's running mean takes in the iterations that evaluated: what it shows is not the speed of training."""
     log = evidence.log
@@ -137,7 +134,6 @@ def mfu_includes_eval(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> 
     assert figures.evaluation_share is not None and figures.evaluation_minutes_per_day is not None
     every = round(len(log.steps.step[1:]) / len(slow))
     yield Finding(
-        id="mfu_includes_eval",
         check="mfu_includes_eval",
         severity="info",
         title=f"The printed mfu sags to {percent(last)} because it averages evaluations in; training runs at "
@@ -170,7 +166,7 @@ def _usual_step(log: LogFacts) -> Seen:
     return [_step(log, int(rows[-1]))] if len(rows) else []
 
 
-@check(section=6)
+@check("sm_gate", section=6)
 def sm_gate(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """ "Not enough SMs to use max_autotune_gemm mode": harmless, and not about the batch."""
     notes = evidence.log.all("sm_gate") if evidence.log else []
@@ -178,7 +174,6 @@ def sm_gate(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[F
         return
     sms = f"this {gpu.name} has {gpu.sm_count}" if gpu else "smaller cards have fewer"
     yield Finding(
-        id="sm_gate",
         check="sm_gate",
         severity="info",
         title="'Not enough SMs to use max_autotune_gemm mode' is about the chip, not about the batch or the model",

@@ -15,7 +15,7 @@ from fastgpt.anatomy import SHAPE, Shapes, shape_told_by
 from fastgpt.common import UserError
 from fastgpt.doctor.evidence import CheckpointFacts, Place, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt
-from fastgpt.doctor.reading.literals import NotLiteral, checked
+from fastgpt.doctor.reading.values import Refused, checked
 
 FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _NAME = re.compile(r"(?:ckpt|step)-(\d{8,})(?:\.pt)?")
@@ -132,7 +132,7 @@ def _facts(kind: Literal["nanogpt", "fastgpt"], path: Path, said: Any, shapes: S
             continue
         try:
             facts.shape[name] = checked(name, said[name], configs.DEFAULTS[name])
-        except NotLiteral as error:
+        except Refused as error:
             facts.unread.append(Unread(Place(str(path)), name, str(error)))
     for name, value in shape_told_by(shapes).items():
         if name in facts.shape and facts.shape[name] != value:

@@ -12,20 +12,18 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastgpt.common import UserError
-from fastgpt.doctor.evidence import ConfigFacts, Place, Setting, Unread
+from fastgpt.common import UserError, nearest
+from fastgpt.doctor.evidence import ConfigFacts, Note, Place, Setting, Unread
 from fastgpt.doctor.reading import configs_fastgpt
 from fastgpt.doctor.reading.literals import (
     PARSE_ERRORS,
-    NotLiteral,
     assign,
-    checked,
     comment_of,
-    did_you_mean,
     literal_or_text,
     names_set_by,
     parse,
 )
+from fastgpt.doctor.reading.values import Refused, checked, store
 
 COMMAND_LINE = Place("command line")
 
@@ -85,9 +83,9 @@ def parse_nanogpt(text: str, file: str, first_line: int = 1) -> ConfigFacts:
             continue
         try:
             if node is None:
-                raise NotLiteral("it is not a line of Python")
+                raise Refused("it is not a line of Python")
             assigned = {name: checked(name, v, DEFAULTS.get(name)) for name, v in assign(node, known).items()}
-        except NotLiteral as error:
+        except Refused as error:
             facts.unread.append(Unread(place, written, str(error)))
             names = names_set_by(node) if node else set(re.findall(r"^\s*(\w+)\b[^=\w]*=(?!=)", lines[i]))
             facts.forget(names)
@@ -97,7 +95,7 @@ def parse_nanogpt(text: str, file: str, first_line: int = 1) -> ConfigFacts:
         comment = next((comments[j] for j in spanned if j < len(lines) and comments[j]), "")
         for name, value in assigned.items():
             facts.settings[name] = Setting(value, place, written, comment)
-            meant = did_you_mean(name, DEFAULTS, likeness=0.85)  # nanoGPT takes any name without a word
+            meant = nearest(name, DEFAULTS, likeness=0.85)  # nanoGPT takes any name without a word
             if meant and name not in DEFAULTS and not name.startswith("_"):
                 why = f"nanoGPT has no setting {name}{meant}, so this line changes nothing"
                 facts.unread.append(Unread(place, written, why))
@@ -123,14 +121,7 @@ def of_values(values: Mapping[Any, Any], place: Place) -> ConfigFacts:
     """nanoGPT's settings as its checkpoints hold them."""
     facts = ConfigFacts("nanogpt", defaults=dict(DEFAULTS))
     for name, value in values.items():
-        text = f"{name} = {value!r}"[:200]
-        try:
-            if not isinstance(value, (bool, int, float, str)):
-                raise NotLiteral("it is no plain value")
-            facts.settings[str(name)] = Setting(checked(str(name), value, DEFAULTS.get(name)), place, text)
-        except NotLiteral as error:
-            facts.unread.append(Unread(place, text, str(error)))
-            facts.forget([str(name)])
+        store(facts, str(name), Setting(value, place, f"{name} = {value!r}"[:200]))
     return facts
 
 
@@ -152,13 +143,21 @@ def apply_overrides(facts: ConfigFacts, overrides: Sequence[str]) -> None:
             field = form[1].replace("-", "_").split(".")[-1]
             configs_fastgpt.set_field(facts, field, Setting(value, COMMAND_LINE, argument))
         else:
-            override(facts, form[1], value, COMMAND_LINE, argument)
+            _override(facts, form[1], value, COMMAND_LINE, argument)
 
 
-def override(facts: ConfigFacts, name: str, value: bool | int | float | str, place: Place, text: str) -> None:
+def apply_logged(facts: ConfigFacts, notes: Sequence[Note]) -> None:
+    """Over a nanoGPT config, in place, what its log says was overridden."""
+    for note in notes:
+        if note.kind == "override" and facts.kind == "nanogpt":
+            name, value = note.value
+            _override(facts, name, value, note.place, note.text)
+
+
+def _override(facts: ConfigFacts, name: str, value: bool | int | float | str, place: Place, text: str) -> None:
     """One override as nanoGPT takes it: a setting that exists, a value of the very type that it has."""
     if name not in facts.settings and name not in DEFAULTS:
-        why = f"nanoGPT's train.py has no setting {name}{did_you_mean(name, DEFAULTS)} and stops at it"
+        why = f"nanoGPT's train.py has no setting {name}{nearest(name, DEFAULTS)} and stops at it"
         facts.unread.append(Unread(place, text, why))
         return
     present = facts.get(name, DEFAULTS.get(name))
@@ -167,7 +166,7 @@ def override(facts: ConfigFacts, name: str, value: bool | int | float | str, pla
         facts.unread.append(Unread(place, text, why))
     try:
         facts.settings[name] = Setting(checked(name, value, present), place, text)
-    except NotLiteral as error:
+    except Refused as error:
         facts.unread.append(Unread(place, text, str(error)))
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, nearest
 from fastgpt.config import SECTIONS, Config
 from fastgpt.doctor.evidence import ConfigFacts, Place, Setting, Unread
-from fastgpt.doctor.reading.literals import NotLiteral, checked, comment_of, did_you_mean
+from fastgpt.doctor.reading.literals import comment_of
+from fastgpt.doctor.reading.values import store
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,25 +85,24 @@ def set_field(facts: ConfigFacts, key: str, setting: Setting, section: str | Non
     decay's end is a number of steps. What fastgpt does not have, or cannot be, goes into ``facts.unread``."""
     known = {field.name for name, kind in SECTIONS.items() if section in (None, name) for field in fields(kind)}
     if key not in known:
-        why = f"fastgpt has no field {key}{did_you_mean(key, known)}"
+        why = f"fastgpt has no field {key}{nearest(key, known)}"
         facts.unread.append(Unread(setting.place, setting.text or key, why))
         return
     name, value = _RENAMED.get(key, key), setting.value
-    try:
-        value = checked(name, _DTYPES.get(value, value) if key == "precision" else value, facts.defaults.get(name))
-    except (NotLiteral, TypeError) as error:
-        facts.unread.append(Unread(setting.place, setting.text or key, str(error)))
-        facts.forget([name])
+    if key == "precision":
+        value = _DTYPES.get(str(value), value)
+    store(facts, name, replace(setting, value=value))
+    if not facts.is_set(name):
         return
-    facts.settings[name] = replace(setting, value=value)
+    value = facts.settings[name].value
     if key in ("lr", "min_lr_ratio"):
         lr, share = facts.get("learning_rate"), facts.get("min_lr_ratio")
-        if all(isinstance(part, (int, float)) and math.isfinite(part) for part in (lr, share)):
-            facts.settings["min_lr"] = replace(setting, value=lr * share)
+        if lr is not None and share is not None:
+            store(facts, "min_lr", replace(setting, value=lr * share))
     if key == "max_iters":
-        facts.settings["lr_decay_iters"] = replace(setting, value=value)
+        store(facts, "lr_decay_iters", replace(setting, value=value))
     if key == "resume":
-        facts.settings["init_from"] = replace(setting, value="resume" if value else "scratch")
+        store(facts, "init_from", replace(setting, value="resume" if value else "scratch"))
 
 
 def _defaults() -> dict[str, Any]:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import io
-import math
 import operator
 import tokenize
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from fastgpt.doctor.evidence import RANGES
+from fastgpt.doctor.reading.values import Refused
 
 LONGEST = 10_000
 """A line or string of more characters is not a setting."""
 PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
 """What ``parse`` raises for text that is not Python."""
-
-
-class NotLiteral(Exception):
-    """Why a statement or value is not read, in one sentence."""
+NOT_READ = "only literals, names set before and arithmetic on them are read"
 
 
 def parse(text: str) -> ast.Module:
@@ -38,15 +33,9 @@ def literal_or_text(text: str) -> bool | int | float | str:
     try:
         body = parse(text.strip()).body
         value = evaluate(body[0].value, {}) if len(body) == 1 and isinstance(body[0], ast.Expr) else text
-    except (*PARSE_ERRORS, ArithmeticError, TypeError, NotLiteral):
+    except (*PARSE_ERRORS, ArithmeticError, TypeError, Refused):
         value = text
     return value if isinstance(value, (bool, int, float, str)) else text
-
-
-def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.6) -> str:
-    """ " (did you mean this?)", or "" if no known name is that much alike."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=likeness)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def comment_of(line: str) -> str:
@@ -62,49 +51,13 @@ def comment_of(line: str) -> str:
     return ""
 
 
-_BOUNDS = {"max_iters", "warmup_iters", "lr_decay_iters"}  # only compared with: 3e9 / 524288 works, and means its floor
-
-
-def checked(name: str, value: Any, like: Any) -> Any:
-    """``value`` as a setting called ``name`` can have it, whose default is ``like`` (None: unknown, any plain value).
-
-    True for 1 where a boolean is meant, 20 for 20.0 where a whole number is. Raises NotLiteral."""
-    if isinstance(value, int) and value.bit_length() > 50:
-        raise NotLiteral(f"{name} cannot be that large")
-    if isinstance(like, bool):
-        if isinstance(value, (bool, int)) and value in (0, 1):
-            return bool(value)
-        raise NotLiteral(f"{name} is {_short(value)}: it must be True or False")
-    if isinstance(like, (int, float)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise NotLiteral(f"{name} is {_short(value)}: it must be a number")
-        if abs(value) > 1e15:
-            raise NotLiteral(f"{name} cannot be that large")
-        if isinstance(like, float):
-            return float(value)
-        if value != int(value) and name not in _BOUNDS:
-            raise NotLiteral(f"{name} is {value}: it must be a whole number")
-        value = int(value)
-        if name in RANGES and value < RANGES[name][0]:
-            raise NotLiteral(f"{name} is {value}: it must be at least {RANGES[name][0]}")
-        return value
-    if isinstance(like, str) and not isinstance(value, str):
-        raise NotLiteral(f"{name} is {_short(value)}: it must be a string")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
 def names_set_by(node: ast.AST) -> set[str]:
     """Every name that a statement may assign."""
     return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)}
 
 
 def assign(node: ast.stmt, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The names that a statement sets, with their values. Raises NotLiteral."""
+    """The names that a statement sets, with their values. Raises Refused."""
     try:
         if isinstance(node, ast.Pass):
             return {}
@@ -119,8 +72,8 @@ def assign(node: ast.stmt, known: Mapping[str, Any]) -> dict[str, Any]:
                 assigned.update(_unpack(target, value))
             return assigned
     except (ArithmeticError, TypeError, ValueError, RecursionError) as error:
-        raise NotLiteral(f"its value cannot be computed ({error})") from error
-    raise NotLiteral(f"{_what(node)} is not executed")
+        raise Refused(f"its value cannot be computed ({error})") from error
+    raise Refused(NOT_READ)
 
 
 def _unpack(target: ast.expr, value: Any) -> dict[str, Any]:
@@ -132,7 +85,7 @@ def _unpack(target: ast.expr, value: Any) -> dict[str, Any]:
         and len(target.elts) == len(value)
     ):
         return {name: part for t, v in zip(target.elts, value) for name, part in _unpack(t, v).items()}
-    raise NotLiteral("it sets something other than a name")
+    raise Refused("it sets something other than a name")
 
 
 _OPERATORS: Mapping[type[ast.AST], Any] = {
@@ -150,14 +103,14 @@ _OPERATORS: Mapping[type[ast.AST], Any] = {
 
 
 def evaluate(node: ast.expr, known: Mapping[str, Any]) -> Any:
-    """The value of a literal, a known name, or arithmetic on them: 5 * 8, -1e-3, "a" + "b". Raises NotLiteral, and what
+    """The value of a literal, a known name, or arithmetic on them: 5 * 8, -1e-3, "a" + "b". Raises Refused, and what
     the arithmetic raises. Results are bounded: no config holds 10 ** 10 ** 10."""
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str, type(None))):
         return node.value
     if isinstance(node, ast.Name):
         if node.id in known:
             return known[node.id]
-        raise NotLiteral(f"{node.id} is not known")
+        raise Refused(f"{node.id} is not known")
     if isinstance(node, (ast.Tuple, ast.List)):
         return tuple(evaluate(item, known) for item in node.elts)
     if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
@@ -169,33 +122,12 @@ def evaluate(node: ast.expr, known: Mapping[str, Any]) -> Any:
         strings = isinstance(left, str) and isinstance(right, str) and isinstance(node.op, ast.Add)
         numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
         if numbers and isinstance(node.op, ast.Pow) and (abs(left) > 1e9 or abs(right) > 64):
-            raise NotLiteral("its value is too large to be a setting")
+            raise Refused("its value is too large to be a setting")
         if strings or numbers:
             value = _OPERATORS[type(node.op)](left, right)
             if isinstance(value, complex) or (isinstance(value, int) and value.bit_length() > 2048):
-                raise NotLiteral("its value is not a number that a setting can have")
+                raise Refused("its value is not a number that a setting can have")
             if isinstance(value, str) and len(value) > LONGEST:
-                raise NotLiteral("its value is too long to be a setting")
+                raise Refused("its value is too long to be a setting")
             return value
-    raise NotLiteral(f"{_what(node)} is not executed, so the value is unknown")
-
-
-def _what(node: ast.AST) -> str:
-    """A statement or expression in the user's words."""
-    names: dict[type[ast.AST], str] = {
-        ast.Import: "an import",
-        ast.ImportFrom: "an import",
-        ast.Call: "a function call",
-        ast.JoinedStr: "an f-string",
-        ast.If: "an if statement",
-        ast.IfExp: "a conditional value",
-        ast.For: "a loop",
-        ast.While: "a loop",
-        ast.FunctionDef: "a function definition",
-        ast.ClassDef: "a class definition",
-        ast.Attribute: "an attribute",
-        ast.Subscript: "an index",
-    }
-    if isinstance(node, ast.Expr):
-        return _what(node.value)
-    return names.get(type(node), f"code of kind {type(node).__name__}")
+    raise Refused(NOT_READ)

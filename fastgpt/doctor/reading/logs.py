@@ -1,19 +1,22 @@
-"""Logs: nanoGPT's, nanochat's, llm.c's and fastgpt's (train.py's lines, metrics.jsonl), of any size, as they come.
+"""Logs: nanoGPT's, nanochat's, llm.c's and fastgpt's (train.py's lines, metrics.jsonl), as they come.
 
-One pass, a megabyte at a time. Records are looked for anywhere in a line, since ranks and shells glue lines together, and
-across a line's end, since terminals wrap. Once a series of steps is thinned, lines that would be dropped are counted and
-not parsed: that, and nothing else, makes a gigabyte a matter of seconds.
+The forms of log_formats.py are looked for in the text as a whole: ranks and shells glue lines together, so a record (a step or
+an evaluation) may stand anywhere in a line. Terminals wrap: where a record begins that no form fits, the next lines are joined
+to it. What lies between the records is looked through for notes.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import json
 import math
 import re
+from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,304 +25,186 @@ import numpy as np
 from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, LogKind, Note, Place, Steps, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt, literals
 from fastgpt.doctor.reading import log_formats as forms
-from fastgpt.doctor.reading.encoding import blocks
+from fastgpt.doctor.reading.encoding import decode
 
-MOST_STEPS, MOST_EVALS, MOST_NOTES = 1 << 16, 1 << 16, 1000
-"""Steps and evaluations kept before they are thinned; notes of one kind (past it, the last one replaces the one before)."""
-_PLAIN = 600  # a longer line is never one step's
 _WRAPPED, _PIECES = 600, 4  # a wrapped line: characters and pieces at most
-_ECHO = 2000  # lines of a config that a log repeats, at most
-_START_LINES = 100_000  # what a program says when it starts is looked for in as many lines
+Take = Callable[[LogKind, re.Match[str]], int]
 
 
-def read_log(path: Path, limit: int = MOST_STEPS) -> LogFacts:
-    """What a log says. Never raises for its content; a file that says nothing has kind "unknown" and no steps.
+def read_log(path: Path) -> LogFacts:
+    """``parse_log`` of a file. Raises OSError."""
+    return parse_log(decode(path.read_bytes()), str(path))
 
-    ``limit``: steps kept before thinning. Raises OSError."""
-    reader = LogReader(str(path), limit)
-    for block in blocks(path):
-        reader.take(block)
+
+def parse_log(text: str, file: str) -> LogFacts:
+    """What a log says. Never raises, whatever the text; one that says nothing has kind "unknown" and no steps."""
+    reader = _Reader(text, file)
+    reader.read()
     return reader.facts()
 
 
-class LogReader:
-    """Reads a log in blocks that end where a line ends; ``facts`` then returns what it says.
+class _Reader:
+    """What has been found in a log so far."""
 
-    Each line goes first to ``_reads_on``, where something that takes several lines has begun: a line that the terminal
-    wrapped (``_continue``), or a config that nanoGPT repeats (``_echoed``). What that leaves is looked through for steps and
-    evaluations (``_records``), then for notes."""
-
-    def __init__(self, file: str, limit: int = MOST_STEPS) -> None:
+    def __init__(self, text: str, file: str) -> None:
+        text = forms.ANSI.sub("", text)
         self.file = file
-        self.lines = 0
-        self.steps = Series(7, limit)  # step, loss, ms, mfu, tokens per second, lr, line
-        self.evals = Series(4, MOST_EVALS)  # step, train, val, line
-        self.notes: dict[str, list[Note]] = {}
+        self.newlines = [match.start() for match in re.finditer("\n", text)]
+        self.text = text.replace("\r", "\n")  # a progress bar's, which ends no line as grep -n counts them
+        self.steps, self.evals = array("d"), array("d")  # rows of the columns of Steps and Evals, one after the other
+        self.notes: list[Note] = []
+        self.unread: list[Unread] = []
         self.kinds: Counter[LogKind] = Counter()
         self.config: ConfigFacts | None = None
-        self._forms = list(forms.STEPS)
-        self._fits: forms.StepForm | None = None  # the form that the last step had
-        self._skipped: tuple[bytes, int] | None = None
-        self._reads_on: Callable[[bytes, int], bool] | None = None  # has the next line first; True: it is dealt with
-        self._held: list[tuple[bytes, int]] = []  # the beginning of a line that seems to be wrapped
-        self._echo: list[str] = []  # a config that the log repeats
-        self._echo_line = 0
-        self._starts_until = _START_LINES
-        self._note_words: list[bytes] = []  # that the block contains
-        self._ended = True  # whether the last block ended with its line
-        self._step = 0  # last seen
-        self._last_row: list[float] | None = None
+        self.step = 0.0  # the last one seen
 
-    # --- lines ---
+    def read(self) -> None:
+        """Take all that the text holds, from top to bottom."""
+        self.text = forms.ECHO.sub(self._echo, self.text)
+        # Of two that begin at one place the first counts: fastgpt's form before nanoGPT's, which fits its lines too, and
+        # every whole record before the bare beginning of one.
+        takers: list[tuple[Take, LogKind, re.Pattern[str]]] = [(self._record, *form) for form in forms.RECORDS]
+        takers += [(self._json, "fastgpt", forms.JSON), (self._unfinished, "unknown", forms.START)]
+        end = 0  # of what has been taken
+        for start, take, kind, match in heapq.merge(*(self._matches(*taker) for taker in takers), key=itemgetter(0)):
+            if start >= end and (taken := take(kind, match)):
+                self._notes_between(end, start)
+                end = taken
+        self._notes_between(end, len(self.text))
 
-    def take(self, block: bytes) -> None:
-        """The next lines. Most of a long log is passed over: what is no step is looked through for words first, and steps
-        that a thinned series would drop are only counted."""
-        lines = block.split(b"\n")
-        self._ended = not lines[-1]
-        if self._ended:
-            lines.pop()
-        # The first nan is noted with its line, so a block that may hold it is read whole.
-        thinned = self.steps.stride > 1 and (b"nan" not in block or "nan" in self.notes)
-        odd = _not_plain(lines) if thinned else []
-        text = b"\n".join([lines[i] for i in odd]) if thinned else block
-        candidates = forms.NOTE_WORDS + (() if self.lines > self._starts_until else forms.START_WORDS)
-        self._note_words = [word for word in candidates if word in text]
-        words = [word for word in forms.RECORD_WORDS if thinned or word in text] + self._note_words
-        if thinned:
-            self._take_thinned(lines, odd, words)
-        elif words or self._reads_on is not None:
-            for i, line in enumerate(lines, self.lines + 1):
-                self._feed(line, i, words)
-        self.lines += len(lines)
+    def _matches(
+        self, take: Take, kind: LogKind, pattern: re.Pattern[str]
+    ) -> Iterator[tuple[int, Take, LogKind, re.Match[str]]]:
+        for match in pattern.finditer(self.text):
+            yield match.start(), take, kind, match
 
-    def _take_thinned(self, lines: list[bytes], odd: list[int], words: list[bytes]) -> None:
-        """Lines of which all but ``odd`` are steps and nothing else."""
-        steps, before = self.steps, self.lines + 1
-        i = 0  # the next line
-        for end in [*odd, len(lines)]:
-            while i < end:
-                # -seen % stride lines come before the next that the series keeps.
-                if self._reads_on is None and (dropped := min(-steps.seen % steps.stride, end - i)):
-                    steps.seen += dropped
-                    i += dropped
-                    self._skipped = (lines[i - 1], before + i - 1)
-                else:
-                    self._feed(lines[i], before + i, words)
-                    i += 1
-            if i < len(lines):
-                self._feed(lines[i], before + i, words)
-                i += 1
+    def _line(self, at: int) -> int:
+        return bisect_left(self.newlines, at) + 1
 
-    def _feed(self, line: bytes, number: int, words: list[bytes]) -> None:
-        for part in line.split(b"\r") if b"\r" in line else (line,):
-            if self._reads_on is not None and self._reads_on(part, number):
-                continue
-            for word in words:
-                if word in part:
-                    self._line(part, number)
-                    break
+    def _text_at(self, at: int) -> str:
+        """The line around this place."""
+        end = self.text.find("\n", at)
+        return self.text[self.text.rfind("\n", 0, at) + 1 : end if end >= 0 else None]
 
-    def _line(self, line: bytes, number: int) -> None:
-        end = self._records(line, number)
-        if (b"iter" in line or b"step" in line) and forms.START.search(line, end):
-            self._held, self._reads_on = [(line[end:], number)], self._continue
-            return
-        for word in self._note_words:
-            if word in line:
-                self._note(line[end:], number)
-                return
+    # --- steps and evaluations: each method returns where what it has taken ends, 0 if that is nothing ---
 
-    def _continue(self, line: bytes, number: int) -> bool:
-        """``line`` follows a beginning that lacks its end: join them if that makes a record, else read each by itself."""
-        pieces = [*self._held, (line, number)]
-        for glue in itertools.product((b" ", b""), repeat=len(pieces) - 1):
-            joined = pieces[0][0] + b"".join(g + piece for g, (piece, _) in zip(glue, pieces[1:]))
-            if self._records(joined, pieces[0][1], crossing=len(joined) - len(line)):
-                self._held, self._reads_on = [], None
-                return True
-        if len(pieces) < _PIECES and len(joined) < _WRAPPED and line and not forms.START.search(line):
-            self._held = pieces
-            return True
-        self._give_up(pieces)
+    def _record(self, kind: LogKind, match: re.Match[str]) -> int:
+        return match.end() if self._take(kind, match, match.start()) else 0
+
+    def _take(self, kind: LogKind, match: re.Match[str], at: int) -> bool:
+        """Take the record that begins at ``at``; False if its last number seems to be cut."""
+        said = match.groupdict()
+        if "val" in said:
+            if not _is_whole(said):
+                return False
+            step = float(said["step"]) if said.get("step") else self.step
+            self.evals.extend((step, _float(said.get("train")), _float(said["val"]), self._line(at)))
+        else:
+            self._take_step(at, *(_float(said.get(name)) for name in ("step", "loss", "ms", "mfu", "rate", "lr")))
+        self.kinds[kind] += 1
         return True
 
-    def _give_up(self, pieces: list[tuple[bytes, int]]) -> None:
-        self._held, self._reads_on = [], None
-        first, number = pieces[0]
-        self._loose(first, number)
-        self._note(first, number)
-        for piece, number in pieces[1:]:
-            if self._reads_on is None or not self._reads_on(piece, number):
-                self._line(piece, number)
-
-    # --- steps and evaluations ---
-
-    def _records(self, line: bytes, number: int, crossing: int = 0) -> int:
-        """Take every whole step and evaluation of a line; returns where the last one ends (0 if the line has none).
-
-        With ``crossing`` a line counts only if a record lies over that place: the seam of a wrapped line."""
-        if line.startswith(b"{"):
-            return len(line) if not crossing and self._json(line, number) else 0
-        found = [] if b"loss" not in line and b"trl:" not in line else self._steps_in(line)
-        if (b"val" in line and forms.VAL_LOSS.search(line)) or b"tel:" in line:
-            found += [(kind, m) for kind, pattern in forms.EVALS for m in pattern.finditer(line) if _is_whole(m)]
-        if crossing and not any(m.start() < crossing < m.end() for _, m in found):
-            return 0
-        for kind, match in sorted(found, key=lambda pair: pair[1].start()):
-            self.kinds[kind] += 1
-            if "val" in match.re.groupindex:
-                said = match.groupdict()
-                step = int(said["step"]) if said.get("step") else self._step
-                self.evals.add((step, _float(said.get("train")), _float(said["val"]), number))
-            else:
-                self._step_from(match, line, number)
-        return max((match.end() for _, match in found), default=0)
-
-    def _steps_in(self, line: bytes) -> list[tuple[LogKind, re.Match[bytes]]]:
-        for form in self._forms:
-            if form.mark in line:
-                found = [(form.kind, match) for match in form.strict.finditer(line)]
-                if found:
-                    if form is not self._fits:
-                        self._fits = form
-                        # It comes first from now on, behind fastgpt's only, whose lines nanoGPT's form fits too.
-                        self._forms.sort(key=lambda other: (other.kind != "fastgpt", other is not form))
-                    return found
-        return []
-
-    def _loose(self, line: bytes, number: int) -> None:
-        """What a line that was cut short still says for certain."""
-        for form in self._forms:
-            if match := form.loose.search(line):
-                self.kinds[form.kind] += 1
-                self._step_from(match, line, number)
-                return
-
-    def _step_from(self, match: re.Match[bytes], line: bytes, number: int) -> None:
-        said = match.groupdict()
-        values = [_float(said.get(name)) for name in ("loss", "ms", "mfu", "rate", "lr")]
-        self._take_step(int(said["step"]), values, line, number)
-
-    def _take_step(self, step: int, values: list[float], line: bytes, number: int) -> None:
-        loss, ms, mfu, rate, lr = values
-        if mfu < 0:  # nanoGPT prints -100 until it has measured, llm.c for a card that it does not know
-            mfu = math.nan
-        self._step, self._skipped = step, None
-        self._last_row = [step, loss, ms, mfu, rate, lr, number]
-        self.steps.add(self._last_row)
+    def _take_step(self, at: int, step: float, loss: float, ms: float, mfu: float, rate: float, lr: float) -> None:
+        self.step = step
+        # nanoGPT prints a negative mfu until it has measured one, llm.c for a card that it does not know.
+        self.steps.extend((step, loss, ms, math.nan if mfu < 0 else mfu, rate, lr, self._line(at)))
         if not math.isfinite(loss):
-            self._add_note("nan", line, number, loss)
+            self._note("nan", at, self._text_at(at), loss)
 
-    def _json(self, line: bytes, number: int) -> bool:
+    def _json(self, kind: LogKind, match: re.Match[str]) -> int:
         """A line of metrics.jsonl."""
         try:
-            record = json.loads(line)
+            record = json.loads(match[0])
         except (ValueError, RecursionError):
-            return False
-        if not isinstance(record, dict):
-            return False
+            return 0
+        at, end = match.span()
         if isinstance(record.get("config"), dict):
-            self.config = configs_fastgpt.of_sections(record["config"], Place(self.file, number))
-            return True
+            self.config = configs_fastgpt.of_sections(record["config"], Place(self.file, self._line(at)))
+            return end
         if record.get("event") == "out_of_memory":
-            self._add_note("oom", line, number, None)
+            self._note("oom", at, match[0])
         step = _number(record.get("step"))
         if not (0 <= step < 1e12):
-            return "event" in record
+            return end if "event" in record else 0
+        step = float(int(step))
         if "loss" in record:
-            self.kinds["fastgpt"] += 1
+            self.kinds[kind] += 1
             loss, ms, mfu, *rest = (_number(record.get(k)) for k in ("loss", "ms", "mfu", "tokens_per_second", "lr"))
-            self._take_step(int(step), [loss, ms, 100 * mfu, *rest], line, number)
+            self._take_step(at, step, loss, ms, 100 * mfu, *rest)
         if record.get("val_loss") is not None:
-            self.kinds["fastgpt"] += 1
-            self.evals.add((int(step), _number(record.get("train_loss")), _number(record["val_loss"]), number))
-        return True
+            self.kinds[kind] += 1
+            losses = _number(record.get("train_loss")), _number(record["val_loss"])
+            self.evals.extend((step, *losses, self._line(at)))
+        return end
+
+    def _unfinished(self, kind: LogKind, begin: re.Match[str]) -> int:
+        """A record that was wrapped, or cut short: whole with the next lines joined to it, else what is certain of it."""
+        at = begin.start()
+        following = forms.START.search(self.text, at + 1, at + _WRAPPED)
+        pieces = self.text[at : following.start() if following else at + _WRAPPED].split("\n")
+        wrapped = list(itertools.takewhile(bool, pieces))[:_PIECES]
+        for n in range(2, len(wrapped) + 1):
+            for glue in itertools.product((" ", ""), repeat=n - 1):
+                joined = wrapped[0] + "".join(g + piece for g, piece in zip(glue, wrapped[1:n]))
+                for kind, form in forms.RECORDS:
+                    match = form.match(joined)
+                    if match and match.end() > len(joined) - len(wrapped[n - 1]) and self._take(kind, match, at):
+                        return at + match.end() + glue.count("")  # each "" stands for a line end
+        if not following and len(pieces) <= _PIECES and pieces[-1]:
+            why = "the log ends in the middle of this line"
+            self.unread.append(Unread(Place(self.file, self._line(at)), pieces[0][:200], why))
+        for step in forms.STEPS:
+            if match := step.loose.match(self.text, at):
+                self._take(step.kind, match, at)
+                return match.end()
+        return 0
 
     # --- everything else ---
 
-    def _note(self, line: bytes, number: int) -> None:
-        if forms.ECHO_START.search(line):
-            self._end_echo()
-            self._echo_line, self._reads_on = number + 1, self._echoed
-            self.kinds["nanogpt"] += 1
-        for kind, program, pattern in forms.NOTES:
-            if match := pattern.search(line):
-                if program is not None:
-                    self.kinds[program] += 1
-                self._add_note(kind, line, number, _note_value(kind, _text(match[1])))
-                if kind in ("resume", "override"):
-                    self._starts_until = number + _START_LINES
-
-    def _add_note(self, kind: str, line: bytes, number: int, value: Any) -> None:
-        notes = self.notes.setdefault(kind, [])
-        if len(notes) >= MOST_NOTES:
-            notes.pop()
-        notes.append(Note(kind, Place(self.file, number), _text(line).strip()[:300], value))
-
-    def _echoed(self, line: bytes, number: int) -> bool:
-        """Whether the line belongs to a config that nanoGPT repeats in its log."""
-        if number - self._echo_line < _ECHO and not forms.ECHO_END.match(line):
-            self._echo += [""] * (number - self._echo_line - len(self._echo)) + [_text(line[:1000])]
-            return True
-        self._end_echo()
-        self._reads_on = None
-        return False
-
-    def _end_echo(self) -> None:
-        config = configs.parse_nanogpt("\n".join(self._echo), self.file, self._echo_line)
+    def _echo(self, match: re.Match[str]) -> str:
+        """Take a config that nanoGPT repeats, and blank it: numbers in its comments are claims."""
+        config = configs.parse_nanogpt(match["config"], self.file, self._line(match.start("config")))
+        self.kinds["nanogpt"] += 1
         if config.settings:
             self.config = config
-        self._echo = []
+        return re.sub(r"[^\n]", " ", match[0])
 
-    # --- the end ---
+    def _notes_between(self, start: int, end: int) -> None:
+        """Take the notes of the lines, and parts of lines, between two records."""
+        for line in self.text[start:end].split("\n"):
+            for kind, program, pattern in forms.NOTES if line.strip() else ():
+                if match := pattern.search(line):
+                    if program is not None:
+                        self.kinds[program] += 1
+                    self._note(kind, start, line, _note_value(kind, match[1]))
+            start += len(line) + 1
+
+    def _note(self, kind: str, at: int, text: str, value: Any = None) -> None:
+        self.notes.append(Note(kind, Place(self.file, self._line(at)), text.strip()[:300], value))
 
     def facts(self) -> LogFacts:
-        unread = []
-        if self._held:
-            (line, number), cut = self._held[0], not self._ended
-            self._give_up(self._held)
-            if cut:
-                why = "the log ends in the middle of this line"
-                unread.append(Unread(Place(self.file, number), _text(line)[:200], why))
-        self._end_echo()
-        if self._skipped is not None:  # counted and not parsed, but the last step is always kept
-            line, number = self._skipped
-            self._records(line, number)
-        if self._last_row is not None and not np.array_equal(self.steps.rows()[-1:], [self._last_row], equal_nan=True):
-            self.steps.add_last(self._last_row)
-        rows, back = in_order(self.steps.rows())
-        evals, evals_back = in_order(self.evals.rows())
-        for i, top, step in back or evals_back:
-            number = int((self.steps if back else self.evals).rows()[i, -1])
-            text = b"the log goes back from step %d to %d: the later run counts" % (top, step)
-            self._add_note("resume", text, number, step)
-        if self.config is not None and self.config.kind == "nanogpt":
-            for note in self.notes.get("override", []):
-                name, value = note.value
-                configs.override(self.config, name, value, note.place, note.text)
-        step, loss, ms, mfu, rate, lr, at = (column.copy() for column in rows.T)
-        eval_step, train, val, eval_at = (column.copy() for column in evals.T)
-        notes = [note for kind in self.notes.values() for note in kind]
+        steps, back = in_order(np.frombuffer(self.steps).reshape(-1, 7))
+        evals, evals_back = in_order(np.frombuffer(self.evals).reshape(-1, 4))
+        for line, top, step in back or evals_back:
+            text = f"the log goes back from step {top} to {step}: the later run counts"
+            self.notes.append(Note("resume", Place(self.file, line), text, step))
+        if self.config is not None:
+            configs.apply_logged(self.config, self.notes)
         return LogFacts(
             kind=max(self.kinds, key=lambda kind: self.kinds[kind], default="unknown"),
             file=self.file,
-            steps=Steps(step.astype(np.int64), loss, ms, mfu, rate, lr, at.astype(np.int64), self.steps.stride),
-            evals=Evals(eval_step.astype(np.int64), train, val, eval_at.astype(np.int64)),
-            notes=sorted(notes, key=lambda note: note.place.line or 0),
-            lines=self.lines,
-            unread=unread,
+            steps=Steps(*_columns(steps)),
+            evals=Evals(*_columns(evals)),
+            notes=sorted(self.notes, key=lambda note: note.place.line or 0),
+            unread=self.unread,
             config=self.config,
         )
 
 
-def _not_plain(lines: list[bytes]) -> list[int]:
-    """The lines that may be something other than one step."""
-    return [
-        i
-        for i, line in enumerate(lines)
-        if b"loss" not in line or len(line) > _PLAIN or (b"val" in line and b'"val_loss": null' not in line)
-    ]
+def _columns(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The columns of rows that begin with a step and end with a line, as Steps and Evals have them."""
+    step, *values, line = rows.T.copy()
+    return step.astype(np.int64), *values, line.astype(np.int64)
 
 
 def _note_value(kind: str, text: str) -> Any:
@@ -338,15 +223,14 @@ def _note_value(kind: str, text: str) -> Any:
     return text if kind in ("device", "precision") else None
 
 
-def _is_whole(match: re.Match[bytes]) -> bool:
+def _is_whole(said: dict[str, str]) -> bool:
     """Whether an evaluation's last number is as long as its first: a line that was cut or wrapped shortens it."""
-    said = match.groupdict()
-    return not said.get("train") or len(said["val"].partition(b".")[2]) >= len(said["train"].partition(b".")[2])
+    return not said.get("train") or len(said["val"].partition(".")[2]) >= len(said["train"].partition(".")[2])
 
 
-def _float(text: bytes | None) -> float:
+def _float(text: str | None) -> float:
     """A number as logs write it (1,234.5); NaN for none, or n/a."""
-    return math.nan if text is None or text == b"n/a" else float(text.replace(b",", b""))
+    return math.nan if text is None or text == "n/a" else float(text.replace(",", ""))
 
 
 def _number(value: Any) -> float:
@@ -357,75 +241,33 @@ def _number(value: Any) -> float:
         return math.inf
 
 
-def _text(line: bytes) -> str:
-    return line.decode("utf-8", "replace")
-
-
-# ---------------------------------------------------------------- rows in bounded memory
-
 STRAGGLERS = 8
 """Step lines within which a step that went back is the output of another rank, not a run begun again."""
 
 
-class Series:
-    """Rows of ``columns`` numbers, at most ``limit`` of them. When it is full every second row goes, and from then on one
-    row in ``stride`` is kept; the first row always, the last by ``add_last``."""
-
-    def __init__(self, columns: int, limit: int) -> None:
-        self._rows = np.empty((limit, columns), np.float64)
-        self._used = 0
-        self.seen = 0
-        self.stride = 1
-
-    def add(self, row: Sequence[float]) -> None:
-        """Take the next row. A caller with many rows may count those that would be dropped (``seen % stride``) instead."""
-        if self.seen % self.stride == 0:
-            if self._used == len(self._rows):
-                self._thin()
-            if self.seen % self.stride == 0:
-                self._rows[self._used] = row
-                self._used += 1
-        self.seen += 1
-
-    def add_last(self, row: Sequence[float]) -> None:
-        """Keep the last row whatever the stride."""
-        if self._used == len(self._rows):
-            self._thin()
-        self._rows[self._used] = row
-        self._used += 1
-
-    def rows(self) -> np.ndarray:
-        return self._rows[: self._used]
-
-    def _thin(self) -> None:
-        half = (self._used + 1) // 2
-        self._rows[:half] = self._rows[: self._used : 2].copy()
-        self._used, self.stride = half, self.stride * 2
-
-
 def in_order(rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """Rows whose first column, the step, strictly rises, and where the run was begun again: (index of the row, step
+    """Rows whose first column, the step, strictly rises, and where the run was begun again: (last column of that row, step
     before, step it went back to).
 
     A step that is printed again at once (by another rank) counts as printed last. Where a run was begun again, what it had
     done past that step is dropped. A step that goes back for a moment (a rank that lags, a garbled digit) fills a gap or is
     dropped."""
-    steps = rows[:, 0]
+    steps: list[float] = rows[:, 0].tolist()
     back: list[tuple[int, int, int]] = []
     order: list[float] = []  # steps kept, rising
     row_of: dict[float, int] = {}
-    first = top = -np.inf
+    first = top = -math.inf
     for i, step in enumerate(steps):
         if step < top:  # the run was begun again if the next lines stay below top; else a rank lags
             coming = steps[i + 1 : i + 1 + STRAGGLERS]
             lag = len(order) - bisect_right(order, step)
-            at_end = len(coming) == 0 or (len(coming) < STRAGGLERS and lag < STRAGGLERS)
-            if at_end or (coming > top).any():
+            at_end = not coming or (len(coming) < STRAGGLERS and lag < STRAGGLERS)
+            if at_end or max(coming) > top:
                 if step > first and step not in row_of:
                     insort(order, step)
                     row_of[step] = i
                 continue
-            back.append((i, int(top), int(step)))
+            back.append((int(rows[i, -1]), int(top), int(step)))
             dropped = bisect_left(order, step)
             for done in order[dropped:]:
                 del row_of[done]

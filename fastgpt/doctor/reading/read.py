@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from stat import S_ISREG
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, gigabytes
 from fastgpt.config import config_folder, preset_names
 from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Evidence, LogFacts, Place, Unread
 from fastgpt.doctor.reading import checkpoints, configs, configs_fastgpt
 from fastgpt.doctor.reading.encoding import decode, is_text
 from fastgpt.doctor.reading.logs import read_log
 
-LARGEST_CONFIG = 1 << 18
-"""A larger file (in bytes) is not a config."""
+LARGEST_CONFIG, LARGEST_LOG = 1 << 18, 1 << 30
+"""A larger file (in bytes) is not a config, or too large to be read as a log."""
 
 
 def read(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evidence:
@@ -49,17 +49,15 @@ _KINDS = {ConfigFacts: "config", LogFacts: "log", CheckpointFacts: "checkpoint"}
 
 def _settle_config(evidence: Evidence, overrides: Sequence[str]) -> None:
     log, checkpoint = evidence.log, evidence.checkpoint
-    if evidence.config is not None and evidence.config.kind == "nanogpt" and log is not None:
-        for note in log.all("override"):
-            name, value = note.value
-            configs.override(evidence.config, name, value, note.place, note.text)
-    if evidence.config is None and log is not None:
-        evidence.config = log.config
-    if evidence.config is None and checkpoint is not None:
-        evidence.config = checkpoint.config
-    if evidence.config is None and overrides:
-        evidence.config = ConfigFacts("nanogpt", defaults=dict(configs.DEFAULTS))
+    logged = log.all("override") if log is not None else []
+    if evidence.config is None:
+        stored = (log and log.config, checkpoint and checkpoint.config)
+        evidence.config = next((config for config in stored if config), None)
+        logged = [] if evidence.config else logged  # the log's config has them
+    if evidence.config is None and (logged or overrides):
+        evidence.config = ConfigFacts("nanogpt", defaults=dict(configs.DEFAULTS) if overrides else {})
     if evidence.config is not None:
+        configs.apply_logged(evidence.config, logged)
         configs.apply_overrides(evidence.config, overrides)
 
 
@@ -81,6 +79,8 @@ def _read_one(path: Path) -> ConfigFacts | LogFacts | CheckpointFacts:
             data = file.read(LARGEST_CONFIG + 1)
         if checkpoints.is_checkpoint(path, data[:4]):
             return checkpoints.read_checkpoint(path)
+        if mode.st_size > LARGEST_LOG:
+            raise UserError(f"{path} has {gigabytes(mode.st_size)}: no log is that large, and it is no checkpoint")
         return _text_file(path, data)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -1,5 +1,5 @@
 """The report as one HTML file that needs nothing else: figures, MFU in true units, the loss curve with the findings pinned
-to it, the findings. templates/doctor.html.jinja lays out what is worked out here."""
+to it, the findings. doctor.html.jinja lays out what is worked out here."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def render(report: Diagnosis, evidence: Evidence, gpu: Gpu | None) -> str:
         part.insert(0, next((s.place.file for s in evidence.config.settings.values()), None))
     name = ", ".join(dict.fromkeys(Path(file).name for file in part if file)) or "a run"
     return templates.render(
+        __package__,
         "doctor.html.jinja",
         title=f"{name}: doctor's report",
         name=name,

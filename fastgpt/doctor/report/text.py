@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fastgpt.common import millions, rounded
 from fastgpt.doctor.diagnosis import Diagnosis
+from fastgpt.doctor.evidence import seen_as_json
 from fastgpt.doctor.figures import Figures, units
 from fastgpt.doctor.findings import Finding
 from fastgpt.hardware.cards import Gpu
@@ -28,7 +29,7 @@ def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
         "gpu": gpu.name if gpu else None,
         "precision": report.figures.precision,
         "not_checked": report.not_checked,
-        "unread": [{"file": place.file, "line": place.line, "text": text} for place, text in report.unread],
+        "unread": seen_as_json(report.unread),
     }
 
 

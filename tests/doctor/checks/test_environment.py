@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fastgpt.config import ModelConfig
-from fastgpt.doctor.checks.environment import Machine, machine
+from fastgpt.doctor.evidence import Machine
+from fastgpt.doctor.reading.surroundings import this_machine
 from fastgpt.hardware import cards
 from fastgpt.performance import fitting, memory
 from tests.doctor.runs import RTX4070, curve, examine, log, names, note, only, real_report
@@ -14,13 +15,13 @@ T4, V100 = cards.lookup("t4"), cards.lookup("v100")
 SOUND = Machine("linux", "2.11.0", cuda=True, triton=True, nvidia_driver=True)
 
 
-def lacks(it, cuda=True, triton=True):
-    return list(machine(it, wants_cuda=cuda, wants_triton=triton))
+def lacks(it, cuda=True):
+    return examine("device = 'cuda'" if cuda else "", machine=it)
 
 
 def test_a_sound_machine_and_one_of_which_nothing_is_wanted_are_clean():
     assert lacks(SOUND) == []
-    assert lacks(Machine("linux", "2.11.0+cpu"), cuda=False, triton=False) == []
+    assert lacks(Machine("linux", "2.11.0+cpu"), cuda=False) == []
 
 
 def test_a_cpu_build_of_torch_beside_a_driver():
@@ -44,7 +45,7 @@ def test_torch_without_triton(platform, package):
 def test_here_looks_at_this_machine():
     import torch
 
-    it = Machine.here()
+    it = this_machine()
     assert it.torch == torch.__version__ and it.cuda == torch.cuda.is_available() and it.triton
 
 

@@ -59,7 +59,7 @@ def test_cuda_sections_count():
 def test_what_fastgpt_does_not_have_is_listed():
     facts = parse_fastgpt("[model]\nn_layers = 6\nn_head = 'x'\n[modle]\na = 1\n", "c.toml")
     assert [u.why for u in facts.unread] == [
-        "fastgpt has no field n_layers (did you mean n_layer?)",
+        "fastgpt has no field n_layers (did you mean 'n_layer'?)",
         "n_head is 'x': it must be a number",
         "fastgpt has no section modle",
     ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import resource
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.doctor.evidence import LogFacts
-from fastgpt.doctor.reading.logs import MOST_NOTES, MOST_STEPS, LogReader, Series, in_order, read_log
+from fastgpt.doctor.reading.encoding import decode
+from fastgpt.doctor.reading.logs import in_order, parse_log, read_log
 
 REAL = Path(__file__).parents[3] / "docs" / "rtx4070-runs"
 ITER = "iter {0}: loss 3.{0:04d}, time 3917.80ms, mfu 12.87%\n"
@@ -26,10 +25,10 @@ ITER = "iter {0}: loss 3.{0:04d}, time 3917.80ms, mfu 12.87%\n"
 def log(tmp_path):
     """Write a text (or bytes) as a log and read it."""
 
-    def write(content: str | bytes, **options) -> LogFacts:
+    def write(content: str | bytes) -> LogFacts:
         path = tmp_path / "a.log"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return read_log(path, **options)
+        return read_log(path)
 
     return write
 
@@ -42,12 +41,12 @@ def steps(facts: LogFacts) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "lines", "n_steps", "n_evals", "last", "median"),
-    [("40m", 182, 101, 41, 20000, 3911), ("124m", 144, 56, 23, 11000, 9350)],
+    ("name", "n_steps", "n_evals", "last", "median"),
+    [("40m", 101, 41, 20000, 3911), ("124m", 56, 23, 11000, 9350)],
 )
-def test_a_real_log_is_read_whole(name, lines, n_steps, n_evals, last, median):
+def test_a_real_log_is_read_whole(name, n_steps, n_evals, last, median):
     facts = read_log(REAL / f"nanogpt-{name}-fineweb.log")
-    assert (facts.kind, facts.lines, len(facts.steps), len(facts.evals)) == ("nanogpt", lines, n_steps, n_evals)
+    assert (facts.kind, len(facts.steps), len(facts.evals)) == ("nanogpt", n_steps, n_evals)
     assert facts.steps.step[-1] == facts.evals.step[-1] == last
     assert np.median(facts.steps.ms) == pytest.approx(median, abs=3)
     assert len(facts.all("checkpoint")) == n_evals - 1
@@ -263,9 +262,7 @@ def real_text() -> str:
 
 def same(facts: LogFacts, text: str, lines: bool = True) -> None:
     """``facts`` is what the plain log gives."""
-    reader = LogReader("plain")
-    reader.take(text.encode())
-    plain = reader.facts()
+    plain = parse_log(text, "plain")
     for mine, other in ((facts.steps, plain.steps), (facts.evals, plain.evals)):
         for name in ("step", "loss", "ms", "mfu", "train", "val") + (("line",) if lines else ()):
             if hasattr(mine, name):
@@ -413,43 +410,9 @@ def test_what_is_no_log_says_nothing(content, log):
 # --- size ---
 
 
-def test_a_long_log_is_thinned_evenly_and_keeps_its_ends(log):
-    evaluation = "step {}: train loss 3.0000, val loss 3.0000\n"
-    text = "".join(ITER.format(i) + evaluation.format(i) * (i % 100 == 0) for i in range(5000))
-    facts = log(text, limit=256)
-    assert facts.steps.thinned == 32
-    assert steps(facts) == [*range(0, 5000, 32), 4999]
-    assert facts.steps.line[-1] == facts.lines == 5050
-    assert facts.evals.step.tolist() == list(range(0, 5000, 100)), "evaluations are all kept"
-
-
-def test_notes_and_nan_in_a_thinned_part_are_seen(log):
-    lines = [ITER.format(i) for i in range(3000)]
-    lines[2001] = "iter 2001: loss nan, time 1.00ms, mfu 1.00%\n"
-    lines.insert(2500, "torch.OutOfMemoryError: CUDA out of memory.\n")
-    facts = log("".join(lines), limit=64)
-    assert {(note.kind, note.place.line) for note in facts.notes} == {("nan", 2002), ("oom", 2501)}
-
-
-def test_notes_of_one_kind_are_bounded_and_keep_the_last(log):
-    facts = log("saving checkpoint to out\n" * 3000 + "number of parameters: 1.00M\n" * 3)
-    assert len(facts.all("checkpoint")) == MOST_NOTES
-    assert facts.all("checkpoint")[-1].place.line == 3000
-
-
-def test_a_line_of_many_megabytes_is_bounded(log):
+def test_a_line_of_many_megabytes(log):
     facts = log(b"x" * 3_000_000 + b" " + ITER.format(1).encode() + ITER.format(2).encode())
-    assert steps(facts)[-1] == 2
-
-
-def test_series_against_lists():
-    for n in (0, 1, 7, 8, 9, 100, 1000):
-        series = Series(1, 8)
-        for i in range(n):
-            series.add((i,))
-        kept = series.rows()[:, 0].tolist()
-        assert kept == list(range(0, n, series.stride))
-        assert len(kept) <= 8
+    assert steps(facts) == [1, 2]
 
 
 @given(st.lists(st.integers(0, 60), max_size=80))
@@ -462,27 +425,18 @@ def test_in_order_gives_rising_steps_that_were_in_the_log(numbers):
     assert bool(kept) == bool(numbers)
 
 
-def test_a_large_log_is_streamed(tmp_path):
-    """60 MB in a fraction of the 20 seconds that a gigabyte may take, in a fraction of the file's size."""
+def test_a_million_steps_are_all_kept(tmp_path):
     path = tmp_path / "large.log"
     with open(path, "w") as file:
-        for start in range(0, 1_100_000, 10_000):
-            file.write(
-                "".join(f"iter {i}: loss 3.1234, time 3917.80ms, mfu 12.87%\n" for i in range(start, start + 10_000))
-            )
+        for start in range(0, 1_000_000, 10_000):
+            file.write("".join(ITER.format(i) for i in range(start, start + 10_000)))
             file.write(f"step {start}: train loss 3.1234, val loss 3.2345\n")
-    megabytes = path.stat().st_size / 1e6
-    assert megabytes > 55
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, time.process_time()
+    began = time.process_time()
     facts = read_log(path)
-    seconds = time.process_time() - began
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit - before
-    assert (len(facts.evals), facts.steps.step[-1]) == (110, 1_099_999)
-    assert len(facts.steps) <= MOST_STEPS + 1
-    assert grown < 60
-    # The first 10 MB, before there is anything to skip, cost as much as the next 100: a rate per megabyte would mislead.
-    assert seconds < 10
+    assert time.process_time() - began < 60
+    assert len(facts.evals) == 100
+    np.testing.assert_array_equal(facts.steps.step, np.arange(1_000_000))
+    np.testing.assert_array_equal(facts.steps.line, 1 + np.arange(1_000_000) + np.arange(1_000_000) // 10_000)
 
 
 # --- nothing raises ---
@@ -490,13 +444,8 @@ def test_a_large_log_is_streamed(tmp_path):
 QUIET = settings(max_examples=120, deadline=None, database=None)
 
 
-def take(content: bytes, pieces: int = 1) -> LogFacts:
-    """Read bytes as ``pieces`` blocks that end where a line ends."""
-    reader, lines = LogReader("fuzz", limit=16), content.splitlines(keepends=True) if pieces > 1 else [content]
-    size = max(1, len(lines) // pieces)
-    for i in range(0, len(lines), size):
-        reader.take(b"".join(lines[i : i + size]))
-    return reader.facts()
+def take(content: bytes) -> LogFacts:
+    return parse_log(decode(content), "fuzz")
 
 
 @QUIET
@@ -558,6 +507,6 @@ def test_a_mutated_real_log_never_raises_and_stays_in_order(seed):
         content[at : at + rng.randint(0, 40)] = rng.choice(
             [b"", b"\n", b"\r", bytes([rng.randrange(256)]), b"iter 5", content[:at][-80:]]
         )
-    facts = take(bytes(content), pieces=rng.randint(1, 5))
+    facts = take(bytes(content))
     assert (np.diff(facts.steps.step) > 0).all() and (np.diff(facts.evals.step) > 0).all()
-    assert (facts.steps.line >= 1).all() and (facts.steps.line <= facts.lines).all()
+    assert (facts.steps.line >= 1).all() and (facts.steps.line <= content.count(b"\n") + 1).all()
