@@ -16,7 +16,7 @@ LONGEST = 10_000
 """A line or string of more characters is not a setting."""
 PARSE_ERRORS = (SyntaxError, ValueError, RecursionError, MemoryError)
 """What ``parse`` raises for text that is not Python."""
-NOT_READ = "only literals, names set before and arithmetic on them are read"
+NOT_READ = "it is not executed: only literals, names set before and arithmetic on them are read"
 
 
 def parse(text: str) -> ast.Module:
