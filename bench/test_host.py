@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 from fastgpt.common import UserError
 from fastgpt.config import load_preset
 from fastgpt.data.loader import TokenLoader
-from fastgpt.data.shards import write_shard
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.kernels import offline, runtime
 from fastgpt.training.schedule import learning_rate
@@ -23,8 +23,8 @@ TEXT = Path(argparse.__file__).read_text(encoding="utf-8")  # 100 kB of what the
 @pytest.mark.parametrize("B", [8, 16])
 def test_loader(measure, tmp_path, B):
     """256 batches of 1024-token rows, as GPT-2 124M and 40M take them: one alone would be a slice of a block read ahead."""
-    write_shard(tmp_path / "train.bin", np.arange(2**23, dtype=np.uint64).astype(np.uint16))
-    with TokenLoader([tmp_path / "train.bin"], 1024, B) as loader:
+    np.arange(2**23, dtype=np.uint64).astype(np.uint16).tofile(tmp_path / "train.bin")
+    with closing(TokenLoader([tmp_path / "train.bin"], 1024, B)) as loader:
         measure(lambda: [loader.next_batch() for _ in range(256)], tokens=256 * B * 1024)
 
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from fastgpt import ops
 from fastgpt.common import run as command
 from fastgpt.config import EXPERIMENTAL, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, parse
-from fastgpt.data.shards import write_shard
 from fastgpt.hardware import cards
 from fastgpt.kernels import runtime
 from fastgpt.model import GPT
@@ -27,6 +26,7 @@ from fastgpt.optim.build import build_optimizer
 from fastgpt.performance import memory
 from fastgpt.training.loop import train
 from fastgpt.training.step import LossScaler, Stepper
+from tests.shards import write_shard
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=72, bias=True, dropout=0.1)

@@ -15,7 +15,7 @@ from bench.numerics.ops import Recorder, simulated
 from bench.numerics.runs import perturb, windows
 from bench.numerics.simulation import FP32, Mode
 from fastgpt.config import ModelConfig, OptimConfig
-from fastgpt.data.corpora import documents
+from fastgpt.data.corpora import open_corpus
 from fastgpt.model import GPT
 from fastgpt.optim.build import build_optimizer
 from fastgpt.training.schedule import learning_rate
@@ -88,8 +88,8 @@ def corpus(characters: int) -> tuple[Tensor, Tensor]:
     """About so many bytes of the standard library's sources, int64: for training, and documents held back."""
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     total = 0
-    for index, (_, text) in enumerate(documents("stdlib")):
-        raw = text.encode()[
+    for index, document in enumerate(open_corpus("stdlib").read()):
+        raw = document.text.encode()[
             : characters // (2 * EVERY)
         ]  # no file is more than its share, and one at least is held back
         parts[index % EVERY == EVERY - 1].append(raw)

@@ -14,7 +14,6 @@ from rich.table import Table
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, duration
-from fastgpt.data.corpora import STDLIB
 from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, read_manifest
 from fastgpt.data.preparation import prepare
 from fastgpt.data.tokenizer import get_tokenizer
@@ -83,34 +82,17 @@ def main(args: list[str]) -> int:
 def _prepare(options: Prepare) -> int:
     console = Console(soft_wrap=True, highlight=False)
     begin = time.monotonic()
-    if options.source == STDLIB and options.config_name is not None:
-        raise UserError("config_name belongs to a Hugging Face dataset, and source is 'stdlib': leave it out")
     try:
-        manifest = prepare(
-            options.source,
-            options.out,
-            get_tokenizer(options.tokenizer),
-            val_fraction=options.val_fraction,
-            seed=options.seed,
-            shard_tokens=options.shard_tokens,
-            max_tokens=options.max_tokens,
-            text_column=options.text_column,
-            config_name=options.config_name,
-            split=options.split,
-            workers=options.workers,
-        )
+        manifest = prepare(**{**vars(options), "tokenizer": get_tokenizer(options.tokenizer)})
     except KeyboardInterrupt:
         print("stopped: give the same command again to continue", file=sys.stderr)
         return 130
-    console.print(
-        f"{options.out} is ready ({duration(time.monotonic() - begin)}); train on it with --data {options.out}"
-    )
+    taken = duration(time.monotonic() - begin)
+    console.print(f"{options.out} is ready ({taken}); train on it with --data {options.out}", markup=False)
     console.print(_table(manifest))
-    if manifest["skipped_files"]:
-        some = ", ".join(manifest["skipped_files"][:5])
-        console.print(
-            f"{len(manifest['skipped_files'])} files were not UTF-8 text and passed over: {some}", markup=False
-        )
+    if skipped := manifest["skipped_files"]:
+        some = ", ".join(skipped[:5])
+        console.print(f"{len(skipped)} files were not UTF-8 text and passed over: {some}", markup=False)
     return 0
 
 
@@ -118,13 +100,13 @@ def _check(options: Check) -> int:
     files = sorted(options.folder.glob("*.bin"))
     if not files:
         raise UserError(f"folder {str(options.folder)!r} holds no .bin files: name one that holds token shards")
-    manifest = read_manifest(options.folder)
-    vocab_size = options.vocab_size or (manifest or {}).get("vocab_size", 50257)
-    missing = {s["file"] for s in (manifest or {"shards": []})["shards"]} - {f.name for f in files}
+    manifest = read_manifest(options.folder) or {"shards": []}
+    vocab_size = options.vocab_size or manifest.get("vocab_size", 50257)
+    missing = {shard["file"] for shard in manifest["shards"]} - {file.name for file in files}
     if missing:
         raise UserError(f"folder {str(options.folder)!r} lacks {', '.join(sorted(missing))}, which its manifest names")
     verify_files(files, vocab_size)
-    against = "the manifest's sha256" if manifest else "no manifest here: sha256 not compared"
+    against = "the manifest's sha256" if manifest["shards"] else "no manifest here: sha256 not compared"
     Console(soft_wrap=True, highlight=False).print(
         f"{len(files)} files are whole ({against}), every id is below {vocab_size}", markup=False
     )

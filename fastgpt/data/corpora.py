@@ -1,6 +1,6 @@
 """Where text comes from: the standard library's sources, the user's files, or a dataset of the Hugging Face hub.
 
-A corpus is a stream of documents in an order that never changes, and every position in it has a name. So ``prepare``
+A corpus is a stream of documents in an order that never changes, and every position in it can be written down. So ``prepare``
 can repeat its work exactly, and continue exactly where it was interrupted.
 """
 
@@ -19,15 +19,7 @@ from typing import Any
 
 from fastgpt.common import UserError, first_line
 from fastgpt.data.hub import HUB, HubCorpus, HubReading
-from fastgpt.data.readers import (
-    ALL_SUFFIXES,
-    TABLE_SUFFIXES,
-    Document,
-    TextRow,
-    cut_position,
-    read_cut_text,
-    reader_of,
-)
+from fastgpt.data.readers import ALL_SUFFIXES, TABLE_SUFFIXES, Document, cut_position, read_file
 
 STDLIB = "stdlib"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -87,6 +79,7 @@ class FileReading:
     file: int = 0
     row: int = 0
     undecoded: list[str] = field(default_factory=list)
+    """Files that could not be decoded."""
     _offset: int = 0
 
     def __post_init__(self) -> None:
@@ -94,27 +87,20 @@ class FileReading:
         """Bytes of the files before each."""
 
     def __iter__(self) -> Iterator[Document]:
-        files = self.corpus.files
-        while self.file < len(files):
-            path = files[self.file]
-            name = path.relative_to(self.corpus.root).as_posix()
+        corpus = self.corpus
+        while self.file < len(corpus.files):
+            path = corpus.files[self.file]
             try:
-                for side, row in self._rows(path):
+                for document in read_file(path, corpus.text_column, self.row, corpus.cut):
                     self.row += 1
-                    self._offset = row.offset
-                    if row.text:
-                        yield Document(name + row.at, row.text, side)
+                    self._offset = document.offset
+                    if document.text:
+                        yield document
             except (UnicodeDecodeError, OSError) as error:
-                if self.corpus.strict:
+                if corpus.strict:
                     raise UserError(f"data {str(path)!r} cannot be read as UTF-8 text: {first_line(error)}") from error
-                self.undecoded = [*self.undecoded, name]
+                self.undecoded = [*self.undecoded, path.relative_to(corpus.root).as_posix()]
             self.file, self.row, self._offset = self.file + 1, 0, 0
-
-    def _rows(self, path: Path) -> Iterator[tuple[str | None, TextRow]]:
-        if self.corpus.cut is not None:
-            yield from read_cut_text(path, self.corpus.cut, self.row)
-        else:
-            yield from ((None, row) for row in reader_of(path)(path, self.corpus.text_column, self.row))
 
     def position(self) -> dict[str, Any]:
         """The position after the last document, as JSON; ``corpus.read(position)`` continues there."""
@@ -123,10 +109,6 @@ class FileReading:
     def done(self) -> float:
         """The share of the corpus that has been read, 0..1, for a progress bar."""
         return min(1.0, (self._before[self.file] + self._offset) / max(1, self._before[-1]))
-
-    def skipped(self) -> list[str]:
-        """Files that could not be decoded."""
-        return self.undecoded
 
 
 Corpus = FileCorpus | HubCorpus
@@ -153,31 +135,27 @@ def open_corpus(
     Raises:
         UserError: the source does not exist or is empty.
     """
-    if source == STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        files = _walk(root, (".py",), without=NOT_IN_STDLIB)
-        if not files:
-            raise UserError(f"data 'stdlib': {root} holds no .py files; name a text file or a folder of your own")
-        return FileCorpus(STDLIB, root, files)
-    path = Path(source).expanduser()
     if is_hub_name(source):
         return HubCorpus(str(source).removeprefix(HUB), config_name, split, text_column, revision)
-    if config_name is not None:
-        raise UserError(
-            f"config_name is {config_name!r}, and data {str(source)!r} is a file or folder here: leave it out"
-        )
-    if path.is_dir():
-        files = _walk(path, ALL_SUFFIXES)
-        if not files:
-            raise UserError(
-                f"data {str(source)!r} is a folder without text: it must hold files that end in {' '.join(ALL_SUFFIXES)}"
-            )
-        return FileCorpus(str(source), path, files, text_column)
-    if not path.is_file():
+    path = Path(source).expanduser()
+    if source == STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        corpus = FileCorpus(STDLIB, root, _walk(root, (".py",), without=NOT_IN_STDLIB))
+    elif path.is_dir():
+        corpus = FileCorpus(str(source), path, _walk(path, ALL_SUFFIXES), text_column)
+    elif path.is_file():
+        corpus = FileCorpus(str(source), path.parent, [path], text_column, strict=True)
+    else:
         raise UserError(f"data {str(source)!r} does not exist: it must be 'stdlib', or a file or folder of text")
-    if path.stat().st_size == 0:
+    if config_name is not None:
+        raise UserError(f"config_name is {config_name!r}, and data {str(source)!r} is no hub dataset: leave it out")
+    if not corpus.files:
+        raise UserError(
+            f"data {str(source)!r} is a folder without text: it must hold files that end in {' '.join(ALL_SUFFIXES)}"
+        )
+    if corpus.size == 0:
         raise UserError(f"data {str(source)!r} is empty: it must hold text")
-    return FileCorpus(str(source), path.parent, [path], text_column, strict=True)
+    return corpus
 
 
 def is_hub_name(source: str | os.PathLike[str]) -> bool:
@@ -188,11 +166,6 @@ def is_hub_name(source: str | os.PathLike[str]) -> bool:
         return True
     looks_so = HUB_NAME.fullmatch(source) and not source.endswith((*ALL_SUFFIXES, ".bin", ".json"))
     return bool(looks_so) and not Path(source).exists()
-
-
-def documents(source: str | os.PathLike[str], **options: Any) -> Iterator[tuple[str, str]]:
-    """The documents of a source (see ``open_corpus``) as (name, text)."""
-    return ((document.name, document.text) for document in open_corpus(source, **options).read())
 
 
 def _walk(root: Path, suffixes: tuple[str, ...], without: frozenset[str] = frozenset()) -> list[Path]:

@@ -12,14 +12,14 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,12 +31,10 @@ BATCH_CHARS = 1 << 20
 """Text that one worker takes at a time: about 30 ms of work, so that the cost of handing it over does not matter."""
 SMALL = 64 << 20
 """Bytes of a corpus up to which threads are used."""
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-@dataclass
-class EncodedBatch:
-    """A batch of tokenised documents, and the position in the corpus after it."""
+class Encoded(NamedTuple):
+    """A batch of documents, tokenised."""
 
     ids: np.ndarray
     """uint16; each document is preceded by end-of-text."""
@@ -44,10 +42,15 @@ class EncodedBatch:
     """Tokens per document, end-of-text included; int64."""
     hashes: np.ndarray
     """A hash of each document's text, uint64."""
+
+
+class Place(NamedTuple):
+    """The sides of a batch's documents, and where the reading of the corpus is after it."""
+
     sides: list[str | None]
     position: dict[str, Any]
     done: float | None
-    skipped: list[str]
+    undecoded: list[str]
 
 
 def cores() -> int:
@@ -57,34 +60,27 @@ def cores() -> int:
 
 def encode_corpus(
     reading: Reading, tok: Tokenizer, seed: int, workers: int, processes: bool
-) -> Generator[EncodedBatch, None, None]:
+) -> Generator[tuple[Encoded, Place], None, None]:
     """The rest of ``reading``, batch by batch, tokenised a few batches ahead of the caller."""
-    pool: Executor = (
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tok.name,))
-        if processes
-        else ThreadPoolExecutor(workers, "tokenise")
-    )
-    ahead: deque[tuple[Future[Arrays], dict[str, Any]]] = deque()
-    batches = _batches(reading)
-    broken: UserError | None = None
+    pool: Executor
+    encode: Callable[[list[str], int], Encoded]
+    if processes:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+        encode = partial(_in_worker, tok.name)
+    else:
+        pool = ThreadPoolExecutor(workers, "tokenise")
+        encode = partial(encode_texts, tok)
+    ahead: deque[tuple[Future[Encoded], Place]] = deque()
     try:
-        try:
-            with closing(batches):
-                for texts, about in batches:
-                    task = (
-                        pool.submit(_in_worker, texts, seed)
-                        if processes
-                        else pool.submit(encode_texts, tok, texts, seed)
-                    )
-                    ahead.append((task, about))
-                    if len(ahead) > 2 * workers:
-                        yield _finished(*ahead.popleft())
-        except UserError as error:  # a broken stream or a bad line: keep what was read before it
-            broken = error
-        while ahead:
-            yield _finished(*ahead.popleft())
-        if broken is not None:
-            raise broken
+        with closing(_batches(reading)) as batches:
+            try:
+                for texts, place in batches:
+                    ahead.append((pool.submit(encode, texts, seed), place))
+                    yield from _all_but(2 * workers, ahead)
+            except UserError:  # a broken stream or a bad line: keep what was read before it
+                yield from _all_but(0, ahead)
+                raise
+            yield from _all_but(0, ahead)
     except BrokenProcessPool as error:
         raise UserError(
             "a tokenising process died (was memory short, or is the calling script without "
@@ -94,18 +90,18 @@ def encode_corpus(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _finished(task: Future[Arrays], about: dict[str, Any]) -> EncodedBatch:
-    ids, lengths, hashes = task.result()
-    return EncodedBatch(ids, lengths, hashes, **about)
+def _all_but(last: int, ahead: deque[tuple[Future[Encoded], Place]]) -> Iterator[tuple[Encoded, Place]]:
+    while len(ahead) > last:
+        task, place = ahead.popleft()
+        yield task.result(), place
 
 
-def encode_texts(tok: Tokenizer, texts: list[str], seed: int) -> Arrays:
-    """ids, lengths and hashes, as in ``EncodedBatch``."""
+def encode_texts(tok: Tokenizer, texts: list[str], seed: int) -> Encoded:
     eot = np.array([tok.eot], np.uint16)
     documents = tok.encode_batch(texts)
     ids = np.concatenate([part for ids in documents for part in (eot, ids)])
     lengths = np.array([len(ids) + 1 for ids in documents], np.int64)
-    return ids, lengths, np.array([document_hash(text, seed) for text in texts], np.uint64)
+    return Encoded(ids, lengths, np.array([document_hash(text, seed) for text in texts], np.uint64))
 
 
 def document_hash(text: str, seed: int) -> int:
@@ -114,34 +110,26 @@ def document_hash(text: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _batches(reading: Reading) -> Generator[tuple[list[str], dict[str, Any]], None, None]:
+def _batches(reading: Reading) -> Generator[tuple[list[str], Place], None, None]:
     texts: list[str] = []
     sides: list[str | None] = []
     size = 0
 
-    def about() -> dict[str, Any]:
-        return {
-            "sides": sides,
-            "position": reading.position(),
-            "done": reading.done(),
-            "skipped": list(reading.skipped()),
-        }
+    def place() -> Place:
+        return Place(sides, reading.position(), reading.done(), list(reading.undecoded))
 
     for document in reading:
         texts.append(document.text)
         sides.append(document.side)
         size += len(document.text)
         if size >= BATCH_CHARS:
-            yield texts, about()
+            yield texts, place()
             texts, sides, size = [], [], 0
     if texts:
-        yield texts, about()
+        yield texts, place()
 
 
-_worker_tokenizer: Tokenizer
-
-
-def _start_worker(tokenizer: str) -> None:
+def _start_worker() -> None:
     """The initializer of each worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent ends its workers
     parent = multiprocessing.parent_process()
@@ -152,9 +140,7 @@ def _start_worker(tokenizer: str) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_the_parent, daemon=True).start()
-    global _worker_tokenizer
-    _worker_tokenizer = get_tokenizer(tokenizer)
 
 
-def _in_worker(texts: list[str], seed: int) -> Arrays:
-    return encode_texts(_worker_tokenizer, texts, seed)
+def _in_worker(tokenizer: str, texts: list[str], seed: int) -> Encoded:
+    return encode_texts(get_tokenizer(tokenizer), texts, seed)

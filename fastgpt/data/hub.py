@@ -38,8 +38,10 @@ class HubCorpus:
                 f"data {self.name!r} is no file or folder here; for a Hugging Face dataset run `pip install datasets`"
             ) from None
         self._datasets = datasets
-        if self.revision is None:
-            self.revision = _digest_of(Path(self.name)) if self._is_local() else _newest_revision(self.name)
+        if self._is_local():
+            self.revision = _digest_of(Path(self.name))
+        elif self.revision is None:
+            self.revision = _newest_revision(self.name)
 
     @property
     def source(self) -> str:
@@ -89,6 +91,9 @@ class HubCorpus:
 
 
 class HubReading:
+    undecoded: tuple[str, ...] = ()
+    """Files that could not be decoded: of a dataset the library reads them, or fails."""
+
     def __init__(self, corpus: HubCorpus, stream: Any, position: dict[str, Any] | None) -> None:
         self.corpus, self.stream = corpus, stream
         self.count = 0
@@ -107,16 +112,16 @@ class HubReading:
             for row in rows:
                 self.count += 1
                 self._state = None  # from here on the stream itself knows its state
-                text = row.get(column)
+                if column not in row:
+                    raise UserError(f"data {source!r} has no column {column!r}, only {', '.join(row)}")
+                text = row[column]
                 if text is not None and not isinstance(text, str):
                     raise UserError(
                         f"data {source!r} row {self.count}: column {column!r} must hold strings, not {type(text).__name__}"
                     )
-                if text is None and column not in row:
-                    raise UserError(f"data {source!r} has no column {column!r}, only {', '.join(row)}")
                 if text:
-                    yield Document(f"{source}:{self.count}", text)
-        except (UserError, GeneratorExit):
+                    yield Document(text)
+        except UserError:
             raise
         except Exception as error:
             raise UserError(
@@ -131,9 +136,6 @@ class HubReading:
 
     def done(self) -> float | None:
         return min(1.0, self.count / self._total) if self._total else None
-
-    def skipped(self) -> list[str]:
-        return []
 
 
 def _newest_revision(name: str) -> str | None:

@@ -28,6 +28,8 @@ from fastgpt.data.windows import ORDER, Windows
 
 BLOCK_TOKENS = 1 << 17
 """Tokens per block, but at least one batch: 2 MiB as two int64 tensors."""
+PREFETCH = 2
+"""Blocks that the thread makes ahead."""
 
 
 class TokenLoader:
@@ -38,9 +40,8 @@ class TokenLoader:
         block_size: tokens per row, T.
         batch_size: rows per batch and rank, B.
         vocab_size: if given, every id of every file is checked against it here (see ``verification``).
-        doc_ids: batches have a third tensor, the number of each token's document within its row.
-        eot: the id with which documents begin, for ``doc_ids``.
-        prefetch: blocks made ahead by a thread; 0 makes each block when it is needed, without a thread.
+        eot: if given, batches have a third tensor: the number of each token's document within its row. A document begins
+            with this id.
 
     Raises:
         UserError: a file is damaged or holds other ids, or all files together hold no window.
@@ -56,16 +57,12 @@ class TokenLoader:
         rank: int = 0,
         world_size: int = 1,
         vocab_size: int | None = None,
-        doc_ids: bool = False,
         eot: int | None = None,
-        prefetch: int = 2,
     ) -> None:
         at_least(1, block_size=block_size, batch_size=batch_size, world_size=world_size)
-        at_least(0, seed=seed, prefetch=prefetch)
+        at_least(0, seed=seed)
         if not 0 <= rank < world_size:
             raise UserError(f"rank is {rank}: it must be in 0..{world_size - 1}")
-        if doc_ids and eot is None:
-            raise UserError("doc_ids needs eot, the tokenizer's id between documents")
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.position = 0
@@ -73,33 +70,26 @@ class TokenLoader:
         self._windows = Windows(paths, block_size)
         if vocab_size is not None:
             verify_files(paths, vocab_size)
-        self.windows, self.tokens = self._windows.count, self._windows.tokens
-        """Windows per epoch, and tokens of all files."""
-        self._eot = eot if doc_ids else None
+        self.windows = self._windows.count
+        """Windows per epoch."""
+        self._eot = eot
         self._step = world_size * batch_size
         # At most one epoch, since each epoch's order has to be drawn.
         self._batches_per_block = max(1, min(BLOCK_TOKENS // (batch_size * block_size), self.windows // self._step))
-        self._prefetch = prefetch
         self._ready: deque[tuple[Tensor, ...]] = deque()
         self._ahead: deque[Future[Tensor]] = deque()
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread = _thread()
         self._device = torch.device("cpu")
-        self._asked: torch.device | str = "cpu"
         self._process = os.getpid()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the next window, from 0."""
-        return self.position // self.windows
 
     def next_batch(self, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """Inputs x and targets y, int64 (batch_size, block_size), on the device; y is x one token later.
 
-        With ``doc_ids`` also document ids, int32 (batch_size, block_size): they start at 0 in each row and go up by one
-        at each end-of-text. An exception in the thread is raised here, and the position stays where it is.
+        With ``eot`` also document ids, int32 (batch_size, block_size): they start at 0 in each row and go up by
+        one at each end-of-text. An exception in the thread is raised here, and the position stays where it is.
         """
-        if not self._ready or device != self._asked:
-            self._next_block(device)
+        if not self._ready or torch.device(device) != self._device:
+            self._next_block(torch.device(device))
         self.position += self._step
         return self._ready.popleft()
 
@@ -147,15 +137,8 @@ class TokenLoader:
     def close(self) -> None:
         """End the thread now. (``next_batch`` would start another.)"""
         self._forget()
-        if self._thread is not None:
-            self._thread.shutdown(wait=True, cancel_futures=True)
-            self._thread = None
-
-    def __enter__(self) -> TokenLoader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread = _thread()
 
     def _forget(self) -> None:
         """Drop the batches that are ready or being made: they no longer continue at ``position``."""
@@ -164,26 +147,24 @@ class TokenLoader:
             block.cancel()
         self._ahead.clear()
 
-    def _next_block(self, device: torch.device | str) -> None:
-        if device != self._asked:
-            self._asked, self._device = device, torch.device(device)
+    def _next_block(self, device: torch.device) -> None:
+        if device != self._device:
+            self._device = device
             self._forget()
         if os.getpid() != self._process:  # a forked child inherits the queue but not the thread
-            self._process, self._thread = os.getpid(), None
+            self._process, self._thread = os.getpid(), _thread()
             self._forget()
         try:
-            block = self._from_thread() if self._prefetch else self._make_block(self.position)
+            block = self._from_thread()
         except BaseException:
             self._forget()
             raise
-        self._ready.extend(_batches_of(block.to(self._device, non_blocking=True), self._eot))
+        self._ready.extend(_batches_of(block.to(device, non_blocking=True), self._eot))
 
     def _from_thread(self) -> Tensor:
         """The block at ``position``. When this returns, the thread is making the blocks after it."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "tokens")
         span = self._batches_per_block * self._step
-        while len(self._ahead) <= self._prefetch:
+        while len(self._ahead) <= PREFETCH:
             start = self.position + len(self._ahead) * span
             self._ahead.append(self._thread.submit(self._make_block, start))
         return self._ahead.popleft().result()
@@ -195,6 +176,11 @@ class TokenLoader:
         # A new thread is on GPU 0, and pinned memory belongs to a GPU.
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             return _to_block(self._windows.in_order(mine.ravel(), self.seed), len(steps), self._device)
+
+
+def _thread() -> ThreadPoolExecutor:
+    """Starts with its first task."""
+    return ThreadPoolExecutor(1, "tokens")
 
 
 def _to_block(rows: np.ndarray, batches: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ PROGRESS = "progress.json"
 FORMAT = 2
 VAL_FRACTION = 0.05
 SHARD_TOKENS = 100_000_000
+_OF_A_SHARD = {"file", "tokens", "sha256"}
 
 
 def recipe_of(
@@ -44,7 +45,10 @@ def recipe_of(
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a prepared folder; None if it has none, or one of another program."""
     manifest = read_json(folder / MANIFEST)
-    return manifest if manifest is not None and isinstance(manifest.get("shards"), list) else None
+    shards = manifest.get("shards") if manifest is not None else None
+    if not isinstance(shards, list) or not all(isinstance(s, dict) and _OF_A_SHARD <= s.keys() for s in shards):
+        return None
+    return manifest
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
@@ -60,14 +64,12 @@ def whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
 
     Raises UserError for anything else: nothing is ever overwritten, and a damaged shard is not made again in silence.
     """
-    if not folder.exists() or (folder.is_dir() and not any(p for p in folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     manifest = read_manifest(folder)
-    if manifest is None and (folder / PROGRESS).exists():
-        return None
     if manifest is None:
-        if folder.name.endswith(".partial"):
-            return None  # _Preparation decides whether it can continue there
+        if (folder / PROGRESS).exists() or folder.name.endswith(".partial"):
+            return None  # the preparation decides whether it can continue there
         raise UserError(f"{str(folder)!r} already holds something else: name another folder, or move it away")
     then = {key: manifest.get(key) for key in recipe}
     if then != recipe:
@@ -75,13 +77,10 @@ def whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
             f"{str(folder)!r} already holds something else ({differences(then, recipe)}): name another folder, or delete it"
         )
     for shard in manifest["shards"]:
+        path, said = folder / shard["file"], shard["tokens"]
         try:
-            found = len(open_shard(folder / shard["file"]))
+            if (found := len(open_shard(path))) != said:
+                raise UserError(f"data file {str(path)!r} holds {found} tokens and its manifest says {said}")
         except UserError as error:
             raise UserError(f"{error}; delete {str(folder)!r} to prepare it again") from error
-        if found != shard["tokens"]:
-            raise UserError(
-                f"data file {str(folder / shard['file'])!r} holds {found} tokens and its manifest says "
-                f"{shard['tokens']}; delete {str(folder)!r} to prepare it again"
-            )
     return manifest

@@ -30,23 +30,15 @@ from fastgpt import __version__
 from fastgpt.common import UserError, at_least, read_json, sync_folder, write_json
 from fastgpt.data import encoding
 from fastgpt.data.corpora import Corpus, open_corpus
-from fastgpt.data.encoding import EncodedBatch, cores, encode_corpus
+from fastgpt.data.encoding import Encoded, Place, cores, encode_corpus
 from fastgpt.data.hub import HUB
-from fastgpt.data.manifest import (
-    MANIFEST,
-    PROGRESS,
-    SHARD_TOKENS,
-    VAL_FRACTION,
-    differences,
-    recipe_of,
-    whole,
-)
+from fastgpt.data.manifest import MANIFEST, PROGRESS, SHARD_TOKENS, VAL_FRACTION, differences, recipe_of, whole
 from fastgpt.data.progress import ProgressReport
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.data.writing import ShardWriter
 
 SIDES = ("train", "val")
-SAVED = ("limit", "smallest", "largest", "position", "skipped")
+SAVED = ("limit", "smallest", "position", "skipped")
 """Attributes of a preparation that progress.json holds."""
 COMMIT_SECONDS = 5.0
 """The most work that a killed process loses."""
@@ -54,7 +46,7 @@ COMMIT_SECONDS = 5.0
 
 def prepare(
     source: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     tokenizer: Tokenizer,
     *,
     val_fraction: float = VAL_FRACTION,
@@ -66,7 +58,7 @@ def prepare(
     split: str = "train",
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Tokenise a source into ``out_dir`` and return the manifest. Continue where an earlier call with the same arguments
+    """Tokenise a source into ``out`` and return the manifest. Continue where an earlier call with the same arguments
     was interrupted; if the result exists already, only return its manifest.
 
     The split depends on each document's text, salted with ``seed``: equal documents go to the same side, so nothing in
@@ -80,7 +72,7 @@ def prepare(
         workers: default all cores. The result does not depend on it.
 
     Raises:
-        UserError: there is nothing to read or too little to split; ``out_dir`` or its ``.partial`` holds something else
+        UserError: there is nothing to read or too little to split; ``out`` or its ``.partial`` holds something else
             (which is never overwritten); or the disk is full (what was written stays and can be continued).
     """
     if not 0 < val_fraction < 1:
@@ -88,7 +80,7 @@ def prepare(
     at_least(1, shard_tokens=shard_tokens, max_tokens=max_tokens, workers=workers)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError("prepare() was called while a worker imports the main script: guard it by __name__")
-    out = Path(out_dir).expanduser()
+    out = Path(out).expanduser()
     work = out.with_name(out.name + ".partial")
     corpus = open_corpus(
         source,
@@ -127,8 +119,7 @@ class _Preparation:
     limit: int = 0
     """Documents whose hash is below it go to validation."""
     smallest: int | None = None
-    """Smallest and largest hash so far."""
-    largest: int | None = None
+    """The smallest hash so far."""
     position: dict[str, Any] | None = None
     skipped: list[str] = field(default_factory=list)
     writers: dict[str, ShardWriter] = field(default_factory=dict)
@@ -144,7 +135,8 @@ class _Preparation:
             )
         self._take_up()
         try:
-            manifest = self._manifest(self._fill())
+            self._fill()
+            manifest = self._manifest()
         except UserError:
             if self._tokens():
                 self._commit()
@@ -159,8 +151,12 @@ class _Preparation:
         write_json(self.work / MANIFEST, manifest)
         return manifest
 
-    def _manifest(self, rule: str) -> dict[str, Any]:
+    def _manifest(self) -> dict[str, Any]:
         """Finish the shards and describe them."""
+        if self.cut is None:
+            rule = f"by document: blake2b-64(text, salt=seed) < {self.limit} is validation"
+        else:
+            rule = f"by position: the bytes from {self.cut} on are validation"
         return {
             **self.recipe,
             "fastgpt": __version__,
@@ -174,30 +170,22 @@ class _Preparation:
             "shards": [shard for w in self.writers.values() for shard in w.close()],
         }
 
-    def _fill(self) -> str:
-        """Write all tokens; return the rule of the split in words."""
+    def _fill(self) -> None:
+        """Write all tokens. In a small corpus chance may leave one side without documents: then the one with the smallest
+        hash validates."""
         self._pass()
-        documents = {side: w.documents for side, w in self.writers.items()}
-        if not all(documents.values()):
-            self._no_empty_side(documents)
+        while not all(writer.documents for writer in self.writers.values()):
+            smallest = self.smallest
+            self._start_over()
+            if smallest is None:
+                files = f" ({len(self.skipped)} files were not UTF-8)" if self.skipped else ""
+                raise UserError(f"data {self.corpus.source!r} holds no text{files}")
+            if self.cut is not None or self.limit == smallest + 1:
+                raise UserError(
+                    f"data {self.corpus.source!r} holds one document: there must be two, to train and to validate on"
+                )
+            self.limit = smallest + 1
             self._pass()
-        if self.cut is not None:
-            return f"by position: the bytes from {self.cut} on are validation"
-        return f"by document: blake2b-64(text, salt=seed) < {self.limit} is validation"
-
-    def _no_empty_side(self, documents: dict[str, int]) -> None:
-        """In a small corpus chance may leave one side without documents: the one with the smallest hash then validates."""
-        if not any(documents.values()):
-            self._start_over()
-            files = f" ({len(self.skipped)} files were not UTF-8)" if self.skipped else ""
-            raise UserError(f"data {self.corpus.source!r} holds no text{files}")
-        if self.cut is not None or self.smallest is None or self.smallest == self.largest:
-            self._start_over()
-            raise UserError(
-                f"data {self.corpus.source!r} holds one document: there must be two, to train and to validate on"
-            )
-        self.limit = self.smallest + 1
-        self._start_over()
 
     def _pass(self) -> None:
         """Write the corpus from the current position to its end."""
@@ -209,40 +197,35 @@ class _Preparation:
         max_tokens = self.recipe["max_tokens"]
         committed = time.monotonic()
         with report, closing(encoded):
-            for batch in encoded:
-                full = self._add(batch, max_tokens)
-                share = batch.done
+            for batch, place in encoded:
+                full = self._add(batch, place, max_tokens)
+                share = place.done
                 if max_tokens is not None:
                     share = max(share or 0.0, min(1.0, self._tokens() / max_tokens))
-                report.update(self._tokens(), share)
+                report.show(self._tokens(), share)
                 if full:
                     break
                 if time.monotonic() - committed >= COMMIT_SECONDS:
                     self._commit()
                     committed = time.monotonic()
             else:  # after a break the reading would be ahead of what was written
-                self.skipped = reading.skipped()
+                self.skipped = list(reading.undecoded)
 
-    def _add(self, batch: EncodedBatch, max_tokens: int | None) -> bool:
+    def _add(self, batch: Encoded, place: Place, max_tokens: int | None) -> bool:
         """Append a batch, up to the document that reaches ``max_tokens``; return whether that was reached."""
         keep = len(batch.lengths)
         if max_tokens is not None:
-            keep = min(keep, 1 + int(np.searchsorted(np.cumsum(batch.lengths), max_tokens - self._tokens())))
             if self._tokens() >= max_tokens:
                 return True
+            keep = min(keep, 1 + int(np.searchsorted(np.cumsum(batch.lengths), max_tokens - self._tokens())))
         lengths, hashes = batch.lengths[:keep], batch.hashes[:keep]
         ids = batch.ids[: int(lengths.sum())]
-        if batch.sides[0] is None:
-            val = hashes < np.uint64(self.limit) if self.limit < 2**64 else np.ones(keep, bool)
-        else:
-            val = np.array([side == "val" for side in batch.sides[:keep]])
+        val = hashes < self.limit if self.cut is None else np.array([side == "val" for side in place.sides[:keep]])
         tokens = np.repeat(val, lengths)
         self.writers["train"].append(ids[~tokens], int((~val).sum()))
         self.writers["val"].append(ids[tokens], int(val.sum()))
-        low, high = int(hashes.min()), int(hashes.max())
-        self.smallest = low if self.smallest is None else min(self.smallest, low)
-        self.largest = high if self.largest is None else max(self.largest, high)
-        self.position, self.skipped = batch.position, batch.skipped
+        self.smallest = min(int(hashes.min()), 2**64 if self.smallest is None else self.smallest)
+        self.position, self.skipped = place.position, place.undecoded
         return max_tokens is not None and self._tokens() >= max_tokens
 
     def _tokens(self) -> int:
@@ -257,39 +240,39 @@ class _Preparation:
                 raise UserError(f"{str(self.work)!r} is in the way and no preparation of this program: move it away")
             self.work.mkdir(exist_ok=True)
             self._start_over()
-            return
-        if saved.get("recipe") != self.recipe and not any(saved["sides"].values()):
-            self._start_over()  # of another recipe, but nothing was written
-            return
-        if saved.get("recipe") != self.recipe:
-            then = saved.get("recipe") or {}
+        elif saved.get("recipe") == self.recipe:
+            for key in SAVED:
+                setattr(self, key, saved[key])
+            self._open_writers(saved["sides"])
+            if self._tokens():
+                print(f"continuing in {self.work} after {self._tokens():,} tokens", file=sys.stderr)
+        elif any(saved["sides"].values()):
             raise UserError(
                 f"{str(self.work)!r} holds an unfinished preparation of something else "
-                f"({differences(then, self.recipe)}): finish it as it was begun, delete it, or name another --out"
+                f"({differences(saved.get('recipe') or {}, self.recipe)}): finish it as it was begun, delete it, or name "
+                "another --out"
             )
-        for key in SAVED:
-            setattr(self, key, saved[key])
-        self._open_writers(saved["sides"])
-        if self._tokens():
-            print(f"continuing in {self.work} after {self._tokens():,} tokens", file=sys.stderr)
+        else:  # of something else, but nothing was written
+            self._start_over()
 
     def _start_over(self) -> None:
-        self.smallest = self.largest = self.position = None
+        self.smallest = self.position = None
         for writer in self.writers.values():
             writer.abandon()
-        # Record that nothing counts before the files change.
-        write_json(self.work / PROGRESS, self._state({side: None for side in SIDES}))
-        self._open_writers({side: None for side in SIDES})
+        nothing: dict[str, Any] = {side: {} for side in SIDES}
+        self._record(nothing)  # before the files change
+        self._open_writers(nothing)
 
-    def _open_writers(self, states: dict[str, Any]) -> None:
-        self.writers = {side: ShardWriter(self.work, side, self.recipe["shard_tokens"], states[side]) for side in SIDES}
+    def _open_writers(self, sides: dict[str, Any]) -> None:
+        tokens = self.recipe["shard_tokens"]
+        self.writers = {side: ShardWriter(self.work, side, tokens, **(sides[side] or {})) for side in SIDES}
 
     def _commit(self) -> None:
-        sides = {side: writer.commit() for side, writer in self.writers.items()}
-        write_json(self.work / PROGRESS, self._state(sides))
+        self._record({side: writer.commit() for side, writer in self.writers.items()})
 
-    def _state(self, sides: dict[str, Any]) -> dict[str, Any]:
-        return {"recipe": self.recipe, **{key: getattr(self, key) for key in SAVED}, "sides": sides}
+    def _record(self, sides: dict[str, Any]) -> None:
+        saved = {key: getattr(self, key) for key in SAVED}
+        write_json(self.work / PROGRESS, {"recipe": self.recipe, **saved, "sides": sides})
 
 
 def _publish(work: Path, out: Path) -> None:

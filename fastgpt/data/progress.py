@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastgpt.common import duration, rounded
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LINE_SECONDS = 30.0
 
 
-class ProgressReport:
-    """``with ProgressReport(...) as report: report.update(tokens, share)``.
+class ProgressReport(Progress):
+    """``with ProgressReport(...) as report: report.show(tokens, share)``.
 
     Args:
         label: the name of the corpus.
@@ -24,22 +22,8 @@ class ProgressReport:
     """
 
     def __init__(self, label: str, tokens: int, console: Console | None = None) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TaskProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.label = label
-        self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
-        self._first_tokens = tokens
-        self._first_share: float | None = None
-        self._begin = self._said = time.monotonic()
-        self._bar = Progress(
+        console = console or Console(stderr=True, soft_wrap=True, highlight=False)
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(show_speed=False),
@@ -47,34 +31,29 @@ class ProgressReport:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
-            console=self.console,
+            console=console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(label, total=None, counts="")
+        self._label = label
+        self._bar = self.add_task(label, total=None, counts="")
+        self._first_tokens = tokens
+        self._first_share: float | None = None
+        self._begin = self._said = time.monotonic()
 
-    def __enter__(self) -> ProgressReport:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.stop()
-
-    def update(self, tokens: int, share: float | None) -> None:
+    def show(self, tokens: int, share: float | None) -> None:
         """``tokens``: written in total; ``share``: of the corpus, None if unknown."""
         now = time.monotonic()
+        seconds = now - self._begin
         if self._first_share is None:
             self._first_share = share
-        counts = f"{rounded(tokens)} tokens, {rounded((tokens - self._first_tokens) / max(1e-9, now - self._begin))}/s"
-        self._bar.update(self._task, total=None if share is None else 1.0, completed=share or 0.0, counts=counts)
-        if not self.console.is_terminal and now - self._said >= LINE_SECONDS:
+        counts = f"{rounded(tokens)} tokens, {rounded((tokens - self._first_tokens) / max(1e-9, seconds))}/s"
+        self.update(self._bar, total=None if share is None else 1.0, completed=share or 0.0, counts=counts)
+        if self.disable and now - self._said >= LINE_SECONDS:
             self._said = now
-            self.console.print(f"{self.label}: {counts}{self._outlook(share, now)}", markup=False)
-
-    def _outlook(self, share: float | None, now: float) -> str:
-        if share is None:
-            return ""
-        progress = share - (self._first_share or 0.0)
-        if progress <= 0:
-            return f", {share:.1%}"
-        return f", {share:.1%}, ETA {duration((now - self._begin) * (1 - share) / progress)}"
+            line = f"{self._label}: {counts}"
+            if share is not None:
+                line += f", {share:.1%}"
+                if (progress := share - (self._first_share or 0.0)) > 0:
+                    line += f", ETA {duration(seconds * (1 - share) / progress)}"
+            self.console.print(line, markup=False)

@@ -1,7 +1,7 @@
-"""Read the rows of each kind of file: text in pieces, JSON lines (plain, gzip, zstd), parquet.
+"""Read the documents of each kind of file: text in pieces, JSON lines (plain, gzip, zstd), parquet.
 
-A reader takes the file, the column that holds the text, and the number of rows to skip, and yields ``TextRow``s. Skipping
-is how an interrupted preparation continues; it is much cheaper than reading (no decoding, whole row groups at once).
+A reader skips as many rows as it is told: so an interrupted preparation continues, at a much lower cost than reading (no
+decoding, whole row groups at once).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -23,53 +23,42 @@ PIECE = 1 << 20
 """Bytes after which a long text file continues as another document, at the end of a line. So no file is ever in memory
 as a whole, and a long file contributes to both sides of the split."""
 LONG_LINE = 1 << 16
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+TABLE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+ALL_SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
 
 
 class Document(NamedTuple):
-    name: str
     text: str
+    """Empty for a row without text."""
+    offset: int = 0
+    """About how many bytes of its file have been read, for a progress bar."""
     side: str | None = None
     """``"train"`` or ``"val"`` where the corpus is split by position; None where the text's hash decides."""
 
 
-class TextRow(NamedTuple):
-    at: str
-    """The place in the file, for names and messages: ``""``, ``"#piece"`` or ``":line"``."""
-    text: str
-    """Empty for a row without text."""
-    offset: int
-    """About how many bytes of the file on the disk have been read, for a progress bar."""
+def read_file(path: Path, column: str, skip: int = 0, cut: int | None = None) -> Iterator[Document]:
+    """The rows of a file after the first ``skip``. ``column`` of a table holds the text; ``cut`` is ``read_text``'s."""
+    if path.name.endswith(JSON_SUFFIXES):
+        return _read_jsonl(path, column, skip)
+    if path.name.endswith(".parquet"):
+        return _read_parquet(path, column, skip)
+    return read_text(path, skip, cut)
 
 
-RowReader = Callable[[Path, str, int], Iterator[TextRow]]
-
-
-def reader_of(path: Path) -> RowReader:
-    for suffixes, reader in _READERS.items():
-        if path.name.endswith(suffixes):
-            return reader
-    return read_text
-
-
-def read_text(path: Path, column: str = "text", skip: int = 0) -> Iterator[TextRow]:
-    """A text file in pieces. ``column`` has no meaning for it."""
+def read_text(path: Path, skip: int = 0, cut: int | None = None) -> Iterator[Document]:
+    """A text file in pieces. With ``cut``, those up to that byte are for training, and those after it for validation."""
+    size = path.stat().st_size
+    parts = [(None, 0, size)] if cut is None else [("train", 0, cut), ("val", cut, size)]
     offset = 0
-    for i, piece in enumerate(_pieces(path, 0, path.stat().st_size)):
-        offset += len(piece)
-        if i >= skip:
-            yield TextRow(f"#{i}" if i else "", piece.decode("utf-8"), offset)
-
-
-def read_cut_text(path: Path, cut: int, skip: int = 0) -> Iterator[tuple[str, TextRow]]:
-    """A text file in two parts: ("train", row) up to byte ``cut``, ("val", row) after it."""
-    offset = 0
-    for side, start, stop in (("train", 0, cut), ("val", cut, path.stat().st_size)):
+    for side, start, stop in parts:
         for piece in _pieces(path, start, stop):
             offset += len(piece)
             if skip > 0:
                 skip -= 1
             else:
-                yield side, TextRow("", piece.decode("utf-8"), offset)
+                yield Document(piece.decode("utf-8"), offset, side)
 
 
 def cut_position(path: Path, fraction: float) -> int:
@@ -106,17 +95,15 @@ def _rest_of_line(file: BinaryIO, limit: int) -> bytes:
     return rest
 
 
-def read_jsonl(path: Path, column: str, skip: int) -> Iterator[TextRow]:
+def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[Document]:
     """One JSON object per line, with its text in the field ``column``. ``.gz`` and ``.zst`` are decompressed on the way."""
     with ExitStack() as stack:
         raw = stack.enter_context(path.open("rb"))
         lines = stack.enter_context(_decompressed(path, raw))
         try:
-            for i, line in enumerate(islice(lines, skip, None), skip + 1):
-                yield TextRow(f":{i}", _text_of(line, path, i, column) if line.strip() else "", raw.tell())
-        except UnicodeDecodeError:
-            raise
-        except (EOFError, zlib.error, gzip.BadGzipFile, OSError) as error:
+            for number, line in enumerate(islice(lines, skip, None), skip + 1):
+                yield Document(_text_of(line, path, number, column) if line.strip() else "", raw.tell())
+        except (EOFError, zlib.error, OSError) as error:
             raise UserError(f"data {str(path)!r} cannot be decompressed: {first_line(error)}") from error
 
 
@@ -130,10 +117,9 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
 
 
 def _text_of(line: bytes, path: Path, number: int, column: str) -> str:
+    decoded = line.decode("utf-8")
     try:
-        text = json.loads(line.decode("utf-8"))[column]
-    except UnicodeDecodeError:
-        raise
+        text = json.loads(decoded)[column]
     except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
@@ -141,7 +127,7 @@ def _text_of(line: bytes, path: Path, number: int, column: str) -> str:
     return text
 
 
-def read_parquet(path: Path, column: str, skip: int) -> Iterator[TextRow]:
+def _read_parquet(path: Path, column: str, skip: int) -> Iterator[Document]:
     """The strings of one column."""
     pa = _pyarrow(path, "parquet")
     import pyarrow.parquet as pq
@@ -165,7 +151,7 @@ def read_parquet(path: Path, column: str, skip: int) -> Iterator[TextRow]:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     if row > skip:
-                        yield TextRow(f":{row}", text or "", size * row // total)
+                        yield Document(text or "", size * row // total)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data {str(path)!r} cannot be read as parquet: {first_line(error)}") from error
 
@@ -176,12 +162,3 @@ def _pyarrow(path: Path, kind: str) -> Any:
     except ImportError:
         raise UserError(f"data {str(path)!r} is {kind}, which needs pyarrow: run `pip install pyarrow`") from None
     return pa
-
-
-_READERS: dict[tuple[str, ...], RowReader] = {
-    (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst"): read_jsonl,
-    (".parquet",): read_parquet,
-}
-TABLE_SUFFIXES = tuple(suffix for suffixes in _READERS for suffix in suffixes)
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
-ALL_SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES

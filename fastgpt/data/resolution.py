@@ -13,7 +13,6 @@ from fastgpt.data.corpora import STDLIB, is_hub_name, open_corpus
 from fastgpt.data.manifest import PROGRESS, read_manifest, recipe_of
 from fastgpt.data.preparation import prepare
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
-from fastgpt.data.windows import Windows
 
 
 class ResolvedData(NamedTuple):
@@ -22,13 +21,7 @@ class ResolvedData(NamedTuple):
     tokenizer: Tokenizer
 
 
-def resolve(
-    data: str,
-    *,
-    tokenizer: str = "gpt2",
-    vocab_size: int | None = None,
-    block_size: int | None = None,
-) -> ResolvedData:
+def resolve(data: str, tokenizer: str, vocab_size: int) -> ResolvedData:
     """The shards to train on.
 
     Args:
@@ -38,13 +31,12 @@ def resolve(
         tokenizer: ``"gpt2"`` or ``"bytes"``; for shards, the one they were made with.
         vocab_size: of the model, which must have a row for every id of the tokenizer. (TokenLoader checks that the files
             hold no other ids.)
-        block_size: if given, both splits must hold at least one window of block_size + 1 tokens.
 
     Raises:
-        UserError: the data is missing, empty, damaged, unfinished, too short, or made with another tokenizer.
+        UserError: the data is missing, empty, damaged, unfinished, or made with another tokenizer.
     """
     tok = get_tokenizer(tokenizer)
-    if vocab_size is not None and vocab_size < tok.vocab_size:
+    if vocab_size < tok.vocab_size:
         raise UserError(f"vocab_size is {vocab_size}: the {tok.name} tokenizer needs at least {tok.vocab_size}")
     path = Path(data).expanduser()
     if path.suffix == ".bin":
@@ -65,9 +57,6 @@ def resolve(
         made_with = (read_manifest(path) or {}).get("tokenizer", tok.name)
         if made_with != tok.name:
             raise UserError(f"data {data!r} was made with the {made_with} tokenizer: tokenizer is {tok.name!r}")
-    if block_size is not None:
-        for paths in (train, val):
-            Windows(paths, block_size)  # opens every file and finds a window, or raises
     return ResolvedData(train, val, tok)
 
 

@@ -1,4 +1,4 @@
-"""Token files: write and read the shard format of llm.c and modded-nanogpt, and read nanoGPT's headerless files.
+"""Token files: the shard format of llm.c and modded-nanogpt, and nanoGPT's headerless files.
 
 A shard is 256 little-endian int32 (20240520, 1, number of tokens, zeros) and then the tokens as little-endian uint16.
 (The header is handled as unsigned, which is the same up to 2**31 tokens and also allows files of 4 to 8 GiB.)
@@ -8,13 +8,12 @@ nanoGPT's ``train.bin`` is the tokens alone. The two cannot be confused: read as
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 
-from fastgpt.common import UserError, atomic_file
+from fastgpt.common import UserError
 
 MAGIC = 20240520
 VERSION = 1
@@ -22,19 +21,6 @@ HEADER_BYTES = 256 * 4
 OTHER_MAGICS = {20240522: "an evaluation file of llm.c", 20240801: "a 32-bit token file of llm.c (Llama 3)"}
 CHUNK = 1 << 24
 """Tokens processed at a time: 32 MiB."""
-
-
-def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> str:
-    """Write tokens (1-D integers in 0..65535) and return the file's sha256. The file appears complete or not at all."""
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
-        raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; a shard takes one dimension of integers")
-    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > 0xFFFF):
-        raise ValueError(f"tokens span {int(tokens.min())}..{int(tokens.max())}; a shard holds uint16, 0..65535")
-    content = header(tokens.size) + tokens.astype("<u2").tobytes()
-    with atomic_file(Path(path)) as file:
-        file.write(content)
-    return hashlib.sha256(content).hexdigest()
 
 
 def header(count: int) -> bytes:
@@ -82,8 +68,6 @@ def open_shard(path: str | os.PathLike[str]) -> np.memmap:
 
 def check_ids(tokens: np.ndarray, vocab_size: int, path: str | os.PathLike[str]) -> None:
     """Raises UserError with the first id past the vocabulary and its position."""
-    if vocab_size > 0xFFFF:
-        return  # every uint16 is in the vocabulary
     for start in range(0, len(tokens), CHUNK):
         chunk = np.asarray(tokens[start : start + CHUNK])
         if chunk.max() >= vocab_size:

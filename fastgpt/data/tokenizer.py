@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import threading
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING
@@ -135,23 +135,12 @@ def encoding_from_tiktoken(seconds: float) -> tiktoken.Encoding:
     """GPT-2's encoding from tiktoken's cache or the network, in at most ``seconds``."""
     import tiktoken
 
-    result: list[tiktoken.Encoding | Exception] = []
-
-    def fetch() -> None:
-        try:
-            result.append(tiktoken.get_encoding("gpt2"))
-        except Exception as error:
-            result.append(error)
-
-    # A daemon thread: a connection that never answers must not keep the process alive.
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not result:
+    # Its thread is a daemon: a connection that never answers does not keep the process alive.
+    task = ThreadPool(1).apply_async(tiktoken.get_encoding, ("gpt2",))
+    task.wait(seconds)
+    if not task.ready():
         raise TimeoutError(f"no answer in {seconds:.0f} s")
-    if isinstance(result[0], Exception):
-        raise result[0]
-    return result[0]
+    return task.get()
 
 
 def _merge_ranks(encoder_json: bytes) -> dict[bytes, int]:

@@ -10,18 +10,17 @@ time, which is one of them.)
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from fastgpt.common import UserError, cache_dir, gigabytes, write_json
+from fastgpt.common import UserError, cache_dir, gigabytes, read_json, write_json
 from fastgpt.data.manifest import read_manifest
 from fastgpt.data.shards import CHUNK, check_ids, open_shard
 
@@ -32,8 +31,7 @@ SAID_FROM = 1 << 30
 THREADS = 8
 
 
-@dataclass(frozen=True)
-class FileFacts:
+class FileFacts(NamedTuple):
     """What a token file holds."""
 
     sha256: str
@@ -47,7 +45,11 @@ def verify_files(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> No
         UserError: names the file, and the first id past the vocabulary with its position.
     """
     files = [Path(path) for path in paths]
-    shas = {folder: _manifest_shas(folder) for folder in {path.parent for path in files}}
+    shas = {
+        folder / str(shard["file"]): str(shard["sha256"])
+        for folder in {path.parent for path in files}
+        for shard in (read_manifest(folder) or {"shards": []})["shards"]
+    }
     unknown = [path for path in files if _remembered(path) is None]
     if (size := sum(path.stat().st_size for path in unknown)) >= SAID_FROM:
         print(f"checking {len(unknown)} token files, {gigabytes(size)} (only once)", file=sys.stderr)
@@ -55,8 +57,8 @@ def verify_files(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> No
         for path, facts in zip(files, pool.map(examine, files)):
             if facts.largest_id >= vocab_size:
                 check_ids(open_shard(path), vocab_size, path)
-            expected = shas[path.parent].get(path.name)
-            if expected is not None and facts.sha256 != expected:
+            expected = shas.get(path, facts.sha256)
+            if facts.sha256 != expected:
                 raise UserError(
                     f"data file {str(path)!r} is not what was prepared (sha256 {facts.sha256[:12]}..., its manifest says "
                     f"{expected[:12]}...): delete {str(path.parent)!r} and prepare it again"
@@ -80,19 +82,15 @@ def examine(path: Path) -> FileFacts:
     facts = FileFacts(digest.hexdigest(), largest)
     if path.stat().st_size >= CACHED_FROM and _state_of(path) == state:
         with suppress(OSError):  # in a read-only home the file is read again next time
-            memory = _memory_of(path)
-            write_json(memory, {"state": state, **asdict(facts)})
+            write_json(_memory_of(path), {"state": state, **facts._asdict()})
     return facts
 
 
 def _remembered(path: Path) -> FileFacts | None:
-    try:
-        if path.stat().st_size < CACHED_FROM:
-            return None
-        saved = json.loads(_memory_of(path).read_text())
-        return FileFacts(str(saved["sha256"]), int(saved["largest_id"])) if saved["state"] == _state_of(path) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    if path.stat().st_size < CACHED_FROM:
         return None
+    saved = read_json(_memory_of(path)) or {}
+    return FileFacts(saved["sha256"], saved["largest_id"]) if saved.get("state") == _state_of(path) else None
 
 
 def _memory_of(path: Path) -> Path:
@@ -103,9 +101,3 @@ def _memory_of(path: Path) -> Path:
 def _state_of(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-
-
-def _manifest_shas(folder: Path) -> dict[str, str]:
-    manifest = read_manifest(folder) or {}
-    shards = [shard for shard in manifest.get("shards", []) if isinstance(shard, dict)]
-    return {str(shard["file"]): str(shard["sha256"]) for shard in shards if {"file", "sha256"} <= shard.keys()}

@@ -49,7 +49,6 @@ class Windows:
                 f"data ({names}) holds {max((len(f) for f in files), default=0)} tokens, fewer than block_size + 1 = "
                 f"{block_size + 1}: use more text or a smaller block_size"
             )
-        self.tokens = int(targets.sum() + len(files))
         self._slack = np.where(counts > 0, targets % block_size, 0)
         self._first = np.concatenate(([0], np.cumsum(counts)[:-1]))
         self._views = [

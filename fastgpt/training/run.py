@@ -241,9 +241,7 @@ def build(
 def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[TokenLoader, TokenLoader]:
     """Training and validation batches of this rank."""
     shape, data = config.model, config.data
-    train_paths, val_paths, tokenizer = resolve(
-        data.data, tokenizer=data.tokenizer, vocab_size=shape.vocab_size, block_size=shape.block_size
-    )
+    train_paths, val_paths, tokenizer = resolve(data.data, data.tokenizer, shape.vocab_size)
     train, val = (
         TokenLoader(
             paths,
@@ -253,8 +251,7 @@ def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[Token
             vocab_size=shape.vocab_size,
             rank=world.rank,
             world_size=world.size,
-            doc_ids=data.mask_documents,
-            eot=tokenizer.eot,
+            eot=tokenizer.eot if data.mask_documents else None,
         )
         for paths in (train_paths, val_paths)
     )

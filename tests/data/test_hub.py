@@ -93,6 +93,13 @@ def test_an_interrupted_stream_is_gone_on_with(dataset, tmp_path, monkeypatch):
     assert sum(manifest["documents"].values()) == len(TEXTS)
 
 
+def test_a_local_dataset_that_changed_is_something_else(dataset, tmp_path):
+    prepare(f"hf:{dataset}", tmp_path / "out", BYTES, workers=1)
+    pq.write_table(pa.table({"text": ["new"]}), tmp_path / "corpus" / "data" / "train-00000-of-00003.parquet")
+    with pytest.raises(UserError, match=r"already holds something else \(revision '.*' then, '.*' now\)"):
+        prepare(f"hf:{dataset}", tmp_path / "out", BYTES, workers=1)
+
+
 def test_max_tokens_ends_a_stream(dataset, tmp_path):
     manifest = prepare(f"hf:{dataset}", tmp_path / "out", BYTES, max_tokens=400, val_fraction=0.2, workers=1)
     assert 400 <= sum(manifest["tokens"].values()) < 400 + 13
@@ -226,7 +233,7 @@ def test_what_is_taken_for_the_name_of_a_dataset(source, is_one, tmp_path, monke
 def test_training_on_a_name_says_how_to_prepare_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"`python -m fastgpt\.data prepare some/corpus --out data/corpus`"):
-        resolve("some/corpus", tokenizer="bytes")
+        resolve("some/corpus", "bytes", 256)
 
 
 def test_without_the_library(monkeypatch):
@@ -237,5 +244,5 @@ def test_without_the_library(monkeypatch):
 
 def test_a_config_name_for_a_file(tmp_path):
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(UserError, match=r"config_name is 'a', and data .*x\.txt' is a file"):
+    with pytest.raises(UserError, match=r"config_name is 'a', and data .*x\.txt' is no hub dataset"):
         open_corpus(tmp_path / "x.txt", config_name="a")

@@ -139,9 +139,9 @@ def test_log_lines_where_there_is_no_terminal(monkeypatch, capsys):
             (50.0, 5e7, 0.3),
             (80.0, 8.1e7, 0.5),
         ):
-            report.update(int(tokens), share)
+            report.show(int(tokens), share)
         now[0] = 120.0
-        report.update(121_000_000, None)
+        report.show(121_000_000, None)
     assert capsys.readouterr().err.splitlines() == [
         "corpus (gpt2): 41M tokens, 1M/s, 20.0%, ETA 5 min",
         "corpus (gpt2): 81M tokens, 1M/s, 50.0%, ETA 2 min",
@@ -157,9 +157,9 @@ def test_a_bar_on_a_terminal():
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     with ProgressReport("corpus (gpt2)", 0, console) as report:
-        report.update(5_000_000, 0.25)
-        report._bar.refresh()
-        line = report._bar.get_renderable()
+        report.show(5_000_000, 0.25)
+        report.refresh()
+        line = report.get_renderable()
     assert "corpus (gpt2)" in screen.getvalue() and "25%" in screen.getvalue() and "5M tokens" in screen.getvalue()
     assert "ETA" in screen.getvalue() and line is not None
 

@@ -244,7 +244,7 @@ def test_an_interrupted_preparation_is_gone_on_with(tmp_path, monkeypatch, capsy
         prepare(source, tmp_path / "out", _Interrupted(), shard_tokens=16, workers=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "in", "out.partial", "undisturbed"]
     with pytest.raises(UserError, match=r"'.*out' is not finished"):
-        resolve(str(tmp_path / "out"), tokenizer="bytes")
+        resolve(str(tmp_path / "out"), "bytes", 256)
     with pytest.raises(UserError, match=r"unfinished preparation of something else \(seed 0 then, 5 now\)"):
         prepare(source, tmp_path / "out", BYTES, shard_tokens=16, seed=5)
     prepare(source, tmp_path / "out", BYTES, shard_tokens=16)
@@ -480,18 +480,16 @@ def test_resolve_text_goes_through_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "my book.txt"
     path.write_text("to be or not to be\n" * 100)
-    train, _, tok = resolve(str(path), tokenizer="bytes", vocab_size=256, block_size=8)
+    train, _, tok = resolve(str(path), "bytes", 256)
     assert tok is BYTES and train[0].parent.parent == tmp_path / "cache" / "fastgpt"
-    assert resolve(str(path), tokenizer="bytes", block_size=8)[0] == train
+    assert resolve(str(path), "bytes", 256)[0] == train
     path.write_text("something new\n" * 100)
-    assert resolve(str(path), tokenizer="bytes", block_size=8)[0] != train
-    with pytest.raises(UserError, match=r"fewer than block_size \+ 1 = 5001"):
-        resolve(str(path), tokenizer="bytes", block_size=5000)
+    assert resolve(str(path), "bytes", 256)[0] != train
 
 
 def test_resolve_stdlib(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    train, val, _ = resolve("stdlib", tokenizer="bytes", vocab_size=256, block_size=32)
+    train, val, _ = resolve("stdlib", "bytes", 256)
     assert train[0].name == "train_000000.bin" and train[0].parent.name.startswith("stdlib-py3.")
     assert len(open_shard(train[0])) > 5e6 and len(open_shard(val[0])) > 1e5
 
@@ -500,7 +498,7 @@ def test_resolve_stdlib(tmp_path, monkeypatch):
 def test_resolve_folders_of_others(tmp_path, names):
     for name in names:
         np.arange(100, dtype=np.uint16).tofile(tmp_path / name)
-    train, val, tok = resolve(str(tmp_path), vocab_size=50304, block_size=32)
+    train, val, tok = resolve(str(tmp_path), "gpt2", 50304)
     assert ([p.name for p in train + val], tok.name) == (list(names), "gpt2")
 
 
@@ -508,7 +506,7 @@ def test_resolve_folders_of_others(tmp_path, names):
     "write, arguments, message",
     [
         (lambda d: (d / "train.bin").write_bytes(b"ab"), {}, r"no \*val\*\.bin"),
-        (lambda d: (d / "x.txt").write_text("ab"), {"tokenizer": "gpt2", "vocab_size": 256}, "needs at least 50257"),
+        (lambda d: (d / "x.txt").write_text("ab"), {"vocab_size": 256}, "needs at least 50257"),
         (
             lambda d: prepare(_write_docs(d, ["a", "b"]), d / "out", BYTES),
             {"data": "out"},
@@ -525,7 +523,6 @@ def test_resolve_refuses_in_one_sentence(tmp_path, monkeypatch, write, arguments
     write(tmp_path)
     before = sorted(tmp_path.iterdir())
     data = str(tmp_path / arguments.get("data", ""))
-    arguments = {key: value for key, value in arguments.items() if key != "data"}
     with pytest.raises(UserError, match=message):
-        resolve(data, **arguments)
+        resolve(data, arguments.get("tokenizer", "gpt2"), arguments.get("vocab_size", 50304))
     assert sorted(tmp_path.iterdir()) == before, "nothing is written"

@@ -1,6 +1,4 @@
-"""The shard format: what is written is read, what is damaged is refused with the numbers."""
-
-import hashlib
+"""The shard format: what is whole is read, what is damaged is refused with the numbers."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,8 @@ from hypothesis import strategies as st
 
 from fastgpt.common import UserError
 from fastgpt.data import shards
-from fastgpt.data.shards import check_ids, open_shard, write_shard
+from fastgpt.data.shards import check_ids, open_shard
+from tests.shards import write_shard
 
 tokens_lists = st.lists(st.integers(0, 65535), min_size=1, max_size=300)
 
@@ -18,9 +17,8 @@ tokens_lists = st.lists(st.integers(0, 65535), min_size=1, max_size=300)
 @given(tokens=tokens_lists)
 def test_round_trip(tmp_path_factory, tokens):
     path = tmp_path_factory.mktemp("shard") / "x.bin"
-    digest = write_shard(path, np.array(tokens))
+    write_shard(path, np.array(tokens))
     assert open_shard(path).tolist() == tokens
-    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @settings(deadline=None)
@@ -80,23 +78,3 @@ def test_ids_are_checked_against_the_vocabulary(tokens, vocab, chunk):
         else:
             with pytest.raises(UserError, match=rf"id {tokens[first]} at token {first}, and vocab_size is {vocab}"):
                 check_ids(np.array(tokens, np.uint16), vocab, "x.bin")
-
-
-@pytest.mark.parametrize("tokens", [np.array([0, 65536]), np.array([-1]), np.array([1.0]), np.zeros((2, 2), int)])
-def test_what_does_not_fit_is_not_written(tmp_path, tokens):
-    with pytest.raises(ValueError, match="tokens"):
-        write_shard(tmp_path / "x.bin", tokens)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_the_old_shard(tmp_path, monkeypatch):
-    path = tmp_path / "x.bin"
-    write_shard(path, np.arange(10))
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shards.os, "fsync", full)
-    with pytest.raises(OSError):
-        write_shard(path, np.arange(20))
-    assert [p.name for p in tmp_path.iterdir()] == ["x.bin"] and open_shard(path).tolist() == list(range(10))

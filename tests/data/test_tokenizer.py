@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import fastgpt.data.tokenizer as module
 from fastgpt.common import UserError
-from fastgpt.data.corpora import documents
+from fastgpt.data.corpora import open_corpus
 from fastgpt.data.tokenizer import get_tokenizer
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -51,7 +51,7 @@ def test_both_routes_give_the_same_encoding(tiktokens_own):
     assert ours._mergeable_ranks == tiktokens_own._mergeable_ranks
     assert ours._pat_str == tiktokens_own._pat_str
     assert ours._special_tokens == tiktokens_own._special_tokens
-    texts = [text for _, text in islice(documents("stdlib"), 40)]
+    texts = [document.text for document in islice(open_corpus("stdlib").read(), 40)]
     texts += ["naïve café ﬁ 東京 🙂🙂 \u200b", " \n\n\t  x  ", "<|endoftext|>", "'s 'RE 12345 \r\n", ""]
     assert ours.encode_ordinary_batch(texts) == tiktokens_own.encode_ordinary_batch(texts)
 

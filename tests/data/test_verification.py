@@ -9,9 +9,9 @@ import pytest
 import fastgpt.data.verification as module
 from fastgpt.common import UserError
 from fastgpt.data.preparation import prepare
-from fastgpt.data.shards import write_shard
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.data.verification import verify_files
+from tests.shards import write_shard
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.data.shards import write_shard
 from fastgpt.data.windows import ROUNDS, Windows, permute
+from tests.shards import write_shard
 
 
 def _keys(seed):

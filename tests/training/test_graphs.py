@@ -15,7 +15,6 @@ from fastgpt import ops
 from fastgpt.checkpoints.rng import rng_state, set_rng_state
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from fastgpt.data.shards import write_shard
 from fastgpt.kernels import runtime
 from fastgpt.kernels.fp8 import launch
 from fastgpt.kernels.working_copy import existing, forget, working_copy
@@ -24,6 +23,7 @@ from fastgpt.optim.build import build_optimizer
 from fastgpt.training import graphs, loop, run
 from fastgpt.training.graphs import CudaRecorder, Graphs
 from fastgpt.training.step import LossScaler, Stepper
+from tests.shards import write_shard
 from tests.training.tape import TapeRecorder
 from tests.training.test_step import Calls
 

@@ -21,11 +21,11 @@ from fastgpt.checkpoints.folder import best, existing, resolve
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data.loader import TokenLoader
-from fastgpt.data.shards import write_shard
 from fastgpt.training.evaluation import evaluate
 from fastgpt.training.loop import train
 from fastgpt.training.run import build, smaller
 from fastgpt.training.step import Stepper
+from tests.shards import write_shard
 
 ROOT = Path(__file__).parents[2]
 
