@@ -44,7 +44,7 @@ class Encoded(NamedTuple):
     """A hash of each document's text, uint64."""
 
 
-class Place(NamedTuple):
+class BatchPlace(NamedTuple):
     """The sides of a batch's documents, and where the reading of the corpus is after it."""
 
     sides: list[str | None]
@@ -60,7 +60,7 @@ def cores() -> int:
 
 def encode_corpus(
     reading: Reading, tok: Tokenizer, seed: int, workers: int, processes: bool
-) -> Generator[tuple[Encoded, Place], None, None]:
+) -> Generator[tuple[Encoded, BatchPlace], None, None]:
     """The rest of ``reading``, batch by batch, tokenised a few batches ahead of the caller."""
     pool: Executor
     encode: Callable[[list[str], int], Encoded]
@@ -70,7 +70,7 @@ def encode_corpus(
     else:
         pool = ThreadPoolExecutor(workers, "tokenise")
         encode = partial(encode_texts, tok)
-    ahead: deque[tuple[Future[Encoded], Place]] = deque()
+    ahead: deque[tuple[Future[Encoded], BatchPlace]] = deque()
     try:
         with closing(_batches(reading)) as batches:
             try:
@@ -90,8 +90,8 @@ def encode_corpus(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _all_but(last: int, ahead: deque[tuple[Future[Encoded], Place]]) -> Iterator[tuple[Encoded, Place]]:
-    while len(ahead) > last:
+def _all_but(kept: int, ahead: deque[tuple[Future[Encoded], BatchPlace]]) -> Iterator[tuple[Encoded, BatchPlace]]:
+    while len(ahead) > kept:
         task, place = ahead.popleft()
         yield task.result(), place
 
@@ -110,13 +110,13 @@ def document_hash(text: str, seed: int) -> int:
     return int.from_bytes(digest, "big")
 
 
-def _batches(reading: Reading) -> Generator[tuple[list[str], Place], None, None]:
+def _batches(reading: Reading) -> Generator[tuple[list[str], BatchPlace], None, None]:
     texts: list[str] = []
     sides: list[str | None] = []
     size = 0
 
-    def place() -> Place:
-        return Place(sides, reading.position(), reading.done(), list(reading.undecoded))
+    def place() -> BatchPlace:
+        return BatchPlace(sides, reading.position(), reading.done(), list(reading.undecoded))
 
     for document in reading:
         texts.append(document.text)

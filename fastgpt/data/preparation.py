@@ -30,7 +30,7 @@ from fastgpt import __version__
 from fastgpt.common import UserError, at_least, read_json, sync_folder, write_json
 from fastgpt.data import encoding
 from fastgpt.data.corpora import Corpus, open_corpus
-from fastgpt.data.encoding import Encoded, Place, cores, encode_corpus
+from fastgpt.data.encoding import BatchPlace, Encoded, cores, encode_corpus
 from fastgpt.data.hub import HUB
 from fastgpt.data.manifest import MANIFEST, PROGRESS, SHARD_TOKENS, VAL_FRACTION, differences, recipe_of, whole
 from fastgpt.data.progress import ProgressReport
@@ -211,7 +211,7 @@ class _Preparation:
             else:  # after a break the reading would be ahead of what was written
                 self.skipped = list(reading.undecoded)
 
-    def _add(self, batch: Encoded, place: Place, max_tokens: int | None) -> bool:
+    def _add(self, batch: Encoded, place: BatchPlace, max_tokens: int | None) -> bool:
         """Append a batch, up to the document that reaches ``max_tokens``; return whether that was reached."""
         keep = len(batch.lengths)
         if max_tokens is not None:
