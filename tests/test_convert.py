@@ -444,10 +444,9 @@ class TestRefused:
         fails(tmp_path / "hf", "model.safetensors cannot be read")
         (tmp_path / "hf" / "model.safetensors").unlink()
         fails(tmp_path / "hf", "model.safetensors is missing")
-        (tmp_path / "hf" / "config.json").write_text("{")
-        fails(tmp_path / "hf", "config.json is not JSON")
-        (tmp_path / "hf" / "config.json").write_text("[]")
-        fails(tmp_path / "hf", "it should be an object")
+        for content in ("{", "[]"):
+            (tmp_path / "hf" / "config.json").write_text(content)
+            fails(tmp_path / "hf", "config.json is missing, or holds no JSON object")
 
     def test_a_damaged_fastgpt_checkpoint(self, tmp_path, fails):
         fastgpt_run(tmp_path / "run")

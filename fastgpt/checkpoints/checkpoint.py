@@ -15,7 +15,8 @@ The format and what makes it safe: write.py.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -25,9 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastgpt.checkpoints import read
 from fastgpt.checkpoints.folder import previous_good
-from fastgpt.checkpoints.read import Damaged, Reader, Source
+from fastgpt.checkpoints.read import Damaged, Source, open_directory
 from fastgpt.checkpoints.tree import join, references
 from fastgpt.checkpoints.write import own_rank
 from fastgpt.common import UserError
@@ -48,16 +48,16 @@ def load(
 
     Raises UserError for a checkpoint that is damaged or not ours, and then names the newest earlier one beside it that is
     whole."""
-    rank = own_rank()
-    source = _open(path, verify)
-    tree = {**source.state, **(source.ranks[rank] if rank < len(source.ranks) else {})}
-    tree = {key: item for key, item in tree.items() if (only is None or key in only) and key not in without}
-    try:
-        tensors = _read(source.reader, set(references(tree)))
-        state = join(tree, tensors)
-    except (Damaged, KeyError, TypeError, ValueError) as error:
-        raise UserError(_damaged(path, error)) from error
-    return {**state, "step": source.step, "world_size": len(source.ranks)}
+    with _naming_damage(path):
+        source = open_directory(path, verify)
+        own = source.ranks[own_rank()] if own_rank() < len(source.ranks) else {}
+        tree = {key: item for key, item in {**source.state, **own}.items() if key not in without}
+        if only is not None:
+            tree = {key: item for key, item in tree.items() if key in only}
+        saved = source.reader.tensors
+        targets = {n: torch.empty(saved[n].size, dtype=saved[n].properties.dtype) for n in set(references(tree))}
+        source.reader.into(targets)
+        return {**join(tree, targets), "step": source.step, "world_size": len(source.ranks)}
 
 
 def check_shape(saved: dict[str, Any], config: ModelConfig, path: Path) -> None:
@@ -94,8 +94,8 @@ def load_into(path: Path, model: nn.Module, optimizer: Optimizer | None = None, 
 
     Raises UserError naming what does not fit: nothing has been changed then."""
     names = _names(model, optimizer) if optimizer is not None else {}
-    source = _open(path, verify)
-    try:
+    with _naming_damage(path):
+        source = open_directory(path, verify)
         weights = _weights(source, model)
         states, moments = _optimizer_state(source, optimizer, names) if optimizer is not None else ({}, {})
         targets: dict[str, Tensor] = {}
@@ -104,8 +104,6 @@ def load_into(path: Path, model: nn.Module, optimizer: Optimizer | None = None, 
             if targets.setdefault(reference, tensor) is not tensor:
                 twins.append((reference, tensor))
         source.reader.into(targets)
-    except (Damaged, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(_damaged(path, error)) from error
     for reference, tensor in twins:  # tied in the checkpoint: one tensor there, maybe two here
         tensor.copy_(targets[reference])
     if optimizer is not None:
@@ -121,11 +119,7 @@ def _weights(source: Source, model: nn.Module) -> list[tuple[str, Tensor]]:
     wrong += [f"{name} is not in the model" for name in saved if name not in wanted]
     for name in wanted.keys() & saved.keys():
         there, here = source.reader.tensors[saved[name]], wanted[name]
-        if there.size != here.shape or there.properties.dtype != here.dtype:
-            old, new = (
-                f"{tuple(size)} {str(dtype)[6:]}"
-                for size, dtype in ((there.size, there.properties.dtype), (here.shape, here.dtype))
-            )
+        if (old := _described(there.size, there.properties.dtype)) != (new := _described(here.shape, here.dtype)):
             wrong.append(f"{name}: {old} -> {new}")
     if wrong:
         raise UserError(
@@ -150,8 +144,7 @@ def _optimizer_state(
     states: dict[int, Any] = {}
     targets: dict[str, Tensor] = {}
     for index, parameter in enumerate(parameters):
-        state = by_name.get(names[parameter])
-        if state is None:
+        if (state := by_name.get(names[parameter])) is None:
             continue
         states[index] = state
         for reference in references(state):
@@ -168,20 +161,16 @@ def _optimizer_state(
     return states, targets
 
 
-def _read(reader: Reader, names: Collection[str]) -> dict[str, Tensor]:
-    targets = {n: torch.empty(reader.tensors[n].size, dtype=reader.tensors[n].properties.dtype) for n in names}
-    reader.into(targets)
-    return targets
+def _described(size: torch.Size, dtype: torch.dtype) -> str:
+    return f"{tuple(size)} {str(dtype)[6:]}"
 
 
-def _open(path: Path, verify: bool) -> Source:
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Turn what a damaged or foreign checkpoint makes of reading it into one sentence that names an earlier good one."""
     try:
-        if verify:
-            read.verify(path)
-        return read.open_directory(path)
-    except Damaged as error:
-        raise UserError(_damaged(path, error)) from error
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    return f"checkpoint {path} is damaged or not a fastgpt checkpoint ({error}){previous_good(path)}"
+        yield
+    except (Damaged, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged or not a fastgpt checkpoint ({error}){previous_good(path)}"
+        ) from error

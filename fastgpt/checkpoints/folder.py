@@ -123,13 +123,12 @@ def rotate(folder: Path, keep: int) -> None:
             _delete(path)
 
 
-def clean(folder: Path) -> list[Path]:
+def clean(folder: Path) -> None:
     """Remove what a killed save or deletion left behind; call it before a run's first save, with no other run in the
-    folder. Returns what was removed."""
-    leftovers = [p for p in folder.iterdir() if _LEFTOVER.fullmatch(p.name)] if folder.is_dir() else []
-    for path in leftovers:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return leftovers
+    folder."""
+    for path in folder.iterdir() if folder.is_dir() else []:
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -166,7 +165,5 @@ def _delete(path: Path) -> None:
 
 def _write_best(folder: Path, path: Path, loss: float) -> None:
     content = json.dumps({"checkpoint": path.name, "step": step_of(path), "val_loss": loss})
-    target = folder / BEST
-    if target.exists() and target.read_text() == content:
-        return
-    write_whole(target, content)
+    if not (target := folder / BEST).exists() or target.read_text() != content:
+        write_whole(target, content)

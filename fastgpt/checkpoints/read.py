@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,6 +25,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from fastgpt.common import file_sha256
+
 FORMAT = 2
 DTYPES = {
     "F64": torch.float64,
@@ -43,7 +43,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _DATA_FILE = re.compile(r"tensors-\d{5}\.safetensors")
-_PIECE = 16 << 20  # bytes read at a time
 
 
 class Damaged(Exception):
@@ -73,7 +72,7 @@ def verify(path: Path, only: str | None = None) -> None:
             actual = (path / name).stat().st_size
             if actual != size:
                 raise Damaged(f"{name} has {actual} bytes instead of {size}")
-            if _sha256(path / name) != sha256:
+            if file_sha256(path / name) != sha256:
                 raise Damaged(f"the sha256 of {name} is another")
         except OSError as error:
             raise Damaged(f"{name} cannot be read ({error.strerror})") from error
@@ -86,14 +85,6 @@ def read_member(path: Path, name: str) -> Any:
         return json.loads((path / name).read_bytes())
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} is not JSON") from error
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(_PIECE):
-            sha.update(piece)
-    return sha.hexdigest()
 
 
 class Reader(StorageReader):
@@ -178,8 +169,7 @@ class Reader(StorageReader):
             raise cause from None
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A checkpoint opened for reading: its plain part, and a reader of its tensors."""
 
     step: int
@@ -190,8 +180,10 @@ class Source:
     reader: Reader
 
 
-def open_directory(path: Path) -> Source:
-    """Raises Damaged. Verifies the two JSON files only: ``verify`` does the rest."""
+def open_directory(path: Path, verify_all: bool) -> Source:
+    """Raises Damaged. Without ``verify_all``, only the two JSON files are known to be whole."""
+    if verify_all:
+        verify(path)
     header, reader = read_member(path, "state.json"), Reader(path)
     try:
         return Source(int(header["step"]), dict(header["state"]), [dict(own) for own in header["ranks"]], reader)

@@ -22,18 +22,14 @@ from torch.distributed.tensor import DTensor
 from fastgpt.checkpoints.folder import clean, existing, rotate
 from fastgpt.checkpoints.tree import split
 from fastgpt.checkpoints.write import Shard, has_group, own_rank, write
+from fastgpt.common import first_line
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any], keep: int | None = None) -> Path:
-    """Write ``state`` as the checkpoint of ``step`` (steps done) and return its path; all ranks call it. With ``keep``, delete
-    all but the last ``keep`` and the best.
+def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write ``state`` as the checkpoint of ``step`` (steps done) and return its path; all ranks call it.
 
     Raises OSError if it cannot be written: then nothing has changed in the folder, and the earlier ones are whole."""
-    header, own, tensors = _parts(step, state, is_best=False)
-    path = write(folder, step, header, own, tensors)
-    if keep is not None and own_rank() == 0:
-        rotate(folder, keep)
-    return path
+    return write(folder, step, *_parts(step, state, is_best=False))
 
 
 class Staging:
@@ -55,7 +51,11 @@ class Staging:
             host = self._buffer(name, local)
             host.copy_(local, non_blocking=True)
             devices |= {local.device} if local.is_cuda else set()
-            copies[name] = _shard(tensor, host) if isinstance(tensor, DTensor) else host
+            if isinstance(tensor, DTensor):
+                [chunk] = tensor.__create_chunk_list__()  # fully_shard gives each rank one piece
+                copies[name] = Shard(host, tensor.shape, chunk)
+            else:
+                copies[name] = host
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
         for name in self._buffers.keys() - tensors.keys():
@@ -71,13 +71,6 @@ class Staging:
                 buffer = torch.empty(like.shape, dtype=like.dtype)
             self._buffers[name] = buffer
         return buffer
-
-
-def _shard(tensor: DTensor, host: Tensor) -> Shard:
-    chunks = tensor.__create_chunk_list__()
-    if len(chunks) != 1:
-        raise NotImplementedError(f"a parameter's local shard is {len(chunks)} pieces {tensor.placements}")
-    return Shard(host, tensor.shape, chunks[0])
 
 
 class AsyncSaver:
@@ -188,7 +181,7 @@ def _failure(folder: Path, step: int, error: BaseException) -> str:
     elif isinstance(error, OSError):
         reason = f"{error.filename or folder}: {error.strerror or error}"
     else:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
     earlier = existing(folder)
     good = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no checkpoint yet"
     return (

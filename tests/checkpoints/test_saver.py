@@ -150,7 +150,8 @@ def test_a_step_can_be_saved_again_without_touching_the_first(tmp_path):
     assert (first.name, second.name) == ("step-00000005", "step-00000005.1")
     assert newest_valid(tmp_path) == (second, [])
     assert_is_one_state(second)
-    third = save(tmp_path, 6, state(6), keep=2)
+    third = save(tmp_path, 6, state(6))
+    folder.rotate(tmp_path, keep=2)
     assert existing(tmp_path) == [second, third]
 
 
@@ -158,7 +159,8 @@ def test_one_that_cannot_be_read_is_neither_counted_nor_deleted(tmp_path):
     strange = save(tmp_path, 9, state(9))
     (strange / "state.json").write_text("{}")
     for step in (10, 11, 12):
-        save(tmp_path, step, state(step), keep=2)
+        save(tmp_path, step, state(step))
+        folder.rotate(tmp_path, keep=2)
     assert names(tmp_path) == ["step-00000009", "step-00000011", "step-00000012"]
     path, damaged = newest_valid(tmp_path)
     assert path.name == "step-00000012" and str(strange) in damaged[0]

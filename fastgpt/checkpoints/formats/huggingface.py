@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -22,7 +21,7 @@ from torch import Tensor
 from fastgpt import anatomy
 from fastgpt.checkpoints.formats.nanogpt import load_file
 from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, tied
-from fastgpt.common import UserError
+from fastgpt.common import UserError, first_line, read_json, write_json
 from fastgpt.config import Config, DataConfig, ModelConfig
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
@@ -54,10 +53,9 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise UserError(
             f"{name} is no file or folder here, and the Hugging Face hub does not give it "
-            f"({type(error).__name__}: {reason[0][:160] if reason else 'no message'})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
@@ -133,7 +131,7 @@ def write(folder: Path, portable: Portable) -> None:
         partial.mkdir(parents=True)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         own = {"bias": config.bias, "step": portable.step, "tokenizer": tokenizer}
-        _write_json(partial / "config.json", {**_config(portable), "fastgpt": own})
+        write_json(partial / "config.json", {**_config(portable), "fastgpt": own})
         note = (
             _write_tokenizer(partial, config)
             if tokenizer == "gpt2"
@@ -216,24 +214,15 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         try:
             tensors.update(load_safetensors(file))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} cannot be read ({str(error).splitlines()[0][:120]})") from error
+            raise UserError(f"{file} cannot be read ({first_line(error)})") from error
     return tensors
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a configuration: it should be an object")
+    values = read_json(path)
+    if values is None:
+        raise UserError(f"{path} is missing, or holds no JSON object")
     return values
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, default=str) + "\n")
 
 
 def _write_tokenizer(folder: Path, config: ModelConfig) -> str | None:
@@ -250,7 +239,7 @@ def _write_tokenizer(folder: Path, config: ModelConfig) -> str | None:
             return f"the tokenizer files are not written: {data / there} is not GPT-2's"
         (folder / name).write_bytes(content)
     special = "<|endoftext|>"
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "GPT2Tokenizer",
