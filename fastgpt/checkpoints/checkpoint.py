@@ -55,7 +55,7 @@ def load(
         if only is not None:
             tree = {key: item for key, item in tree.items() if key in only}
         saved = source.reader.tensors
-        targets = {n: torch.empty(saved[n].size, dtype=saved[n].properties.dtype) for n in set(references(tree))}
+        targets = {name: torch.empty(saved[name].shape, dtype=saved[name].dtype) for name in references(tree)}
         source.reader.into(targets)
         return {**join(tree, targets), "step": source.step, "world_size": len(source.ranks)}
 
@@ -119,7 +119,7 @@ def _weights(source: Source, model: nn.Module) -> list[tuple[str, Tensor]]:
     wrong += [f"{name} is not in the model" for name in saved if name not in wanted]
     for name in wanted.keys() & saved.keys():
         there, here = source.reader.tensors[saved[name]], wanted[name]
-        if (old := _described(there.size, there.properties.dtype)) != (new := _described(here.shape, here.dtype)):
+        if (old := _described(there.shape, there.dtype)) != (new := _described(here.shape, here.dtype)):
             wrong.append(f"{name}: {old} -> {new}")
     if wrong:
         raise UserError(
@@ -148,16 +148,16 @@ def _optimizer_state(
             continue
         states[index] = state
         for reference in references(state):
-            meta = source.reader.tensors[reference]
-            if meta.size == parameter.shape and meta.size:  # a moment: as the parameter is sharded, so is it
-                targets[reference] = torch.empty_like(parameter, dtype=meta.properties.dtype)
-            elif meta.size:
+            saved = source.reader.tensors[reference]
+            if saved.shape == parameter.shape and saved.shape:  # a moment: as the parameter is sharded, so is it
+                targets[reference] = torch.empty_like(parameter, dtype=saved.dtype)
+            elif saved.shape:
                 raise UserError(
-                    f"optimizer state {reference} is {tuple(meta.size)} for {names[parameter]} of {tuple(parameter.shape)}: "
-                    "give the model the checkpoint's shape"
+                    f"optimizer state {reference} is {tuple(saved.shape)} for {names[parameter]} of "
+                    f"{tuple(parameter.shape)}: give the model the checkpoint's shape"
                 )
             else:
-                targets[reference] = torch.empty(meta.size, dtype=meta.properties.dtype)
+                targets[reference] = torch.empty(saved.shape, dtype=saved.dtype)
     return states, targets
 
 

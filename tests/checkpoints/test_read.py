@@ -56,6 +56,7 @@ HOSTILE_JSON = {
     "huge": ("tensors.json", lambda c: c["x"].update(shape=[2**50], chunks=[{**c["x"]["chunks"][0], "sizes": [2**50]}])),
     "longer than it is": ("tensors.json", set_in("x", "shape", value=[2000])),
     "another shape": ("tensors.json", lambda c: c["x"].update(shape=[10], chunks=[{**c["x"]["chunks"][0], "sizes": [10]}])),
+    "other dimensions": ("tensors.json", set_in("x", "chunks", 0, "offsets", value=[])),
     "another dtype": ("tensors.json", set_in("x", "dtype", value="F64")),
     "unknown dtype": ("tensors.json", set_in("x", "dtype", value="object")),
     "a negative size": ("tensors.json", set_in("x", "shape", value=[-1])),
