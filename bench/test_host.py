@@ -14,6 +14,8 @@ from fastgpt.common import UserError
 from fastgpt.config import load_preset
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.tokenizer import get_tokenizer
+from fastgpt.doctor.preflight import preflight
+from fastgpt.doctor.reading.logs import read_log
 from fastgpt.kernels import offline, runtime
 from fastgpt.training.schedule import learning_rate
 
@@ -35,6 +37,18 @@ def test_tokenizer(measure, name):
     except UserError as error:
         pytest.skip(f"no vocabulary here: {error}")
     measure(lambda: tokenizer.encode(TEXT), tokens=len(tokenizer.encode(TEXT)))
+
+
+def test_log(measure, tmp_path):
+    """A nanoGPT log of 100,000 steps, 5.3 MB."""
+    path = tmp_path / "train.log"
+    path.write_text("".join(f"iter {i}: loss 3.1234, time 3917.80ms, mfu 12.87%\n" for i in range(100_000)))
+    measure(lambda: read_log(path))
+
+
+def test_preflight(measure):
+    config, data = load_preset("gpt2-124m", "cuda"), torch.device("cpu")
+    measure(lambda: preflight(config, data))
 
 
 def test_learning_rate(measure):

@@ -147,23 +147,22 @@ class TestWithoutTriton:
 
 
 class TestImport:
-    SECONDS = 1.5
-
-    def test_takes_little_beyond_torchs_own_and_touches_no_gpu(self):
+    def test_of_everything_public_loads_little_beyond_torch_and_touches_no_gpu(self):
+        """Time is not measured, for the machine may be busy: what an import costs is what it loads. torch's compiler is
+        loaded by every optimizer, torch's own too."""
         code = (
-            "import time, torch\n"
-            "start = time.process_time()\n"  # not the wall clock: the machine may be busy
+            "import sys, torch\n"
+            "before = set(sys.modules)\n"
             "import fastgpt\n"
             "for name in fastgpt.__all__: getattr(fastgpt, name)\n"
-            "print(time.process_time() - start)\n"
+            "slow = 'torch.distributed.checkpoint tyro rich pyarrow datasets transformers matplotlib "
+            "tensorboard tiktoken jinja2 psutil pandas safetensors filelock'\n"
+            "print(*[name for name in slow.split() if name in sys.modules.keys() - before])\n"
             "assert not torch.cuda.is_initialized()\n"
         )
-        seconds = []
-        while not seconds or (seconds[-1] > self.SECONDS and len(seconds) < 3):  # the first one compiles
-            result = python("-c", code)
-            assert result.returncode == 0, result.stderr
-            seconds.append(float(result.stdout))
-        assert min(seconds) < self.SECONDS
+        result = python("-c", code)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.split() == []
 
     def test_of_an_eager_model_loads_no_kernel(self):
         code = (

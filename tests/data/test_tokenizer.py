@@ -2,7 +2,6 @@
 
 import hashlib
 import threading
-import time
 from importlib.machinery import ModuleSpec
 from itertools import islice
 from pathlib import Path
@@ -110,12 +109,10 @@ def test_altered_vocabulary_file_is_refused(monkeypatch, tmp_path):
 
 def test_a_network_that_never_answers_is_given_up(monkeypatch):
     released = threading.Event()
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: released.wait(20))
-    begin = time.perf_counter()
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: released.wait())
     with pytest.raises(TimeoutError):
         module.encoding_from_tiktoken(0.05)
     released.set()
-    assert time.perf_counter() - begin < 5
 
 
 def test_unknown_name():
