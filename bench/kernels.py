@@ -30,11 +30,11 @@ import torch
 from bench.reports import markdown
 from bench.reports import results as results_module
 from bench.reports.timing import Timing, Work, interleave, peak_memory
+from bench.steps.ceilings import Ceilings, measured_ceilings
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, write_json
 from fastgpt.config import Device
-from fastgpt.hardware import ceilings as ceilings_module
 from fastgpt.hardware.device import present
 from fastgpt.hardware.environment import environment
 from fastgpt.performance import flops
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def measure(
-    entry: Entry, device: torch.device, ceilings: ceilings_module.Ceilings | None, rounds: int, budget_s: float = 20.0
+    entry: Entry, device: torch.device, ceilings: Ceilings | None, rounds: int, budget_s: float = 20.0
 ) -> dict[str, Any]:
     """Parity, then times, at most about ``budget_s`` seconds of them: the entry's part of the results file."""
     warmup = 3 if device.type == "cuda" else 1
@@ -84,9 +84,7 @@ def measure(
     return result
 
 
-def rates(
-    work: flops.Work, timing: Timing, ceilings: ceilings_module.Ceilings | None, *, share: bool = True
-) -> dict[str, Any]:
+def rates(work: flops.Work, timing: Timing, ceilings: Ceilings | None, *, share: bool = True) -> dict[str, Any]:
     """What a time means: bytes and FLOPs per second, and the share of the measured roof that binds."""
     seconds = timing.median_ms / 1e3
     out: dict[str, Any] = {"ms": timing.median_ms, "iqr_ms": timing.iqr_ms, "runs": timing.runs}
@@ -121,7 +119,7 @@ def run(
     names = [make.__name__ for make in ENTRIES]
     if only and only not in names:
         raise UserError(f"only is {only!r}: it must be one of {', '.join(names)}")
-    ceilings = ceilings_module.measured_ceilings(device, refresh=not keep_roofs) if cuda else None
+    ceilings = measured_ceilings(device, refresh=not keep_roofs) if cuda else None
     results: dict[str, Any] = {
         "environment": environment(device),
         "copy_gbs": ceilings and ceilings.copy_gbs,

@@ -25,7 +25,7 @@ from fastgpt import common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, write_json
 from fastgpt.config import load_preset
-from fastgpt.hardware import ceilings
+from fastgpt.hardware.device import device_name
 from fastgpt.hardware.environment import ROOT, environment
 from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, memory
 
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
                 found["rows"].append(compare(point, predicted, measured))
                 if args.out:
                     write_json(args.out, found)
-    title = f"Peak memory of a step, GB (10^9 bytes), {ceilings.device_name(device)}"
+    title = f"Peak memory of a step, GB (10^9 bytes), {device_name(device)}"
     print_table(terminal(140), title, cells(found["rows"]))
     return 0
 

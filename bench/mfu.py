@@ -183,9 +183,9 @@ def measure(args: MfuConfig) -> dict[str, Any]:
         notes.append(f"{', '.join(without[:-1])} and {without[-1]} are left out: they do not have {precision}")
     setup = setup_of(args, where, precision)
 
+    from bench.steps import ceilings as ceilings_module
     from bench.steps import elsewhere, profile
     from fastgpt.hardware import cards
-    from fastgpt.hardware import ceilings as ceilings_module
     from fastgpt.hardware.environment import environment
 
     target = cards.card(args.gpu)

@@ -29,7 +29,7 @@ from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import load_preset, preset_names
 from fastgpt.hardware import cards
-from fastgpt.performance.flops import FORMULAS
+from fastgpt.performance.flops import PALM
 from fastgpt.performance.projection import (
     ANCHORS,
     FITTED_CLOCKS,
@@ -140,7 +140,7 @@ def show(found: Projection, model: str, console: Console) -> None:
     )
     print_table(console, f"The step ({found.status})", step_cells(found))
     console.print(
-        f"MFU: {FORMULAS['palm']}, of the {found.mfu_of}; as nanoGPT prints it, of an A100's 312 TFLOP/s.",
+        f"MFU: {PALM}, of the {found.mfu_of}; as nanoGPT prints it, of an A100's 312 TFLOP/s.",
         soft_wrap=True,
     )
     print_table(console, f"Operations of a step, projected ({found.status})", operation_cells(found))

@@ -16,6 +16,7 @@ from fastgpt.config import ModelConfig, load_preset, preset_names
 from fastgpt.model import GPT
 from fastgpt.performance import flops, memory
 from fastgpt.performance.operations import operations
+from tests.performance import formulas
 
 SMALL = Shape(n_layer=3, n_head=2, n_embd=48, block_size=7, vocab_size=97)
 SHAPES = [SMALL, replace(SMALL, bias=True), GPT2_40M, replace(GPT2_124M, bias=True)]
@@ -112,4 +113,4 @@ def test_what_is_derived_from_the_description_follows_another_family(family):
     assert sum(one.flops for one in work.values()) == matmuls
     assert set(Namer(shape, tokens).linears) == {linear.name for linear in family.linears}
     attended = 12 * 3 * 128 * flops.attended_keys(FAMILY.block_size)
-    assert flops.exact(shape) == 6 * anatomy.matmul_params(FAMILY) + attended
+    assert formulas.exact(shape) == 6 * anatomy.matmul_params(FAMILY) + attended

@@ -25,6 +25,7 @@ from bench.reports.results import sentence
 from bench.steps import marks, roofs
 from bench.steps import step as step_module
 from bench.steps import trace as trace_module
+from bench.steps.ceilings import Ceilings
 from bench.steps.variants import BACKENDS
 from fastgpt import anatomy, ops
 from fastgpt.anatomy import Shape
@@ -32,7 +33,7 @@ from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, PLAIN, Config, ModelConfig
 from fastgpt.data.loader import TokenLoader
 from fastgpt.hardware import cards
-from fastgpt.hardware import ceilings as ceilings_module
+from fastgpt.hardware.device import device_name
 from fastgpt.ops import autocast
 from fastgpt.performance import flops
 
@@ -127,7 +128,7 @@ def measure(
     names: list[str],
     setup: Setup,
     device: torch.device,
-    ceilings: ceilings_module.Ceilings,
+    ceilings: Ceilings,
     *,
     steps: int,
     traces: Path,
@@ -210,14 +211,14 @@ def plain_loss(setup: Setup, device: torch.device, tokens: Path) -> float:
 
 def attribution(setup: Setup, traces: Path) -> dict[str, Any]:
     """Which operations a step of our kernels consists of, in Triton's interpreter: no time in it says anything of a GPU."""
-    ceilings = ceilings_module.Ceilings("interpreter", "", "", 0, copy_gbs=1.0, matmul_tflops={})
+    ceilings = Ceilings("interpreter", "", "", 0, copy_gbs=1.0, matmul_tflops={})
     with random_tokens(setup) as tokens:
         runner = Runner("triton", setup, torch.device("cpu"), tokens)
         runner()
         return profiled(runner, ceilings, traces / "trace-triton-interpreted.json.gz", repeats=1)
 
 
-def profiled(runner: Runner, ceilings: ceilings_module.Ceilings, trace: Path, *, repeats: int) -> dict[str, Any]:
+def profiled(runner: Runner, ceilings: Ceilings, trace: Path, *, repeats: int) -> dict[str, Any]:
     """Profile steps, keep the trace, and return the one of median length as plain values: "profile" and "rows"."""
     setup = runner.setup
     record(runner, trace, repeats)
@@ -261,9 +262,7 @@ def record(runner: Runner, trace: Path, repeats: int) -> None:
     recorder.export_chrome_trace(str(trace))
 
 
-def _speed(
-    found: timing.Timing, setup: Setup, device: torch.device, ceilings: ceilings_module.Ceilings
-) -> dict[str, Any]:
+def _speed(found: timing.Timing, setup: Setup, device: torch.device, ceilings: Ceilings) -> dict[str, Any]:
     rate = setup.tokens_per_step / (found.median_ms / 1e3)
     return {
         "ms": found.median_ms,
@@ -275,11 +274,11 @@ def _speed(
 
 
 def mfu_figures(
-    tokens_per_second: float, shape: Shape, precision: str, device: torch.device, ceilings: ceilings_module.Ceilings
+    tokens_per_second: float, shape: Shape, precision: str, device: torch.device, ceilings: Ceilings
 ) -> list[dict[str, Any]]:
     """The same speed as a share of three limits; each names its formula and its denominator. None where one is not known."""
     arithmetic = cards.arithmetic_of(precision)
-    card = ceilings_module.device_name(device)
+    card = device_name(device)
     limits = (
         ("of the nominal peak", cards.peak_flops(device, precision), f"nominal dense {arithmetic} peak of {card}"),
         ("of the measured ceiling", ceilings.peak_flops(arithmetic), f"{arithmetic} matmul measured on {card}"),
@@ -290,7 +289,7 @@ def mfu_figures(
         {
             "name": name,
             "value": None if limit is None else tokens_per_second * per_token / limit,
-            "formula": str(flops.FORMULAS["palm"]),
+            "formula": flops.PALM,
             "flops_per_token": per_token,
             "denominator_tflops": None if limit is None else limit / 1e12,
             "denominator": denominator,

@@ -1,2 +1,2 @@
-"""The machine: GPUs and their peaks (``cards``), measured ceilings (``ceilings``), the choice of a device (``device``), the
+"""The machine: GPUs and their peaks (``cards``), the choice of a device (``device``), clock and power now (``telemetry``), the
 environment report (``environment``)."""

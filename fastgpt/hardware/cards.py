@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastgpt.common import UserError
-from fastgpt.hardware.ceilings import ARITHMETICS
 
 if TYPE_CHECKING:
     import torch
+
+ARITHMETICS = ("bf16", "fp16", "fp16_fp16acc", "fp8", "fp8_fp16acc", "tf32", "fp32")
+"""Operand type, accumulating in fp32 unless the name says fp16acc. "fp32" is the plain cores, without tensor cores."""
 
 NANOGPT_PEAK = 312e12
 """What nanoGPT's mfu divides by, whatever the card: an A100's dense bf16 peak, FLOP per second."""

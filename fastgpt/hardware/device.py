@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -42,3 +44,15 @@ def interprets() -> bool:
 def present() -> str:
     """ "cuda" if there is a CUDA GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_name(device: torch.device | str) -> str:
+    """torch's name of a CUDA device; the CPU's model name for the CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

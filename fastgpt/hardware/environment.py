@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from fastgpt import __version__
-from fastgpt.hardware import ceilings
-from fastgpt.hardware.device import interprets
+from fastgpt.hardware.device import device_name, interprets
+from fastgpt.hardware.telemetry import telemetry
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions, commit, time: plain values. ``kernels``: how Triton's kernels run in this process."""
     on_cpu = "interpreted" if interprets() else "replaced by PyTorch"
     return {
-        "device": ceilings.device_name(device),
+        "device": device_name(device),
         **_device(device),
         "kernels": "compiled" if device.type == "cuda" else on_cpu,
         "torch": str(torch.__version__),
@@ -40,7 +40,7 @@ def _device(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"threads": torch.get_num_threads()}
     props = torch.cuda.get_device_properties(device)
-    moment = ceilings.telemetry(device.index or 0)
+    moment = telemetry(device.index or 0)
     return {
         "arch": f"sm_{props.major}{props.minor}",
         "sms": props.multi_processor_count,

@@ -1,19 +1,16 @@
-"""FLOPs per token of a GPT-2 training step, one function per named formula, and the least work of each operation.
+"""FLOPs per token of a GPT-2 training step, and the least work of each operation.
 
 N counts parameters, L blocks, C the width, T the tokens of a sequence, V the vocabulary. A matmul weight costs 2 FLOP
 per token forward and 4 backward, hence the 6. Attention in one block is two T x T matmuls forward and four backward, 2C
-FLOP per query and key each, hence the 12; a causal query sees (T + 1) / 2 keys on average. Norms, GELU, softmax and the
-optimizer are not counted: memory bounds them. The sizes are those of fastgpt/anatomy.py, whose parts are added up;
-the closed forms of the docstrings are GPT-2's.
+FLOP per query and key each, hence the 12. Norms, GELU, softmax and the optimizer are not counted: memory bounds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from fastgpt import anatomy
-from fastgpt.anatomy import Shape, matmul_params, n_params
+from fastgpt.anatomy import Shape, n_params
 
 
 def cdiv(a: int, b: int) -> int:
@@ -21,86 +18,23 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def attended_keys(T: int, *, causal: bool = True, tile: int = 1) -> float:
-    """Keys that a query is multiplied with, on average: T, or (T + 1) / 2 if causal.
+def attended_keys(T: int, *, tile: int = 1) -> float:
+    """Keys that a causal query is multiplied with, on average: (T + 1) / 2.
 
     A kernel computes whole ``tile`` x ``tile`` squares of scores: with n = ceil(T / tile), tile^2 n (n + 1) / 2 / T.
     """
-    if not causal:
-        return float(T)
     n = cdiv(T, tile)
     return tile * tile * n * (n + 1) / 2 / T
 
 
-def _attention_width(shape: Shape) -> int:
-    """LC: columns of the queries of all blocks together."""
-    attention = anatomy.of(shape).attention
-    return attention.count * attention.width
-
-
 def palm(shape: Shape, T: int | None = None) -> float:
     """6N + 12LCT per token, N without positions: nanoGPT's and PaLM's (Chowdhery et al. 2022, appendix B)."""
-    return 6 * n_params(shape, positions=False) + 12 * _attention_width(shape) * (T or shape.block_size)
+    attention = anatomy.of(shape).attention
+    return 6 * n_params(shape, positions=False) + 12 * attention.count * attention.width * (T or shape.block_size)
 
 
-def causal(shape: Shape, T: int | None = None) -> float:
-    """6N + 6LCT per token: palm with half the attention. llm.c's, but for its N, which has the positions in it."""
-    return 6 * n_params(shape, positions=False) + 6 * _attention_width(shape) * (T or shape.block_size)
-
-
-def exact(shape: Shape, T: int | None = None, *, is_causal: bool = True) -> float:
-    """6 (12LC^2 + VC) + 6LC (T + 1) per token: every multiplication that the mathematics needs, none twice.
-
-    ``is_causal=False`` has 12LCT instead: what torch's FlopCounterMode counts for attention written as two matmuls.
-    """
-    keys = attended_keys(T or shape.block_size, causal=is_causal)
-    return 6 * matmul_params(shape) + 12 * _attention_width(shape) * keys
-
-
-def hardware(
-    shape: Shape,
-    T: int | None = None,
-    *,
-    is_causal: bool = True,
-    tile: int = 1,
-    split_backward: bool = True,
-    checkpoint: bool = False,
-    recompute_logits: bool = False,
-) -> float:
-    """FLOPs that the chip executes per token, including recomputation: for roofs, never the numerator of an MFU.
-
-    6 (12LC^2 + VC) + L (2 + b) 2C keys, where flash attention's backward has b matmuls: 5 in one loop (scores again,
-    dP, dV, dQ, dK; Dao et al. 2022), 7 with one loop for dQ and one for dK and dV (scores and dP in both).
-    ``tile`` is the kernel's, see ``attended_keys``. ``checkpoint`` adds the forward pass of every block, 24LC^2 + L 4C
-    keys; ``recompute_logits`` adds 2VC, for a loss that does not keep them (Wijmans et al. 2024).
-    """
-    model, LC = anatomy.of(shape), _attention_width(shape)
-    keys = attended_keys(T or shape.block_size, causal=is_causal, tile=tile)
-    flops = 6 * matmul_params(shape) + (2 + (7 if split_backward else 5)) * 2 * LC * keys
-    if checkpoint:
-        flops += 2 * model.block_weights + 4 * LC * keys
-    if recompute_logits:
-        flops += 2 * model.head.weights
-    return flops
-
-
-class Formula(NamedTuple):
-    """A formula as a report names it."""
-
-    name: str
-    text: str
-    per_token: Callable[..., float]
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.text}"
-
-
-FORMULAS = {
-    "palm": Formula("palm", "6N + 12LCT, N without positions", palm),
-    "causal": Formula("causal", "6N + 6LCT, N without positions", causal),
-    "exact": Formula("exact", "6(12LC^2 + VC) + 6LC(T + 1)", exact),
-    "hardware": Formula("hardware", "exact + recomputation", hardware),
-}
+PALM = "palm: 6N + 12LCT, N without positions"
+"""The formula as reports name it."""
 
 
 # ---------------------------------------------------------------- the least work of one operation

@@ -25,8 +25,10 @@ from fastgpt.checkpoints import folder, saver
 from fastgpt.common import UserError
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
+from fastgpt.hardware import cards
 from fastgpt.hardware.environment import environment
 from fastgpt.mfu import StepMeter, StepReport
+from fastgpt.performance import flops
 from fastgpt.training import distributed
 from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
@@ -135,7 +137,8 @@ class _Loop:
             self.say(f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)")
         # Read now: a file that cannot be read must not be found out after three days.
         self.hellaswag = load_hellaswag(self.settings.hellaswag) if self.settings.hellaswag else None
-        self.meter = StepMeter.for_shape(anatomy.Shape.of(config.model), device, self.state.stepper.precision)
+        peak = cards.peak_flops(device, self.state.stepper.precision)
+        self.meter = StepMeter(device, flops.palm(anatomy.Shape.of(config.model)), peak)
         self.pending: list[_Pending] = []
         self.losses: list[float] = []  # since the last log line
         self.skipped_in_a_row = 0
@@ -334,7 +337,7 @@ class _Loop:
             ms=report.ms_per_step,
             tokens_per_second=None if rate is None else rate * self.world.size,
             memory_gb=peak_memory_gb(run.device),
-            mfu=report.mfu_nominal,
+            mfu=report.mfu,
             data_wait=report.data_wait,
             skipped_steps=run.stepper.skipped_steps(),
             eta_s=self.progress.seconds_left(run.step),

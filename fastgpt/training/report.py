@@ -18,7 +18,9 @@ from rich.progress import Progress as RichProgress
 from fastgpt import anatomy
 from fastgpt.common import UserError, gigabytes, millions, rounded, teraflops
 from fastgpt.config import EXPERIMENTAL
-from fastgpt.hardware import cards, ceilings
+from fastgpt.hardware import cards
+from fastgpt.hardware.device import device_name
+from fastgpt.hardware.telemetry import telemetry
 from fastgpt.performance import flops
 from fastgpt.performance.memory import memory
 from fastgpt.training.run import Run
@@ -48,9 +50,9 @@ def banner(console: Console, run: Run) -> None:
         "kernels": f"{config.train.kernels}{' + torch.compile' if config.train.compile else ''}"
         f"{' + CUDA graphs' if run.stepper.graphs is not None else ''}, {run.stepper.precision}"
         + (" (experimental: no GPU has confirmed it yet)" if run.stepper.precision in EXPERIMENTAL else ""),
-        "device": ceilings.device_name(run.device),
+        "device": device_name(run.device),
         "memory": _memory(run),
-        "mfu": f"{flops.FORMULAS['palm']}, of "
+        "mfu": f"{flops.PALM}, of "
         + (
             f"{teraflops(peak)}, its dense {arithmetic} peak" if peak else f"n/a (no {arithmetic} peak is known for it)"
         ),
@@ -114,7 +116,7 @@ def _projected(run: Run) -> str:
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Clock, power and temperature now, as LogLine's fields; none on a CPU, or without nvidia-ml-py."""
-    moment = ceilings.telemetry(device.index or 0) if device.type == "cuda" else None
+    moment = telemetry(device.index or 0) if device.type == "cuda" else None
     if moment is None:
         return {}
     held = ",".join(moment.throttle) if moment.throttle else None

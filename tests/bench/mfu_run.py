@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from bench import mfu
-from bench.steps import elsewhere
-from fastgpt.hardware import ceilings
-from fastgpt.hardware.ceilings import Ceilings
+from bench.steps import ceilings, elsewhere
+from bench.steps.ceilings import Ceilings
 
 TINY = "L1H2C32T32V160"
 INTERPRETED = "L1H1C32T24V80"

@@ -14,9 +14,9 @@ from bench import gpu, kernels
 from bench.reports import markdown, results, session, timing
 from bench.reports.session import Session
 from bench.steps import variants
+from bench.steps.ceilings import Ceilings
 from fastgpt.common import UserError
 from fastgpt.hardware import cards
-from fastgpt.hardware.ceilings import Ceilings
 from fastgpt.performance.flops import Work
 
 ENVIRONMENT = {

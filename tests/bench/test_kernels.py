@@ -15,8 +15,8 @@ from bench.ops import attention, layer_norm
 from bench.ops.common import Entry, Sizes
 from bench.reports import markdown, timing
 from bench.reports import results as results_module
+from bench.steps.ceilings import Ceilings
 from fastgpt.common import UserError
-from fastgpt.hardware.ceilings import Ceilings
 from fastgpt.hardware.environment import ROOT
 from fastgpt.performance.flops import Work
 

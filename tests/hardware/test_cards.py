@@ -1,4 +1,4 @@
-"""The table against NVIDIA's published dense figures, names against torch's, ceilings against themselves."""
+"""The table against NVIDIA's published dense figures, names against torch's."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from fastgpt import common
-from fastgpt.hardware import __main__, ceilings
+from fastgpt.hardware import __main__
 from fastgpt.hardware import cards as cards_module
-from fastgpt.hardware.cards import GPUS, lookup
-from fastgpt.hardware.ceilings import ARITHMETICS
+from fastgpt.hardware.cards import ARITHMETICS, GPUS, lookup
 
 # TFLOP/s, dense, as printed by NVIDIA: whitepaper appendices where a card is in one, else the datasheet (a sparse
 # figure halved). Order: bf16, fp16, fp16 accumulating in fp16, fp8, fp8 accumulating in fp16, tf32, fp32.
@@ -253,108 +252,6 @@ def test_entry_point_does_not_import_torch():
     code = "import sys, fastgpt.hardware.__main__ as h; h.main(['rtx4070']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
-
-
-# Measured ceilings
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "fastgpt"
-
-
-def test_ceilings_are_measured_once_per_machine(device, cache, monkeypatch):
-    measured = ceilings.measured_ceilings(device)
-    assert measured.copy_gbs > 0.1
-    assert set(measured.matmul_tflops) == set(ARITHMETICS)
-    assert measured.peak_flops("fp32") > 1e8
-    (file,) = cache.iterdir()
-    monkeypatch.setattr(ceilings, "_matmul_tflops", lambda arithmetic, device: 7.0)
-    monkeypatch.setattr(ceilings, "_copy_gbs", lambda device: 8.0)
-    assert ceilings.measured_ceilings(device) == measured
-    for broken in ("{", "[]", "{}", json.dumps({**json.loads(file.read_text()), "copy_gbs": -1})):
-        file.write_text(broken)
-        assert ceilings.measured_ceilings(device).copy_gbs == 8.0
-    assert ceilings.measured_ceilings(device, refresh=True).peak_flops("bf16") == 7e12
-    if device.type == "cpu":
-        assert measured.matmul_tflops["tf32"] is None and measured.peak_flops("tf32") is None
-        assert measured.threads == torch.get_num_threads()
-
-
-def test_measuring_leaves_torch_as_it_was(device):
-    before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_fp16_accumulation
-    for arithmetic in ("tf32", "fp16_fp16acc"):
-        with ceilings._matmul_mode(arithmetic):
-            changed = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_fp16_accumulation
-            assert changed == (("high", False) if arithmetic == "tf32" else ("highest", True))
-    assert (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_fp16_accumulation) == before
-
-
-def test_a_cache_that_cannot_be_written_is_said_and_survived(device, tmp_path, monkeypatch, capsys):
-    (tmp_path / "fastgpt").write_text("a file where the folder should be")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(ceilings, "_matmul_tflops", lambda arithmetic, device: None)
-    monkeypatch.setattr(ceilings, "_copy_gbs", lambda device: 8.0)
-    assert ceilings.measured_ceilings(device).copy_gbs == 8.0
-    assert "are not kept" in capsys.readouterr().err
-
-
-# Telemetry
-
-
-@pytest.fixture
-def nvml(monkeypatch):
-    """nvidia-ml-py with one card, whose driver knows neither the enforced limit nor the new name of the reasons."""
-
-    def refuse(*_):
-        raise RuntimeError("not supported")
-
-    module = types.SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByIndex=lambda index: f"card {index}",
-        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
-        nvmlDeviceGetPowerUsage=lambda handle: 187_500,
-        nvmlDeviceGetEnforcedPowerLimit=refuse,
-        nvmlDeviceGetCurrentClocksEventReasons=refuse,
-        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x24,
-        nvmlDeviceGetClockInfo=lambda handle, kind: {1: 2610, 2: 10501}[kind],
-        nvmlDeviceGetTemperature=lambda handle, sensor: 71,
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    ceilings._nvml.cache_clear()
-    yield module
-    ceilings._nvml.cache_clear()
-
-
-def test_telemetry_reads_the_driver(nvml):
-    now = ceilings.telemetry()
-    assert (now.clock_mhz, now.memory_clock_mhz, now.power_w, now.temperature_c) == (2610, 10501, 187.5, 71)
-    assert now.power_limit_w is None
-    assert now.throttle == ("power limit", "temperature (software)")
-
-
-def test_telemetry_finds_the_card_by_uuid(nvml, monkeypatch):
-    seen = []
-    nvml.nvmlDeviceGetPowerUsage = lambda handle: seen.append(handle) or 1000
-    monkeypatch.setattr(ceilings, "_uuid", lambda index: "GPU-1234")
-    ceilings.telemetry(0)
-    assert seen == ["GPU-1234"]  # CUDA's device 0 under CUDA_VISIBLE_DEVICES=1 is not NVML's
-
-
-def test_telemetry_without_a_driver_is_none(nvml):
-    def no_driver():
-        raise RuntimeError("NVML Shared Library Not Found")
-
-    nvml.nvmlInit = no_driver
-    assert ceilings.telemetry() is None
-
-
-def test_telemetry_without_the_package_is_none(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    ceilings._nvml.cache_clear()
-    assert ceilings.telemetry() is None
-    ceilings._nvml.cache_clear()
 
 
 @pytest.mark.parametrize(

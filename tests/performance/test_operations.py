@@ -19,6 +19,7 @@ from fastgpt.common import UserError
 from fastgpt.performance import flops, operations
 from fastgpt.performance.memory import KERNELS
 from fastgpt.performance.operations import AS_SHIPPED, GROUPS, LINEARS, PASSES, Fusions, StepSizes, fp8_group
+from tests.performance import formulas
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +50,7 @@ def test_matmul_flops_are_six_per_weight_and_token(kernels):
 
 @pytest.mark.parametrize("kernels", ["eager", "compile", "nanogpt-compile"])
 def test_all_flops_are_those_of_the_hardware_formula(kernels):
-    expected = flops.hardware(SHAPE, tile=128, split_backward=False) * B * SHAPE.block_size
+    expected = formulas.hardware(SHAPE, tile=128, split_backward=False) * B * SHAPE.block_size
     assert total(step(kernels), "flops", accum=1) == expected
 
 

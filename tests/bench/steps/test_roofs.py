@@ -8,14 +8,15 @@ import pytest
 
 from bench.reports import mfu_tables
 from bench.steps import roofs
+from bench.steps.ceilings import Ceilings
 from bench.steps.roofs import step_work
 from bench.steps.trace import ProfiledOperation, StepProfile
 from fastgpt import anatomy
 from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
-from fastgpt.hardware.ceilings import Ceilings
-from fastgpt.performance import flops, operations
+from fastgpt.performance import operations
 from fastgpt.performance.flops import Work
 from fastgpt.performance.operations import GAPS, LINEARS
+from tests.performance import formulas
 
 B, T = 8, 1024
 M, C = B * T, GPT2_124M.n_embd
@@ -24,10 +25,10 @@ M, C = B * T, GPT2_124M.n_embd
 @pytest.mark.parametrize("shape", [GPT2_124M, GPT2_40M, Shape(3, 4, 64, 96, 500, bias=True)])
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_flops_of_all_operations_are_those_of_the_formula(shape, fused):
-    # flops.hardware with a tile of one query and the five matmuls of a backward pass in one loop: nothing computed twice.
+    # formulas.hardware with a tile of one query and the five matmuls of a backward pass in one loop: nothing computed twice.
     work = step_work(shape, 2, shape.block_size, grad_accum=3, fused=fused)
     tokens = 2 * shape.block_size * 3
-    assert sum(w.flops for w in work.values()) == pytest.approx(flops.hardware(shape, split_backward=False) * tokens)
+    assert sum(w.flops for w in work.values()) == pytest.approx(formulas.hardware(shape, split_backward=False) * tokens)
 
 
 def test_every_micro_batch_counts_and_the_update_once():

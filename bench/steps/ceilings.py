@@ -1,6 +1,5 @@
-"""What this machine reaches, measured in process: copy bandwidth, matmul rates, clock, power, temperature.
-
-The nominal figures are in cards.py. Nothing here touches CUDA at import.
+"""What this machine reaches, measured in process: copy bandwidth and matmul rates. The nominal figures are in
+fastgpt/hardware/cards.py.
 """
 
 from __future__ import annotations
@@ -12,18 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fastgpt.common import cache_dir, write_json
-
-if TYPE_CHECKING:
-    import torch
-
-ARITHMETICS = ("bf16", "fp16", "fp16_fp16acc", "fp8", "fp8_fp16acc", "tf32", "fp32")
-"""Operand type, accumulating in fp32 unless the name says fp16acc. "fp32" is the plain cores, without tensor cores."""
+from fastgpt.hardware.cards import ARITHMETICS
+from fastgpt.hardware.device import device_name
 
 
 @dataclass(frozen=True)
@@ -43,28 +38,12 @@ class Ceilings:
         return None if tflops is None else tflops * 1e12
 
 
-def device_name(device: torch.device | str) -> str:
-    """torch's name of a CUDA device; the CPU's model name for the CPU."""
-    import torch
-
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def measured_ceilings(device: torch.device | str, refresh: bool = False) -> Ceilings:
     """Copy bandwidth and matmul rate per arithmetic of ``device``.
 
     Measured once per machine, torch version and thread count (about three seconds) and kept as JSON in ``cache_dir()``;
     ``refresh`` measures again. A cache file that does not parse is replaced; a message says so where none can be written.
     """
-    import torch
-
     device = torch.device(device)
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     name, host, version = device_name(device), platform.node(), str(torch.__version__)
@@ -93,8 +72,6 @@ def _read(path: Path) -> Ceilings | None:
 
 def _fastest(work: Callable[[], object], device: torch.device, budget_s: float) -> float:
     """Seconds of the fastest of at least three runs, and of more while the budget lasts."""
-    import torch
-
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     times: list[float] = []
     work()
@@ -109,8 +86,6 @@ def _fastest(work: Callable[[], object], device: torch.device, budget_s: float) 
 
 def _copy_gbs(device: torch.device) -> float:
     """Copy between two buffers far larger than any cache."""
-    import torch
-
     size = 2**29 if device.type == "cuda" else 2**27
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -137,8 +112,6 @@ def _matmul_tflops(arithmetic: str, device: torch.device) -> float | None:
 
 def _matmul(arithmetic: str, n: int, device: torch.device) -> Callable[[], object]:
     """One n x n x n matmul. Random operands: zeros draw less power and run at a higher clock."""
-    import torch
-
     a, b = torch.randn(2, n, n, device=device)
     if arithmetic == "fp8_fp16acc":
         raise RuntimeError("torch has no fp8 matmul that accumulates in fp16")
@@ -154,8 +127,6 @@ def _matmul(arithmetic: str, n: int, device: torch.device) -> Callable[[], objec
 @contextmanager
 def _matmul_mode(arithmetic: str) -> Iterator[None]:
     """torch's switches for tf32 and for fp16 accumulation, put back afterwards."""
-    import torch
-
     flags = torch.backends.cuda.matmul
     precision, fp16_accumulation = torch.get_float32_matmul_precision(), flags.allow_fp16_accumulation
     try:
@@ -165,80 +136,3 @@ def _matmul_mode(arithmetic: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(precision)
         flags.allow_fp16_accumulation = fp16_accumulation
-
-
-# Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h), in words a user can act on.
-THROTTLE_REASONS = {
-    0x02: "application clock setting",
-    0x04: "power limit",
-    0x08: "hardware slowdown",
-    0x10: "sync boost",
-    0x20: "temperature (software)",
-    0x40: "temperature (hardware)",
-    0x80: "power brake",
-    0x100: "display clock setting",
-}
-
-
-@dataclass(frozen=True)
-class Telemetry:
-    """One moment of the card; None where its driver does not say."""
-
-    clock_mhz: int | None
-    memory_clock_mhz: int | None
-    power_w: float | None
-    power_limit_w: float | None
-    temperature_c: int | None
-    throttle: tuple[str, ...] | None  # why the clock is held down; empty if nothing holds it
-
-
-@lru_cache(maxsize=1)
-def _nvml() -> Any:
-    """nvidia-ml-py, initialised; None without the package or without a driver."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # ImportError, or NVMLError, a class that only the package has
-        return None
-    return pynvml
-
-
-def telemetry(index: int = 0) -> Telemetry | None:
-    """Clock, power, temperature, throttle reasons of CUDA device ``index`` now; None without nvidia-ml-py or driver."""
-    nvml = _nvml()
-    if nvml is None:
-        return None
-
-    def ask(question: str, *args: Any) -> Any:
-        try:
-            return getattr(nvml, question)(*args)
-        except Exception:  # NVMLError: this card or driver does not say
-            return None
-
-    uuid = _uuid(index)
-    handle = ask("nvmlDeviceGetHandleByUUID", uuid) if uuid else ask("nvmlDeviceGetHandleByIndex", index)
-    if handle is None:
-        return None
-    milliwatts, limit = ask("nvmlDeviceGetPowerUsage", handle), ask("nvmlDeviceGetEnforcedPowerLimit", handle)
-    reasons = ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
-    if reasons is None:  # the name that older drivers know
-        reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
-    return Telemetry(
-        clock_mhz=ask("nvmlDeviceGetClockInfo", handle, 1),  # NVML_CLOCK_SM
-        memory_clock_mhz=ask("nvmlDeviceGetClockInfo", handle, 2),  # NVML_CLOCK_MEM
-        power_w=None if milliwatts is None else milliwatts / 1e3,
-        power_limit_w=None if limit is None else limit / 1e3,
-        temperature_c=ask("nvmlDeviceGetTemperature", handle, 0),  # NVML_TEMPERATURE_GPU
-        throttle=None if reasons is None else tuple(text for bit, text in THROTTLE_REASONS.items() if reasons & bit),
-    )
-
-
-def _uuid(index: int) -> str | None:
-    """NVML counts cards that CUDA_VISIBLE_DEVICES hides; the UUID is what both sides agree on."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
-    return None if uuid is None else f"GPU-{uuid}"
