@@ -8,7 +8,9 @@ setup(
     package_data={
         "fastgpt.configs": ["*.toml"],
         "fastgpt.doctor.report": ["*.jinja"],
+        "fastgpt.hardware": ["*.toml"],
         "fastgpt.kernels": ["tables/*.json"],
+        "fastgpt.performance": ["*.toml"],
         "fastgpt.templates": ["*.jinja", "*.css"],
     },
 )

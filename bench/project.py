@@ -13,15 +13,14 @@ Figures are low / central / high. The model, its constants with their sources an
 from __future__ import annotations
 
 import json
-import math
-import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich.console import Console
 from rich.markup import escape
 
+from bench.reports import calibration
 from bench.reports.tables import Cells, print_table, terminal
 from fastgpt import command, common
 from fastgpt.anatomy import Shape
@@ -30,23 +29,7 @@ from fastgpt.common import UserError
 from fastgpt.config import load_preset, preset_names
 from fastgpt.hardware import cards
 from fastgpt.performance.flops import PALM
-from fastgpt.performance.projection import (
-    ANCHORS,
-    FITTED_CLOCKS,
-    MEDIAN_MS,
-    REFITTED_CLOCKS,
-    RUN_40M,
-    RUN_124M,
-    Clocks,
-    Projection,
-    Sensitivity,
-    calibration_error,
-    fit_clocks,
-    project,
-    refit_clocks,
-    refits,
-)
-from fastgpt.performance.step_time import CONSTANTS, Constants
+from fastgpt.performance.projection import Projection, Sensitivity, calibration_error, project
 
 
 @dataclass(frozen=True)
@@ -82,14 +65,7 @@ def main(argv: list[str]) -> int:
     if args.measured:
         return _measured(args.measured, args.json, console)
     if args.calibration:
-        clocks, at_ends = fit_clocks(), refit_clocks()
-        if args.json:
-            print(json.dumps(calibration(clocks, at_ends), indent=1))
-        else:
-            show_calibration(calibration(clocks, at_ends), console)
-        outdated = outdated_constants(clocks, at_ends)
-        print(outdated, file=sys.stderr, end="")
-        return 1 if outdated else 0
+        return calibration.report(args.json, console)
     found = projected(args)
     if args.json:
         print(json.dumps(found.to_json(), indent=1))
@@ -194,104 +170,6 @@ def _most(varied: list[Sensitivity], count: int = 3) -> str:
 
 def _span(s: Sensitivity) -> str:
     return f"{s.at_low:+.1%} at its low end, {s.at_high:+.1%} at its high end"
-
-
-# ---------------------------------------------------------------- calibration
-
-
-FIT_ACCURACY = 1e-6
-"""Relative difference of two fits of one clock that counts as none: ``projection.fit`` stops at 1e-7."""
-
-
-def outdated_constants(clocks: dict[str, float], at_ends: Clocks) -> str:
-    """The lines of performance/projection.py that a new fit changes; nothing where the frozen clocks are the fit's."""
-    pairs = [(clocks[name], frozen) for name, frozen in FITTED_CLOCKS.items()]
-    for name, ends in at_ends.items():
-        pairs += zip(ends, REFITTED_CLOCKS.get(name, (0.0, 0.0)))
-    if at_ends.keys() == REFITTED_CLOCKS.keys() and all(
-        math.isclose(fitted, frozen, rel_tol=FIT_ACCURACY) for fitted, frozen in pairs
-    ):
-        return ""
-    lines = [f'    "{name}": {ends},' for name, ends in at_ends.items()]
-    return "\n".join(
-        [
-            "The frozen clocks in fastgpt/performance/projection.py differ from this fit. To use it, write there:",
-            f"FITTED_CLOCKS = {json.dumps(clocks)}",
-            "REFITTED_CLOCKS: Clocks = {",
-            *lines,
-            "}\n",
-        ]
-    )
-
-
-def calibration(clocks: dict[str, float], at_ends: Clocks) -> dict[str, Any]:
-    """Both fits, every anchor and every constant, as plain values. The clocks are those of fit_clocks and refit_clocks."""
-    runs = {"124M": RUN_124M, "40M": RUN_40M}
-    fits: list[dict[str, Any]] = []
-    for on, other in (("124M", "40M"), ("40M", "124M")):
-        fitted, run = replace(CONSTANTS, clock=clocks[on]), runs[other]
-        fits.append(
-            {
-                "fitted_on": runs[on].name,
-                "clock": clocks[on],
-                "predicted": run.name,
-                "measured_ms": 1e3 * run.tokens_per_step / run.measured,
-                "projected_ms": 1e3 * run.tokens_per_step / run.predicted(fitted),
-                "error": run.error(fitted),
-            }
-        )
-    return {
-        "projected": True,
-        "calibration_error": max(abs(each["error"]) for each in fits),
-        "fits": fits,
-        "refits": [asdict(each) for each in refits(at_ends)],
-        "anchors": [
-            {
-                "name": run.name,
-                "measured_tokens_per_second": [run.low, run.high],
-                "projected_tokens_per_second": run.predicted(),
-                "error": run.error(),
-                "micro_batch": run.micro_batch,
-                "note": run.note,
-            }
-            for run in ANCHORS
-        ],
-        "constants": [{"name": f.name, "value": getattr(CONSTANTS, f.name), **f.metadata} for f in fields(Constants)],
-    }
-
-
-def show_calibration(found: dict[str, Any], console: Console) -> None:
-    """Print what ``calibration`` returns."""
-    title = "nanoGPT + torch.compile, bf16, RTX 4070: the clock is fitted on one run and predicts the other (projected)"
-    medians = ", ".join(f"{name} {ms:,.0f} ms" for name, ms in MEDIAN_MS.items())
-    rows = [["fitted on", "clock, of boost", "predicts", "measured ms", "projected ms", "error of step time"]]
-    for each in found["fits"]:
-        figures = [f"{each['measured_ms']:,.0f}", f"{each['projected_ms']:,.0f}", f"{each['error']:+.1%}"]
-        rows.append([each["fitted_on"], f"{each['clock']:.4f}", each["predicted"], *figures])
-    print_table(console, title, rows)
-    console.print(
-        f"Medians of a step of 524,288 tokens: {medians}. Calibration error: {found['calibration_error']:.1%}. "
-        f"Used: {CONSTANTS.clock}, the fit on the 124M run, so that run itself is no test.\n",
-        soft_wrap=True,
-    )
-    rows = [["constant", "at", "clock fitted on 124M", "error of step time on 40M"]]
-    for each in found["refits"]:
-        rows.append([each["constant"], f"{each['value']:g}", f"{each['clock']:.4f}", f"{each['error']:+.1%}"])
-    print_table(console, "The first fit again, with one fixed constant at an end of its range (projected)", rows)
-    rows = [["public figure", "measured tokens/s", "projected tokens/s", "error of step time", "note"]]
-    for each in found["anchors"]:
-        low, high = each["measured_tokens_per_second"]
-        measured = f"{low:,.0f}" + (f" to {high:,.0f}" if high > low else "")
-        note = f"micro-batch {each['micro_batch']} ({each['note'].replace('micro-batch ', '', 1)})"
-        rows.append(
-            [each["name"], measured, f"{each['projected_tokens_per_second']:,.0f}", f"{each['error']:+.1%}", note]
-        )
-    print_table(console, "Public figures that nothing was fitted on (projected as nanogpt-compile, bf16)", rows)
-    rows = [["constant", "value", "range", "meaning", "source"]]
-    for each in found["constants"]:
-        span = f"{each['low']:g} to {each['high']:g}"
-        rows.append([each["name"], f"{each['value']:g}", span, each["meaning"], each["source"]])
-    print_table(console, "Constants: one fitted (clock), all others fixed", rows)
 
 
 # ---------------------------------------------------------------- predicted beside measured

@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+if sys.version_info >= (3, 11):
+    import tomllib as tomllib
+else:
+    pass
+
 
 class UserError(Exception):
     """The input is wrong, not the program: one sentence naming the field, the value and what would be right. Commands print

@@ -6,7 +6,6 @@ Precedence, lowest first: the defaults below, the preset, a TOML file, flags. Ev
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,12 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from fastgpt import command
 from fastgpt.command import Arg
-from fastgpt.common import UserError, at_least, nearest, unknown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fastgpt.common import UserError, at_least, nearest, tomllib, unknown
 
 Kernels = Literal["triton", "eager"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp16-fast", "fp8"]

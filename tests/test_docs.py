@@ -26,7 +26,7 @@ import pytest
 from fastgpt import command as front_end
 from fastgpt.__main__ import COMMANDS
 from fastgpt.__main__ import main as fastgpt_command
-from fastgpt.config import tomllib
+from fastgpt.common import tomllib
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"

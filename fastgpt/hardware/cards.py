@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, tomllib
 
 if TYPE_CHECKING:
     import torch
@@ -79,13 +79,17 @@ class Gpu:
     l2_mb: int
     power_w: int  # the board's limit
     source: str
-    full_rate: bool  # False: GeForce, see HALVED
     short: tuple[str, ...] = ()  # further short names
     fp32_mhz: int | None = None  # where NVIDIA's fp32 figure is for a clock of its own
 
     @property
     def chip(self) -> Arch:
         return ARCHS[self.arch]
+
+    @property
+    def full_rate(self) -> bool:
+        """Whether tensor cores that accumulate in fp32 run at the architecture's rate; False on GeForce, see HALVED."""
+        return "GeForce" not in self.name
 
     def peak_flops(self, arithmetic: str) -> float | None:
         """Dense FLOP per second, or None where the chip does not have this arithmetic."""
@@ -106,141 +110,18 @@ class Gpu:
         return {key: getattr(self, key) for key in keys} | {"dense_tflops": dense, "source": self.source}
 
 
-GEFORCE = "NVIDIA GeForce RTX "
+def _table() -> list[Gpu]:
+    found = []
+    for family in tomllib.loads((files("fastgpt.hardware") / "cards.toml").read_text(encoding="utf-8"))["family"]:
+        for name, *figures in family["cards"]:
+            more = figures.pop() if isinstance(figures[-1], dict) else {}
+            more["short"] = tuple(more.get("short", ()))
+            found.append(Gpu(family["prefix"] + name, family["arch"], *figures, family["source"], **more))
+    return found
 
 
-def _family(prefix: str, arch: str, source: str, rows: Sequence[tuple[Any, ...]]) -> list[Gpu]:
-    """Rows of (name behind the prefix, SMs, boost MHz, GB/s, GB, L2 MB, W[, further fields of Gpu])."""
-    return [
-        Gpu(prefix + row[0], arch, *row[1:7], source, prefix != GEFORCE, **(row[7] if len(row) > 7 else {}))  # type: ignore[call-arg]
-        for row in rows
-    ]
-
-
-# Name, SMs, boost MHz, memory GB/s, VRAM GB, L2 MB, W. Products that share a name are told apart by SMs and VRAM.
-# Not told apart: boards of one name with slower or faster memory chips (an RTX 4070 with GDDR6 has 480 GB/s).
-GPUS: list[Gpu] = [
-    *_family(
-        GEFORCE,
-        "sm_89",
-        "NVIDIA GeForce RTX 40 series specifications; rates per SM: NVIDIA Ada GPU Architecture whitepaper v2.02",
-        [
-            ("4090", 128, 2520, 1008, 24, 72, 450),
-            ("4090 D", 114, 2520, 1008, 24, 72, 425),
-            ("4080 SUPER", 80, 2550, 736, 16, 64, 320),
-            ("4080", 76, 2505, 716.8, 16, 64, 320),
-            ("4070 Ti SUPER", 66, 2610, 672, 16, 48, 285),
-            ("4070 Ti", 60, 2610, 504, 12, 48, 285),
-            ("4070 SUPER", 56, 2475, 504, 12, 48, 220),
-            ("4070", 46, 2475, 504, 12, 36, 200),
-            ("4060 Ti", 34, 2535, 288, 8, 32, 160),
-            ("4060 Ti", 34, 2535, 288, 16, 32, 165, {"short": ("rtx4060ti16gb",)}),
-            ("4060", 24, 2460, 272, 8, 24, 115),
-        ],
-    ),
-    *_family(
-        GEFORCE,
-        "sm_89",
-        "NVIDIA GeForce RTX 40 series laptop specifications, upper end of the boost range (the laptop's power limit "
-        "decides); rates per SM: NVIDIA Ada GPU Architecture whitepaper v2.02",
-        [
-            ("4080 Laptop GPU", 58, 2280, 432, 12, 48, 150),
-            ("4070 Laptop GPU", 36, 2175, 256, 8, 32, 115),
-            ("4060 Laptop GPU", 24, 2370, 256, 8, 32, 115),
-        ],
-    ),
-    *_family(
-        GEFORCE,
-        "sm_86",
-        "NVIDIA GeForce RTX 30 series specifications; rates per SM: NVIDIA Ampere GA102 GPU Architecture whitepaper v2",
-        [
-            ("3090 Ti", 84, 1860, 1008, 24, 6, 450),
-            ("3090", 82, 1695, 936.2, 24, 6, 350),
-            ("3080 Ti", 80, 1665, 912.4, 12, 6, 350),
-            ("3080", 68, 1710, 760.3, 10, 5, 320),
-            ("3080", 70, 1710, 912.4, 12, 6, 350, {"short": ("rtx308012gb",)}),
-            ("3070 Ti", 48, 1770, 608.3, 8, 4, 290),
-            ("3070", 46, 1725, 448, 8, 4, 220),
-            ("3060 Ti", 38, 1665, 448, 8, 4, 200),
-            ("3060", 28, 1777, 360, 12, 3, 170),
-            ("3050", 20, 1777, 224, 8, 2, 130),
-        ],
-    ),
-    *_family(
-        GEFORCE,
-        "sm_120",
-        "NVIDIA GeForce RTX 50 series specifications; rates per SM: NVIDIA RTX Blackwell Architecture whitepaper v1.1",
-        [
-            ("5090", 170, 2407, 1792, 32, 96, 575),
-            ("5080", 84, 2617, 960, 16, 64, 360),
-            ("5070 Ti", 70, 2452, 896, 16, 48, 300),
-            ("5070", 48, 2512, 672, 12, 48, 250),
-            ("5060 Ti", 36, 2572, 448, 8, 32, 180),
-            ("5060 Ti", 36, 2572, 448, 16, 32, 180, {"short": ("rtx5060ti16gb",)}),
-            ("5060", 30, 2497, 448, 8, 32, 145),
-        ],
-    ),
-    *_family(
-        "NVIDIA ",
-        "sm_86",
-        "NVIDIA RTX A6000, A5500, A5000, A4500, A4000, A40 and A10 datasheets (sparse figure halved)",
-        [
-            ("RTX A6000", 84, 1800, 768, 48, 6, 300),
-            ("RTX A5500", 80, 1665, 768, 24, 6, 230),
-            ("RTX A5000", 64, 1695, 768, 24, 6, 230),
-            ("RTX A4500", 56, 1650, 640, 20, 6, 200),
-            ("RTX A4000", 48, 1560, 448, 16, 4, 140),
-            ("A40", 84, 1740, 696, 48, 6, 300),
-            ("A10", 72, 1695, 600, 24, 6, 150),
-        ],
-    ),
-    *_family(
-        "NVIDIA ",
-        "sm_89",
-        "NVIDIA L40S, L4 and RTX 6000/5000/4500/4000 Ada datasheets (sparse figure halved)",
-        [
-            ("L40S", 142, 2520, 864, 48, 96, 350),
-            ("L4", 58, 2040, 300, 24, 48, 72),
-            ("RTX 6000 Ada Generation", 142, 2505, 960, 48, 96, 300, {"short": ("rtx6000ada",)}),
-            ("RTX 5000 Ada Generation", 100, 2550, 576, 32, 72, 250, {"short": ("rtx5000ada",)}),
-            ("RTX 4500 Ada Generation", 60, 2580, 432, 24, 48, 210, {"short": ("rtx4500ada",)}),
-            ("RTX 4000 Ada Generation", 48, 2175, 360, 20, 48, 130, {"short": ("rtx4000ada",)}),
-        ],
-    ),
-    *_family(
-        "NVIDIA ",
-        "sm_80",
-        "NVIDIA A100 Tensor Core GPU Architecture whitepaper; A100 and A30 datasheets",
-        [
-            ("A100-SXM4-80GB", 108, 1410, 2039, 80, 40, 400, {"short": ("a100", "a100sxm", "a10080gb")}),
-            ("A100-SXM4-40GB", 108, 1410, 1555, 40, 40, 400, {"short": ("a10040gb",)}),
-            ("A100 80GB PCIe", 108, 1410, 1935, 80, 40, 300, {"short": ("a100pcie80gb",)}),
-            ("A100-PCIE-40GB", 108, 1410, 1555, 40, 40, 250),
-            ("A30", 56, 1440, 933, 24, 24, 165),
-        ],
-    ),
-    *_family(
-        "NVIDIA ",
-        "sm_90",
-        "NVIDIA H100 Tensor Core GPU Architecture whitepaper v1.04; H100 and H200 datasheets (sparse figure halved)",
-        [
-            ("H100 80GB HBM3", 132, 1830, 3352, 80, 50, 700, {"short": ("h100", "h100sxm"), "fp32_mhz": 1980}),
-            ("H100 PCIe", 114, 1620, 2039, 80, 50, 350, {"fp32_mhz": 1755}),
-            ("H100 NVL", 132, 1545, 3938, 94, 50, 400, {"fp32_mhz": 1785}),
-            ("H200", 132, 1830, 4800, 141, 50, 700, {"short": ("h200sxm",), "fp32_mhz": 1980}),
-        ],
-    ),
-    *_family(
-        "Tesla ",
-        "sm_70",
-        "NVIDIA Tesla V100 GPU Architecture whitepaper",
-        [
-            ("V100-SXM2-16GB", 80, 1530, 900, 16, 6, 300, {"short": ("v100",)}),
-            ("V100-SXM2-32GB", 80, 1530, 900, 32, 6, 300),
-        ],
-    ),
-    *_family("Tesla ", "sm_75", "NVIDIA T4 datasheet", [("T4", 40, 1590, 320, 16, 4, 70)]),
-]
+GPUS = _table()
+"""Every card of cards.toml, in its order."""
 
 
 def _key(name: str) -> str:

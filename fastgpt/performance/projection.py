@@ -4,7 +4,7 @@ The model is in performance/step_time.py. Here it is compared with measurements:
 an RTX 4070 and predicts the other, both ways round, and public figures of other cards show the model's error there. Both
 errors go into every figure, as an interval. The calibration covers nanoGPT under torch.compile in bf16 on an RTX 4070,
 between the sizes of the two runs; any other projection says ``calibrated: false`` and has an interval of its own. The fitted
-clocks are constants here; ``python -m bench.project --calibration`` fits them again. Details: docs/projection.md.
+clocks are in constants.toml; ``python -m bench.project --calibration`` fits them again. Details: docs/projection.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastgpt.hardware import cards
 from fastgpt.hardware.cards import NANOGPT_PEAK, Gpu
 from fastgpt.performance import flops
 from fastgpt.performance.operations import operations
-from fastgpt.performance.step_time import CONSTANTS, Constants, OperationTime, step_ms, step_times
+from fastgpt.performance.step_time import CONSTANTS, DESCRIBED, RANGES, Constants, OperationTime, step_ms, step_times
 
 # ---------------------------------------------------------------- what is known
 
@@ -89,60 +89,13 @@ ANCHORS = (
 )
 
 
-def fit(run: MeasuredRun, constants: Constants = CONSTANTS) -> Constants:
-    """``constants`` with the clock at which the model takes as long as ``run`` did (secant method)."""
-
-    def miss(clock: float) -> float:
-        return math.log(run.measured / run.predicted(replace(constants, clock=clock)))
-
-    before, clock = 1.0, 1.1
-    miss_before, found = miss(before), miss(clock)
-    for _ in range(20):
-        if abs(found) < 1e-7 or found == miss_before:
-            break
-        before, clock = clock, clock - found * (clock - before) / (found - miss_before)
-        miss_before, found = found, miss(clock)
-    return replace(constants, clock=clock)
-
-
-FITTED_CLOCKS = {"40M": 1.0342685792408193, "124M": 1.1378006659225706}
-"""The clock that ``fit`` finds on each run. Frozen, so that a projection does not have to fit first, and so that figures do
-not depend on a platform's arithmetic. After a change to the model or to a constant, ``python -m bench.project
---calibration`` prints the new values."""
+FITTED_CLOCKS: dict[str, float] = DESCRIBED["clock"]["fitted"]
+"""The clock that a fit finds on each run."""
 
 Clocks = dict[str, tuple[float, float]]
 
-REFITTED_CLOCKS: Clocks = {
-    "clock_full_rate": (1.1378006659225706, 1.1378006659225706),
-    "memory_efficiency": (1.1619735405262983, 1.1270760315220258),
-    "gemm_efficiency": (1.1876748973051783, 1.103094524648108),
-    "gemm_efficiency_full_rate": (1.1378006659225706, 1.1378006659225706),
-    "double_rate": (1.1378006659225706, 1.1378006659225706),
-    "l2_bytes_per_clock": (1.1533769953538693, 1.1261721876908648),
-    "l2_bytes_per_clock_full_rate": (1.1378006659225706, 1.1378006659225706),
-    "l2_share": (1.152604262650696, 1.1282780193376345),
-    "tile_overhead_clocks": (1.1335741165988484, 1.1490196758277393),
-    "own_kernels": (1.1378006659225706, 1.1378006659225706),
-    "softmax_exposed": (1.131148472596636, 1.1444529939032704),
-    "kernel_gap_us": (1.1352142728342907, 1.148265347776968),
-    "host_launch_us": (1.1378006659225706, 1.1378006659225706),
-}
-"""For each fixed constant, the clock fitted on the 124M run with that constant at its low and at its high end. Frozen for the
-same reason as ``FITTED_CLOCKS``."""
-
-
-def fit_clocks() -> dict[str, float]:
-    """``FITTED_CLOCKS``, fitted again."""
-    return {"40M": fit(RUN_40M).clock, "124M": fit(RUN_124M).clock}
-
-
-def refit_clocks() -> Clocks:
-    """``REFITTED_CLOCKS``, fitted again."""
-
-    def clock(name: str, value: float) -> float:
-        return fit(RUN_124M, replace(CONSTANTS, **{name: value})).clock
-
-    return {name: (clock(name, low), clock(name, high)) for name, (low, high) in Constants.ranges().items()}
+REFITTED_CLOCKS: Clocks = {name: (DESCRIBED[name]["clock_at_low"], DESCRIBED[name]["clock_at_high"]) for name in RANGES}
+"""For each fixed constant, the clock fitted on the 124M run with that constant at its low and at its high end."""
 
 
 @lru_cache
@@ -150,25 +103,6 @@ def cross_errors() -> dict[str, float]:
     """Each run predicted with the clock fitted on the other: relative error of its step time."""
     on_40m, on_124m = (replace(CONSTANTS, clock=FITTED_CLOCKS[name]) for name in ("40M", "124M"))
     return {RUN_40M.name: RUN_40M.error(on_124m), RUN_124M.name: RUN_124M.error(on_40m)}
-
-
-@dataclass(frozen=True)
-class Refit:
-    """One fixed constant at an end of its range: the clock fitted on the 124M run, and the error on the 40M run."""
-
-    constant: str
-    value: float
-    clock: float
-    error: float
-
-
-def refits(clocks: Clocks = REFITTED_CLOCKS) -> list[Refit]:
-    """What the calibration would have been, for the constants that the two runs depend on."""
-    found = []
-    for name, *ends in _alternatives(clocks):
-        if any(abs(end.clock - CONSTANTS.clock) > 1e-4 for end in ends):
-            found += [Refit(name, getattr(end, name), end.clock, RUN_40M.error(end)) for end in ends]
-    return found
 
 
 def calibration_error() -> float:
@@ -188,9 +122,9 @@ class Sensitivity:
     at_high: float
 
 
-def _alternatives(clocks: Clocks = REFITTED_CLOCKS) -> Iterator[tuple[str, Constants, Constants]]:
+def alternatives(clocks: Clocks = REFITTED_CLOCKS) -> Iterator[tuple[str, Constants, Constants]]:
     """(constant, all constants with it at its low end, at its high end), each with the clock fitted for it."""
-    for name, ends in Constants.ranges().items():
+    for name, ends in RANGES.items():
         low, high = (replace(CONSTANTS, **{name: end, "clock": clock}) for end, clock in zip(ends, clocks[name]))
         yield name, low, high
 
@@ -200,7 +134,7 @@ def sensitivities(*step: Any) -> list[Sensitivity]:
     central = step_ms(*step, CONSTANTS)
     found = [
         Sensitivity(name, step_ms(*step, low) / central - 1, step_ms(*step, high) / central - 1)
-        for name, low, high in _alternatives()
+        for name, low, high in alternatives()
     ]
     return sorted(found, key=lambda s: -max(abs(s.at_low), abs(s.at_high)))
 

@@ -9,7 +9,7 @@ other, with a gap between them:
     memory    bytes over the bandwidth that copies reach; reads of what the kernel before has written cost no memory
               time for the share of them that L2 still holds
 
-Every number that is not counted is a field of ``Constants``. One is fitted, the clock of a GeForce card under its power
+Every number that is not counted is in constants.toml. One is fitted, the clock of a GeForce card under its power
 limit, on one real run; the other run, and public figures of other cards, judge the model (fastgpt/performance/projection.py).
 docs/projection.md has the sources, the sensitivity and the errors.
 """
@@ -17,110 +17,47 @@ docs/projection.md has the sources, the sensitivity and the errors.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 from fastgpt.anatomy import Shape
-from fastgpt.common import UserError
+from fastgpt.common import UserError, tomllib
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance.flops import cdiv
-from fastgpt.performance.operations import AS_SHIPPED, GAPS, Fusions, Operation, operations
+from fastgpt.performance.operations import GAPS, Operation, operations
 
-
-def _constant(values: tuple[float, float, float], meaning: str, source: str) -> Any:
-    """A field of Constants: (low, central, high), the outer two its plausible range; what it is; where it comes from."""
-    low, central, high = values
-    return field(default=central, metadata={"low": low, "high": high, "meaning": meaning, "source": source})
+DESCRIBED: dict[str, dict[str, Any]] = tomllib.loads(
+    (files("fastgpt.performance") / "constants.toml").read_text(encoding="utf-8")
+)
+"""Constant -> what constants.toml says of it: value, range, meaning, source and fitted clocks."""
 
 
 @dataclass(frozen=True)
 class Constants:
-    """Change only with a reason; old and new figures go to docs/projection.md."""
+    """What is not counted: constants.toml has the meaning of each, its plausible range and its source."""
 
-    clock: float = _constant(
-        (1.0343, 1.1378, 1.1378),
-        "GeForce: SM clock that the power limit leaves in training, over the nominal boost clock",
-        "fitted on the 124M run (projection.fit; low: on the 40M run); it stands for whatever else speeds up all of a step: "
-        "a review saw RTX 4070s at 2.7 GHz, 1.09 (Tom's Hardware)",
-    )
-    clock_full_rate: float = _constant(
-        (0.80, 1.0, 1.0),
-        "data-centre and workstation cards: the same",
-        "nominal; an A100 stays at its 1410 MHz, an H100 PCIe fell to 80% (Chips and Cheese, July 2023)",
-    )
-    memory_efficiency: float = _constant(
-        (0.85, 0.91, 0.94),
-        "bandwidth that streaming kernels reach, over nominal; fixed, as clock and this cannot both be fitted",
-        "918-924 of 1,008 GB/s, RTX 4090 (tinygrad/open-gpu-kernel-modules#6; clpeak#106)",
-    )
-    gemm_efficiency: float = _constant(
-        (0.90, 0.94, 0.97),
-        "GeForce: rate of a matmul's inner loop over the tensor cores' rate at the clock it runs at",
-        "72.5 TFLOP/s of cuBLAS bf16, RTX 4070 SUPER (zzc0721/torch-performance-test-data#196): 1.02 of nominal, "
-        "0.94 at the 2.7 GHz that Ada boards hold",
-    )
-    gemm_efficiency_full_rate: float = _constant(
-        (0.70, 0.83, 0.90),
-        "the same where tensor cores run at full rate",
-        "258 of 312 TFLOP/s, A100, 8192^3 (H. He, Strangely, Matrix Multiplications on GPUs Run Faster)",
-    )
-    double_rate: float = _constant(
-        (1.71, 1.79, 1.87),
-        "measured speed of nominally doubled arithmetic (fp16 accumulation on GeForce, fp8) over bf16; never 2.0",
-        "31.0 to 53.1 TFLOP/s, RTX 4060 (triton#10851): 1.71; 47.0 to 87.9, RTX 5060 Ti (public roofline): 1.87",
-    )
-    l2_bytes_per_clock: float = _constant(
-        (11.0, 13.0, 16.0),
-        "GeForce: bytes per clock that L2 gives one SM while all ask",
-        "assumed between 11 (3.6 TB/s quoted for an RTX 4090; also what 256x128 tiles need for 1.87 times the rate) and "
-        "16 (what 128x128 tiles would need for 2.0 times)",
-    )
-    l2_bytes_per_clock_full_rate: float = _constant(
-        (30.0, 38.8, 47.4),
-        "the same for data-centre and workstation cards",
-        "5,120 bytes per clock over 132 SMs, H100 (A100: over 108 SMs, 47.4); 8,986 and 7,219 GB/s in Ultrasonics "
-        "Sonochemistry 99 (2023) 106546, table 3",
-    )
-    l2_share: float = _constant(
-        (0.25, 0.5, 0.75),
-        "share of L2 in which a kernel still finds what the one before it wrote",
-        "assumed: that kernel's own reads and writes take the rest",
-    )
-    tile_overhead_clocks: float = _constant(
-        (600.0, 1100.0, 2500.0),
-        "what starts and ends a tile of a matmul: first loads, last stores",
-        "assumed: one memory latency (some 550 clocks) and 32 KB at an SM's 64 bytes per clock (512)",
-    )
-    own_kernels: float = _constant(
-        (0.9, 1.0, 1.3),
-        "time of this repository's kernels over what the model says of a library's",
-        "assumed, as none was timed on a GPU; Liger-Kernel's layer norm backward, also in Triton, takes 2 times PyTorch's",
-    )
-    softmax_exposed: float = _constant(
-        (0.0, 0.5, 1.0),
-        "share of attention's softmax that the tensor cores wait for",
-        "assumed: from complete overlap (0) to none (1)",
-    )
-    kernel_gap_us: float = _constant(
-        (0.5, 1.0, 3.0),
-        "microseconds between two kernels of one stream, also with the queue full",
-        "assumed",
-    )
-    host_launch_us: float = _constant(
-        (5.0, 10.0, 20.0),
-        "microseconds of host time per launch; hidden as long as the GPU is the slower of the two",
-        "assumed; 5 to 20 in public accounts of PyTorch's launch overhead",
-    )
-
-    @classmethod
-    def ranges(cls) -> dict[str, tuple[float, float]]:
-        """The fixed constants: name -> (low, high)."""
-        return {f.name: (f.metadata["low"], f.metadata["high"]) for f in fields(cls) if f.name != "clock"}
+    clock: float
+    clock_full_rate: float
+    memory_efficiency: float
+    gemm_efficiency: float
+    gemm_efficiency_full_rate: float
+    double_rate: float
+    l2_bytes_per_clock: float
+    l2_bytes_per_clock_full_rate: float
+    l2_share: float
+    tile_overhead_clocks: float
+    own_kernels: float
+    softmax_exposed: float
+    kernel_gap_us: float
+    host_launch_us: float
 
 
-CONSTANTS = Constants()
+CONSTANTS = Constants(**{name: about["value"] for name, about in DESCRIBED.items()})
+RANGES = {name: (about["low"], about["high"]) for name, about in DESCRIBED.items() if name != "clock"}
+"""Of the fixed constants."""
 
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
@@ -281,9 +218,7 @@ def step_ms(
     T: int,
     dropout: float,
     constants: Constants,
-    fusions: Fusions = AS_SHIPPED,
-    graphs: bool = False,
 ) -> float:
     """Milliseconds of one step: the sum of ``step_times``."""
-    ops = operations(shape, kernels, micro_batch, T, precision, dropout=dropout, sm_count=gpu.sm_count, fusions=fusions)
-    return sum(op.ms for op in step_times(ops, grad_accum, gpu, precision, constants, graphs=graphs))
+    ops = operations(shape, kernels, micro_batch, T, precision, dropout=dropout, sm_count=gpu.sm_count)
+    return sum(op.ms for op in step_times(ops, grad_accum, gpu, precision, constants))

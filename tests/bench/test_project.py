@@ -14,18 +14,8 @@ from bench.ops import common
 from bench.reports import against_projection
 from fastgpt import common as common_module
 from fastgpt.common import UserError
-from fastgpt.performance import projection
 from fastgpt.performance.memory import KERNELS
-from fastgpt.performance.projection import (
-    ANCHORS,
-    FITTED_CLOCKS,
-    REFITTED_CLOCKS,
-    RUN_40M,
-    RUN_124M,
-    calibration_error,
-    refit_clocks,
-)
-from fastgpt.performance.step_time import Constants
+from fastgpt.performance.projection import RUN_40M, calibration_error
 
 ENVIRONMENT = {"device": "NVIDIA GeForce RTX 4070", "sms": 46, "memory_gib": 11.7, "commit": "abc"}
 SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, "bias": False}
@@ -55,10 +45,6 @@ def test_a_narrow_terminal_cuts_no_figure(capsys):
     out = capsys.readouterr().out
     for cells in (project.step_cells(found), project.operation_cells(found)):
         assert all(figure in out for row in cells[1:] for figure in row[1:])
-    found = project.calibration(FITTED_CLOCKS, REFITTED_CLOCKS)
-    project.show_calibration(found, Console(width=80))
-    out = capsys.readouterr().out
-    assert all(f"{run_.error():+.1%}" in out and f"{run_.predicted():,.0f}" in out for run_ in ANCHORS)
 
 
 def test_shares_and_times_add_up():
@@ -92,32 +78,6 @@ def test_geometry_comes_from_the_preset_and_from_flags(capsys):
     assert abs(found["tokens_per_step"] - 524_288) <= 6 * 512 / 2
     found = json.loads(run(capsys, "--batch", "4", "--tokens-per-step", "8192", "--json"))
     assert (found["grad_accum"], found["tokens_per_step"]) == (2, 8192)
-
-
-def test_calibration_shows_both_fits_every_anchor_and_every_constant(capsys):
-    out = run(capsys, "--calibration")
-    assert "-6.4%" in out and "+7.7%" in out and "3,911" in out and "9,350" in out
-    for run_ in (RUN_40M, RUN_124M, *ANCHORS):
-        assert run_.name in out
-    for name in ("clock", *Constants.ranges()):
-        assert name in out
-    found = json.loads(run(capsys, "--calibration", "--json"))
-    assert found["projected"] is True and len(found["fits"]) == 2 and len(found["anchors"]) == len(ANCHORS)
-    assert {each["name"] for each in found["constants"]} == {"clock", *Constants.ranges()}
-    assert all(each["source"] for each in found["constants"])
-
-
-def test_calibration_says_if_the_frozen_clocks_are_not_those_of_the_fit(capsys, monkeypatch):
-    assert project.main(["--calibration"]) == 0
-    assert capsys.readouterr().err == ""
-    monkeypatch.setitem(projection.FITTED_CLOCKS, "40M", 1.0344)
-    assert project.main(["--calibration", "--json"]) == 1
-    said = capsys.readouterr()
-    assert json.loads(said.out)["fits"][1]["clock"] == pytest.approx(1.03427, abs=1e-5), "the fit, not the frozen clock"
-    assert "differ from this fit" in said.err and 'FITTED_CLOCKS = {"40M": 1.03426' in said.err
-    new: dict = {}
-    exec(said.err.split("\n", 1)[1].replace(": Clocks", ""), new)
-    assert new["REFITTED_CLOCKS"] == refit_clocks()
 
 
 # ---- bad input

@@ -1,0 +1,83 @@
+"""python -m bench.project --calibration: fits of the two real runs, and whether the frozen clocks are theirs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench import project
+from bench.reports import calibration
+from fastgpt.common import tomllib
+from fastgpt.hardware import cards
+from fastgpt.performance import projection
+from fastgpt.performance.projection import ANCHORS, FITTED_CLOCKS, REFITTED_CLOCKS, RUN_40M, RUN_124M
+from fastgpt.performance.step_time import CONSTANTS, DESCRIBED, RANGES
+
+DOCS = Path(__file__).parents[3] / "docs" / "projection.md"
+
+
+def test_the_frozen_clock_is_the_fit_on_the_124m_run():
+    assert calibration.fit(RUN_124M).clock == pytest.approx(CONSTANTS.clock, abs=1e-4)
+    assert calibration.fit(RUN_40M).clock == pytest.approx(DESCRIBED["clock"]["low"], abs=1e-4)
+
+
+def test_every_frozen_clock_is_what_a_new_fit_finds():
+    assert calibration.fit_clocks() == pytest.approx(FITTED_CLOCKS, rel=1e-6)
+    refitted = calibration.refit_clocks()
+    assert list(refitted) == list(REFITTED_CLOCKS) == list(RANGES)
+    for name, clocks in refitted.items():
+        assert clocks == pytest.approx(REFITTED_CLOCKS[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("run", [RUN_40M, RUN_124M], ids=["40M", "124M"])
+def test_a_fit_reproduces_its_run(run):
+    assert run.error(calibration.fit(run)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_fitted_clock_is_one_that_such_boards_can_hold():
+    nominal = cards.lookup("rtx4070").boost_mhz
+    assert 2500 < nominal * calibration.fit(RUN_40M).clock < nominal * CONSTANTS.clock < 2850
+
+
+def test_the_documentation_has_every_fit_with_a_constant_at_an_end_of_its_range():
+    text = DOCS.read_text(encoding="utf-8")
+    for each in calibration.refits():
+        assert f"| `{each.constant}` | {each.value:g} | {each.clock:.4f} | {each.error:+.1%} |" in text, each
+
+
+def test_a_narrow_terminal_cuts_no_figure(capsys):
+    calibration.show(calibration.figures(FITTED_CLOCKS, REFITTED_CLOCKS), Console(width=80))
+    out = capsys.readouterr().out
+    assert all(f"{run.error():+.1%}" in out and f"{run.predicted():,.0f}" in out for run in ANCHORS)
+
+
+def test_calibration_shows_both_fits_every_anchor_and_every_constant(capsys):
+    assert project.main(["--calibration"]) == 0
+    out = capsys.readouterr().out
+    assert "-6.4%" in out and "+7.7%" in out and "3,911" in out and "9,350" in out
+    for run in (RUN_40M, RUN_124M, *ANCHORS):
+        assert run.name in out
+    for name in ("clock", *RANGES):
+        assert name in out
+    assert project.main(["--calibration", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["projected"] is True and len(found["fits"]) == 2 and len(found["anchors"]) == len(ANCHORS)
+    assert {each["name"] for each in found["constants"]} == {"clock", *RANGES}
+    assert all(each["source"] for each in found["constants"])
+
+
+def test_calibration_says_if_the_frozen_clocks_are_not_those_of_the_fit(capsys, monkeypatch):
+    assert project.main(["--calibration"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setitem(projection.FITTED_CLOCKS, "40M", 1.0344)
+    assert project.main(["--calibration", "--json"]) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["fits"][1]["clock"] == pytest.approx(1.03427, abs=1e-5), "the fit, not the frozen clock"
+    assert "differ from this fit" in said.err
+    new = tomllib.loads(said.err.split("\n", 1)[1])
+    assert new["clock"]["fitted"] == calibration.fit_clocks()
+    ends = {name: (new[name]["clock_at_low"], new[name]["clock_at_high"]) for name in RANGES}
+    assert ends == calibration.refit_clocks()
