@@ -28,8 +28,10 @@ from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.config import load_preset, preset_names
 from fastgpt.hardware import cards
+from fastgpt.hardware.cards import Gpu
 from fastgpt.performance.flops import PALM
 from fastgpt.performance.projection import Projection, Sensitivity, calibration_error, project
+from fastgpt.performance.step_time import CONSTANTS
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,17 @@ def main(argv: list[str]) -> int:
         return _measured(args.measured, args.json, console)
     if args.calibration:
         return calibration.report(args.json, console)
-    found = projected(args)
+    gpu = cards.card(args.gpu)
+    found = projected(args, gpu)
+    assumed = assumptions(found, gpu)
     if args.json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(json.dumps({**found.to_json(), "assumptions": assumed}, indent=1))
     else:
-        show(found, args.model, console)
+        show(found, args.model, assumed, console)
     return 0
 
 
-def projected(args: ProjectConfig) -> Projection:
-    gpu = cards.card(args.gpu)
+def projected(args: ProjectConfig, gpu: Gpu) -> Projection:
     if args.model not in preset_names():
         raise UserError(f"model is {args.model!r}: it can be {', '.join(preset_names())}")
     preset = load_preset(args.model, "cuda")
@@ -107,7 +110,7 @@ def projected(args: ProjectConfig) -> Projection:
 # ---------------------------------------------------------------- a projection
 
 
-def show(found: Projection, model: str, console: Console) -> None:
+def show(found: Projection, model: str, assumed: list[str], console: Console) -> None:
     """The step and every operation of it."""
     console.print(
         f"\n[bold]{escape(found.gpu)}[/], {escape(model)}, {found.kernels}, {found.precision}: [bold]{found.status}[/]\n"
@@ -120,7 +123,7 @@ def show(found: Projection, model: str, console: Console) -> None:
         soft_wrap=True,
     )
     print_table(console, f"Operations of a step, projected ({found.status})", operation_cells(found))
-    for line in ("Assumed: " + "; ".join(found.assumptions) + ".", _most(found.sensitivities), INTERVAL):
+    for line in ("Assumed: " + "; ".join(assumed) + ".", _most(found.sensitivities), INTERVAL):
         console.print(escape(line), soft_wrap=True)
 
 
@@ -170,6 +173,38 @@ def _most(varied: list[Sensitivity], count: int = 3) -> str:
 
 def _span(s: Sensitivity) -> str:
     return f"{s.at_low:+.1%} at its low end, {s.at_high:+.1%} at its high end"
+
+
+def assumptions(found: Projection, gpu: Gpu) -> list[str]:
+    """What a projection for ``gpu`` takes for granted."""
+    kernels, precision = found.kernels, found.precision
+    clock = CONSTANTS.clock_full_rate if gpu.full_rate else CONSTANTS.clock
+    said = [
+        f"SM clock {gpu.boost_mhz * clock:,.0f} MHz, "
+        + ("nominal" if gpu.full_rate else "fitted on the 124M RTX 4070 run"),
+        f"memory {CONSTANTS.memory_efficiency:.0%} of {gpu.memory_gbs:g} GB/s (fixed)",
+        "kernels run one after the other; data loading, evaluation and checkpoints are left out",
+    ]
+    if precision in ("fp16-fast", "fp8"):
+        arithmetic = cards.arithmetic_of(precision)
+        doubled = (gpu.peak_flops(arithmetic) or 0) > 1.01 * (gpu.peak_flops("fp16") or 0)
+        ratio = f"{CONSTANTS.double_rate:g} times the rate of fp16 with fp32 accumulation (measured elsewhere: 1.71 to 1.87)"
+        own_fp8 = (kernels, precision) == ("triton", "fp8")
+        which = "forward and input gradients of the blocks' linears" if own_fp8 else "linears"
+        said.append(f"{which} at {ratio if doubled else 'the rate of fp16: this card gains nothing from it'}")
+        if kernels == "triton" and precision == "fp16-fast":
+            said.append("the same for attention's products but S, which is summed in fp32")
+        else:
+            said.append("attention keeps fp32 accumulation")
+    if not found.calibrated:
+        said.append(
+            "uncalibrated: the two real runs are nanoGPT + torch.compile, bf16, T = 1024, 12 blocks of 384 and 768, RTX 4070"
+        )
+    if kernels == "triton":
+        said.append(
+            "this repository's kernels at a library's efficiency; none was timed on a GPU, hence 0.9 to 1.3 times"
+        )
+    return said
 
 
 # ---------------------------------------------------------------- predicted beside measured

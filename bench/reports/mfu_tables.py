@@ -9,9 +9,10 @@ from rich.markup import escape
 
 from bench.reports import elsewhere
 from bench.reports.tables import Cells, print_table, terminal
+from bench.steps.ceilings import arithmetics
 from fastgpt.common import millions, percent, rounded
 from fastgpt.config import EXPERIMENTAL
-from fastgpt.performance.operations import GAPS, LINEARS, arithmetics
+from fastgpt.performance.operations import GAPS, LINEARS
 
 ADVICE = {
     GAPS: "launch overhead and Python: fewer and larger kernels, a larger micro-batch, CUDA graphs",

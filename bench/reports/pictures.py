@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.reports.mfu_tables import milliseconds, what, where
-from fastgpt.performance.operations import LINEARS, arithmetics
+from bench.steps.ceilings import arithmetics
+from fastgpt.performance.operations import LINEARS
 
 GROUPS = {
     "matmuls of the blocks": "#1f4e79",

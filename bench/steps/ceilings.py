@@ -17,8 +17,16 @@ from pathlib import Path
 import torch
 
 from fastgpt.common import cache_dir, write_json
+from fastgpt.config import PLAIN
+from fastgpt.hardware import cards
 from fastgpt.hardware.cards import ARITHMETICS
 from fastgpt.hardware.device import device_name
+
+
+def arithmetics(precision: str) -> tuple[str, ...]:
+    """Which of cards.ARITHMETICS the matmuls of a step use at this --precision. MFU is a share of the first one's peak."""
+    rest = (PLAIN[precision],) if precision in PLAIN else ()
+    return cards.arithmetic_of(precision), *rest
 
 
 @dataclass(frozen=True)

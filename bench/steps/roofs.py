@@ -16,14 +16,14 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from bench.steps.ceilings import Ceilings
+from bench.steps.ceilings import Ceilings, arithmetics
 from bench.steps.trace import StepProfile
 from fastgpt import anatomy
 from fastgpt.anatomy import Shape
 from fastgpt.config import PLAIN
 from fastgpt.performance import flops
 from fastgpt.performance.flops import Work
-from fastgpt.performance.operations import AS_SHIPPED, Fusions, arithmetics, operations
+from fastgpt.performance.operations import AS_SHIPPED, Fusions, operations
 
 # ---------------------------------------------------------------- what a step has to do
 

@@ -21,14 +21,12 @@ some variants make are written here as bytes per element. docs/projection.md exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastgpt import anatomy
 from fastgpt.anatomy import Linear, Shape
 from fastgpt.common import UserError, at_least
-from fastgpt.config import PLAIN
-from fastgpt.hardware import cards
 from fastgpt.performance import flops
 from fastgpt.performance.flops import cdiv
 from fastgpt.performance.memory import LOGITS_BUDGET, SIZES, check_step
@@ -42,22 +40,6 @@ GAPS = "gaps (nothing running)"
 
 LINEARS = tuple(linear.name for linear in anatomy.of(anatomy.GPT2_124M).linears)
 PASSES = ("forward", "dX", "dW")
-GROUPS = (
-    "embedding",
-    "norms forward",
-    "norms backward",
-    "attention forward",
-    "attention backward",
-    *(f"{linear} {way}" for linear in LINEARS for way in PASSES),
-    "GELU forward",
-    "GELU backward",
-    "pointwise",
-    "loss",
-    "gradient accumulation",
-    "optimizer",
-)
-"""Every group that an operation can belong to, under the names of bench/steps/trace.py; casts, residual adds
-outside the norm and everything else that a fused step does not need are "pointwise"."""
 
 Kind = Literal["matmul", "attention", "memory"]
 Per = Literal["micro-batch", "accumulation", "step"]
@@ -68,7 +50,9 @@ class Operation:
     """One execution of one operation, and how often a step executes it."""
 
     name: str
-    group: str  # of GROUPS
+    group: str
+    """One of bench/steps/trace.py's names; casts, residual adds outside the norm and everything else that a fused step does not
+    need are "pointwise"."""
     kind: Kind
     flops: int
     bytes: int  # moved by one execution, every read and write counted
@@ -111,13 +95,6 @@ class Fusions:
     """Sum of the rows in one pass, and with ``in_place`` their gradients added to the rows that occur."""
     epilogues: bool = False
     """GELU and its gradient in the epilogues of the matmuls, which are then Triton's: off until measured beside cuBLAS."""
-
-    @classmethod
-    def names(cls) -> list[str]:
-        return [f.name for f in fields(cls)]
-
-    def without(self, name: str) -> Fusions:
-        return replace(self, **{name: False})
 
 
 AS_SHIPPED = Fusions()
@@ -573,12 +550,3 @@ def _optimizer(s: StepSizes) -> Operation:
     # torch: one pass for the norm (4), one that scales (8), then the fused update.
     unscale = 8 * N if s.precision.startswith("fp16") else 0
     return sweep("clip and AdamW", "optimizer", update + 8 * N + unscale, 12, per="step")
-
-
-# ---------------------------------------------------------------- precisions
-
-
-def arithmetics(precision: str) -> tuple[str, ...]:
-    """Which of ceilings.ARITHMETICS the matmuls of a step use at this --precision. MFU is a share of the first one's peak."""
-    rest = (PLAIN[precision],) if precision in PLAIN else ()
-    return cards.arithmetic_of(precision), *rest

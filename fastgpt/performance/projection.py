@@ -203,7 +203,6 @@ class Projection:
     known_errors: dict[str, float]
     """Error of the step time in every measured case on this card, or for another card on cards of its kind."""
     sensitivities: list[Sensitivity]
-    assumptions: list[str]
 
     @property
     def tokens_per_step(self) -> int:
@@ -279,7 +278,6 @@ def project(
         calibration_error=calibration_error(),
         known_errors=known_errors(gpu),
         sensitivities=varied,
-        assumptions=_assumptions(gpu, kernels, precision, calibrated),
     )
 
 
@@ -290,33 +288,3 @@ def _interval(varied: Iterable[Sensitivity], faster: float, slower: float) -> tu
         down.append(max(0.0, -s.at_low, -s.at_high))
         up.append(max(0.0, s.at_low, s.at_high))
     return min(0.9, math.hypot(*down)), math.hypot(*up)
-
-
-def _assumptions(gpu: Gpu, kernels: str, precision: str, calibrated: bool) -> list[str]:
-    clock = CONSTANTS.clock_full_rate if gpu.full_rate else CONSTANTS.clock
-    found = [
-        f"SM clock {gpu.boost_mhz * clock:,.0f} MHz, "
-        + ("nominal" if gpu.full_rate else "fitted on the 124M RTX 4070 run"),
-        f"memory {CONSTANTS.memory_efficiency:.0%} of {gpu.memory_gbs:g} GB/s (fixed)",
-        "kernels run one after the other; data loading, evaluation and checkpoints are left out",
-    ]
-    if precision in ("fp16-fast", "fp8"):
-        arithmetic = cards.arithmetic_of(precision)
-        doubled = (gpu.peak_flops(arithmetic) or 0) > 1.01 * (gpu.peak_flops("fp16") or 0)
-        ratio = f"{CONSTANTS.double_rate:g} times the rate of fp16 with fp32 accumulation (measured elsewhere: 1.71 to 1.87)"
-        own_fp8 = (kernels, precision) == ("triton", "fp8")
-        which = "forward and input gradients of the blocks' linears" if own_fp8 else "linears"
-        found.append(f"{which} at {ratio if doubled else 'the rate of fp16: this card gains nothing from it'}")
-        if kernels == "triton" and precision == "fp16-fast":
-            found.append("the same for attention's products but S, which is summed in fp32")
-        else:
-            found.append("attention keeps fp32 accumulation")
-    if not calibrated:
-        found.append(
-            "uncalibrated: the two real runs are nanoGPT + torch.compile, bf16, T = 1024, 12 blocks of 384 and 768, RTX 4070"
-        )
-    if kernels == "triton":
-        found.append(
-            "this repository's kernels at a library's efficiency; none was timed on a GPU, hence 0.9 to 1.3 times"
-        )
-    return found

@@ -14,12 +14,16 @@ from bench.ops import common
 from bench.reports import against_projection
 from fastgpt import common as common_module
 from fastgpt.common import UserError
+from fastgpt.hardware import cards
 from fastgpt.performance.memory import KERNELS
 from fastgpt.performance.projection import RUN_40M, calibration_error
 
 ENVIRONMENT = {"device": "NVIDIA GeForce RTX 4070", "sms": 46, "memory_gib": 11.7, "commit": "abc"}
 SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, "bias": False}
 ERROR = f"calibration error {calibration_error():.1%}"
+
+
+RTX_4070 = cards.lookup("rtx4070")
 
 
 def run(capsys, *argv):
@@ -40,15 +44,15 @@ def test_the_tables_say_projected_and_the_error_wherever_there_are_figures(capsy
 
 
 def test_a_narrow_terminal_cuts_no_figure(capsys):
-    found = project.projected(project.ProjectConfig())
-    project.show(found, "gpt2-124m", Console(width=80))
+    found = project.projected(project.ProjectConfig(), RTX_4070)
+    project.show(found, "gpt2-124m", project.assumptions(found, RTX_4070), Console(width=80))
     out = capsys.readouterr().out
     for cells in (project.step_cells(found), project.operation_cells(found)):
         assert all(figure in out for row in cells[1:] for figure in row[1:])
 
 
 def test_shares_and_times_add_up():
-    head, *rows, total = project.operation_cells(project.projected(project.ProjectConfig(kernels="eager")))
+    head, *rows, total = project.operation_cells(project.projected(project.ProjectConfig(kernels="eager"), RTX_4070))
     assert head[1:3] == ["ms", "share"] and total[2] == "100.0%"
     assert sum(float(row[2][:-1]) for row in rows) == pytest.approx(100, abs=1)
     assert sum(float(row[1].replace(",", "")) for row in rows) == pytest.approx(float(total[1].replace(",", "")), abs=2)
@@ -61,6 +65,17 @@ def test_json_has_what_is_promised(capsys, kernels):
     assert found["tokens_per_second_low"] < found["tokens_per_second"] < found["tokens_per_second_high"]
     assert {"ms_per_step", "mfu", "mfu_nanogpt", "operations", "calibration_error"} <= set(found)
     assert found["tokens_per_step"] == 524_288
+
+
+def test_what_is_assumed_is_said(capsys):
+    def assumed(*flags):
+        return " ".join(json.loads(run(capsys, *flags, "--json"))["assumptions"])
+
+    assert "uncalibrated" in assumed() and "uncalibrated" not in assumed("--kernels", "nanogpt-compile")
+    for other in (("--precision", "fp16"), ("--gpu", "rtx4070ti"), ("--seq", "512")):
+        assert "uncalibrated" in assumed("--kernels", "nanogpt-compile", *other), other
+    assert "1.71 to 1.87" in assumed("--precision", "fp16-fast")
+    assert "gains nothing" in assumed("--gpu", "a100", "--precision", "fp16-fast")
 
 
 def test_the_fitted_run_is_found_again(capsys):

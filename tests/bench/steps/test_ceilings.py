@@ -51,3 +51,11 @@ def test_a_cache_that_cannot_be_written_is_said_and_survived(device, tmp_path, m
     monkeypatch.setattr(ceilings, "_copy_gbs", lambda device: 8.0)
     assert ceilings.measured_ceilings(device).copy_gbs == 8.0
     assert "are not kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("fp32", ("fp32",)), ("bf16", ("bf16",)), ("fp8", ("fp8", "bf16")), ("fp16-fast", ("fp16_fp16acc", "fp16"))],
+)
+def test_arithmetics_begin_with_the_one_that_mfu_is_a_share_of(precision, expected):
+    assert ceilings.arithmetics(precision) == expected

@@ -13,7 +13,6 @@ from bench.steps.roofs import step_work
 from bench.steps.trace import ProfiledOperation, StepProfile
 from fastgpt import anatomy
 from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
-from fastgpt.performance import operations
 from fastgpt.performance.flops import Work
 from fastgpt.performance.operations import GAPS, LINEARS
 from tests.performance import formulas
@@ -137,14 +136,6 @@ def judged(precision, *names, ceilings=CEILINGS):
     work = needed(precision, *names)
     rows = roofs.judge(seconds_each(*names), work, ceilings, GPT2_124M, B, T, precision)
     return work, {row["name"]: row for row in rows}
-
-
-@pytest.mark.parametrize(
-    ("precision", "expected"),
-    [("fp32", ("fp32",)), ("bf16", ("bf16",)), ("fp8", ("fp8", "bf16")), ("fp16-fast", ("fp16_fp16acc", "fp16"))],
-)
-def test_arithmetics_begin_with_the_one_that_mfu_is_a_share_of(precision, expected):
-    assert operations.arithmetics(precision) == expected
 
 
 def test_fp8_is_judged_by_its_own_rate_where_it_computes_in_it_and_by_bf16s_elsewhere():
