@@ -6,10 +6,13 @@ python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Literal
+from textwrap import dedent
+from typing import Annotated, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +23,7 @@ from fastgpt.common import UserError, gigabytes, millions, rounded
 from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
 from fastgpt.hardware import cards
 from fastgpt.performance.fitting import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
-from fastgpt.performance.memory import KERNELS, Memory
+from fastgpt.performance.memory import KERNELS
 
 PARTS = {
     "weights": "weights, fp32",
@@ -84,7 +87,7 @@ def main(args: list[str]) -> int:
         tokens_per_step = read_count("tokens_per_step", asked.tokens_per_step)
     tokens = None if asked.tokens is None else read_count("tokens", asked.tokens)
 
-    plans: dict[str, RunPlan] = {}
+    plans: dict[str, RunPlan | None] = {}
     refused: dict[str, UserError] = {}
     for kernels in [asked.kernels] if asked.kernels else KERNELS:
         try:
@@ -101,21 +104,22 @@ def main(args: list[str]) -> int:
                 world_size=asked.world_size,
             )
         except UserError as error:
-            refused[kernels] = error
-    if not plans:
+            plans[kernels], refused[kernels] = None, error
+    fitting = {kernels: p for kernels, p in plans.items() if p is not None}
+    if not fitting:
         raise list(refused.values())[-1]  # triton's: it needs the least
-    best = plans.get("triton") or next(iter(plans.values()))
+    best = fitting.get("triton") or next(iter(fitting.values()))
     if asked.json:
-        print(dumps(best.to_json() | {"plans": {kernels: p.to_json() for kernels, p in plans.items()}}, indent=2))
+        print(dumps(best.to_json() | {"plans": {kernels: p.to_json() for kernels, p in fitting.items()}}, indent=2))
         return 0
     console = Console(highlight=False, soft_wrap=True)
     console.print(_head(best, card, vram_gb), markup=False)
-    console.print(_table(plans, refused))
-    for note in _notes(plans, refused):
+    console.print(_table(plans))
+    for note in _notes(fitting, refused):
         console.print(note, markup=False)
-    if "nanogpt-compile" in plans:
+    if "nanogpt-compile" in fitting:
         console.print("\n[bold]nanoGPT config[/]\n")
-        console.print(nanogpt_lines(plans["nanogpt-compile"]), markup=False)
+        console.print(nanogpt_lines(fitting["nanogpt-compile"]), markup=False)
     if best.kernels != "nanogpt-compile":
         console.print("\n[bold]fastgpt preset[/] (python train.py FILE.toml --data FOLDER)\n")
         console.print(preset(best, base), markup=False)
@@ -177,24 +181,23 @@ def _head(best: RunPlan, card: cards.Gpu | None, vram_gb: float | None) -> str:
     )
 
 
-def _table(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> Table:
+def _table(plans: dict[str, RunPlan | None]) -> Table:
+    """A column for each kind of kernels; dashes where it does not fit."""
     table = Table(title="Memory of one GPU, GB (10^9 bytes), counted", title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
-    for kernels in KERNELS:
-        if kernels in plans or kernels in refused:
-            table.add_column(kernels, justify="right", no_wrap=True)
-    columns = [plans.get(kernels) for kernels in KERNELS if kernels in plans or kernels in refused]
+    for kernels in plans:
+        table.add_column(kernels, justify="right", no_wrap=True)
 
-    def row(name: str, cell, **style) -> None:
-        table.add_row(name, *("-" if p is None else cell(p) for p in columns), **style)
+    def row(name: str, cell: Callable[[RunPlan], str], **style: Any) -> None:
+        table.add_row(name, *("-" if p is None else cell(p) for p in plans.values()), **style)
 
     row("micro-batch x accumulation", lambda p: f"{p.micro_batch} x {p.grad_accum}", style="bold", end_section=True)
     for part, name in PARTS.items():
-        row(name, lambda p, part=part: _gb(p.memory, part))
+        row(name, partial(_gb, part=part))
     row("needed", lambda p: f"{p.memory.total / 1e9:.2f}", style="bold")
     row("with the CUDA context", lambda p: f"{p.vram_gb:.2f}", end_section=True)
     row("tokens/s, projected", lambda p: _number(p.tokens_per_second), style="bold")
-    known = any(p is not None and p.tokens_per_second is not None for p in columns)
+    known = any(p is not None and p.tokens_per_second is not None for p in plans.values())
     if known:
         row("  low", lambda p: _number(p.tokens_per_second_low))
         row("  high", lambda p: _number(p.tokens_per_second_high))
@@ -207,8 +210,8 @@ def _table(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> Table:
     return table
 
 
-def _gb(memory: Memory, part: str) -> str:
-    size = memory.parts()[part] / 1e9
+def _gb(p: RunPlan, part: str) -> str:
+    size = p.memory.parts()[part] / 1e9
     return f"{size:.2f}" if size else "."
 
 
@@ -245,23 +248,20 @@ def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> list[str
 def nanogpt_lines(p: RunPlan) -> str:
     """The plan as lines of a nanoGPT config file. nanoGPT divides gradient_accumulation_steps by the number of GPUs."""
     model, accumulation = p.model, p.grad_accum * p.world_size
-    return "\n".join(
-        [
-            f"# {p.micro_batch} x {accumulation} x {model.block_size} = {p.tokens_per_step:,} tokens per iteration",
-            f"gradient_accumulation_steps = {accumulation}",
-            f"batch_size = {p.micro_batch}",
-            f"block_size = {model.block_size}",
-            f"n_layer = {model.n_layer}",
-            f"n_head = {model.n_head}",
-            f"n_embd = {model.n_embd}",
-            f"bias = {model.bias}",
-            f"dropout = {model.dropout}",
-            f"max_iters = {p.steps}",
-            f"lr_decay_iters = {p.steps}",
-            f"dtype = {NANOGPT_DTYPES[p.precision]!r}",
-            "compile = True",
-        ]
-    )
+    return dedent(f"""\
+        # {p.micro_batch} x {accumulation} x {model.block_size} = {p.tokens_per_step:,} tokens per iteration
+        gradient_accumulation_steps = {accumulation}
+        batch_size = {p.micro_batch}
+        block_size = {model.block_size}
+        n_layer = {model.n_layer}
+        n_head = {model.n_head}
+        n_embd = {model.n_embd}
+        bias = {model.bias}
+        dropout = {model.dropout}
+        max_iters = {p.steps}
+        lr_decay_iters = {p.steps}
+        dtype = {NANOGPT_DTYPES[p.precision]!r}
+        compile = True""")
 
 
 def preset(p: RunPlan, base: Config) -> str:

@@ -35,6 +35,8 @@ from fastgpt.plan import main
 RTX4070, H100 = cards.lookup("rtx4070"), cards.lookup("h100")
 M124 = load_preset("gpt2-124m").model
 HALF_MILLION = 524288
+FREE = int(usable_vram(RTX4070) / (1 - MARGIN)) + 1
+"""Free bytes of which as much can be planned with as on an RTX 4070."""
 PROJECT = projection.project
 LARGE = ModelConfig(48, 25, 1600, 1024, 50304)  # GPT-2 XL
 
@@ -243,14 +245,14 @@ def configured(batch_size: int, grad_accum: int, **train) -> Config:
 )
 def test_fit_batch_keeps_the_tokens_per_step(train):
     config = configured(8, 64, **train)
-    micro_batch, grad_accum = fit_batch(config, RTX4070)
+    micro_batch, grad_accum = fit_batch(config, FREE)
     assert micro_batch * grad_accum * 1024 == config.tokens_per_step
-    check_fits(configured(micro_batch, grad_accum, **train), RTX4070)
+    check_fits(configured(micro_batch, grad_accum, **train), FREE)
 
 
 def test_fit_batch_knows_what_the_configuration_runs_on():
     def batch(**train):
-        return fit_batch(configured(8, 64, **train), RTX4070)[0]
+        return fit_batch(configured(8, 64, **train), FREE)[0]
 
     assert batch() == plan(M124, RTX4070, tokens_per_step=HALF_MILLION).micro_batch
     assert batch(kernels="eager") == plan(M124, RTX4070, tokens_per_step=HALF_MILLION, kernels="eager").micro_batch
@@ -273,19 +275,15 @@ def test_on_a_cpu_auto_precision_is_fp32():
     assert fit_batch(config, int(12e9), device="cpu")[0] < fit_batch(config, int(14e9))[0]
 
 
-def test_check_fits_returns_what_is_needed():
-    assert check_fits(configured(8, 64), RTX4070) == memory(M124, micro_batch=8, kernels="triton")
-
-
-@pytest.mark.parametrize("room", [RTX4070, int(11e9)])
-def test_an_impossible_geometry_is_refused_with_one_that_fits(room):
+@pytest.mark.parametrize("free", [FREE, int(11e9)])
+def test_an_impossible_geometry_is_refused_with_one_that_fits(free):
     config = configured(64, 8)
     with pytest.raises(UserError, match=r"^batch_size is 64: it needs about 2\d\.\d GB \(triton, bf16\)") as error:
-        check_fits(config, room)
+        check_fits(config, free)
     words = str(error.value).split()
     micro_batch, grad_accum = (int(words[words.index(flag) + 1]) for flag in ("--batch-size", "--grad-accum"))
     assert micro_batch * grad_accum == 512
-    check_fits(configured(micro_batch, grad_accum), room)
+    check_fits(configured(micro_batch, grad_accum), free)
 
 
 def test_a_geometry_within_the_models_error_is_let_through():

@@ -36,21 +36,107 @@ CPU_SHARE = 0.25
 """Share of a computer's free memory that a run on the CPU may plan with: other programs need some of it."""
 
 
+# ---------------------------------------------------------------- geometry
+
+
 @dataclass(frozen=True)
-class RunPlan:
+class Job:
+    """Everything that determines how much memory a micro-batch takes."""
+
+    model: ModelConfig
+    kernels: str
+    precision: str
+    world_size: int
+    workspace: int = CUBLAS_WORKSPACE
+
+    @classmethod
+    def of(cls, config: Config, world_size: int, device: str) -> Job:
+        kernels = config.train.implementation
+        auto = "bf16" if device == "cuda" else "fp32"
+        precision = auto if config.train.precision == "auto" else config.train.precision
+        return cls(config.model, kernels, precision, world_size)
+
+    def needs(self, micro_batch: int) -> Memory:
+        return memory(
+            self.model,
+            micro_batch=micro_batch,
+            kernels=self.kernels,
+            precision=self.precision,
+            world_size=self.world_size,
+            workspace=self.workspace,
+        )
+
+    def fits(self, micro_batch: int, usable: int) -> bool:
+        return self.needs(micro_batch).total <= usable
+
+    def geometry(self, tokens_per_step: int, usable: int, where: str) -> tuple[int, int, str | None]:
+        """micro_batch, grad_accum, and a hint where other tokens per step would allow a much larger micro-batch."""
+        at_least(1, world_size=self.world_size)
+        unit = self.model.block_size * self.world_size
+        if tokens_per_step < 1 or tokens_per_step % unit:
+            below = tokens_per_step // unit * unit
+            near = " or ".join(f"{n:,}" for n in (below, below + unit) if n > 0)
+            each = f"block_size {self.model.block_size}" + (f" x {self.world_size} GPUs" if self.world_size > 1 else "")
+            raise UserError(
+                f"tokens_per_step is {tokens_per_step:,}: {each} needs a multiple of {unit:,}; the nearest: {near}"
+            )
+        sequences = tokens_per_step // unit
+        if not self.fits(1, usable):
+            raise UserError(self._nothing_fits(usable, where))
+        micro_batch = next(n for n in _divisors(sequences) if self.fits(n, usable))
+        largest = micro_batch
+        while largest < 2 * micro_batch and largest < sequences and self.fits(largest + 1, usable):
+            largest += 1
+        hint = None
+        if largest >= 2 * micro_batch:
+            other = max(1, round(sequences / largest)) * largest * unit
+            hint = f"{tokens_per_step:,} tokens per step allow a micro-batch of {micro_batch}; {other:,} would allow {largest}"
+        return micro_batch, sequences // micro_batch, hint
+
+    def _nothing_fits(self, usable: int, where: str) -> str:
+        """What one sequence needs, and everything that would help."""
+        ways = []
+        if self.kernels != "triton":
+            lean = replace(self, kernels="triton")
+            if lean.fits(1, usable):
+                ways.append(f"--kernels triton needs {gigabytes(lean.needs(1).total)}")
+        length = self.model.block_size // 2
+        while length >= 64 and not replace(self, model=replace(self.model, block_size=length)).fits(1, usable):
+            length //= 2
+        if length >= 64:
+            ways.append(f"--block-size {length} fits")
+        needed = self.needs(1).total
+        card = next((gpu for gpu in sorted(cards.GPUS, key=lambda g: g.vram_gb) if usable_vram(gpu) >= needed), None)
+        if card:
+            ways.append(f"a card with {card.vram_gb} GB fits it")
+        millions = anatomy.n_params(self.model, positions=False) / 1e6
+        return (
+            f"micro_batch is 1 and does not fit: one sequence of {self.model.block_size} tokens through {millions:,.0f}M "
+            f"parameters ({self.kernels}, {self.precision}) needs {gigabytes(needed)}, and {where} has "
+            f"{gigabytes(max(usable, 0))} usable: {'; '.join(ways) or 'use a smaller model'}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors, largest first."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)}, reverse=True)
+
+
+# ---------------------------------------------------------------- a plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(Job):
     """A run that fits. Bytes in ``memory`` and ``usable``; ``vram_gb`` in 1e9 bytes, with the CUDA context.
 
     ``grad_accum`` counts on one GPU: micro_batch x grad_accum x T x world_size = tokens_per_step. Speed, hours and kWh are
     projections for all GPUs together, or None where nothing could be projected.
     """
 
-    model: ModelConfig
     gpu: str
-    kernels: str
-    precision: str
     micro_batch: int
     grad_accum: int
-    world_size: int
     tokens: int
     memory: Memory
     usable: int
@@ -112,8 +198,14 @@ def usable_vram(gpu: cards.Gpu | None, vram_gb: float | None = None) -> int:
 
     ``vram_gb`` replaces the card's own; GB as on the box, 2**30 bytes. Raises UserError where neither is known.
     """
-    total = _vram(gpu, vram_gb)
-    return total - CUDA_CONTEXT - _desktop(gpu) - round(MARGIN * total)
+    if vram_gb is not None and not 0 < vram_gb < 10_000:
+        raise UserError(f"vram is {vram_gb:g}: give the GB on the box, such as 12")
+    on_box = gpu.vram_gb if vram_gb is None and gpu else vram_gb
+    if on_box is None:
+        raise UserError("vram is not known for this card: give the GB on its box, such as --vram 12")
+    total = round(on_box * 2**30)
+    desktop = 0 if gpu is not None and gpu.full_rate else DESKTOP
+    return total - CUDA_CONTEXT - desktop - round(MARGIN * total)
 
 
 def plan(
@@ -139,19 +231,16 @@ def plan(
     usable = usable_vram(gpu, vram_gb)
     hopper = gpu is not None and int(gpu.arch.removeprefix("sm_")) >= 90
     workspace = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
-    job = _Job(model, kernels, precision, world_size, workspace)
+    job = Job(model, kernels, precision, world_size, workspace)
     name = gpu.name if gpu else f"a card with {vram_gb:g} GB"
     micro_batch, grad_accum, hint = job.geometry(tokens_per_step, usable, name)
     return RunPlan(
-        model=model,
+        **vars(job),
         gpu=name,
-        kernels=kernels,
-        precision=precision,
         micro_batch=micro_batch,
         grad_accum=grad_accum,
-        world_size=world_size,
         tokens=tokens,
-        memory=job.memory(micro_batch),
+        memory=job.needs(micro_batch),
         usable=usable,
         hint=hint,
         power_w=gpu.power_w if gpu else None,
@@ -159,30 +248,28 @@ def plan(
     )
 
 
-def fit_batch(config: Config, room: cards.Gpu | int, world_size: int = 1, *, device: str = "cuda") -> tuple[int, int]:
-    """(micro_batch, grad_accum) that fit and keep ``config.tokens_per_step``: ``--batch-size auto``.
+def fit_batch(config: Config, free: int, world_size: int = 1, *, device: str = "cuda") -> tuple[int, int]:
+    """(micro_batch, grad_accum) that fit into ``free`` bytes and keep ``config.tokens_per_step``: ``--batch-size auto``.
 
-    grad_accum as the configuration counts it, over all GPUs together. ``room``: a card, or the bytes that ``free_bytes``
-    gives before the model is built. Raises UserError as ``plan`` does.
+    grad_accum as the configuration counts it, over all GPUs together. Raises UserError as ``plan`` does.
     """
-    job = _Job.of(config, world_size, device)
-    micro_batch, per_gpu, _ = job.geometry(config.tokens_per_step, _budget(room), _described(room))
+    job = Job.of(config, world_size, device)
+    micro_batch, per_gpu, _ = job.geometry(config.tokens_per_step, round((1 - MARGIN) * free), "this machine")
     return micro_batch, per_gpu * world_size
 
 
-def check_fits(config: Config, room: cards.Gpu | int, world_size: int = 1) -> Memory:
-    """What the configured micro-batch needs on a GPU. Raises UserError, naming what would fit, where it cannot fit even if the
+def check_fits(config: Config, free: int, world_size: int = 1) -> None:
+    """Raise UserError, naming what would fit, if the configured micro-batch cannot fit into ``free`` bytes of a GPU even if the
     memory model counts too much by its known error and no margin is left."""
-    job = _Job.of(config, world_size, "cuda")
-    needed = job.memory(config.data.batch_size)
-    available = usable_vram(room) + round(MARGIN * _vram(room)) if isinstance(room, cards.Gpu) else room
-    if needed.allocated * (1 - MARGIN) <= available:
-        return needed
-    micro_batch, grad_accum, _ = job.geometry(config.tokens_per_step, _budget(room), _described(room))
+    job = Job.of(config, world_size, "cuda")
+    needed = job.needs(config.data.batch_size)
+    if needed.allocated * (1 - MARGIN) <= free:
+        return
+    micro_batch, grad_accum = fit_batch(config, free, world_size)
     raise UserError(
         f"batch_size is {config.data.batch_size}: it needs about {gigabytes(needed.total)} ({job.kernels}, "
-        f"{job.precision}) of the {gigabytes(max(available, 0))} free: --batch-size {micro_batch} --grad-accum "
-        f"{grad_accum * world_size} fits, at the same {config.tokens_per_step:,} tokens per step"
+        f"{job.precision}) of the {gigabytes(free)} free: --batch-size {micro_batch} --grad-accum "
+        f"{grad_accum} fits, at the same {config.tokens_per_step:,} tokens per step"
     )
 
 
@@ -198,117 +285,7 @@ def free_bytes(device: str) -> int:
         return 2 * 2**30
 
 
-# ---------------------------------------------------------------- geometry
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Everything that determines how much memory a micro-batch takes."""
-
-    model: ModelConfig
-    kernels: str
-    precision: str
-    world_size: int
-    workspace: int = CUBLAS_WORKSPACE
-
-    @classmethod
-    def of(cls, config: Config, world_size: int, device: str) -> _Job:
-        kernels = config.train.implementation
-        auto = "bf16" if device == "cuda" else "fp32"
-        precision = auto if config.train.precision == "auto" else config.train.precision
-        return cls(config.model, kernels, precision, world_size)
-
-    def memory(self, micro_batch: int) -> Memory:
-        return memory(
-            self.model,
-            micro_batch=micro_batch,
-            kernels=self.kernels,
-            precision=self.precision,
-            world_size=self.world_size,
-            workspace=self.workspace,
-        )
-
-    def fits(self, micro_batch: int, usable: int) -> bool:
-        return self.memory(micro_batch).total <= usable
-
-    def geometry(self, tokens_per_step: int, usable: int, where: str) -> tuple[int, int, str | None]:
-        """micro_batch, grad_accum, and a hint where other tokens per step would allow a much larger micro-batch."""
-        at_least(1, world_size=self.world_size)
-        unit = self.model.block_size * self.world_size
-        if tokens_per_step < 1 or tokens_per_step % unit:
-            below = tokens_per_step // unit * unit
-            near = " or ".join(f"{n:,}" for n in (below, below + unit) if n > 0)
-            each = f"block_size {self.model.block_size}" + (f" x {self.world_size} GPUs" if self.world_size > 1 else "")
-            raise UserError(
-                f"tokens_per_step is {tokens_per_step:,}: {each} needs a multiple of {unit:,}; the nearest: {near}"
-            )
-        sequences = tokens_per_step // unit
-        if not self.fits(1, usable):
-            raise UserError(self._nothing_fits(usable, where))
-        micro_batch = next(n for n in _divisors(sequences) if self.fits(n, usable))
-        largest = micro_batch
-        while largest < 2 * micro_batch and largest < sequences and self.fits(largest + 1, usable):
-            largest += 1
-        hint = None
-        if largest >= 2 * micro_batch:
-            other = max(1, round(sequences / largest)) * largest * unit
-            hint = f"{tokens_per_step:,} tokens per step allow a micro-batch of {micro_batch}; {other:,} would allow {largest}"
-        return micro_batch, sequences // micro_batch, hint
-
-    def _nothing_fits(self, usable: int, where: str) -> str:
-        """What one sequence needs, and everything that would help."""
-        ways = []
-        if self.kernels != "triton":
-            lean = replace(self, kernels="triton")
-            if lean.fits(1, usable):
-                ways.append(f"--kernels triton needs {gigabytes(lean.memory(1).total)}")
-        shorter = self.model.block_size // 2
-        while shorter >= 64:
-            job = replace(self, model=replace(self.model, block_size=shorter))
-            if job.fits(1, usable):
-                ways.append(f"--block-size {shorter} fits")
-                break
-            shorter //= 2
-        needed = self.memory(1).total
-        card = next((gpu for gpu in sorted(cards.GPUS, key=lambda g: g.vram_gb) if usable_vram(gpu) >= needed), None)
-        if card:
-            ways.append(f"a card with {card.vram_gb} GB fits it")
-        millions = anatomy.n_params(self.model, positions=False) / 1e6
-        return (
-            f"micro_batch is 1 and does not fit: one sequence of {self.model.block_size} tokens through {millions:,.0f}M "
-            f"parameters ({self.kernels}, {self.precision}) needs {gigabytes(needed)}, and {where} has "
-            f"{gigabytes(max(usable, 0))} usable: {'; '.join(ways) or 'use a smaller model'}"
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    """All divisors, largest first."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)}, reverse=True)
-
-
-def _vram(gpu: cards.Gpu | None, vram_gb: float | None = None) -> int:
-    if vram_gb is not None and not 0 < vram_gb < 10_000:
-        raise UserError(f"vram is {vram_gb:g}: give the GB on the box, such as 12")
-    gigabytes = gpu.vram_gb if vram_gb is None and gpu else vram_gb
-    if gigabytes is None:
-        raise UserError("vram is not known for this card: give the GB on its box, such as --vram 12")
-    return round(gigabytes * 2**30)
-
-
-def _desktop(gpu: cards.Gpu | None) -> int:
-    return 0 if gpu is not None and gpu.full_rate else DESKTOP
-
-
-def _budget(room: cards.Gpu | int) -> int:
-    return usable_vram(room) if isinstance(room, cards.Gpu) else round((1 - MARGIN) * room)
-
-
-def _described(room: cards.Gpu | int) -> str:
-    return room.name if isinstance(room, cards.Gpu) else "this machine"
-
-
-def _projected(job: _Job, gpu: cards.Gpu | None, micro_batch: int, grad_accum: int) -> dict[str, Any]:
+def _projected(job: Job, gpu: cards.Gpu | None, micro_batch: int, grad_accum: int) -> dict[str, Any]:
     """The fields of RunPlan that are projected; empty where there is no projection."""
     if gpu is None:
         return {}
