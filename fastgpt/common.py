@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO
 
 if sys.version_info >= (3, 11):
-    import tomllib as tomllib
+    import tomllib
 else:
-    pass
+    import tomli as tomllib
 
 
 class UserError(Exception):
@@ -101,6 +102,11 @@ def file_sha256(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def packaged_toml(package: str, name: str) -> dict[str, Any]:
+    """A TOML file of ours, which lies beside the modules of ``package``."""
+    return tomllib.loads((files(package) / name).read_text(encoding="utf-8"))
 
 
 def sync_folder(folder: Path) -> None:

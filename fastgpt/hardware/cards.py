@@ -10,10 +10,9 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from fastgpt.common import UserError, tomllib
+from fastgpt.common import UserError, packaged_toml
 
 if TYPE_CHECKING:
     import torch
@@ -112,11 +111,11 @@ class Gpu:
 
 def _table() -> list[Gpu]:
     found = []
-    for family in tomllib.loads((files("fastgpt.hardware") / "cards.toml").read_text(encoding="utf-8"))["family"]:
+    for family in packaged_toml("fastgpt.hardware", "cards.toml")["family"]:
         for name, *figures in family["cards"]:
             more = figures.pop() if isinstance(figures[-1], dict) else {}
             more["short"] = tuple(more.get("short", ()))
-            found.append(Gpu(family["prefix"] + name, family["arch"], *figures, family["source"], **more))
+            found.append(Gpu(family["prefix"] + name, family["arch"], *figures, family["source"], **more))  # type: ignore[call-arg]
     return found
 
 

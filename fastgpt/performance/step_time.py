@@ -19,19 +19,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.resources import files
 from typing import Any
 
 from fastgpt.anatomy import Shape
-from fastgpt.common import UserError, tomllib
+from fastgpt.common import UserError, packaged_toml
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance.flops import cdiv
 from fastgpt.performance.operations import GAPS, Operation, operations
 
-DESCRIBED: dict[str, dict[str, Any]] = tomllib.loads(
-    (files("fastgpt.performance") / "constants.toml").read_text(encoding="utf-8")
-)
+DESCRIBED: dict[str, dict[str, Any]] = packaged_toml("fastgpt.performance", "constants.toml")
 """Constant -> what constants.toml says of it: value, range, meaning, source and fitted clocks."""
 
 
