@@ -1,8 +1,4 @@
-"""Score a checkpoint on HellaSwag (Zellers et al. 2019): which of four endings does the model find likeliest?
-
-python -m fastgpt.hellaswag runs/gpt2-124m --data hellaswag_val.jsonl
-python -m fastgpt.hellaswag runs/gpt2-124m --data hub
-"""
+"""Score a checkpoint on HellaSwag (Zellers et al. 2019): which of four endings does the model find likeliest?"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 
 from fastgpt import command, common
 from fastgpt.command import Arg
-from fastgpt.common import UserError
+from fastgpt.common import UserError, at_least
 from fastgpt.config import Device, Kernels
 from fastgpt.hardware.device import pick
 
@@ -44,13 +44,9 @@ class SampleConfig:
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        at_least(1, tokens=self.tokens, samples=self.samples, top_k=self.top_k)
         if self.temperature < 0:
             raise UserError(f"temperature is {self.temperature}: it must be 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}: it must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}: it must lie in (0, 1]")
         if not self.prompt:

@@ -29,6 +29,8 @@ class HubCorpus:
     split: str = "train"
     text_column: str = "text"
     revision: str | None = None
+    size = None
+    """Its bytes are not known."""
 
     def __post_init__(self) -> None:
         try:
@@ -46,10 +48,6 @@ class HubCorpus:
     @property
     def source(self) -> str:
         return HUB + self.name
-
-    @property
-    def size(self) -> None:
-        return None
 
     def recipe(self) -> dict[str, Any]:
         return {
@@ -71,7 +69,7 @@ class HubCorpus:
 
     def _open(self) -> Any:
         try:
-            stream = self._datasets.load_dataset(
+            return self._datasets.load_dataset(
                 self.name,
                 name=self.config_name,
                 split=self.split,
@@ -82,12 +80,6 @@ class HubCorpus:
             # The library's ValueErrors list the configs or splits that exist, on several lines.
             what = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"data {self.source!r} cannot be opened: {what[:400]}") from error
-        if stream.column_names is not None and self.text_column not in stream.column_names:
-            raise UserError(
-                f"data {self.source!r} has no column {self.text_column!r}, only {', '.join(stream.column_names)}: "
-                "name the one that holds the text with --text-column"
-            )
-        return stream
 
 
 class HubReading:
@@ -113,7 +105,10 @@ class HubReading:
                 self.count += 1
                 self._state = None  # from here on the stream itself knows its state
                 if column not in row:
-                    raise UserError(f"data {source!r} has no column {column!r}, only {', '.join(row)}")
+                    raise UserError(
+                        f"data {source!r} has no column {column!r}, only {', '.join(row)}: name the one that holds the "
+                        "text with --text-column"
+                    )
                 text = row[column]
                 if text is not None and not isinstance(text, str):
                     raise UserError(

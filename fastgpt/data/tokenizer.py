@@ -93,12 +93,15 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 
 def _gpt2_encoding() -> tiktoken.Encoding:
+    import tiktoken
+
     try:
         return encoding_from_package()
     except Exception as error:
         package_problem = str(error)
     try:
-        return encoding_from_tiktoken(DOWNLOAD_SECONDS)
+        # The pool's thread is a daemon: a connection that never answers does not keep the process alive.
+        return ThreadPool(1).apply_async(tiktoken.get_encoding, ("gpt2",)).get(DOWNLOAD_SECONDS)
     except Exception as error:
         raise UserError(
             f"GPT-2's vocabulary was not found ({package_problem}) and tiktoken could not download it "
@@ -129,18 +132,6 @@ def encoding_from_package() -> tiktoken.Encoding:
 
     here = {**vars(openai_public), "data_gym_to_mergeable_bpe_ranks": load}
     return tiktoken.Encoding(**FunctionType(openai_public.gpt2.__code__, here)())
-
-
-def encoding_from_tiktoken(seconds: float) -> tiktoken.Encoding:
-    """GPT-2's encoding from tiktoken's cache or the network, in at most ``seconds``."""
-    import tiktoken
-
-    # Its thread is a daemon: a connection that never answers does not keep the process alive.
-    task = ThreadPool(1).apply_async(tiktoken.get_encoding, ("gpt2",))
-    task.wait(seconds)
-    if not task.ready():
-        raise TimeoutError(f"no answer in {seconds:.0f} s")
-    return task.get()
 
 
 def _merge_ranks(encoder_json: bytes) -> dict[bytes, int]:

@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Windows:
             )
         self._slack = np.where(counts > 0, targets % block_size, 0)
         self._first = np.concatenate(([0], np.cumsum(counts)[:-1]))
-        self._views = [
+        self._views: list[Any] = [  # a file without windows has no window ids
             np.lib.stride_tricks.sliding_window_view(tokens, block_size + 1) if count else None
             for tokens, count in zip(files, counts)
         ]
@@ -72,19 +73,14 @@ class Windows:
         """The windows with these numbers (0..count-1 in the order of the files), as uint16 (len(ids), block_size + 1)."""
         offsets = np.zeros_like(self._slack) if offsets is None else offsets
         if len(self._views) == 1:
-            return self._view(0)[ids * self.block_size + offsets[0]]
+            return self._views[0][ids * self.block_size + offsets[0]]
         out = np.empty((len(ids), self.block_size + 1), np.uint16)
         files = np.searchsorted(self._first, ids, side="right") - 1
         starts = (ids - self._first[files]) * self.block_size + offsets[files]
         for i in np.unique(files):
             mine = np.flatnonzero(files == i)
-            out[mine] = self._view(int(i))[starts[mine]]
+            out[mine] = self._views[i][starts[mine]]
         return out
-
-    def _view(self, file: int) -> np.ndarray:
-        view = self._views[file]
-        assert view is not None, "a file without windows has no window ids"
-        return view
 
     def _draw_epoch(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys of the permutation, and the offset of the first window in each file. They come from raw PCG64 output, which

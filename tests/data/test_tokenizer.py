@@ -42,7 +42,7 @@ def tiktokens_own(tmp_path_factory):
         patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         patch.setattr(tiktoken.load, "read_file", _no_network)
         patch.setattr(tiktoken.registry, "ENCODINGS", {})
-        return module.encoding_from_tiktoken(30.0)
+        return tiktoken.get_encoding("gpt2")
 
 
 def test_both_routes_give_the_same_encoding(tiktokens_own):
@@ -109,9 +109,11 @@ def test_altered_vocabulary_file_is_refused(monkeypatch, tmp_path):
 
 def test_a_network_that_never_answers_is_given_up(monkeypatch):
     released = threading.Event()
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(module, "DOWNLOAD_SECONDS", 0.05)
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: released.wait())
-    with pytest.raises(TimeoutError):
-        module.encoding_from_tiktoken(0.05)
+    with pytest.raises(UserError, match=r"tiktoken could not download it \(TimeoutError\)"):
+        module._gpt2_encoding()
     released.set()
 
 

@@ -26,6 +26,18 @@ from fastgpt.config import Config, DataConfig, ModelConfig
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+# GPT2Config's, where a config.json leaves them out.
+_DEFAULTS = {
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "n_ctx": 1024,
+    "vocab_size": 50257,
+    "activation_function": "gelu_new",
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+}
 _CONV1D = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 _BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
 # What tiktoken expects of GPT-2's two files.
@@ -62,7 +74,7 @@ def download(name: str) -> Path:
 def read(folder: Path) -> Portable:
     """Raises UserError."""
     source = str(folder)
-    values = _json(folder / "config.json")
+    values = {**_DEFAULTS, **_json(folder / "config.json")}
     if values.get("model_type") != "gpt2":
         raise UserError(
             f"{folder} is a {values.get('model_type', 'model of unknown type')!r}: only 'gpt2' is converted"
@@ -70,22 +82,13 @@ def read(folder: Path) -> Portable:
     _refuse_variants(source, values)
     own = values.get("fastgpt")
     own = own if isinstance(own, dict) else {}
-    pdrops = [values.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
+    pdrops = [values[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
     notes: list[str] = []
     if len(set(pdrops)) > 1:
         notes.append(f"the three dropouts {pdrops} become one, {pdrops[0]}")
-    config = model_config(
-        source,
-        {
-            "n_layer": values.get("n_layer", 12),
-            "n_head": values.get("n_head", 12),
-            "n_embd": values.get("n_embd", 768),
-            "block_size": values.get("n_positions", values.get("n_ctx", 1024)),
-            "vocab_size": values.get("vocab_size", 50257),
-            "bias": own.get("bias", True),
-            "dropout": pdrops[0],
-        },
-    )
+    block_size = values.get("n_positions", values["n_ctx"])
+    shape = {**values, "block_size": block_size, "bias": own.get("bias", True), "dropout": pdrops[0]}
+    config = model_config(source, shape)
     found = {}
     for name, tensor in _tensors(folder).items():
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -103,7 +106,7 @@ def read(folder: Path) -> Portable:
         config,
         weights,
         step=step if isinstance(step, int) and step >= 0 else 0,
-        exact_gelu=values.get("activation_function", "gelu_new") == "gelu",
+        exact_gelu=values["activation_function"] == "gelu",
         extras=extras,
         notes=notes,
     )
@@ -173,7 +176,7 @@ def _config(portable: Portable) -> dict[str, Any]:
 
 def _refuse_variants(source: str, values: dict[str, Any]) -> None:
     """Raise UserError for a GPT-2 that fastgpt does not compute."""
-    width = values.get("n_embd", 768)
+    width = values["n_embd"]
     plain = {
         "n_inner": (None, 4 * width if isinstance(width, int) else None),
         "activation_function": ("gelu", *TANH),
