@@ -50,7 +50,7 @@ class Staging:
             shard = shard_of(tensor)
             host = self._buffer(name, shard.local)
             host.copy_(shard.local, non_blocking=True)
-            devices |= {tensor.device} if tensor.is_cuda else set()
+            devices |= {shard.local.device} if shard.local.is_cuda else set()
             copies[name] = shard._replace(local=host)
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
