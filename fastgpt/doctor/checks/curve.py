@@ -26,14 +26,6 @@ def scatter(values: np.ndarray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
 
-def fit_line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Slope of the least-squares line, and its standard error."""
-    centred = x - x.mean()
-    slope = float(centred @ y / (centred @ centred))
-    rest = y - y.mean() - slope * centred
-    return slope, math.sqrt(float(rest @ rest) / max(1, len(y) - 2) / float(centred @ centred))
-
-
 def of_log(function: Callable[[LogFacts, Figures], Iterator[Finding]]) -> Check:
     """Register a check that looks at the log, where there is one."""
 
@@ -182,8 +174,8 @@ def plateau(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     if len(y) < 8 or x[-1] <= x[0]:
         return
     span = x[-1] - x[0]
-    slope, error = fit_line(x, y)
-    fall, sure = -slope * span, 2 * error * span
+    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
+    fall, sure = -float(slope) * span, 2 * math.sqrt(covariance[0, 0]) * span
     rate, peak = learning_rate(int(x[0]), figures.config), figures.config.get("learning_rate")
     if fall + sure >= 0.02 or y[-3:].mean() > y[:3].mean() + max(sure, 0.02):
         return

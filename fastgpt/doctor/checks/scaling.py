@@ -108,6 +108,7 @@ SMALL = Measured(
     iter_minus_train=(0.0923, 0.0102),
     log="docs/rtx4070-runs/nanogpt-40m-fineweb.log",
 )
+_LARGE_VAL = (4.3850, 3.8626, 3.6867, 3.5957, 3.4873, 3.4676, 3.4243, 3.4081, 3.3741, 3.3581, 3.3366)
 LARGE = Measured(
     name="the 123.59M run",
     shape=GPT2_124M,
@@ -115,19 +116,7 @@ LARGE = Measured(
     dropout=0.0,
     tokens_per_step=524288,
     steady_ms=9349.8,
-    val={
-        1000: 4.3850,
-        2000: 3.8626,
-        3000: 3.6867,
-        4000: 3.5957,
-        5000: 3.4873,
-        6000: 3.4676,
-        7000: 3.4243,
-        8000: 3.4081,
-        9000: 3.3741,
-        10000: 3.3581,
-        11000: 3.3366,
-    },
+    val=dict(zip(range(1000, 11001, 1000), _LARGE_VAL)),
     val_minus_train=(-0.0424, 0.0035),
     iter_minus_train=(-0.0261, 0.0220),
     log="docs/rtx4070-runs/nanogpt-124m-fineweb.log",

@@ -18,7 +18,7 @@ from fastgpt.doctor.reading import configs, configs_fastgpt
 from fastgpt.doctor.reading.values import Refused, checked
 
 FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
-_NAME = re.compile(r"(?:ckpt|step)-(\d{8,})(?:\.pt)?")
+_NAME = re.compile(r"step-(\d{8,})(?:\.\d+)?")
 
 
 def is_checkpoint(path: Path, head: bytes) -> bool:
@@ -31,23 +31,23 @@ def is_checkpoint(path: Path, head: bytes) -> bool:
 def newest(folder: Path) -> Path | None:
     """The checkpoint of the most steps in a run's folder: fastgpt's, else nanoGPT's ckpt.pt."""
     numbered = [(int(m[1]), path) for path in folder.iterdir() if (m := _NAME.fullmatch(path.name))]
-    whole = [(step, path) for step, path in numbered if path.is_file() or is_checkpoint(path, b"")]
-    if whole:
+    if whole := [(step, path) for step, path in numbered if is_checkpoint(path, b"")]:
         return max(whole)[1]
     return folder / "ckpt.pt" if (folder / "ckpt.pt").is_file() else None
 
 
 def read_checkpoint(path: Path) -> CheckpointFacts:
     """What a checkpoint holds. Raises UserError for one that is damaged, of another program, or that would run code."""
-    state, shapes = _from_folder(path) if path.is_dir() else _from_file(path)
-    config = state.get("config")
-    sections = config if isinstance(config, Mapping) else {}
-    if path.is_dir() or isinstance(sections.get("model"), Mapping):
-        # fastgpt's: {config: {model, data, optim, train}, step, best_val_loss, ...}
+    if path.is_dir():  # fastgpt's: {config: {model, data, optim, train}, step, best_val_loss, ...}
+        state, shapes = _from_folder(path)
+        config = state.get("config")
+        sections = config if isinstance(config, Mapping) else {}
         facts = _facts("fastgpt", path, sections.get("model"), shapes)
         facts.step = _whole(state.get("step"))
         facts.config = configs_fastgpt.of_sections(sections, Place(str(path)))
     else:  # nanoGPT's: {model, optimizer, model_args, iter_num, best_val_loss, config}, or a bare state dict
+        state, shapes = _from_file(path)
+        config = state.get("config")
         facts = _facts("nanogpt", path, state.get("model_args"), shapes)
         facts.step = _whole(state.get("iter_num"))
         facts.config = configs.of_values(config, Place(str(path))) if isinstance(config, Mapping) else None

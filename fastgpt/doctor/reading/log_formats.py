@@ -1,13 +1,11 @@
 """What the lines of a log look like: nanoGPT, nanochat, llm.c and fastgpt. Regular expressions, and nothing else.
 
-Each kind of step line has a strict form, the whole line, and a loose one: as much as a line that was cut short still says
-for certain. A number counts only when what follows it shows where it ends.
+A number counts only when what follows it shows where it ends: lines are cut, wrapped and glued together.
 """
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 from fastgpt.doctor.evidence import LogKind
 
@@ -17,60 +15,37 @@ _STEP = r"(?P<step>\d{1,12})"
 _LOSS = rf"(?P<loss>{_N})"
 
 
-class StepForm(NamedTuple):
-    """A step line. Groups: step, loss and, where the form has them, ms, mfu (percent), rate (tokens per second), lr."""
-
-    kind: LogKind
-    strict: re.Pattern[str]
-    loose: re.Pattern[str]
-
-
 def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(text, re.ASCII | re.MULTILINE)
 
 
-def _form(kind: LogKind, start: str, rest: str, certain: str = "") -> StepForm:
-    """The strict form is ``start`` and ``rest``; the loose one ``start`` and as much as ``certain`` matches."""
-    return StepForm(kind, _pattern(start + rest), _pattern(start + certain))
-
-
-STEPS = (
+_D = r"(?:\d+\.\d{2,12}|nan|inf)(?!\d)"
+_D4 = r"(?:\d+\.\d{4,12}|nan|inf)(?!\d)"  # fewer decimals: shortened by a cut or a wrap
+_RECORDS: tuple[tuple[LogKind, str], ...] = (
     # iter 200: loss 6.2977, time 3917.80ms, mfu 12.87%, 134,060 tok/s, lr 6.00e-04, ...
-    _form(
+    (
         "fastgpt",
         rf"iter\s+{_STEP}:\s*loss\s+{_LOSS},\s*time\s+(?P<ms>{_NA})(?:ms)?,\s*mfu\s+(?P<mfu>{_NA})%?,"
-        rf"\s*(?P<rate>{_NA})\s*tok/s",
-        rf",\s*lr\s+(?P<lr>{_N}),",
+        rf"\s*(?P<rate>{_NA})\s*tok/s,\s*lr\s+(?P<lr>{_N}),",
     ),
     # iter 200: loss 6.2977, time 3917.80ms, mfu 12.87%
-    _form(
-        "nanogpt",
-        rf"iter\s+{_STEP}:\s*loss\s+{_LOSS},",
-        rf"\s*time\s+(?P<ms>{_N})ms,\s*mfu\s+(?P<mfu>{_N})%",
-        rf"(?:\s*time\s+(?P<ms>{_N})ms)?",
-    ),
+    ("nanogpt", rf"iter\s+{_STEP}:\s*loss\s+{_LOSS},\s*time\s+(?P<ms>{_N})ms,\s*mfu\s+(?P<mfu>{_N})%"),
     # step 00010/21400 (0.05%) | loss: 9.1 | lrm: 1.00 | dt: 412.08ms | tok/sec: 1,272,310 | bf16_mfu: 48.20 | ...
-    _form(
+    (
         "nanochat",
-        rf"step\s+{_STEP}/\d+\s+\([\d.]+%\)\s*\|\s*loss:\s*{_LOSS}\s*\|",
-        rf"(?:[^|\n]{{0,40}}\|){{0,4}}?\s*dt:\s*(?P<ms>{_N})ms\s*\|\s*tok/sec:\s*(?P<rate>{_N})\s*\|"
+        rf"step\s+{_STEP}/\d+\s+\([\d.]+%\)\s*\|\s*loss:\s*{_LOSS}\s*\|(?:[^|\n]{{0,40}}\|){{0,4}}?"
+        rf"\s*dt:\s*(?P<ms>{_N})ms\s*\|\s*tok/sec:\s*(?P<rate>{_N})\s*\|"
         rf"\s*\w{{0,8}}mfu:\s*(?P<mfu>{_N})(?=\s*(?:\||$))",
     ),
     # step    1/19560 | loss 11.009 (+nanz)| norm 15.4 (+nanz)| lr 8.57e-07 | 3056.36 ms | 42.6% bf16 MFU | 171535 tok/s
-    _form(
+    (
         "llm.c",
-        rf"step\s+{_STEP}/\d+\s*\|\s*(?:train\s+)?loss\s+{_LOSS}",
-        rf"[^|\n]{{0,20}}\|\s*norm\s[^|\n]{{0,40}}\|\s*lr\s+(?P<lr>{_N})\s*\|\s*\(?(?P<ms>{_N})\s*ms\s*\|"
+        rf"step\s+{_STEP}/\d+\s*\|\s*(?:train\s+)?loss\s+{_LOSS}[^|\n]{{0,20}}\|\s*norm\s[^|\n]{{0,40}}"
+        rf"\|\s*lr\s+(?P<lr>{_N})\s*\|\s*\(?(?P<ms>{_N})\s*ms\s*\|"
         rf"(?:\s*(?P<mfu>{_N})%[^|\n]{{0,30}}\|)?\s*(?P<rate>{_N})\s*tok/s",
-        r"\s*[(|]",
     ),
     # llm.c's main.log: s:0 trl:10.9851 lr:0.000001 norm:15.32
-    _form("llm.c", rf"\bs:{_STEP} trl:{_LOSS}", rf" lr:(?P<lr>{_N})\s", r"\s"),
-)
-
-_D = r"(?:\d+\.\d{2,12}|nan|inf)(?!\d)"
-_D4 = r"(?:\d+\.\d{4,12}|nan|inf)(?!\d)"  # fewer decimals: shortened by a cut or a wrap
-_EVALS: tuple[tuple[LogKind, str], ...] = (
+    ("llm.c", rf"\bs:{_STEP} trl:{_LOSS} lr:(?P<lr>{_N})\s"),
     # step 500: train loss 5.4383, val loss 5.5055
     ("nanogpt", rf"step\s+{_STEP}:\s*train\s+loss\s+(?P<train>{_D}),\s*val\s+loss\s+(?P<val>{_D})"),
     # step 500: val loss 5.5055
@@ -80,8 +55,9 @@ _EVALS: tuple[tuple[LogKind, str], ...] = (
     # val loss 11.009360: of the step last seen
     ("llm.c", r"^[ \t]*val loss[ \t]+(?P<val>(?:\d+\.\d+|nan|inf))[ \t]*$"),
 )
-RECORDS = [(form.kind, form.strict) for form in STEPS] + [(kind, _pattern(pattern)) for kind, pattern in _EVALS]
-"""Every form of a whole step or evaluation. An evaluation has a group ``val``."""
+RECORDS = [(kind, _pattern(pattern)) for kind, pattern in _RECORDS]
+"""Every form of a step or evaluation. Groups of a step: step, loss and, where the form has them, ms, mfu (percent), rate
+(tokens per second), lr; of an evaluation: val and, where the form has them, step, train."""
 
 START = _pattern(r"(?:iter|step)\s+\d{1,12}\s*[:/]")
 """Where a step or evaluation line begins."""

@@ -138,7 +138,7 @@ class _Reader:
         return end
 
     def _unfinished(self, kind: LogKind, begin: re.Match[str]) -> int:
-        """A record that was wrapped, or cut short: whole with the next lines joined to it, else what is certain of it."""
+        """The beginning of a record that was wrapped: the next lines are joined to it. One that was cut short is left out."""
         at = begin.start()
         following = forms.START.search(self.text, at + 1, at + _WRAPPED)
         pieces = self.text[at : following.start() if following else at + _WRAPPED].split("\n")
@@ -153,10 +153,6 @@ class _Reader:
         if not following and len(pieces) <= _PIECES and pieces[-1]:
             why = "the log ends in the middle of this line"
             self.unread.append(Unread(Place(self.file, self._line(at)), pieces[0][:200], why))
-        for step in forms.STEPS:
-            if match := step.loose.match(self.text, at):
-                self._take(step.kind, match, at)
-                return match.end()
         return 0
 
     # --- everything else ---

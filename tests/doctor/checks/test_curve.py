@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastgpt.doctor.checks.curve import fit_line, scatter
+from fastgpt.doctor.checks.curve import scatter
 from tests.doctor.runs import curve, examine, log, names, note, only, real_report
 
 
@@ -144,11 +144,3 @@ def test_scatter_is_a_standard_deviation_that_outliers_do_not_move():
     assert scatter(values) == pytest.approx(2.0, rel=0.02)
     values[:1000] = 1e6
     assert scatter(values) == pytest.approx(2.0, rel=0.05)
-
-
-def test_fit_line_gives_slope_and_its_error():
-    rng = np.random.default_rng(0)
-    x = np.arange(30.0)
-    fits = np.array([fit_line(x, 2 * x + rng.standard_normal(30)) for _ in range(300)])
-    assert fits[:, 0].mean() == pytest.approx(2, abs=0.01)
-    assert fits[:, 1].mean() == pytest.approx(fits[:, 0].std(), rel=0.15)

@@ -359,11 +359,11 @@ def test_a_log_that_ends_in_the_middle_of_a_line_says_so(log):
     assert not log(ITER.format(1).rstrip()).unread
 
 
-def test_a_half_line_before_a_crash_keeps_what_is_certain_and_the_crash(log):
+def test_a_half_line_before_a_crash_does_not_hide_the_crash(log):
     facts = log(
         "iter 5: loss 3.1234, time 39\nTraceback (most recent call last):\n  x\ntorch.OutOfMemoryError: CUDA out of memory.\n"
     )
-    assert (steps(facts), facts.steps.loss.tolist()) == ([5], [3.1234])
+    assert steps(facts) == []
     assert [note.kind for note in facts.notes] == ["traceback", "oom"]
     assert facts.notes[1].text.startswith("torch.OutOfMemoryError")
 
