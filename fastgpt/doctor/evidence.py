@@ -184,3 +184,8 @@ class Evidence:
     """Files that lay in a folder that was given, and were not read."""
     machine: Machine | None = None
     """The machine that the run is to start on."""
+
+    def said(self, kind: str) -> Any:
+        """The last value that the log's notes of a kind give; None if there is none."""
+        values = [note.value for note in self.log.all(kind) if note.value] if self.log else []
+        return values[-1] if values else None

@@ -59,8 +59,8 @@ def one_line(text: str) -> str:
     return re.sub(r"\s{3,}", "  ", text.strip())
 
 
-def _figure(unit: str, what: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"unit": unit, "what": what})
+def _figure(unit: str, what: str) -> Any:
+    return field(default=None, metadata={"what": f"{what} [{unit}]" if unit else what})
 
 
 @dataclass
@@ -150,13 +150,8 @@ class Figures:
         return numbers
 
 
-def units() -> dict[str, str]:
-    """Name of each figure -> its unit and what it is."""
-    return {
-        f.name: f"{f.metadata['what']} [{f.metadata['unit']}]" if f.metadata["unit"] else f.metadata["what"]
-        for f in fields(Figures)
-        if f.metadata
-    }
+UNITS = {f.name: f.metadata["what"] for f in fields(Figures) if f.metadata}
+"""Name of each figure -> what it is, and its unit."""
 
 
 def compute(evidence: Evidence, gpu: Gpu | None, corpus_tokens: int | None = None) -> Figures:
@@ -164,9 +159,9 @@ def compute(evidence: Evidence, gpu: Gpu | None, corpus_tokens: int | None = Non
     log = evidence.log
     stored = evidence.checkpoint.config if evidence.checkpoint else None
     config = evidence.config or stored or ConfigFacts("nanogpt")
-    figures = Figures(config, _shape(evidence, config), _precision(log, config, gpu))
+    figures = Figures(config, _shape(evidence, config), evidence.said("precision") or _precision(config, gpu))
     _size(figures, evidence)
-    _tokens(figures, log, corpus_tokens)
+    _tokens(figures, evidence, corpus_tokens)
     if log is not None:
         _speed(figures, log)
         _losses(figures, log)
@@ -181,19 +176,14 @@ def _shape(evidence: Evidence, config: ConfigFacts) -> Shape | None:
     found: dict[str, Any] = {name: config.get(name, kept.get(name)) for name in names}
     if None in found.values():
         return None
-    said = [note.value for note in (evidence.log.all("vocab") if evidence.log else []) if note.value]
     vocab = config.settings["vocab_size"].value if config.is_set("vocab_size") else kept.get("vocab_size")
-    vocab = vocab or (said[-1] if said else config.get("vocab_size", 50304))
+    vocab = vocab or evidence.said("vocab") or config.get("vocab_size", 50304)
     return Shape(**found, vocab_size=vocab, bias=bool(config.get("bias", kept.get("bias", False))))
 
 
-def _precision(log: LogFacts | None, config: ConfigFacts, gpu: Gpu | None) -> str:
-    """As fastgpt's log says it is in force, else the config's; float32 runs as tf32 in nanoGPT, which switches that on.
-
-    Where an experimental mode does not run, fastgpt takes bf16 (ops.usable_precision)."""
-    said = [note.value for note in log.all("precision") if note.value] if log else []
-    if said:
-        return str(said[-1])
+def _precision(config: ConfigFacts, gpu: Gpu | None) -> str:
+    """The config's; float32 runs as tf32 in nanoGPT, which switches that on. Where an experimental mode does not run, fastgpt
+    takes bf16 (ops.usable_precision)."""
     name = str(config.get("dtype"))
     if config.kind == "fastgpt" and name in EXPERIMENTAL:
         runs = config.get("kernels", "triton") == "triton" and (gpu is None or cards.gains(name, gpu))
@@ -203,27 +193,26 @@ def _precision(log: LogFacts | None, config: ConfigFacts, gpu: Gpu | None) -> st
 
 def _size(figures: Figures, evidence: Evidence) -> None:
     """Parameters: the shape's, unless the log or the checkpoint counted a model that is not of this shape."""
-    counted = [note.value for note in (evidence.log.all("parameters") if evidence.log else []) if note.value]
-    if not counted and evidence.log is None and evidence.checkpoint and evidence.checkpoint.parameters:
-        counted = [evidence.checkpoint.parameters]
+    counted = evidence.said("parameters")
+    if evidence.log is None and evidence.checkpoint:
+        counted = evidence.checkpoint.parameters
     if figures.shape is not None:
         figures.flops_per_token = flops.palm(figures.shape)
         figures.parameters = anatomy.n_params(figures.shape, positions=False)
-    if counted and (figures.parameters is None or abs(counted[-1] / figures.parameters - 1) > 0.01):
+    if counted and (figures.parameters is None or abs(counted / figures.parameters - 1) > 0.01):
         if figures.shape is not None and evidence.log is not None:
             figures.shape = figures.flops_per_token = None  # the log is of another model than the config
-        figures.parameters = int(counted[-1])
+        figures.parameters = int(counted)
 
 
-def _tokens(figures: Figures, log: LogFacts | None, corpus_tokens: int | None) -> None:
+def _tokens(figures: Figures, evidence: Evidence, corpus_tokens: int | None) -> None:
     parts = [figures.config.get(name) for name in ("batch_size", "gradient_accumulation_steps", "block_size")]
     if None not in parts:
         figures.tokens_per_step = math.prod(parts)
-    if log is not None:
-        said = [note.value for note in log.all("tokens_per_step") if note.value]
+    if (log := evidence.log) is not None:
         rate, ms = log.steps.tokens_per_second, log.steps.ms
-        if said:
-            figures.tokens_per_step = int(said[-1])
+        if said := evidence.said("tokens_per_step"):
+            figures.tokens_per_step = int(said)
         elif figures.tokens_per_step is None and np.isfinite(rate * ms).any():
             figures.tokens_per_step = round(float(np.nanmedian(rate * ms)) / 1e3)
         last = [int(steps.step[-1]) for steps in (log.steps, log.evals) if len(steps)]

@@ -63,29 +63,20 @@ def _blocks(text: str, fixed: Callable[[str], bool]) -> list[tuple[bool, str]]:
 
 
 def _utilisation(figures: Figures, gpu: Gpu | None) -> dict[str, Any] | None:
-    """One bar: what the run does, on the card's own scale, nanoGPT's unit beneath. Places are in the SVG's units."""
+    """One bar: what the run does, on the card's own scale, nanoGPT's unit beneath. Places are shares of the bar's width."""
     if gpu is None or figures.model_tflops is None or figures.nominal_tflops is None or figures.mfu_nominal is None:
         return None
-    left, width = 10, 880
     top = max(figures.nominal_tflops, figures.model_tflops)  # TFLOP/s at the right end
-
-    def x(tflops: float) -> float:
-        return left + width * tflops / top
-
     of_an_a100 = top * 1e12 / NANOGPT_PEAK
     percents = range(0, int(100 * of_an_a100) + 1, 5 if of_an_a100 > 0.12 else 1)
     here, whole = 100 * (figures.mfu_nanogpt or 0), 100 * (figures.ceiling_nanogpt or 0)
     return {
-        "left": left,
-        "width": width,
-        "y": 26,
-        "height": 30,
-        "steady": x(figures.model_tflops),
-        "overall": x(figures.model_tflops * (1 - (figures.evaluation_share or 0.0))),
+        "steady": figures.model_tflops / top,
+        "overall": figures.model_tflops * (1 - (figures.evaluation_share or 0.0)) / top,
         "label": f"{figures.model_tflops:.1f} TFLOP/s in steady state: {figures.mfu_nominal:.1%} of the card",
         "label_inside": figures.mfu_nominal > 0.35,
         "peak": f"{gpu.name}: {figures.nominal_tflops:.1f} TFLOP/s nominal dense {figures.precision}",
-        "ticks": [(percent, x(percent / 100 * NANOGPT_PEAK / 1e12)) for percent in percents],
+        "ticks": [(percent, percent / 100 / of_an_a100) for percent in percents],
         "note": f"nanoGPT's mfu, of an A100's 312 TFLOP/s: {here:.1f}% here, {whole:.1f}% is all this card has in "
         f"{figures.precision}; the white line is with evaluations in the time",
     }

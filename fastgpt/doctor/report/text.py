@@ -13,7 +13,7 @@ from rich.text import Text
 from fastgpt.common import millions, rounded
 from fastgpt.doctor.diagnosis import Diagnosis
 from fastgpt.doctor.evidence import seen_as_json
-from fastgpt.doctor.figures import Figures, units
+from fastgpt.doctor.figures import UNITS, Figures
 from fastgpt.doctor.findings import Finding
 from fastgpt.hardware.cards import Gpu
 
@@ -25,7 +25,7 @@ def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
     return {
         "findings": [finding.to_json() for finding in report.findings],
         "figures": report.figures.to_json(),
-        "units": units(),
+        "units": UNITS,
         "gpu": gpu.name if gpu else None,
         "precision": report.figures.precision,
         "not_checked": report.not_checked,
@@ -34,44 +34,39 @@ def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
 
 
 def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
-    """The figures worth a line, in words."""
-
-    def row(name: str, form: str, *values: object) -> list[tuple[str, str]]:
-        return [] if any(value is None for value in values) else [(name, form.format(*values))]
-
-    f = figures
-    parameters, tokens = f.parameters and millions(f.parameters), f.seen()
+    """The figures worth a line, in words. A line of which a figure is not known is left out."""
+    f, tokens = figures, figures.seen()
     unit = "{:.1%} in nanoGPT's unit (of an A100)"
     ratio = ",.0f" if (f.tokens_per_parameter or 0) >= 100 else ".3g"
     card = gpu.name.removeprefix("NVIDIA ") if gpu else ""
-    return [
-        *row("model", "{} parameters (positions apart)", parameters),
-        *row(
+    rows: list[tuple[Any, ...]] = [
+        ("model", "{} parameters (positions apart)", f.parameters and millions(f.parameters)),
+        (
             "tokens",
             "{:,} per step, {} " + ("seen" if f.tokens_seen is not None else "planned"),
             f.tokens_per_step,
             tokens and rounded(tokens),
         ),
-        *row("", f"{{:{ratio}}} per parameter (Chinchilla: 20)", f.tokens_per_parameter),
-        *row(
+        ("", f"{{:{ratio}}} per parameter (Chinchilla: 20)", f.tokens_per_parameter),
+        (
             "speed",
             "{:,.0f} ms per step, {:,.0f} tokens/s, {:.1f} TFLOP/s",
             f.steady_ms_per_iter,
             f.tokens_per_second,
             f.model_tflops,
         ),
-        *row("MFU", "{:.1%} of the " + card + " ({:.1f} TFLOP/s {})", f.mfu_nominal, f.nominal_tflops, f.precision),
-        *(row("", "{}", f.out_of_reach) if f.mfu_nominal is not None and f.out_of_reach else []),
-        *row("", f"{unit}; the card's ceiling there is {{:.1%}}", f.mfu_nanogpt, f.ceiling_nanogpt),
-        *(row("MFU", unit, f.mfu_nanogpt) if f.ceiling_nanogpt is None else []),
-        *row(
-            "evaluations",
-            "{:.1%} of the time, {:.0f} minutes per day",
-            f.evaluation_share,
-            f.evaluation_minutes_per_day,
+        ("MFU", "{:.1%} of the " + card + " ({:.1f} TFLOP/s {})", f.mfu_nominal, f.nominal_tflops, f.precision),
+        ("", "{}", f.out_of_reach if f.mfu_nominal is not None and f.out_of_reach else None),
+        (
+            "" if f.ceiling_nanogpt is not None else "MFU",
+            unit + ("; the card's ceiling there is {:.1%}" if f.ceiling_nanogpt is not None else ""),
+            f.mfu_nanogpt,
+            f.ceiling_nanogpt or 0.0,
         ),
-        *row("val loss", "{:.4f} last, {:.4f} lowest (step {:,})", f.last_val, f.best_val, f.best_val_step),
+        ("evaluations", "{:.1%} of the time, {:.0f} minutes per day", f.evaluation_share, f.evaluation_minutes_per_day),
+        ("val loss", "{:.4f} last, {:.4f} lowest (step {:,})", f.last_val, f.best_val, f.best_val_step),
     ]
+    return [(name, form.format(*values)) for name, form, *values in rows if None not in values]
 
 
 def print_report(report: Diagnosis, gpu: Gpu | None, console: Console) -> None:
