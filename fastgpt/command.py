@@ -12,25 +12,21 @@
 
 A field is a flag (``top_k`` is ``--top-k``), its docstring the flag's help. A field that is itself a dataclass is a section
 of the help page; its fields are flags like the others. ``options`` turns the dataclass into one list, from which the words
-are read (``read``) and the help page is drawn: by tyro, or where that is not installed (a rented GPU machine with nothing but
-torch and triton) by the standard library's argparse. Both are imported to draw only, so that library code may import this
-module, and a command line means the same with either.
+are read (``read``) and the help page is drawn (by argparse).
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
-import io
 import itertools
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout, suppress
-from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
-from importlib.util import find_spec
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -87,11 +83,6 @@ class Option(NamedTuple):
         return [] if self.arg.positional else [self.flag, *self.arg.aliases]
 
     @property
-    def switch(self) -> bool:
-        """Whether the flag alone says everything."""
-        return self.type is bool and not self.optional
-
-    @property
     def metavar(self) -> str:
         if self.arg.metavar:
             return self.arg.metavar
@@ -99,12 +90,6 @@ class Option(NamedTuple):
             return "{" + ",".join(get_args(self.type)) + "}"
         shown = {int: "N", float: "X", bool: "{True,False}"}.get(self.type)
         return shown or self.name.rsplit("_", 1)[-1].upper()
-
-    @property
-    def usage(self) -> str:
-        """The metavariable, with brackets around what may be left out."""
-        shown = f"{self.metavar} ..." if self.many else self.metavar
-        return f"[{shown}]" if self.arg.positional and self.default is not MISSING else shown
 
     @property
     def label(self) -> str:
@@ -116,17 +101,15 @@ class Option(NamedTuple):
         """What stands behind its help."""
         if self.default is MISSING:
             return "(required)"
-        if self.default in (None, False, ""):
+        if self.default in (None, False, "", ()):
             return ""
         values = self.default if self.many else [self.default]
-        shown = [repr(value) if re.search(r"\s", str(value)) else str(value) for value in values]
-        return f"(default: {' '.join(shown)})" if shown else ""
+        shown = (repr(value) if re.search(r"\s", str(value)) else str(value) for value in values)
+        return f"(default: {' '.join(shown)})"
 
     def value(self, words: Sequence[str]) -> Any:
         """The value behind the words of the command line. Raises UserError."""
-        if self.many:
-            return tuple(self._one(word) for word in words)
-        return self._one(words[0])
+        return tuple(map(self._one, words)) if self.many else self._one(words[0])
 
     def _one(self, word: str) -> Any:
         if word in self.arg.words:
@@ -156,7 +139,7 @@ def parse(cls: type[AnyConfig], args: Sequence[str], module: str, description: s
 
     Raises UserError for a word that is not known and for a value of the wrong type."""
     values, rest = parse_known(cls, args, module, description)
-    refuse(rest, options(cls))
+    refuse(rest, cls)
     return cls(**values)
 
 
@@ -178,25 +161,55 @@ def parse_known(
 
 def show_help(cls: type, module: str, description: str | None = None, default: Any = None) -> NoReturn:
     """Print the help page and exit. ``default``: an instance of ``cls`` whose values the page shows."""
+    width = min(WIDTH, shutil.get_terminal_size().columns)
     known, hints = options(cls, default), get_type_hints(cls)
-    sections = {name: inspect.cleandoc(hints[name].__doc__) if name else "" for name in (o.section for o in known)}
-    draw = _with_tyro if find_spec("tyro") else _with_argparse
-    print("usage:", program(module), "[-h] [OPTIONS]", *(option.usage for option in known if option.arg.positional))
-    print(f"\n{_filled(description or inspect.cleandoc(cls.__doc__ or ''))}\n")
-    print(draw(known, sections), end="")
+    usage = [program(module), "[-h] [OPTIONS]"]
+    for option in known:
+        if option.arg.positional:
+            shown = f"{option.metavar} ..." if option.many else option.metavar
+            usage.append(shown if option.default is MISSING else f"[{shown}]")
+    parser = argparse.ArgumentParser(
+        usage=" ".join(usage),
+        description=_filled(description or inspect.cleandoc(cls.__doc__ or ""), width),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width, max_help_position=26),
+    )
+    sections: dict[str, Any] = {"": parser}
+    for option in known:
+        name, about = option.section, {"help": f"{option.help} {option.note}".replace("%", "%%").strip()}
+        if name not in sections:
+            text = _filled(inspect.cleandoc(hints[name].__doc__), width - 2)
+            sections[name] = parser.add_argument_group(f"{name} options", text)
+        if option.type is bool and not option.optional:
+            about["action"] = argparse.BooleanOptionalAction if name else "store_true"
+        else:
+            about |= {"nargs": "*" if option.many else None, "metavar": option.metavar}
+        sections[name].add_argument(*(option.flags or [option.name]), **about)
+    parser.print_help()
     sys.exit(0)
 
 
-def refuse(words: Sequence[str], known: Sequence[Option]) -> None:
-    """Raise UserError for the first of ``words``: nothing on a command line is passed over."""
-    if not words:
-        return
-    flags = [option.flag for option in known if not option.arg.positional]
+def _filled(description: str, width: int) -> str:
+    """A description within the width: paragraphs are filled; in a block of examples each line stays, and what an example says
+    about itself goes below it where both do not fit."""
+    out = []
+    for block in re.split(r"\n\s*\n", description.replace("``", "").strip()):
+        if "\n  " not in f"\n{block}":
+            out += [textwrap.fill(block, width, break_long_words=False, break_on_hyphens=False), ""]
+            continue
+        for line in block.splitlines():
+            out.append(line if len(line) <= width else re.sub(r"^( +)(\S.*?) {2,}(\S)", r"\1\2\n\1    \3", line))
+        out.append("")
+    return "\n".join(out).rstrip()
+
+
+def refuse(words: Sequence[str], cls: type) -> None:
+    """Raise UserError for one of ``words``, a flag if there is one: nothing on a command line is passed over."""
     for word in words:
         if word.startswith("-"):
-            flag = word.split("=")[0]
-            raise UserError(f"flag is {flag!r}{nearest(flag, flags)}, which is not known: --help lists those there are")
-    raise UserError(f"{words[0]!r} is one word too many: --help says what the command takes")
+            flag, known = word.split("=")[0], [option.flag for option in options(cls) if not option.arg.positional]
+            raise UserError(f"flag is {flag!r}{nearest(flag, known)}, which is not known: --help lists those there are")
+    if words:
+        raise UserError(f"{words[0]!r} is one word too many: --help says what the command takes")
 
 
 def subcommand(args: Sequence[str], known: Mapping[str, type], module: str) -> tuple[str, list[str]]:
@@ -297,80 +310,3 @@ def read(args: Sequence[str], known: Sequence[Option]) -> tuple[dict[str, Any], 
         else:
             given[option.name] = [words.pop(0)]
     return {option.name: option.value(given[option.name]) for option in known if option.name in given}, rest
-
-
-# ---------------------------------------------------------------- the help page
-
-
-def _width() -> int:
-    return min(WIDTH, shutil.get_terminal_size().columns)
-
-
-def _filled(description: str) -> str:
-    """A description within the width: paragraphs are filled; in a block of examples each line stays, and what an example says
-    about itself goes below it where both do not fit."""
-    width, out = _width(), []
-    for block in re.split(r"\n\s*\n", description.replace("``", "").strip()):
-        if "\n  " not in f"\n{block}":
-            out += [textwrap.fill(block, width, break_long_words=False, break_on_hyphens=False), ""]
-            continue
-        for line in block.splitlines():
-            out.append(line if len(line) <= width else re.sub(r"^( +)(\S.*?) {2,}(\S)", r"\1\2\n\1    \3", line))
-        out.append("")
-    return "\n".join(out).rstrip()
-
-
-def _with_tyro(known: Sequence[Option], sections: Mapping[str, str]) -> str:
-    """The options as tyro draws them."""
-    import tyro
-
-    def shadow(section: str) -> type:
-        """The dataclass that tyro sees: a switch is a bool, everything else is text."""
-        made: list[Any] = []
-        for option in known:
-            if option.section != section:
-                continue
-            shown = tyro.conf.arg(
-                name=option.arg.flag or None,
-                metavar=None if option.switch else option.usage,
-                help=option.help or " ",
-                help_behavior_hint=option.note,
-                aliases=option.arg.aliases or None,
-            )
-            kind: Any = Annotated[bool if option.switch else str, shown]
-            if option.arg.positional:
-                kind = Annotated[kind, tyro.conf.Positional]
-            if not section:
-                kind = Annotated[kind, tyro.conf.FlagCreatePairsOff]
-            made.append((option.name, kind, field(default=option.default if option.switch else "")))
-        if not section:
-            made += [(name, each, field(default_factory=each)) for name in sections if name and (each := shadow(name))]
-        out = make_dataclass(section or "options", made, kw_only=True)
-        out.__doc__ = sections.get(section, "")
-        return out
-
-    page = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")  # tyro draws boxes in UTF-8 only
-    with redirect_stdout(page), suppress(SystemExit):
-        tyro.cli(shadow(""), args=["--help"], config=(tyro.conf.OmitArgPrefixes,))
-    page.seek(0)
-    return page.read().partition("\n\n")[2]  # without its usage, which spells out every option
-
-
-def _with_argparse(known: Sequence[Option], sections: Mapping[str, str]) -> str:
-    """The options as argparse prints them."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, formatter_class=lambda prog: argparse.HelpFormatter(prog, width=_width())
-    )
-    groups: dict[str, Any] = {
-        name: parser.add_argument_group(f"{name} options", text) if name else parser for name, text in sections.items()
-    }
-    for option in known:
-        about: dict[str, Any] = {"help": f"{option.help} {option.note}".replace("%", "%%").strip()}
-        if option.switch:
-            about["action"] = argparse.BooleanOptionalAction if option.section else "store_true"
-        else:
-            about |= {"nargs": "*" if option.many else None, "metavar": option.metavar}
-        groups[option.section].add_argument(*(option.flags or [option.name]), **about)
-    return parser.format_help()

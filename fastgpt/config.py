@@ -271,7 +271,7 @@ def parse(args: Sequence[str], device_type: str) -> Config:
     """
     words = [arg for arg in args if arg not in ("-h", "--help")]
     asked, rest = command.parse_known(Config, words, "fastgpt.train")
-    command.refuse(rest, command.options(Config))
+    command.refuse(rest, Config)
     if asked.get("explain_kernels") is not None:
         device_type = "cuda"  # what is explained is what a GPU would run
     if asked.get("device") == "cpu":
