@@ -13,8 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from dataclasses import asdict
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -33,7 +32,7 @@ from fastgpt.training import distributed
 from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
 from fastgpt.training.metrics import Metrics
-from fastgpt.training.report import LogLine, Progress, banner, describe_device, peak_memory_gb
+from fastgpt.training.report import banner, interval, log_line, progress_bar
 from fastgpt.training.run import (
     Run,
     build,
@@ -78,15 +77,6 @@ class StopRequest:
 
 class _Abandoned(Exception):
     """The step was given up between two micro-batches: a stop was asked for."""
-
-
-class _Pending(NamedTuple):
-    """A step whose loss has not been read from the device yet."""
-
-    step: int
-    lr: float
-    loss: Tensor
-    norm: Tensor
 
 
 def train(config: Config, device: torch.device, console: Console | None = None) -> tuple[Run, int]:
@@ -139,14 +129,15 @@ class _Loop:
         self.hellaswag = load_hellaswag(self.settings.hellaswag) if self.settings.hellaswag else None
         peak = cards.peak_flops(device, self.state.stepper.precision)
         self.meter = StepMeter(device, flops.palm(anatomy.Shape.of(config.model)), peak)
-        self.pending: list[_Pending] = []
+        # Steps whose loss and gradient norm have not been read from the device yet, with their records for metrics.jsonl.
+        self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         self.losses: list[float] = []  # since the last log line
         self.skipped_in_a_row = 0
         self.rollbacks = 0
         self.spiked = False  # whether the losses read last had a spike
 
-    def say(self, text: str, markup: bool = False) -> None:
-        self.console.print(text, markup=markup)
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
 
     def run(self) -> tuple[Run, int]:
         run, out = self.state, self.settings.out
@@ -154,7 +145,7 @@ class _Loop:
         if self.world.is_main:
             for name, content in (("config", run.config.to_dict()), ("environment", environment(run.device))):
                 (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        self.progress = Progress(self.console, run.step, self.settings.max_iters)
+        self.progress = progress_bar(self.console, run.step, self.settings.max_iters)
         with (
             closing(self.metrics) if self.metrics else nullcontext(),
             closing(run),
@@ -193,7 +184,7 @@ class _Loop:
             self._read_losses(0 if log or evaluation or save else 1, report)
             if self.spiked and settings.on_spike == "rollback" and self._roll_back():
                 continue
-            is_best = self._evaluate() if evaluation else False
+            is_best = evaluation and self._evaluate()
             if text:
                 with self.meter.excluded():
                     self.say(f"sample at step {run.step}: {self._beside_graphs(sample)!r}")
@@ -231,7 +222,7 @@ class _Loop:
             message = str(error).split(". ")[0]
         else:
             run.step += 1
-            self.pending.append(_Pending(run.step, lr, loss, norm))
+            self.pending.append(({"step": run.step, "lr": lr}, loss, norm))
             if run.stepper.graphs is not None and run.stepper.graphs.due:
                 with self.meter.excluded():
                     self.say(run.stepper.graphs.capture())
@@ -259,40 +250,43 @@ class _Loop:
                 f"micro-batches of {run.micro_batch} x {run.config.model.block_size} tokens do not fit the GPU ({message}): "
                 "use a smaller --batch-size with a larger --grad-accum, a smaller --block-size or a smaller model"
             )
+        micro_batch, grad_accum = geometry
         self.say(
-            f"[yellow]out of memory at step {run.step + 1}: micro-batches of {geometry[0]} instead of {run.micro_batch}, "
-            f"{geometry[1]} of them instead of {run.grad_accum}; tokens per step stay {run.config.tokens_per_step:,}",
-            markup=True,
+            f"out of memory at step {run.step + 1}: micro-batches of {micro_batch} instead of {run.micro_batch}, "
+            f"{grad_accum} of them instead of {run.grad_accum}; tokens per step stay {run.config.tokens_per_step:,}"
         )
-        run.set_geometry(*geometry)
+        run.set_geometry(micro_batch, grad_accum)
         torch.cuda.empty_cache()
         self._write(
-            {"event": "out_of_memory", "at_step": run.step, "micro_batch": geometry[0], "grad_accum": geometry[1]}
+            {"event": "out_of_memory", "at_step": run.step, "micro_batch": micro_batch, "grad_accum": grad_accum}
         )
 
     def _read_losses(self, keep: int, report: StepReport | None = None) -> None:
         """Read, check and record the losses of all steps but the newest ``keep``; the last one's record gets ``report``."""
         self.spiked = False
         while len(self.pending) > keep:
-            entry = self.pending.pop(0)
-            loss, norm = entry.loss.item(), entry.norm.item()
+            record, *values = self.pending.pop(0)
+            loss, norm = (value.item() for value in values)
             self.losses.append(loss)
-            record = {"step": entry.step, "loss": loss, "lr": entry.lr, "grad_norm": norm}
+            record |= {"loss": loss, "grad_norm": norm}
             finite = math.isfinite(loss) and math.isfinite(norm)
             self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
             if not finite:
                 record["skipped"] = True
-                self.say(f"step {entry.step}: loss {loss}, gradient norm {norm}: the step changed nothing")
+                self.say(f"step {record['step']}: loss {loss}, gradient norm {norm}: the step changed nothing")
             if report is not None and not self.pending:
-                record |= self._log(report, entry.lr, norm)
+                self.progress.update(self.progress.task_ids[0], completed=record["step"])
+                record |= interval(self.state, report, self.losses, self.progress.tasks[0].time_remaining)
+                self.losses.clear()
+                self.say(log_line(record))
             self._write(record)
             if finite:
-                self._watch_for_spikes(entry.step, loss)
+                self._watch_for_spikes(record["step"], loss)
             elif self.skipped_in_a_row >= self.settings.max_skipped:
                 self.saver.wait()
                 raise UserError(
-                    f"{self.skipped_in_a_row} steps in a row, up to {entry.step}, had a loss or gradient that is not finite: "
-                    f"lower --lr or use --precision bf16 or fp32; {self._last_good()}"
+                    f"{self.skipped_in_a_row} steps in a row, up to {record['step']}, had a loss or gradient that is not "
+                    f"finite: lower --lr or use --precision bf16 or fp32; {self._last_good()}"
                 )
 
     def _watch_for_spikes(self, step: int, loss: float) -> None:
@@ -323,31 +317,6 @@ class _Loop:
         self.say(f"rolled back from step {step} to {path}; the batches in between are not seen again")
         self._write({"event": "rollback", "at_step": step, "to_step": run.step})
         return True
-
-    def _log(self, report: StepReport, lr: float, norm: float) -> dict[str, Any]:
-        """Print the interval's line; returns what metrics.jsonl adds to its last step."""
-        run = self.state
-        rate = report.tokens_per_second
-        line = LogLine(
-            step=run.step,
-            max_iters=self.settings.max_iters,
-            loss=math.fsum(self.losses) / len(self.losses),
-            lr=lr,
-            grad_norm=norm,
-            ms=report.ms_per_step,
-            tokens_per_second=None if rate is None else rate * self.world.size,
-            memory_gb=peak_memory_gb(run.device),
-            mfu=report.mfu,
-            data_wait=report.data_wait,
-            skipped_steps=run.stepper.skipped_steps(),
-            eta_s=self.progress.seconds_left(run.step),
-            **describe_device(run.device),
-        )
-        self.losses.clear()
-        self.say(str(line))
-        self.progress.advance(run.step)
-        own = ("step", "loss", "lr", "grad_norm")
-        return {"interval_loss": line.loss, **{k: v for k, v in asdict(line).items() if k not in own}}
 
     def _evaluate(self) -> bool:
         """Validation loss; whether it is the best so far."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastgpt import anatomy
 from fastgpt.common import UserError, gigabytes, millions, rounded, teraflops
@@ -21,25 +20,33 @@ from fastgpt.config import EXPERIMENTAL
 from fastgpt.hardware import cards
 from fastgpt.hardware.device import device_name
 from fastgpt.hardware.telemetry import telemetry
+from fastgpt.mfu import StepReport
 from fastgpt.performance import flops
 from fastgpt.performance.memory import memory
 from fastgpt.training.run import Run
 
 
-def peak_memory_gb(device: torch.device) -> float:
-    """Most memory used so far, in GB (1e9 bytes): allocated by torch on a GPU, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 def banner(console: Console, run: Run) -> None:
     """Say what will run, on what, and, without a GPU, what one would change."""
-    config, shape = run.config, run.config.model
+    config, shape, precision = run.config, run.config.model, run.stepper.precision
     ranks = f" on {run.world.size} ranks ({config.train.parallel})" if run.world.size > 1 else ""
-    peak = cards.peak_flops(run.device, run.stepper.precision)
-    arithmetic = cards.arithmetic_of(run.stepper.precision)
+    compiled = " + torch.compile" if config.train.compile else ""
+    graphs = " + CUDA graphs" if run.stepper.graphs is not None else ""
+    unconfirmed = " (experimental: no GPU has confirmed it yet)" if precision in EXPERIMENTAL else ""
+    arithmetic, peak = cards.arithmetic_of(precision), cards.peak_flops(run.device, precision)
+    of_peak = (
+        f"{teraflops(peak)}, its dense {arithmetic} peak" if peak else f"n/a (no {arithmetic} peak is known for it)"
+    )
+    needed = memory(
+        shape,
+        micro_batch=run.micro_batch,
+        kernels=config.train.implementation,
+        precision=precision,
+        world_size=run.world.size,
+    ).total
+    room = ""
+    if run.device.type == "cuda":
+        room = f", of {gigabytes(torch.cuda.get_device_properties(run.device).total_memory)}"
     rows = {
         "model": f"{millions(run.model.n_params())} parameters (excluding position embeddings): {shape.n_layer} layers, "
         f"{shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}, vocabulary {shape.vocab_size}",
@@ -47,15 +54,10 @@ def banner(console: Console, run: Run) -> None:
         f"{run.grad_accum} per rank and step{ranks}",
         "run": f"{config.train.max_iters:,} steps, {rounded(config.train.max_iters * config.tokens_per_step)} tokens"
         + _projected(run),
-        "kernels": f"{config.train.kernels}{' + torch.compile' if config.train.compile else ''}"
-        f"{' + CUDA graphs' if run.stepper.graphs is not None else ''}, {run.stepper.precision}"
-        + (" (experimental: no GPU has confirmed it yet)" if run.stepper.precision in EXPERIMENTAL else ""),
+        "kernels": f"{config.train.kernels}{compiled}{graphs}, {precision}{unconfirmed}",
         "device": device_name(run.device),
-        "memory": _memory(run),
-        "mfu": f"{flops.PALM}, of "
-        + (
-            f"{teraflops(peak)}, its dense {arithmetic} peak" if peak else f"n/a (no {arithmetic} peak is known for it)"
-        ),
+        "memory": f"{gigabytes(needed, 2)} predicted for weights, optimizer, gradients and activations{room}",
+        "mfu": f"{flops.PALM}, of {of_peak}",
         "data": f"{config.data.data} ({config.data.tokenizer})",
         "out": str(config.train.out),
     }
@@ -70,22 +72,6 @@ def banner(console: Console, run: Run) -> None:
             "they compute the right thing, not how fast they are. On a CUDA GPU the same command compiles them and trains "
             "the larger demo: GPT-2's tokens, 6 layers of 384, bf16. --kernels eager trains this model in plain PyTorch."
         )
-
-
-def _memory(run: Run) -> str:
-    """What the step needs, by the VRAM model, and what a GPU has."""
-    needed = memory(
-        run.config.model,
-        micro_batch=run.micro_batch,
-        kernels=run.config.train.implementation,
-        precision=run.stepper.precision,
-        world_size=run.world.size,
-    ).total
-    if run.device.type != "cuda":
-        return f"{gigabytes(needed, 2)} predicted for weights, optimizer, gradients and activations"
-    return (
-        f"{gigabytes(needed, 2)} predicted, of {gigabytes(torch.cuda.get_device_properties(run.device).total_memory)}"
-    )
 
 
 def _projected(run: Run) -> str:
@@ -114,96 +100,66 @@ def _projected(run: Run) -> str:
     return f"; projected {hours[0]:,.1f} to {hours[1]:,.1f} hours at {step.tokens_per_second:,.0f} tok/s"
 
 
-def describe_device(device: torch.device) -> dict[str, Any]:
-    """Clock, power and temperature now, as LogLine's fields; none on a CPU, or without nvidia-ml-py."""
-    moment = telemetry(device.index or 0) if device.type == "cuda" else None
-    if moment is None:
-        return {}
-    held = ",".join(moment.throttle) if moment.throttle else None
+def interval(run: Run, report: StepReport, losses: list[float], seconds_left: float | None) -> dict[str, Any]:
+    """What a log interval adds to the record of its last step in metrics.jsonl. ``interval_loss`` is the mean over all
+    micro-batches of the interval's steps, in nats; ``mfu`` the share of the nominal dense peak of this very card; speeds are
+    None before the first timed step. ``memory_gb`` (1e9 bytes) is the most that was used so far: allocated by torch on a GPU,
+    resident in this process on a CPU. Clock, power and temperature where nvidia-ml-py tells them."""
+    rate, on_cuda = report.tokens_per_second, run.device.type == "cuda"
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    moment = telemetry(run.device.index or 0) if on_cuda else None
     return {
-        "clock_mhz": moment.clock_mhz,
-        "power_w": moment.power_w,
-        "temperature_c": moment.temperature_c,
-        "throttle": held,
+        "interval_loss": math.fsum(losses) / len(losses),
+        "max_iters": run.config.train.max_iters,
+        "ms": report.ms_per_step,
+        "tokens_per_second": None if rate is None else rate * run.world.size,
+        "memory_gb": (torch.cuda.max_memory_allocated(run.device) if on_cuda else resident) / 1e9,
+        "mfu": report.mfu,
+        "data_wait": report.data_wait,
+        "skipped_steps": run.stepper.skipped_steps(),
+        "eta_s": seconds_left,
+        "clock_mhz": moment and moment.clock_mhz,
+        "power_w": moment and moment.power_w,
+        "temperature_c": moment and moment.temperature_c,
+        "throttle": moment and (",".join(moment.throttle or ()) or None),
     }
 
 
-@dataclass(frozen=True)
-class LogLine:
-    """One interval of a run, in the shape of nanoGPT's lines. ``loss`` is the mean over all micro-batches of the interval's
-    steps, in nats; ``mfu`` the share of the nominal dense peak of this very card (None on one that is unknown, and before
-    the first timed step)."""
+def log_line(record: Mapping[str, Any]) -> str:
+    """The record of an interval's last step, in the shape of nanoGPT's lines."""
 
-    step: int
-    max_iters: int
-    loss: float
-    lr: float
-    grad_norm: float
-    ms: float | None
-    tokens_per_second: float | None
-    memory_gb: float
-    mfu: float | None
-    data_wait: float | None
-    skipped_steps: int = 0
-    eta_s: float | None = None
-    clock_mhz: int | None = None
-    power_w: float | None = None
-    temperature_c: int | None = None
-    throttle: str | None = None
+    def shown(name: str, form: str) -> str:
+        return "n/a" if record.get(name) is None else form.format(record[name])
 
-    def __str__(self) -> str:
-        def or_na(value: float | None, form: str) -> str:
-            return "n/a" if value is None else form.format(value)
-
-        parts = [
-            f"iter {self.step}: loss {self.loss:.4f}",
-            f"time {or_na(self.ms, '{:.2f}ms')}",
-            f"mfu {or_na(self.mfu, '{:.2%}')}",
-            f"{or_na(self.tokens_per_second, '{:,.0f}')} tok/s",
-            f"lr {self.lr:.2e}",
-            f"norm {self.grad_norm:.3f}",
-            f"data {or_na(self.data_wait, '{:.1%}')}",
-            f"mem {self.memory_gb:.2f} GB",
-        ]
-        if self.clock_mhz is not None:
-            parts.append(f"{self.clock_mhz} MHz {or_na(self.power_w, '{:.0f}')} W {or_na(self.temperature_c, '{}')} C")
-        if self.throttle:
-            parts.append(f"held back by {self.throttle}")
-        if self.skipped_steps:
-            parts.append(f"skipped {self.skipped_steps}")
-        if self.eta_s is not None:
-            parts.append(f"eta {timedelta(seconds=round(self.eta_s))}")
-        return ", ".join(parts)
+    line = (
+        f"iter {record['step']}: loss {record['interval_loss']:.4f}, time {shown('ms', '{:.2f}ms')}, "
+        f"mfu {shown('mfu', '{:.2%}')}, {shown('tokens_per_second', '{:,.0f}')} tok/s, lr {record['lr']:.2e}, "
+        f"norm {record['grad_norm']:.3f}, data {shown('data_wait', '{:.1%}')}, mem {record['memory_gb']:.2f} GB"
+    )
+    if record.get("clock_mhz") is not None:
+        line += f", {record['clock_mhz']} MHz {shown('power_w', '{:.0f}')} W {shown('temperature_c', '{}')} C"
+    if record.get("throttle"):
+        line += f", held back by {record['throttle']}"
+    if record.get("skipped_steps"):
+        line += f", skipped {record['skipped_steps']}"
+    if record.get("eta_s") is not None:
+        line += f", eta {timedelta(seconds=round(record['eta_s']))}"
+    return line
 
 
-class Progress:
-    """How far the run is: a bar at the foot of a terminal, nothing where output goes to a file; and the time left."""
-
-    def __init__(self, console: Console, step: int, max_iters: int) -> None:
-        self._first, self._max = step, max_iters
-        self._bar: RichProgress | None = None
-        if console.is_terminal and not console.quiet:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-            self._bar = RichProgress(*columns, console=console, transient=True)
-            self._task = self._bar.add_task("training", total=max_iters, completed=step, left="")
-
-    def __enter__(self) -> Progress:
-        self._began = time.monotonic()
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def seconds_left(self, step: int) -> float | None:
-        """At the pace since the start, evaluation and checkpoints included; None before there is a pace."""
-        done = step - self._first
-        return (time.monotonic() - self._began) / done * (self._max - step) if done > 1 else None
-
-    def advance(self, step: int) -> None:
-        if self._bar is not None:
-            left = self.seconds_left(step)
-            text = "" if left is None else f"{timedelta(seconds=round(left))} left"
-            self._bar.update(self._task, completed=step, left=text)
+def progress_bar(console: Console, step: int, max_iters: int) -> Progress:
+    """How far the run is: a bar at the foot of a terminal, nothing where output goes to a file. Its one task knows the time
+    left, evaluation and checkpoints included."""
+    bar = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=math.inf,  # the pace of the whole run: evaluation is a matter of every few hundred steps
+        transient=True,
+        disable=console.quiet or not console.is_terminal,
+    )
+    bar.add_task("training", total=max_iters, completed=step)
+    return bar

@@ -146,15 +146,15 @@ def test_llm_cs_python_script_and_its_main_log(log):
 
 
 def test_fastgpts_lines_as_its_report_prints_them(log):
-    from fastgpt.training.report import LogLine
+    from fastgpt.training.report import log_line
 
-    line = dict(step=20, max_iters=100, loss=4.5, lr=6e-4, grad_norm=1.0, memory_gb=7.7, data_wait=0.001)
+    line = dict(step=20, interval_loss=4.5, lr=6e-4, grad_norm=1.0, memory_gb=7.7, data_wait=0.001)
     facts = log(
         "fastgpt\nmodel   123.59M parameters (positions apart): 12 layers\nstep    524,288 tokens: micro-batches of 8 x 1024\n"
         "device  NVIDIA GeForce RTX 4070\nresumed at step 10\n"
-        + str(LogLine(**line | {"step": 10}, ms=None, tokens_per_second=None, mfu=None))
+        + log_line(line | {"step": 10, "ms": None, "tokens_per_second": None, "mfu": None})
         + "\n"
-        + str(LogLine(**line, ms=9350.0, tokens_per_second=56070.0, mfu=0.82))
+        + log_line(line | {"ms": 9350.0, "tokens_per_second": 56070.0, "mfu": 0.82})
         + "\nstep 20: val loss 4.4123 (best so far)\n"
     )
     assert (facts.kind, steps(facts)) == ("fastgpt", [10, 20])
