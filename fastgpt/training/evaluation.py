@@ -7,15 +7,16 @@ summed loss of its tokens (acc), or the lowest mean loss, which does not favour 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, first_line
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
 from fastgpt.model import GPT
 from fastgpt.ops import autocast
@@ -24,6 +25,8 @@ from fastgpt.training.distributed import evaluating
 from fastgpt.training.run import Run
 
 HELLASWAG_HUB = "Rowan/hellaswag"
+IGNORED = -100
+"""The target of padding, and of a context's tokens."""
 
 
 def load_model(source: str, kernels: str, where: torch.device) -> tuple[GPT, Tokenizer]:
@@ -112,13 +115,11 @@ def load_hellaswag(source: str) -> list[HellaSwagExample]:
             if str(row["label"]) != ""
         ]
     except ImportError as error:
-        raise UserError(
-            f"hellaswag is {source!r}, for which the package {error.name} is missing: pip install it"
-        ) from error
+        raise UserError(f"hellaswag is {source!r}, for which a package is missing: pip install {error.name}") from error
     except (KeyError, TypeError) as error:
         raise UserError(f"hellaswag file {source} has not the columns ctx, endings and label ({error})") from error
     except Exception as error:  # of the libraries that read it, each with its own classes
-        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"hellaswag is {source!r}, which cannot be read ({reason}): give its jsonl or parquet file"
         ) from error
@@ -137,36 +138,29 @@ def hellaswag_score(
     right = right_norm = 0
     for first in range(0, len(examples), batch):
         group = examples[first : first + batch]
-        losses, counts = _ending_losses(model, list(_encode_endings(group, tokenizer, model.config.block_size)), where)
+        encoded = [
+            _ending(example, ending, tokenizer, model.config.block_size)
+            for example in group
+            for ending in example.endings
+        ]
+        x, y = (pad_sequence(rows, True, padding) for rows, padding in zip(zip(*encoded), (0, IGNORED)))
+        logits = model(x.to(where))[0].float()
+        losses = F.cross_entropy(logits.flatten(0, 1), y.to(where).flatten(), ignore_index=IGNORED, reduction="none")
+        sums, counts = losses.view_as(x).sum(1).cpu(), (y != IGNORED).sum(1).clamp(min=1)
         endings = [len(example.endings) for example in group]
-        for example, loss, tokens in zip(group, losses.split(endings), counts.split(endings)):
+        for example, loss, tokens in zip(group, sums.split(endings), counts.split(endings)):
             right += int(loss.argmin() == example.label)
             right_norm += int((loss / tokens).argmin() == example.label)
     return HellaSwagScore(right / len(examples), right_norm / len(examples), len(examples))
 
 
-def _encode_endings(
-    examples: Sequence[HellaSwagExample], tokenizer: Any, block_size: int
-) -> Iterator[tuple[list[int], int]]:
-    """Per ending: the ids, and how many of them, at the end, are the ending's."""
-    for example in examples:
-        context = list(tokenizer.encode(example.context))
-        for ending in example.endings:
-            added = list(tokenizer.encode(" " + ending))[:block_size]
-            yield (context + added)[-(block_size + 1) :], len(added)
-
-
-def _ending_losses(model: Any, encoded: list[tuple[list[int], int]], where: torch.device) -> tuple[Tensor, Tensor]:
-    """Summed loss of each ending's tokens, and their number, fp32 on the CPU."""
-    width = max(len(ids) for ids, _ in encoded) - 1
-    x = torch.zeros(len(encoded), width, dtype=torch.int64)
-    y = torch.full_like(x, -100)  # neither padding nor context counts
-    for row, (ids, ending) in enumerate(encoded):
-        x[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        y[row, len(ids) - 1 - min(ending, len(ids) - 1) : len(ids) - 1] = torch.tensor(ids[1:])[-ending:]
-    logits = model(x.to(where))[0].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), y.to(where).flatten(), ignore_index=-100, reduction="none")
-    return losses.view_as(x).sum(1).cpu(), (y != -100).sum(1).clamp(min=1).float()
+def _ending(example: HellaSwagExample, ending: str, tokenizer: Any, block_size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a context and one of its endings; no loss is counted for the context."""
+    added = list(tokenizer.encode(" " + ending))[:block_size]
+    ids = torch.tensor((list(tokenizer.encode(example.context)) + added)[-(block_size + 1) :])
+    targets = ids[1:].clone()
+    targets[: max(0, len(targets) - len(added))] = IGNORED
+    return ids[:-1], targets
 
 
 def score_hellaswag(run: Run, examples: Sequence[HellaSwagExample]) -> HellaSwagScore:

@@ -43,6 +43,7 @@ from fastgpt.training.run import (
     restore,
     restore_weights,
     smaller,
+    zscore,
 )
 from fastgpt.training.schedule import learning_rate
 
@@ -290,11 +291,11 @@ class _Loop:
                 )
 
     def _watch_for_spikes(self, step: int, loss: float) -> None:
-        zscore = self.state.spikes.zscore(loss)
-        if zscore is None or not self.settings.spike_zscore or zscore < self.settings.spike_zscore:
+        above, least = zscore(self.state.last_losses, loss), self.settings.spike_zscore
+        if above is None or not least or above < least:
             return
-        self.say(f"spike: the loss of step {step}, {loss:.4f}, is {zscore:.1f} standard deviations above the last 128")
-        self._write({"event": "spike", "at_step": step, "loss": loss, "zscore": zscore})
+        self.say(f"spike: the loss of step {step}, {loss:.4f}, is {above:.1f} standard deviations above the last 128")
+        self._write({"event": "spike", "at_step": step, "loss": loss, "zscore": above})
         self.spiked = True
 
     def _roll_back(self) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import uuid
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +33,19 @@ SPIKE_WINDOW = 128
 """Steps whose losses a spike is told from."""
 
 
-class SpikeDetector:
-    """Tells loss spikes from noise by a z-score over the last ``SPIKE_WINDOW`` losses, as llm.c's outlier detector does; silent
-    until the window is full.
-
-    ``state`` is the window, for a checkpoint: a resumed run calls the same losses spikes.
-    """
-
-    def __init__(self, state: Iterable[float] = ()) -> None:
-        self._window = deque(state, maxlen=SPIKE_WINDOW)
-
-    @property
-    def state(self) -> list[float]:
-        return list(self._window)
-
-    def zscore(self, loss: float) -> float | None:
-        """How many standard deviations ``loss`` lies above the window, which it then joins. None where that cannot be told:
-        too few losses, no spread, or a loss that is not finite (which never joins)."""
-        if not math.isfinite(loss):
-            return None
-        full, values = len(self._window) == SPIKE_WINDOW, self.state
-        self._window.append(loss)
-        if not full:
-            return None
-        mean = math.fsum(values) / SPIKE_WINDOW
-        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / SPIKE_WINDOW)
-        return (loss - mean) / deviation if deviation > 0 else None
+def zscore(window: deque[float], loss: float) -> float | None:
+    """How many standard deviations ``loss`` lies above the last ``SPIKE_WINDOW`` losses, as llm.c's outlier detector tells
+    spikes from noise; it then joins them. None where that cannot be told: too few losses, no spread, or a loss that is not
+    finite (which never joins)."""
+    if not math.isfinite(loss):
+        return None
+    earlier = list(window)
+    window.append(loss)
+    if len(earlier) < SPIKE_WINDOW:
+        return None
+    mean = math.fsum(earlier) / SPIKE_WINDOW
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in earlier) / SPIKE_WINDOW)
+    return (loss - mean) / deviation if deviation > 0 else None
 
 
 @dataclass
@@ -79,7 +66,7 @@ class Run:
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     step: int = 0
     best_val_loss: float = math.inf
-    spikes: SpikeDetector = field(default_factory=SpikeDetector)
+    last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
     refused: str | None = None
     """Why the precision that was asked for is not the one in force; None if it is."""
 
@@ -94,7 +81,7 @@ class Run:
             "loader": self.train_loader.state_dict(),
             "rng": rng.rng_state(),
             "best_val_loss": self.best_val_loss,
-            "spikes": self.spikes.state,
+            "spikes": list(self.last_losses),
             "geometry": {
                 "asked": [data.batch_size, data.grad_accum],
                 "used": [self.micro_batch, self.grad_accum * self.world.size],
@@ -194,7 +181,7 @@ def build(
             f"grad_accum is {config.data.grad_accum}, which {world.size} GPUs do not divide: the micro-batches of a step are "
             f"shared between them, so make it a multiple of {world.size}"
         )
-    train_loader, val_loader = build_loaders(config, world, config.data.batch_size)
+    loaders = build_loaders(config, world, config.data.batch_size)
     rng.seed_all(seed)
     precision, refused = usable_precision(settings.precision, device, settings.kernels)
     model = GPT(shape, get_ops(settings.kernels, precision))
@@ -224,38 +211,25 @@ def build(
         from fastgpt.training.graphs import CudaRecorder, Graphs
 
         stepper.graphs = Graphs(stepper, CudaRecorder(device))
-    return Run(
-        config,
-        device,
-        world,
-        model,
-        stepper,
-        train_loader,
-        val_loader,
-        config.data.batch_size,
-        config.data.grad_accum // world.size,
-        refused=refused,
-    )
+    geometry = config.data.batch_size, config.data.grad_accum // world.size
+    return Run(config, device, world, model, stepper, *loaders, *geometry, refused=refused)
 
 
 def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[TokenLoader, TokenLoader]:
     """Training and validation batches of this rank."""
     shape, data = config.model, config.data
     train_paths, val_paths, tokenizer = resolve(data.data, data.tokenizer, shape.vocab_size)
-    train, val = (
-        TokenLoader(
-            paths,
-            shape.block_size,
-            micro_batch,
-            seed=config.train.seed,
-            vocab_size=shape.vocab_size,
-            rank=world.rank,
-            world_size=world.size,
-            eot=tokenizer.eot if data.mask_documents else None,
-        )
-        for paths in (train_paths, val_paths)
+    loader = partial(
+        TokenLoader,
+        block_size=shape.block_size,
+        batch_size=micro_batch,
+        seed=config.train.seed,
+        vocab_size=shape.vocab_size,
+        rank=world.rank,
+        world_size=world.size,
+        eot=tokenizer.eot if data.mask_documents else None,
     )
-    return train, val
+    return loader(train_paths), loader(val_paths)
 
 
 @dataclass(frozen=True)
@@ -296,7 +270,7 @@ def restore(run: Run, saved: ResumePoint) -> None:
     values, data = saved.values, run.config.data
     run.id = values.get("run", run.id)
     run.best_val_loss = values.get("best_val_loss", math.inf)
-    run.spikes = SpikeDetector(values.get("spikes", ()))
+    run.last_losses.extend(values.get("spikes", ()))
     geometry = values.get("geometry")
     if geometry and geometry["asked"] == [data.batch_size, data.grad_accum] != geometry["used"]:
         micro_batch, grad_accum = geometry["used"]
