@@ -175,7 +175,8 @@ def show_help(cls: type, module: str, description: str | None = None, default: A
     )
     sections: dict[str, Any] = {"": parser}
     for option in known:
-        name, about = option.section, {"help": f"{option.help} {option.note}".replace("%", "%%").strip()}
+        name = option.section
+        about: dict[str, Any] = {"help": f"{option.help} {option.note}".replace("%", "%%").strip()}
         if name not in sections:
             text = _filled(inspect.cleandoc(hints[name].__doc__), width - 2)
             sections[name] = parser.add_argument_group(f"{name} options", text)

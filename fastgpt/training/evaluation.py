@@ -143,7 +143,7 @@ def hellaswag_score(
             for example in group
             for ending in example.endings
         ]
-        x, y = (pad_sequence(rows, True, padding) for rows, padding in zip(zip(*encoded), (0, IGNORED)))
+        x, y = (pad_sequence(list(rows), True, padding) for rows, padding in zip(zip(*encoded), (0, IGNORED)))
         logits = model(x.to(where))[0].float()
         losses = F.cross_entropy(logits.flatten(0, 1), y.to(where).flatten(), ignore_index=IGNORED, reduction="none")
         sums, counts = losses.view_as(x).sum(1).cpu(), (y != IGNORED).sum(1).clamp(min=1)

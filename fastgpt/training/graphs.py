@@ -23,14 +23,15 @@ do not, or a capture fails, one sentence says so and training goes on without.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt.checkpoints.rng import rng_state, set_rng_state
+from fastgpt.common import first_line
 from fastgpt.kernels import working_copy
 from fastgpt.training.step import Stepper
 
@@ -41,26 +42,12 @@ Work = Callable[[], list[Tensor]]
 Batch = tuple[Tensor, ...]
 
 
-class Recorder(Protocol):
-    """What captures work. Of a captured ``work`` it returns the tensors that work returned, which every replay fills anew,
-    and the replay."""
-
-    def run(self, work: Work) -> list[Tensor]: ...
-
-    def pool(self) -> Any: ...
-
-    def record(self, work: Work, pool: Any) -> tuple[list[Tensor], Callable[[], None]]: ...
-
-    def recover(self) -> None: ...
-
-
 class CudaRecorder:
     """Captures on a stream of its own: cuBLAS keeps a workspace per stream, and graphs that others capture and drop on the
     same one would take it along (pytorch#193402)."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream: torch.cuda.Stream | None = None
+        self._device, self._stream = device, torch.cuda.Stream(device)
 
     def run(self, work: Work) -> list[Tensor]:
         """Run it directly, on the stream that will capture: whatever is made at first use is then there."""
@@ -74,18 +61,17 @@ class CudaRecorder:
         return torch.cuda.graph_pool_handle()
 
     def record(self, work: Work, pool: Any) -> tuple[list[Tensor], Callable[[], None]]:
+        """Capture it: the tensors that it returned, which every replay fills anew, and the replay."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's thread pins memory meanwhile, which would end a "global" capture, and the loader too.
-        with (
-            self._aside() as stream,
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
+        captured = torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local")
+        with self._aside(), captured:
             outputs = work()
         return outputs, graph.replay
 
     def recover(self) -> None:
         """After a capture that failed."""
-        generator = torch.cuda.default_generators[self._stream.device_index if self._stream is not None else 0]
+        generator = torch.cuda.default_generators[self._stream.device_index]
         with suppress(AttributeError, RuntimeError):
             # A capture that CUDA itself ended leaves the generator believing that it is still captured; a clone does not.
             generator.graphsafe_set_state(generator.clone_state())
@@ -93,23 +79,21 @@ class CudaRecorder:
         torch.cuda.empty_cache()
 
     @contextmanager
-    def _aside(self) -> Iterator[torch.cuda.Stream]:
+    def _aside(self) -> Iterator[None]:
         # torch.cuda.graph leaves its stream current if the end of a capture fails: this puts the right one back.
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            yield self._stream
+            yield
         current.wait_stream(self._stream)
 
 
 class Captured:
-    """The graphs of one step and all that they refer to. Raises whatever a capture raises, and ``Differs``."""
+    """The graphs of one step and all that they refer to. Raises whatever a capture raises, and RuntimeError where a replay
+    gives other bits than the work itself."""
 
-    def __init__(self, stepper: Stepper, recorder: Recorder, batch: Batch, grad_accum: int) -> None:
+    def __init__(self, stepper: Stepper, recorder: CudaRecorder, batch: Batch, grad_accum: int) -> None:
         self._stepper, self._grad_accum = stepper, grad_accum
-        self.key = _key(stepper, batch, grad_accum)
         self._batch = tuple(part.clone() for part in batch)
         passes = min(grad_accum, 2)
         before = rng_state()
@@ -121,7 +105,9 @@ class Captured:
         set_rng_state(before)
 
         pool = recorder.pool()
-        with _uncached_autocast(self._batch[0].device), working_copy.captured_reads() as captures:
+        # Autocast contexts entered inside keep no casts: one kept from a capture would be the graph's memory.
+        no_casts_kept = torch.autocast(batch[0].device.type, enabled=False, cache_enabled=False)
+        with no_casts_kept, working_copy.captured_reads() as captures:
             graphs = [recorder.record(self._micro_step, pool) for _ in range(passes)]
             (norm,), self._replay_update = recorder.record(lambda: [stepper.update()], pool)
         self._made = captures.made  # by the first graph, for the second
@@ -129,13 +115,12 @@ class Captured:
         self._losses = [outputs[0] for outputs, _ in graphs]
         self._replays = [replay for _, replay in graphs]
         self._gradients = graphs[0][0][1:]
-        self._params = list(stepper.model.parameters())
-        self._with_gradients = [param for param in self._params if param.grad is not None]
+        self._with_gradients = [param for param in stepper.model.parameters() if param.grad is not None]
         self._with_copies = [param for param in self._with_gradients if working_copy.existing(param) is not None]
         stepper.optimizer.zero_grad(set_to_none=True)
-        self._held = self._outside()  # or their memory might be given to others while the graphs still write to it
-        self._addresses = _addresses(self._held)
-        if not {copy.data_ptr() for copy in captures.reads} <= set(self._addresses):
+        self._held = _outside(stepper)  # or their memory might be given to others while the graphs still write to it
+        self.key = _key(stepper, batch, grad_accum)
+        if not {copy.data_ptr() for copy in captures.reads} <= {tensor.data_ptr() for tensor in self._held}:
             raise RuntimeError("a working copy is read that the optimizer does not write")
 
         set_rng_state(before)
@@ -144,13 +129,9 @@ class Captured:
         replayed = [*self._losses, *self._gradients]
         wrong = [i for i, (a, b) in enumerate(zip(replayed, on_host)) if not _same_bits(a, b.to(a.device))]
         if wrong or len(replayed) != len(on_host):
-            raise Differs(
+            raise RuntimeError(
                 f"a replayed micro-step differs from the same one run directly, in {len(wrong)} of {len(on_host)} tensors"
             )
-
-    def is_current(self) -> bool:
-        """Whether the tensors that the graphs refer to are still those of the training step."""
-        return _addresses(self._outside()) == self._addresses
 
     def micro_step(self, index: int, batch: Batch) -> Tensor:
         """Forward and backward of a step's micro-batch number ``index``. Returns its share of the step's loss."""
@@ -174,18 +155,10 @@ class Captured:
             working_copy.mark_fresh(param)
         return self._norm.clone()
 
-    def _outside(self) -> list[Tensor]:
-        """The tensors that are not the graphs' own, and known to them by address."""
-        return [*self._params, *self._stepper.optimizer.graph_tensors()]  # type: ignore[attr-defined]
-
     def _micro_step(self) -> list[Tensor]:
         """Loss, then all gradients."""
         loss = self._stepper.micro_step(self._batch, self._grad_accum)
         return [loss, *(p.grad for p in self._stepper.model.parameters() if p.grad is not None)]
-
-
-class Differs(Exception):
-    """A replay gave other bits than the work itself."""
 
 
 class Graphs:
@@ -195,7 +168,7 @@ class Graphs:
     ``ran_directly``; graphs are then ``due``, and the caller of the stepper calls ``capture`` between two steps.
     """
 
-    def __init__(self, stepper: Stepper, recorder: Recorder) -> None:
+    def __init__(self, stepper: Stepper, recorder: CudaRecorder) -> None:
         self._stepper, self._recorder = stepper, recorder
         self._captured: Captured | None = None
         self._last: tuple[Batch, int] | None = None
@@ -214,16 +187,11 @@ class Graphs:
     def for_step(self, batch: Batch, grad_accum: int) -> Captured | None:
         """The graphs for a step that begins with ``batch``; None to run it directly."""
         captured = self._captured
-        if captured is None:
-            return None
-        if (
-            captured.key == _key(self._stepper, batch, grad_accum)
-            and captured.is_current()
-            and not has_hooks(self._stepper)
+        if captured is not None and (
+            captured.key != _key(self._stepper, batch, grad_accum) or has_hooks(self._stepper)
         ):
-            return captured
-        self.drop()
-        return None
+            self.drop()
+        return self._captured
 
     def ran_directly(self, batch: Batch, grad_accum: int) -> None:
         """A whole step of such micro-batches ran without graphs: all that is made at first use is there now."""
@@ -243,10 +211,9 @@ class Graphs:
             if self._captures > MAX_CAPTURES:
                 raise RuntimeError(f"the step's tensors were replaced {MAX_CAPTURES} times")
             self._captured = Captured(self._stepper, self._recorder, batch, grad_accum)
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        else:
             reason = ""
+        except Exception as error:
+            reason = first_line(error).split(". ")[0]
         self._stepper.optimizer.zero_grad(set_to_none=True)
         if reason:  # outside the handler: the error's traceback holds the capture's tensors
             self.give_up()
@@ -272,35 +239,27 @@ class Graphs:
 
 def has_hooks(stepper: Stepper) -> bool:
     """Whether Python code would run in the middle of a step: hooks of modules, parameters or the optimizer."""
-    of_modules = (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in stepper.model.modules()
-    )
-    of_parameters = (p._backward_hooks or p._post_accumulate_grad_hooks for p in stepper.model.parameters())
-    optimizer = stepper.optimizer
-    return (
-        any(of_modules)
-        or any(of_parameters)
-        or bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
-    )
+    hooks = [stepper.optimizer._optimizer_step_pre_hooks, stepper.optimizer._optimizer_step_post_hooks]
+    for module in stepper.model.modules():
+        hooks += [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+    for param in stepper.model.parameters():
+        hooks += [param._backward_hooks, param._post_accumulate_grad_hooks]
+    return any(hooks)
 
 
-def _uncached_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast contexts entered inside keep no casts: one kept from a capture would be the graph's memory."""
-    return torch.autocast(device.type, enabled=False, cache_enabled=False)
+def _outside(stepper: Stepper) -> list[Tensor]:
+    """The tensors that are not the graphs' own, and known to them by address."""
+    return [*stepper.model.parameters(), *stepper.optimizer.graph_tensors()]  # type: ignore[attr-defined]
+
+
+def _key(stepper: Stepper, batch: Batch, grad_accum: int) -> tuple[Any, ...]:
+    """What is compiled into graphs, addresses included."""
+    addresses = [tensor.data_ptr() for tensor in _outside(stepper)]
+    return _shapes(batch), grad_accum, stepper.model.training, stepper.precision, addresses
 
 
 def _shapes(batch: Batch) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
     return [(part.shape, part.dtype, part.device) for part in batch]
-
-
-def _key(stepper: Stepper, batch: Batch, grad_accum: int) -> tuple[Any, ...]:
-    """What is compiled into graphs."""
-    return _shapes(batch), grad_accum, stepper.model.training, stepper.precision
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in tensors]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
