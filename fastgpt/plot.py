@@ -59,19 +59,15 @@ def read(path: Path, tokens_per_step: int | None = None) -> Curves:
 
 
 def _of_records(folder: Path, records: Sequence[dict[str, Any]]) -> Curves:
-    steps = [record for record in records if "step" in record and "loss" in record]
-    evals = [record for record in records if "val_loss" in record]
-    if not steps:
+    def columns(key: str, *names: str) -> list[np.ndarray]:
+        """These fields of the records that have a step and ``key``."""
+        rows = [record for record in records if "step" in record and key in record]
+        return [np.array([row.get(name) for row in rows], dtype=float) for name in names]
+
+    steps = columns("loss", "step", "loss", "lr", "grad_norm", "tokens_per_second")
+    if not len(steps[0]):
         raise UserError(f"{folder} holds no training step yet: wait for its first log line")
-
-    def column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
-        return np.array([np.nan if row.get(key) is None else row[key] for row in rows], dtype=float)
-
-    names = ("step", "loss", "lr", "grad_norm", "tokens_per_second")
-    step, loss, lr, grad_norm, rate = (column(steps, name) for name in names)
-    return Curves(
-        folder.resolve().name, step, loss, lr, grad_norm, rate, column(evals, "step"), column(evals, "val_loss")
-    )
+    return Curves(folder.resolve().name, *steps, *columns("val_loss", "step", "val_loss"))
 
 
 def draw(runs: Sequence[Curves], path: Path) -> Path:
@@ -84,32 +80,30 @@ def draw(runs: Sequence[Curves], path: Path) -> Path:
     except ImportError as error:
         raise UserError("plots need matplotlib, which is not installed: pip install 'fastgpt[plot]'") from error
     figure = Figure(figsize=(11, 7), layout="constrained")
-    (loss, rate), (speed, norm) = figure.subplots(2, 2)
-    panels = (
-        (loss, "loss", "loss, nats per token"),
-        (rate, "lr", "learning rate"),
-        (speed, "tokens_per_second", "tokens per second"),
-        (norm, "grad_norm", "gradient norm before clipping"),
-    )
+    titles = {
+        "loss": "loss, nats per token",
+        "lr": "learning rate",
+        "tokens_per_second": "tokens per second",
+        "grad_norm": "gradient norm before clipping",
+    }
+    panels = dict(zip(titles, figure.subplots(2, 2).flat))
     for number, run in enumerate(runs):
         colour = f"C{number % 10}"
-        for axes, name, _ in panels:
+        for name, axes in panels.items():
             values = getattr(run, name)
             known = ~np.isnan(values)
-            if not known.any():
-                continue
             step, values = run.step[known], values[known]
-            noisy = name in ("loss", "grad_norm") and len(values) > 200
-            if noisy:
+            if name in ("loss", "grad_norm") and len(values) > 200:
                 axes.plot(step, values, color=colour, alpha=0.2, linewidth=0.7)
                 step, values = _running_mean(step, values)
-            axes.plot(
-                step, values, color=colour, linewidth=1.4, marker="." if len(values) == 1 else None, label=run.name
-            )
+            if len(values):
+                dot = "." if len(values) == 1 else None
+                axes.plot(step, values, color=colour, linewidth=1.4, marker=dot, label=run.name)
         if len(run.val_loss):
-            loss.plot(run.eval_step, run.val_loss, "o", color=colour, markersize=3.5, label=f"{run.name}, validation")
-    for axes, name, title in panels:
-        axes.set_title(title, loc="left", fontsize=10)
+            label = f"{run.name}, validation"
+            panels["loss"].plot(run.eval_step, run.val_loss, "o", color=colour, markersize=3.5, label=label)
+    for name, axes in panels.items():
+        axes.set_title(titles[name], loc="left", fontsize=10)
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         axes.margins(x=0.02)
@@ -118,10 +112,13 @@ def draw(runs: Sequence[Curves], path: Path) -> Path:
         else:
             axes.set(xticks=[], yticks=[], xlabel="")
             axes.text(0.5, 0.5, "not in these logs", ha="center", va="center", transform=axes.transAxes, color="0.5")
-        if name == "tokens_per_second":
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter("{x:,.0f}")
-    _limit(loss, runs)
+    panels["tokens_per_second"].set_ylim(bottom=0)
+    panels["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
+    # The first losses, far above the part that differs, may leave the picture.
+    losses = np.concatenate([run.loss[np.isfinite(run.loss)] for run in runs])
+    if len(losses) >= 100:
+        low, high = float(losses.min()), float(np.quantile(losses, 0.97))
+        panels["loss"].set_ylim(low - 0.05 * (high - low), high + 0.3 * (high - low))
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
@@ -135,15 +132,6 @@ def _running_mean(step: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.
     width = max(2, len(values) // 50)
     window = np.full(width, 1 / width)
     return np.convolve(step, window, "valid"), np.convolve(values, window, "valid")
-
-
-def _limit(axes: Any, runs: Sequence[Curves]) -> None:
-    """Show the part of the loss that differs: the first steps, far above it, may leave the picture."""
-    losses = np.concatenate([run.loss[np.isfinite(run.loss)] for run in runs])
-    if len(losses) < 100:
-        return
-    low, high = float(losses.min()), float(np.quantile(losses, 0.97))
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.3 * (high - low))
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastgpt import ops
 from fastgpt.config import Config
+from fastgpt.kernels import runtime, tuning
+from fastgpt.model import GPT
+from fastgpt.optim.build import build_optimizer
+from fastgpt.training.step import Stepper
 
 SMALL = 2**16
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -80,19 +85,13 @@ def _argument(func: Any, args: tuple, kwargs: dict[str, Any], alias: Any) -> Any
 
 def step(config: Config, precision: str = "bf16", micro_batches: int = 2, on_operation: Any = None) -> None:
     """One optimizer step as ``--kernels triton`` runs it on one GPU, of ``micro_batches`` of the configuration's own size."""
-    from fastgpt import ops
-    from fastgpt.model import GPT
-    from fastgpt.optim.build import build_optimizer
-    from fastgpt.training.step import Stepper
-
     B, T = config.data.batch_size, config.model.block_size
     with no_arithmetic(on_operation):
         model = GPT(config.model, ops.get("triton", precision))
         optimizer = build_optimizer(model, config.optim, "triton")
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        stepper = Stepper(
-            model, model, optimizer, scaler, precision, config.optim.grad_clip, adds_in_place=not config.train.compile
-        )
+        stepper = Stepper(model, model, optimizer, scaler, precision, config.optim.grad_clip)
+        stepper.adds_in_place = not config.train.compile
         tokens = torch.zeros(B, T, dtype=torch.int64)
         stepper([(tokens, tokens)] * micro_batches, micro_batches, 1e-4)
 
@@ -100,8 +99,7 @@ def step(config: Config, precision: str = "bf16", micro_batches: int = 2, on_ope
 # ---------------------------------------------------------------- written down
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """A ``tuning.Choice`` as plain values."""
 
     kernel: str
@@ -131,7 +129,7 @@ class Record:
 def record(config: Config, precision: str, arch: int, sms: int, micro_batches: int = 2) -> Record:
     """What a step of ``config`` would launch on a card of compute capability ``arch`` with ``sms`` SMs, and which configs the
     tables choose for it. Nothing is compiled. Raises RuntimeError under Triton's interpreter."""
-    from fastgpt.kernels import offline, runtime, tuning
+    from fastgpt.kernels import offline  # which imports triton
 
     found, quiet = Record(), False
     matmul: tuple[str, tuple[int, ...]] = "", ()
@@ -148,8 +146,7 @@ def record(config: Config, precision: str, arch: int, sms: int, micro_batches: i
             found.moved[name] += sum(x.numel() * x.element_size() for x in (*arguments, *results))
 
     def chosen(choice: tuning.Choice) -> None:
-        op, sizes = matmul
-        shape = sizes if op == choice.key.kernel else None
+        shape = matmul[1] if matmul[0] == choice.key.kernel else None
         found.choices[Chosen(*choice.key, tuple(choice.config.items()), choice.source, shape)] += 1
 
     def runs(op: str, shape: tuple[int, ...], dtype: torch.dtype, engine: str) -> AbstractContextManager | None:

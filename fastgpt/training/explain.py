@@ -6,11 +6,10 @@ the tuning tables answer on the way is printed.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from rich import box
@@ -21,9 +20,9 @@ from rich.table import Table
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, Config
 from fastgpt.hardware import cards
-from fastgpt.kernels import tuning
+from fastgpt.kernels import runtime, tuning
 from fastgpt.training import dry_run
-from fastgpt.training.dry_run import Chosen, Record
+from fastgpt.training.dry_run import Record
 
 HERE = "here"
 """The value of a bare ``--explain-kernels``: the GPU that is present."""
@@ -39,8 +38,7 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """What is explained for."""
 
     name: str
@@ -91,12 +89,8 @@ def _compile_instead_of_interpreting() -> None:
     """Kernels are only written down, but triton has to be the one that compiles. Its interpreter is chosen at import."""
     if find_spec("triton") is None:
         raise UserError("explain_kernels needs triton, which is not installed: pip install triton on Linux")
-    runtime = sys.modules.get("fastgpt.kernels.runtime")
-    if (runtime is not None and runtime.INTERPRET) or (
-        "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1"
-    ):
+    if runtime.INTERPRET:
         raise UserError("TRITON_INTERPRET is set, so no table would be asked: unset it to use explain_kernels")
-    os.environ.pop("TRITON_INTERPRET", None)
 
 
 # ---------------------------------------------------------------- the table
@@ -114,8 +108,7 @@ def show(config: Config, card: Card, precision: str, one: Record, two: Record, c
     for name in ("what", "shape (m x n x k)", "engine", "config", "chosen by"):
         table.add_column(name, overflow="fold", no_wrap=name in ("engine", "what", "shape (m x n x k)"))
     table.add_column("launches", justify="right")
-    rows = [*matmul_rows(one, two, model.vocab_size), *kernel_rows(one, two)]
-    for row in rows:
+    for row in rows(one, two, model.vocab_size):
         table.add_row(*(escape(cell.replace(f" ({card.name})", "")) for cell in row))
     console.print(table)
     console.print(
@@ -125,66 +118,45 @@ def show(config: Config, card: Card, precision: str, one: Record, two: Record, c
         style="dim",
         soft_wrap=True,
     )
-    fixed = fixed_kernels(one, two)
+    tuned = {space.function.__name__ for space in tuning.spaces().values()}
+    fixed = [
+        f"{name.strip('_').removesuffix('_kernel')} {_count((file, name), one.launches, two.launches)}"
+        for file, name in two.launches
+        if name not in tuned
+    ]
     if fixed:
         console.print(f"Triton kernels with one config, in their file: {', '.join(fixed)}.", soft_wrap=True)
-    passes = [f"{_PASSES.get(name, name)} {n}" for name, n in _per_micro_batch(one.sweeps, two.sweeps).items()]
+    passes = [f"{_PASSES.get(name, name)} {count}" for name, count in (two.sweeps - one.sweeps).items()]
     if passes:
         console.print(f"Passes over memory by PyTorch, in a micro-batch: {', '.join(passes)}.", soft_wrap=True)
 
 
-_PASSES = {"_to_copy": "cast", "add_": "add in place", "new_zeros": "zeros", "copy_": "copy"}
+def rows(one: Record, two: Record, vocab_size: int) -> Iterator[tuple[str, ...]]:
+    """The linears as the tables decide, the head's matmuls where it is PyTorch that multiplies, and all other kernels that
+    have configs to choose from: by kernel, in the order of first use."""
+    kernels = list(dict.fromkeys(choice.kernel for choice in two.choices))
+    choices = sorted(two.choices, key=lambda choice: kernels.index(choice.kernel))
+    linears = [choice for choice in choices if choice.kernel.startswith("linear")]
+    for choice in linears:
+        name = f"{KINDS[choice.kernel.split('.')[1]]}, {choice.dtype}"
+        name += ", sums in fp16" if choice.kernel.startswith("linear_fast") else ""
+        library, shape = dict(choice.config) == tuning.CUBLAS, " x ".join(map(str, choice.shape or ()))
+        engine, config = ("cuBLAS", "-") if library else ("Triton", tuning.brief(dict(choice.config)))
+        yield name, shape, engine, config, choice.source, _count(choice, one.choices, two.choices)
+    for product in two.products:
+        m, n, k, dtype = product
+        if max(m, n, k) >= vocab_size:
+            name = f"head, {dtype.replace('bfloat', 'bf').replace('float', 'fp')}"
+            count = _count(product, one.products, two.products)
+            yield name, f"{m} x {n} x {k}", "cuBLAS", "-", "no other is offered", count
+    for choice in choices:
+        if choice not in linears:
+            config, count = tuning.brief(dict(choice.config)), _count(choice, one.choices, two.choices)
+            yield f"{choice.kernel}, {choice.dtype}", choice.bucket, "Triton", config, choice.source, count
 
 
-def _per_micro_batch(one: Counter, two: Counter) -> dict:
-    return {key: two[key] - one[key] for key in two if two[key] > one[key]}
-
-
-def _count(key: object, one: Counter, two: Counter) -> str:
+def _count(key: Hashable, one: Counter, two: Counter) -> str:
     return str(two[key] - one[key]) if two[key] > one[key] else f"{two[key]}, once"
 
 
-def matmul_rows(one: Record, two: Record, vocab_size: int) -> list[tuple[str, ...]]:
-    """The linears', as the tables decide, and the head's where it is PyTorch that multiplies."""
-    rows: list[tuple[str, ...]] = []
-    for choice in _ordered(two, "linear"):
-        kind = choice.kernel.split(".")[1]
-        name = f"{KINDS[kind]}, {choice.dtype}" + (", sums in fp16" if choice.kernel.startswith("linear_fast") else "")
-        library, shape = dict(choice.config) == tuning.CUBLAS, " x ".join(map(str, choice.shape or ()))
-        engine, config = ("cuBLAS", "-") if library else ("Triton", tuning.brief(dict(choice.config)))
-        rows.append((name, shape, engine, config, choice.source, _count(choice, one.choices, two.choices)))
-    for key in two.products:
-        m, n, k, dtype = key
-        if max(m, n, k) >= vocab_size:
-            name = f"head, {dtype.replace('bfloat', 'bf').replace('float', 'fp')}"
-            launches = _count(key, one.products, two.products)
-            rows.append((name, f"{m} x {n} x {k}", "cuBLAS", "-", "no other is offered", launches))
-    return rows
-
-
-def kernel_rows(one: Record, two: Record) -> list[tuple[str, ...]]:
-    """All other kernels that have configs to choose from."""
-    rows: list[tuple[str, ...]] = []
-    for choice in _ordered(two):
-        if not choice.kernel.startswith("linear"):
-            name, count = f"{choice.kernel}, {choice.dtype}", _count(choice, one.choices, two.choices)
-            config = tuning.brief(dict(choice.config))
-            rows.append((name, choice.bucket, "Triton", config, choice.source, count))
-    return rows
-
-
-def _ordered(record: Record, prefix: str = "") -> list[Chosen]:
-    """By kernel, in the order of first use."""
-    found = [choice for choice in record.choices if choice.kernel.startswith(prefix)]
-    first = {kernel: i for i, kernel in enumerate(dict.fromkeys(choice.kernel for choice in found))}
-    return sorted(found, key=lambda choice: first[choice.kernel])
-
-
-def fixed_kernels(one: Record, two: Record) -> list[str]:
-    """``embedding_forward 1, ...``: kernels whose configs no table chooses, with their launches."""
-    tuned = {space.function.__name__ for space in tuning.spaces().values()}
-    return [
-        f"{key[1].strip('_').removesuffix('_kernel')} {_count(key, one.launches, two.launches)}"
-        for key in two.launches
-        if key[1] not in tuned
-    ]
+_PASSES = {"_to_copy": "cast", "add_": "add in place", "new_zeros": "zeros", "copy_": "copy"}
