@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, report
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class World:
 
 @contextmanager
 def connect(device: torch.device) -> Iterator[tuple[World, torch.device]]:
-    """Join the ranks that torchrun started: yields the world and this rank's device; leaves the group at the end.
+    """Join the ranks that torchrun started: yields the world and this rank's device; leaves the group at the end, and ends
+    the process where another rank is gone.
 
     Raises UserError for more ranks than GPUs.
     """
@@ -72,8 +73,19 @@ def connect(device: torch.device) -> Iterator[tuple[World, torch.device]]:
         torch.cuda.set_device(device)
     # gloo as well on a GPU: for flags, and for checkpoints, which are planned and written over it in the background.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    world = World(dist.get_rank(), dist.get_world_size())
     try:
-        yield World(dist.get_rank(), dist.get_world_size()), device
+        yield world, device
+    except RuntimeError as error:
+        lost = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+        if lost or "gloo" in str(error) or "NCCL" in str(error):
+            sentence = (
+                f"another rank of this run is gone, so rank {world.rank} stops: start again with --resume (on any number of "
+                "GPUs that divides grad_accum)"
+            )
+            report(UserError(sentence))
+            leave(world.size, 2)  # an orderly end would wait for the rank that is gone
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -135,11 +147,3 @@ def leave(world_size: int, code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def lost_rank(error: BaseException, world: World) -> bool:
-    """Whether this error says that a collective failed: another rank is gone."""
-    named = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
-    return (
-        world.size > 1 and isinstance(error, RuntimeError) and (named or "gloo" in str(error) or "NCCL" in str(error))
-    )

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastgpt import anatomy, common
+from fastgpt import anatomy
 from fastgpt.checkpoints import folder, saver
 from fastgpt.common import UserError
 from fastgpt.config import Config
@@ -87,20 +87,8 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
     Raises UserError for what cannot work, and when the run cannot go on (its last good checkpoint is named).
     """
     with distributed.connect(device) as (world, device):
-        quiet = Console(quiet=True)
-        console = (console or Console(soft_wrap=True, highlight=False)) if world.is_main else quiet
-        try:
-            return _Loop(config, device, world, console).run()
-        except RuntimeError as error:
-            if distributed.lost_rank(error, world):
-                common.report(
-                    UserError(
-                        f"another rank of this run is gone, so rank {world.rank} stops: start again with --resume "
-                        "(on any number of GPUs that divides grad_accum)"
-                    )
-                )
-                distributed.leave(world.size, 2)  # an orderly end would wait for the rank that is gone
-            raise
+        console = console or Console(soft_wrap=True, highlight=False)
+        return _Loop(config, device, world, console if world.is_main else Console(quiet=True)).run()
 
 
 class _Loop:
