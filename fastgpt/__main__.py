@@ -25,55 +25,42 @@ class Command(NamedTuple):
     """What holds ``main(args) -> exit code``."""
     summary: str
     example: str
+    """What may stand behind the command."""
 
 
 COMMANDS = {
-    "train": Command(
-        "fastgpt.train",
-        "train a GPT-2, or go on with a run",
-        "fastgpt train --preset gpt2-124m --data data/fineweb",
-    ),
-    "sample": Command(
-        "fastgpt.sample", "print text from a checkpoint", 'fastgpt sample runs/demo --prompt "def " --top-p 0.9'
-    ),
+    "train": Command("fastgpt.train", "train a GPT-2, or go on with a run", "--preset gpt2-124m --data data/fineweb"),
+    "sample": Command("fastgpt.sample", "print text from a checkpoint", 'runs/demo --prompt "def " --top-p 0.9'),
     "doctor": Command(
         "fastgpt.doctor.__main__",
         "what is wrong with a run, from its config, log and checkpoint",
-        "fastgpt doctor config/train_gpt2.py train.log --gpu rtx4070",
+        "config/train_gpt2.py train.log --gpu rtx4070",
     ),
     "plan": Command(
         "fastgpt.plan",
         "which batch fits a GPU, how fast, how many hours",
-        "fastgpt plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288",
+        "--gpu rtx4070 --model gpt2-124m --tokens-per-step 524288",
     ),
     "prepare": Command(
         "fastgpt.data.__main__",
         "text into token shards to train on",
-        "fastgpt prepare HuggingFaceFW/fineweb --config-name sample-10BT --out data/fineweb",
+        "HuggingFaceFW/fineweb --config-name sample-10BT --out data/fineweb",
     ),
     "convert": Command(
         "fastgpt.convert",
         "checkpoints of nanoGPT, fastgpt and Hugging Face into each other",
-        "fastgpt convert out/ckpt.pt runs/mine --to fastgpt",
+        "out/ckpt.pt runs/mine --to fastgpt",
     ),
-    "plot": Command("fastgpt.plot", "pictures of runs", "fastgpt plot runs/demo old-nanogpt.log --out both.png"),
-    "hellaswag": Command(
-        "fastgpt.hellaswag", "score a checkpoint on HellaSwag", "fastgpt hellaswag runs/gpt2-124m --data hub"
-    ),
+    "plot": Command("fastgpt.plot", "pictures of runs", "runs/demo old-nanogpt.log --out both.png"),
+    "hellaswag": Command("fastgpt.hellaswag", "score a checkpoint on HellaSwag", "runs/gpt2-124m --data hub"),
     "nanogpt": Command(
-        "fastgpt.nanogpt",
-        "run an unmodified nanoGPT train.py on the kernels",
-        "fastgpt nanogpt train.py config/train_gpt2.py",
+        "fastgpt.nanogpt", "run an unmodified nanoGPT train.py on the kernels", "train.py config/train_gpt2.py"
     ),
     "hardware": Command(
-        "fastgpt.hardware.__main__",
-        "what a GPU can do, and what an MFU means on it",
-        "fastgpt hardware rtx4070 --nanogpt-mfu 12.9",
+        "fastgpt.hardware.__main__", "what a GPU can do, and what an MFU means on it", "rtx4070 --nanogpt-mfu 12.9"
     ),
-    "bench": Command(
-        "", "the benchmarks of a checkout: mfu, kernels, project, audit, ...", "fastgpt bench mfu --device cpu"
-    ),
-    "env": Command("fastgpt.env", "device, driver and versions, for a bug report", "fastgpt env"),
+    "bench": Command("", "the benchmarks of a checkout: mfu, kernels, project, audit, ...", "mfu --device cpu"),
+    "env": Command("fastgpt.env", "device, driver and versions, for a bug report", ""),
 }
 
 
@@ -102,14 +89,20 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = ["usage: fastgpt COMMAND ...", "", "Train GPT-2 on hand-written Triton kernels.", ""]
     for name, command in COMMANDS.items():
-        lines += [f"  {name:<{width}}  {command.summary}", f"  {'':<{width}}  $ {command.example}"]
+        example = f"$ fastgpt {name} {command.example}".rstrip()
+        lines += [f"  {name:<{width}}  {command.summary}", f"  {'':<{width}}  {example}"]
     return "\n".join([*lines, "", _FOOTER])
 
 
 def bench(args: list[str], root: Path = ROOT) -> int:
     """``python -m bench.NAME`` of the checkout that this package lies in. Raises UserError where there is none: the
     benchmarks compare with what the package does not depend on, and are not installed with it."""
-    entries = {name: summary for path in sorted(root.glob("bench/*.py")) for name, summary in _bench_entry(path)}
+    entries = {}
+    for path in sorted(root.glob("bench/*.py")):
+        source = path.read_text(encoding="utf-8")
+        if f"python -m bench.{path.stem}" in source:  # one that users call, as it says itself
+            text = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0].split(" ``")[0].rstrip(":.")
+            entries[path.stem] = textwrap.shorten(text, 96, placeholder=" ...")
     if not entries or not (root / "pyproject.toml").exists():
         raise UserError(
             "bench is not part of the installed package: clone fastgpt's repository and run fastgpt bench, or "
@@ -126,15 +119,6 @@ def bench(args: list[str], root: Path = ROOT) -> int:
         raise UserError(unknown("bench", name, entries))
     sys.path.insert(0, str(root))  # an installed command starts with its own folder there
     return import_module(f"bench.{name}").main(rest)
-
-
-def _bench_entry(path: Path) -> list[tuple[str, str]]:
-    """Name and summary of a benchmark that users call, as it says itself; nothing for another file."""
-    source = path.read_text(encoding="utf-8")
-    if f"python -m bench.{path.stem}" not in source:
-        return []
-    text = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]
-    return [(path.stem, textwrap.shorten(text.split(" ``")[0].rstrip(":."), 96, placeholder=" ..."))]
 
 
 def entry() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastgpt import ops
@@ -55,11 +55,8 @@ class no_arithmetic(TorchDispatchMode):
         views = any(alias is not None and not alias.is_write for alias in returns)
         if not tensors or views or all(x.numel() <= SMALL for x in tensors):
             return func(*args, **kwargs)
-        written = [_argument(func, args, kwargs, alias) for alias in returns if alias is not None]
-        if written:  # in place, or out=
-            found = written[0] if len(written) == 1 else tuple(written)
-        else:
-            found = tree_map_only(Tensor, _untouched, func(*_on_meta(args), **_on_meta(kwargs)))
+        made = tree_map_only(Tensor, _untouched, func(*_on_meta(args), **_on_meta(kwargs)))
+        found = return_and_correct_aliasing(func, args, kwargs, made)  # in place or with out=: the argument itself
         if self.on_operation is not None:
             results = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
             self.on_operation(func.overloadpacket.__name__, tensors, results)
@@ -73,14 +70,6 @@ def _on_meta(tree: Any) -> Any:
 
 def _untouched(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if x.is_meta else x
-
-
-def _argument(func: Any, args: tuple, kwargs: dict[str, Any], alias: Any) -> Any:
-    """The argument that a result is: the one whose alias set in the schema it shares."""
-    for i, parameter in enumerate(func._schema.arguments):
-        if parameter.alias_info is not None and parameter.alias_info.before_set == alias.before_set:
-            return args[i] if i < len(args) else kwargs[parameter.name]
-    raise RuntimeError(f"{func} returns an alias of no argument")
 
 
 def step(config: Config, precision: str = "bf16", micro_batches: int = 2, on_operation: Any = None) -> None:

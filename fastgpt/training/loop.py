@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -50,8 +50,6 @@ from fastgpt.training.schedule import learning_rate
 MAX_ROLLBACKS = 3
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
-T = TypeVar("T")
-
 
 class StopRequest:
     """Ctrl-C and SIGTERM ask the loop to stop at the next good moment; a second Ctrl-C leaves at once. ``asked`` is None,
@@ -70,19 +68,14 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @property
-    def exit_code(self) -> int:
-        """0 to the end or after SIGTERM (the state is saved, as the sender wanted), 130 after Ctrl-C."""
-        return 130 if self.asked == "Ctrl-C" else 0
-
 
 class _Abandoned(Exception):
     """The step was given up between two micro-batches: a stop was asked for."""
 
 
 def train(config: Config, device: torch.device, console: Console | None = None) -> tuple[Run, int]:
-    """Train as configured, on all ranks that torchrun started. Returns the run and the exit code: 0, also after SIGTERM, or
-    130 after Ctrl-C; the state is saved either way.
+    """Train as configured, on all ranks that torchrun started. Returns the run and the exit code: 0, also after SIGTERM (the
+    state is saved, as the sender wanted), or 130 after Ctrl-C, when it is saved as well.
 
     Raises UserError for what cannot work, and when the run cannot go on (its last good checkpoint is named).
     """
@@ -153,7 +146,7 @@ class _Loop:
             self.say(f"stopped by {self.stop.asked} at step {run.step}: continue with --resume")
         if self.saver.last_error:
             raise UserError(self.saver.last_error)
-        return run, self.stop.exit_code
+        return run, 130 if self.stop.asked == "Ctrl-C" else 0
 
     def _train(self) -> None:
         """Run to the end, or until a stop is asked for on any rank."""
@@ -319,7 +312,7 @@ class _Loop:
         self._write({"step": run.step, "val_loss": loss, "eval_seconds": time.monotonic() - began})
         return is_best
 
-    def _beside_graphs(self, work: Callable[..., T], *args: Any) -> T:
+    def _beside_graphs(self, work: Callable[..., Any], *args: Any) -> Any:
         """``work(run, *args)``. If the memory that CUDA graphs hold is what it lacks, they go."""
         graphs = self.state.stepper.graphs
         try:
