@@ -54,7 +54,11 @@ def show(asked: HardwareConfig) -> str:
     """What the command prints. Raises UserError if no card is named and this machine's is not known."""
     gpu = card(" ".join(asked.name)) if asked.name else present()
     if gpu is None:
-        raise UserError(_nothing_to_show())
+        import torch
+
+        if torch.cuda.is_available():
+            raise UserError(f"{torch.cuda.get_device_name()} is not in the table: its nominal peak is n/a")
+        raise UserError(NO_GPU)
     if asked.json:
         return dumps(gpu.to_json(), indent=2)
     return describe(gpu) if asked.nanogpt_mfu is None else translate(gpu, asked.nanogpt_mfu)
@@ -65,14 +69,6 @@ def translate(gpu: Gpu, percent: float) -> str:
     flops, peak = percent / 100 * NANOGPT_PEAK, gpu.peak_flops("bf16")
     own = "n/a (no bf16)" if peak is None else f"{flops / peak:.1%} of its dense bf16 peak, {teraflops(peak)}"
     return f"nanoGPT's mfu of {percent:g}% is {teraflops(flops)}; on the {gpu.name} that is {own}"
-
-
-def _nothing_to_show() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()} is not in the table: its nominal peak is n/a"
-    return NO_GPU
 
 
 def main(args: Sequence[str]) -> int:

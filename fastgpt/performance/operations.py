@@ -21,7 +21,7 @@ some variants make are written here as bytes per element. docs/projection.md exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from fastgpt import anatomy
@@ -98,11 +98,12 @@ class Fusions:
 
 
 AS_SHIPPED = Fusions()
+NONE = Fusions(*(False for _ in fields(Fusions)))
 
 
 @dataclass(frozen=True)
 class StepSizes:
-    """The integers that every part below needs. ``e``: bytes of a 16-bit element."""
+    """What every part below needs. ``fusions``: none of them is on in a variant that is not triton."""
 
     shape: Shape
     kernels: str
@@ -111,8 +112,7 @@ class StepSizes:
     T: int
     dropout: float
     sm_count: int
-    fusions: Fusions = AS_SHIPPED
-    e: int = 2
+    fusions: Fusions
 
     @property
     def model(self) -> anatomy.Anatomy:
@@ -130,10 +130,6 @@ class StepSizes:
     def own_fp8(self) -> bool:
         """Whether the blocks' linears are this repository's in fp8: kernels/fp8/."""
         return self.kernels == "triton" and self.precision == "fp8"
-
-    def fused(self, name: str) -> bool:
-        """Whether this is the triton variant, with that one of its fusions."""
-        return self.kernels == "triton" and getattr(self.fusions, name)
 
 
 def sweep(name: str, group: str, moved: int, launches: int = 1, **rest: Any) -> Operation:
@@ -166,7 +162,8 @@ def operations(
     at_least(1, T=T)
     if T > shape.block_size:
         raise UserError(f"T is {T}: the model's block_size is {shape.block_size}, so give at most that")
-    s = StepSizes(shape, kernels, precision, micro_batch, T, dropout, sm_count, fusions)
+    on = fusions if kernels == "triton" else NONE
+    s = StepSizes(shape, kernels, precision, micro_batch, T, dropout, sm_count, on)
     ops = [*_embedding(s), *_norms(s), *_attention(s), *_linears(s), *_head_and_loss(s), *_update(s)]
     return [op for op in ops if op.count]
 
@@ -179,7 +176,7 @@ def _embedding(s: StepSizes) -> list[Operation]:
     rows, C, V, T = s.rows, s.shape.n_embd, s.shape.vocab_size, s.T
     distinct = min(V, rows)  # at most: text repeats itself, which the L2 would gain from
     forward = flops.embedding_forward(rows, distinct, C, 4).bytes
-    if s.fused("embedding"):
+    if s.fusions.embedding:
         return [sweep("embedding forward", "embedding", forward + 4 * T * C, own=True), *_fused_embedding_backward(s)]
     # The whole gradient is zeroed first; positions read dy once more.
     backward = flops.embedding_backward(rows, distinct, C, 4).bytes + 4 * V * C + 4 * rows * C
@@ -208,18 +205,15 @@ def _fused_embedding_backward(s: StepSizes) -> list[Operation]:
     distinct, positions, once = min(V, rows), s.shape.block_size, 12 * rows * 2
     added = 8 * rows * C + 8 * distinct * C + 8 * T * C + once
     dense = 8 * rows * C + 4 * distinct * C + 4 * T * C + 4 * (V + positions) * C + once
-    launches = SORT_LAUNCHES + 3
-    when: dict[str, Any] = {"own": True, "fresh": 4 * rows * C}
-    if not s.fused("in_place"):
-        return [
-            sweep("embedding backward", "embedding", dense, launches + 2, **when),
-            sweep("tied gradients added", "embedding", 12 * V * C),
-        ]
-    return [
-        sweep("embedding backward", "embedding", dense, launches + 2, per="step", **when),
-        sweep("tied gradients added", "embedding", 12 * V * C, per="step"),
-        sweep("embedding backward", "embedding", added, launches, per="accumulation", **when),
+    launches, when = SORT_LAUNCHES + 3, "step" if s.fusions.in_place else "micro-batch"
+    rest: dict[str, Any] = {"own": True, "fresh": 4 * rows * C}
+    found = [
+        sweep("embedding backward", "embedding", dense, launches + 2, per=when, **rest),
+        sweep("tied gradients added", "embedding", 12 * V * C, per=when),
     ]
+    if s.fusions.in_place:
+        found.append(sweep("embedding backward", "embedding", added, launches, per="accumulation", **rest))
+    return found
 
 
 def _norms(s: StepSizes) -> list[Operation]:
@@ -228,7 +222,7 @@ def _norms(s: StepSizes) -> list[Operation]:
     n, elements = sum(norm.count for norm in norms) - 1, s.rows * norms[0].width
 
     def op(name: str, group: str, per_element: int, launches: int = 1, count: int = n, fresh: int = 0) -> Operation:
-        own = s.fused("norms") and group != "pointwise"
+        own = s.fusions.norms and group != "pointwise"
         return sweep(name, group, per_element * elements, launches, count=count, fresh=fresh * elements, own=own)
 
     forward, backward, extra = "norms forward", "norms backward", "pointwise"
@@ -238,7 +232,7 @@ def _norms(s: StepSizes) -> list[Operation]:
         op("first norm backward", backward, 2 + 4 + 4, 2, count=1),
         op("first norm, gradients added", extra, 12, count=1),
     ]
-    if s.fused("norms"):  # Philox again in backward: no mask
+    if s.fusions.norms:  # Philox again in backward: no mask
         return [
             *first,
             # Reads branch 2 and residual 4, writes sum 4 and norm 2, with fp8 also that in 1.
@@ -282,26 +276,26 @@ DROPOUT_INSTRUCTIONS = 10  # per score: its share of a Philox call, compare, sel
 def _attention(s: StepSizes) -> list[Operation]:
     attention = s.model.attention
     B, T, H, L, C, rows = s.B, s.T, attention.heads, attention.count, attention.width, s.rows
-    D = _padded_head(attention.head_dim, power_of_two=s.fused("attention"))
+    D = _padded_head(attention.head_dim, power_of_two=s.fusions.attention)
     instructions = SOFTMAX_INSTRUCTIONS + (DROPOUT_INSTRUCTIONS if s.dropout else 0)
 
-    def op(name: str, group: str, work: flops.Work, moved: int, tile: int, launches: int = 1) -> Operation:
+    def op(name: str, group: str, work: flops.Work, moved: int, tile: int) -> Operation:
         scores = round(B * H * T * flops.attended_keys(T, tile=min(tile, T)))
-        rest: dict[str, Any] = {"count": L, "scores": scores, "instructions": instructions, "own": s.fused("attention")}
-        return Operation(name, group, "attention", work.flops, moved, launches, **rest)
+        rest: dict[str, Any] = {"count": L, "scores": scores, "instructions": instructions, "own": s.fusions.attention}
+        return Operation(name, group, "attention", work.flops, moved, 1, **rest)
 
-    forward = flops.attention_forward(B, T, H, D, s.e, tile=min(128, T))
+    forward = flops.attention_forward(B, T, H, D, tile=min(128, T))
     # The padding of heads is in registers, not in memory.
-    least = flops.attention_forward(B, T, H, attention.head_dim, s.e, kv_heads=attention.kv_heads).bytes
+    least = flops.attention_forward(B, T, H, attention.head_dim, kv_heads=attention.kv_heads).bytes
     kv_width, columns = attention.kv_heads * attention.head_dim, fp8_group(s)
     # In fp8 a byte is written beside 16 bits, and an fp32 scale for a group of columns.
     extra, kv_extra = (rows * (width + 4 * width // columns) if columns else 0 for width in (C, kv_width))
     found = [op("attention forward", "attention forward", forward, least + extra, 128)]
-    group, vector, kv_vector, log_sums = "attention backward", s.e * rows * C, s.e * rows * kv_width, 4 * rows * H
-    if s.fused("attention"):
+    group, vector, kv_vector, log_sums = "attention backward", 2 * rows * C, 2 * rows * kv_width, 4 * rows * H
+    if s.fusions.attention:
         # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
-        query = flops.attention_backward(B, T, H, D, s.e, tile=min(128, T), matmuls=3)
-        key = flops.attention_backward(B, T, H, D, s.e, tile=min(64, T), matmuls=4)
+        query = flops.attention_backward(B, T, H, D, tile=min(128, T), matmuls=3)
+        key = flops.attention_backward(B, T, H, D, tile=min(64, T), matmuls=4)
         query_bytes = 4 * vector + 2 * kv_vector + 2 * log_sums + extra
         key_bytes = 2 * vector + 4 * kv_vector + 2 * log_sums + 2 * kv_extra
         found += [
@@ -313,7 +307,7 @@ def _attention(s: StepSizes) -> list[Operation]:
             found = [replace(each, summed_in_fp16=share) for each, share in zip(found, shares)]
         return found
     # FlashAttention-2: delta, and zeros into an fp32 dQ; the loop, which adds to that dQ; dQ rounded to 16 bits.
-    loop = flops.attention_backward(B, T, H, D, s.e, tile=min(128, T))
+    loop = flops.attention_backward(B, T, H, D, tile=min(128, T))
     moved, packed = 2 * vector + 4 * kv_vector + 2 * log_sums + 8 * rows * C, vector + 2 * kv_vector
     return [
         *found,
@@ -335,17 +329,17 @@ def _padded_head(D: int, *, power_of_two: bool) -> int:
 
 def _epilogues(s: StepSizes) -> bool:
     """Whether the GELU is in the epilogues of matmuls: those in Triton, as sums in fp16 and products in fp8 are anyway."""
-    return s.fused("epilogues") or (s.kernels == "triton" and s.precision in ("fp16-fast", "fp8"))
+    return s.fusions.epilogues or (s.kernels == "triton" and s.precision in ("fp16-fast", "fp8"))
 
 
 def _linear(linear: Linear, M: int, count: int, s: StepSizes) -> list[Operation]:
     """Forward, input gradient and weight gradient of y (M, N) = x (M, K) w^T. The last is rounded to 16 bits; or stays fp32,
     and is added to what there is (``in_place``) in all micro-batches but the first."""
-    name, N, K, full = linear.name, linear.n_out, linear.n_in, s.fused("weight_gradients")
+    name, N, K, full = linear.name, linear.n_out, linear.n_in, s.fusions.weight_gradients
     works = (
-        ((M, N, K), flops.linear_forward(M, N, K, s.e, bias=linear.bias)),
-        ((M, K, N), flops.linear_input_grad(M, N, K, s.e)),
-        ((N, K, M), flops.linear_weight_grad(M, N, K, s.e, grad_size=4 if full else s.e)),
+        ((M, N, K), flops.linear_forward(M, N, K, bias=linear.bias)),
+        ((M, K, N), flops.linear_input_grad(M, N, K)),
+        ((N, K, M), flops.linear_weight_grad(M, N, K, grad_size=4 if full else 2)),
     )
     own = s.kernels == "triton" and s.precision == "fp16-fast"  # no library has it
     found = [
@@ -354,7 +348,7 @@ def _linear(linear: Linear, M: int, count: int, s: StepSizes) -> list[Operation]
     ]
     if s.own_fp8:
         found = _in_fp8(found, linear, M)
-    if full and s.fused("in_place"):
+    if full and s.fusions.in_place:
         first = found.pop()
         found += [replace(first, per="step"), replace(first, bytes=first.bytes + 4 * N * K, per="accumulation")]
     return found
@@ -391,15 +385,15 @@ def _linears(s: StepSizes) -> list[Operation]:
     summed = s.kernels == "triton" and s.shape.bias
     sums = 8 * model.hidden * cdiv(M, 128 if s.precision == "fp16-fast" else 64) if summed else 0
     if _epilogues(s):  # forward writes z beside gelu(z); backward reads z for the gradient of gelu(z), which it writes
-        each = 3 if s.own_fp8 else 2  # what goes into the next matmul is written in 8 bits, too
-        more = {f"{linear.name} forward": (each * elements, 0) for linear in linears if linear.sink == "activation"}
-        for linear in linears:
-            if linear.source == "activation":
-                more[f"{linear.name} dX"] = (each * elements + sums, int(summed))
+        moved = (3 if s.own_fp8 else 2) * elements  # what goes into the next matmul is written in 8 bits, too
+        more = {f"{linear.name} forward": (moved, 0) for linear in linears if linear.sink == "activation"}
+        more |= {
+            f"{linear.name} dX": (moved + sums, int(summed)) for linear in linears if linear.source == "activation"
+        }
         for i, op in enumerate(ops):
             if op.name in more:
-                moved, launches = more[op.name]
-                ops[i] = replace(op, bytes=op.bytes + moved, launches=op.launches + launches, own=True)
+                added, launches = more[op.name]
+                ops[i] = replace(op, bytes=op.bytes + added, launches=op.launches + launches, own=True)
     else:
         moved = (2 + 2 + 2) * elements + sums
         ops += [
@@ -433,7 +427,7 @@ def _bias_gradients(s: StepSizes) -> list[Operation]:
         if s.precision == "fp16-fast":
             return []
     columns = sum(linear.n_out for linear in linears)
-    moved = s.e * s.rows * columns
+    moved = 2 * s.rows * columns
     return [sweep("bias gradients", "pointwise", moved, launches * len(linears), count=s.shape.n_layer)]
 
 
@@ -463,12 +457,12 @@ def _head_and_loss(s: StepSizes) -> list[Operation]:
     linear = s.model.head
     rows, C, V = s.rows, linear.n_in, linear.n_out
     logits = rows * V
-    if not s.fused("loss"):
+    if not s.fusions.loss:
         plain = replace(s, fusions=replace(s.fusions, weight_gradients=False))
         head = _linear(linear, rows, 1, plain)
         if s.compiled:  # the cast to fp32 is fused into both passes
-            work = flops.cross_entropy(rows, V, s.e)
-            return [*head, sweep("loss", "loss", work.bytes, 4, fresh=s.e * logits)]
+            work = flops.cross_entropy(rows, V)
+            return [*head, sweep("loss", "loss", work.bytes, 4, fresh=2 * logits)]
         # Forward: cast 2 -> 4, log-softmax 4 -> 4. Backward: of the pick, a gradient that is zero but for one class (4);
         # of log-softmax 4 + 4 -> 4; of the cast 4 -> 2.
         return [*head, sweep("loss", "loss", (6 + 8 + 4 + 12 + 6) * logits, 7)]
@@ -480,13 +474,13 @@ def _head_and_loss(s: StepSizes) -> list[Operation]:
         if not size or not count:
             continue
         forward, dx, dw = _linear(linear, size, count, once)
-        summed = flops.linear_weight_grad(size, V, C, s.e, grad_size=4, accumulate=True)
+        summed = flops.linear_weight_grad(size, V, C, accumulate=True)
         # dX comes in fp32: straight from cuBLAS, or copied from the 16 bits that Triton's matmul stores.
         moved, launches = (6, 2) if dx.own else (2, 1)
         ops += [
             forward,
             # Statistics, then dlogits in place; the second pass over a row finds it in L2.
-            sweep("loss rows", "loss", 2 * s.e * size * V + 12 * size, count=count, fresh=s.e * size * V, own=True),
+            sweep("loss rows", "loss", 4 * size * V + 12 * size, count=count, fresh=2 * size * V, own=True),
             replace(dx, bytes=dx.bytes + moved * size * C, launches=launches),
             replace(dw, bytes=summed.bytes),
         ]
@@ -518,12 +512,12 @@ def _casts(s: StepSizes) -> list[Operation]:
     found = [sweep("head weight cast", "pointwise", 6 * head)]
     if s.own_fp8:
         pass  # theirs are "fp8 weights"
-    elif not s.fused("working_copy"):
+    elif not s.fusions.working_copy:
         found.append(sweep("weights cast", "pointwise", 6 * blocks, matrices))
-    elif not s.fused("optimizer"):  # torch's writes none: they are made anew once a step
+    elif not s.fusions.optimizer:  # torch's writes none: they are made anew once a step
         found.append(sweep("weights cast", "pointwise", 6 * blocks, matrices, per="step"))
-    rounded = (0 if s.fused("weight_gradients") else blocks) + (0 if s.fused("loss") else head)
-    tensors = (0 if s.fused("weight_gradients") else matrices) + (0 if s.fused("loss") else 1)
+    rounded = (0 if s.fusions.weight_gradients else blocks) + (0 if s.fusions.loss else head)
+    tensors = (0 if s.fusions.weight_gradients else matrices) + (0 if s.fusions.loss else 1)
     if rounded:
         found.append(sweep("weight gradients cast", "pointwise", 6 * rounded, tensors, fresh=2 * rounded))
     return found
@@ -532,10 +526,10 @@ def _casts(s: StepSizes) -> list[Operation]:
 def _accumulation(s: StepSizes) -> Operation:
     """What autograd adds to the gradients of earlier micro-batches: all of them, less those that a kernel adds in place."""
     elements, tensors = anatomy.n_params(s.shape), s.model.n_tensors
-    if s.fused("in_place") and s.fused("weight_gradients"):
+    if s.fusions.in_place and s.fusions.weight_gradients:
         elements -= s.model.block_weights
         tensors -= sum(linear.count for linear in s.model.block_linears)
-        if s.fused("embedding"):  # the token embedding is tied to the LM head, so autograd still adds its gradient
+        if s.fusions.embedding:  # the token embedding is tied to the LM head, so autograd still adds its gradient
             positions = [table for table in s.model.embeddings if table.positions]
             elements, tensors = elements - sum(table.n_params for table in positions), tensors - len(positions)
     return sweep("gradients added", "gradient accumulation", 12 * elements, tensors, per="accumulation")
@@ -544,7 +538,7 @@ def _accumulation(s: StepSizes) -> Operation:
 def _optimizer(s: StepSizes) -> Operation:
     N = anatomy.n_params(s.shape)
     update = flops.adamw(N).bytes
-    if s.fused("optimizer"):
+    if s.fusions.optimizer:
         copies = 2 * anatomy.matmul_params(s.shape) if s.fusions.working_copy and not s.own_fp8 else 0
         return sweep("clip and AdamW", "optimizer", update + copies, 3, per="step", own=True)
     # torch: one pass for the norm (4), one that scales (8), then the fused update.

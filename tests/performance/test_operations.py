@@ -373,7 +373,7 @@ def test_heads_are_cut_into_the_groups_that_attention_writes_in_fp8():
 
     for D in (16, 32, 48, 64, 80, 96, 128, 192, 256):
         shape = Shape(n_layer=1, n_head=2, n_embd=2 * D, block_size=64, vocab_size=64)
-        assert fp8_group(StepSizes(shape, "triton", "fp8", 1, 64, 0.0, 46)) == group_size(D)
+        assert fp8_group(StepSizes(shape, "triton", "fp8", 1, 64, 0.0, 46, AS_SHIPPED)) == group_size(D)
 
 
 @pytest.mark.parametrize("rows", [1, 100, 2048, 8192, 16384, 65536])
