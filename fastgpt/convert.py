@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-
 from fastgpt import command, common
 from fastgpt.checkpoints.formats import huggingface, nanogpt, own
 from fastgpt.checkpoints.formats.any import Format, read
-from fastgpt.checkpoints.formats.portable import Portable
 from fastgpt.command import Arg
 from fastgpt.common import UserError, millions
 
@@ -46,21 +43,28 @@ def main(args: list[str]) -> int:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists: name another output, or remove it")
     kind, portable = read(config.source)
-    to = config.to or _target(kind, config.out)
-    if to == "nanogpt" and config.out.suffix != ".pt":
-        raise UserError(f"out is {config.out}: nanoGPT's checkpoint is a file that ends in .pt")
-    if to != "nanogpt" and config.out.suffix == ".pt":
-        raise UserError(f"out is {config.out}: a {_NAMES[to]} is a folder, so leave .pt out")
+    to = config.to or _target(kind, out)
+    if to == "nanogpt" and out.suffix != ".pt":
+        raise UserError(f"out is {out}: nanoGPT's checkpoint is a file that ends in .pt")
+    if to != "nanogpt" and out.suffix == ".pt":
+        raise UserError(f"out is {out}: a {_NAMES[to]} is a folder, so leave .pt out")
     try:
-        {"nanogpt": nanogpt, "fastgpt": own, "hf": huggingface}[to].write(config.out, portable)
+        {"nanogpt": nanogpt, "fastgpt": own, "hf": huggingface}[to].write(out, portable)
     except OSError as error:
-        raise UserError(f"{error.filename or config.out} cannot be written: {error.strerror or error}") from error
-    notes = list(portable.notes)
+        raise UserError(f"{error.filename or out} cannot be written: {error.strerror or error}") from error
+    notes, shape = list(portable.notes), portable.config
     if portable.exact_gelu and to == "fastgpt":
         notes.append("trained with the exact GELU; fastgpt computes its tanh form, which differs by up to 0.0005")
     elif not portable.exact_gelu and to == "nanogpt":
         notes.append("trained with GELU's tanh form; nanoGPT computes the exact one, which differs by up to 0.0005")
-    _print(kind, to, config, portable, notes)
+    moved = f"{millions(sum(tensor.numel() for tensor in portable.weights.values()))} parameters"
+    if portable.optimizer is not None and portable.optimizer["state"] and to != "hf":
+        moved += ", optimizer state"
+    print(f"{_NAMES[kind]} {config.source} -> {_NAMES[to]} {out}")
+    print(f"  {moved}, step {portable.step}, L{shape.n_layer} H{shape.n_head} C{shape.n_embd} "
+          f"T{shape.block_size} V{shape.vocab_size}")  # fmt: skip
+    for note in notes:
+        print(f"  note: {note}")
     return 0
 
 
@@ -70,18 +74,6 @@ def _target(kind: Format, out: Path) -> Format:
     if kind == "nanogpt":
         raise UserError(f"out is {out}: say --to fastgpt or --to hf")
     return "fastgpt" if kind == "hf" else "hf"
-
-
-def _print(kind: Format, to: Format, config: ConvertConfig, portable: Portable, notes: list[str]) -> None:
-    moved = f"{millions(portable.n_params)} parameters"
-    if portable.optimizer is not None and portable.optimizer["state"] and to != "hf":
-        moved += ", optimizer state"
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(f"{_NAMES[kind]} {config.source} -> {_NAMES[to]} {config.out}")
-    console.print(f"  {moved}, step {portable.step}, L{portable.config.n_layer} H{portable.config.n_head} "
-                  f"C{portable.config.n_embd} T{portable.config.block_size} V{portable.config.vocab_size}")  # fmt: skip
-    for note in notes:
-        console.print(f"  note: {note}")
 
 
 if __name__ == "__main__":

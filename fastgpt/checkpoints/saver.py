@@ -82,8 +82,6 @@ class AsyncSaver:
 
     last_error: str | None = None
     """Why the latest finished save failed, in one sentence; None if it did not. The same on every rank."""
-    last_saved: Path | None = None
-    """The newest checkpoint that this object has written."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -126,17 +124,12 @@ class AsyncSaver:
         sentences, self._news[:taken] = self._news[:taken], []
         return sentences
 
-    def close(self) -> None:
-        """Wait, and give the host memory back."""
-        self.wait()
-        self._staging = Staging()
-
     def __enter__(self) -> AsyncSaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not issubclass(kind, KeyboardInterrupt):
-            self.close()
+            self.wait()
 
     def _run(self, step: int, header: dict[str, Any], own: Any, copies: dict[str, Any]) -> None:
         start = time.perf_counter()
@@ -146,7 +139,7 @@ class AsyncSaver:
             self.last_error = _failure(self.folder, step, error)
             self._news.append(self.last_error)
             return
-        self.last_error, self.last_saved = None, path
+        self.last_error = None
         self._news.append(f"saved {path} (in the background, {time.perf_counter() - start:.1f} s)")
         try:
             if own_rank() == 0:

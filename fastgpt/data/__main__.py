@@ -80,7 +80,6 @@ def main(args: list[str]) -> int:
 
 
 def _prepare(options: Prepare) -> int:
-    console = Console(soft_wrap=True, highlight=False)
     begin = time.monotonic()
     try:
         manifest = prepare(**{**vars(options), "tokenizer": get_tokenizer(options.tokenizer)})
@@ -88,11 +87,11 @@ def _prepare(options: Prepare) -> int:
         print("stopped: give the same command again to continue", file=sys.stderr)
         return 130
     taken = duration(time.monotonic() - begin)
-    console.print(f"{options.out} is ready ({taken}); train on it with --data {options.out}", markup=False)
-    console.print(_table(manifest))
+    print(f"{options.out} is ready ({taken}); train on it with --data {options.out}")
+    Console(soft_wrap=True, highlight=False).print(_table(manifest))
     if skipped := manifest["skipped_files"]:
         some = ", ".join(skipped[:5])
-        console.print(f"{len(skipped)} files were not UTF-8 text and passed over: {some}", markup=False)
+        print(f"{len(skipped)} files were not UTF-8 text and passed over: {some}")
     return 0
 
 
@@ -107,9 +106,7 @@ def _check(options: Check) -> int:
         raise UserError(f"folder {str(options.folder)!r} lacks {', '.join(sorted(missing))}, which its manifest names")
     verify_files(files, vocab_size)
     against = "the manifest's sha256" if manifest["shards"] else "no manifest here: sha256 not compared"
-    Console(soft_wrap=True, highlight=False).print(
-        f"{len(files)} files are whole ({against}), every id is below {vocab_size}", markup=False
-    )
+    print(f"{len(files)} files are whole ({against}), every id is below {vocab_size}")
     return 0
 
 

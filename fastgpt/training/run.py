@@ -182,14 +182,14 @@ def build(
             f"shared between them, so make it a multiple of {world.size}"
         )
     loaders = build_loaders(config, world, config.data.batch_size)
-    rng.seed_all(seed)
+    torch.manual_seed(seed)
     precision, refused = usable_precision(settings.precision, device, settings.kernels)
     model = GPT(shape, get_ops(settings.kernels, precision))
     if weights is not None:
         model.load_state_dict(weights)
     model = model.to(device)
     if world.rank:  # the weights are the same on every rank, dropout is not
-        rng.seed_all(seed + 1_000_003 * world.rank)
+        torch.manual_seed(seed + 1_000_003 * world.rank)
     if settings.compile:
         # In place, so that parameters keep their names. FSDP has to stay outside of what is compiled.
         sharded = world.size > 1 and settings.parallel == "fsdp"

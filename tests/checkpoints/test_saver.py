@@ -64,7 +64,7 @@ def test_training_goes_on_at_once_and_does_not_change_what_is_saved(tmp_path, he
         assert saver.news() == [] and not existing(tmp_path)  # still being written
         held.set()
         saver.wait()
-        assert saver.last_error is None and saver.last_saved == tmp_path / "step-00000001"
+        assert saver.last_error is None and existing(tmp_path) == [tmp_path / "step-00000001"]
         (sentence,) = saver.news()
         assert sentence.startswith(f"saved {tmp_path / 'step-00000001'} (in the background, ") and saver.news() == []
     assert_is_one_state(tmp_path / "step-00000001")
@@ -173,7 +173,7 @@ def test_leftovers_are_removed_at_the_start_and_nothing_else(tmp_path):
         (tmp_path / name / "tensors-00000.safetensors").write_bytes(b"half")
     for name in (".best.json.12.tmp", "best.json.partial", "metrics.jsonl", "my.partial"):
         (tmp_path / name).write_text("x")
-    AsyncSaver(tmp_path, keep=1).close()
+    AsyncSaver(tmp_path, keep=1)
     assert names(tmp_path) == ["metrics.jsonl", "my.partial", "step-00000001"]
     assert_is_one_state(good)
 
@@ -230,7 +230,7 @@ def test_the_system_refusing_to_write_more_is_survived(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
         saver = AsyncSaver(tmp_path, keep=1)
         saver.save(2, state(2))
-        saver.close()
+        saver.wait()
         os._exit(0 if "step 2 was not saved: " in saver.last_error and "File too large" in saver.last_error else 1)
 
     assert os.waitstatus_to_exitcode(os.waitpid(forked(child), 0)[1]) == 0
@@ -304,5 +304,5 @@ def test_kill_minus_9_at_random_moments_always_leaves_a_whole_state(tmp_path):
             assert_is_one_state(kept)
     assert inside > 0, "no kill fell into a save"
     assert step_of(path) > 10
-    AsyncSaver(tmp_path, keep=2).close()
+    AsyncSaver(tmp_path, keep=2)
     assert len(existing(tmp_path)) <= 4 and not [n for n in names(tmp_path) if n.endswith(".partial")]

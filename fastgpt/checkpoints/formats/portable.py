@@ -38,10 +38,6 @@ class Portable:
         """The name of the tokenizer, as ``--tokenizer`` has it: GPT-2's unless the checkpoint says otherwise."""
         return self.extras.get("fastgpt", {}).get("config", {}).get("data", {}).get("tokenizer", "gpt2")
 
-    @property
-    def n_params(self) -> int:
-        return sum(tensor.numel() for tensor in self.weights.values())
-
 
 def tied(source: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights without lm_head.weight. Raises UserError if that is another tensor than the token embedding."""
