@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,14 @@ def partial_path(folder: Path, step: int) -> Path:
 def free_path(folder: Path, step: int) -> Path:
     """The name that a checkpoint of ``step`` gets: "step-00000250", or with ".1", ".2", ... if that is taken (the run came by
     this step before), so that a rename never has to replace anything."""
-    path, number = folder / f"step-{step:08d}", 0
-    while path.exists():
-        number += 1
-        path = folder / f"step-{step:08d}.{number}"
-    return path
+    path = folder / f"step-{step:08d}"
+    return _numbered(path) if path.exists() else path
+
+
+def _numbered(path: Path) -> Path:
+    """The first of "name.1", "name.2", ... that is free."""
+    names = (path.with_name(f"{path.name}.{number}") for number in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def existing(folder: Path) -> list[Path]:
@@ -136,10 +140,7 @@ def set_aside(folder: Path) -> Path | None:
     its place neither deletes nor resumes them. Returns the new name, or None if there was nothing to save."""
     if not existing(folder) and not (folder / METRICS).exists():
         return None
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return folder.rename(target)
+    return folder.rename(_numbered(folder))
 
 
 def _header(path: Path) -> dict[str, Any]:

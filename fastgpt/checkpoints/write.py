@@ -16,7 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,11 +133,8 @@ def _write_tensors(path: Path, tensors: dict[str, Shard]) -> tuple[dict[str, Any
         table[name] = {"dtype": dtype, "shape": list(shape), "chunks": [chunk]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with HashedFile(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for shard in tensors.values():
-            file.write(_bytes(shard.local))
-    return table, {path.name: file.record}
+    blocks = chain([len(text).to_bytes(8, "little"), text], (_bytes(shard.local) for shard in tensors.values()))
+    return table, {path.name: _write_hashed(path, blocks)}
 
 
 def _commit(
@@ -159,40 +157,22 @@ def _commit(
     return final
 
 
-class HashedFile:
-    """A new file whose sha256 is taken while it is written; fsynced before it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = open(path, "xb")  # noqa: SIM115 - closed by __exit__
-        self.size, self._sha = 0, hashlib.sha256()
-
-    def __enter__(self) -> HashedFile:
-        return self
-
-    def write(self, data: Any) -> None:
-        view = memoryview(data)
-        for start in range(0, len(view), _PIECE):
-            piece = view[start : start + _PIECE]
-            self._sha.update(piece)
-            self.file.write(piece)
-        self.size += len(view)
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        with self.file:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What manifest.json says of the file."""
-        return {"bytes": self.size, "sha256": self._sha.hexdigest()}
-
-
 def _write_json(path: Path, content: Any) -> dict[str, Any]:
-    with HashedFile(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
-    return file.record
+    return _write_hashed(path, [json.dumps(content, indent=1).encode()])
+
+
+def _write_hashed(path: Path, blocks: Iterable[Any]) -> dict[str, Any]:
+    """Write a new file to the disk and return its length and sha256, which is taken on the way."""
+    size, digest = 0, hashlib.sha256()
+    with open(path, "xb") as file:
+        for block in blocks:
+            for start in range(0, len(block), _PIECE):
+                digest.update(block[start : start + _PIECE])
+                file.write(block[start : start + _PIECE])
+            size += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -187,9 +188,24 @@ def fails(error, after=0):
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_files(after=0):
+    """``open`` for a disk that is full after so many writes."""
+    calls = iter(range(10**9))
+
+    class FullFile(io.FileIO):
+        def write(self, data):
+            if next(calls) >= after:
+                raise FULL
+            return super().write(data)
+
+    return lambda _: FullFile
+
+
 PLACES = {
-    "first bytes": (write.HashedFile, "write", fails(FULL)),
-    "later bytes": (write.HashedFile, "write", fails(FULL, after=4)),
+    "first bytes": (write, "open", full_files()),
+    "later bytes": (write, "open", full_files(after=4)),
     "fsync": (write.os, "fsync", fails(FULL)),
     "manifest's fsync": (write.os, "fsync", fails(FULL, after=3)),
     "rename": (write.os, "rename", fails(FULL)),
@@ -204,7 +220,7 @@ def test_disk_full_anywhere_leaves_the_old_one_whole_and_is_tried_again(tmp_path
         saver.wait()
         saver.news()
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, failing(getattr(owner, name)))
+            patch.setattr(owner, name, failing(getattr(owner, name, open)), raising=False)
             saver.save(2, state(2))
             saver.wait()
         assert names(tmp_path) == ["step-00000001"]

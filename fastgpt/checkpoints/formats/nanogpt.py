@@ -19,7 +19,6 @@ from fastgpt.common import UserError, atomic_file
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask of attention without SDPA
 _COMPILED = "_orig_mod."
-_KEYS = ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "config", "fastgpt")
 
 
 def load_file(path: Path) -> Any:
@@ -88,7 +87,7 @@ def write(path: Path, portable: Portable) -> None:
             saved["optimizer"] = by_index
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        torch.save({key: saved[key] for key in (*_KEYS, *(saved.keys() - set(_KEYS))) if key in saved}, file)
+        torch.save(saved, file)
 
 
 def _order(weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
