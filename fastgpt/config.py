@@ -260,7 +260,14 @@ def load_toml(path: Path, base: Config, device: str = "cpu") -> Config:
                 raise UserError(
                     f"config file {path} has [{section}]{nearest(section, SECTIONS)}: sections are {', '.join(SECTIONS)}"
                 )
-            base = replace(base, **{section: _override(getattr(base, section), values, f"{path} [{section}]")})
+            hints = get_type_hints(SECTIONS[section])
+            for key in values:
+                if key not in hints:
+                    raise UserError(
+                        f"{path} [{section}] has {key!r}{nearest(key, hints)}: fields are {', '.join(hints)}"
+                    )
+            typed = {key: _typed(value, hints[key], f"{path} [{section}] {key}") for key, value in values.items()}
+            base = replace(base, **{section: replace(getattr(base, section), **typed)})
     return base
 
 
@@ -294,17 +301,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Every key whose value differs, as "key: old -> new"."""
     keys = sorted({*old, *new})
     return [f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}" for k in keys if old.get(k) != new.get(k)]
-
-
-def _override(section: Any, values: Mapping[str, Any], where: str) -> Any:
-    hints = get_type_hints(type(section))
-    known = [f.name for f in fields(section)]
-    converted = {}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{where} has {key!r}{nearest(key, known)}: fields are {', '.join(known)}")
-        converted[key] = _typed(value, hints[key], f"{where} {key}")
-    return replace(section, **converted)
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
