@@ -45,7 +45,7 @@ def _nvml() -> Any:
     return pynvml
 
 
-def telemetry(index: int = 0) -> Telemetry | None:
+def telemetry(index: int) -> Telemetry | None:
     """Clock, power, temperature, throttle reasons of CUDA device ``index`` now; None without nvidia-ml-py or driver."""
     nvml = _nvml()
     if nvml is None:
@@ -57,8 +57,8 @@ def telemetry(index: int = 0) -> Telemetry | None:
         except Exception:  # NVMLError: this card or driver does not say
             return None
 
-    uuid = _uuid(index)
-    handle = ask("nvmlDeviceGetHandleByUUID", uuid) if uuid else ask("nvmlDeviceGetHandleByIndex", index)
+    # NVML counts cards that CUDA_VISIBLE_DEVICES hides; the UUID is what both sides agree on.
+    handle = ask("nvmlDeviceGetHandleByUUID", f"GPU-{torch.cuda.get_device_properties(index).uuid}")
     if handle is None:
         return None
     milliwatts, limit = ask("nvmlDeviceGetPowerUsage", handle), ask("nvmlDeviceGetEnforcedPowerLimit", handle)
@@ -73,11 +73,3 @@ def telemetry(index: int = 0) -> Telemetry | None:
         temperature_c=ask("nvmlDeviceGetTemperature", handle, 0),  # NVML_TEMPERATURE_GPU
         throttle=None if reasons is None else tuple(text for bit, text in THROTTLE_REASONS.items() if reasons & bit),
     )
-
-
-def _uuid(index: int) -> str | None:
-    """NVML counts cards that CUDA_VISIBLE_DEVICES hides; the UUID is what both sides agree on."""
-    if not torch.cuda.is_available():
-        return None
-    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
-    return None if uuid is None else f"GPU-{uuid}"
