@@ -7,6 +7,7 @@ setup(
     package_dir={"fastgpt.configs": "configs"},
     package_data={
         "fastgpt.configs": ["*.toml"],
+        "fastgpt.doctor.reading": ["*.toml"],
         "fastgpt.doctor.report": ["*.jinja"],
         "fastgpt.hardware": ["*.toml"],
         "fastgpt.kernels": ["tables/*.json"],

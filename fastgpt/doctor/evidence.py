@@ -119,14 +119,12 @@ class Note:
     value: Any = None
 
 
-LogKind = Literal["nanogpt", "nanochat", "llm.c", "fastgpt", "unknown"]
-
-
 @dataclass
 class LogFacts:
     """A run's log."""
 
-    kind: LogKind
+    kind: str
+    """Whose it is: a table of reading/log_formats.toml, or "unknown"."""
     file: str
     steps: Steps
     evals: Evals

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, Place, Setting
-from fastgpt.doctor.reading.configs import DEFAULTS
-from fastgpt.doctor.reading.values import store
+from fastgpt.doctor.reading.values import DEFAULTS, store
 from fastgpt.doctor.report.page import render
 from fastgpt.doctor.report.text import to_json
 from tests.doctor.runs import RTX4070, checkpoint, config, curve, log, note, real, real_report

@@ -15,7 +15,7 @@ from fastgpt.anatomy import SHAPE, Shapes, shape_told_by
 from fastgpt.common import UserError
 from fastgpt.doctor.evidence import CheckpointFacts, Place, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt
-from fastgpt.doctor.reading.values import Refused, checked
+from fastgpt.doctor.reading.values import DEFAULTS, Refused, checked
 
 FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _NAME = re.compile(r"step-(\d{8,})(?:\.\d+)?")
@@ -131,7 +131,7 @@ def _facts(kind: Literal["nanogpt", "fastgpt"], path: Path, said: Any, shapes: S
         if said.get(name) is None:
             continue
         try:
-            facts.shape[name] = checked(name, said[name], configs.DEFAULTS[name])
+            facts.shape[name] = checked(name, said[name], DEFAULTS[name])
         except Refused as error:
             facts.unread.append(Unread(Place(str(path)), name, str(error)))
     for name, value in shape_told_by(shapes).items():

@@ -23,47 +23,9 @@ from fastgpt.doctor.reading.literals import (
     names_set_by,
     parse,
 )
-from fastgpt.doctor.reading.values import Refused, checked, store
+from fastgpt.doctor.reading.values import DEFAULTS, Refused, checked, store
 
 COMMAND_LINE = Place("command line")
-
-DEFAULTS: Mapping[str, Any] = {
-    "out_dir": "out",
-    "eval_interval": 2000,
-    "log_interval": 1,
-    "eval_iters": 200,
-    "eval_only": False,
-    "always_save_checkpoint": True,
-    "init_from": "scratch",
-    "wandb_log": False,
-    "wandb_project": "owt",
-    "wandb_run_name": "gpt2",
-    "dataset": "openwebtext",
-    "gradient_accumulation_steps": 40,
-    "batch_size": 12,
-    "block_size": 1024,
-    "n_layer": 12,
-    "n_head": 12,
-    "n_embd": 768,
-    "dropout": 0.0,
-    "bias": False,
-    "learning_rate": 6e-4,
-    "max_iters": 600000,
-    "weight_decay": 1e-1,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "grad_clip": 1.0,
-    "decay_lr": True,
-    "warmup_iters": 2000,
-    "lr_decay_iters": 600000,
-    "min_lr": 6e-5,
-    "backend": "nccl",
-    "device": "cuda",
-    "dtype": "bfloat16",
-    "compile": True,
-    "vocab_size": 50304,  # not a setting: what train.py takes when the dataset has no meta.pkl
-}
-"""The defaults of nanoGPT's train.py."""
 
 
 def parse_nanogpt(text: str, file: str, first_line: int = 1) -> ConfigFacts:

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, LogKind, Note, Place, Steps, Unread
+from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, Note, Place, Steps, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt, literals
 from fastgpt.doctor.reading import log_formats as forms
 from fastgpt.doctor.reading.encoding import decode
 
 _WRAPPED, _PIECES = 600, 4  # a wrapped line: characters and pieces at most
-Take = Callable[[LogKind, re.Match[str]], int]
+Take = Callable[[str, re.Match[str]], int]
 
 
 def read_log(path: Path) -> LogFacts:
@@ -54,7 +54,7 @@ class _Reader:
         self.steps, self.evals = array("d"), array("d")  # rows of the columns of Steps and Evals, one after the other
         self.notes: list[Note] = []
         self.unread: list[Unread] = []
-        self.kinds: Counter[LogKind] = Counter()
+        self.kinds: Counter[str] = Counter()
         self.config: ConfigFacts | None = None
         self.step = 0.0  # the last one seen
 
@@ -63,7 +63,7 @@ class _Reader:
         self.text = forms.ECHO.sub(self._echo, self.text)
         # Of two that begin at one place the first counts: fastgpt's form before nanoGPT's, which fits its lines too, and
         # every whole record before the bare beginning of one.
-        takers: list[tuple[Take, LogKind, re.Pattern[str]]] = [(self._record, *form) for form in forms.RECORDS]
+        takers: list[tuple[Take, str, re.Pattern[str]]] = [(self._record, *form) for form in forms.RECORDS]
         takers += [(self._json, "fastgpt", forms.JSON), (self._unfinished, "unknown", forms.START)]
         end = 0  # of what has been taken
         for start, take, kind, match in heapq.merge(*(self._matches(*taker) for taker in takers), key=itemgetter(0)):
@@ -73,8 +73,8 @@ class _Reader:
         self._notes_between(end, len(self.text))
 
     def _matches(
-        self, take: Take, kind: LogKind, pattern: re.Pattern[str]
-    ) -> Iterator[tuple[int, Take, LogKind, re.Match[str]]]:
+        self, take: Take, kind: str, pattern: re.Pattern[str]
+    ) -> Iterator[tuple[int, Take, str, re.Match[str]]]:
         for match in pattern.finditer(self.text):
             yield match.start(), take, kind, match
 
@@ -88,10 +88,10 @@ class _Reader:
 
     # --- steps and evaluations: each method returns where what it has taken ends, 0 if that is nothing ---
 
-    def _record(self, kind: LogKind, match: re.Match[str]) -> int:
+    def _record(self, kind: str, match: re.Match[str]) -> int:
         return match.end() if self._take(kind, match, match.start()) else 0
 
-    def _take(self, kind: LogKind, match: re.Match[str], at: int) -> bool:
+    def _take(self, kind: str, match: re.Match[str], at: int) -> bool:
         """Take the record that begins at ``at``; False if its last number seems to be cut."""
         said = match.groupdict()
         if "val" in said:
@@ -111,7 +111,7 @@ class _Reader:
         if not math.isfinite(loss):
             self._note("nan", at, self._text_at(at), loss)
 
-    def _json(self, kind: LogKind, match: re.Match[str]) -> int:
+    def _json(self, kind: str, match: re.Match[str]) -> int:
         """A line of metrics.jsonl."""
         try:
             record = json.loads(match[0])
@@ -137,7 +137,7 @@ class _Reader:
             self.evals.extend((step, *losses, self._line(at)))
         return end
 
-    def _unfinished(self, kind: LogKind, begin: re.Match[str]) -> int:
+    def _unfinished(self, kind: str, begin: re.Match[str]) -> int:
         """The beginning of a record that was wrapped: the next lines are joined to it. One that was cut short is left out."""
         at = begin.start()
         following = forms.START.search(self.text, at + 1, at + _WRAPPED)
@@ -170,7 +170,7 @@ class _Reader:
         for line in self.text[start:end].split("\n"):
             for kind, program, pattern in forms.NOTES if line.strip() else ():
                 if match := pattern.search(line):
-                    if program is not None:
+                    if program != "any":
                         self.kinds[program] += 1
                     self._note(kind, start, line, _note_value(kind, match[1]))
             start += len(line) + 1

@@ -13,6 +13,7 @@ from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Evidence, LogF
 from fastgpt.doctor.reading import checkpoints, configs, configs_fastgpt
 from fastgpt.doctor.reading.encoding import decode, is_text
 from fastgpt.doctor.reading.logs import read_log
+from fastgpt.doctor.reading.values import DEFAULTS
 
 LARGEST_CONFIG, LARGEST_LOG = 1 << 18, 1 << 30
 """A larger file (in bytes) is not a config, or too large to be read as a log."""
@@ -55,7 +56,7 @@ def _settle_config(evidence: Evidence, overrides: Sequence[str]) -> None:
         evidence.config = next((config for config in stored if config), None)
         logged = [] if evidence.config else logged  # the log's config has them
     if evidence.config is None and (logged or overrides):
-        evidence.config = ConfigFacts("nanogpt", defaults=dict(configs.DEFAULTS) if overrides else {})
+        evidence.config = ConfigFacts("nanogpt", defaults=dict(DEFAULTS) if overrides else {})
     if evidence.config is not None:
         configs.apply_logged(evidence.config, logged)
         configs.apply_overrides(evidence.config, overrides)
@@ -107,7 +108,7 @@ def _text_file(path: Path, data: bytes) -> ConfigFacts | LogFacts:
     if len(log.steps) or len(log.evals) or log.notes or log.config is not None:
         return log
     config = configs.parse_nanogpt(text, str(path))  # damaged, or of names that nanoGPT does not have
-    if any(name in configs.DEFAULTS for name in config.settings) or (config.settings and path.suffix == ".py"):
+    if any(name in DEFAULTS for name in config.settings) or (config.settings and path.suffix == ".py"):
         return config
     raise UserError(
         f"{path} says nothing that the doctor knows: it is no config (nanoGPT's, or fastgpt's TOML), no log of nanoGPT, "

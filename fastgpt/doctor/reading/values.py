@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fastgpt.common import packaged_toml
 from fastgpt.doctor.evidence import ConfigFacts, Setting, Unread
 
-RANGES: dict[str, tuple[float, float]] = {
-    "n_layer": (1, 10_000),
-    "n_head": (1, 10_000),
-    "n_embd": (1, 1_000_000),
-    "block_size": (1, 100_000_000),
-    "vocab_size": (1, 100_000_000),
-    "batch_size": (1, 1_000_000),
-    "gradient_accumulation_steps": (1, 10_000_000),
-    "world_size": (1, 1_000_000),
-    "max_iters": (0, 10**12),
-    "lr_decay_iters": (0, 10**12),
-    "warmup_iters": (0, 10**12),
-    "eval_interval": (0, 10**12),
-    "eval_iters": (0, 10**12),
-    "log_interval": (0, 10**12),
-    "learning_rate": (0.0, 1e3),
-    "min_lr": (0.0, 1e3),
-    "dropout": (0.0, 1.0),
-    "beta1": (0.0, 1.0),
-    "beta2": (0.0, 1.0),
-    "weight_decay": (0.0, 1e6),
-}
+_TABLE: dict[str, list[Any]] = packaged_toml("fastgpt.doctor.reading", "settings.toml")
+DEFAULTS: Mapping[str, Any] = {name: default for name, (default, *_) in _TABLE.items()}
+"""The defaults of nanoGPT's train.py."""
+RANGES = {name: tuple(bounds) for name, (_, *bounds) in _TABLE.items() if bounds} | {"world_size": (1, 1_000_000)}
 """Lowest and highest value of a setting. Bounds that are ints are those of whole numbers."""
 _BOUNDS = {"max_iters", "warmup_iters", "lr_decay_iters"}  # only compared with: 3e9 / 524288 works, and means its floor
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from fastgpt.common import UserError
 from fastgpt.doctor.evidence import ConfigFacts, Place
-from fastgpt.doctor.reading.configs import DEFAULTS, apply_overrides, is_nanogpt, parse_nanogpt
+from fastgpt.doctor.reading.configs import apply_overrides, is_nanogpt, parse_nanogpt
 from fastgpt.doctor.reading.configs_fastgpt import parse_fastgpt
 from fastgpt.doctor.reading.literals import NOT_READ
+from fastgpt.doctor.reading.values import DEFAULTS
 
 REAL = Path(__file__).parents[3] / "docs" / "rtx4070-runs"
 
