@@ -12,8 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from fastgpt import __version__, common
-from fastgpt.common import UserError, unknown
+from fastgpt import __version__, command, common
+from fastgpt.common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 _FOOTER = """fastgpt COMMAND --help has the options and more examples. What help calls python train.py or python -m fastgpt.NAME
@@ -66,32 +66,17 @@ COMMANDS = {
 
 def main(args: list[str]) -> int:
     """Run one command on the arguments behind it; its exit code. Raises UserError for a command that does not exist."""
-    if not args:
-        print(usage())
-        return 2
-    name, *rest = args
-    if name in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if name in ("-V", "--version"):
+    if args[:1] in (["-V"], ["--version"]):
         print(f"fastgpt {__version__}")
         return 0
-    if name not in COMMANDS:
-        raise UserError(unknown("command", name, COMMANDS))
+    known = {name: f"{c.summary}\n$ fastgpt {name} {c.example}".rstrip() for name, c in COMMANDS.items()}
+    usage = "fastgpt COMMAND ...\n\nTrain GPT-2 on hand-written Triton kernels."
+    name, rest = command.subcommand(args, known, usage, _FOOTER)
     if name == "bench":
         return bench(rest)
     if name == "prepare":
         rest = ["prepare", *rest]
     return import_module(COMMANDS[name].module).main(rest)
-
-
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = ["usage: fastgpt COMMAND ...", "", "Train GPT-2 on hand-written Triton kernels.", ""]
-    for name, command in COMMANDS.items():
-        example = f"$ fastgpt {name} {command.example}".rstrip()
-        lines += [f"  {name:<{width}}  {command.summary}", f"  {'':<{width}}  {example}"]
-    return "\n".join([*lines, "", _FOOTER])
 
 
 def bench(args: list[str], root: Path = ROOT) -> int:
@@ -108,15 +93,8 @@ def bench(args: list[str], root: Path = ROOT) -> int:
             "bench is not part of the installed package: clone fastgpt's repository and run fastgpt bench, or "
             "python -m bench.NAME, in it"
         )
-    if not args or args[0] in ("-h", "--help"):
-        width = max(map(len, entries))
-        print("usage: fastgpt bench NAME ...   (the same as python -m bench.NAME in the checkout)\n")
-        print("\n".join(f"  {name:<{width}}  {summary}" for name, summary in entries.items()))
-        print("\nfastgpt bench NAME --help has the options.")
-        return 0 if args else 2
-    name, *rest = args
-    if name not in entries:
-        raise UserError(unknown("bench", name, entries))
+    usage = "fastgpt bench NAME ...   (the same as python -m bench.NAME in the checkout)"
+    name, rest = command.subcommand(args, entries, usage, "fastgpt bench NAME --help has the options.", "bench")
     sys.path.insert(0, str(root))  # an installed command starts with its own folder there
     return import_module(f"bench.{name}").main(rest)
 

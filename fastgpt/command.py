@@ -213,19 +213,23 @@ def refuse(words: Sequence[str], cls: type) -> None:
         raise UserError(f"{words[0]!r} is one word too many: --help says what the command takes")
 
 
-def subcommand(args: Sequence[str], known: Mapping[str, type], module: str) -> tuple[str, list[str]]:
-    """The first word, which has to be one of ``known`` (name: its options), and those behind it; prints them and exits for
-    --help. Raises UserError."""
-    if not args:
-        raise UserError(f"command is missing: it can be {', '.join(known)}")
+def subcommand(
+    args: Sequence[str], known: Mapping[str, str], usage: str, footer: str = "", kind: str = "command"
+) -> tuple[str, list[str]]:
+    """The first word, which has to be one of ``known`` (name: what it does), and those behind it. Without a word and for
+    --help, prints what there is and exits. Raises UserError for another word."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        width = max(map(len, known))
+        print(f"usage: {usage}\n")
+        for each, text in known.items():
+            first, *others = text.splitlines()
+            print(f"  {each:<{width}}  {first}", *(f"  {'':<{width}}  {line}" for line in others), sep="\n")
+        if footer:
+            print(f"\n{footer}")
+        sys.exit(0 if args else 2)
     name, *rest = args
-    if name in ("-h", "--help"):
-        print(f"usage: {program(module)} COMMAND ...\n")
-        for each, cls in known.items():
-            print(f"  {each:<10} {(cls.__doc__ or '').splitlines()[0]}")
-        sys.exit(0)
     if name not in known:
-        raise UserError(unknown("command", name, known))
+        raise UserError(unknown(kind, name, known))
     return name, rest
 
 

@@ -142,14 +142,19 @@ def test_the_program_is_called_what_the_user_typed(argv, shown, monkeypatch):
 
 
 def test_subcommands(capsys):
-    assert command.subcommand(["do", "--x"], {"do": Options}, "x") == ("do", ["--x"])
-    with pytest.raises(UserError, match="command is 'od': it can be do"):
-        command.subcommand(["od"], {"do": Options}, "x")
-    with pytest.raises(UserError, match="command is missing: it can be do"):
-        command.subcommand([], {"do": Options}, "x")
-    with pytest.raises(SystemExit):
-        command.subcommand(["--help"], {"do": Options}, "x")
-    assert "do         Do something." in capsys.readouterr().out
+    known = {"do": "do something\nand more", "undo": "the opposite"}
+    assert command.subcommand(["do", "--x"], known, "x COMMAND ...") == ("do", ["--x"])
+    with pytest.raises(UserError, match=r"command is 'undos' \(did you mean 'undo'\?\): it can be do, undo"):
+        command.subcommand(["undos"], known, "x COMMAND ...")
+    for args, code in (([], 2), (["--help"], 0)):
+        with pytest.raises(SystemExit) as end:
+            command.subcommand(args, known, "x COMMAND ...", "The end.")
+        assert end.value.code == code
+        shown = capsys.readouterr().out
+        assert (
+            shown
+            == "usage: x COMMAND ...\n\n  do    do something\n        and more\n  undo  the opposite\n\nThe end.\n"
+        )
 
 
 def test_the_library_is_imported_without_rich():

@@ -73,7 +73,8 @@ class Check:
 
 
 def main(args: list[str]) -> int:
-    name, rest = command.subcommand(args, {"prepare": Prepare, "check": Check}, "fastgpt.data")
+    known = {"prepare": "text into token shards to train on", "check": "read every token of a folder of shards"}
+    name, rest = command.subcommand(args, known, f"{command.program('fastgpt.data')} COMMAND ...")
     if name == "check":
         return _check(command.parse(Check, rest, "fastgpt.data check"))
     return _prepare(command.parse(Prepare, rest, "fastgpt.data prepare"))
