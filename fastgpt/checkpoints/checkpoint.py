@@ -149,15 +149,13 @@ def _optimizer_state(
         states[index] = state
         for reference in references(state):
             saved = source.reader.tensors[reference]
-            if saved.shape == parameter.shape and saved.shape:  # a moment: as the parameter is sharded, so is it
-                targets[reference] = torch.empty_like(parameter, dtype=saved.dtype)
-            elif saved.shape:
+            if saved.shape and saved.shape != parameter.shape:
                 raise UserError(
                     f"optimizer state {reference} is {tuple(saved.shape)} for {names[parameter]} of "
                     f"{tuple(parameter.shape)}: give the model the checkpoint's shape"
                 )
-            else:
-                targets[reference] = torch.empty(saved.shape, dtype=saved.dtype)
+            like = parameter if saved.shape else torch.empty(())  # a moment is sharded as its parameter is
+            targets[reference] = torch.empty_like(like, dtype=saved.dtype)
     return states, targets
 
 

@@ -50,7 +50,6 @@ class BatchPlace(NamedTuple):
     sides: list[str | None]
     position: dict[str, Any]
     done: float | None
-    undecoded: list[str]
 
 
 def cores() -> int:
@@ -116,7 +115,7 @@ def _batches(reading: Reading) -> Generator[tuple[list[str], BatchPlace], None, 
     size = 0
 
     def place() -> BatchPlace:
-        return BatchPlace(sides, reading.position(), reading.done(), list(reading.undecoded))
+        return BatchPlace(sides, reading.position(), reading.done())
 
     for document in reading:
         texts.append(document.text)

@@ -83,9 +83,6 @@ class HubCorpus:
 
 
 class HubReading:
-    undecoded: tuple[str, ...] = ()
-    """Files that could not be decoded: of a dataset the library reads them, or fails."""
-
     def __init__(self, corpus: HubCorpus, stream: Any, position: dict[str, Any] | None) -> None:
         self.corpus, self.stream = corpus, stream
         self.count = 0

@@ -38,7 +38,7 @@ from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.data.writing import ShardWriter
 
 SIDES = ("train", "val")
-SAVED = ("limit", "smallest", "position", "skipped")
+SAVED = ("limit", "smallest", "position")
 """Attributes of a preparation that progress.json holds."""
 COMMIT_SECONDS = 5.0
 """The most work that a killed process loses."""
@@ -121,7 +121,6 @@ class _Preparation:
     smallest: int | None = None
     """The smallest hash so far."""
     position: dict[str, Any] | None = None
-    skipped: list[str] = field(default_factory=list)
     writers: dict[str, ShardWriter] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
@@ -164,7 +163,7 @@ class _Preparation:
             "vocab_size": self.tok.vocab_size,
             "eot": self.tok.eot,
             "eot_is": "the first token of every document",
-            "skipped_files": self.skipped,
+            "skipped_files": self._skipped(),
             "documents": {side: w.documents for side, w in self.writers.items()},
             "tokens": {side: w.tokens for side, w in self.writers.items()},
             "shards": [shard for w in self.writers.values() for shard in w.close()],
@@ -175,10 +174,10 @@ class _Preparation:
         hash validates."""
         self._pass()
         while not all(writer.documents for writer in self.writers.values()):
-            smallest = self.smallest
+            smallest, skipped = self.smallest, self._skipped()
             self._start_over()
             if smallest is None:
-                files = f" ({len(self.skipped)} files were not UTF-8)" if self.skipped else ""
+                files = f" ({len(skipped)} files were not UTF-8)" if skipped else ""
                 raise UserError(f"data {self.corpus.source!r} holds no text{files}")
             if self.cut is not None or self.limit == smallest + 1:
                 raise UserError(
@@ -209,7 +208,7 @@ class _Preparation:
                     self._commit()
                     committed = time.monotonic()
             else:  # after a break the reading would be ahead of what was written
-                self.skipped = list(reading.undecoded)
+                self.position = reading.position()
 
     def _add(self, batch: Encoded, place: BatchPlace, max_tokens: int | None) -> bool:
         """Append a batch, up to the document that reaches ``max_tokens``; return whether that was reached."""
@@ -225,11 +224,15 @@ class _Preparation:
         self.writers["train"].append(ids[~tokens], int((~val).sum()))
         self.writers["val"].append(ids[tokens], int(val.sum()))
         self.smallest = min(int(hashes.min()), 2**64 if self.smallest is None else self.smallest)
-        self.position, self.skipped = place.position, place.undecoded
+        self.position = place.position
         return max_tokens is not None and self._tokens() >= max_tokens
 
     def _tokens(self) -> int:
         return sum(w.tokens for w in self.writers.values())
+
+    def _skipped(self) -> list[str]:
+        """Files that could not be decoded."""
+        return (self.position or {}).get("undecoded", [])
 
     def _take_up(self) -> None:
         """Continue from progress.json if there is one, else start from the beginning."""
