@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from fastgpt.common import UserError, nearest
+from fastgpt.common import UserError, nearest, tomllib
 from fastgpt.config import SECTIONS, Config
 from fastgpt.doctor.evidence import ConfigFacts, Place, Setting, Unread
 from fastgpt.doctor.reading.literals import comment_of
 from fastgpt.doctor.reading.values import store
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 # fastgpt's field -> nanoGPT's name; fields that are not here keep their name.
 _RENAMED = {
