@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from bench.compiler.capture import JITFunction, compile_for
 from fastgpt.common import UserError
 from fastgpt.config import load_preset
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.doctor.preflight import preflight
 from fastgpt.doctor.reading.logs import read_log
-from fastgpt.kernels import offline, runtime
+from fastgpt.kernels import runtime
 from fastgpt.training.schedule import learning_rate
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")  # 100 kB of what the stdlib corpus holds
@@ -64,11 +65,9 @@ def no_driver(monkeypatch):
     """Inside, launches end where the driver would begin: arguments are bound, the compiled kernel is looked up."""
     if runtime.INTERPRET:
         pytest.skip("this process interprets kernels (TRITON_INTERPRET was set before it started)")
-    run = offline.JITFunction.run
-    monkeypatch.setattr(
-        offline.JITFunction, "run", lambda *args, warmup=False, **options: run(*args, warmup=True, **options)
-    )
-    with offline.compile_for(89), torch.no_grad():
+    run = JITFunction.run
+    monkeypatch.setattr(JITFunction, "run", lambda *args, warmup=False, **options: run(*args, warmup=True, **options))
+    with compile_for(89), torch.no_grad():
         yield
 
 

@@ -165,11 +165,6 @@ class GPT(nn.Module):
         """The weight of the LM head (vocab_size, C), which is tied to the token embedding."""
         return self.transformer.wte.weight
 
-    def n_params(self, positions: bool = False) -> int:
-        """Number of parameters, as GPT-2's are counted: without the position embedding unless asked."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        return total if positions else total - self.transformer.wpe.weight.numel()
-
     def hidden(self, idx: Tensor, cache: KVCache | None = None, doc_ids: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C)."""
         T, start = idx.shape[1], 0 if cache is None else cache.position

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgpt import kernels
 from fastgpt.config import EXPERIMENTAL
 from fastgpt.hardware import cards
 from fastgpt.kernels import reference, runtime
@@ -40,17 +41,12 @@ class Ops:
         return self  # a table of functions: copies of a model share it
 
 
-EAGER = Ops(
-    name="eager",
-    layer_norm=reference.layer_norm,
-    attention=reference.attention,
-    qkv_attention=reference.qkv_attention,
-    linear=reference.linear,
-    linear_gelu=reference.linear_gelu,
-    mlp=reference.mlp,
-    linear_cross_entropy=reference.linear_cross_entropy,
-    embedding=reference.embedding,
-)
+def _from(module: Any) -> dict[str, Any]:
+    """The function of each operation in ``module``, by name."""
+    return {field.name: getattr(module, field.name) for field in fields(Ops) if field.name != "name"}
+
+
+EAGER = Ops("eager", **_from(reference))
 
 
 def _in_compute_dtype(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,18 +61,8 @@ def _in_compute_dtype(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def _triton() -> Ops:
-    from fastgpt.kernels.fused_attn import attention, qkv_attention
-    from fastgpt.kernels.fused_cross_entropy import linear_cross_entropy
-    from fastgpt.kernels.fused_embedding import embedding
-    from fastgpt.kernels.fused_layernorm import layer_norm
-    from fastgpt.kernels.fused_linear import linear, linear_gelu, mlp
-
-    def loss(x: Tensor, weight: Tensor, target: Tensor, **options: Any) -> Tensor:
-        # The master itself, not its working copy: the gradient, summed in fp32 over chunks, then stays fp32.
-        return linear_cross_entropy(x.to(compute_dtype(x)), weight, target, **options)
-
-    norm = _in_compute_dtype(layer_norm)
-    return Ops("triton", norm, attention, qkv_attention, linear, linear_gelu, mlp, loss, embedding)
+    table = Ops("triton", **_from(kernels))
+    return replace(table, layer_norm=_in_compute_dtype(table.layer_norm))
 
 
 @cache
@@ -130,28 +116,25 @@ def usable_precision(name: str, device: torch.device, kernels: str) -> tuple[str
     resumed on another card, auto's choice takes its place. On a card that cards.GPUS does not list, what was asked is used."""
     if name not in EXPERIMENTAL:
         return precision_for(name, device), None
-    gpu, unable = cards.present(device), _unable(name, device)
-    if kernels != "triton":
-        why = f"which --kernels {kernels} does not have"
-    elif device.type != "cuda" and not runtime.INTERPRET:
-        why = "which only the Triton kernels have, and they do not run here"
-    elif unable is not None:
-        why = f"but {unable}"
-    elif gpu is not None and not cards.gains(name, gpu):
-        why = f"and {gpu.name} is no faster in it"
-    else:
+    why = _why_not(name, device, kernels)
+    if why is None:
         return name, None
     safe = precision_for("auto", device)
     return safe, f"precision is '{name}', {why}: {safe} is used instead"
 
 
-def _unable(name: str, device: torch.device) -> str | None:
-    """Why the kernels of an experimental mode cannot run on this GPU, whether cards.GPUS lists it or not."""
-    if name != "fp8" or device.type != "cuda":
-        return None
-    from fastgpt.kernels.fp8.launch import refusal
+def _why_not(name: str, device: torch.device, kernels: str) -> str | None:
+    if kernels != "triton":
+        return f"which --kernels {kernels} does not have"
+    if device.type != "cuda" and not runtime.INTERPRET:
+        return "which only the Triton kernels have, and they do not run here"
+    if name == "fp8":
+        from fastgpt.kernels.fp8.launch import refusal
 
-    return refusal(device)
+        if (unable := refusal(device)) is not None:
+            return f"but {unable}"
+    gpu = cards.present(device)
+    return f"and {gpu.name} is no faster in it" if gpu is not None and not cards.gains(name, gpu) else None
 
 
 def scales_loss(precision: str) -> bool:

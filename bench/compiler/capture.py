@@ -20,10 +20,61 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import triton
 from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels.offline import compile_for, launched_by
+from fastgpt.kernels.offline import absent_gpu, launched_by
+
+
+class CompileOnlyDriver(DriverBase):
+    """What triton asks of a GPU driver before it launches, answered for an absent GPU of compute capability ``arch``. It can
+    compile, with the ``ptxas`` of triton's wheel; it has no launcher."""
+
+    def __init__(self, arch: int) -> None:
+        super().__init__()
+        self.arch = arch
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # never picked by triton itself, only through compile_for
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        # A JITFunction keeps its compiled kernels, and the target they are for, per device number: one number per
+        # architecture, none of them a real device's.
+        return -self.arch
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty  # asked for by launchers only
+
+    def get_benchmarker(self) -> Any:
+        raise RuntimeError("a compile-only driver cannot time kernels")
+
+
+@contextmanager
+def compile_for(arch: int, sms: int | None = None) -> Iterator[None]:
+    """Inside, triton compiles for sm_``arch``, and launchers see a GPU of it with ``sms`` SMs. Raises RuntimeError under the
+    interpreter."""
+    driver = triton.runtime.driver
+    with absent_gpu(arch, sms):
+        before = driver._active
+        driver.set_active(CompileOnlyDriver(arch))
+        try:
+            yield
+        finally:
+            driver._active = before
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,10 @@ from fastgpt.kernels import runtime
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What kernels read and write, in any mixture unless an operation says otherwise."""
+MAX_WIDTH = 16_384
+"""Columns of the widest row that layer norm takes."""
+MAX_HEAD_DIM = 256
+"""The widest head that attention takes."""
 
 
 def tensors(
@@ -94,8 +98,3 @@ def accumulate(value: str, operands: torch.dtype) -> None:
 def approximate(value: str) -> None:
     """GELU's formula, as in torch.nn.functional.gelu."""
     choice("approximate", value, ("tanh", "none"))
-
-
-def window(value: int) -> None:
-    if value < 1:
-        raise ValueError(f"window is {value}: use 1 (a query sees itself) or more, or None")

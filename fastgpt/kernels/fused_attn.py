@@ -44,10 +44,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import arguments, reference, runtime, tuning
+from fastgpt.kernels.arguments import MAX_HEAD_DIM
 from fastgpt.kernels.philox import keep_mask
 from fastgpt.kernels.quantise import group_size, quantise_groups
 
-MAX_HEAD_DIM = 256
 LOG2E = math.log2(math.e)
 DECODING = 16
 """Queries up to which a forward pass is taken for sampling's."""
@@ -91,39 +91,44 @@ _QUERIES = ((64, 4), (128, 4), (128, 8))
 _KEYS = ((32, 4), (32, 8), (64, 4), (64, 8), (128, 8))
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension. A tensor-core dot holds all of its second operand in
-# registers, hence the short second sides.
-_HALF = {
-    "forward": {64: (128, 32, 8, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
-    "backward_q": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
-    "backward_kv": {64: (32, 64, 4, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
-}
-# Instead of the above where options take registers: anything but plain causal attention without groups.
-_HALF_OPTIONS = {
-    ("forward", 64): (64, 32, 4, 3),
-    ("backward_q", 256): (32, 16, 4, 1),
-    ("backward_kv", 64): (32, 32, 8, 2),
-    ("backward_kv", 128): (32, 32, 8, 2),
-}
-_FLOAT = {
-    "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "backward_q": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
-    "backward_kv": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by padded head dimension. "plain" is causal attention with no option and no groups;
+# options take registers, Philox more of them. A tensor-core dot holds all of its second operand in registers, hence the short
+# second sides.
+_TILES = {
+    "forward": {
+        "plain": {64: (128, 32, 8, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "options": {64: (64, 32, 4, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+        "dropout": {64: (64, 16, 4, 3), 128: (64, 16, 4, 2), 256: (64, 16, 8, 2)},
+        "fp32": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    },
+    "backward_q": {
+        "plain": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (64, 16, 8, 2)},
+        "options": {64: (128, 32, 8, 2), 128: (128, 32, 8, 2), 256: (32, 16, 4, 1)},
+        "dropout": {64: (128, 16, 8, 2), 128: (128, 16, 8, 2), 256: (32, 16, 4, 1)},
+        "fp32": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    },
+    "backward_kv": {
+        "plain": {64: (32, 64, 4, 3), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+        "options": {64: (32, 32, 8, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 1)},
+        # At 64, 8 warps would have 4 warps' products to share, and compute them twice.
+        "dropout": {64: (32, 32, 4, 2), 128: (16, 32, 8, 2), 256: (16, 32, 8, 1)},
+        "fp32": {64: (16, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    },
 }
 
-# By compute capability, kernel, whether fp32, padded head dimension, dropout: where the above spills on one architecture.
+# Where the above spills on one architecture: by compute capability, kernel, dtype ("fp8": of a result that is written beside
+# the 16-bit one), padded head dimension, dropout.
 _CORRECTIONS: dict[tuple, dict[str, int]] = {
-    (120, "backward_q", False, 64, False): {"num_stages": 1},  # a load in flight would not fit 128 registers
-    (80, "forward", True, 256, False): {"maxnreg": 255},  # ptxas would stop at 168, for a third block per SM
-    (80, "backward_q", True, 64, True): {"BLOCK_N": 16},
-    (80, "backward_kv", True, 64, True): {"BLOCK_N": 16},
-    (90, "backward_q", True, 64, False): {"BLOCK_N": 16},
-    (90, "backward_kv", True, 256, False): {"num_stages": 2},
-}
-# The same without "fp32", where results are quantised too.
-_QUANTISED_CORRECTIONS: dict[tuple, dict[str, int]] = {
-    (120, "backward_q", 64, False): {"BLOCK_N": 16},
-    (89, "backward_q", 256, True): {"maxnreg": 255},  # triton 3.6's ptxas would stop at 168, for a third block per SM
+    (120, "backward_q", "16-bit", 64, False): {"num_stages": 1},  # a load in flight would not fit 128 registers
+    (120, "backward_q", "fp8", 64, False): {"BLOCK_N": 16},
+    (89, "backward_q", "fp8", 256, True): {
+        "maxnreg": 255
+    },  # triton 3.6's ptxas would stop at 168, for a third block per SM
+    (80, "forward", "fp32", 256, False): {"maxnreg": 255},  # as above
+    (80, "backward_q", "fp32", 64, True): {"BLOCK_N": 16},
+    (80, "backward_kv", "fp32", 64, True): {"BLOCK_N": 16},
+    (90, "backward_q", "fp32", 64, False): {"BLOCK_N": 16},
+    (90, "backward_kv", "fp32", 256, False): {"num_stages": 2},
 }
 
 
@@ -155,25 +160,19 @@ def config(
         block = 64 if T_own <= 256 or fp16_sums else 128
         return {"BLOCK_M": block, "BLOCK_N": block}
     width = max(64, _block_d(D))
-    if dtype == torch.float32:
-        block_m, block_n, warps, stages = _FLOAT[kernel][width]
-    else:
-        tile = _HALF[kernel][width]
-        block_m, block_n, warps, stages = tile if plain else _HALF_OPTIONS.get((kernel, width), tile)
-        if kernel == "forward" and T_own <= DECODING:
-            block_m, block_n, warps, stages = 16, 32, 4, 2
-        elif dropout and kernel == "backward_kv" and width == 64:
-            # 8 warps would have 4 warps' products to share, and compute them twice.
-            block_m, block_n, warps, stages = 32, 32, 4, 2
-        elif dropout:  # Philox needs registers
-            block_m, block_n = (16, block_n) if kernel == "backward_kv" else (block_m, 16)
-        elif fp16_sums and not plain and kernel == "backward_kv" and _block_d(D) == 64:
-            stages = 1  # a load in flight would spill on sm_120
+    kind = "fp32" if dtype == torch.float32 else "plain" if plain else "dropout" if dropout else "options"
+    block_m, block_n, warps, stages = _TILES[kernel][kind][width]
+    if kernel == "forward" and T_own <= DECODING and kind != "fp32":
+        block_m, block_n, warps, stages = 16, 32, 4, 2
+    elif kernel == "backward_kv" and kind == "options" and fp16_sums and _block_d(D) == 64:
+        stages = 1  # a load in flight would spill on sm_120
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    if dtype != torch.float32 and plain and width == 64 and warps == 8:
+    if kind == "plain" and width == 64 and warps == 8:
         options["maxnreg"] = 128
-    options |= _CORRECTIONS.get((arch, kernel, dtype == torch.float32, width, dropout), {})
-    return options | (_QUANTISED_CORRECTIONS.get((arch, kernel, width, dropout), {}) if quantised else {})
+    options |= _CORRECTIONS.get((arch, kernel, "fp32" if kind == "fp32" else "16-bit", width, dropout), {})
+    if quantised:
+        options |= _CORRECTIONS.get((arch, kernel, "fp8", width, dropout), {})
+    return options
 
 
 @tuning.cached
@@ -749,28 +748,20 @@ def _(grad_out, q, k, v, out, lse, *options):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-@torch.library.custom_op(
-    "fastgpt::qkv_attention_fwd", mutates_args=(), schema=f"(Tensor qkv, {PACKED}) -> (Tensor, Tensor)"
+_qkv_attention_fwd = torch.library.custom_op(
+    "fastgpt::qkv_attention_fwd",
+    packed_forward,
+    mutates_args=(),
+    schema=f"(Tensor qkv, {PACKED}) -> (Tensor, Tensor)",
 )
-def _qkv_attention_fwd(qkv, *options):
-    return packed_forward(qkv, *options)
-
-
 _qkv_attention_fwd.register_fake(packed_outputs)
-
-
-@torch.library.custom_op(
+_qkv_attention_bwd = torch.library.custom_op(
     "fastgpt::qkv_attention_bwd",
+    packed_backward,
     mutates_args=(),
     schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {PACKED}) -> Tensor",
 )
-def _qkv_attention_bwd(grad_out, qkv, out, lse, *options):
-    return packed_backward(grad_out, qkv, out, lse, *options)
-
-
-@_qkv_attention_bwd.register_fake
-def _(grad_out, qkv, *rest):
-    return qkv.new_empty(qkv.shape)
+_qkv_attention_bwd.register_fake(lambda grad_out, qkv, *rest: qkv.new_empty(qkv.shape))
 
 
 def _attention_setup(ctx, inputs, output):
@@ -815,8 +806,8 @@ def _check(
     """Raise ValueError for options that no kernel takes."""
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(f"the head dimension is {D}: use 1 to {MAX_HEAD_DIM}")
-    if window is not None:
-        arguments.window(window)
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}: use 1 (a query sees itself) or more, or None")
     arguments.probability("dropout_p", dropout_p)
     arguments.accumulate(accumulate, x.dtype)
     if doc_ids is not None:
@@ -865,9 +856,8 @@ def attention(
         )
     seed = runtime.draw_seed(q.device) if dropout_p else None
     scale = D**-0.5 if scale is None else scale
-    return _attention_fwd(
-        q, k, v, doc_ids, kv_len, seed, causal, scale, window, dropout_p, accumulate == "fp16"
-    )[0]  # fmt: skip
+    options = causal, scale, window, dropout_p, accumulate == "fp16"
+    return _attention_fwd(q, k, v, doc_ids, kv_len, seed, *options)[0]
 
 
 def qkv_attention(

@@ -412,10 +412,8 @@ def _backward(grad, stats, wants, x, weight, target, bias, *options):
         exponent = torch.frexp(grad.abs().amax()).exponent.clamp(-126, 126)
         scale = grad_scale(x.dtype, V, z_loss, softcap, fp16)
         row_scale = torch.ldexp(grad, -exponent) * scale
-        unscaled = torch.full_like(
-            exponent, 1 / scale, dtype=torch.float32
-        )  # made on the device: no copy from the host
-        unscale = torch.ldexp(unscaled, exponent)
+        # Made on the device: no copy from the host.
+        unscale = torch.ldexp(torch.full_like(exponent, 1 / scale, dtype=torch.float32), exponent)
     sums = _run_chunks(x, weight, target, bias, options, stats, row_scale=row_scale, wants=wants)
     return tuple((total * unscale).to(dtype) for total, dtype in zip(sums, _dtypes(x, weight, bias)))
 

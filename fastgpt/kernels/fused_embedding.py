@@ -292,11 +292,10 @@ def _bwd(
     wte_dtype: torch.dtype | None, wpe_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dwte (V, C) and dwpe (P, C), dense; empty without a dtype."""
-    dwte, dwpe = _zero_gradients(dx, V, P, wte_dtype, wpe_dtype)
-    _launch_grads(
-        dwte if wte_dtype else None, dwpe if wpe_dtype else None, dx, ids, seed, dropout_p, position, add=False
-    )
-    return dwte, dwpe
+    dwte, dwpe = grads = _zero_gradients(dx, V, P, wte_dtype, wpe_dtype)
+    wanted = dwte if wte_dtype else None, dwpe if wpe_dtype else None
+    _launch_grads(*wanted, dx, ids, seed, dropout_p, position, add=False)
+    return grads
 
 
 def _zero_gradients(
@@ -308,8 +307,8 @@ def _zero_gradients(
 
 
 @_bwd.register_fake
-def _(dx, ids, seed, dropout_p, position, V, P, wte_dtype, wpe_dtype):
-    return _zero_gradients(dx, V, P, wte_dtype, wpe_dtype)
+def _(dx, ids, seed, dropout_p, position, *tables):
+    return _zero_gradients(dx, *tables)
 
 
 @torch.library.custom_op("fastgpt::embedding_bwd_add", mutates_args=("wte_grad", "wpe_grad"))
@@ -319,11 +318,6 @@ def _bwd_add(
 ) -> None:  # fmt: skip
     """wte_grad += dwte, wpe_grad += dwpe, where not None: no other row than those that occur is read or written."""
     _launch_grads(wte_grad, wpe_grad, dx, ids, seed, dropout_p, position, add=True)
-
-
-@_bwd_add.register_fake
-def _(*inputs):
-    return None
 
 
 # ---------------------------------------------------------------- autograd

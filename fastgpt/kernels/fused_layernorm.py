@@ -38,11 +38,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import arguments, column_sums, reference, runtime, tuning
+from fastgpt.kernels.arguments import MAX_WIDTH
 from fastgpt.kernels.philox import dropout
 from fastgpt.kernels.quantise import quantise_rows
 
-MAX_WIDTH = 16_384
-"""Columns of the widest row."""
 MAX_BACKWARD_BLOCK = 4_096
 """Columns of a row that one program of the backward kernel owns at most."""
 
@@ -198,9 +197,7 @@ def layer_norm_backward_kernel(
         g = dy * weight
         mean_g = tl.sum(g, axis=1) / C
         mean_g_xhat = tl.sum(g * xhat, axis=1) / C
-        for step in range(
-            1, CHUNKS
-        ):  # the rest of these rows, which other programs own, each from its own neighbour on
+        for step in range(1, CHUNKS):  # what other programs own of these rows, from the neighbour's part on
             other_first = (chunk + step) % CHUNKS * BLOCK
             other_cols = other_first + tl.arange(0, BLOCK)
             other_weight = tl.load(WEIGHT + other_cols, mask=other_cols < C, other=0.0).to(tl.float32)[None, :]
@@ -237,8 +234,7 @@ def layer_norm_backward_kernel(
 def _rows(x: Tensor) -> Tensor:
     """x as (rows, C) with neighbouring columns adjacent: a view if its strides allow one, else a contiguous copy. The
     kernels take any stride between rows."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else runtime.columns_adjacent(x)
+    return runtime.columns_adjacent(x.reshape(-1, x.shape[-1]))
 
 
 def forward_outputs(

@@ -1,14 +1,13 @@
 """Corrections to Triton's CPU interpreter.
 
 With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, one program after
-another, in NumPy. Three things in it are wrong:
+another, in NumPy. Two things in it are wrong:
 
 * bfloat16. NumPy has none, so the interpreter keeps the raw 16 bits and computes *on the bit patterns*
   (triton-lang/triton#4972). ``install`` makes casts, dots and arithmetic go through fp32 with round-to-nearest-even.
   Reductions of bf16 stay wrong: kernels upcast right after every load, which they want to do anyway.
 * fp8. Casts to it truncate, and NaN comes back as a number. ``install`` makes casts between fp8 and fp32, and dots, do what
   the chip does: to nearest even, saturating, inf too; NaN stays NaN.
-* NumPy >= 2.4 breaks loop bounds in the interpreter of triton 3.6.
 
 None of this concerns compiled kernels.
 """
@@ -21,18 +20,9 @@ def install() -> None:
     TRITON_INTERPRET=1."""
     import numpy as np
     import torch
-    import triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def version(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split(".")[:2])
-
-    if version(triton.__version__) < (3, 7) and version(np.__version__) >= (2, 4):
-        raise ImportError(
-            f"the interpreter of triton {triton.__version__} computes wrong loop bounds with numpy {np.__version__}: "
-            "install 'numpy<2.4' or triton >= 3.7"
-        )
     if getattr(InterpreterBuilder, "_fastgpt_bf16", False):
         return
 

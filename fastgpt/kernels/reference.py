@@ -136,9 +136,7 @@ def qkv_attention(
     H_kv = H: all queries, then all keys, then all values, as nanoGPT's and GPT-2's c_attn packs them."""
     n_kv_head = n_kv_head or n_head
     q, k, v = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).split((n_head, n_kv_head, n_kv_head), dim=2)
-    out = attention(
-        q, k, v, causal=causal, scale=scale, window=window, doc_ids=doc_ids, dropout_p=dropout_p
-    )  # fmt: skip
+    out = attention(q, k, v, causal=causal, scale=scale, window=window, doc_ids=doc_ids, dropout_p=dropout_p)
     return out.flatten(2)
 
 

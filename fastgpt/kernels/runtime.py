@@ -18,8 +18,9 @@ from fastgpt.hardware.device import interprets
 INTERPRET = interprets()
 """True when triton runs kernels in its CPU interpreter. Fixed for the life of the process, as triton's own switch is."""
 
-compile_only = False
-"""True inside offline.compile_for: CPU tensors then take the Triton path, and launches only compile or are counted."""
+compile_only: int | None = None
+"""Inside offline.absent_gpu the compute capability (89): CPU tensors then take the Triton path, and launches only compile or
+are counted."""
 
 INTERPRETER_SMS = 4
 """Programs that a persistent kernel starts in the interpreter: enough to test the reduction over programs, few enough
@@ -32,7 +33,7 @@ compile_only_sms = 46
 def runs_in_triton(x: Tensor) -> bool:
     """Whether launchers send this tensor to a Triton kernel. False (a CPU tensor and no interpreter): the PyTorch
     reference computes instead, so that a model built on these ops runs on any machine."""
-    return x.is_cuda or (x.device.type == "cpu" and (INTERPRET or compile_only))
+    return x.is_cuda or (x.device.type == "cpu" and (INTERPRET or compile_only is not None))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -307,12 +307,10 @@ def target(device: torch.device) -> Target | None:
     if device.type == "cuda":
         arch, shared = _cuda_limits(device.index if device.index is not None else torch.cuda.current_device())
         return Target(arch, runtime.sm_count(device), shared)
-    if not runtime.compile_only:
+    absent = runtime.compile_only
+    if absent is None:
         return None
-    import triton
-
-    arch = triton.runtime.driver.active.get_current_target().arch
-    return Target(arch, runtime.sm_count(device), cards.ARCHS[f"sm_{arch}"].shared_per_block)
+    return Target(absent, runtime.sm_count(device), cards.ARCHS[f"sm_{absent}"].shared_per_block)
 
 
 def arch_of(device: torch.device) -> int | None:

@@ -19,29 +19,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.common import UserError
 from fastgpt.patching.modules import FusedBlock, supported
 from fastgpt.patching.plan import PatchPlan, blocker, plan_blocks, unknown_children
-from fastgpt.patching.swap import Fused, base_class, is_fused, parameters
-
-OLDEST = (4, 45)
-
-
-def notes() -> list[str]:
-    """Which calls still use the model's own attention although it has been replaced."""
-    found = ["padding masks, cached decoding steps, head masks and output_attentions take the model's own attention"]
-    if (4, 53) <= _version() < (5, 0):
-        found.append(
-            "this transformers hands over a mask where none is needed: pass attention_mask, or use transformers 5"
-        )
-    return found
-
-
-def _version() -> tuple[int, ...]:
-    import transformers
-
-    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
-
+from fastgpt.patching.swap import Fused, is_fused, parameters
 
 _CACHES = ("layer_past", "past_key_value", "past_key_values", "cache")
 _KNOWN = {
@@ -148,19 +128,15 @@ class HuggingFaceLMHeadModel(Fused):
         return CausalLMOutputWithCrossAttentions(loss=loss, logits=None, **passed_through)
 
     def _wants_fused_loss(self: Any, call: dict[str, Any]) -> bool:
-        if call.get("labels") is None or not self.training or self._fastgpt_keep_logits:
+        if call.get("labels") is None or not self.training:
             return False
-        returns_tuple = not getattr(self.config, "return_dict", True)
-        if call.get("return_dict") is not None:
-            returns_tuple = not call["return_dict"]
+        returns_dict = call.get("return_dict")
+        if returns_dict is None:
+            returns_dict = getattr(self.config, "return_dict", True)
         keep = call.get("logits_to_keep", 0)
         all_logits = isinstance(keep, int) and keep == 0
         known = self.takes_more or all(name in self.names for name in call)
-        return known and all_logits and not returns_tuple and type(self.lm_head) is nn.Linear and self._own_loss()
-
-    def _own_loss(self: Any) -> bool:
-        """Whether the loss is the shifted cross-entropy (a user may have set another)."""
-        return getattr(getattr(self, "loss_function", None), "__name__", "ForCausalLMLoss") == "ForCausalLMLoss"
+        return known and all_logits and returns_dict and type(self.lm_head) is nn.Linear and has_gpt2_loss(self)
 
     def _loss(
         self: Any,
@@ -188,6 +164,11 @@ class HuggingFaceLMHeadModel(Fused):
         return loss / num_items_in_batch
 
 
+def has_gpt2_loss(model: Any) -> bool:
+    """Whether the loss is the shifted cross-entropy (a user may have set another)."""
+    return getattr(getattr(model, "loss_function", None), "__name__", "ForCausalLMLoss") == "ForCausalLMLoss"
+
+
 def matches(model: nn.Module) -> bool:
     """Whether this is one of transformers' two classes (or a subclass)."""
     return any(
@@ -196,10 +177,11 @@ def matches(model: nn.Module) -> bool:
     )
 
 
-def plan(model: Any, plan: PatchPlan) -> None:
-    """Decide what of ``model`` is replaced. Changes nothing. Raises UserError if transformers is too old."""
-    if _version() < OLDEST:
-        raise UserError(f"transformers is {'.'.join(map(str, _version()))}: patch knows 4.45 and later, so upgrade it")
+def plan(model: Any, plan: PatchPlan, keep_logits: bool) -> None:
+    """Decide what of ``model`` is replaced. Changes nothing."""
+    import transformers
+
+    plan.model = f"{type(model).__name__} of transformers {transformers.__version__}"
     base = getattr(model, "transformer", model)
     prefix = "" if base is model else "transformer."
     C = base.wte.weight.shape[1]
@@ -213,10 +195,18 @@ def plan(model: Any, plan: PatchPlan) -> None:
         shape=(2, min(base.wpe.weight.shape[0], 64), C),
     )
     plan.norm(f"{prefix}ln_f", base.ln_f, C)
-    if base is model:
-        plan.keep("loss", "a GPT2Model has none")
-    else:
-        _plan_loss(model, plan)
+    why = "a GPT2Model has none" if base is model else "keep_logits=True" if keep_logits else _loss_blocker(model)
+    plan.decide("loss", model, HuggingFaceLMHeadModel, why)
+    if why is None:
+        plan.attributes = {"_fastgpt_passes_on": parameters(type(model.transformer).forward)[1]}
+    if "attention" in plan.replaced:
+        plan.notes.append(
+            "padding masks, cached decoding steps, head masks and output_attentions take the model's own attention"
+        )
+        if (4, 53) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 0):
+            plan.notes.append(
+                "this transformers hands over a mask where none is needed: pass attention_mask, or use transformers 5"
+            )
 
 
 def _attention_blocker(attention: Any) -> str | None:
@@ -224,21 +214,14 @@ def _attention_blocker(attention: Any) -> str | None:
     if how != "sdpa":
         return f"attn_implementation is {how!r}: load the model with attn_implementation='sdpa'"
     unknown = unknown_children(attention, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"})
-    if unknown:
-        return f"it has a part that GPT-2's has not ({unknown})"
-    return None
+    return f"it has a part that GPT-2's has not ({unknown})" if unknown else None
 
 
-def _plan_loss(model: Any, plan: PatchPlan) -> None:
-    head = model.lm_head
-    if base_class(model).forward.__qualname__ != "GPT2LMHeadModel.forward":  # type: ignore[attr-defined]
-        plan.keep("loss", f"{type(model).__name__} has a forward of its own")
-    elif type(head) is not nn.Linear:
-        plan.keep("loss", f"its lm_head is a {type(head).__name__}")
-    elif (why := blocker(model)) is not None:
-        plan.keep("loss", why)
-    elif not HuggingFaceLMHeadModel._own_loss(model):
-        plan.keep("loss", "it has a loss function of its own")
-    else:
-        plan.change("loss", model, HuggingFaceLMHeadModel)
-        plan.attributes = {"_fastgpt_passes_on": parameters(type(model.transformer).forward)[1]}
+def _loss_blocker(model: Any) -> str | None:
+    if type(model).forward.__qualname__ != "GPT2LMHeadModel.forward":
+        return f"{type(model).__name__} has a forward of its own"
+    if type(model.lm_head) is not nn.Linear:
+        return f"its lm_head is a {type(model.lm_head).__name__}"
+    if (why := blocker(model)) is not None:
+        return why
+    return None if has_gpt2_loss(model) else "it has a loss function of its own"

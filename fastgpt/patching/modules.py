@@ -8,24 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt.kernels.arguments import DTYPES, MAX_WIDTH
 from fastgpt.kernels.runtime import compute_dtype
 from fastgpt.ops import EAGER
 from fastgpt.patching.swap import Fused, is_fused
 
-# Limits of the kernels, repeated here because the kernels cannot be imported where triton is not installed.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_WIDTH = 16_384
-MAX_HEAD_DIM = 256
-
 
 def supported(x: Tensor) -> bool:
     """Whether the kernels accept this tensor. For any other, the model's own forward runs."""
-    return x.dtype in DTYPES and 0 < x.shape[-1] <= MAX_WIDTH and x.numel() > 0
-
-
-def stream_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that F.layer_norm returns for ``x``: on CUDA, autocast computes norms in fp32."""
-    return torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+    return x.dtype in DTYPES and x.numel() > 0 and x.shape[-1] <= MAX_WIDTH
 
 
 class FusedLayerNorm(Fused):
@@ -35,15 +26,14 @@ class FusedLayerNorm(Fused):
         self: Any, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0, dtype: torch.dtype | None = None
     ) -> Any:
         """norm(x); with a residual (norm(s), s), where s = dropout(x) + residual has the dtype of x + residual.
-        ``dtype`` is that of the norm's output (default: as in PyTorch)."""
+        A block gives one only where ``x`` is supported. ``dtype`` is that of the norm's output (default: as in PyTorch)."""
         if not supported(x):
-            if residual is None:
-                return super().forward(x)  # type: ignore[misc]
-            total = F.dropout(x, dropout_p) + residual
-            return super().forward(total), total  # type: ignore[misc]
+            return super().forward(x)  # type: ignore[misc]
         if residual is not None:
             residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
-        dtype = dtype or stream_dtype(x if residual is None else residual)
+        if dtype is None:  # as F.layer_norm: on CUDA, autocast computes norms in fp32
+            stream = x if residual is None else residual
+            dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else stream.dtype
         return self.ops.layer_norm(
             x, self.weight, self.bias,
             residual=residual, dropout_p=dropout_p, eps=getattr(self, "eps", 1e-5), out_dtype=dtype,

@@ -48,8 +48,7 @@ class NanoGPTModel(Fused):
     """In train mode with targets: the fused loss, and None for the logits. Otherwise the model's own forward."""
 
     def forward(self: Any, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        plain_head = type(self.lm_head) is nn.Linear
-        if targets is None or self._fastgpt_keep_logits or not self.training or not plain_head:
+        if targets is None or not self.training or type(self.lm_head) is not nn.Linear:
             return super().forward(idx, targets)  # type: ignore[misc]
         T, block_size = idx.shape[1], self.transformer.wpe.weight.shape[0]
         if block_size < T:
@@ -58,10 +57,12 @@ class NanoGPTModel(Fused):
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(position))
         for block in self.transformer.h:
             x = block(x)
-        x = self.transformer.ln_f(x)
-        ignore_index = self._fastgpt_ignore_index
         return None, self.ops.linear_cross_entropy(
-            x, self.lm_head.weight, targets, bias=self.lm_head.bias, ignore_index=ignore_index
+            self.transformer.ln_f(x),
+            self.lm_head.weight,
+            targets,
+            bias=self.lm_head.bias,
+            ignore_index=self._fastgpt_ignore_index,
         )
 
 
@@ -78,8 +79,9 @@ def matches(model: nn.Module) -> bool:
     return bool(blocks) and all(isinstance(getattr(block, part, None), nn.Module) for block in blocks for part in parts)
 
 
-def plan(model: Any, plan: PatchPlan) -> None:
+def plan(model: Any, plan: PatchPlan, keep_logits: bool) -> None:
     """Decide what of ``model`` is replaced. Changes nothing."""
+    plan.model = f"nanoGPT's {type(model).__name__}"
     T = min(model.transformer.wpe.weight.shape[0], 1024)
     C = model.transformer.wte.weight.shape[1]
     plan_blocks(
@@ -92,49 +94,13 @@ def plan(model: Any, plan: PatchPlan) -> None:
         shape=(1, T, C),
     )
     plan.norm("transformer.ln_f", model.transformer.ln_f, C)
-    _plan_loss(model, plan)
+    why = "keep_logits=True" if keep_logits else blocker(model) or _loss_blocker(model) or _try_loss(model, plan)
+    plan.decide("loss", model, NanoGPTModel, why)
 
 
 def _attention_blocker(attention: Any) -> str | None:
-    """Why this attention cannot be replaced, as far as its modules show it."""
     unknown = unknown_children(attention, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"})
-    if unknown:
-        return f"it has a part that nanoGPT's has not ({unknown})"
-    if not isinstance(getattr(attention, "resid_dropout", None), nn.Dropout):
-        return "it has no resid_dropout"
-    if not isinstance(getattr(attention, "attn_dropout", None), nn.Dropout):
-        return "it has no attn_dropout"
-    if getattr(attention, "flash", False) and not isinstance(getattr(attention, "dropout", None), (int, float)):
-        return "it has no dropout probability"
-    return None if isinstance(getattr(attention, "n_head", None), int) else "it has no n_head"
-
-
-def _plan_loss(model: Any, plan: PatchPlan) -> None:
-    why = blocker(model) or _loss_blocker(model)
-    if why is None:
-        probe = Probe(model, leave_out=[model.transformer.h])
-        head: Any = probe.module.lm_head
-        T, V = min(model.transformer.wpe.weight.shape[0], 16), head.weight.shape[0]
-        idx = torch.randint(0, V, (2, T), generator=probe.generator)
-        reasons = []
-        for ignore_index in (-1, -100):  # nanoGPT's, PyTorch's default
-            targets = torch.randint(0, V, (2, T), generator=probe.generator)
-            targets[0, 0] = ignore_index
-
-            def loss(module: Any, targets: Tensor = targets, ignore_index: int = ignore_index) -> Any:
-                module._fastgpt_keep_logits, module._fastgpt_ignore_index = False, ignore_index
-                return module(idx, targets)[1]
-
-            why = probe.why_not([("", NanoGPTModel)], loss, train=True)
-            if why is None:
-                plan.attributes = {"_fastgpt_ignore_index": ignore_index}
-                break
-            reasons.append(why)
-        why = why and reasons[0]
-    if why is None:
-        plan.change("loss", model, NanoGPTModel)
-    else:
-        plan.keep("loss", why)
+    return f"it has a part that nanoGPT's has not ({unknown})" if unknown else None
 
 
 def _loss_blocker(model: Any) -> str | None:
@@ -148,3 +114,24 @@ def _loss_blocker(model: Any) -> str | None:
     except (OSError, TypeError):
         source = ""
     return "its forward checkpoints activations itself" if "checkpoint" in source else None
+
+
+def _try_loss(model: Any, plan: PatchPlan) -> str | None:
+    """Try out the loss with nanoGPT's ``ignore_index`` and with PyTorch's default, and note in ``plan`` which one it has."""
+    probe = Probe(model, leave_out=[model.transformer.h])
+    T, V = min(model.transformer.wpe.weight.shape[0], 16), model.lm_head.weight.shape[0]
+    idx = torch.randint(0, V, (2, T), generator=probe.generator)
+
+    def why_not(ignore_index: int) -> str | None:
+        targets = torch.randint(0, V, (2, T), generator=probe.generator)
+        targets[0, 0] = ignore_index
+        vars(probe.module)["_fastgpt_ignore_index"] = ignore_index
+        return probe.why_not([("", NanoGPTModel)], lambda module: module(idx, targets)[1], train=True)
+
+    reasons = []
+    for ignore_index in (-1, -100):
+        reasons.append(why_not(ignore_index))
+        if reasons[-1] is None:
+            plan.attributes = {"_fastgpt_ignore_index": ignore_index}
+            return None
+    return reasons[0]

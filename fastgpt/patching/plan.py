@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastgpt.patching.modules import DTYPES, MAX_HEAD_DIM, MAX_WIDTH, FusedLayerNorm, FusedMLP, gelu_kind
-from fastgpt.patching.probe import Change, Probe
+from fastgpt.kernels.arguments import DTYPES, MAX_HEAD_DIM, MAX_WIDTH
+from fastgpt.patching.modules import FusedLayerNorm, FusedMLP, gelu_kind
+from fastgpt.patching.probe import Probe
 from fastgpt.patching.swap import Fused
 
 
@@ -30,12 +30,8 @@ class PatchReport:
     """Calls that still use the model's own forward although the operation is replaced."""
 
     def __str__(self) -> str:
-        def count(name: str, n: int) -> str:
-            return name if n == 1 else f"{n} x {name}"
-
-        lines = [f"fastgpt.patch: {self.model}; {self.runs_in}"]
-        done = ", ".join(count(name, n) for name, n in self.replaced.items())
-        lines.append(f"  replaced   {done or 'nothing'}")
+        done = ", ".join(name if n == 1 else f"{n} x {name}" for name, n in self.replaced.items())
+        lines = [f"fastgpt.patch: {self.model}; {self.runs_in}", f"  replaced   {done or 'nothing'}"]
         lines += [f"  kept       {name}: {why}" for name, why in self.kept.items()]
         lines += [f"  note       {sentence}" for sentence in self.at_run_time]
         return "\n".join(lines)
@@ -43,32 +39,32 @@ class PatchReport:
 
 @dataclass
 class PatchPlan:
-    """The changes to make and the parts to keep."""
+    """The changes to make, and what the report will say."""
 
+    model: str = ""
     changes: list[tuple[nn.Module, type[Fused]]] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
     """Set on the model itself; names start with _fastgpt_."""
     replaced: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    def change(self, operation: str, module: nn.Module, mixin: type[Fused]) -> None:
-        self.changes.append((module, mixin))
-        self.replaced[operation] = self.replaced.get(operation, 0) + 1
-
-    def keep(self, operation: str, why: str) -> None:
-        self.kept.setdefault(operation, why)
+    def decide(self, operation: str, module: nn.Module, mixin: type[Fused], why: str | None, where: str = "") -> None:
+        """Change ``module``, or keep it if there is a reason ``why``. ``where`` tells it from others of its kind."""
+        if why is None:
+            self.changes.append((module, mixin))
+            self.replaced[operation] = self.replaced.get(operation, 0) + 1
+        else:
+            self.kept.setdefault(operation + where, why)
 
     def norm(self, name: str, module: nn.Module, width: int) -> None:
         """Plan one layer norm that stands outside the blocks."""
-        why = _norm_blocker(module)
+        why = blocker(module) or _too_wide(width)
         if why is None:
             probe = Probe(module)
             x = probe.randn(2, 3, width)
             why = probe.why_not([("", FusedLayerNorm)], lambda norm: norm(x))
-        if why is None:
-            self.change("layer norm", module, FusedLayerNorm)
-        else:
-            self.keep(f"layer norm {name}", why)
+        self.decide("layer norm", module, FusedLayerNorm, why, f" {name}")
 
 
 PARTS = {
@@ -111,15 +107,10 @@ def plan_blocks(
     for name, module in blocks.items():
         key = _fingerprint(module)
         if key not in decided:
-            reason = blocker(module.attn) or attention_blocker(module.attn) or _head_blocker(module.attn, shape[-1])
-            decided[key] = _try_out(module, mixins, reason, call_attention, shape)
+            decided[key] = _try_out(module, mixins, attention_blocker(module.attn), call_attention, shape)
+        where = "" if len(decided) == 1 else f" of {name}"
         for part, why in decided[key].items():
-            if why is None:
-                plan.change(PARTS[part], module.get_submodule(part), mixins[part])
-            elif len(decided) == 1:
-                plan.keep(PARTS[part], why)
-            else:
-                plan.keep(f"{PARTS[part]} of {name}", why)
+            plan.decide(PARTS[part], module.get_submodule(part), mixins[part], why, where)
 
 
 def _try_out(
@@ -135,25 +126,26 @@ def _try_out(
     few = x[:, :16].contiguous()
     why: dict[str, str | None] = {}
 
-    def decide(part: str, reason: str | None, call: Call, *others: Change) -> None:
+    def decide(part: str, reason: str | None, call: Call) -> None:
+        # A block is tried out with all of its parts that are replaced.
+        others = [other for other, reason in why.items() if reason is None] if part == "" else []
+        changes = [(name, mixins[name]) for name in (*others, part)]
         # Eval mode over the whole context would show a window, train mode over a few tokens would show noise.
-        changes = [*others, (part, mixins[part])]
         why[part] = (
-            reason
+            blocker(module.get_submodule(part))
+            or reason
             or probe.why_not(changes, lambda block: call(block, x))
             or probe.why_not(changes, lambda block: call(block, few), train=True)
         )
 
-    decide("ln_1", _norm_blocker(module.ln_1), lambda block, x: block.ln_1(x))
-    decide("ln_2", _norm_blocker(module.ln_2), lambda block, x: block.ln_2(x))
-    decide("attn", attention_reason, call_attention)
-    decide("mlp", blocker(module.mlp) or _mlp_blocker(module.mlp), lambda block, x: block.mlp(x))
-    good = [(part, mixins[part]) for part, reason in why.items() if reason is None]
+    width = shape[-1]
+    decide("ln_1", _too_wide(width), lambda block, x: block.ln_1(x))
+    decide("ln_2", _too_wide(width), lambda block, x: block.ln_2(x))
+    decide("attn", attention_reason or _head_blocker(module.attn, width), call_attention)
+    decide("mlp", _activation_blocker(module.mlp), lambda block, x: block.mlp(x))
     unknown = unknown_children(module, {"ln_1", "ln_2", "attn", "mlp"})
-    reason = blocker(module) or (f"a block has a part that is not GPT-2's ({unknown})" if unknown else None)
-    if why["ln_2"] is not None:
-        reason = reason or "ln_2 is kept"
-    decide("", reason, lambda block, x: block(x), *good)
+    reason = f"a block has a part that is not GPT-2's ({unknown})" if unknown else None
+    decide("", reason or ("ln_2 is kept" if why["ln_2"] else None), lambda block, x: block(x))
     return why
 
 
@@ -169,13 +161,8 @@ def blocker(module: nn.Module) -> str | None:
     return f"its parameters are {str(wrong)[6:]}, and the kernels take float32, float16 and bfloat16" if wrong else None
 
 
-def _norm_blocker(norm: Any) -> str | None:
-    if (why := blocker(norm)) is not None:
-        return why
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
-        return "it has no weight of shape (C,)"
-    return None if weight.shape[0] <= MAX_WIDTH else f"it is {weight.shape[0]} wide, and the kernel takes {MAX_WIDTH}"
+def _too_wide(width: int) -> str | None:
+    return None if width <= MAX_WIDTH else f"it is {width} wide, and the kernel takes {MAX_WIDTH}"
 
 
 def _head_blocker(attention: Any, width: int) -> str | None:
@@ -184,16 +171,12 @@ def _head_blocker(attention: Any, width: int) -> str | None:
     return None if dim <= MAX_HEAD_DIM else f"its heads are {dim} wide, and the kernel takes {MAX_HEAD_DIM}"
 
 
-def _mlp_blocker(mlp: Any) -> str | None:
-    parts = dict(mlp.named_children())
-    activation = parts.get("act", parts.get("gelu"))
-    if not {"c_fc", "c_proj"} <= parts.keys() or activation is None:
-        return "it is not c_fc, GELU, c_proj"
-    if gelu_kind(activation) is None:
-        return f"its activation is a {type(activation).__name__}, not a GELU"
-    if not isinstance(parts.get("dropout"), nn.Dropout):
-        return "it has no dropout"
-    return None
+def _activation_blocker(mlp: Any) -> str | None:
+    """FusedMLP calls the model's own forward for another activation, so that trying it out would find no difference."""
+    activation = getattr(mlp, "act", getattr(mlp, "gelu", None))
+    if activation is None or gelu_kind(activation) is not None:
+        return None
+    return f"its activation is a {type(activation).__name__}, not a GELU"
 
 
 def _fingerprint(module: nn.Module) -> Any:

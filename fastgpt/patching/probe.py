@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from fastgpt.common import UserError, first_line
 from fastgpt.ops import EAGER
@@ -52,8 +52,7 @@ class Probe:
         self.generator = generator
 
     def why_not(self, changes: Sequence[Change], call: Callable[[Any], Any], train: bool = False) -> str | None:
-        """None if ``call(module)`` returns the same with the changes as without, else the reason in a few words.
-        ``call`` may set attributes of the module."""
+        """None if ``call(module)`` returns the same with the changes as without, else the reason in a few words."""
         self.module.train(train)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
             try:
@@ -79,17 +78,14 @@ class Probe:
 
 
 def _same(want: Any, got: Any) -> bool:
-    if isinstance(want, Tensor) and isinstance(got, Tensor):
-        if want.shape != got.shape or want.dtype != got.dtype:
-            return False
-        scale = want.abs().max().item() if want.numel() else 0.0
-        return bool(((want - got).abs() <= TOLERANCE * scale).all()) if want.is_floating_point() else want.equal(got)
-    if type(want) is not type(got):
+    (want, structure), (got, other) = tree_flatten(want), tree_flatten(got)
+    return structure == other and all(map(_same_leaf, want, got))
+
+
+def _same_leaf(want: Any, got: Any) -> bool:
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor):
+        return type(want) is type(got) and want == got
+    if want.shape != got.shape or want.dtype != got.dtype:
         return False
-    if isinstance(want, (tuple, list)):
-        return len(want) == len(got) and all(map(_same, want, got))
-    if isinstance(want, dict):
-        return want.keys() == got.keys() and all(_same(want[key], got[key]) for key in want)
-    if is_dataclass(want):
-        return all(_same(getattr(want, f.name), getattr(got, f.name)) for f in fields(want))
-    return want is None or want == got
+    scale = want.abs().max().item() if want.numel() else 0.0
+    return bool(((want - got).abs() <= TOLERANCE * scale).all())

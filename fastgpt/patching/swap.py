@@ -9,6 +9,8 @@ leaves wrappers of the class (gradient checkpointing in transformers) in effect.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, update_wrapper
 from typing import Any
 
@@ -97,17 +99,11 @@ def base_class(module: nn.Module) -> type:
     return getattr(type(module), "_fastgpt_base", type(module))
 
 
-def check_restorable(module: nn.Module) -> None:
-    """Raises UserError if something has subclassed the class of a fused module since (FSDP2 does)."""
+def restore(module: nn.Module) -> None:
+    """Undo ``fuse``. Raises UserError if something has subclassed the class of the module since (FSDP2 does)."""
     cls = type(module)
     if "_fastgpt_base" not in vars(cls):
         raise UserError(f"a {cls.__name__} was wrapped after patch: it cannot be unpatched until it is unwrapped")
-
-
-def restore(module: nn.Module) -> None:
-    """Undo ``fuse``. Raises UserError as ``check_restorable`` does."""
-    check_restorable(module)
-    cls = type(module)
     if getattr(vars(module).get("forward"), "__func__", None) is vars(cls)["forward"]:
         del module.forward  # Accelerate's unwrap_model leaves the class's forward on the instance
     module.__class__ = cls._fastgpt_base  # type: ignore[attr-defined]
@@ -117,3 +113,16 @@ def restore(module: nn.Module) -> None:
 
 def fused_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if is_fused(module)]
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """If what is done inside raises, the model's modules get back the classes and attributes that they had."""
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, cls, state in before:
+            module.__class__ = cls
+            vars(module).update(state)
+        raise

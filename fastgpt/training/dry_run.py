@@ -157,7 +157,10 @@ def record(config: Config, precision: str, arch: int, sms: int, micro_batches: i
         finally:
             quiet = False
 
-    with offline.count_launches(arch, sms) as found.launches, tuning.heard(chosen), runtime.recorded(runs):
+    def launched(function: Any, *args: Any, **options: Any) -> None:
+        found.launches[function.module.rpartition(".")[2], function.__name__] += 1
+
+    with offline.absent_gpu(arch, sms), offline.launched_by(launched), tuning.heard(chosen), runtime.recorded(runs):
         step(config, precision, micro_batches, operation)
     return found
 

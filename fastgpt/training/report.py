@@ -48,8 +48,9 @@ def banner(console: Console, run: Run) -> None:
     if run.device.type == "cuda":
         room = f", of {gigabytes(torch.cuda.get_device_properties(run.device).total_memory)}"
     rows = {
-        "model": f"{millions(run.model.n_params())} parameters (excluding position embeddings): {shape.n_layer} layers, "
-        f"{shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}, vocabulary {shape.vocab_size}",
+        "model": f"{millions(anatomy.n_params(shape, positions=False))} parameters (excluding position embeddings): "
+        f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}, "
+        f"vocabulary {shape.vocab_size}",
         "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}, "
         f"{run.grad_accum} per rank and step{ranks}",
         "run": f"{config.train.max_iters:,} steps, {rounded(config.train.max_iters * config.tokens_per_step)} tokens"

@@ -198,7 +198,7 @@ def test_the_interpreter_has_no_target_and_a_compile_only_run_the_one_it_compile
     assert tuning.target(torch.device("cpu")) is None
     found = in_child(
         "from fastgpt.kernels import offline, tuning\nimport torch\n"
-        "with offline.compile_for(90, 132): print(json.dumps(tuning.target(torch.device('cpu'))))"
+        "with offline.absent_gpu(90, 132): print(json.dumps(tuning.target(torch.device('cpu'))))"
     )
     assert found == [90, 132, 232_448]
 
@@ -425,7 +425,7 @@ def test_every_space_has_its_default():
         "from fastgpt.kernels import fused_cross_entropy as c, fused_adamw as w, offline\nimport torch\n"
         "ok = [s.contains(f'attention.{k}', a.config(k, torch.bfloat16, 64, 1024, plain=not d, dropout=d, arch=arch))\n"
         "      for k in ('forward', 'backward_q', 'backward_kv') for d in (False, True) for arch in (80, 89, 90, 120)]\n"
-        "with offline.compile_for(89):\n"
+        "with offline.absent_gpu(89):\n"
         "    ok += [s.contains(f'layer_norm.{k}', n._choice(k, torch.bfloat16, C, torch.device('cpu')).default)\n"
         "           for k in ('forward', 'backward') for C in (384, 768, 1024, 1600)]\n"
         "ok += [s.contains('cross_entropy.rows', c._choice(torch.float32, 50304, None, torch.device('cpu')).default)]\n"
@@ -448,10 +448,10 @@ COUNT_COMPILES = """
 from collections import Counter
 import torch
 from triton.runtime.jit import JITFunction
+from bench.compiler.capture import compile_for
 from bench.ops import common
 from bench.ops.cross_entropy import launch_loss
 from bench.ops.layer_norm import launch_norm
-from fastgpt.kernels import offline
 from fastgpt.kernels.fused_attn import attention_bucket
 from fastgpt.kernels.fused_attn import qkv_attention
 from fastgpt.kernels.fused_cross_entropy import cross_entropy_bucket
@@ -468,7 +468,7 @@ def count(self, key, signature, device, constexprs, options, attrs, warmup):
 JITFunction._do_compile = count
 JITFunction.run = lambda self, *args, grid, warmup=False, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
 
-with offline.compile_for(89, 46):
+with compile_for(89, 46):
     for B in (1, 2, 3, 8, 17):
         for T in (64, 100, 512, 1000, 1024, 1025):
             bucket = attention_bucket(64, B * 2 * T, plain=True, dropout=False)
