@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastgpt.anatomy import SHAPE, Shapes, shape_told_by
-from fastgpt.common import UserError
-from fastgpt.doctor.evidence import CheckpointFacts, Place, Unread
+from fastgpt.common import UserError, read_json
+from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Place, Setting, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt
-from fastgpt.doctor.reading.values import DEFAULTS, Refused, checked
+from fastgpt.doctor.reading.values import DEFAULTS, store
 
 FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _NAME = re.compile(r"step-(\d{8,})(?:\.\d+)?")
@@ -71,16 +70,15 @@ def _from_file(path: Path) -> tuple[Mapping[str, Any], Shapes]:
 
 def _from_folder(path: Path) -> tuple[Mapping[str, Any], Shapes]:
     """A checkpoint that is a folder: its plain values, and the shapes of its model's tensors."""
+    state, table = read_json(path / "state.json"), read_json(path / "tensors.json")
     try:
-        state = json.loads((path / "state.json").read_bytes())
-        table = json.loads((path / "tensors.json").read_bytes())
-        shapes = {str(name): tuple(map(int, entry["shape"])) for name, entry in table.items()}
-    except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {error.filename}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-        raise UserError(f"checkpoint {path} is damaged: state.json or tensors.json is not what was written") from error
-    if not isinstance(state, Mapping):
-        raise UserError(f"checkpoint {path} is damaged: state.json is not what was written")
+        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in (table or {}).items()}
+    except (ValueError, TypeError, KeyError, OverflowError):
+        table = None
+    if state is None or table is None:
+        raise UserError(
+            f"checkpoint {path} is damaged or cannot be read: state.json or tensors.json is not what was written"
+        )
     return state, {name.removeprefix("model."): shape for name, shape in shapes.items() if name.startswith("model.")}
 
 
@@ -126,18 +124,15 @@ def _shapes(tensors: Mapping[Any, Any]) -> Shapes:
 
 def _facts(kind: Literal["nanogpt", "fastgpt"], path: Path, said: Any, shapes: Shapes) -> CheckpointFacts:
     """Shape as the checkpoint says it; where its tensors say otherwise, theirs."""
-    facts = CheckpointFacts(kind, str(path), {})
+    place, read = Place(str(path)), ConfigFacts("nanogpt", defaults=DEFAULTS)
     for name in SHAPE if isinstance(said, Mapping) else ():
-        if said.get(name) is None:
-            continue
-        try:
-            facts.shape[name] = checked(name, said[name], DEFAULTS[name])
-        except Refused as error:
-            facts.unread.append(Unread(Place(str(path)), name, str(error)))
+        if said.get(name) is not None:
+            store(read, name, Setting(said[name], place, name))
+    facts = CheckpointFacts(kind, str(path), {name: s.value for name, s in read.settings.items()}, unread=read.unread)
     for name, value in shape_told_by(shapes).items():
         if name in facts.shape and facts.shape[name] != value:
             why = f"the checkpoint says {facts.shape[name]}, its tensors {value}: the tensors count"
-            facts.unread.append(Unread(Place(str(path)), name, why))
+            facts.unread.append(Unread(place, name, why))
         facts.shape[name] = value
     # without position embeddings, and the causal masks that nanoGPT stores where it has no flash attention
     not_counted = re.compile(r"wpe\.weight$|\.attn\.(?:masked_)?bias$")

@@ -179,15 +179,15 @@ class _Reader:
         self.notes.append(Note(kind, Place(self.file, self._line(at)), text.strip()[:300], value))
 
     def facts(self) -> LogFacts:
-        steps, back = in_order(np.frombuffer(self.steps).reshape(-1, 7))
-        evals, evals_back = in_order(np.frombuffer(self.evals).reshape(-1, 4))
+        steps, back = in_order(np.array(self.steps).reshape(-1, 7))
+        evals, evals_back = in_order(np.array(self.evals).reshape(-1, 4))
         for line, top, step in back or evals_back:
             text = f"the log goes back from step {top} to {step}: the later run counts"
             self.notes.append(Note("resume", Place(self.file, line), text, step))
         if self.config is not None:
             configs.apply_logged(self.config, self.notes)
         return LogFacts(
-            kind=max(self.kinds, key=lambda kind: self.kinds[kind], default="unknown"),
+            kind=max(self.kinds, key=self.kinds.__getitem__, default="unknown"),
             file=self.file,
             steps=Steps(*_columns(steps)),
             evals=Evals(*_columns(evals)),
