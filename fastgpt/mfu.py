@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from fastgpt import anatomy
+from fastgpt.hardware import cards
+from fastgpt.performance import flops
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -65,6 +69,12 @@ class StepMeter:
         self._excluded_depth = 0
         self._in_step = False
         self._begin_report()
+
+    @classmethod
+    def for_shape(cls, shape: anatomy.Shape, device: torch.device | str, precision: str) -> StepMeter:
+        """A meter for a model of this shape: FLOPs by PaLM's formula (appendix B of arXiv:2204.02311, as nanoGPT's), over
+        the card's nominal dense peak in ``precision``."""
+        return cls(device, flops.palm(shape), cards.peak_flops(device, precision))
 
     def _begin_report(self) -> None:
         self._steps = self._tokens = 0

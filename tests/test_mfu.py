@@ -201,6 +201,15 @@ def test_two_logged_rtx_4070_runs(shape, seconds, nominal):
     assert report.mfu == pytest.approx(nominal, abs=0.006)
 
 
+def test_a_meter_for_a_shape_has_its_flops_and_the_cards_peak(monkeypatch):
+    monkeypatch.setattr(cards, "present", lambda device: cards.lookup("rtx4070"))
+    meter = StepMeter.for_shape(GPT2_124M, "cpu", "fp16-fast")
+    assert (meter.flops_per_token, meter.peak_flops) == (
+        flops.palm(GPT2_124M),
+        cards.lookup("rtx4070").peak_flops("fp16_fp16acc"),
+    )
+
+
 def test_a_card_without_a_known_peak_has_no_mfu():
     report = one_step(0.1, 1000)
     assert report.mfu is None and report.tokens_per_second == pytest.approx(1e4)

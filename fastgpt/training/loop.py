@@ -24,10 +24,8 @@ from fastgpt.checkpoints import folder, saver
 from fastgpt.common import UserError
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
-from fastgpt.hardware import cards
 from fastgpt.hardware.environment import environment
 from fastgpt.mfu import StepMeter, StepReport
-from fastgpt.performance import flops
 from fastgpt.training import distributed
 from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
@@ -109,8 +107,7 @@ class _Loop:
             self.say(f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)")
         # Read now: a file that cannot be read must not be found out after three days.
         self.hellaswag = load_hellaswag(self.settings.hellaswag) if self.settings.hellaswag else None
-        peak = cards.peak_flops(device, self.state.stepper.precision)
-        self.meter = StepMeter(device, flops.palm(anatomy.Shape.of(config.model)), peak)
+        self.meter = StepMeter.for_shape(anatomy.Shape.of(config.model), device, self.state.stepper.precision)
         # Steps whose loss and gradient norm have not been read from the device yet, with their records for metrics.jsonl.
         self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
         self.losses: list[float] = []  # since the last log line
