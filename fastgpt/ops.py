@@ -78,10 +78,11 @@ def _fp16_fast() -> Ops:
 @cache
 def _fp8() -> Ops:
     """TRITON, with the linears of the blocks in fp8, and norms and attention that hand them fp8. Operands have to be bf16, as
-    they are under autocast: anything else raises ValueError."""
+    they are under autocast: anything else raises ValueError. ``linear`` and ``mlp`` take no residual and no dropout,
+    which a GPT leaves to its norms."""
     from fastgpt.kernels.fp8 import ops
 
-    own = {name: getattr(ops, name) for name in ("qkv_attention", "linear", "linear_gelu", "mlp")}
+    own = {name: getattr(ops, name) for name in ("qkv_attention", "linear", "mlp")}
     return replace(_triton(), name="triton fp8", layer_norm=_in_compute_dtype(ops.layer_norm), **own)
 
 

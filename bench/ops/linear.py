@@ -171,8 +171,8 @@ def product(
     if kind == "gelu":
         return lambda: matmul.matmul_gelu(x, weight, shift, False, fast, save)
     if kind == "dgelu":
-        pre = make(tokens, N)
-        return lambda: matmul.matmul_dgelu(x, weight, pre, False, fast, FP32 if sums else None)[0]
+        pre, totals = make(tokens, N), make(N, like=FP32) if sums else None
+        return lambda: matmul.matmul_dgelu(x, weight, pre, False, fast, totals)
     residual = make(tokens, N, like=FP32) if kind == "residual" else None
     return lambda: matmul.matmul(x, weight, shift, residual, None, 0.0, fast)
 

@@ -348,7 +348,7 @@ class Plan:
         """Bring the gradients' addresses to the table, if it may hold others."""
         addresses = [grad.data_ptr() for grad in grads]
         row = self.table[GRAD.value]
-        if capturing(row.device):
+        if runtime.capturing(row.device):
             if len(self.captured) and self.spare is self.captured[-1]:
                 raise RuntimeError("this step is already in a CUDA graph: run one outside before capturing another")
             self.spare.copy_(torch.tensor(addresses))
@@ -380,7 +380,7 @@ def plan_for(s: Step, chunk: int) -> Plan:
     )
     plan = _plans.get(key)
     if plan is None:
-        if capturing(device):
+        if runtime.capturing(device):
             raise RuntimeError(
                 "a captured step cannot allocate: run one step on the same tensors before the graph capture"
             )
@@ -390,11 +390,6 @@ def plan_for(s: Step, chunk: int) -> Plan:
     _plans.move_to_end(key)
     plan.send_grads(s.grads)
     return plan
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def pinned(host: Tensor, device: torch.device) -> Tensor:

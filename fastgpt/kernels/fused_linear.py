@@ -39,7 +39,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastgpt.kernels import arguments, matmul, reference, runtime
 from fastgpt.kernels.working_copy import adds_to, working_copy
@@ -52,110 +52,87 @@ def rows_of(t: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- backward ops
 #
-# What autograd's formulas below are made of. dz and x are (..., N) and (..., K), and of the same 16- or 32-bit dtype.
+# What autograd's formulas below are made of. dz and x are (..., N) and (..., K), and of the same 16- or 32-bit dtype. Sums of
+# columns, which are gradients of biases, are empty without ``bias_dtype``.
+
+
+def new_sums(like: Tensor, columns: int, bias_dtype: torch.dtype | None) -> Tensor:
+    """Unwritten sums of so many columns."""
+    return like.new_empty(columns if bias_dtype else 0, dtype=bias_dtype or like.dtype)
 
 
 @torch.library.custom_op("fastgpt::linear_bwd_input", mutates_args=())
-def _bwd_input(dz: Tensor, weight: Tensor, pre: Tensor | None, erf: bool, fp16: bool) -> Tensor:
-    """dz @ weight, times gelu'(pre) if given."""
-    if pre is None:
-        dx = matmul.matmul(rows_of(dz), weight, None, None, None, 0.0, fp16)
-    else:
-        dx, _ = matmul.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16)
+def _bwd_input(dz: Tensor, weight: Tensor, fp16: bool) -> Tensor:
+    """dz @ weight."""
+    dx = matmul.matmul(rows_of(dz), weight, None, None, None, 0.0, fp16)
     return dx.view(*dz.shape[:-1], weight.shape[1])
 
 
 @_bwd_input.register_fake
-def _(dz, weight, pre, erf, fp16):
+def _(dz, weight, fp16):
     return dz.new_empty(*dz.shape[:-1], weight.shape[1])
 
 
-@torch.library.custom_op("fastgpt::linear_bwd_input_sums", mutates_args=())
-def _bwd_input_sums(
-    dz: Tensor, weight: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype
+@torch.library.custom_op("fastgpt::linear_bwd_input_gelu", mutates_args=())
+def _bwd_input_gelu(
+    dz: Tensor, weight: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """(dz @ weight) gelu'(pre), and its column sums: the gradient of the bias in ``pre``."""
-    dpre, sums = matmul.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16, bias_dtype)
-    assert sums is not None
+    sums = new_sums(pre, pre.shape[-1], bias_dtype)
+    dpre = matmul.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16, sums if bias_dtype else None)
     return dpre.view(pre.shape), sums
 
 
-@_bwd_input_sums.register_fake
+@_bwd_input_gelu.register_fake
 def _(dz, weight, pre, erf, fp16, bias_dtype):
-    return torch.empty_like(pre), dz.new_empty(pre.shape[-1], dtype=bias_dtype)
-
-
-def _new_weight_grads(weight: Tensor, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """dW with weight's layout, so that a transposed view gives its base a contiguous gradient; db, or empty."""
-    return torch.empty_like(weight), weight.new_empty(
-        weight.shape[0] if bias_dtype else 0, dtype=bias_dtype or weight.dtype
-    )
+    return torch.empty_like(pre), new_sums(pre, pre.shape[-1], bias_dtype)
 
 
 @torch.library.custom_op("fastgpt::linear_bwd_weight", mutates_args=())
 def _bwd_weight(
     dz: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None, fp16: bool
 ) -> tuple[Tensor, Tensor]:
-    """dW and, if ``bias_dtype``, db. Of weight only shape, layout and dtype matter."""
-    dw, db = _new_weight_grads(weight, bias_dtype)
+    """dW, with weight's layout, so that a transposed view gives its base a contiguous gradient; and db. Of weight only shape,
+    layout and dtype matter."""
+    dw, db = torch.empty_like(weight), new_sums(weight, weight.shape[0], bias_dtype)
     matmul.weight_grad(rows_of(dz), rows_of(x), dw, db if bias_dtype else None, fp16)
     return dw, db
 
 
 @_bwd_weight.register_fake
 def _(dz, x, weight, bias_dtype, fp16):
-    return _new_weight_grads(weight, bias_dtype)
+    return torch.empty_like(weight), new_sums(weight, weight.shape[0], bias_dtype)
 
 
 @torch.library.custom_op("fastgpt::linear_bwd_weight_add", mutates_args=("grad",))
 def _bwd_weight_add(grad: Tensor, dz: Tensor, x: Tensor, bias_dtype: torch.dtype | None, fp16: bool) -> Tensor:
-    """grad += dW; returns db, empty without ``bias_dtype``."""
-    db = grad.new_empty(grad.shape[0] if bias_dtype else 0, dtype=bias_dtype or grad.dtype)
+    """grad += dW; returns db."""
+    db = new_sums(grad, grad.shape[0], bias_dtype)
     matmul.weight_grad(rows_of(dz), rows_of(x), grad, db if bias_dtype else None, fp16, add=True)
     return db
 
 
 @_bwd_weight_add.register_fake
 def _(grad, dz, x, bias_dtype, fp16):
-    return grad.new_empty(grad.shape[0] if bias_dtype else 0, dtype=bias_dtype or grad.dtype)
+    return new_sums(grad, grad.shape[0], bias_dtype)
 
 
-def _new_pointwise(dy: Tensor, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    N = dy.shape[-1]
-    return dy.new_empty(dy.shape, dtype=dtype), dy.new_empty(N if bias_dtype else 0, dtype=bias_dtype or dtype)
+@torch.library.custom_op("fastgpt::pointwise_bwd", mutates_args=())
+def _pointwise_bwd(
+    dy: Tensor, pre: Tensor | None, seed: Tensor | None, dropout_p: float, erf: bool, dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dz in ``dtype``, and its column sums: dy gelu'(pre), for a GELU whose next matmul is not ours, or dy through the dropout
+    of ``seed``."""
+    sums = new_sums(dy, dy.shape[-1], bias_dtype)
+    pre = None if pre is None else rows_of(pre)
+    dz = matmul.pointwise_grad(rows_of(dy), dtype, pre, seed, dropout_p, erf, sums if bias_dtype else None)
+    return dz.view(dy.shape), sums
 
 
-def _pointwise(dy, dtype, bias_dtype, pre, seed, dropout_p, erf):
-    dz, db = matmul.pointwise_grad(
-        rows_of(dy), dtype, None if pre is None else rows_of(pre), seed, dropout_p, erf, bias_dtype
-    )
-    return dz.view(dy.shape), dz.new_empty(0) if db is None else db
-
-
-@torch.library.custom_op("fastgpt::gelu_bwd", mutates_args=())
-def _gelu_bwd(
-    dy: Tensor, pre: Tensor, erf: bool, dtype: torch.dtype, bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """dz = dy gelu'(pre) and, if ``bias_dtype``, its column sums: for a GELU whose next matmul is not ours."""
-    return _pointwise(dy, dtype, bias_dtype, pre, None, 0.0, erf)
-
-
-@_gelu_bwd.register_fake
-def _(dy, pre, erf, dtype, bias_dtype):
-    return _new_pointwise(dy, dtype, bias_dtype)
-
-
-@torch.library.custom_op("fastgpt::dropout_bwd", mutates_args=())
-def _dropout_bwd(
-    dy: Tensor, seed: Tensor, dropout_p: float, dtype: torch.dtype, bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """dy through the dropout of forward, and if ``bias_dtype`` its column sums."""
-    return _pointwise(dy, dtype, bias_dtype, None, seed, dropout_p, False)
-
-
-@_dropout_bwd.register_fake
-def _(dy, seed, dropout_p, dtype, bias_dtype):
-    return _new_pointwise(dy, dtype, bias_dtype)
+@_pointwise_bwd.register_fake
+def _(dy, pre, seed, dropout_p, erf, dtype, bias_dtype):
+    return dy.new_empty(dy.shape, dtype=dtype), new_sums(dy, dy.shape[-1], bias_dtype)
 
 
 # ---------------------------------------------------------------- forward ops
@@ -200,17 +177,20 @@ def _(x, weight, copy, bias, erf, fp16, save, in_place):
 # ---------------------------------------------------------------- autograd
 
 
-def weight_and_bias(ctx, dz, x, weight, wants_weight, bias_dtype, db) -> tuple[Tensor | None, Tensor | None]:
+def weight_and_bias(
+    dz: Tensor, x: Tensor, weight: Tensor, wants_weight: bool, bias_dtype: torch.dtype | None, in_place: bool, *,
+    fp16: bool = False, db: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(dW, db), None where not wanted or, in place, where done already. ``db``: if the pass that formed dz has it."""
     ask = bias_dtype if db is None else None
+    if not wants_weight:
+        return None, rows_of(dz).sum(0, dtype=torch.float32).to(ask) if ask else db
     dw: Tensor | None = None
-    if wants_weight:
-        if ctx.in_place and not torch.is_grad_enabled() and matmul.adds_in_place(weight.grad, weight):
-            summed = _bwd_weight_add(weight.grad, dz, x, ask, ctx.fp16)
-        else:
-            dw, summed = _bwd_weight(dz, x, weight, ask, ctx.fp16)
-        return dw, summed if ask else db
-    return None, rows_of(dz).sum(0, dtype=torch.float32).to(ask) if ask else db
+    if in_place and not torch.is_grad_enabled() and matmul.adds_in_place(weight.grad, weight):
+        summed = _bwd_weight_add(weight.grad, dz, x, ask, fp16)
+    else:
+        dw, summed = _bwd_weight(dz, x, weight, ask, fp16)
+    return dw, summed if ask else db
 
 
 def _save_linear(ctx, inputs, output):
@@ -228,20 +208,19 @@ def _linear_backward(ctx, dy):
     if dy is None:
         return (None,) * 12
     x, weight, operand, seed, pre = ctx.saved_tensors
-    wants, db, dx, dpre_bias = ctx.needs_input_grad, None, None, None
+    wants, db, dx, dpre, dpre_bias = ctx.needs_input_grad, None, None, None, None
     if seed is not None:
-        dz, db = _dropout_bwd(dy, seed, ctx.dropout_p, ctx.dtype, ctx.bias_dtype)
-        db = db if ctx.bias_dtype else None
+        dz, sums = _pointwise_bwd(dy, None, seed, ctx.dropout_p, False, ctx.dtype, ctx.bias_dtype)
+        db = sums if ctx.bias_dtype else None
     else:
         dz = dy.to(ctx.dtype)
-    if ctx.pre_bias_dtype is not None:
-        dx, dpre_bias = _bwd_input_sums(dz, operand, pre, ctx.erf, ctx.fp16, ctx.pre_bias_dtype)
-    elif wants[0] or wants[6]:
-        dx = _bwd_input(dz, operand, pre, ctx.erf, ctx.fp16)
-    dw, db = weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
-    dresidual = dy if wants[4] else None
-    dx, dpre = (dx, None) if pre is None else (None, dx)
-    return dx, dw, None, db, dresidual, None, dpre, dpre_bias, *[None] * 4
+    if pre is not None and (wants[0] or wants[6] or wants[7]):
+        dpre, sums = _bwd_input_gelu(dz, operand, pre, ctx.erf, ctx.fp16, ctx.pre_bias_dtype)
+        dpre_bias = sums if ctx.pre_bias_dtype else None
+    elif wants[0]:
+        dx = _bwd_input(dz, operand, ctx.fp16)
+    dw, db = weight_and_bias(dz, x, weight, wants[1], ctx.bias_dtype, ctx.in_place, fp16=ctx.fp16, db=db)
+    return dx, dw, None, db, dy if wants[4] else None, None, dpre, dpre_bias, *[None] * 4
 
 
 def _save_gelu(ctx, inputs, output):
@@ -259,16 +238,16 @@ def _gelu_backward(ctx, da, dpre):
     x, weight, operand, pre = ctx.saved_tensors
     wants, db = ctx.needs_input_grad, None
     if da is not None:
-        dz, db = _gelu_bwd(da, pre, ctx.erf, pre.dtype, ctx.bias_dtype)
-        db = db if ctx.bias_dtype else None
+        dz, sums = _pointwise_bwd(da, pre, None, 0.0, ctx.erf, pre.dtype, ctx.bias_dtype)
+        db = sums if ctx.bias_dtype else None
         if dpre is not None:
             dz, db = dz + dpre, None
     elif dpre is not None:
         dz = dpre
     else:
         return (None,) * 8
-    dx = _bwd_input(dz, operand, None, False, ctx.fp16) if wants[0] else None
-    dw, db = weight_and_bias(ctx, dz, x, weight, wants[1], ctx.bias_dtype, db)
+    dx = _bwd_input(dz, operand, ctx.fp16) if wants[0] else None
+    dw, db = weight_and_bias(dz, x, weight, wants[1], ctx.bias_dtype, ctx.in_place, fp16=ctx.fp16, db=db)
     return dx, dw, None, db, None, None, None, None
 
 
@@ -340,10 +319,8 @@ def mlp(
 ) -> Tensor:
     """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual: ``linear`` of ``linear_gelu``, whose backward has
     no pass for the GELU. x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in those two."""
-    dtype = check(x, w_fc, b_fc, accumulate, names=("x", "w_fc", "b_fc"))
     arguments.approximate(approximate)
-    hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
-    check(hidden, w_proj, b_proj, accumulate, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
+    dtype = check_mlp(x, w_fc, b_fc, w_proj, b_proj, accumulate, residual, dropout_p)
     if not runtime.runs_in_triton(x):
         return reference.mlp(
             x, w_fc, b_fc, w_proj, b_proj,
@@ -354,6 +331,17 @@ def mlp(
     a, pre = _gelu(x.to(dtype), w_fc, bias, approximate, accumulate, keep_copy, _wanted(x, w_fc, b_fc))
     erf = approximate == "none"
     return _linear(a, pre, pre_bias, w_proj, b_proj, residual, dropout_p, erf, accumulate, keep_copy)
+
+
+def check_mlp(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None,
+    accumulate: str = "fp32", residual: Tensor | None = None, dropout_p: float = 0.0,
+) -> torch.dtype:  # fmt: skip
+    """``check`` of both layers."""
+    dtype = check(x, w_fc, b_fc, accumulate, names=("x", "w_fc", "b_fc"))
+    hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
+    check(hidden, w_proj, b_proj, accumulate, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
+    return dtype
 
 
 def _wanted(*tensors: Tensor | None) -> bool:
@@ -388,26 +376,11 @@ def _linear(
 
 
 def _copy(weight: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
-    """``weight`` in ``dtype``, with ``keep`` the working copy, also of a parameter's transposed view; None if it has that
-    dtype."""
+    """``weight`` in ``dtype``, with ``keep`` the working copy; None if it has that dtype."""
     if weight.dtype == dtype:
         return None
     with torch.no_grad():
-        if not keep:
-            return weight.to(dtype)
-        if not torch.compiler.is_compiling():
-            base = weight._base
-            if isinstance(base, nn.Parameter) and base.dim() == 2 and _is_transpose(weight, base):
-                return working_copy(base, dtype).t()
-        return working_copy(weight, dtype)
-
-
-def _is_transpose(view: Tensor, base: Tensor) -> bool:
-    return (view.shape, view.stride(), view.storage_offset()) == (
-        base.shape[::-1],
-        base.stride()[::-1],
-        base.storage_offset(),
-    )
+        return working_copy(weight, dtype) if keep else weight.to(dtype)
 
 
 def check(

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 import triton
@@ -46,28 +46,9 @@ PARTIALS_IN_L2 = 18 * 2**20
 # ---------------------------------------------------------------- configs
 
 
-class Tiles(NamedTuple):
-    """Tiles of a matmul in Triton, as tables have them. ``chunk``: blocks of K whose products are summed in fp16, or 0 for
-    fp32. ``splits``: ways to split K, of weight gradients."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    group: int
-    num_warps: int
-    num_stages: int
-    chunk: int = 0
-    splits: int = 1
-
-    def options(self, K: int) -> dict[str, int | bool]:
-        """Keyword arguments of a launch."""
-        return {
-            "BM": self.block_m, "BN": self.block_n, "BK": self.block_k, "GROUP": self.group, "CHUNK": self.chunk,
-            "EVEN_K": K % self.block_k == 0, "num_warps": self.num_warps, "num_stages": self.num_stages,
-        }  # fmt: skip
-
-
 def _tiles(m: int, n: int, k: int, num_warps: int, num_stages: int) -> tuning.Config:
+    """Tiles of a matmul, as tables have them. A config with sums in fp16 also has "chunk", the blocks of K in each, and one of
+    a weight gradient "splits", the ways to split K."""
     return {"block_m": m, "block_n": n, "block_k": k, "group": 8, "num_warps": num_warps, "num_stages": num_stages}
 
 
@@ -86,6 +67,15 @@ def _space(kind: str, *, fast: bool) -> list[tuning.Config]:
         ways = [{"splits": splits} for splits in range(1, MAX_SPLITS + 1)] if grad else [{}]
         found += [{**_tiles(m, n, k, warps, stages), **chunk, **split} for chunk, split in product(chunks, ways)]
     return found
+
+
+def _options(config: tuning.Config, K: int) -> dict[str, int | bool]:
+    """Keyword arguments of a launch."""
+    return {
+        "BM": config["block_m"], "BN": config["block_n"], "BK": config["block_k"], "GROUP": config["group"],
+        "CHUNK": config.get("chunk", 0), "EVEN_K": K % config["block_k"] == 0,
+        "num_warps": config["num_warps"], "num_stages": config["num_stages"],
+    }  # fmt: skip
 
 
 def linear_bucket(N: int, K: int, tokens: int) -> str | None:
@@ -141,7 +131,7 @@ def choose(
     kind: str, M: int, N: int, K: int, dtype: torch.dtype, device: torch.device, fp16: bool = False, *,
     wide: bool = True, usual: bool = True,
 ) -> tuning.Choice:  # fmt: skip
-    """The engine that computes (M, K) @ (K, N) and what goes with it, and its tiles: ``tuning.CUBLAS``, or the fields of Tiles.
+    """The engine that computes (M, K) @ (K, N) and what goes with it, and its tiles: ``tuning.CUBLAS``, or a config.
 
     ``kind``: one of ``LINEAR_KINDS``; in weight gradients M and N are the weight's rows and columns, and K counts tokens.
     ``wide``: see ``_wide``. ``usual``: whether layout and options are those that tables were made for.
@@ -361,30 +351,16 @@ for _name, _kinds in (("linear", LINEAR_KINDS[2:]), ("linear_fast", LINEAR_KINDS
 # ---------------------------------------------------------------- cuBLAS
 
 
-@lru_cache
-def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds 16-bit products to an fp32 sum in one GEMM; older ones wanted the sum in 16 bits too
-    (pytorch#167931)."""
-    try:
-        operand, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
-        torch.addmm(total, operand, operand, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
-        return True
-    except RuntimeError:
-        return False
-
-
 def matmul_fp32(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """out = a @ b, or out += a @ b, in fp32 from operands of any dtype. Autocast, which is still on inside an op,
     leaves the out= overloads alone, and operands that have its dtype already."""
     with runtime.record("matmul_fp32", (*out.shape, a.shape[1]), a.dtype, "cublas"):
         if not a.is_cuda or a.dtype == torch.float32:
             torch.addmm(out, a.float(), b.float(), beta=int(accumulate), out=out)
-        elif not accumulate:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
-        elif _adds_to_fp32(a.device, a.dtype):
+        elif accumulate:
             torch.addmm(out, a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
         else:
-            out += torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
+            torch.mm(a, b, out_dtype=torch.float32, out=out)  # type: ignore[call-overload]
 
 
 def _cublas(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -429,21 +405,23 @@ def _run(
 
 
 def _launch(
-    tiles: Tiles, a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None,
+    config: tuning.Config, a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None,
     pre: Tensor | None = None, residual: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
     erf: bool = False, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``sums`` (N,): of out's columns."""
     (M, K), N = a.shape, b.shape[1]
     if M == 0 or N == 0:
+        if sums is not None:
+            sums.zero_()
         return
     residual = None if residual is None else runtime.columns_adjacent(residual)
-    rows = triton.cdiv(M, tiles.block_m)
+    rows = triton.cdiv(M, config["block_m"])
     partial = column_sums.partial(rows, sums)
-    linear_kernel[(rows * triton.cdiv(N, tiles.block_n),)](
+    linear_kernel[(rows * triton.cdiv(N, config["block_n"]),)](
         a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, partial, M, N, K,
         *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0), dropout_p,
-        EPILOGUE=epilogue, ERF=erf, **tiles.options(K),
+        EPILOGUE=epilogue, ERF=erf, **_options(config, K),
     )  # fmt: skip
     column_sums.add_up((partial, sums))
 
@@ -458,10 +436,10 @@ def matmul(
         if config == tuning.CUBLAS:
             y = _cublas(a, b, bias)
             if seed is not None:
-                y, _ = pointwise_grad(y, y.dtype, None, seed, dropout_p, False, None)  # dropout is its own gradient
+                y = pointwise_grad(y, y.dtype, None, seed, dropout_p, False, None)  # dropout is its own gradient
             return y if residual is None else (y + residual).to(residual.dtype)
         out = a.new_empty(a.shape[0], b.shape[1], dtype=a.dtype if residual is None else residual.dtype)
-        _launch(Tiles(**config), a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p)
+        _launch(config, a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p)
         return out
 
     # A weight lies (out, in), so B of a forward pass is transposed; "none" is dx as well, where it is not. Tables have both.
@@ -479,24 +457,21 @@ def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool
             return out, pre if save else a.new_empty(0)
         M, N = a.shape[0], b.shape[1]
         out, pre = a.new_empty(M, N), a.new_empty((M, N) if save else 0)
-        _launch(Tiles(**config), a, b, out, "gelu", bias=bias, pre=pre if save else None, erf=erf)
+        _launch(config, a, b, out, "gelu", bias=bias, pre=pre if save else None, erf=erf)
         return out, pre
 
     return _run("gelu", a, b, fp16, not erf and a.stride(1) == 1 and b.stride(0) == 1, run)
 
 
-def matmul_dgelu(
-    a: Tensor, b: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """(a @ b) * gelu'(pre), in a's dtype, and with ``bias_dtype`` its column sums, from the kernel that forms it."""
+def matmul_dgelu(a: Tensor, b: Tensor, pre: Tensor, erf: bool, fp16: bool, sums: Tensor | None = None) -> Tensor:
+    """(a @ b) * gelu'(pre), in a's dtype, and in ``sums`` (N,) its column sums, from the kernel that forms it."""
 
-    def run(config: tuning.Config) -> tuple[Tensor, Tensor | None]:
+    def run(config: tuning.Config) -> Tensor:
         if config == tuning.CUBLAS:
-            return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, bias_dtype)
+            return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, sums)
         out = a.new_empty(a.shape[0], b.shape[1])
-        sums = None if bias_dtype is None else a.new_zeros(b.shape[1], dtype=bias_dtype)
-        _launch(Tiles(**config), a, b, out, "dgelu", pre=pre, erf=erf, sums=sums)
-        return out, sums
+        _launch(config, a, b, out, "dgelu", pre=pre, erf=erf, sums=sums)
+        return out
 
     return _run("dgelu", a, b, fp16, not erf and a.stride(1) == 1 and b.stride(1) == 1, run)
 
@@ -520,7 +495,7 @@ def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool
 
     def run(config: tuning.Config) -> None:
         if config != tuning.CUBLAS:
-            _weight_grad_in_tiles(Tiles(**config), dz, x, dw, db, add)
+            _weight_grad_in_tiles(config, dz, x, dw, db, add)
             return
         if dw.dtype == torch.float32:
             matmul_fp32(dw, dz.t(), x, accumulate=add)
@@ -533,16 +508,19 @@ def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool
     _run("weight_grad" if db is None else "weight_grad_bias", dz.t(), x, fp16, usual, run, dw)
 
 
-def _weight_grad_in_tiles(tiles: Tiles, dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, add: bool) -> None:
+def _weight_grad_in_tiles(
+    config: tuning.Config, dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, add: bool
+) -> None:
     (M, N), K = dz.shape, x.shape[1]
-    per_split = max(triton.cdiv(triton.cdiv(M, tiles.splits), tiles.block_k), 1) * tiles.block_k
+    block_m, block_n, block_k = (config[name] for name in ("block_m", "block_n", "block_k"))
+    per_split = max(triton.cdiv(triton.cdiv(M, config["splits"]), block_k), 1) * block_k
     ways = max(triton.cdiv(M, per_split), 1)
     # A split's partial sums lie in memory as dw does, so that adding them up is one sweep.
     out = dw if ways == 1 else torch.empty(ways, N * K, dtype=torch.float32, device=x.device)
     sums = db if ways == 1 or db is None else torch.empty(ways, N, dtype=torch.float32, device=x.device)
-    weight_grad_kernel[(triton.cdiv(N, tiles.block_m) * triton.cdiv(K, tiles.block_n), ways)](
+    weight_grad_kernel[(triton.cdiv(N, block_m) * triton.cdiv(K, block_n), ways)](
         dz, x, out, sums, N, K, M, dz.stride(1), dz.stride(0), *x.stride(), *dw.stride(), per_split,
-        ADD=add and ways == 1, **tiles.options(M),
+        ADD=add and ways == 1, **_options(config, M),
     )  # fmt: skip
     if ways > 1:
         _sum_splits(out, dw, ways, add)
@@ -557,22 +535,23 @@ def _sum_splits(partial: Tensor, out: Tensor, ways: int, add: bool) -> None:
 
 def pointwise_grad(
     dy: Tensor, dtype: torch.dtype, pre: Tensor | None, seed: Tensor | None, dropout_p: float, erf: bool,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """dz = dy * gelu'(pre), or dy through dropout, in ``dtype``; and with ``bias_dtype`` the sums of dz over its rows."""
+    sums: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """dz = dy * gelu'(pre), or dy through dropout, in ``dtype``; and in ``sums`` (N,) those of dz over its rows."""
     M, N = dy.shape
     dz = dy.new_empty(M, N, dtype=dtype)
-    db = None if bias_dtype is None else dy.new_empty(N, dtype=bias_dtype)
     if M == 0 or N == 0:
-        return dz, None if db is None else db.zero_()
+        if sums is not None:
+            sums.zero_()
+        return dz
     rows, block_m, block_n = (256, 256, 256) if runtime.INTERPRET else (64, 16, 128)
     blocks = triton.cdiv(M, rows)
-    partial = column_sums.partial(blocks, db)
+    partial = column_sums.partial(blocks, sums)
     op = "dropout_grad" if pre is None else "gelu_grad"
     with runtime.record(op, (M, N), dy.dtype, "triton"), runtime.device_guard(dy):
         pointwise_grad_kernel[(blocks, triton.cdiv(N, block_n))](
             dy, pre, seed, dz, partial, M, N, *dy.stride(), dropout_p,
             ERF=erf, ROWS=rows, BM=block_m, BN=block_n, num_warps=4,
         )  # fmt: skip
-        column_sums.add_up((partial, db))
-    return dz, db
+        column_sums.add_up((partial, sums))
+    return dz

@@ -71,6 +71,11 @@ def sm_count(device: torch.device) -> int:
     return compile_only_sms if compile_only else INTERPRETER_SMS
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured, whose replays check and decide nothing anew."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 Recorder = Callable[[str, tuple[int, ...], torch.dtype, str], AbstractContextManager | None]
 _recorder: Recorder | None = None
 

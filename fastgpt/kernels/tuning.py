@@ -156,8 +156,6 @@ class Table:
     compiler: str
     """Such as "triton 3.7.1"."""
     entries: dict[Key, TableEntry] = field(default_factory=dict)
-    mine: bool = False
-    """Whether it lies in the user's cache directory."""
     path: Path | None = None
     """The file that it was read from."""
 
@@ -211,9 +209,7 @@ def _tables(arch: int, folders: tuple[Path, ...]) -> tuple[Table, ...]:
     for folder in folders:
         for path in sorted(folder.glob(f"sm{arch}_*.json")):
             try:
-                table = read(path)
-                table.mine = folder == user_folder()
-                found.append(table)
+                found.append(read(path))
             except (ValueError, OSError) as error:
                 _warn_of(path, getattr(error, "strerror", None) or error)
     return tuple(found)
@@ -244,13 +240,13 @@ def _tables_for(kernel: str, arch: int, folders: tuple[Path, ...]) -> tuple[Tabl
 def entries_for(key: Key, target: Target, *more: Path) -> list[tuple[TableEntry, Table]]:
     """Entries that serve ``key`` on ``target``, best first: by distance in SMs, the user's before shipped ones, and these
     before those in ``more`` folders."""
-    folders = (user_folder(), SHIPPED, *more)
     serving = [
-        (abs(table.target.sms - target.sms), not table.mine, table)
-        for table in _tables_for(key.kernel, target.arch, folders)
+        table
+        for table in _tables_for(key.kernel, target.arch, (user_folder(), SHIPPED, *more))
         if key in table.entries and table.entries[key].resources["shared"] <= target.shared
     ]
-    return [(table.entries[key], table) for _, _, table in sorted(serving, key=lambda item: item[:2])]
+    serving.sort(key=lambda table: abs(table.target.sms - target.sms))  # and, as they came, by folder
+    return [(table.entries[key], table) for table in serving]
 
 
 # ---------------------------------------------------------------- look-up
@@ -296,10 +292,7 @@ def choose_again() -> None:
 @lru_cache(maxsize=64)
 def _cuda_limits(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
-    arch = 10 * properties.major + properties.minor
-    chip = cards.ARCHS.get(f"sm_{arch}")
-    known = chip.shared_per_block if chip else 0
-    return arch, getattr(properties, "shared_memory_per_block_optin", known)
+    return 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin
 
 
 def target(device: torch.device) -> Target | None:
@@ -334,7 +327,7 @@ def choose(kernel: str, dtype: torch.dtype, bucket: str | None, device: torch.de
         if library and not (entry.origin == "measured" and table.target.sms == here.sms):
             continue
         exact = "" if table.target.sms == here.sms else f", {table.target.sms} SMs"
-        whose = "your table, " if table.mine else ""
+        whose = "your table, " if table.path is not None and table.path.parent == user_folder() else ""
         return Choice(key, entry.config, default, f"{entry.origin} ({whose}{table.gpu}{exact})", device)
     return Choice(key, default, default, "default: never measured" if library else "default", device)
 
@@ -350,8 +343,7 @@ def launch(choice: Choice, run: Callable[[Config], Result]) -> Result:
     if choice.device.type == "cuda" and choice.device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(choice.device):
             return launch(choice, run)
-    if _listener is not None:
-        _listener(choice)
+    announce(choice)
     try:
         return run(choice.config)
     except Exception as error:

@@ -27,19 +27,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastgpt.kernels import runtime
+
 enabled = True
 """False: ``working_copy`` casts at every call and keeps nothing."""
 
 
-@dataclass
-class _Entry:
-    copy: Tensor
-    version: int
-    address: int
+# Not attributes of the parameters: deepcopy and pickle of a module must neither carry a copy along nor share it.
+_copies = WeakTensorKeyDictionary()
 
 
-# Not an attribute of the parameter: deepcopy and pickle of a module must neither carry the copy along nor share it.
-_entries = WeakTensorKeyDictionary()
+def keep(entries: WeakTensorKeyDictionary, param: Tensor, made: Any) -> None:
+    """Enter what was made of ``param``, for as long as ``param`` lives."""
+    entries[param] = made, param._version, _place(param)
+
+
+def kept(entries: WeakTensorKeyDictionary, param: Tensor) -> Any:
+    """What was made of ``param``, or None if there is nothing, or ``param`` was written or moved since."""
+    made, version, place = entries.get(param, (None, None, None))
+    return made if made is not None and version == param._version and place == _place(param) else None
+
+
+def _place(param: Tensor) -> tuple:
+    """``param.data = other`` may leave another shape at one address."""
+    return param.data_ptr(), param.shape, param.device
 
 
 @dataclass
@@ -105,55 +116,43 @@ def working_copy(param: Tensor, dtype: torch.dtype) -> Tensor:
     # Order matters: dynamo folds is_compiling() and never looks at the rest.
     if torch.compiler.is_compiling() or not enabled or not cachable(param):
         return param.to(dtype)
-    entry = _fresh(param)
-    usable = entry is not None and entry.copy.dtype == dtype
-    if capturing(param):
-        if entry is None or not usable or _captures is None:
+    copy = existing(param)
+    if copy is not None and copy.dtype != dtype:
+        copy = None
+    if runtime.capturing(param.device):
+        if copy is None or _captures is None:
             return param.to(dtype)
-        _captures.reads.append(entry.copy)
-    elif entry is None or not usable:
+        _captures.reads.append(copy)
+    elif copy is None:
         # Kept beyond this call, so no inference tensor, even if made in inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            entry = _entries[param] = _Entry(param.detach().to(dtype), param._version, param.data_ptr())
+            copy = param.detach().to(dtype)
+            keep(_copies, param, copy)
     if param.requires_grad and torch.is_grad_enabled():
-        return _WorkingCopy.apply(param, entry.copy)
-    return entry.copy.detach()
+        return _WorkingCopy.apply(param, copy)
+    return copy.detach()
 
 
 def existing(param: Tensor) -> Tensor | None:
     """The copy of ``param``, if there is one and it is up to date: what an optimizer writes together with ``param``."""
-    entry = _fresh(param)
-    return None if entry is None else entry.copy
+    return kept(_copies, param)
 
 
 def mark_fresh(param: Tensor) -> None:
     """Declare the copy of ``param`` up to date with its present version, after a kernel has written both."""
-    entry = _entries.get(param)
-    if entry is not None:
-        entry.version = param._version
+    if param in _copies:
+        copy, _, place = _copies[param]
+        _copies[param] = copy, param._version, place
 
 
 def forget(param: Tensor) -> None:
     """Drop the copy of ``param``, after a write that ``param._version`` does not show. The next use casts again."""
-    _entries.pop(param, None)
-
-
-def capturing(param: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: its replays would not check whether a cached copy is still up to date."""
-    return param.is_cuda and torch.cuda.is_current_stream_capturing()
+    _copies.pop(param, None)
 
 
 def cachable(param: Tensor) -> bool:
     """Whether a version counts every write to ``param``: not of a view, an inference tensor or a DTensor."""
     return type(param) is nn.Parameter and param.is_leaf and not param.is_inference()
-
-
-def _fresh(param: Tensor) -> _Entry | None:
-    entry = _entries.get(param)
-    if entry is None or (entry.version, entry.address) != (param._version, param.data_ptr()):
-        return None
-    # ``param.data = other`` may change what lies at one address.
-    return entry if entry.copy.shape == param.shape and entry.copy.device == param.device else None
 
 
 # ---------------------------------------------------------------- gradients

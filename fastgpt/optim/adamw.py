@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from fastgpt.kernels import fused_adamw, working_copy
+from fastgpt.kernels import fused_adamw, runtime, working_copy
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -161,7 +161,7 @@ class FusedAdamW(Optimizer):
         ]
         stale = self._hyper is None or self._hyper.device != device or values != self._hyper_values
         if stale:
-            if fused_adamw.capturing(device):
+            if runtime.capturing(device):
                 raise RuntimeError(
                     "hyperparameters changed since the last step: call sync_hyperparameters() before the graph capture"
                 )
@@ -173,7 +173,7 @@ class FusedAdamW(Optimizer):
         assert self._hyper is not None
         for i, group in enumerate(self.param_groups):
             if isinstance(group["lr"], Tensor):
-                if fused_adamw.capturing(device) and group["lr"].device != device:
+                if runtime.capturing(device) and group["lr"].device != device:
                     raise RuntimeError(f"lr is a tensor on {group['lr'].device}: a graph would not see it change")
                 self._hyper[i, fused_adamw.LR.value].copy_(group["lr"].squeeze(), non_blocking=True)
 

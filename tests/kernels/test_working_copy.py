@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastgpt.kernels import runtime
 from fastgpt.kernels import working_copy as module
 from fastgpt.kernels.working_copy import captured_reads, existing, forget, mark_fresh, working_copy
 from fastgpt.optim.adamw import FusedAdamW
@@ -127,13 +128,13 @@ def test_no_trace_in_module_state_deepcopy_or_pickle(device):
 
 def test_dies_with_its_parameter(device):
     gc.collect()  # what other tests have left
-    before = len(module._entries)
+    before = len(module._copies)
     param = nn.Parameter(torch.randn(4, device=device))
     working_copy(param, BF16)
-    assert len(module._entries) == before + 1
+    assert len(module._copies) == before + 1
     del param
     gc.collect()
-    assert len(module._entries) == before
+    assert len(module._copies) == before
 
 
 def test_plain_casts_where_caching_would_be_wrong(param, monkeypatch):
@@ -188,7 +189,7 @@ def test_backward_through_a_copy_that_a_step_has_overwritten_is_an_error(param):
 
 def test_a_capture_casts_unless_its_owner_looks_after_the_copies(param, monkeypatch):
     copy = working_copy(param, BF16)
-    monkeypatch.setattr(module, "capturing", lambda param: True)
+    monkeypatch.setattr(runtime, "capturing", lambda device: True)
     assert working_copy(param, BF16).data_ptr() != copy.data_ptr()
     with captured_reads() as captures:
         assert working_copy(param, BF16).data_ptr() == copy.data_ptr()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgpt.kernels import fused_adamw, working_copy
+from fastgpt.kernels import runtime
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
 
@@ -72,8 +72,7 @@ class TapeRecorder:
     def __init__(self, monkeypatch: Any) -> None:
         self.capturing, self.captures, self.recovered = False, 0, 0
         self.fail: Callable[[int], Exception | None] = lambda capture: None
-        monkeypatch.setattr(working_copy, "capturing", lambda param: self.capturing)
-        monkeypatch.setattr(fused_adamw, "capturing", lambda device: self.capturing)
+        monkeypatch.setattr(runtime, "capturing", lambda device: self.capturing)
 
     def run(self, work: Callable[[], list[Tensor]]) -> list[Tensor]:
         return work()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -209,18 +208,15 @@ def matmul_gelu(a: Fp8, b: Fp8, bias: Tensor | None, erf: bool) -> tuple[Tensor,
     return out, pre, q
 
 
-def matmul_dgelu(
-    a: Fp8, b: Fp8, pre: Tensor, erf: bool, bias_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Fp8, Tensor | None]:
-    """(a b^T) gelu'(pre), in bf16 and in the gradients' fp8, and with ``bias_dtype`` the sums of its columns."""
+def matmul_dgelu(a: Fp8, b: Fp8, pre: Tensor, erf: bool, sums: Tensor | None = None) -> tuple[Tensor, Fp8]:
+    """(a b^T) gelu'(pre), in bf16 and in the gradients' fp8, and in ``sums`` (N,) the sums of its columns."""
     shape, device = (a.values.shape[0], b.values.shape[0]), a.values.device
     out, q = a.values.new_empty(shape, dtype=torch.bfloat16), new(shape, GRADIENT, device)
-    sums = None if bias_dtype is None else out.new_empty(shape[1], dtype=bias_dtype)
     if engine(device) == "scaled_mm":
         sweep(pre, _scaled_mm(a, b), out, q, _bounded(q, a, b, None), erf, sums)
     else:
         _launch(a, b, out, "dgelu", pre=pre, q=q, erf=erf, sums=sums)
-    return out, q, sums
+    return out, q
 
 
 def sweep(
@@ -249,13 +245,6 @@ def sweep(
 Kinds = tuple[type[Fp8 | Grouped], ...]
 
 
-@dataclass
-class _Weight:
-    forms: tuple[Tensor, Tensor, Tensor, Tensor]
-    version: int
-    address: int
-
-
 _made = WeakTensorKeyDictionary()  # a form that no matmul takes goes with its tensor
 _weights = WeakTensorKeyDictionary()
 
@@ -281,11 +270,12 @@ def of_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plain = weight.detach()
     if torch.compiler.is_compiling() or not working_copy.enabled or not working_copy.cachable(weight):
         return torch.ops.fastgpt.fp8_quantise_weight(plain)
-    if working_copy.capturing(weight):
+    if runtime.capturing(weight.device):
         _weights.pop(weight, None)  # the replays to come have copies of their own
         return working_copy.once_in_captures(weight, lambda: torch.ops.fastgpt.fp8_quantise_weight(plain))
-    now, kept = (weight._version, weight.data_ptr()), _weights.get(weight)
-    if kept is None or (kept.version, kept.address) != now or kept.forms[0].shape != weight.shape:
+    forms = working_copy.kept(_weights, weight)
+    if forms is None:
         with torch.inference_mode(False):
-            kept = _weights[weight] = _Weight(torch.ops.fastgpt.fp8_quantise_weight(plain), *now)
-    return kept.forms
+            forms = torch.ops.fastgpt.fp8_quantise_weight(plain)
+        working_copy.keep(_weights, weight, forms)
+    return forms

@@ -31,20 +31,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.kernels import (
-    arguments,
-    fused_attn,
-    fused_layernorm,
-    fused_linear,
-    runtime,
-    working_copy,
-)
+from fastgpt.kernels import arguments, fused_attn, fused_layernorm, fused_linear, runtime, working_copy
 from fastgpt.kernels.fp8 import launch
 from fastgpt.kernels.fp8.launch import FORWARD, GRADIENT, Fp8, Grouped
-from fastgpt.kernels.fused_linear import rows_of
+from fastgpt.kernels.fused_linear import new_sums, rows_of, weight_and_bias
 from fastgpt.kernels.quantise import group_size
 
 # ---------------------------------------------------------------- ops
@@ -77,12 +69,8 @@ def _(weight):
     return *forward, transposed.values.t(), transposed.stats
 
 
-def _flat(q: Tensor, stats: Tensor) -> Fp8:
-    return Fp8(rows_of(q), stats)
-
-
 def _operand(q: Tensor, stats: Tensor, grouped: bool) -> Fp8 | Grouped:
-    return Grouped(rows_of(q), stats) if grouped else _flat(q, stats)
+    return Grouped(rows_of(q), stats) if grouped else Fp8(rows_of(q), stats)
 
 
 @torch.library.custom_op("fastgpt::linear_fp8_fwd", mutates_args=())
@@ -106,7 +94,7 @@ def _mlp_fwd(
     b_proj: Tensor | None, erf: bool, fc_in_place: bool, proj_in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y (..., out), and gelu(z) and z (..., H) for backward, all in bf16."""
-    a, z, a8 = launch.matmul_gelu(_flat(q, stats), Fp8(fc, fc_stats), b_fc, erf)
+    a, z, a8 = launch.matmul_gelu(Fp8(rows_of(q), stats), Fp8(fc, fc_stats), b_fc, erf)
     y = launch.matmul(a8, Fp8(proj, proj_stats), b_proj)
     y, a, z = (t.view(*x.shape[:-1], t.shape[-1]) for t in (y, a, z))
     return y, a, z
@@ -135,13 +123,14 @@ def _bwd_gelu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of ``pre`` in bf16 and in fp8, from the fp8 gradient of the layer that reads gelu(pre); and, if
     ``bias_dtype``, its column sums: the gradient of the bias in ``pre``."""
-    dz, form, sums = launch.matmul_dgelu(_flat(q, stats), Fp8(wt.t(), wt_stats), rows_of(pre), erf, bias_dtype)
-    return dz.view(pre.shape), form.values.view(pre.shape), form.stats, dz.new_empty(0) if sums is None else sums
+    a, b, sums = Fp8(rows_of(q), stats), Fp8(wt.t(), wt_stats), new_sums(pre, pre.shape[-1], bias_dtype)
+    dz, form = launch.matmul_dgelu(a, b, rows_of(pre), erf, sums if bias_dtype else None)
+    return dz.view(pre.shape), form.values.view(pre.shape), form.stats, sums
 
 
 @_bwd_gelu.register_fake
 def _(q, stats, wt, wt_stats, pre, erf, bias_dtype):
-    sums = pre.new_empty(pre.shape[-1] if bias_dtype else 0, dtype=bias_dtype)
+    sums = new_sums(pre, pre.shape[-1], bias_dtype)
     return torch.empty_like(pre), *launch.new(pre.shape, GRADIENT, pre.device), sums
 
 
@@ -158,11 +147,6 @@ _EITHER: launch.Kinds = (Fp8, Grouped)
 """What a matmul reads whose epilogue needs no norms of rows."""
 
 
-def _weight_and_bias(ctx, dz, x, weight, which: int, bias_dtype, in_place: bool):
-    ctx.in_place, ctx.fp16 = in_place, False
-    return fused_linear.weight_and_bias(ctx, dz, x, weight, ctx.needs_input_grad[which], bias_dtype, None)
-
-
 def _save_linear(ctx, inputs, output):
     x, _, _, weight, _, _, wt, wt_stats, bias, ctx.adds, _ = inputs
     wants = ctx.needs_input_grad
@@ -176,7 +160,7 @@ def _linear_backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         form = _form(dy, GRADIENT, _EITHER)
         dx = _bwd_input(*form, wt, wt_stats, isinstance(form, Grouped))
-    dw, db = _weight_and_bias(ctx, dy, x, weight, 3, ctx.bias_dtype, ctx.adds)
+    dw, db = weight_and_bias(dy, x, weight, ctx.needs_input_grad[3], ctx.bias_dtype, ctx.adds)
     return dx, None, None, dw, None, None, None, None, db, None, None
 
 
@@ -196,9 +180,10 @@ def _mlp_backward(ctx, dy, _da, _dz):
         return (None,) * 18
     x, w_fc, fct, fct_stats, w_proj, projt, projt_stats, a, z = ctx.saved_tensors
     dz, q, stats, db_fc = _bwd_gelu(*_form(dy, GRADIENT), projt, projt_stats, z, ctx.erf, ctx.fc_bias)
-    dw_proj, db_proj = _weight_and_bias(ctx, dy, a, w_proj, 9, ctx.proj_bias, ctx.adds[1])
-    dx = _bwd_input(q, stats, fct, fct_stats, False) if ctx.needs_input_grad[0] else None
-    dw_fc, _ = _weight_and_bias(ctx, dz, x, w_fc, 3, None, ctx.adds[0])
+    wants = ctx.needs_input_grad
+    dw_proj, db_proj = weight_and_bias(dy, a, w_proj, wants[9], ctx.proj_bias, ctx.adds[1])
+    dx = _bwd_input(q, stats, fct, fct_stats, False) if wants[0] else None
+    dw_fc, _ = weight_and_bias(dz, x, w_fc, wants[3], None, ctx.adds[0])
     db_fc = db_fc if ctx.fc_bias else None
     none = (None,) * 4
     return dx, None, None, dw_fc, *none, db_fc, dw_proj, *none, db_proj, None, None, None
@@ -217,14 +202,13 @@ def _norm_fwd(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y in bf16, s, mean, rstd as of layer_norm_fwd, and y in fp8."""
-    outputs, form = fused_layernorm.forward_outputs(x, residual, torch.bfloat16), launch.new(x.shape, FORWARD, x.device)
-    quantised = form.values, form.scale, form.norm
-    fused_layernorm.launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs, quantised)
-    return (*outputs, *form)
+    *outputs, values, stats = _norm_outputs(x, weight, bias, residual)
+    fused_layernorm.launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs, (values, *stats))
+    return (*outputs, values, stats)
 
 
 @_norm_fwd.register_fake
-def _(x, weight, bias, residual, *_):
+def _norm_outputs(x, weight, bias, residual, *_):
     return (*fused_layernorm.forward_outputs(x, residual, torch.bfloat16), *launch.new(x.shape, FORWARD, x.device))
 
 
@@ -237,18 +221,15 @@ def _(x, weight, bias, residual, *_):
 )
 def _norm_bwd(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
     """What layer_norm_bwd returns, and dx in fp8."""
-    outputs = fused_layernorm.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
-    form = launch.new(s.shape, GRADIENT, s.device)
-    quantised = form.values, form.scale, form.norm
-    fused_layernorm.launch_backward(
-        dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, outputs, quantised
-    )
-    return (*outputs, *form)
+    rest = dy, dsum, s, weight, mean, rstd, seed, dropout_p
+    *outputs, values, stats = _norm_gradients(*rest, x_dtype, s_is_x, two_gradients, *wanted)
+    fused_layernorm.launch_backward(*rest, s_is_x, two_gradients, outputs, (values, *stats))
+    return (*outputs, values, stats)
 
 
 @_norm_bwd.register_fake
-def _(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
-    outputs = fused_layernorm.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
+def _norm_gradients(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, *wanted):
+    outputs = fused_layernorm.backward_outputs(s, weight, x_dtype, *wanted)
     return (*outputs, *launch.new(s.shape, GRADIENT, s.device))
 
 
@@ -266,9 +247,8 @@ def _norm_backward(ctx, dy, dsum, *_):
         launch.give(outputs[0], Fp8(q, stats))
         return outputs
 
-    return fused_layernorm.backward(quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd, ctx, dy, dsum)[
-        :7
-    ]
+    op = quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd
+    return fused_layernorm.backward(op, ctx, dy, dsum)[:7]
 
 
 _norm_fwd.register_autograd(_norm_backward, setup_context=_save_norm)
@@ -287,22 +267,23 @@ _norm_fwd.register_autograd(_norm_backward, setup_context=_save_norm)
 )
 def _attention_fwd(qkv, doc_ids, seed, n_head, n_kv_head, *options):
     """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / group, B T)."""
-    form = _form_of_output(qkv, n_head, n_kv_head)
+    form = _new_form(qkv, n_head, n_kv_head, FORWARD)
     values = form.values.unflatten(-1, (n_head, -1))
     where = values, form.scale, form.scale.shape[1]
     return *fused_attn.packed_forward(qkv, doc_ids, seed, n_head, n_kv_head, *options, quantised=where), *form
 
 
-def _form_of_output(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
-    B, T, width = qkv.shape
-    D = width // (n_head + 2 * n_kv_head)
-    return launch.new_grouped((B, T, n_head * D), FORWARD, qkv.device, group_size(D))
+def _new_form(qkv: Tensor, n_head: int, n_kv_head: int, dtype: torch.dtype) -> Grouped:
+    """Unwritten: attention's output, or in GRADIENT the gradient of qkv."""
+    D = qkv.shape[-1] // (n_head + 2 * n_kv_head)
+    shape = (*qkv.shape[:-1], n_head * D) if dtype == FORWARD else qkv.shape
+    return launch.new_grouped(shape, dtype, qkv.device, group_size(D))
 
 
 @_attention_fwd.register_fake
 def _(qkv, doc_ids, seed, n_head, n_kv_head, *options):
     outputs = fused_attn.packed_outputs(qkv, doc_ids, seed, n_head, n_kv_head, *options)
-    return *outputs, *_form_of_output(qkv, n_head, n_kv_head)
+    return *outputs, *_new_form(qkv, n_head, n_kv_head, FORWARD)
 
 
 @torch.library.custom_op(
@@ -312,7 +293,7 @@ def _(qkv, doc_ids, seed, n_head, n_kv_head, *options):
 )
 def _attention_bwd(grad_out, qkv, out, lse, doc_ids, seed, n_head, n_kv_head, *options):
     """The gradient of qkv, in its dtype and in fp8."""
-    form = _form_of_gradient(qkv, n_head, n_kv_head)
+    form = _new_form(qkv, n_head, n_kv_head, GRADIENT)
     groups = form.scale.shape[0] // (n_head + 2 * n_kv_head)  # of a head
     scales = form.scale.split([heads * groups for heads in (n_head, n_kv_head, n_kv_head)])
     parts = zip(fused_attn.unpack(form.values, n_head, n_kv_head), scales)
@@ -321,14 +302,9 @@ def _attention_bwd(grad_out, qkv, out, lse, doc_ids, seed, n_head, n_kv_head, *o
     return fused_attn.packed_backward(grad_out, qkv, out, lse, *options, quantised=where), *form
 
 
-def _form_of_gradient(qkv: Tensor, n_head: int, n_kv_head: int) -> Grouped:
-    columns = group_size(qkv.shape[-1] // (n_head + 2 * n_kv_head))
-    return launch.new_grouped(qkv.shape, GRADIENT, qkv.device, columns)
-
-
 @_attention_bwd.register_fake
 def _(grad_out, qkv, out, lse, doc_ids, seed, n_head, n_kv_head, *options):
-    return qkv.new_empty(qkv.shape), *_form_of_gradient(qkv, n_head, n_kv_head)
+    return qkv.new_empty(qkv.shape), *_new_form(qkv, n_head, n_kv_head, GRADIENT)
 
 
 def _attention_backward(ctx, grad_out, *_):
@@ -349,6 +325,14 @@ def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- public
 
 
+def _wants_form(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether what is made of x in ``dtype`` is written in fp8 too: not where nothing would read that (no gradients, not in
+    bf16) or find it (under torch.compile)."""
+    if dtype != torch.bfloat16 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return runtime.runs_in_triton(x)
+
+
 def layer_norm(
     x: Tensor,
     weight: Tensor,
@@ -361,14 +345,9 @@ def layer_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """fused_layernorm.layer_norm, which for ``linear`` and ``mlp`` also writes y in fp8, and in backward x's gradient.
 
-    Where nothing would read them (no gradients, y not in bf16) or find them (under torch.compile), it is exactly that.
+    Where no form is wanted it is exactly that.
     """
-    if (
-        (out_dtype or x.dtype) != torch.bfloat16
-        or torch.compiler.is_compiling()
-        or not torch.is_grad_enabled()
-        or not runtime.runs_in_triton(x)
-    ):
+    if not _wants_form(x, out_dtype or x.dtype):
         options: dict[str, Any] = {"residual": residual, "dropout_p": dropout_p, "eps": eps, "out_dtype": out_dtype}
         return fused_layernorm.layer_norm(x, weight, bias, **options)
     launch.require(x.device)
@@ -382,82 +361,47 @@ def layer_norm(
 def qkv_attention(qkv: Tensor, n_head: int, *, n_kv_head: int | None = None, **options: Any) -> Tensor:
     """fused_attn.qkv_attention, which for ``linear`` also writes its output in fp8, and in backward qkv's gradient.
 
-    Where nothing would read them (no gradients, operands not in bf16) or find them (under torch.compile), and where the head
-    dimension is no multiple of 32, it is exactly that. Raises ValueError, also for a GPU without fp8.
+    Where no form is wanted, or the head dimension is no multiple of 32, it is exactly that. Raises ValueError, also for a GPU
+    without fp8.
     """
     heads = n_head + 2 * (n_kv_head or n_head)
-    if (
-        runtime.compute_dtype(qkv) != torch.bfloat16
-        or torch.compiler.is_compiling()
-        or not torch.is_grad_enabled()
-        or not runtime.runs_in_triton(qkv)
-        or qkv.numel() == 0
-        or heads < 1
-        or qkv.shape[-1] % heads
-        or not group_size(qkv.shape[-1] // heads)
-    ):
+    fits = heads >= 1 and qkv.numel() > 0 and qkv.shape[-1] % heads == 0 and group_size(qkv.shape[-1] // heads)
+    if not fits or not _wants_form(qkv, runtime.compute_dtype(qkv)):
         return fused_attn.qkv_attention(qkv, n_head, n_kv_head=n_kv_head, **options)
     launch.require(qkv.device)
     return fused_attn.qkv_attention(qkv, n_head, n_kv_head=n_kv_head, operator=_attention, **options)
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """dropout(x @ weight.T + bias) + residual, with x and weight rounded to fp8.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, with x and weight rounded to fp8.
 
-    x (..., in) bf16, or anything under bf16 autocast; weight (out, in) and bias (out,) fp32 or bf16. Returns bf16, or the
-    residual's dtype; each gradient has its input's dtype. Dropout and residual are passes of their own: a GPT leaves both to
-    the norm that follows. In bf16 throughout (fused_linear.linear) where no gradient is wanted, or a size of the weight is
-    not a multiple of 16. CPU tensors outside Triton's interpreter are computed by ``reference.linear``.
+    x (..., in) bf16, or anything under bf16 autocast; weight (out, in) and bias (out,) fp32 or bf16. Returns bf16; each
+    gradient has its input's dtype. In bf16 throughout (fused_linear.linear) where no gradient is wanted, or a size of the
+    weight is not a multiple of 16. CPU tensors outside Triton's interpreter are computed by ``reference.linear``.
 
     Raises ValueError for arguments that do not fit, for a GPU without fp8, and for a DTensor.
     """
     if not _in_fp8(x, weight):
         # Without the weight's 16-bit copy: training in fp8 has no other use for it.
-        return fused_linear.linear(x, weight, bias, residual=residual, dropout_p=dropout_p, keep_copy=False)
-    x = x.to(_check(x, weight, bias, residual, dropout_p))
+        return fused_linear.linear(x, weight, bias, keep_copy=False)
+    x = x.to(_bf16(fused_linear.check(x, weight, bias)))
     form, weights = _form(x, FORWARD, _EITHER), launch.of_weight(weight)
-    y = _linear_fwd(x, *form, weight, *weights, bias, working_copy.adds_to(weight), isinstance(form, Grouped))
-    return _finish(y, residual, dropout_p)
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
-    """gelu(x @ weight.T + bias), the GELU in a pass of its own: ``mlp`` has none."""
-    arguments.approximate(approximate)
-    return F.gelu(linear(x, weight, bias), approximate=approximate)
+    return _linear_fwd(x, *form, weight, *weights, bias, working_copy.adds_to(weight), isinstance(form, Grouped))
 
 
 def mlp(
-    x: Tensor,
-    w_fc: Tensor,
-    b_fc: Tensor | None,
-    w_proj: Tensor,
-    b_proj: Tensor | None,
-    *,
-    residual: Tensor | None = None,
-    dropout_p: float = 0.0,
-    approximate: str = "tanh",
+    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, *, approximate: str = "tanh"
 ) -> Tensor:
-    """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual. x (..., C), w_fc (H, C), w_proj (out, H); the rest is
-    as in ``linear``."""
+    """gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj. x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in ``linear``."""
     arguments.approximate(approximate)
     if not (_in_fp8(x, w_fc) and _in_fp8(x, w_proj)):
-        options: dict[str, Any] = {"residual": residual, "dropout_p": dropout_p, "approximate": approximate}
-        return fused_linear.mlp(x, w_fc, b_fc, w_proj, b_proj, keep_copy=False, **options)
-    x = x.to(_check(x, w_fc, b_fc, None, 0.0, names=("x", "w_fc", "b_fc")))
-    hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
-    _check(hidden, w_proj, b_proj, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
+        return fused_linear.mlp(x, w_fc, b_fc, w_proj, b_proj, approximate=approximate, keep_copy=False)
+    x = x.to(_bf16(fused_linear.check_mlp(x, w_fc, b_fc, w_proj, b_proj)))
     y, _, _ = _mlp_fwd(
         x, *_form(x, FORWARD), w_fc, *launch.of_weight(w_fc), b_fc, w_proj, *launch.of_weight(w_proj), b_proj,
         approximate == "none", working_copy.adds_to(w_fc), working_copy.adds_to(w_proj),
     )  # fmt: skip
-    return _finish(y, residual, dropout_p)
+    return y
 
 
 def _in_fp8(x: Tensor, weight: Tensor) -> bool:
@@ -472,13 +416,7 @@ def _in_fp8(x: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and x.numel() > 0 and not any(size % launch.MULTIPLE for size in weight.shape)
 
 
-def _check(x, weight, bias, residual, dropout_p, names=("x", "weight", "bias")) -> torch.dtype:
-    dtype = fused_linear.check(x, weight, bias, "fp32", residual, dropout_p, names)
-    if dtype != torch.bfloat16:
-        raise ValueError(f"{names[0]} is {dtype}: in fp8 mode it must be bfloat16, or torch.autocast be on with it")
-    return dtype
-
-
-def _finish(y: Tensor, residual: Tensor | None, dropout_p: float) -> Tensor:
-    y = F.dropout(y, dropout_p) if dropout_p else y
-    return y if residual is None else (y + residual).to(residual.dtype)
+def _bf16(operands: torch.dtype) -> torch.dtype:
+    if operands != torch.bfloat16:
+        raise ValueError(f"x is {operands}: in fp8 mode it must be bfloat16, or torch.autocast be on with it")
+    return operands

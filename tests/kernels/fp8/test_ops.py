@@ -225,23 +225,6 @@ def test_the_errors_of_an_mlp(device, approximate):
     assert found["out"].dtype == found["x"].dtype == BF16
 
 
-def test_residual_and_dropout_follow(device):
-    inputs, residual = layer(device), torch.randn(48, 64, device=device)
-    plain = module.linear(**{k: v.clone().requires_grad_() for k, v in inputs.items()})
-    inputs = {k: v.clone().requires_grad_() for k, v in inputs.items()}
-    assert torch.equal(module.linear(**inputs, residual=residual), plain + residual)
-    dropped = module.linear(**inputs, dropout_p=0.5)
-    kept = dropped != 0
-    assert 0.4 < kept.float().mean() < 0.6
-    torch.testing.assert_close(dropped[kept], 2 * plain[kept])
-
-
-def test_linear_gelu_is_a_linear_and_a_gelu(device):
-    inputs = {k: v.requires_grad_() for k, v in layer(device).items()}
-    expected = torch.nn.functional.gelu(module.linear(**inputs), approximate="tanh")
-    assert torch.equal(module.linear_gelu(**inputs), expected)
-
-
 def test_any_strides_and_any_rank(device):
     inputs = layer(device)
     expected = results(module.linear, inputs)
