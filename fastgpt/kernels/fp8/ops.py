@@ -193,131 +193,78 @@ _linear_fwd.register_autograd(_linear_backward, setup_context=_save_linear)
 _mlp_fwd.register_autograd(_mlp_backward, setup_context=_save_mlp)
 
 
-# ---------------------------------------------------------------- layer norm
-
-
-@torch.library.custom_op("fastgpt::fp8_layer_norm_fwd", mutates_args=())
-def _norm_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None, dropout_p: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y in bf16, s, mean, rstd as of layer_norm_fwd, and y in fp8."""
-    *outputs, values, stats = _norm_outputs(x, weight, bias, residual)
-    fused_layernorm.launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs, (values, *stats))
-    return (*outputs, values, stats)
-
-
-@_norm_fwd.register_fake
-def _norm_outputs(x, weight, bias, residual, *_):
-    return (*fused_layernorm.forward_outputs(x, residual, torch.bfloat16), *launch.new(x.shape, FORWARD, x.device))
-
-
-@torch.library.custom_op(
-    "fastgpt::fp8_layer_norm_bwd",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? dsum, Tensor s, Tensor weight, Tensor mean, Tensor rstd, Tensor? seed, "
-    "float dropout_p, ScalarType x_dtype, bool s_is_x, bool two_gradients, bool weight_grad, ScalarType? bias_dtype) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _norm_bwd(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
-    """What layer_norm_bwd returns, and dx in fp8."""
-    rest = dy, dsum, s, weight, mean, rstd, seed, dropout_p
-    *outputs, values, stats = _norm_gradients(*rest, x_dtype, s_is_x, two_gradients, *wanted)
-    fused_layernorm.launch_backward(*rest, s_is_x, two_gradients, outputs, (values, *stats))
-    return (*outputs, values, stats)
-
-
-@_norm_bwd.register_fake
-def _norm_gradients(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, *wanted):
-    outputs = fused_layernorm.backward_outputs(s, weight, x_dtype, *wanted)
-    return (*outputs, *launch.new(s.shape, GRADIENT, s.device))
-
-
-def _save_norm(ctx, inputs, output):
-    fused_layernorm.setup_context(ctx, inputs, output)
-    # Without a residual x is the embedding's output, whose gradient no matmul reads.
-    ctx.quantises = (
-        ctx.has_residual and ctx.x_dtype == torch.bfloat16 and inputs[0].shape[-1] <= fused_layernorm.MAX_BACKWARD_BLOCK
-    )
-
-
-def _norm_backward(ctx, dy, dsum, *_):
-    def quantising(*args):
-        *outputs, q, stats = _norm_bwd(*args)
-        launch.give(outputs[0], Fp8(q, stats))
-        return outputs
-
-    op = quantising if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd
-    return fused_layernorm.backward(op, ctx, dy, dsum)[:7]
-
-
-_norm_fwd.register_autograd(_norm_backward, setup_context=_save_norm)
-
-
-# ---------------------------------------------------------------- attention
+# ---------------------------------------------------------------- layer norm and attention
 #
-# Its output, which c_proj reads, and in backward the gradient of qkv, which c_attn reads, are written in fp8 too. A program of
-# attention has some rows of one head, so each scale is of a group of columns (quantise.py).
+# What writes a form has to be run eagerly, or nothing would find it: these are no registered ops, but autograd.Functions.
 
 
-@torch.library.custom_op(
-    "fastgpt::fp8_qkv_attention_fwd",
-    mutates_args=(),
-    schema=f"(Tensor qkv, {fused_attn.PACKED}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _attention_fwd(qkv, doc_ids, seed, n_head, n_kv_head, *options):
-    """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / group, B T)."""
-    form = _new_form(qkv, n_head, n_kv_head, FORWARD)
-    values = form.values.unflatten(-1, (n_head, -1))
-    where = values, form.scale, form.scale.shape[1]
-    return *fused_attn.packed_forward(qkv, doc_ids, seed, n_head, n_kv_head, *options, quantised=where), *form
+class LayerNormInFp8(torch.autograd.Function):
+    """fused_layernorm's, which writes y in fp8 too, and in backward dx."""
+
+    @staticmethod
+    def forward(x, weight, bias, residual, seed, dropout_p, eps):
+        """y in bf16, s, mean, rstd as of layer_norm_fwd, and y in fp8."""
+        outputs = fused_layernorm.forward_outputs(x, residual, torch.bfloat16)
+        form = launch.new(x.shape, FORWARD, x.device)
+        quantised = form.values, form.scale, form.norm
+        fused_layernorm.launch_forward(x, weight, bias, residual, seed, dropout_p, eps, outputs, quantised)
+        return (*outputs, *form)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        fused_layernorm.setup_context(ctx, inputs, output)
+        # Without a residual x is the embedding's output, whose gradient no matmul reads.
+        fits = inputs[0].shape[-1] <= fused_layernorm.MAX_BACKWARD_BLOCK
+        ctx.quantises = ctx.has_residual and ctx.x_dtype == torch.bfloat16 and fits
+
+    @staticmethod
+    def backward(ctx, dy, dsum, *_):
+        op = _norm_backward if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd
+        return fused_layernorm.backward(op, ctx, dy, dsum)[:7]
 
 
-def _new_form(qkv: Tensor, n_head: int, n_kv_head: int, dtype: torch.dtype) -> Grouped:
-    """Unwritten: attention's output, or in GRADIENT the gradient of qkv."""
-    D = qkv.shape[-1] // (n_head + 2 * n_kv_head)
-    shape = (*qkv.shape[:-1], n_head * D) if dtype == FORWARD else qkv.shape
-    return launch.new_grouped(shape, dtype, qkv.device, group_size(D))
+def _norm_backward(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
+    """layer_norm_bwd, which also gives dx its form."""
+    outputs = fused_layernorm.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
+    form = launch.new(s.shape, GRADIENT, s.device)
+    quantised = form.values, form.scale, form.norm
+    fused_layernorm.launch_backward(
+        dy, dsum, s, weight, mean, rstd, seed, dropout_p, s_is_x, two_gradients, outputs, quantised
+    )
+    launch.give(outputs[0], form)
+    return outputs
 
 
-@_attention_fwd.register_fake
-def _(qkv, doc_ids, seed, n_head, n_kv_head, *options):
-    outputs = fused_attn.packed_outputs(qkv, doc_ids, seed, n_head, n_kv_head, *options)
-    return *outputs, *_new_form(qkv, n_head, n_kv_head, FORWARD)
+class AttentionInFp8(torch.autograd.Function):
+    """Its output, which c_proj reads, and in backward the gradient of qkv, which c_attn reads, are written in fp8 too. A
+    program of attention has some rows of one head, so each scale is of a group of columns (quantise.py)."""
 
+    @staticmethod
+    def forward(qkv, doc_ids, seed, n_head, n_kv_head, *options):
+        """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / group, B T)."""
+        D = qkv.shape[-1] // (n_head + 2 * n_kv_head)
+        form = launch.new_grouped((*qkv.shape[:-1], n_head * D), FORWARD, qkv.device, group_size(D))
+        where = form.values.unflatten(-1, (n_head, D)), form.scale, form.scale.shape[1]
+        return *fused_attn.packed_forward(qkv, doc_ids, seed, n_head, n_kv_head, *options, quantised=where), *form
 
-@torch.library.custom_op(
-    "fastgpt::fp8_qkv_attention_bwd",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {fused_attn.PACKED}) -> (Tensor, Tensor, Tensor)",
-)
-def _attention_bwd(grad_out, qkv, out, lse, doc_ids, seed, n_head, n_kv_head, *options):
-    """The gradient of qkv, in its dtype and in fp8."""
-    form = _new_form(qkv, n_head, n_kv_head, GRADIENT)
-    groups = form.scale.shape[0] // (n_head + 2 * n_kv_head)  # of a head
-    scales = form.scale.split([heads * groups for heads in (n_head, n_kv_head, n_kv_head)])
-    parts = zip(fused_attn.unpack(form.values, n_head, n_kv_head), scales)
-    where = [(values, scale, form.scale.shape[1]) for values, scale in parts]
-    options = doc_ids, seed, n_head, n_kv_head, *options
-    return fused_attn.packed_backward(grad_out, qkv, out, lse, *options, quantised=where), *form
+    setup_context = staticmethod(fused_attn.packed_setup)
 
-
-@_attention_bwd.register_fake
-def _(grad_out, qkv, out, lse, doc_ids, seed, n_head, n_kv_head, *options):
-    return qkv.new_empty(qkv.shape), *_new_form(qkv, n_head, n_kv_head, GRADIENT)
-
-
-def _attention_backward(ctx, grad_out, *_):
-    grad_qkv, *form = _attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
-    launch.give(grad_qkv, Grouped(*form))
-    return grad_qkv, *[None] * 9
-
-
-_attention_fwd.register_autograd(_attention_backward, setup_context=fused_attn.packed_setup)
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        (qkv, *saved), (n_head, n_kv_head, *_) = ctx.saved_tensors, ctx.options
+        all_heads = n_head + 2 * n_kv_head
+        form = launch.new_grouped(qkv.shape, GRADIENT, qkv.device, group_size(qkv.shape[-1] // all_heads))
+        groups = form.scale.shape[0] // all_heads  # of a head
+        scales = form.scale.split([heads * groups for heads in (n_head, n_kv_head, n_kv_head)])
+        parts = zip(fused_attn.unpack(form.values, n_head, n_kv_head), scales)
+        where = [(values, scale, form.scale.shape[1]) for values, scale in parts]
+        grad_qkv = fused_attn.packed_backward(grad_out, qkv, *saved, *ctx.options, quantised=where)
+        launch.give(grad_qkv, form)
+        return grad_qkv, *[None] * 9
 
 
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, lse, *form = _attention_fwd(*arguments)
+    out, lse, *form = AttentionInFp8.apply(*arguments)
     launch.give(out, Grouped(*form))
     return out, lse
 
@@ -353,7 +300,7 @@ def layer_norm(
     launch.require(x.device)
     fused_layernorm.validate(x, weight, bias, residual, dropout_p, out_dtype)
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
-    y, s, _, _, *form = _norm_fwd(x, weight, bias, residual, seed, dropout_p, eps)
+    y, s, _, _, *form = LayerNormInFp8.apply(x, weight, bias, residual, seed, dropout_p, eps)
     launch.give(y, Fp8(*form))
     return y if residual is None else (y, s)
 
