@@ -292,7 +292,8 @@ def choose_again() -> None:
 @lru_cache(maxsize=64)
 def _cuda_limits(index: int) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin
+    shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return 10 * properties.major + properties.minor, shared
 
 
 def target(device: torch.device) -> Target | None:
