@@ -126,8 +126,6 @@ class FusedAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim.AdamW. Moments are kept in fp32, where torch's own
         loading would cast them to the parameter's dtype."""
-        for group in state_dict["param_groups"]:
-            _check_group(group)
         loaded: dict[str, Any] = {}
         hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
         try:
@@ -186,15 +184,10 @@ class FusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        group_of: list[int] = []
-        for index, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if param.grad is not None:
-                    params.append(param)
-                    grads.append(_like(param, param.grad, param.grad.dtype, "gradient"))
-                    group_of.append(index)
+        groups = enumerate(self.param_groups)
+        found = [(param, i) for i, group in groups for param in group["params"] if param.grad is not None]
+        params, group_of = [param for param, _ in found], [i for _, i in found]
+        grads = [_like(param, param.grad, param.grad.dtype, "gradient") for param in params]
         device = self.param_groups[0]["params"][0].device
         grad_norm = torch.zeros((), dtype=torch.float32, device=device)  # a new one each step: callers may keep it
         self.skipped_steps = self.skipped_steps.to(device)

@@ -78,17 +78,15 @@ def engine(device: torch.device) -> str:
     CUDA 12.9 on) or CUTLASS's, with sums in fp32 unless use_fast_accum. Elsewhere they are CUTLASS's alone
     (ScaledBlas.cpp), and cuBLAS has none on sm_120 (pytorch#192707). No GPU has measured this choice yet.
     """
-    if device.type != "cuda" or capability(device)[0] != 9:
-        return "triton"
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return "scaled_mm" if _torch_multiplies(index) else "triton"
+    hopper = device.type == "cuda" and capability(device)[0] == 9
+    return "scaled_mm" if hopper and _torch_multiplies(device) else "triton"
 
 
 @lru_cache
-def _torch_multiplies(index: int) -> bool:
+def _torch_multiplies(device: torch.device) -> bool:
     """Whether this build of torch has the products asked of it: which formats cuBLAS takes with scales per row is not written
     down anywhere."""
-    a, b = (torch.ones(64, 64, dtype=torch.bfloat16, device=torch.device("cuda", index)) for _ in range(2))
+    a, b = (torch.ones(64, 64, dtype=torch.bfloat16, device=device) for _ in range(2))
     ones = torch.ones(2, 64, dtype=torch.float32, device=a.device)
     try:
         for dtype in (FORWARD, GRADIENT):
@@ -242,9 +240,6 @@ def sweep(
 # ``give`` keeps the form, ``take`` returns it, once. A tensor that was written to since (its version tells), that is a view or
 # a sum of others, or that another op made has none, and is then quantised in a pass of its own: slower, the same values.
 
-Kinds = tuple[type[Fp8 | Grouped], ...]
-
-
 _made = WeakTensorKeyDictionary()  # a form that no matmul takes goes with its tensor
 _weights = WeakTensorKeyDictionary()
 
@@ -254,12 +249,12 @@ def give(tensor: Tensor, form: Fp8 | Grouped) -> None:
     _made[tensor] = form, tensor._version
 
 
-def take(tensor: Tensor, dtype: torch.dtype, kinds: Kinds = (Fp8,)) -> Fp8 | Grouped | None:
-    """The form kept for ``tensor``, still right and of a kind that its reader takes. It is then forgotten: its memory is free
-    after one matmul."""
+def take(tensor: Tensor, dtype: torch.dtype, grouped: bool = False) -> Fp8 | Grouped | None:
+    """The form kept for ``tensor``, if it is still right and its reader takes it: a Grouped one only where ``grouped``. It is
+    then forgotten: its memory is free after one matmul."""
     form, version = _made.pop(tensor, (None, None))
-    right = version == tensor._version and isinstance(form, kinds) and form.values.dtype == dtype
-    return form if right else None
+    readable = isinstance(form, Fp8) or (grouped and isinstance(form, Grouped))
+    return form if readable and version == tensor._version and form.values.dtype == dtype else None
 
 
 def of_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -137,14 +137,11 @@ def _(q, stats, wt, wt_stats, pre, erf, bias_dtype):
 # ---------------------------------------------------------------- autograd
 
 
-def _form(tensor: Tensor, dtype: torch.dtype, kinds: launch.Kinds = (Fp8,)) -> Fp8 | Grouped:
-    """``tensor`` in fp8: as the kernel that made it has written it, or by a pass of its own."""
-    found = None if torch.compiler.is_compiling() else launch.take(tensor, dtype, kinds)
+def _form(tensor: Tensor, dtype: torch.dtype, grouped: bool = False) -> Fp8 | Grouped:
+    """``tensor`` in fp8: as the kernel that made it has written it, or by a pass of its own. ``grouped``: for a matmul whose
+    epilogue needs no norms of rows."""
+    found = None if torch.compiler.is_compiling() else launch.take(tensor, dtype, grouped)
     return Fp8(*_quantise(tensor.detach(), dtype)) if found is None else found
-
-
-_EITHER: launch.Kinds = (Fp8, Grouped)
-"""What a matmul reads whose epilogue needs no norms of rows."""
 
 
 def _save_linear(ctx, inputs, output):
@@ -158,7 +155,7 @@ def _linear_backward(ctx, dy):
     x, weight, wt, wt_stats = ctx.saved_tensors
     dx = None
     if ctx.needs_input_grad[0]:
-        form = _form(dy, GRADIENT, _EITHER)
+        form = _form(dy, GRADIENT, grouped=True)
         dx = _bwd_input(*form, wt, wt_stats, isinstance(form, Grouped))
     dw, db = weight_and_bias(dy, x, weight, ctx.needs_input_grad[3], ctx.bias_dtype, ctx.adds)
     return dx, None, None, dw, None, None, None, None, db, None, None
@@ -332,7 +329,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # Without the weight's 16-bit copy: training in fp8 has no other use for it.
         return fused_linear.linear(x, weight, bias, keep_copy=False)
     x = x.to(_bf16(fused_linear.check(x, weight, bias)))
-    form, weights = _form(x, FORWARD, _EITHER), launch.of_weight(weight)
+    form, weights = _form(x, FORWARD, grouped=True), launch.of_weight(weight)
     return _linear_fwd(x, *form, weight, *weights, bias, working_copy.adds_to(weight), isinstance(form, Grouped))
 
 

@@ -52,8 +52,8 @@ def attend(op, qkv: Tensor, heads: int, kv: int, options: dict):
         options = {"doc_ids": (torch.arange(T, device=qkv.device) // 9).expand(B, T)}
     qkv = qkv.clone().requires_grad_()
     out = op(qkv, heads, n_kv_head=kv, **options)
-    form, seen = launch.take(out, FORWARD, (Grouped,)), []
-    qkv.register_hook(lambda grad: seen.append(launch.take(grad, GRADIENT, (Grouped,))))
+    form, seen = launch.take(out, FORWARD, grouped=True), []
+    qkv.register_hook(lambda grad: seen.append(launch.take(grad, GRADIENT, grouped=True)))
     out.backward(torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(BF16))
     return out.detach(), form, qkv.grad, seen[0]
 
@@ -352,8 +352,8 @@ def loss_of(model: GPT, tokens: Tensor) -> Tensor:
 def test_every_tensor_of_a_model_is_quantised_by_its_maker(device, monkeypatch, D):
     asked, passes = [], []
 
-    def take(tensor, dtype, kinds):
-        form = real(tensor, dtype, kinds)
+    def take(tensor, dtype, grouped):
+        form = real(tensor, dtype, grouped)
         asked.append((tensor.shape[-1], dtype, type(form)))
         return form
 
@@ -386,9 +386,10 @@ def test_a_form_is_only_for_the_tensor_as_it_was(device):
     assert launch.take(tensor := made(), FORWARD) is not None
     assert launch.take(tensor, FORWARD) is None, "taken"
     assert launch.take(made(), GRADIENT) is None, "another format"
-    assert launch.take(made(), FORWARD, (Grouped,)) is None, "scales of another kind"
-    launch.give(tensor := torch.randn(4, 64, device=device), rounded_in_groups(tensor, FORWARD))
-    assert launch.take(tensor, FORWARD) is None, "the same"
+    for grouped in (False, True):
+        launch.give(tensor := torch.randn(4, 64, device=device), rounded_in_groups(tensor, FORWARD))
+        found = launch.take(tensor, FORWARD, grouped)
+        assert isinstance(found, Grouped) if grouped else found is None, "scales of another kind"
     assert launch.take(made().view(2, 32), FORWARD) is None, "another tensor"
     assert launch.take(made().add_(1), FORWARD) is None, "written to since"
     made()
