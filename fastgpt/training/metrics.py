@@ -43,7 +43,7 @@ class Metrics:
         if "step" not in record:
             return
         step = record["step"]
-        numbers = {k: v for k, v in record.items() if k not in ("step", "max_iters") and isinstance(v, (int, float))}
+        numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, (int, float))}
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)

@@ -112,7 +112,6 @@ def interval(run: Run, report: StepReport, losses: list[float], seconds_left: fl
     moment = telemetry(run.device.index or 0) if on_cuda else None
     return {
         "interval_loss": math.fsum(losses) / len(losses),
-        "max_iters": run.config.train.max_iters,
         "ms": report.ms_per_step,
         "tokens_per_second": None if rate is None else rate * run.world.size,
         "memory_gb": (torch.cuda.max_memory_allocated(run.device) if on_cuda else resident) / 1e9,
