@@ -20,7 +20,7 @@ from fastgpt.doctor.checks import vram
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.reading.configs_fastgpt import parse_fastgpt
-from fastgpt.doctor.reading.logs import parse_log
+from fastgpt.doctor.reading.logs import LogReader
 from fastgpt.doctor.report.page import render
 from fastgpt.doctor.report.text import summary, to_json
 from fastgpt.hardware import cards
@@ -49,6 +49,12 @@ def found(facts=None, run=None, gpu=RTX4070):
 # --- which ---
 
 
+def _notes(log: str, kind: str):
+    reader = LogReader("run.log")
+    reader.take(log)
+    return reader.facts().all(kind)
+
+
 @pytest.mark.parametrize("precision", IN_FORCE)
 @pytest.mark.parametrize("compiled, graphs", [(False, None), (True, object())])
 def test_the_banner_of_a_run_tells(precision, compiled, graphs):
@@ -67,7 +73,7 @@ def test_the_banner_of_a_run_tells(precision, compiled, graphs):
     )
     console = Console(file=io.StringIO(), width=80)
     banner(console, run)
-    said = parse_log(console.file.getvalue(), "run.log").all("precision")
+    said = _notes(console.file.getvalue(), "precision")
     assert [note.value for note in said] == [precision]
 
 
@@ -75,7 +81,7 @@ def test_the_banner_of_a_run_tells(precision, compiled, graphs):
     "line", ["kernels  triton, fp64", "kernels  triton", "kernels  triton, fp8-e4m3", "the kernels  a, fp8"]
 )
 def test_no_other_line_does(line):
-    assert not parse_log(line + "\n", "run.log").all("precision")
+    assert not _notes(line + "\n", "precision")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,10 @@ NOTES = [
 
 START = _pattern(r"(?:iter|step)\s+\d{1,12}\s*[:/]")
 """Where a step or evaluation line begins."""
+STEP_LINE = _pattern(r"^(?:iter|step)\s+\d{1,12}\s*[:/]|^\{")
+STEP_WORDS = ("iter ", "step ", "{")
+"""How a line begins that may be a step and nothing else; ``NOT_PLAIN``: what shows that there is more to it."""
+NOT_PLAIN = re.compile(r"val|nan|inf|event|config|Error|Traceback|memory")
 JSON = _pattern(r"^\{.*$")
 """What may be a line of metrics.jsonl."""
 ECHO = re.compile(

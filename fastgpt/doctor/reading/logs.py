@@ -1,8 +1,9 @@
-"""Logs: nanoGPT's, nanochat's, llm.c's and fastgpt's (train.py's lines, metrics.jsonl), as they come.
+"""Logs: nanoGPT's, nanochat's, llm.c's and fastgpt's (train.py's lines, metrics.jsonl), of any size, as they come.
 
-The forms of log_formats.py are looked for in the text as a whole: ranks and shells glue lines together, so a record (a step or
-an evaluation) may stand anywhere in a line. Terminals wrap: where a record begins that no form fits, the next lines are joined
-to it. What lies between the records is looked through for notes.
+A file is read in blocks. The forms of log_formats.py are looked for in a block as a whole: ranks and shells glue lines
+together, so a record (a step or an evaluation) may stand anywhere in a line. Terminals wrap: where a record begins that no
+form fits, the next lines are joined to it. What lies between the records is looked through for notes. Of a log with very
+many steps every second, fourth, ... is kept, and the others are passed over unread: a gigabyte takes little memory and time.
 """
 
 from __future__ import annotations
@@ -25,41 +26,61 @@ import numpy as np
 from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, Note, Place, Steps, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt, literals
 from fastgpt.doctor.reading import log_formats as forms
-from fastgpt.doctor.reading.encoding import decode
+from fastgpt.doctor.reading.encoding import encoding_of
 
+BLOCK = 1 << 24
+"""Characters read at a time."""
+MOST_STEPS, MOST_NOTES = 1 << 17, 1000
+"""Steps kept before every second one is dropped; notes of one kind, past which the last replaces the one before."""
 _WRAPPED, _PIECES = 600, 4  # a wrapped line: characters and pieces at most
 Take = Callable[[str, re.Match[str]], int]
 
 
 def read_log(path: Path) -> LogFacts:
-    """``parse_log`` of a file. Raises OSError."""
-    return parse_log(decode(path.read_bytes()), str(path))
-
-
-def parse_log(text: str, file: str) -> LogFacts:
-    """What a log says. Never raises, whatever the text; one that says nothing has kind "unknown" and no steps."""
-    reader = _Reader(text, file)
-    reader.read()
+    """What a log says. Its content raises nothing: a file that says nothing has kind "unknown" and no steps. Raises OSError."""
+    reader = LogReader(str(path))
+    for block in blocks(path):
+        reader.take(block)
     return reader.facts()
 
 
-class _Reader:
-    """What has been found in a log so far."""
+def blocks(path: Path) -> Iterator[str]:
+    """The text of a file in parts of about BLOCK characters. Each but the last ends where the line of a step begins, if there
+    is one: what belongs together stays together. Invalid bytes become U+FFFD."""
+    with open(path, "rb") as raw:
+        encoding = encoding_of(raw.read(400))
+    with open(path, encoding=encoding, errors="replace", newline="\n") as file:
+        rest = file.read(1).removeprefix("\ufeff")
+        while piece := file.read(BLOCK):
+            text = rest + piece
+            near = max(0, len(text) - BLOCK // 16)
+            begins = [match.start() for match in forms.STEP_LINE.finditer(text, near)]
+            end = begins[-1] if begins else text.rfind("\n") + 1 or len(text)
+            yield text[:end]
+            rest = text[end:]
+        yield rest
 
-    def __init__(self, text: str, file: str) -> None:
-        text = forms.ANSI.sub("", text)
+
+class LogReader:
+    """Reads a log in blocks; ``facts`` then returns what it says."""
+
+    def __init__(self, file: str) -> None:
         self.file = file
-        self.newlines = [match.start() for match in re.finditer("\n", text)]
-        self.text = text.replace("\r", "\n")  # a progress bar's, which ends no line as grep -n counts them
+        self.lines = 0  # of the blocks before
         self.steps, self.evals = array("d"), array("d")  # rows of the columns of Steps and Evals, one after the other
-        self.notes: list[Note] = []
+        self.stride = 1  # one in so many steps is kept
+        self.notes: dict[str, list[Note]] = {}
         self.unread: list[Unread] = []
         self.kinds: Counter[str] = Counter()
         self.config: ConfigFacts | None = None
         self.step = 0.0  # the last one seen
 
-    def read(self) -> None:
-        """Take all that the text holds, from top to bottom."""
+    def take(self, block: str) -> None:
+        """Take all that the next block holds, from top to bottom."""
+        text = block.replace("\r\n", "\n")
+        text = forms.ANSI.sub("", self._thinned(text) if self.stride > 1 else text)
+        self.newlines = [match.start() for match in re.finditer("\n", text)]
+        self.text = text.replace("\r", "\n")  # a progress bar's, which ends no line as grep -n counts them
         self.text = forms.ECHO.sub(self._echo, self.text)
         # Of two that begin at one place the first counts: fastgpt's form before nanoGPT's, which fits its lines too, and
         # every whole record before the bare beginning of one.
@@ -71,6 +92,20 @@ class _Reader:
                 self._notes_between(end, start)
                 end = taken
         self._notes_between(end, len(self.text))
+        self.lines += len(self.newlines)
+        while len(self.steps) > 7 * MOST_STEPS:
+            self.steps = array("d", np.frombuffer(self.steps).reshape(-1, 7)[::2].tobytes())
+            self.stride *= 2
+
+    def _thinned(self, text: str) -> str:
+        """The block with most of the lines that are steps and nothing else left empty; the last ones stay."""
+        lines, plain = text.split("\n"), 0
+        for i, line in enumerate(lines[:-10]):
+            if line.startswith(forms.STEP_WORDS) and not forms.NOT_PLAIN.search(line):
+                plain += 1
+                if plain % self.stride:
+                    lines[i] = ""
+        return "\n".join(lines)
 
     def _matches(
         self, take: Take, kind: str, pattern: re.Pattern[str]
@@ -79,7 +114,7 @@ class _Reader:
             yield match.start(), take, kind, match
 
     def _line(self, at: int) -> int:
-        return bisect_left(self.newlines, at) + 1
+        return self.lines + bisect_left(self.newlines, at) + 1
 
     def _text_at(self, at: int) -> str:
         """The line around this place."""
@@ -176,22 +211,28 @@ class _Reader:
             start += len(line) + 1
 
     def _note(self, kind: str, at: int, text: str, value: Any = None) -> None:
-        self.notes.append(Note(kind, Place(self.file, self._line(at)), text.strip()[:300], value))
+        self._add(Note(kind, Place(self.file, self._line(at)), text.strip()[:300], value))
+
+    def _add(self, note: Note) -> None:
+        of_kind = self.notes.setdefault(note.kind, [])
+        del of_kind[MOST_NOTES - 1 :]
+        of_kind.append(note)
 
     def facts(self) -> LogFacts:
         steps, back = in_order(np.array(self.steps).reshape(-1, 7))
         evals, evals_back = in_order(np.array(self.evals).reshape(-1, 4))
         for line, top, step in back or evals_back:
             text = f"the log goes back from step {top} to {step}: the later run counts"
-            self.notes.append(Note("resume", Place(self.file, line), text, step))
+            self._add(Note("resume", Place(self.file, line), text, step))
+        notes = sorted(itertools.chain(*self.notes.values()), key=lambda note: note.place.line or 0)
         if self.config is not None:
-            configs.apply_logged(self.config, self.notes)
+            configs.apply_logged(self.config, notes)
         return LogFacts(
             kind=max(self.kinds, key=self.kinds.__getitem__, default="unknown"),
             file=self.file,
             steps=Steps(*_columns(steps)),
             evals=Evals(*_columns(evals)),
-            notes=sorted(self.notes, key=lambda note: note.place.line or 0),
+            notes=notes,
             unread=self.unread,
             config=self.config,
         )

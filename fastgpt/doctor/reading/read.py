@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from stat import S_ISREG
 
-from fastgpt.common import UserError, gigabytes
+from fastgpt.common import UserError
 from fastgpt.config import config_folder, preset_names
 from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Evidence, LogFacts, Place, Unread
 from fastgpt.doctor.reading import checkpoints, configs, configs_fastgpt
@@ -15,8 +15,8 @@ from fastgpt.doctor.reading.encoding import decode, is_text
 from fastgpt.doctor.reading.logs import read_log
 from fastgpt.doctor.reading.values import DEFAULTS
 
-LARGEST_CONFIG, LARGEST_LOG = 1 << 18, 1 << 30
-"""A larger file (in bytes) is not a config, or too large to be read as a log."""
+LARGEST_CONFIG = 1 << 18
+"""A larger file (in bytes) is not a config."""
 
 
 def read(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evidence:
@@ -73,15 +73,12 @@ def _read_one(path: Path) -> ConfigFacts | LogFacts | CheckpointFacts:
     try:
         if os.path.isdir(path):  # not Path.is_dir: it raises for a name that is too long
             return checkpoints.read_checkpoint(path)
-        mode = path.stat()
-        if not S_ISREG(mode.st_mode):
+        if not S_ISREG(path.stat().st_mode):
             raise UserError(f"{path} is not a file: write what it gives into one")
         with open(path, "rb") as file:
             data = file.read(LARGEST_CONFIG + 1)
         if checkpoints.is_checkpoint(path, data[:4]):
             return checkpoints.read_checkpoint(path)
-        if mode.st_size > LARGEST_LOG:
-            raise UserError(f"{path} has {gigabytes(mode.st_size)}: no log is that large, and it is no checkpoint")
         return _text_file(path, data)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.doctor.evidence import LogFacts
+from fastgpt.doctor.reading import logs
 from fastgpt.doctor.reading.encoding import decode
-from fastgpt.doctor.reading.logs import in_order, parse_log, read_log
+from fastgpt.doctor.reading.logs import MOST_NOTES, LogReader, in_order, read_log
 
 REAL = Path(__file__).parents[3] / "docs" / "rtx4070-runs"
 ITER = "iter {0}: loss 3.{0:04d}, time 3917.80ms, mfu 12.87%\n"
@@ -254,6 +256,12 @@ def test_overrides_in_a_log_reach_the_config_it_repeats(log):
 # --- as they come ---
 
 
+def parse(text: str) -> LogFacts:
+    reader = LogReader("plain")
+    reader.take(text)
+    return reader.facts()
+
+
 @pytest.fixture(scope="module")
 def real_text() -> str:
     return (REAL / "nanogpt-124m-fineweb.log").read_text(encoding="utf-8")
@@ -261,7 +269,7 @@ def real_text() -> str:
 
 def same(facts: LogFacts, text: str, lines: bool = True) -> None:
     """``facts`` is what the plain log gives."""
-    plain = parse_log(text, "plain")
+    plain = parse(text)
     for mine, other in ((facts.steps, plain.steps), (facts.evals, plain.evals)):
         for name in ("step", "loss", "ms", "mfu", "train", "val") + (("line",) if lines else ()):
             if hasattr(mine, name):
@@ -432,13 +440,53 @@ def test_every_step_of_a_long_log_is_kept(log):
     np.testing.assert_array_equal(facts.steps.line, 1 + np.arange(100_000) + np.arange(100_000) // 1000)
 
 
+def test_blocks_make_no_difference(log, real_text, monkeypatch):
+    monkeypatch.setattr(logs, "BLOCK", 3000)
+    same(log(real_text), real_text)
+
+
+def test_of_very_many_steps_some_are_kept_and_nothing_else_is_lost(log, monkeypatch):
+    monkeypatch.setattr(logs, "BLOCK", 20_000)
+    monkeypatch.setattr(logs, "MOST_STEPS", 1000)
+    evaluation = "step {}: train loss 3.1234, val loss 3.2345\n"
+    lines = [ITER.format(i) + evaluation.format(i) * (i % 1000 == 999) for i in range(20_000)]
+    lines[15_555] = "iter 15555: loss nan, time 1.00ms, mfu 1.00%\n"
+    lines[17_777] += "torch.OutOfMemoryError: CUDA out of memory.\n"
+    facts = log("".join(lines))
+    assert len(facts.evals) == 20 and 500 <= len(facts.steps) <= 1500
+    assert facts.steps.step[-1] == 19_999 and np.diff(facts.steps.step).max() <= 64
+    kept = facts.steps.step
+    np.testing.assert_array_equal(facts.steps.line, 1 + kept + kept // 1000 + (kept > 17_777))
+    assert [(note.kind, note.place.line) for note in facts.notes] == [("nan", 15_571), ("oom", 17_796)]
+
+
+def test_notes_of_one_kind_are_bounded(log):
+    facts = log("".join(f"iter {i}: loss nan, time 1.00ms, mfu 1.00%\n" for i in range(MOST_NOTES + 500)))
+    assert len(facts.all("nan")) == MOST_NOTES
+    assert facts.notes[-1].place.line == MOST_NOTES + 500
+
+
+def test_a_large_log_takes_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "BLOCK", 1 << 18)
+    monkeypatch.setattr(logs, "MOST_STEPS", 1 << 12)
+    path = tmp_path / "large.log"
+    with open(path, "w") as file:
+        file.writelines(ITER.format(i) for i in range(400_000))
+    assert path.stat().st_size > 20e6
+    tracemalloc.start()
+    read_log(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
 # --- nothing raises ---
 
 QUIET = settings(max_examples=120, deadline=None, database=None)
 
 
 def take(content: bytes) -> LogFacts:
-    return parse_log(decode(content), "fuzz")
+    return parse(decode(content))
 
 
 @QUIET
