@@ -55,7 +55,7 @@ def load(
         if only is not None:
             tree = {key: item for key, item in tree.items() if key in only}
         saved = source.reader.tensors
-        targets = {name: torch.empty(saved[name].shape, dtype=saved[name].dtype) for name in set(references(tree))}
+        targets = {n: torch.empty(saved[n].size, dtype=saved[n].properties.dtype) for n in set(references(tree))}
         source.reader.into(targets)
         return {**join(tree, targets), "step": source.step, "world_size": len(source.ranks)}
 
@@ -119,7 +119,7 @@ def _weights(source: Source, model: nn.Module) -> list[tuple[str, Tensor]]:
     wrong += [f"{name} is not in the model" for name in saved if name not in wanted]
     for name in wanted.keys() & saved.keys():
         there, here = source.reader.tensors[saved[name]], wanted[name]
-        if (old := _described(there.shape, there.dtype)) != (new := _described(here.shape, here.dtype)):
+        if (old := _described(there.size, there.properties.dtype)) != (new := _described(here.shape, here.dtype)):
             wrong.append(f"{name}: {old} -> {new}")
     if wrong:
         raise UserError(
@@ -148,14 +148,14 @@ def _optimizer_state(
             continue
         states[index] = state
         for reference in references(state):
-            saved = source.reader.tensors[reference]
-            if saved.shape and saved.shape != parameter.shape:
+            meta = source.reader.tensors[reference]
+            if meta.size and meta.size != parameter.shape:
                 raise UserError(
-                    f"optimizer state {reference} is {tuple(saved.shape)} for {names[parameter]} of "
-                    f"{tuple(parameter.shape)}: give the model the checkpoint's shape"
+                    f"optimizer state {reference} is {tuple(meta.size)} for {names[parameter]} of {tuple(parameter.shape)}: "
+                    "give the model the checkpoint's shape"
                 )
-            like = parameter if saved.shape else torch.empty(())  # a moment is sharded as its parameter is
-            targets[reference] = torch.empty_like(like, dtype=saved.dtype)
+            like = parameter if meta.size else torch.empty(())  # a moment is sharded as its parameter is
+            targets[reference] = torch.empty_like(like, dtype=meta.properties.dtype)
     return states, targets
 
 

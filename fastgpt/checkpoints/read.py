@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
 
-from fastgpt.checkpoints.tree import shard_of
 from fastgpt.common import file_sha256
 
 FORMAT = 2
@@ -76,81 +87,88 @@ def read_member(path: Path, name: str) -> Any:
         raise Damaged(f"{name} is not JSON") from error
 
 
-class Box(NamedTuple):
-    """A part of a tensor, and where it is stored."""
-
-    offsets: torch.Size
-    sizes: torch.Size
-    file: str
-    key: str
-
-
-class Stored(NamedTuple):
-    dtype: torch.dtype
-    shape: torch.Size
-    boxes: list[Box]
-
-
-class Reader:
-    """The tensors of a checkpoint's directory. ``tensors`` says what they are; none is read before it is asked for."""
+class Reader(StorageReader):
+    """DCP's storage interface for a checkpoint's directory. ``tensors`` (dtype, shape, parts) is known without reading one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tensors: dict[str, Stored] = {}
+        self.chunks: dict[MetadataIndex, dict[str, Any]] = {}
+        self.tensors: dict[str, TensorStorageMetadata] = {}
         try:
             for name, entry in read_member(path, "tensors.json").items():
-                boxes = [
-                    Box(torch.Size(c["offsets"]), torch.Size(c["sizes"]), c["file"], c["key"]) for c in entry["chunks"]
+                shape = torch.Size(entry["shape"])
+                chunks = [
+                    ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"])) for c in entry["chunks"]
                 ]
-                stored = Stored(DTYPES[entry["dtype"]], torch.Size(entry["shape"]), boxes)
-                for box in boxes:
-                    if not _DATA_FILE.fullmatch(box.file):
-                        raise Damaged(f"tensors.json names a file {box.file!r}")
-                    if not len(box.offsets) == len(box.sizes) == len(stored.shape):
-                        raise Damaged(f"tensors.json has a part of {name} of other dimensions")
-                if sum(math.prod(box.sizes) for box in boxes) != math.prod(stored.shape):
+                for chunk, stored in zip(chunks, entry["chunks"]):
+                    if not _DATA_FILE.fullmatch(stored["file"]):
+                        raise Damaged(f"tensors.json names a file {stored['file']!r}")
+                    self.chunks[MetadataIndex(name, chunk.offsets)] = stored
+                if not all(len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks):
+                    raise Damaged(f"tensors.json has a part of {name} of other dimensions")
+                if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
                     raise Damaged(f"tensors.json has parts of {name} that are not the whole")
-                self.tensors[name] = stored
-            claimed = sum(math.prod(t.shape) * t.dtype.itemsize for t in self.tensors.values())
+                self.tensors[name] = TensorStorageMetadata(
+                    TensorProperties(dtype=DTYPES[entry["dtype"]]), shape, chunks
+                )
+            claimed = sum(math.prod(t.size) * t.properties.dtype.itemsize for t in self.tensors.values())
             if claimed > sum(file.stat().st_size for file in path.glob("tensors-*.safetensors")):
                 raise Damaged("tensors.json claims more than the files hold")  # before anyone allocates it
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise Damaged("tensors.json is not a table of tensors") from error
 
-    @torch.no_grad()
-    def into(self, targets: Mapping[str, Tensor]) -> None:
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        pass
+
+    def read_metadata(self) -> Metadata:
+        return Metadata(state_dict_metadata=dict(self.tensors), storage_data=self.chunks)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.chunks[item.storage_index]["file"], []).append(item)
+        for name, items in by_file.items():
+            with safe_open(self.path / name, framework="pt") as file:
+                for item in items:
+                    stored = self.chunks[item.storage_index]
+                    key, held = stored["key"], file.get_slice(stored["key"])
+                    if held.get_shape() != stored["sizes"]:
+                        raise Damaged(f"{name} holds {key} in another shape than tensors.json says")
+                    region = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths))
+                    value = held[region] if region else file.get_tensor(key)
+                    if value.dtype != self.tensors[item.storage_index.fqn].properties.dtype:
+                        raise Damaged(f"{name} holds {key} in another dtype than tensors.json says")
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(value)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+    def into(self, targets: dict[str, Tensor]) -> None:
         """Fill ``targets`` (whole or sharded tensors, on any device) in place. Every rank reads just its own part, with no
         communication. Raises Damaged."""
-        files: dict[str, Any] = {}  # each is opened once
+        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
-            for name, target in targets.items():
-                self._fill(name, target, files)
-        except (SafetensorError, OSError) as error:
-            raise Damaged(f"its tensors cannot be read ({error})") from error
-
-    def _fill(self, name: str, target: Tensor, files: dict[str, Any]) -> None:
-        stored, own = self.tensors[name], shard_of(target)
-        if stored.shape != own.shape:
-            raise ValueError(f"{name} is {tuple(stored.shape)} instead of {tuple(own.shape)}")
-        for box in stored.boxes:
-            starts = [max(a, b) for a, b in zip(own.offsets, box.offsets)]
-            stops = [min(a + n, b + m) for a, n, b, m in zip(own.offsets, own.local.shape, box.offsets, box.sizes)]
-            if any(start >= stop for start, stop in zip(starts, stops)):
-                continue
-            if box.file not in files:
-                files[box.file] = safe_open(self.path / box.file, framework="pt")
-            held = files[box.file].get_slice(box.key)
-            if held.get_shape() != list(box.sizes):
-                raise Damaged(f"{box.file} holds {box.key} in another shape than tensors.json says")
-            region = _slices(starts, stops, box.offsets)
-            value = held[region] if region else files[box.file].get_tensor(box.key)
-            if value.dtype != stored.dtype:
-                raise Damaged(f"{box.file} holds {box.key} in another dtype than tensors.json says")
-            own.local[_slices(starts, stops, own.offsets)].copy_(value)
-
-
-def _slices(starts: list[int], stops: list[int], offsets: torch.Size) -> tuple[slice, ...]:
-    return tuple(slice(start - offset, stop - offset) for start, stop, offset in zip(starts, stops, offsets))
+            dcp.load(targets, storage_reader=self, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, (SafetensorError, OSError)):
+                raise Damaged(f"its tensors cannot be read ({cause})") from cause
+            raise cause from None
 
 
 class Source(NamedTuple):

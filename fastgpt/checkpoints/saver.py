@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastgpt.checkpoints.folder import clean, existing, rotate
-from fastgpt.checkpoints.tree import Shard, shard_of, split
-from fastgpt.checkpoints.write import has_group, own_rank, write
+from fastgpt.checkpoints.tree import split
+from fastgpt.checkpoints.write import Shard, has_group, own_rank, write
 from fastgpt.common import first_line
 
 
@@ -28,8 +29,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     """Write ``state`` as the checkpoint of ``step`` (steps done) and return its path; all ranks call it.
 
     Raises OSError if it cannot be written: then nothing has changed in the folder, and the earlier ones are whole."""
-    header, own, tensors = _parts(step, state, is_best=False)
-    return write(folder, step, header, own, {name: shard_of(tensor) for name, tensor in tensors.items()})
+    return write(folder, step, *_parts(step, state, is_best=False))
 
 
 class Staging:
@@ -42,16 +42,20 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Shard]:
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Shard]:
         """The tensors' values at this point of the current stream; waits until they are on the host."""
-        copies = {}
+        copies: dict[str, Tensor | Shard] = {}
         devices = set()
         for name, tensor in tensors.items():
-            shard = shard_of(tensor)
-            host = self._buffer(name, shard.local)
-            host.copy_(shard.local, non_blocking=True)
-            devices |= {shard.local.device} if shard.local.is_cuda else set()
-            copies[name] = shard._replace(local=host)
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            host = self._buffer(name, local)
+            host.copy_(local, non_blocking=True)
+            devices |= {local.device} if local.is_cuda else set()
+            if isinstance(tensor, DTensor):
+                [chunk] = tensor.__create_chunk_list__()  # fully_shard gives each rank one piece
+                copies[name] = Shard(host, tensor.shape, chunk)
+            else:
+                copies[name] = host
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
         for name in self._buffers.keys() - tensors.keys():

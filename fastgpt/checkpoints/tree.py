@@ -8,9 +8,8 @@ with two references. Nothing in a tree can name code: it is numbers, strings, li
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -69,24 +68,6 @@ def references(tree: Any) -> Iterator[str]:
     elif isinstance(tree, (dict, list)):
         for item in tree.values() if isinstance(tree, dict) else tree:
             yield from references(item)
-
-
-class Shard(NamedTuple):
-    """What this rank has of a tensor: all of it, or of a sharded one (DTensor) a box."""
-
-    local: Tensor
-    shape: torch.Size
-    """The whole tensor's."""
-    offsets: torch.Size
-    """Where ``local`` begins in it."""
-    sharded: bool
-
-
-def shard_of(tensor: Tensor) -> Shard:
-    if not isinstance(tensor, DTensor):
-        return Shard(tensor, tensor.shape, torch.Size([0] * tensor.dim()), False)
-    [box] = tensor.__create_chunk_list__()  # fully_shard gives each rank one
-    return Shard(tensor.to_local(), tensor.shape, box.offsets, True)
 
 
 def _memory(tensor: Tensor) -> Any:

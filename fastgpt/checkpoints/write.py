@@ -6,33 +6,81 @@
       tensors.json                 per tensor: dtype, shape, and which file holds which part of it
       tensors-00000.safetensors    what rank 0 wrote; one file per rank
 
-Of a sharded tensor every rank writes its own part; the others are divided between the ranks that have them. torch's own
-torch.distributed.checkpoint would plan that, too, but describes its files by a pickle, and nothing here reads one.
+torch.distributed.checkpoint (DCP) plans who writes what and, on loading, who reads what, for any numbers of ranks. Its own
+storage describes the files by a pickle (``.metadata``). ``Writer`` here and ``Reader`` in read.py are its storage
+interface over the files above instead: nothing reads a pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
 
 from fastgpt.checkpoints.folder import free_path, next_serial, partial_path
 from fastgpt.checkpoints.read import DTYPES, FORMAT
-from fastgpt.checkpoints.tree import Shard
 from fastgpt.common import sync_folder
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 16 << 20  # bytes hashed and written at a time
-T = TypeVar("T")
+
+# With one process DCP says so in a warning at each save and load.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def write(
+    folder: Path,
+    step: int,
+    header: dict[str, Any],
+    own: Any,
+    tensors: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write the checkpoint of ``step`` under a partial name and rename it; all ranks of ``group`` (default: all there are)
+    call it.
+
+    ``header``: the content of state.json; rank 0's counts. ``own``: each rank's own JSON tree. ``tensors``: flat; a name that
+    several ranks have is written by one of them. Returns the final path. On any failure of any rank, every rank raises it and
+    the partial directory is gone."""
+    writer = Writer(folder, step, header, own)
+    planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        metadata = dcp.save(
+            tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=not has_group()
+        )
+    except BaseException as error:
+        if writer.coordinator:
+            shutil.rmtree(writer.partial, ignore_errors=True)
+        if isinstance(error, CheckpointException):  # DCP's own wrapping, a BaseException
+            raise next(iter(error.failures.values()))[0] from None
+        raise
+    assert metadata.storage_meta is not None and metadata.storage_meta.checkpoint_id is not None
+    return Path(metadata.storage_meta.checkpoint_id)
 
 
 def has_group() -> bool:
@@ -45,116 +93,111 @@ def own_rank() -> int:
     return dist.get_rank() if has_group() else 0
 
 
-def write(
-    folder: Path,
-    step: int,
-    header: dict[str, Any],
-    own: Any,
-    tensors: Mapping[str, Shard],
-    group: dist.ProcessGroup | None = None,
-) -> Path:
-    """Write the checkpoint of ``step`` under a partial name and rename it; all ranks of ``group`` (default: all there are)
-    call it.
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of a sharded tensor, on the host: what a DTensor cannot be, whose memory is its mesh's device's.
 
-    ``header``: the content of state.json; rank 0's counts. ``own``: each rank's own JSON tree. ``tensors``: flat; a name that
-    several ranks have is written by one of them. Returns the final path. On any failure of any rank, every rank raises it and
-    the partial directory is gone."""
-    rank, partial = own_rank(), partial_path(folder, step)
+    torch.distributed.checkpoint plans it by the same method as it does a DTensor."""
 
-    def begin() -> tuple[Any, list[str]]:
-        if rank == 0:
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-        return own, list(tensors)
+    local: Tensor
+    shape: torch.Size
+    """The whole tensor's."""
+    chunk: ChunkStorageMetadata
+    """Where ``local`` lies in it."""
 
-    try:
-        ranks, names = zip(*_on_all_ranks(begin, group))
-        mine = _share(tensors, names, rank)
-        written = _on_all_ranks(lambda: _write_tensors(partial / f"tensors-{rank:05d}.safetensors", mine), group)
-        content = {**header, "ranks": ranks}
-        final, *_ = _on_all_ranks(lambda: _commit(folder, step, content, written) if rank == 0 else Path(), group)
-    except BaseException:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        if not self.local.numel():  # more ranks than rows
+            return []
+        properties = TensorProperties(dtype=self.local.dtype)
+        data = TensorWriteData(chunk=self.chunk, properties=properties, size=self.shape)
+        return [WriteItem(MetadataIndex(fqn, self.chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
 
 
-def _on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
-    """What ``work`` returns on each rank, when all have done it. If it fails on any, every rank raises that."""
-    if not has_group():
-        return [work()]
-    try:
-        outcome: tuple[T | None, BaseException | None] = (work(), None)
-    except BaseException as error:
-        outcome = (None, error)
-    outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, outcome, group=group)
-    for _, failure in outcomes:
-        if failure is not None:
-            raise failure
-    return [result for result, _ in outcomes]
+class _Planner(dcp.DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        value = self.state_dict[index.fqn]
+        return value.local if isinstance(value, Shard) else super().lookup_object(index)
 
 
-def _share(tensors: Mapping[str, Shard], names: Sequence[Collection[str]], rank: int) -> dict[str, Shard]:
-    """What this rank writes, by ``names`` of the tensors that each rank has: its part of the sharded ones, and of the others
-    its share."""
-    mine = {}
-    for number, name in enumerate(sorted(set().union(*names))):
-        holders = [holder for holder, held in enumerate(names) if name in held]
-        if rank not in holders:
-            continue
-        shard = tensors[name]
-        # With more ranks than rows a rank has nothing of a sharded tensor.
-        if shard.local.numel() if shard.sharded else holders[number % len(holders)] == rank:
-            mine[name] = shard
-    return mine
+class Writer(StorageWriter):
+    """DCP's storage interface: each rank writes one safetensors file, the coordinator the rest, and commits."""
 
+    def __init__(self, folder: Path, step: int, header: dict[str, Any], own: Any) -> None:
+        self.folder, self.step, self.header, self.own = folder, step, header, own
+        self.partial = partial_path(folder, step)
+        self.coordinator = False
 
-def _write_tensors(path: Path, tensors: dict[str, Shard]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write this rank's file; return what tensors.json and manifest.json are to say of it.
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        pass
 
-    The safetensors format, one tensor after another. The library's writer refuses tensors that share memory and
-    needs contiguous copies of all of them at once; and here the checksum takes no second pass over the file."""
-    if not tensors:
-        return {}, {}
-    header: dict[str, Any] = {}
-    table: dict[str, Any] = {}
-    end = 0
-    # Widest first, as the format's alignment wants it.
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].local.dtype.itemsize))
-    for name, (local, shape, offsets, _) in tensors.items():
-        key = name if local.shape == shape else f"{name}@{','.join(map(str, offsets))}"
-        dtype, sizes = _NAMES[local.dtype], list(local.shape)
-        start, end = end, end + local.numel() * local.dtype.itemsize
-        header[key] = {"dtype": dtype, "shape": sizes, "data_offsets": [start, end]}
-        chunk = {"offsets": list(offsets), "sizes": sizes, "file": path.name, "key": key}
-        table[name] = {"dtype": dtype, "shape": list(shape), "chunks": [chunk]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    blocks = chain([len(text).to_bytes(8, "little"), text], (_bytes(shard.local) for shard in tensors.values()))
-    return table, {path.name: _write_hashed(path, blocks)}
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **__: Any) -> None:
+        self.coordinator = is_coordinator
 
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return replace(plan, storage_data=self.own)
 
-def _commit(
-    folder: Path, step: int, header: dict[str, Any], written: list[tuple[dict[str, Any], dict[str, Any]]]
-) -> Path:
-    partial = partial_path(folder, step)
-    table: dict[str, Any] = {}
-    files: dict[str, Any] = {}
-    for rows, file in written:
-        files |= file
-        for name, row in rows.items():
-            table.setdefault(name, {**row, "chunks": []})["chunks"] += row["chunks"]
-    files["tensors.json"] = _write_json(partial / "tensors.json", table)
-    files["state.json"] = _write_json(partial / "state.json", {**header, "serial": next_serial(folder)})
-    _write_json(partial / "manifest.json", {"format": FORMAT, "files": files})
-    sync_folder(partial)
-    final = free_path(folder, step)
-    os.rename(partial, final)  # the commit: before it there is no checkpoint, after it a whole one
-    sync_folder(folder)
-    return final
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        self.header = {**self.header, "ranks": [plan.storage_data for plan in plans]}
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+        return [replace(plan, storage_data=f"tensors-{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write_tensors(plan, planner) if plan.items else [])
+        return done
+
+    def _write_tensors(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        """The safetensors format, one tensor after another. The library's writer refuses tensors that share memory and
+        needs contiguous copies of all of them at once; and here the checksum takes no second pass over the file."""
+        header: dict[str, Any] = {}
+        keys: dict[MetadataIndex, str] = {}
+        end = 0
+        # Widest first, as the format's alignment wants it.
+        items = sorted(plan.items, key=lambda item: -item.tensor_data.properties.dtype.itemsize)  # type: ignore[union-attr]
+        for item in items:
+            assert item.tensor_data is not None
+            chunk, dtype = item.tensor_data.chunk, item.tensor_data.properties.dtype
+            whole = chunk.sizes == item.tensor_data.size
+            key = keys[item.index] = (
+                item.index.fqn if whole else f"{item.index.fqn}@{','.join(map(str, chunk.offsets))}"
+            )
+            start, end = end, end + math.prod(chunk.sizes) * dtype.itemsize
+            header[key] = {"dtype": _NAMES[dtype], "shape": list(chunk.sizes), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        tensors = (_bytes(planner.resolve_data(item)) for item in items)  # type: ignore[arg-type]
+        blocks = chain([len(text).to_bytes(8, "little"), text], tensors)
+        record = {"file": plan.storage_data, **_write_hashed(self.partial / plan.storage_data, blocks)}
+        return [WriteResult(item.index, 0, {**record, "key": keys[item.index]}) for item in items]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files: dict[str, dict[str, Any]] = {}
+        table: dict[str, dict[str, Any]] = {}
+        for result in (result for rank in results for result in rank):
+            stored, name = result.storage_data, result.index.fqn
+            files[stored["file"]] = {"bytes": stored["bytes"], "sha256": stored["sha256"]}
+            entry = metadata.state_dict_metadata[name]
+            assert isinstance(entry, TensorStorageMetadata) and result.index.offset is not None
+            sizes = next(chunk.sizes for chunk in entry.chunks if chunk.offsets == result.index.offset)
+            row = {"dtype": _NAMES[entry.properties.dtype], "shape": list(entry.size), "chunks": []}
+            table.setdefault(name, row)["chunks"].append(
+                {"offsets": list(result.index.offset), "sizes": list(sizes), **{k: stored[k] for k in ("file", "key")}}
+            )
+        state = {**self.header, "serial": next_serial(self.folder)}
+        for file_name, content in (("tensors.json", table), ("state.json", state)):
+            files[file_name] = _write_json(self.partial / file_name, content)
+        _write_json(self.partial / "manifest.json", {"format": FORMAT, "files": files})
+        sync_folder(self.partial)
+        final = free_path(self.folder, self.step)
+        os.rename(self.partial, final)  # the commit: before it there is no checkpoint, after it a whole one
+        sync_folder(final.parent)
+        metadata.storage_meta = StorageMeta(checkpoint_id=str(final))  # DCP hands it to every rank
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
 
 
 def _write_json(path: Path, content: Any) -> dict[str, Any]:
