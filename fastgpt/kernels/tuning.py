@@ -344,7 +344,8 @@ def launch(choice: Choice, run: Callable[[Config], Result]) -> Result:
     if choice.device.type == "cuda" and choice.device.index not in (None, torch.cuda.current_device()):
         with torch.cuda.device(choice.device):
             return launch(choice, run)
-    announce(choice)
+    if _listener is not None:
+        _listener(choice)
     try:
         return run(choice.config)
     except Exception as error:
