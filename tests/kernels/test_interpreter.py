@@ -185,3 +185,34 @@ def test_install_twice_changes_nothing(device):
     before = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, InterpreterBuilder.binary_op
     interpreter.install()
     assert before == (InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, InterpreterBuilder.binary_op)
+
+
+@triton.jit
+def _doubled(x):
+    return tl.sum(x[:, None], axis=1) * 2
+
+
+@triton.jit
+def nested_kernel(x_ptr, n, FAIL: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = _doubled(tl.load(x_ptr + i, mask=i < n, other=0))
+    if FAIL:
+        x += tl.zeros((BLOCK // 2,), tl.float32)  # no such broadcast
+    tl.store(x_ptr + i, x, mask=i < n)
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="compiled kernels do not rebind triton.language")
+def test_a_launch_leaves_triton_as_it_was_and_works_after_one_that_failed():
+    def language():
+        return {(each, name): getattr(each, name) for each in (tl, tl.math, tl.tensor) for name in dir(each)}
+
+    before = language()
+    for fail in (False, True, False):
+        x = torch.arange(5.0)
+        if fail:
+            with pytest.raises(Exception, match="broadcast"):
+                nested_kernel[(1,)](x, 5, FAIL=True, BLOCK=8)
+        else:
+            nested_kernel[(1,)](x, 5, FAIL=False, BLOCK=8)
+            assert x.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
+            assert language() == before
