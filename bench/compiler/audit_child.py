@@ -16,7 +16,7 @@ import triton
 
 from bench import ops
 from bench.compiler import audit_step, cubin
-from bench.compiler.capture import capture_launches
+from bench.compiler.capture import CapturedLaunch, capture_launches
 from bench.ops import table_cases
 from bench.ops.common import Case
 
@@ -33,16 +33,16 @@ def select(only: str | None, shard: tuple[int, int] | None, arch: int) -> list[C
 
 def compile_cases(cases: list[Case], arch: int, sms: int) -> tuple[list[cubin.Row], dict[str, str]]:
     """The rows of every case, and what the compiler says of those that do not compile."""
-    rows: list[cubin.Row] = []
+    launches: list[CapturedLaunch] = []
     errors: dict[str, str] = {}
     for name, case in cases:
         try:
-            with capture_launches(arch, sms, case=name) as launches:
+            with capture_launches(arch, sms, case=name) as captured:
                 case()
         except RuntimeError as error:
             errors[name] = str(error)
-        rows += cubin.rows(launches)
-    return rows, errors
+        launches += captured
+    return cubin.rows(launches), errors
 
 
 def main(argv: list[str]) -> None:

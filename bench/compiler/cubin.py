@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import os
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -115,12 +117,39 @@ def _round_up(value: int, unit: int) -> int:
 
 # ---------------------------------------------------------------- what the binary runs
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
+_counted: dict[str, Counter[str]] = {}  # by triton's hash
 
 
 def sass(compiled: Any) -> Counter[str]:
     """How often each machine instruction stands in the kernel, with its modifiers: ``{"LDG.E.128": 8, ...}``."""
-    return Counter(_INSTRUCTION.findall(tool("nvdisasm", compiled.asm["cubin"], "-c", "-ndf")))
+    disassemble([compiled])
+    return _counted[compiled.hash]
+
+
+def disassemble(kernels: Iterable[Any]) -> None:
+    """Have ``sass`` ready of many compiled kernels. nvdisasm takes 0.3 s to start and next to nothing per kernel, so the code
+    of all goes through it as one."""
+    missing = {kernel.hash: kernel for kernel in kernels if kernel.hash not in _counted}.values()
+    for arch in {kernel.metadata.target.arch for kernel in missing}:
+        ends, code = [], b""
+        for kernel in (of_arch := [kernel for kernel in missing if kernel.metadata.target.arch == arch]):
+            code += _machine_code(kernel.asm["cubin"])
+            ends.append(len(code))
+            _counted[kernel.hash] = Counter()
+        listing = tool("nvdisasm", code, "--binary", f"SM{arch}a" if arch >= 90 else f"SM{arch}")
+        for at, name in _INSTRUCTION.findall(listing):
+            _counted[of_arch[bisect_right(ends, int(at, 16))].hash][name] += 1
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The instructions in a cubin: the .text sections of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number, name_section = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(number)]
+    names = cubin[sections[name_section][4] :]
+    code = [cubin[at : at + length] for name, _, _, _, at, length in sections if names[name:].startswith(b".text.")]
+    return b"".join(code)
 
 
 def count(ops: Counter[str], *names: str) -> int:
@@ -228,8 +257,9 @@ def row(launch: CapturedLaunch, launches: int = 1) -> Row:
 
 
 def rows(launches: Iterable[CapturedLaunch]) -> list[Row]:
-    """A row per binary and grid, in order of first launch."""
+    """A row per case, binary and grid, in order of first launch."""
     groups: dict[tuple, list[CapturedLaunch]] = {}
     for launch in launches:
-        groups.setdefault((launch.key, launch.grid), []).append(launch)
+        groups.setdefault((launch.case, launch.key, launch.grid), []).append(launch)
+    disassemble(group[0].compiled for group in groups.values())
     return [row(group[0], len(group)) for group in groups.values()]
