@@ -68,7 +68,7 @@ def pythons(page):
 
 COMMANDS_OF_PAGES = {
     **{command: page for page in reversed(PAGES) for command in commands(page)},
-    **{entry.example: ROOT / "fastgpt/__main__.py" for entry in COMMANDS.values()},
+    **{f"fastgpt {name} {entry.example}".rstrip(): ROOT / "fastgpt/__main__.py" for name, entry in COMMANDS.items()},
 }
 
 
