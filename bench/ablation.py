@@ -3,7 +3,7 @@
     python -m bench.ablation                                  # RTX 4070, GPT-2 124M and 40M: projected
     python -m bench.ablation --gpu h200 --models gpt2-124m
     python -m bench.ablation --measure --budget 10m           # on a GPU: measured beside projected, kept in bench/results/
-    python -m bench.ablation --plot docs/images/ablation.png --json ablation.json
+    python -m bench.ablation --plot ablation.png --json ablation.json
 
 Off means: what PyTorch does in its place, as in --kernels eager. Two rows switch on what is off by default. In fp16-fast a
 part is off if its products are summed in fp32 again. Projected figures are the central ones of performance/projection.py, per

@@ -3,7 +3,7 @@ AdamW with clip, torch's linear_cross_entropy where it has one, Liger-Kernel whe
 
     python -m bench.kernels                            # on a GPU: every kernel, every shape
     python -m bench.kernels --only attention           # one kernel
-    python -m bench.kernels --quick --out runs/kernels # one shape each, fewer rounds; also as JSON and Markdown
+    python -m bench.kernels --quick --out runs/kernels   # one shape each, fewer rounds; also as JSON and Markdown
     python -m bench.kernels --label before             # a name for bench.compare
 
 Each entry runs forward and backward (AdamW: clip and update). Before any clock starts, the kernel has to pass its parity

@@ -1,6 +1,6 @@
 """Predicted memory (fastgpt/performance/memory.py) beside what PyTorch's allocator counts on this machine's GPU:
 
-    python -m bench.memory [--out FILE.json] [--presets gpt2-40m gpt2-124m gpt2-350m] [--kernels eager compile triton]
+    python -m bench.memory --presets gpt2-40m gpt2-124m --out memory.json
 
 Each point is a training step with gradient accumulation (bench.steps.step) in a process of its own:
 torch.cuda.max_memory_allocated against ``Memory.allocated``, max_memory_reserved against ``Memory.total``. A point that runs

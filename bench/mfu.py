@@ -1,7 +1,6 @@
 """How fast a training step is, against which limit, where every microsecond goes, and what would make it faster.
 
-    python -m bench.mfu                                     GPT-2 124M on a GPU; without one a small step on the CPU,
-                                                            and what an RTX 4070 would do, as a projection
+    python -m bench.mfu                                     GPT-2 124M on a GPU; on a CPU a small step, and a projection
     python -m bench.mfu --model gpt2-40m --batch 16         another preset, another micro-batch
     python -m bench.mfu --model L6H6C384T256V50304          a shape: layers, heads, width, tokens, vocabulary
     python -m bench.mfu --backends eager,triton --steps 20  only these, timed longer

@@ -1,9 +1,9 @@
 """What a training step would take on a GPU that is not here, operation by operation: projected, never measured.
 
     python -m bench.project --gpu rtx4070 --model gpt2-124m                    this repository's kernels, bf16
-    python -m bench.project --gpu rtx4070 --model gpt2-124m --kernels nanogpt-compile
-    python -m bench.project --gpu rtx4070 --model gpt2-124m --precision fp16-fast
-    python -m bench.project --gpu rtx4090 --model gpt2-350m --batch 8 --seq 512 --json
+    python -m bench.project --gpu rtx4070 --kernels nanogpt-compile
+    python -m bench.project --gpu rtx4070 --precision fp16-fast
+    python -m bench.project --gpu rtx4090 --model gpt2-350m --batch 8 --json
     python -m bench.project --calibration                                      fit again: how far off the model is known to be
     python -m bench.project --measured results.json                            beside what was measured on a GPU
 

@@ -48,8 +48,8 @@ def test_log(measure, tmp_path):
 
 
 def test_preflight(measure):
-    config, data = load_preset("gpt2-124m", "cuda"), torch.device("cpu")
-    measure(lambda: preflight(config, data))
+    config, device = load_preset("gpt2-124m", "cuda"), torch.device("cpu")
+    measure(lambda: preflight(config, device))
 
 
 def test_learning_rate(measure):

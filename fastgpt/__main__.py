@@ -16,8 +16,8 @@ from fastgpt import __version__, command, common
 from fastgpt.common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-_FOOTER = """fastgpt COMMAND --help has the options and more examples. What help calls python train.py or python -m fastgpt.NAME
-is the same as fastgpt train or fastgpt NAME."""
+_FOOTER = """fastgpt COMMAND --help has the options and more examples. What it calls
+python train.py or python -m fastgpt.NAME is fastgpt train or fastgpt NAME."""
 
 
 class Command(NamedTuple):
@@ -39,12 +39,12 @@ COMMANDS = {
     "plan": Command(
         "fastgpt.plan",
         "which batch fits a GPU, how fast, how many hours",
-        "--gpu rtx4070 --model gpt2-124m --tokens-per-step 524288",
+        "--gpu rtx4070 --model gpt2-124m --tokens 2.5B",
     ),
     "prepare": Command(
         "fastgpt.data.__main__",
         "text into token shards to train on",
-        "HuggingFaceFW/fineweb --config-name sample-10BT --out data/fineweb",
+        "roneneldan/TinyStories --out data/stories",
     ),
     "convert": Command(
         "fastgpt.convert",

@@ -18,24 +18,30 @@ from typing import Any
 from fastgpt import common
 from fastgpt.common import UserError
 
-HELP = """usage: python -m fastgpt.nanogpt [--fused-adamw] path/to/train.py [config.py] [--key=value ...]
+HELP = """usage: python -m fastgpt.nanogpt [--fused-adamw] TRAIN.PY [CONFIG.PY]
+                                 [--key=value ...]
 
-Run an unmodified nanoGPT train.py (or a fork's) with fastgpt's kernels in its model.
+Run an unmodified nanoGPT train.py (or a fork's) with fastgpt's kernels in its
+model.
 
-What follows train.py goes to it as it is. With --compile=True or False; under torchrun as well:
-the model is patched when it is made, before it is compiled or wrapped.
+What follows train.py goes to it as it is. With --compile=True or False; under
+torchrun as well: the model is patched when it is made, before it is compiled or
+wrapped.
 
 options:
   -h, --help     show this and exit
-  --fused-adamw  let fastgpt.FusedAdamW take over the optimizer that configure_optimizers makes
+  --fused-adamw  let fastgpt.FusedAdamW take over the optimizer that
+                 configure_optimizers makes
 
 examples:
   python -m fastgpt.nanogpt train.py config/train_shakespeare_char.py
-  python -m fastgpt.nanogpt ~/nanoGPT/train.py config/train_gpt2.py --batch_size=8 --compile=False
-  torchrun --standalone --nproc_per_node=2 -m fastgpt.nanogpt train.py config/train_gpt2.py
+  python -m fastgpt.nanogpt train.py config/train_gpt2.py --batch_size=8
+  torchrun --standalone --nproc_per_node=2 -m fastgpt.nanogpt train.py \\
+      config/train_gpt2.py
 
-In train mode the model returns None for the logits, as it never forms them; nanoGPT's train.py does not use them.
-What is replaced is printed when the model is made; docs/patch.md has the table.
+In train mode the model returns None for the logits, as it never forms them;
+nanoGPT's train.py does not use them. What is replaced is printed when the model
+is made; docs/patch.md has the table.
 """
 
 

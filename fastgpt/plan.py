@@ -45,8 +45,8 @@ class PlanConfig:
     """Which batch geometry fits a GPU, exactly at the tokens per step asked for, and what the run then costs.
 
     Examples:
-      python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288
-      python -m fastgpt.plan --gpu rtx4070 --n-layer 24 --n-head 16 --n-embd 1024 --tokens 2.5B
+      python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens 2.5B
+      python -m fastgpt.plan --n-layer 24 --n-head 16 --n-embd 1024 --tokens 2.5B
       python -m fastgpt.plan --gpu 3060 --model my.toml --kernels eager --vram 8
       python -m fastgpt.plan --json
     """

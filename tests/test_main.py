@@ -34,7 +34,7 @@ def test_help_lists_every_command_with_a_line_and_an_example(capsys):
         at = next(i for i, line in enumerate(lines) if line.split()[:1] == [name])
         assert lines[at].endswith(entry.summary)
         assert lines[at + 1].strip() == f"$ fastgpt {name} {entry.example}".rstrip()
-    assert all(len(line) <= 120 for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_without_a_command_help_is_shown_and_the_exit_code_is_2(capsys):
@@ -65,14 +65,21 @@ def test_each_command_is_its_module_entry(name, monkeypatch):
     assert seen == [["prepare", "a", "--b"] if name == "prepare" else ["a", "--b"]]
 
 
-@pytest.mark.parametrize("name", ENTRIES)
-def test_each_commands_help_ends_well(name, capsys):
+BENCHMARKS = [
+    path.stem for path in sorted((ROOT / "bench").glob("*.py")) if "command.parse(" in path.read_text("utf-8")
+]
+
+
+@pytest.mark.parametrize("words", [*ENTRIES, *(f"bench {name}" for name in BENCHMARKS)])
+def test_each_commands_help_ends_well_and_fits_80_columns(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     try:
-        code = command.main([name, "--help"])
-    except SystemExit as exit:
-        code = exit.code
+        code = command.main([*words.split(), "--help"])
+    except SystemExit as end:
+        code = end.code
     assert code == 0
-    assert "usage:" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert page.startswith("usage:") and max(map(len, page.splitlines())) <= 80
 
 
 def test_train_py_is_the_installed_train():

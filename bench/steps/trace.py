@@ -99,7 +99,7 @@ def _event(raw: dict[str, Any]) -> Event:
 
 # ---------------------------------------------------------------- naming
 
-UNTOLD_GEMM = "matmul (not told apart)"
+UNTOLD_GEMM = "matmul (unknown which)"
 
 _WRAPPER = re.compile(
     r"autograd::engine|torch-compiled|torchdynamo|aotdispatch|pregraph|compiledfunction|compiledfxgraph|profilerstep|"

@@ -30,8 +30,9 @@ class Prepare:
     Examples:
       python -m fastgpt.data prepare stdlib --out data/stdlib
       python -m fastgpt.data prepare ~/texts --out data/mine --text-column body
-      python -m fastgpt.data prepare roneneldan/TinyStories --out data/stories --max-tokens 100000000
-      python -m fastgpt.data prepare HuggingFaceFW/fineweb --config-name sample-10BT --val-fraction 0.005 --out data/fineweb
+      python -m fastgpt.data prepare roneneldan/TinyStories --out data/stories
+      python -m fastgpt.data prepare HuggingFaceFW/fineweb --out data/fineweb \\
+          --config-name sample-10BT --val-fraction 0.005
     """
 
     source: Annotated[str, Arg("SOURCE", positional=True)]

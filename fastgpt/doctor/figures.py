@@ -73,7 +73,7 @@ class Figures:
     precision: str = "bf16"
     """Arithmetic of the matmuls, by the name that users know: fastgpt's ``--precision``, or tf32."""
 
-    parameters: int | None = _figure("", "parameters, head tied and positions apart (nanoGPT's count)")
+    parameters: int | None = _figure("", "parameters, head tied, excluding position embeddings (nanoGPT's count)")
     tokens_per_step: int | None = _figure("tokens", "micro-batch x accumulation x block size")
     steps_seen: int | None = _figure("steps", "last step of the log")
     tokens_seen: int | None = _figure("tokens", "steps_seen x tokens_per_step")

@@ -54,7 +54,7 @@ class Constants:
 
 CONSTANTS = Constants(**{name: about["value"] for name, about in DESCRIBED.items()})
 RANGES = {name: (about["low"], about["high"]) for name, about in DESCRIBED.items() if name != "clock"}
-"""Of the fixed constants."""
+"""Low and high of each constant that is fixed; the clock is fitted."""
 
 
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))

@@ -66,7 +66,7 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         title=f"{millions(size)} parameters, not the {rounded(claimed)} that the {_source(wrong[0].line)} claims",
         evidence=[(claim.place, claim.line) for claim in wrong] + lines,
         explanation=f"L (12 C^2 + 2C) + C + V C with n_layer {shape.n_layer}, n_embd {shape.n_embd}, "
-        f"vocabulary {shape.vocab_size:,} is {size:,} parameters (head tied, positions apart): "
+        f"vocabulary {shape.vocab_size:,} is {size:,} parameters (head tied, excluding position embeddings): "
         f"{size / claimed:.0%} of what was meant. "
         f"{_consequences(figures, shape, change[1], gpu) if change else ''}".strip(),
         advice=_advice(change, _geometry(figures, change[1], gpu) if change else ""),

@@ -40,7 +40,7 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
     ratio = ",.0f" if (f.tokens_per_parameter or 0) >= 100 else ".3g"
     card = gpu.name.removeprefix("NVIDIA ") if gpu else ""
     rows: list[tuple[Any, ...]] = [
-        ("model", "{} parameters (positions apart)", f.parameters and millions(f.parameters)),
+        ("model", "{} parameters (excluding position embeddings)", f.parameters and millions(f.parameters)),
         (
             "tokens",
             "{:,} per step, {} " + ("seen" if f.tokens_seen is not None else "planned"),

@@ -98,7 +98,7 @@ def test_quantities_have_a_prefix(value, text):
 
 def test_every_operation_has_a_colour():
     work = roofs.step_work(GPT2_124M, 1, 64)
-    groups = {name: pictures.group_of(name) for name in [*work, GAPS, "data", "matmul (not told apart)"]}
+    groups = {name: pictures.group_of(name) for name in [*work, GAPS, "data", "matmul (unknown which)"]}
     assert "unaccounted" not in groups.values() and pictures.group_of("unaccounted") == "unaccounted"
     assert groups["attention projection dW"] == groups["qkv forward"] == "matmuls of the blocks"
     assert (groups["head dX"], groups["attention forward"], groups["norms backward"]) == ("head", "attention", "norms")

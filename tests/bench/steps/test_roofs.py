@@ -107,7 +107,7 @@ def test_without_a_matmul_rate_a_matmul_has_no_roof_but_a_norm_has():
     assert matmul.roof_ms is None and matmul.achieved is None and norm.roof_ms == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", [*step_work(GPT2_124M, 1, 64), GAPS, "data", "matmul (not told apart)"])
+@pytest.mark.parametrize("name", [*step_work(GPT2_124M, 1, 64), GAPS, "data", "matmul (unknown which)"])
 def test_there_is_advice_for_every_operation(name):
     assert mfu_tables.advice(name) != mfu_tables.advice("unaccounted")
 
