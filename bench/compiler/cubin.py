@@ -210,6 +210,8 @@ class Row:
     """LDL and STL instructions."""
     shared: int
     warps: int
+    fp_fusion: bool
+    """Whether a product and the sum that it goes into are rounded once."""
     blocks_per_sm: int
     limiter: str
     dots: int
@@ -244,6 +246,7 @@ def row(launch: CapturedLaunch, launches: int = 1) -> Row:
         spill_stores=count(ops, "STL"),
         shared=used.shared,
         warps=used.warps,
+        fp_fusion=launch.compiled.metadata.enable_fp_fusion,
         blocks_per_sm=fit.blocks,
         limiter=fit.limiter,
         dots=all_dots,

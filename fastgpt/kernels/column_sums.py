@@ -42,4 +42,6 @@ def add_up(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
     if outs:
         rows, C = partials[0].shape
         grid = (triton.cdiv(C, 32),)
-        add_up_kernel[grid](tuple(partials), tuple(outs), rows, C, ROWS=64, BLOCK=32, num_warps=4)
+        add_up_kernel[grid](
+            tuple(partials), tuple(outs), rows, C, ROWS=64, BLOCK=32, num_warps=4, enable_fp_fusion=True
+        )

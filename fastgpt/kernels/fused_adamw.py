@@ -408,18 +408,19 @@ def _launch(s: Step) -> None:
     for launch in plan.launches if s.total is None else ():
         _sum_squares_kernel[(launch.n_chunks,)](
             plan.table, plan.chunks[launch.first :], plan.partials[launch.first :], plan.n_tensors, s.grad_scale,
-            GRAD_DTYPE=DTYPES[launch.grad_dtype], ALIGNED=launch.aligned, **settings,
+            GRAD_DTYPE=DTYPES[launch.grad_dtype], ALIGNED=launch.aligned, enable_fp_fusion=True,
+            **settings,
         )  # fmt: skip
     partials, n_partials = (plan.partials, plan.n_chunks) if s.total is None else (s.total, 1)
     _prepare_kernel[(1,)](
         plan.table, partials, s.hyper, plan.coefficients, plan.control, s.grad_norm, s.skipped, s.grad_scale, s.found_inf,
-        plan.n_tensors, n_partials, BLOCK=1024, num_warps=8,
+        plan.n_tensors, n_partials, BLOCK=1024, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     for launch in plan.launches:
         _adamw_kernel[(launch.n_chunks,)](
             plan.table, plan.chunks[launch.first :], plan.coefficients, plan.control, plan.n_tensors, s.seed,
             PARAM_DTYPE=DTYPES[launch.param_dtype], GRAD_DTYPE=DTYPES[launch.grad_dtype], ALIGNED=launch.aligned,
-            **settings,
+            enable_fp_fusion=True, **settings,
         )  # fmt: skip
 
 

@@ -635,7 +635,7 @@ def launch_forward(
         forward_kernel[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, quantised, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
             q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3], out_strides=out.stride()[:3],
-            **common, **options,
+            enable_fp_fusion=True, **common, **options,
         )  # fmt: skip
 
     key = q.dtype, q.device, D, B * H * T_q, T_q, plain, seed is not None, fp16, quantised is not None
@@ -660,13 +660,15 @@ def launch_backward(
     def run_q(options: tuning.Config) -> None:
         backward_q_kernel[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, grad_out, lse, delta, grad_q, quantised[0],
-            out_strides=out.stride()[:3], grad_q_strides=grad_q.stride()[:3], **common, **options,
+            out_strides=out.stride()[:3], grad_q_strides=grad_q.stride()[:3],
+            enable_fp_fusion=True, **common, **options,
         )  # fmt: skip
 
     def run_kv(options: tuning.Config) -> None:
         backward_kv_kernel[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v, *quantised[1:],
-            grad_k_strides=grad_k.stride()[:3], grad_v_strides=grad_v.stride()[:3], **common, **options,
+            grad_k_strides=grad_k.stride()[:3], grad_v_strides=grad_v.stride()[:3],
+            enable_fp_fusion=True, **common, **options,
         )  # fmt: skip
 
     key = seed is not None, fp16, quantised[0] is not None

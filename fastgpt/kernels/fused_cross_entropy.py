@@ -352,7 +352,7 @@ def _launch_rows(
             logits, target, losses, stats, row_scale, logits.shape[0], V, logits.stride(0),
             ignore_index, scale, smoothing, z_loss, softcap or 0.0,
             LOSS=losses is not None, GRAD=grad, PER_ROW=row_scale is not None, SMOOTH=smoothing != 0,
-            CAP=softcap is not None, **launch,
+            CAP=softcap is not None, enable_fp_fusion=True, **launch,
         )  # fmt: skip
 
     tuning.launch(_choice(logits.dtype, V, softcap, logits.device), run)

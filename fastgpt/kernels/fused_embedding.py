@@ -101,8 +101,8 @@ def embedding_forward_kernel(
     if SEED is not None:
         x = dropout(x, SEED, row, tl.program_id(1) * BLOCK, dropout_p, ROWS, BLOCK)
     tl.store(OUT + row.to(tl.int64)[:, None] * C + cols[None, :], x.to(OUT.dtype.element_ty), mask=mask)
-    # The programs that share these tokens would all write the same ids: one does.
-    tl.store(IDS + row, tl.where(known, idx, -1).to(tl.int32), mask=exists & (tl.program_id(1) == 0))
+    if tl.program_id(1) == 0:  # the programs that share these tokens would all write the same ids
+        tl.store(IDS + row, tl.where(known, idx, -1).to(tl.int32), mask=exists)
 
 
 @triton.jit(do_not_specialize=["B", "T", "position"])
@@ -227,7 +227,7 @@ def _launch_grads(
         if wpe_grad is not None:
             position_grad_kernel[(triton.cdiv(T, cfg.rows), column_blocks)](
                 dx, seed, wpe_grad, N // T, T, position, dx.stride(0), wpe_grad.stride(0), dropout_p,
-                C=C, ADD=add, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4,
+                C=C, ADD=add, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         if wte_grad is not None:
             ids, order = ids.sort(stable=True)
@@ -236,11 +236,12 @@ def _launch_grads(
             token_grad_kernel[(triton.cdiv(pieces, cfg.pieces), column_blocks)](
                 dx, seed, ids, order, wte_grad, partial, N, dx.stride(0), wte_grad.stride(0), dropout_p,
                 C=C, ADD=add, PIECE=cfg.piece, PIECES=cfg.pieces, BLOCK=cfg.block, num_warps=max(1, cfg.block // 128),
+                enable_fp_fusion=True,
             )  # fmt: skip
             if pieces > 1:  # a run may have gone on from one to the next
                 long_runs_kernel[(pieces - 1, column_blocks)](
                     ids, wte_grad, partial, N, wte_grad.stride(0),
-                    C=C, ADD=add, PIECE=cfg.piece, ROWS=16, BLOCK=cfg.block, num_warps=4,
+                    C=C, ADD=add, PIECE=cfg.piece, ROWS=16, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
                 )  # fmt: skip
 
 
@@ -271,7 +272,8 @@ def _forward(
     with runtime.device_guard(x):
         embedding_forward_kernel[(triton.cdiv(rows.numel(), cfg.rows), triton.cdiv(C, cfg.block))](
             rows, wte, wpe, seed, x, ids, rows.numel(), rows.shape[1], V, position, *rows.stride(),
-            wte.stride(0), wpe.stride(0), dropout_p, C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4,
+            wte.stride(0), wpe.stride(0), dropout_p,
+            C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return outputs
 

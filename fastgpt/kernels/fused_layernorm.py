@@ -281,7 +281,7 @@ def launch_forward(
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
             y, None if residual is None else s, mean, rstd, *(quantised or (None, None, None)),
             n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
-            C=C, ROWS=rows, BLOCK=_block(C), num_warps=num_warps,
+            C=C, ROWS=rows, BLOCK=_block(C), num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
     tuning.launch(_choice("forward", x.dtype, C, x.device), run)
@@ -348,7 +348,7 @@ def launch_backward(
             dx, dresidual if two_gradients else None, dw_partial, db_partial, *(quantised or (None, None, None)),
             n_rows, dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), dropout_p,
             C=C, CHUNKS=chunks, ROWS=options["rows"], BLOCK=block, STAGES=options["num_stages"],
-            num_warps=options["num_warps"],
+            num_warps=options["num_warps"], enable_fp_fusion=True,
         )  # fmt: skip
         column_sums.add_up((dw_partial, dweight), (db_partial, dbias))
 

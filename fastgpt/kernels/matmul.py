@@ -74,7 +74,7 @@ def _options(config: tuning.Config, K: int) -> dict[str, int | bool]:
     return {
         "BM": config["block_m"], "BN": config["block_n"], "BK": config["block_k"], "GROUP": config["group"],
         "CHUNK": config.get("chunk", 0), "EVEN_K": K % config["block_k"] == 0,
-        "num_warps": config["num_warps"], "num_stages": config["num_stages"],
+        "num_warps": config["num_warps"], "num_stages": config["num_stages"], "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -530,7 +530,9 @@ def _weight_grad_in_tiles(
 
 def _sum_splits(partial: Tensor, out: Tensor, ways: int, add: bool) -> None:
     size, block = out.numel(), 2**16 if runtime.INTERPRET else 1024
-    sum_splits_kernel[(triton.cdiv(size, block),)](partial, out, size, ways, ADD=add, BLOCK=block, num_warps=4)
+    sum_splits_kernel[(triton.cdiv(size, block),)](
+        partial, out, size, ways, ADD=add, BLOCK=block, num_warps=4, enable_fp_fusion=True
+    )
 
 
 def pointwise_grad(
@@ -551,7 +553,7 @@ def pointwise_grad(
     with runtime.record(op, (M, N), dy.dtype, "triton"), runtime.device_guard(dy):
         pointwise_grad_kernel[(blocks, triton.cdiv(N, block_n))](
             dy, pre, seed, dz, partial, M, N, *dy.stride(), dropout_p,
-            ERF=erf, ROWS=rows, BM=block_m, BN=block_n, num_warps=4,
+            ERF=erf, ROWS=rows, BM=block_m, BN=block_n, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         column_sums.add_up((partial, sums))
     return dz

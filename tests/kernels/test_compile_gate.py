@@ -46,6 +46,7 @@ each_kernel = pytest.mark.parametrize("module, kernel", KERNELS, ids=[f"{m}.{k}"
 def compiled(tmp_path_factory):
     """(rows of bench.audit by architecture; errors of cases that do not compile)."""
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # triton 3.10's default: every launch has to ask for it
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         results = [audit.run(audit.target("sm_89", None), shard=(1, 1), jobs=2)]  # all of it
         subsets = {"sm_80": SUBSET, "sm_90": rf"{SUBSET}|^fp8 C768|^fp8 attention D64$"}  # sm_80 has no fp8
@@ -104,6 +105,12 @@ def test_dots_of_16_bit_operands_use_tensor_cores_and_fp32_ones_do_not(compiled,
     require([r for r in rows if r["dtype"] != "fp32"], "tensor_core", lambda kinds: bool(kinds))
     # On fp32 operands tensor cores would compute in tf32, which parity at fp32 rules out.
     require([r for r in rows if r["dtype"] == "fp32"], "tensor_core", lambda kinds: not kinds)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+@each_kernel
+def test_products_and_their_sums_are_rounded_once(compiled, module, kernel, arch):
+    require(of_kernel(compiled[0][arch], module, kernel), "fp_fusion", bool)
 
 
 def test_the_gate_of_bench_audit_lets_every_kernel_pass(compiled):

@@ -126,8 +126,9 @@ def quantise(x: Tensor, dtype: torch.dtype) -> Fp8:
     rows, block = (64, 1024) if runtime.INTERPRET else (16, 256)
     with runtime.device_guard(x):
         fp8_quantise_kernel[(triton.cdiv(M, rows),)](
-            x, out.values, out.scale, out.norm, M, K, *x.stride(), ROWS=rows, BLOCK=block, num_warps=4
-        )
+            x, out.values, out.scale, out.norm, M, K, *x.stride(),
+            ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
 
 
@@ -154,7 +155,7 @@ def _launch(
         fp8_linear_kernel[(rows * triton.cdiv(N, cfg["BN"]),)](
             a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out, partial,
             *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0,
-            COLUMNS=columns, **cfg,
+            COLUMNS=columns, enable_fp_fusion=True, **cfg,
         )  # fmt: skip
         column_sums.add_up((partial, sums))
 
@@ -228,8 +229,9 @@ def sweep(
     op = "gelu" if dy is None else "gelu_grad"
     with runtime.record(op, (M, N), z.dtype, "triton"), runtime.device_guard(z):
         fp8_sweep_kernel[(blocks, triton.cdiv(N, block))](
-            z, dy, out, partial, *bounded, M, N, BACKWARD=dy is not None, ERF=erf, BM=rows, BN=block, num_warps=4
-        )
+            z, dy, out, partial, *bounded, M, N,
+            BACKWARD=dy is not None, ERF=erf, BM=rows, BN=block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
         column_sums.add_up((partial, sums))
 
 

@@ -33,6 +33,7 @@ def row(**changed):
         spill_stores=0,
         shared=32768,
         warps=8,
+        fp_fusion=True,
         blocks_per_sm=2,
         limiter="registers",
         dots=2,
