@@ -31,13 +31,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fastgpt.common import UserError, nearest, unknown
+from fastgpt.common import UserError, nearest, number, unknown
 
 AnyConfig = TypeVar("AnyConfig")
 
 WIDTH = 80
 """Columns of a help page, or those of a narrower terminal."""
-TRUTH = {"True": True, "true": True, "False": False, "false": False}
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
+"""What may follow a flag that is on or off, in upper or lower case: ``--bias=False`` as in nanoGPT, ``--bias 0``."""
 
 
 class Arg(NamedTuple):
@@ -116,18 +117,21 @@ class Option(NamedTuple):
             return word
         if self.optional and word == "None":
             return None
-        if self.type is bool and word in TRUTH:
-            return TRUTH[word]
+        if not word.strip(" "):
+            raise UserError(f"{self.label} is {word!r}: give {self.metavar}")
+        if self.type is bool and word.lower() in TRUTH:
+            return TRUTH[word.lower()]
         if choices := ("True", "False") if self.type is bool else get_args(self.type):
             if word not in choices:
                 raise UserError(unknown(self.label, word, choices))
             return word
-        try:
+        if self.type not in (int, float):
             return self.type(word)
-        except ValueError:
-            kind = "a whole number" if self.type is int else "a number"
+        if (value := number(word, whole=self.type is int)) is None:
+            kind = "a whole number below 2^63" if self.type is int else "a finite number"
             also = "".join(f", or {word}" for word in self.arg.words)
-            raise UserError(f"{self.label} is {word!r}: it must be {kind}{also}") from None
+            raise UserError(f"{self.label} is {word!r}: it must be {kind}{also}")
+        return value
 
 
 # ---------------------------------------------------------------- what a command's main() calls
@@ -283,7 +287,7 @@ def _field_docs(cls: type) -> dict[str, str]:
 def read(args: Sequence[str], known: Sequence[Option]) -> tuple[dict[str, Any], list[str]]:
     """The values given, by field name, and the words that belong to no option. ``--no-compile`` is ``--compile False``,
     ``--batch_size`` is ``--batch-size``, and a flag may be followed by its value or by = and its value. Raises UserError for
-    a flag whose value is missing or of the wrong type."""
+    a flag that is given twice, or whose value is missing or of the wrong type."""
     by_flag = {name: option for option in known for name in option.flags}
     positionals = [option for option in known if option.arg.positional]
     given: dict[str, list[str]] = {}
@@ -293,25 +297,31 @@ def read(args: Sequence[str], known: Sequence[Option]) -> tuple[dict[str, Any], 
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
         option, opposite = by_flag.get(flag), by_flag.get(flag.replace("--no-", "--", 1))
-        if option is None and opposite is not None and opposite.type is bool and not equals:
-            given[opposite.name] = ["False"]
-        elif option is None and (word.startswith("-") or not positionals):
-            rest.append(word)
-        elif option is None:
+        off = option is None and opposite is not None and opposite.type is bool and not equals
+        option = opposite if off else option
+        if option is None:
+            if word.startswith("-") or not positionals:
+                rest.append(word)
+                continue
             given.setdefault(positionals[0].name, []).append(word)
             if not positionals[0].many:
                 positionals.pop(0)
+            continue
+        if option.name in given:  # the first would be dropped in silence
+            raise UserError(f"{option.flag} is given twice: leave one out")
+        if off:
+            given[option.name] = ["False"]
         elif equals:
             given[option.name] = [value]
         elif option.type is bool:
-            given[option.name] = [words.pop(0) if words and words[0] in TRUTH else "True"]
-        elif option.many:
-            given[option.name] = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-            del words[: len(given[option.name])]
+            given[option.name] = [words.pop(0) if words and words[0].lower() in TRUTH else "True"]
         elif option.arg.bare is not None and (not words or words[0].startswith("-") or words[0].endswith(".toml")):
             given[option.name] = [option.arg.bare]  # a .toml file behind it is the command's config
         elif not words or words[0].partition("=")[0] in by_flag:
             raise UserError(f"{option.flag} has no value: give {option.metavar} behind it")
+        elif option.many:
+            given[option.name] = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+            del words[: len(given[option.name])]
         else:
             given[option.name] = [words.pop(0)]
     return {option.name: option.value(given[option.name]) for option in known if option.name in given}, rest

@@ -3,13 +3,17 @@ read them, how a command ends."""
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import hashlib
 import json
 import os
+import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,11 +35,55 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def at_least(least: int, **values: float | None) -> None:
-    """Raise UserError for the first value below ``least``, and for NaN. None, for what is not given, passes."""
+LARGEST = 2**63 - 1
+"""The largest number that an option, a setting or a field of a file can have: what PyTorch and NumPy take as a size."""
+
+
+def at_least(least: float, **values: float | None) -> None:
+    """Raise UserError for the first value below ``least``, and for one that is not finite or above LARGEST. None, for what is
+    not given, passes."""
     for name, value in values.items():
-        if value is not None and not value >= least:
-            raise UserError(f"{name} is {value}: it must {f'be at least {least}' if least else 'not be negative'}")
+        if value is None or least <= value <= LARGEST:
+            continue
+        if value > LARGEST:
+            raise UserError(f"{name} is {shortened(value)}: it must be finite and below 2^63")
+        raise UserError(
+            f"{name} is {shortened(value)}: it must {f'be at least {least:g}' if least else 'not be negative'}"
+        )
+
+
+def within(interval: str, **values: float | None) -> None:
+    """Raise UserError for the first value outside of ``interval``: "[0, 1)" has 0 in it and 1 not. None passes."""
+    low, high = map(float, interval[1:-1].split(","))
+    for name, value in values.items():
+        inside = value is None or low < value < high or (value == low and interval[0] == "[")
+        if not (inside or (value == high and interval[-1] == "]")):
+            raise UserError(f"{name} is {shortened(value)}: it must lie in {interval}")
+
+
+_NUMBER = re.compile(r"([+-]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:e[+-]?\d{1,4})?)([kmbt]?)", re.IGNORECASE)
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
+
+
+def number(text: str, whole: bool) -> float | None:
+    """A number as people write it: 524288, 524,288 (``whole`` ones only), 10_000, 5e4, 1e-3, 300M, 2.5B. None for anything
+    else, a fraction where ``whole`` is asked for, and what is not finite or above LARGEST."""
+    text = text.strip()
+    if whole and _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
+    match = _NUMBER.fullmatch(text) if len(text) <= 100 else None
+    if match is None:
+        return None
+    value = Decimal(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}[match[2].lower()]
+    if not whole:
+        return float(value) if abs(float(value)) < float("inf") else None
+    return int(value) if abs(value) <= LARGEST and value == int(value) else None
+
+
+def shortened(value: object, most: int = 60) -> str:
+    """A value as part of a sentence."""
+    text = f"a number of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > 2**200 else str(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
@@ -86,19 +134,70 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_whole(path, json.dumps(value, indent=2))
 
 
+LARGEST_TEXT = 1 << 26
+"""Bytes of the largest file that is read as a whole: a checkpoint's tables take a few kilobytes for each layer."""
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A regular file, open for reading. Raises OSError for anything else: a FIFO would wait forever, a device never ends."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(0, "it is not a regular file", str(path))
+    return open(path, "rb")
+
+
+def read_text(path: Path, name: str = "file") -> str:
+    """A text file of at most LARGEST_TEXT bytes: UTF-8, or UTF-16 with a byte-order mark (PowerShell's). Raises UserError,
+    which calls it ``name``, for any other and for what cannot be read."""
+    try:
+        with open_file(path) as file:
+            data = file.read(LARGEST_TEXT + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        raise UserError(f"{name} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > LARGEST_TEXT:
+        raise UserError(f"{name} {path} is larger than {LARGEST_TEXT >> 20} MiB: it is no {name}")
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+
+
+def load_json(path: Path, name: str = "file") -> Any:
+    """The JSON in a file. Raises UserError, which calls it ``name``, for a file that cannot be read or holds something else."""
+    try:
+        return json.loads(read_text(path, name))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} {path} is damaged: it is not JSON") from error
+
+
+def load_toml(path: Path, name: str = "file") -> dict[str, Any]:
+    """The table in a TOML file. Raises UserError as ``load_json`` does."""
+    return parse_toml(read_text(path, name), f"{name} {path}")
+
+
+def parse_toml(text: str, name: str) -> dict[str, Any]:
+    """``tomllib.loads`` that raises UserError, for nesting and numbers that Python refuses as well."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{name} is not valid TOML: it is nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError is one, and a number of 5,000 digits raises another
+        raise UserError(f"{name} is not valid TOML: {first_line(error)}") from error
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if there is no such file or it holds anything else."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        value = load_json(path)
+    except UserError:
         return None
     return value if isinstance(value, dict) else None
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal."""
+    """The sha256 of a file's content, in hexadecimal. Raises OSError."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
@@ -165,8 +264,9 @@ def duration(seconds: float) -> str:
 
 
 def run(main: Callable[[list[str]], int]) -> None:
-    """Run a command on the command line's arguments and exit: with its code, 2 and one sentence for bad input, 130 for a
-    second Ctrl-C, 141 in silence (as SIGPIPE would end it) when what reads the output has gone: ``fastgpt plan | head``."""
+    """Run a command on the command line's arguments and exit: with its code, 2 and one sentence for bad input and for a file
+    that cannot be read or written, 130 for a second Ctrl-C, 141 in silence (as SIGPIPE would end it) when what reads the output
+    has gone: ``fastgpt plan | head``. Any other exception is a bug, and keeps its traceback."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -180,6 +280,11 @@ def run(main: Callable[[list[str]], int]) -> None:
         # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        report(UserError(f"{error.filename} cannot be read or written: {error.strerror}"))
+        sys.exit(2)
 
 
 def report(error: UserError) -> None:

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from fastgpt import command
+from fastgpt import command, common
 from fastgpt.command import Arg
-from fastgpt.common import UserError, at_least, nearest, tomllib, unknown
+from fastgpt.common import UserError, at_least, nearest, shortened, unknown, within
 
 Kernels = Literal["triton", "eager"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "fp16-fast", "fp8"]
@@ -28,6 +28,11 @@ Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
 def _at_least(least: int, section: Any, *names: str) -> None:
     at_least(least, **{name: getattr(section, name) for name in names})
+
+
+LARGEST_MODEL = {"n_layer": 10_000, "n_head": 100_000, "n_embd": 100_000, "block_size": 2**24, "vocab_size": 2**24}
+"""Far above every GPT there is, and so small that listing a model's parameters or the heads that fit takes no time: the shape
+may come from a stranger's checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class ModelConfig:
     """0 is right for one pass over a large corpus."""
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+        _at_least(1, self, *LARGEST_MODEL)
+        for name, most in LARGEST_MODEL.items():
+            within(f"[1, {most}]", **{name: getattr(self, name)})
         if self.n_embd % self.n_head:
             heads = ", ".join(
                 str(h) for h in range(1, self.n_embd + 1) if self.n_embd % h == 0 and self.n_embd // h >= 16
@@ -58,8 +65,7 @@ class ModelConfig:
             raise UserError(
                 f"n_embd is {self.n_embd}, which n_head {self.n_head} does not divide: n_head can be {heads or 1}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"dropout is {self.dropout}: it must lie in [0, 1)")
+        within("[0, 1)", dropout=self.dropout)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, self, "batch_size", "grad_accum")
+        within(f"[1, {10**9}]", batch_size=self.batch_size, grad_accum=self.grad_accum)
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, self, "lr", "weight_decay", "grad_clip", "warmup_iters", "min_lr_ratio")
-        if not 0 <= self.decay_share <= 1:
-            raise UserError(f"decay_share is {self.decay_share}: it must lie in [0, 1]")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")
+        within("[0, 1]", decay_share=self.decay_share)
+        within("[0, 1)", beta1=self.beta1, beta2=self.beta2)
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, self, "max_iters", "eval_iters", "keep_checkpoints", "log_interval", "max_skipped")
-        _at_least(0, self, "eval_interval", "checkpoint_interval", "sample_interval", "spike_zscore")
+        _at_least(0, self, "eval_interval", "checkpoint_interval", "sample_interval", "spike_zscore", "seed")
 
 
 @dataclass(frozen=True)
@@ -246,28 +250,24 @@ def load_toml(path: Path, base: Config, device: str = "cpu") -> Config:
 
     Raises UserError naming the file and the key for anything that is not a known field of the right type.
     """
-    try:
-        with open(path, "rb") as file:
-            table = tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"config file {path} cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"config file {path} is not valid TOML: {error}") from error
+    table = common.load_toml(path, "config file")
     on_cuda = table.pop("cuda", {})
-    for sections in (table, on_cuda if device == "cuda" else {}):
+    if not isinstance(on_cuda, dict):
+        raise UserError(
+            f"config file {path} has cuda = {shortened(on_cuda)}: it can have sections such as [cuda.train]"
+        )
+    for sections, applies in ((table, True), (on_cuda, device == "cuda")):
         for section, values in sections.items():
             if section not in SECTIONS or not isinstance(values, dict):
                 raise UserError(
                     f"config file {path} has [{section}]{nearest(section, SECTIONS)}: sections are {', '.join(SECTIONS)}"
                 )
-            hints = get_type_hints(SECTIONS[section])
-            for key in values:
-                if key not in hints:
-                    raise UserError(
-                        f"{path} [{section}] has {key!r}{nearest(key, hints)}: fields are {', '.join(hints)}"
-                    )
-            typed = {key: _typed(value, hints[key], f"{path} [{section}] {key}") for key, value in values.items()}
-            base = replace(base, **{section: replace(getattr(base, section), **typed)})
+            typed = typed_fields(SECTIONS[section], values, f"{path} [{section}]")
+            try:
+                changed = replace(base, **{section: replace(getattr(base, section), **typed)})
+            except UserError as error:
+                raise UserError(f"config file {path}: {error}") from error
+            base = changed if applies else base  # what holds on a GPU only is checked everywhere
     return base
 
 
@@ -284,6 +284,11 @@ def parse(args: Sequence[str], device_type: str) -> Config:
     if asked.get("device") == "cpu":
         device_type = "cpu"
     file, preset = asked.get("config"), asked.get("preset")
+    if file is not None and file.suffix != ".toml":
+        meant = f"--preset {file}" if str(file) in preset_names() else "a .toml file"
+        if file.suffix == ".py":
+            meant = "a .toml file; nanoGPT's configs are for python -m fastgpt.nanogpt TRAIN.PY CONFIG.PY"
+        raise UserError(f"{str(file)!r} is not TOML, as a config has to be: give {meant}")
     base = load_preset(preset or "demo", device_type)
     if file is not None:
         base = replace(load_toml(file, base if preset else Config(), device_type), config=file)
@@ -303,14 +308,28 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}" for k in keys if old.get(k) != new.get(k)]
 
 
+def typed_fields(section: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of fields of a dataclass, from TOML or from a checkpoint. Raises UserError, which begins with ``where``, for a
+    field that it does not have and for a value of another type."""
+    hints = get_type_hints(section)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"{where} has {key!r}{nearest(key, hints)}: fields are {', '.join(hints)}")
+    return {key: _typed(value, hints[key], f"{where} {key}") for key, value in values.items()}
+
+
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """A TOML value as the field's type, or a UserError: TOML has no paths, and writes 1 for 1.0."""
     if get_origin(hint) is Literal:
         if value in get_args(hint):
             return value
-        raise UserError(f"{where} is {value!r}: it can be {', '.join(get_args(hint))}")
+        raise UserError(f"{where} is {shortened(repr(value))}: it can be {', '.join(get_args(hint))}")
     accepted = {float: (float, int), Path: (str,)}.get(hint) or get_args(hint) or (hint,)
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
         names = " or ".join(kind.__name__ for kind in accepted if kind is not type(None))
-        raise UserError(f"{where} is {value!r}: it must be of type {names}")
+        raise UserError(f"{where} is {shortened(repr(value))}: it must be of type {names}")
+    if isinstance(value, int):
+        at_least(-common.LARGEST, **{where: value})  # before it becomes a float, which a longer one cannot
+    if value == "":
+        raise UserError(f"{where} is empty: leave it out, or give a value")
     return hint(value) if hint in (float, Path) else value

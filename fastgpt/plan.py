@@ -5,7 +5,6 @@ python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -55,9 +54,9 @@ class PlanConfig:
     """rtx4070, 3090, h100, ... Without it, the card in this machine."""
     model: str = "gpt2-124m"
     """A preset (gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl, demo) or a fastgpt TOML file; the flags below change it."""
-    tokens_per_step: Annotated[str | None, Arg("N")] = None
+    tokens_per_step: int | None = None
     """Tokens behind one optimizer step, on all GPUs: 524288, 0.5e6, ... Without it, the model file's own."""
-    tokens: Annotated[str | None, Arg("N")] = None
+    tokens: int | None = None
     """Token budget of the run: 2.5B, 300M, 1e9. Without it, Chinchilla's 20 per parameter."""
     vram: Annotated[float | None, Arg("GB")] = None
     """GB on the card's box, where it is not in the table or part of it is taken."""
@@ -82,10 +81,7 @@ def main(args: list[str]) -> int:
     asked = command.parse(PlanConfig, args, "fastgpt.plan")
     base = _base(asked)
     card, vram_gb = _card(asked)
-    tokens_per_step = base.tokens_per_step
-    if asked.tokens_per_step is not None:
-        tokens_per_step = read_count("tokens_per_step", asked.tokens_per_step)
-    tokens = None if asked.tokens is None else read_count("tokens", asked.tokens)
+    tokens_per_step = base.tokens_per_step if asked.tokens_per_step is None else asked.tokens_per_step
 
     plans: dict[str, RunPlan | None] = {}
     refused: dict[str, UserError] = {}
@@ -100,7 +96,7 @@ def main(args: list[str]) -> int:
                 kernels=kernels,
                 precision=asked.precision,
                 vram_gb=vram_gb,
-                tokens=tokens,
+                tokens=asked.tokens,
                 world_size=asked.world_size,
             )
         except UserError as error:
@@ -124,17 +120,6 @@ def main(args: list[str]) -> int:
         console.print("\n[bold]fastgpt preset[/] (python train.py FILE.toml --data FOLDER)\n")
         console.print(preset(best, base), markup=False)
     return 0
-
-
-def read_count(field: str, text: str) -> int:
-    """524288, 524,288, 2.5B, 300M, 1e9 as a whole number of at least 1. Raises UserError for anything else."""
-    match = re.fullmatch(
-        r"(\d+(?:\.\d*)?(?:e\+?\d{1,2})?)\s*([kmbt]?)", text.strip().lower().replace(",", "").replace("_", "")
-    )
-    value = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]] if match else 0
-    if not 1 <= value <= 1e18:
-        raise UserError(f"{field} is {text!r}: give a number such as 524288, 300M or 2.5B")
-    return round(value)
 
 
 def _base(asked: PlanConfig) -> Config:

@@ -1,8 +1,13 @@
 """What every part of the package shares."""
 
+import json
+import os
+import sys
+
 import pytest
 
-from fastgpt.common import gigabytes, millions, percent, rounded, teraflops
+from fastgpt import common
+from fastgpt.common import UserError, at_least, gigabytes, millions, number, percent, rounded, teraflops, within
 
 
 @pytest.mark.parametrize(
@@ -28,3 +33,138 @@ def test_figures_carry_their_unit():
     assert rounded(1.234e9, "kMGT", " ") + "B" == "1.23 GB" and rounded(12, "kMGT", " ") + "B" == "12 B"
     assert (millions(123_587_328), gigabytes(5.17e9), gigabytes(5.17e9, 2)) == ("123.59M", "5.2 GB", "5.17 GB")
     assert (teraflops(58.31e12), percent(0.12894), percent(None)) == ("58.3 TFLOP/s", "12.9%", "n/a")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("524288", 524288), ("524,288", 524288), ("2.5B", 2_500_000_000), ("300m", 300_000_000), ("1e9", 10**9), ("5_000", 5000),
+     ("10k", 10_000), ("1T", 10**12), (" 7 ", 7), ("5e4", 50_000), ("-1", -1), ("9223372036854775807", 2**63 - 1)],
+)  # fmt: skip
+def test_whole_numbers_as_people_write_them(text, value):
+    found = number(text, whole=True)
+    assert found == value and isinstance(found, int)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "B", "2.5X", "1e99", "nan", "inf", "0.2", "1 2", "9223372036854775808", "0,001", "1,00", "1__0", "9" * 999],
+)
+def test_what_is_no_whole_number(text):
+    assert number(text, whole=True) is None
+
+
+def test_fractions():
+    assert [number(text, whole=False) for text in ("6e-4", ".1", "1.", "-2", "2.5k", "0.1")] == [
+        6e-4,
+        0.1,
+        1,
+        -2,
+        2500,
+        0.1,
+    ]
+    for text in ("nan", "inf", "-inf", "1e400", "0,001", "1,000", "infinity", "0x1p3", ""):
+        assert number(text, whole=False) is None
+
+
+def test_ranges_are_checked_in_one_sentence():
+    at_least(1, tokens=None, steps=1, rate=2.5)
+    within("[0, 1)", dropout=0, share=None)
+    within("(0, 1]", top_p=1)
+    for check in (
+        lambda value: at_least(0, lr=value),
+        lambda value: within("[0, 1)", lr=value),
+        lambda value: within("(0, 1]", lr=value),
+    ):
+        for value in (-1, float("nan"), float("inf"), 2**63, 10**5000):
+            with pytest.raises(UserError, match=r"^lr is [^\n]{1,80}: it must"):
+                check(value)
+    with pytest.raises(UserError):
+        within("[0, 1)", lr=1)
+    with pytest.raises(UserError):
+        within("(0, 1]", lr=0.0)
+
+
+# ---------------------------------------------------------------- small files
+
+
+def test_text_comes_in_utf_8_and_in_powershells_utf_16(tmp_path):
+    file = tmp_path / "a.toml"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        file.write_bytes("a = 'é'\r\n".encode(encoding))
+        assert common.read_text(file) == "a = 'é'\n" and common.load_toml(file) == {"a": "é"}
+
+
+DEEP = 200_000
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\xe9 = 1", "is not UTF-8 text .byte 0.: save it as UTF-8"),
+        (b"[" * DEEP, "not JSON|not valid TOML"),
+        (b"a = " + b"[" * DEEP + b"]" * DEEP, "not JSON|nested too deeply"),
+        (b'{"a":' * DEEP + b"}" * DEEP, "not JSON|not valid TOML"),
+        (b"a = " + b"9" * 5000, "not JSON|not valid TOML"),
+        (b"=", "not JSON|not valid TOML"),
+    ],
+)
+@pytest.mark.parametrize("read", [common.load_json, common.load_toml])
+def test_what_is_no_table_is_one_sentence(tmp_path, content, reason, read):
+    file = tmp_path / "x"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"^config {file} .*({reason})") as error:
+        read(file, "config")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+    assert common.read_json(file) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no FIFOs and no /dev")
+def test_what_would_never_end_is_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "large").write_bytes(b" " * 200)
+    monkeypatch.setattr(common, "LARGEST_TEXT", 100)
+    for path, reason in (
+        (tmp_path / "fifo", "cannot be read: it is not a regular file"),
+        ("/dev/zero", "cannot be read: it is not a regular file"),
+        (tmp_path, "cannot be read: it is not a regular file"),
+        (tmp_path / "large", "is larger than"),
+        (tmp_path / "none", "cannot be read: No such file"),
+        (tmp_path / ("n" * 5000), "cannot be read: File name too long"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            common.read_text(path)
+    for path in (tmp_path / "fifo", "/dev/zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            common.file_sha256(path)
+
+
+def test_a_json_object_or_nothing(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"a": 1}))
+    assert common.read_json(file) == {"a": 1} == common.load_json(file)
+    file.write_text("[1]")
+    assert common.read_json(file) is None and common.load_json(file) == [1]
+
+
+# ---------------------------------------------------------------- how a command ends
+
+
+def test_a_file_that_cannot_be_written_ends_a_command_in_one_sentence(tmp_path, capsys):
+    def main(_):
+        (tmp_path / "none" / "file").write_text("x")
+
+    with pytest.raises(SystemExit) as end:
+        common.run(main)
+    assert end.value.code == 2
+    assert (
+        capsys.readouterr().err == f"error: {tmp_path}/none/file cannot be read or written: No such file or directory\n"
+    )
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), OSError("of no file"), KeyError("x")])
+def test_a_bug_keeps_its_traceback(bug):
+    def main(_):
+        raise bug
+
+    with pytest.raises(type(bug)):
+        common.run(main)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastgpt import anatomy
-from fastgpt.common import UserError, at_least, gigabytes
+from fastgpt.common import UserError, at_least, gigabytes, within
 from fastgpt.config import Config, ModelConfig
 from fastgpt.hardware import cards
 from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, Memory, memory
@@ -72,6 +72,7 @@ class Job:
     def geometry(self, tokens_per_step: int, usable: int, where: str) -> tuple[int, int, str | None]:
         """micro_batch, grad_accum, and a hint where other tokens per step would allow a much larger micro-batch."""
         at_least(1, world_size=self.world_size)
+        within("[0, 1e12]", tokens_per_step=tokens_per_step)  # all divisors of it are looked at
         unit = self.model.block_size * self.world_size
         if tokens_per_step < 1 or tokens_per_step % unit:
             below = tokens_per_step // unit * unit
