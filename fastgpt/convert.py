@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from fastgpt import command, common
+from fastgpt.checkpoints import lock
 from fastgpt.checkpoints.formats import huggingface, nanogpt, own
 from fastgpt.checkpoints.formats.any import Format, read
 from fastgpt.command import Arg
@@ -49,7 +51,8 @@ def main(args: list[str]) -> int:
     if to != "nanogpt" and out.suffix == ".pt":
         raise UserError(f"out is {out}: a {_NAMES[to]} is a folder, so leave .pt out")
     try:
-        {"nanogpt": nanogpt, "fastgpt": own, "hf": huggingface}[to].write(out, portable)
+        with lock.held(out) if to == "fastgpt" else nullcontext():  # a run may have been started there meanwhile
+            {"nanogpt": nanogpt, "fastgpt": own, "hf": huggingface}[to].write(out, portable)
     except OSError as error:
         raise UserError(f"{error.filename or out} cannot be written: {error.strerror or error}") from error
     notes, shape = list(portable.notes), portable.config

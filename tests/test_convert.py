@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from fastgpt import convert
-from fastgpt.checkpoints import checkpoint, folder, rng, saver
+from fastgpt.checkpoints import checkpoint, folder, lock, rng, saver
 from fastgpt.checkpoints.formats import any, huggingface
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
@@ -492,6 +492,13 @@ class TestRefused:
         nanogpt_checkpoint(tmp_path / "ckpt.pt")
         (tmp_path / "file").write_text("")
         fails(tmp_path / "ckpt.pt", "cannot be written", out=out, to=to)
+
+
+def test_a_folder_that_a_run_writes_in_is_left_alone(tmp_path):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    with lock.held(tmp_path / "run"), pytest.raises(UserError, match="has been writing since"):
+        run(tmp_path / "ckpt.pt", tmp_path / "run", "--to", "fastgpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ class TestWheel:
             or requirement.marker.evaluate({"platform_system": system, "python_version": "3.12", "extra": ""})
         }
         assert {name for name in needed if "triton" in name} == ({wanted} if wanted else set())
-        assert {"torch", "numpy", "safetensors", "filelock", "tiktoken", "rich", "jinja2"} <= needed
+        assert {"torch", "numpy", "safetensors", "filelock", "psutil", "tiktoken", "rich", "jinja2"} <= needed
         assert "matplotlib" not in needed and "pytest" not in needed
 
     def test_runs_away_from_the_checkout(self, installed, tmp_path):

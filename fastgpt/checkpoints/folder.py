@@ -137,10 +137,17 @@ def clean(folder: Path) -> None:
 
 def set_aside(folder: Path) -> Path | None:
     """Rename a folder that holds an earlier run's checkpoints or metrics (to "name.1", "name.2", ...), so that a new run in
-    its place neither deletes nor resumes them. Returns the new name, or None if there was nothing to save."""
+    its place neither deletes nor resumes them; with ``lock.held``, or it may be a live run's. Returns the new name, or None if
+    there was nothing to save. Raises UserError where it cannot be renamed."""
     if not existing(folder) and not (folder / METRICS).exists():
         return None
-    return folder.rename(_numbered(folder))
+    try:
+        return folder.rename(_numbered(folder))
+    except OSError as error:
+        raise UserError(
+            f"out is {folder}, which holds an earlier run and cannot be renamed ({error.strerror}): use --resume to go on with "
+            "it, or name another folder"
+        ) from error
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The training loop: build everything, check everything, and only then write the first file.
+"""The training loop: take the run's folder, build everything, check everything, and only then write the first file.
 
 A step either happens as a whole or leaves no trace: when it is interrupted (a signal, memory that does not suffice), loader
 and random states go back to its start. Checkpoints are made between steps, so a resumed run repeats what an undisturbed one
@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastgpt import anatomy
-from fastgpt.checkpoints import folder, saver
+from fastgpt.checkpoints import folder, lock, saver
 from fastgpt.common import UserError
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
@@ -29,7 +29,7 @@ from fastgpt.mfu import StepMeter, StepReport
 from fastgpt.training import distributed
 from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
-from fastgpt.training.metrics import Metrics
+from fastgpt.training.metrics import Metrics, connect_wandb
 from fastgpt.training.report import banner, interval, log_line, progress_bar
 from fastgpt.training.run import (
     Run,
@@ -75,9 +75,13 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
     """Train as configured, on all ranks that torchrun started. Returns the run and the exit code: 0, also after SIGTERM (the
     state is saved, as the sender wanted), or 130 after Ctrl-C, when it is saved as well.
 
-    Raises UserError for what cannot work, and when the run cannot go on (its last good checkpoint is named).
+    Raises UserError for what cannot work, for a folder that another process writes in, and when the run cannot go on (its last
+    good checkpoint is named). Nothing of an earlier run has been moved then.
     """
-    with distributed.connect(device) as (world, device):
+    with (
+        distributed.connect(device) as (world, device),
+        lock.held(config.train.out) if world.is_main else nullcontext(),
+    ):
         console = console or Console(soft_wrap=True, highlight=False)
         return _Loop(config, device, world, console if world.is_main else Console(quiet=True)).run()
 
@@ -95,6 +99,9 @@ class _Loop:
             restore(self.state, saved)
         else:
             self.state.id = world.broadcast(self.state.id)
+        # Read now: a file that cannot be read must not be found out after three days, nor after an earlier run has been moved.
+        self.hellaswag = load_hellaswag(self.settings.hellaswag) if self.settings.hellaswag else None
+        self.wandb = connect_wandb(config, self.state.id) if self.settings.wandb and world.is_main else None
         banner(console, self.state)
         if self.settings.doctor and world.is_main:
             announce(preflight(config, device), console)
@@ -105,8 +112,6 @@ class _Loop:
             self.say(f"resumed from {saved.path}" + (f", with {'; '.join(changes)}" if changes else ""))
         elif world.is_main and (moved := folder.set_aside(config.train.out)) is not None:
             self.say(f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)")
-        # Read now: a file that cannot be read must not be found out after three days.
-        self.hellaswag = load_hellaswag(self.settings.hellaswag) if self.settings.hellaswag else None
         self.meter = StepMeter.for_shape(anatomy.Shape.of(config.model), device, self.state.stepper.precision)
         # Steps whose loss and gradient norm have not been read from the device yet, with their records for metrics.jsonl.
         self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
@@ -120,7 +125,7 @@ class _Loop:
 
     def run(self) -> tuple[Run, int]:
         run, out = self.state, self.settings.out
-        self.metrics = Metrics(out, run.id, run.step, run.config) if self.world.is_main else None
+        self.metrics = Metrics(out, run.id, run.step, run.config, self.wandb) if self.world.is_main else None
         if self.world.is_main:
             for name, content in (("config", run.config.to_dict()), ("environment", environment(run.device))):
                 (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.checkpoints.folder import METRICS
-from fastgpt.common import UserError, write_whole
+from fastgpt.common import UserError, first_line, write_whole
 from fastgpt.config import Config
 
 
 class Metrics:
-    """The metrics of run ``run_id`` in folder ``out``, from ``step`` (steps done) on.
+    """The metrics of run ``run_id`` in folder ``out``, from ``step`` (steps done) on. ``wandb``: what ``connect_wandb`` made.
 
     Raises UserError for a folder that cannot be written, and for one whose metrics are another run's.
     """
 
-    def __init__(self, out: Path, run_id: str, step: int, config: Config) -> None:
+    def __init__(self, out: Path, run_id: str, step: int, config: Config, wandb: Any = None) -> None:
         path = out / METRICS
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ class Metrics:
         if self._file.tell() == 0:
             self.write({"run": run_id, "config": config.to_dict()})
         self._board = _tensorboard(out, step) if config.train.tensorboard else None
-        self._wandb = _wandb(config, run_id) if config.train.wandb else None
+        self._wandb = wandb
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; numbers of a record with a "step" go to TensorBoard and W&B as well."""
@@ -104,13 +104,19 @@ def _tensorboard(out: Path, step: int) -> Any:
     return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
 
-def _wandb(config: Config, run_id: str) -> Any:
+def connect_wandb(config: Config, run_id: str) -> Any:
+    """A W&B run. Raises UserError where the package is not installed, or does not get through."""
     try:
         import wandb
+
+        return wandb.init(
+            project=config.train.wandb, name=config.train.out.name, id=run_id, resume="allow", config=config.to_dict()
+        )
     except ImportError as error:
         raise UserError(
             f"wandb is {config.train.wandb!r} but the package is not installed: pip install wandb"
         ) from error
-    return wandb.init(
-        project=config.train.wandb, name=config.train.out.name, id=run_id, resume="allow", config=config.to_dict()
-    )
+    except Exception as error:  # no key, no network: the package has classes of its own for each
+        raise UserError(
+            f"wandb is {config.train.wandb!r}, which cannot be reached ({first_line(error)}): see `wandb login`"
+        ) from error

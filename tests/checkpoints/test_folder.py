@@ -57,6 +57,17 @@ def test_resolve_takes_a_run_or_a_checkpoint(tmp_path):
     assert "step-00000007 does not exist" in str(error.value) and str(newest) in str(error.value)
 
 
+def test_a_run_that_cannot_be_renamed_is_said(tmp_path, monkeypatch):
+    save(tmp_path / "run", 900)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match=r"holds an earlier run and cannot be renamed \(Permission denied\): use"):
+        folder.set_aside(tmp_path / "run")
+
+
 def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
     run = tmp_path / "run"
     assert folder.set_aside(run) is None

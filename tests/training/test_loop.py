@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastgpt.checkpoints import checkpoint, saver
+from fastgpt.checkpoints import checkpoint, lock, saver
 from fastgpt.checkpoints.folder import best, existing, resolve
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -201,6 +201,30 @@ def test_a_new_run_in_the_place_of_an_old_one_loses_neither(config, device):
     assert [p.name for p in existing(config.train.out)] == ["step-00000004"]
     aside = config.train.out.with_name("run.1")
     assert [p.name for p in existing(aside)] == ["step-00000004", "step-00000008"]
+
+
+def test_a_second_process_is_refused_before_it_touches_the_first_ones_folder(config, device):
+    train(with_train(config, max_iters=4), device, quiet())
+    before = contents(config.train.out)
+    for flags in ({}, {"resume": "newest"}, {"resume": "auto"}):
+        with (
+            lock.held(config.train.out),
+            pytest.raises(UserError, match=rf"^out is \S+, where process {os.getpid()} on .* has been writing since"),
+        ):
+            train(with_train(config, **flags), device, quiet())
+    assert contents(config.train.out) == before
+    assert [path.name for path in config.train.out.parent.iterdir() if "run" in path.name] == ["run"]
+
+
+@pytest.mark.parametrize("flags", [{"wandb": "project"}, {"hellaswag": "none.jsonl"}])
+def test_a_launch_that_fails_moves_nothing(config, device, monkeypatch, flags):
+    train(with_train(config, max_iters=4), device, quiet())
+    before = contents(config.train.out)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=next(iter(flags))):
+        train(with_train(config, **flags), device, quiet())
+    assert contents(config.train.out) == before
+    assert train(with_train(config, max_iters=5, resume="newest"), device, quiet())[0].step == 5
 
 
 def test_metrics_of_a_run_that_never_saved_are_set_aside_too(config, device, monkeypatch):

@@ -1,6 +1,5 @@
 """metrics.jsonl: every step exactly once across crashes and resumes, and never another run's file."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from fastgpt.common import UserError
 from fastgpt.config import Config, TrainConfig
 from fastgpt.training import metrics
-from fastgpt.training.metrics import Metrics
+from fastgpt.training.metrics import Metrics, connect_wandb
 
 CONFIG = Config(train=TrainConfig(tensorboard=False))
 
@@ -69,11 +68,19 @@ def test_tensorboard_has_the_numbers_of_every_step(tmp_path):
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 3.0), (2, 1.5)]
 
 
-def test_wandb_that_is_not_installed_is_said(tmp_path, monkeypatch):
+def test_wandb_that_is_not_installed_is_said(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(UserError, match="pip install wandb"):
-        Metrics(tmp_path, "a", 0, replace(CONFIG, train=TrainConfig(wandb="project", tensorboard=False)))
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["run"] == "a"
+    with pytest.raises(UserError, match="wandb is 'project' but the package is not installed: pip install wandb"):
+        connect_wandb(replace(CONFIG, train=TrainConfig(wandb="project")), "a")
+
+
+def test_wandb_that_does_not_get_through_is_said(monkeypatch):
+    def init(**_):
+        raise RuntimeError("api_key not configured\nand more")
+
+    monkeypatch.setitem(__import__("sys").modules, "wandb", type("wandb", (), {"init": staticmethod(init)}))
+    with pytest.raises(UserError, match=r"^wandb is 'p', which cannot be reached \(api_key not configured\): see"):
+        connect_wandb(replace(CONFIG, train=TrainConfig(wandb="p")), "a")
 
 
 def test_wandb_gets_the_numbers_of_every_step_and_goes_on_with_a_resumed_run(tmp_path, monkeypatch):
@@ -88,12 +95,8 @@ def test_wandb_gets_the_numbers_of_every_step_and_goes_on_with_a_resumed_run(tmp
 
     fake = type("wandb", (), {"init": staticmethod(lambda **kwargs: calls.append(kwargs) or Run())})
     monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
-    file = Metrics(
-        tmp_path / "mine",
-        "a",
-        0,
-        replace(CONFIG, train=TrainConfig(wandb="p", tensorboard=False, out=tmp_path / "mine")),
-    )
+    config = replace(CONFIG, train=TrainConfig(wandb="p", tensorboard=False, out=tmp_path / "mine"))
+    file = Metrics(tmp_path / "mine", "a", 0, config, connect_wandb(config, "a"))
     file.write({"step": 1, "loss": 2.0, "note": "text"})
     file.write({"event": "spike", "loss": 9.0})
     file.close()

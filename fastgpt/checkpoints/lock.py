@@ -1,0 +1,133 @@
+"""One process at a time writes in a run's folder: the lock that train and convert hold while they do.
+
+Two files stand beside the folder, so that renaming it leaves them in place. ``.NAME.lock`` is locked by the system, which frees
+it when the process ends, in whatever way. ``.NAME.lock.json`` says which process holds it (host, number, start time), and a
+thread renews its modification time. The second file is for people, and for network file systems whose locks do not reach
+other machines (NFS with local_lock, Lustre without flock) or do not exist: a process that got the lock goes on only when the
+one named in the file is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastgpt.common import UserError, read_json, write_json
+
+PULSE = 5.0
+"""Seconds between two signs of life."""
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold the lock of the run's folder ``out``, which need not exist yet. Leaves no file behind.
+
+    Raises UserError if another process holds it, naming that process, and where no lock can be written.
+    """
+    from filelock import FileLock, Timeout  # what only reads checkpoints works without it
+
+    with ExitStack() as undo:
+        try:
+            path = _lock_file(out)
+            undo.callback(_remove, *(folder for folder in path.parents if not folder.exists()))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock, record = FileLock(path), path.with_name(f"{path.name}.json")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(_in_use(out, read_json(record) or {})) from None
+            except NotImplementedError:
+                print(f"{out} is on a file system without locks: only {record} keeps others out", file=sys.stderr)
+            undo.callback(_remove, path)
+            undo.callback(lock.release)
+            if (holder := read_json(record)) is not None and _is_alive(holder, record):
+                raise UserError(_in_use(out, holder))
+            undo.callback(_remove, record)
+            write_json(record, _myself())
+        except OSError as error:
+            raise UserError(f"out is {out}, which cannot be written ({error.strerror}): name another folder") from error
+        end = threading.Event()
+        pulse = threading.Thread(target=_beat, args=(record, end), name="run lock", daemon=True)
+        pulse.start()
+        undo.callback(pulse.join)
+        undo.callback(end.set)
+        yield
+
+
+def _lock_file(out: Path) -> Path:
+    """Beside the folder; inside it where nothing can be written beside it, as beside a container's volume."""
+    folder = Path(os.path.realpath(out))
+    if not folder.name or (folder.parent.is_dir() and not os.access(folder.parent, os.W_OK)):
+        return folder / ".lock"
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _myself() -> dict[str, Any]:
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid()), "since": now}
+
+
+def _start_of(pid: int) -> float | None:
+    """When a process of this machine started, in seconds since 1970; None if there is none, or psutil is missing."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _is_alive(holder: dict[str, Any], record: Path) -> bool:
+    """Whether the process that ``record`` names is still at work. A process id alone proves nothing, it may be another's by
+    now: the start time has to agree. Of another machine's process, a sign of life is waited for."""
+    pid, started = holder.get("pid"), holder.get("started")
+    if holder.get("host") == socket.gethostname() and isinstance(pid, int) and isinstance(started, float):
+        now = _start_of(pid)
+        return now is not None and abs(now - started) < 1  # the clock may have been set since
+    print(
+        f"{record} names process {pid} on {holder.get('host')}: waiting {3 * PULSE:.0f} s for a sign of life of it",
+        file=sys.stderr,
+    )
+    before = _renewed(record)
+    time.sleep(3 * PULSE)
+    return _renewed(record) != before
+
+
+def _renewed(record: Path) -> int | None:
+    """The time of the last sign of life, by the file server's clock."""
+    try:
+        with open(record, "rb") as file:  # opened, because NFS remembers a name's times for up to a minute
+            return os.fstat(file.fileno()).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _beat(record: Path, end: threading.Event) -> None:
+    while not end.wait(PULSE):
+        with suppress(OSError):  # a file system that is gone for a while costs no run
+            os.utime(record)
+
+
+def _in_use(out: Path, holder: dict[str, Any]) -> str:
+    who, since = "another process", ""
+    if "pid" in holder:
+        who, since = f"process {holder['pid']} on {holder.get('host')}", f" since {holder.get('since')}"
+    return f"out is {out}, where {who} has been writing{since}: wait until it ends, stop it, or name another folder"
+
+
+def _remove(*paths: Path) -> None:
+    """Files, and folders that are empty; others stay."""
+    for path in paths:
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
