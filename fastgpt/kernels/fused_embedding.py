@@ -101,8 +101,8 @@ def embedding_forward_kernel(
     if SEED is not None:
         x = dropout(x, SEED, row, tl.program_id(1) * BLOCK, dropout_p, ROWS, BLOCK)
     tl.store(OUT + row.to(tl.int64)[:, None] * C + cols[None, :], x.to(OUT.dtype.element_ty), mask=mask)
-    if tl.program_id(1) == 0:  # the programs that share these tokens would all write the same ids
-        tl.store(IDS + row, tl.where(known, idx, -1).to(tl.int32), mask=exists)
+    # The programs that share these tokens would all write the same ids: one does.
+    tl.store(IDS + row, tl.where(known, idx, -1).to(tl.int32), mask=exists & (tl.program_id(1) == 0))
 
 
 @triton.jit(do_not_specialize=["B", "T", "position"])

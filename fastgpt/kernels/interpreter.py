@@ -1,13 +1,15 @@
 """Corrections to Triton's CPU interpreter, and what makes it faster.
 
 With ``TRITON_INTERPRET=1`` in the environment before triton is imported, kernels run on CPU tensors, one program after
-another, in NumPy. Two things in it are wrong:
+another, in NumPy. Three things in it are wrong:
 
 * bfloat16. NumPy has none, so the interpreter keeps the raw 16 bits and computes *on the bit patterns*
   (triton-lang/triton#4972). ``install`` makes casts, dots and arithmetic go through fp32 with round-to-nearest-even.
   Reductions of bf16 stay wrong: kernels upcast right after every load, which they want to do anyway.
 * fp8. Casts to it truncate, and NaN comes back as a number. ``install`` makes casts between fp8 and fp32, and dots, do what
   the chip does: to nearest even, saturating, inf too; NaN stays NaN.
+* A comparison keeps the dtype of what it compares. Spread over a block, as in ``mask & (tl.program_id(1) == 0)``, it becomes
+  integers, which triton 3.9 refuses as a mask. ``install`` spreads what is true or false as such.
 
 Three things are slow. At each launch, and at each call of a jitted function in it, it rebinds all of ``triton.language``, whose
 members it looks through each time; ``install`` has them looked through once, and rebound once per launch. It computes whether
@@ -25,7 +27,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Make bf16 and fp8 right in the interpreter; idempotent. Called when fastgpt.kernels is imported under
+    """Make bf16, fp8 and masks right in the interpreter; idempotent. Called when fastgpt.kernels is imported under
     TRITON_INTERPRET=1."""
     import numpy as np
     import torch
@@ -59,6 +61,7 @@ def install() -> None:
         return TensorHandle(wide.to(fp8[target]).view(torch.uint8).numpy(), target)
 
     stock_cast, stock_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    stock_splat = InterpreterBuilder.create_splat
 
     def cast_impl(self, src, dst_type):
         source, target = src.dtype.scalar, dst_type.scalar
@@ -76,6 +79,9 @@ def install() -> None:
     def create_dot(self, a, b, acc, *rest):
         return stock_dot(self, to_fp32(a), to_fp32(b), acc, *rest)
 
+    def create_splat(self, type, scalar):
+        return stock_splat(self, type, TensorHandle(scalar.data, tl.int1) if scalar.data.dtype == np.bool_ else scalar)
+
     def through_fp32(stock):
         def op(self, *args):
             *handles, function = args
@@ -89,6 +95,7 @@ def install() -> None:
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fp_to_fp = fp_to_fp
+    InterpreterBuilder.create_splat = create_splat
     InterpreterBuilder.binary_op = through_fp32(InterpreterBuilder.binary_op)
     InterpreterBuilder.unary_op = through_fp32(InterpreterBuilder.unary_op)
     _make_faster()

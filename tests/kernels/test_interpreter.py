@@ -188,6 +188,20 @@ def test_install_twice_changes_nothing(device):
 
 
 @triton.jit
+def first_program_kernel(y_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    mine = (i < n) & (tl.program_id(0) == 0)
+    tl.store(y_ptr + tl.program_id(0) * BLOCK + i, tl.where(~mine, 1, 2))
+    tl.store(y_ptr + i, 3, mask=mine)
+
+
+def test_a_comparison_of_scalars_is_a_mask_over_a_block(device):
+    y = torch.zeros(2, 8, dtype=torch.int32, device=device)
+    first_program_kernel[(2,)](y, 3, BLOCK=8)
+    assert y.tolist() == [[3] * 3 + [1] * 5, [1] * 8]
+
+
+@triton.jit
 def _doubled(x):
     return tl.sum(x[:, None], axis=1) * 2
 
