@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
@@ -133,6 +132,8 @@ class Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        from safetensors import safe_open
+
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
             by_file.setdefault(self.chunks[item.storage_index]["file"], []).append(item)
@@ -161,6 +162,8 @@ class Reader(StorageReader):
     def into(self, targets: dict[str, Tensor]) -> None:
         """Fill ``targets`` (whole or sharded tensors, on any device) in place. Every rank reads just its own part, with no
         communication. Raises Damaged."""
+        from safetensors import SafetensorError
+
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             dcp.load(targets, storage_reader=self, planner=planner, no_dist=True)

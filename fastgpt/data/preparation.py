@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from fastgpt import __version__
 from fastgpt.common import UserError, at_least, read_json, sync_folder, write_json
@@ -33,7 +32,6 @@ from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encoding import BatchPlace, Encoded, cores, encode_corpus
 from fastgpt.data.hub import HUB
 from fastgpt.data.manifest import MANIFEST, PROGRESS, SHARD_TOKENS, VAL_FRACTION, differences, recipe_of, whole
-from fastgpt.data.progress import ProgressReport
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.data.writing import ShardWriter
 
@@ -188,6 +186,8 @@ class _Preparation:
 
     def _pass(self) -> None:
         """Write the corpus from the current position to its end."""
+        from fastgpt.data.progress import ProgressReport
+
         reading = self.corpus.read(self.position)
         size = self.corpus.size
         processes = self.workers > 1 and (size is None or size >= encoding.SMALL)
@@ -291,6 +291,8 @@ def _publish(work: Path, out: Path) -> None:
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
     """Let one process work; the others wait and then find it done. The system frees the lock of a killed process."""
+    from filelock import FileLock, Timeout
+
     path = out.with_name(f".{out.name}.lock")
     lock = FileLock(path)
     try:

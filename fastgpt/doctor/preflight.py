@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-
 from fastgpt.config import Config
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence, Machine, Place
 from fastgpt.doctor.findings import Finding
 from fastgpt.doctor.reading.configs_fastgpt import of_sections
 from fastgpt.doctor.reading.surroundings import this_machine, tokens_in
-from fastgpt.doctor.report.text import COLOURS, is_code
 from fastgpt.hardware import cards
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
 
 SHORT = 50e6
@@ -37,6 +34,10 @@ def preflight(config: Config, device: torch.device, on: Machine | None = None) -
 
 def announce(findings: list[Finding], console: Console) -> None:
     """One line when clean, else one per finding and its config line."""
+    from rich.markup import escape
+
+    from fastgpt.doctor.report.text import COLOURS, is_code
+
     if not findings:
         console.print("[dim]preflight: nothing found (python -m fastgpt.doctor says more once there is a log)")
         return

@@ -13,10 +13,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from fastgpt import anatomy
@@ -44,6 +43,9 @@ from fastgpt.training.run import (
     zscore,
 )
 from fastgpt.training.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MAX_ROLLBACKS = 3
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -78,6 +80,8 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
     Raises UserError for what cannot work, for a folder that another process writes in, and when the run cannot go on (its last
     good checkpoint is named). Nothing of an earlier run has been moved then.
     """
+    from rich.console import Console
+
     with (
         distributed.connect(device) as (world, device),
         lock.held(config.train.out) if world.is_main else nullcontext(),

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastgpt import anatomy
 from fastgpt.common import UserError, gigabytes, millions, rounded, teraflops
@@ -25,9 +20,15 @@ from fastgpt.performance import flops
 from fastgpt.performance.memory import memory
 from fastgpt.training.run import Run
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
 
 def banner(console: Console, run: Run) -> None:
     """Say what will run, on what, and, without a GPU, what one would change."""
+    from rich.markup import escape
+
     config, shape, precision = run.config, run.config.model, run.stepper.precision
     ranks = f" on {run.world.size} ranks ({config.train.parallel})" if run.world.size > 1 else ""
     compiled = " + torch.compile" if config.train.compile else ""
@@ -104,17 +105,16 @@ def _projected(run: Run) -> str:
 def interval(run: Run, report: StepReport, losses: list[float], seconds_left: float | None) -> dict[str, Any]:
     """What a log interval adds to the record of its last step in metrics.jsonl. ``interval_loss`` is the mean over all
     micro-batches of the interval's steps, in nats; ``mfu`` the share of the nominal dense peak of this very card; speeds are
-    None before the first timed step. ``memory_gb`` (1e9 bytes) is the most that was used so far: allocated by torch on a GPU,
-    resident in this process on a CPU. Clock, power and temperature where nvidia-ml-py tells them."""
+    None before the first timed step. ``memory_gb`` (1e9 bytes) is the most that torch has allocated on a GPU so far; on a CPU
+    what is resident in this process now, None without psutil. Clock, power and temperature where nvidia-ml-py tells them."""
     rate, on_cuda = report.tokens_per_second, run.device.type == "cuda"
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    memory = torch.cuda.max_memory_allocated(run.device) if on_cuda else _resident()
     moment = telemetry(run.device.index or 0) if on_cuda else None
     return {
         "interval_loss": math.fsum(losses) / len(losses),
         "ms": report.ms_per_step,
         "tokens_per_second": None if rate is None else rate * run.world.size,
-        "memory_gb": (torch.cuda.max_memory_allocated(run.device) if on_cuda else resident) / 1e9,
+        "memory_gb": memory and memory / 1e9,
         "mfu": report.mfu,
         "data_wait": report.data_wait,
         "skipped_steps": run.stepper.skipped_steps(),
@@ -126,6 +126,15 @@ def interval(run: Run, report: StepReport, losses: list[float], seconds_left: fl
     }
 
 
+def _resident() -> int | None:
+    """Bytes of memory that this process holds now."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.Process().memory_info().rss
+
+
 def log_line(record: Mapping[str, Any]) -> str:
     """The record of an interval's last step, in the shape of nanoGPT's lines."""
 
@@ -135,7 +144,7 @@ def log_line(record: Mapping[str, Any]) -> str:
     line = (
         f"iter {record['step']}: loss {record['interval_loss']:.4f}, time {shown('ms', '{:.2f}ms')}, "
         f"mfu {shown('mfu', '{:.2%}')}, {shown('tokens_per_second', '{:,.0f}')} tok/s, lr {record['lr']:.2e}, "
-        f"norm {record['grad_norm']:.3f}, data {shown('data_wait', '{:.1%}')}, mem {record['memory_gb']:.2f} GB"
+        f"norm {record['grad_norm']:.3f}, data {shown('data_wait', '{:.1%}')}, mem {shown('memory_gb', '{:.2f} GB')}"
     )
     if record.get("clock_mhz") is not None:
         line += f", {record['clock_mhz']} MHz {shown('power_w', '{:.0f}')} W {shown('temperature_c', '{}')} C"
@@ -151,6 +160,8 @@ def log_line(record: Mapping[str, Any]) -> str:
 def progress_bar(console: Console, step: int, max_iters: int) -> Progress:
     """How far the run is: a bar at the foot of a terminal, nothing where output goes to a file. Its one task knows the time
     left, evaluation and checkpoints included."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     bar = Progress(
         TextColumn("training"),
         BarColumn(),
