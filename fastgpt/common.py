@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from importlib.resources import files
 from pathlib import Path
@@ -159,7 +161,7 @@ def read_text(path: Path, name: str = "file") -> str:
     try:
         return data.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} {path} is damaged or not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        raise UserError(f"{name} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
 
 def load_json(path: Path, name: str = "file") -> Any:
@@ -206,6 +208,21 @@ def file_sha256(path: Path) -> str:
 def packaged_toml(package: str, name: str) -> dict[str, Any]:
     """A TOML file of ours, which lies beside the modules of ``package``."""
     return tomllib.loads((files(package) / name).read_text(encoding="utf-8"))
+
+
+def why_unwritten(error: OSError, folder: Path) -> str:
+    """What kept a file in ``folder`` from being written, as part of a sentence."""
+    if not folder.exists():
+        return f"{folder} is gone: it was deleted or moved away"
+    if error.errno != errno.ENOSPC:
+        return f"{error.filename or folder}: {error.strerror or error}"
+    with suppress(OSError, AttributeError):  # Windows has no statvfs, and no inodes
+        space = os.statvfs(folder)
+        if space.f_files and not space.f_favail:
+            return f"the file system of {folder} has no inodes left: it holds too many files"
+    with suppress(OSError):
+        return f"the disk of {folder} is full ({gigabytes(shutil.disk_usage(folder).free, 2)} free)"
+    return f"the disk of {folder} is full"
 
 
 def sync_folder(folder: Path) -> None:

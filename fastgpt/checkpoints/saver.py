@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import math
 import platform
-import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -22,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from fastgpt.checkpoints.folder import clean, existing, rotate
 from fastgpt.checkpoints.tree import split
 from fastgpt.checkpoints.write import Shard, has_group, own_rank, write
-from fastgpt.common import first_line
+from fastgpt.common import first_line, why_unwritten
 
 
 def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
@@ -91,6 +88,7 @@ class AsyncSaver:
         self.folder, self.keep = folder, keep
         self._staging = Staging()
         self._thread: threading.Thread | None = None
+        self._saved: Path | None = None
         self._news: list[str] = []
         if own_rank() == 0:
             try:
@@ -122,6 +120,12 @@ class AsyncSaver:
             self._thread.join()
             self._thread = None
 
+    def check(self) -> None:
+        """Note it as ``last_error`` if the checkpoint that was saved last is no longer there."""
+        if self.last_error is None and self._saved is not None and not self._saved.exists():
+            self.last_error = f"checkpoint {self._saved} is gone: it was deleted or moved away after it had been saved"
+            self._news.append(self.last_error)
+
     def news(self) -> list[str]:
         """What has happened since the last call, a sentence each: saved, or not saved and why."""
         taken = len(self._news)
@@ -138,7 +142,7 @@ class AsyncSaver:
     def _run(self, step: int, header: dict[str, Any], own: Any, copies: dict[str, Any]) -> None:
         start = time.perf_counter()
         try:
-            path = write(self.folder, step, header, own, copies, self._group)
+            path = self._saved = write(self.folder, step, header, own, copies, self._group)
         except BaseException as error:
             self.last_error = _failure(self.folder, step, error)
             self._news.append(self.last_error)
@@ -167,14 +171,9 @@ def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str
 
 
 def _failure(folder: Path, step: int, error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        reason = f"the disk of {folder} is full"
-        with contextlib.suppress(OSError):
-            reason += f" ({shutil.disk_usage(folder).free / 1e9:.2f} GB free)"
-    elif isinstance(error, OSError):
-        reason = f"{error.filename or folder}: {error.strerror or error}"
-    else:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, OSError):
+        reason = why_unwritten(error, folder)
     earlier = existing(folder)
     good = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no checkpoint yet"
     return (

@@ -93,13 +93,15 @@ class TokenLoader:
         self.position += self._step
         return self._ready.popleft()
 
-    def eval_batches(self, n: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, ...]]:
-        """At most n batches of the same windows at every call, spread evenly over the data. All have one size, so the
-        mean of their losses is the mean over tokens. ``next_batch`` is not affected.
+    def eval_batches(
+        self, n: int, device: torch.device | str = "cpu", batch_size: int | None = None
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """At most n batches (of ``batch_size`` rows, if given) of the same windows at every call, spread evenly over the data.
+        All have one size, so the mean of their losses is the mean over tokens. ``next_batch`` is not affected.
 
         With too few windows there are fewer batches; with too few for one batch, one smaller batch.
         """
-        size = max(1, min(self.batch_size, self.windows // self.world_size))
+        size = max(1, min(batch_size or self.batch_size, self.windows // self.world_size))
         step = size * self.world_size
         n = max(1, min(n, self.windows // step))
         chosen = np.arange(n * step, dtype=np.int64) * self.windows // (n * step)
@@ -131,7 +133,6 @@ class TokenLoader:
         ]
         if wrong:
             raise UserError(f"the data is not what the checkpoint was trained on ({'; '.join(wrong)})")
-        at_least(0, position=state["position"], seed=state["seed"])
         self.position, self.seed = state["position"], state["seed"]
         self._forget()
 

@@ -34,6 +34,7 @@ says otherwise. What the model ranks for such a matmul is a hint for bench.tune,
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from fastgpt.common import UserError, cache_dir, load_json
+from fastgpt.common import cache_dir
 from fastgpt.hardware import cards
 from fastgpt.kernels import runtime
 
@@ -169,9 +170,9 @@ def read(path: Path) -> Table:
     """The table in a file, whose configs are not checked yet (``Table.check``). Raises ValueError, saying what is wrong with
     it; OSError if it cannot be read."""
     try:
-        found = load_json(path)
-    except UserError as error:
-        raise ValueError(str(error)) from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from None
     try:
         if (found["schema"], found["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
             raise ValueError(f"schema {found['schema']!r} version {found['schema_version']!r} is not of this version")

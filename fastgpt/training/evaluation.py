@@ -7,7 +7,7 @@ summed loss of its tokens (acc), or the lowest mean loss, which does not favour 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgpt.common import UserError, first_line, read_text, shortened
+from fastgpt.common import UserError, first_line
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
 from fastgpt.model import GPT
 from fastgpt.ops import autocast
@@ -45,15 +45,22 @@ def load_model(source: str, kernels: str, where: torch.device) -> tuple[GPT, Tok
     return model.to(where).eval(), tokenizer
 
 
+def _never() -> bool:
+    return False
+
+
 @torch.no_grad()
-def evaluate(run: Run) -> float:
+def evaluate(run: Run, stopping: Callable[[], bool] = _never) -> float | None:
     """Mean validation loss in nats over ``eval_iters`` x ``batch_size`` windows, the same ones every time, in every run and
-    on any number of ranks, in eval mode (no dropout)."""
+    on any number of ranks, in eval mode (no dropout). None if ``stopping()``, which is asked before each batch, wants its end.
+    """
     windows = run.config.train.eval_iters * run.config.data.batch_size
-    batches = max(1, windows // (run.micro_batch * run.world.size))
+    batches = max(1, windows // (run.eval_batch * run.world.size))
     losses = []
     with evaluating(run.model):
-        for batch in run.val_loader.eval_batches(batches, run.device):
+        for batch in run.val_loader.eval_batches(batches, run.device, run.eval_batch):
+            if stopping():
+                return None
             with autocast(run.device, run.stepper.precision):
                 losses.append(run.stepper.forward(*batch)[1])
     return run.world.mean(torch.stack(losses).mean()).item()
@@ -108,12 +115,12 @@ def load_hellaswag(source: str) -> list[HellaSwagExample]:
 
             rows = parquet.read_table(source).to_pylist()
         else:
-            lines = read_text(Path(source), "hellaswag file").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
-        labelled = [(number, row) for number, row in enumerate(rows, 1) if str(row["label"]) != ""]
-        examples = [_example(row, f"hellaswag file {source}, row {number},") for number, row in labelled]
-    except UserError:
-        raise
+            rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
+        examples = [
+            HellaSwagExample(row["ctx"], tuple(row["endings"]), int(row["label"]))
+            for row in rows
+            if str(row["label"]) != ""
+        ]
     except ImportError as error:
         raise UserError(f"hellaswag is {source!r}, for which a package is missing: pip install {error.name}") from error
     except (KeyError, TypeError) as error:
@@ -128,30 +135,23 @@ def load_hellaswag(source: str) -> list[HellaSwagExample]:
     return examples
 
 
-def _example(row: dict[str, Any], where: str) -> HellaSwagExample:
-    """A row, if it can be scored: a context, at least two endings, and the label of one. Raises UserError beginning with
-    ``where``."""
-    context, endings, label = row["ctx"], row["endings"], row["label"]
-    if not isinstance(context, str) or not context:
-        raise UserError(f"{where} has no context: ctx is {shortened(repr(context))}")
-    if not isinstance(endings, (list, tuple)) or len(endings) < 2 or not all(e and isinstance(e, str) for e in endings):
-        raise UserError(f"{where} has no two endings to choose from: endings is {shortened(repr(endings))}")
-    if str(label) not in map(str, range(len(endings))):
-        raise UserError(
-            f"{where} has label {shortened(repr(label))}: of {len(endings)} endings the last is {len(endings) - 1}"
-        )
-    return HellaSwagExample(context, tuple(endings), int(label))
-
-
 @torch.no_grad()
 def hellaswag_score(
-    model: Any, tokenizer: Any, examples: Sequence[HellaSwagExample], where: torch.device, batch: int = 16
-) -> HellaSwagScore:
-    """Score ``model`` (a GPT, called as it is: put it into eval mode) on ``examples``, ``batch`` of them at a time.
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[HellaSwagExample],
+    where: torch.device,
+    batch: int = 16,
+    stopping: Callable[[], bool] = _never,
+) -> HellaSwagScore | None:
+    """Score ``model`` (a GPT, called as it is: put it into eval mode) on ``examples``, ``batch`` of them at a time. None as in
+    ``evaluate``.
 
     A context too long for the model loses its beginning."""
     right = right_norm = 0
     for first in range(0, len(examples), batch):
+        if stopping():
+            return None
         group = examples[first : first + batch]
         encoded = [
             _ending(example, ending, tokenizer, model.config.block_size)
@@ -178,7 +178,10 @@ def _ending(example: HellaSwagExample, ending: str, tokenizer: Any, block_size: 
     return ids[:-1], targets
 
 
-def score_hellaswag(run: Run, examples: Sequence[HellaSwagExample]) -> HellaSwagScore:
-    """HellaSwag with the model as it is now. Called by all ranks."""
+def score_hellaswag(
+    run: Run, examples: Sequence[HellaSwagExample], stopping: Callable[[], bool] = _never
+) -> HellaSwagScore | None:
+    """HellaSwag with the model as it is now. None as in ``evaluate``. Called by all ranks."""
+    tokenizer = get_tokenizer(run.config.data.tokenizer)
     with evaluating(run.model), autocast(run.device, run.stepper.precision):
-        return hellaswag_score(run.model, get_tokenizer(run.config.data.tokenizer), examples, run.device)
+        return hellaswag_score(run.model, tokenizer, examples, run.device, min(16, run.eval_batch), stopping)

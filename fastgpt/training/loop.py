@@ -7,28 +7,30 @@ would have done, bit for bit on a CPU.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from fastgpt import anatomy
 from fastgpt.checkpoints import folder, lock, saver
-from fastgpt.common import UserError
+from fastgpt.common import UserError, first_line
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
+from fastgpt.hardware.device import is_out_of_memory
 from fastgpt.hardware.environment import environment
 from fastgpt.mfu import StepMeter, StepReport
 from fastgpt.training import distributed
 from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
 from fastgpt.training.metrics import Metrics, connect_wandb
+from fastgpt.training.outlets import Terminal
 from fastgpt.training.report import banner, interval, log_line, progress_bar
 from fastgpt.training.run import (
     Run,
@@ -49,20 +51,25 @@ if TYPE_CHECKING:
 
 MAX_ROLLBACKS = 3
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+if sys.platform != "win32":
+    _SIGNALS[signal.SIGHUP] = "SIGHUP"  # the terminal was closed, or the connection to it broke
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask the loop to stop at the next good moment; a second Ctrl-C leaves at once. ``asked`` is None,
-    "Ctrl-C" or "SIGTERM". A context manager: it puts the earlier handlers back at its end."""
+    """Ctrl-C, SIGTERM and SIGHUP ask the loop to stop at the next good moment; a second Ctrl-C leaves at once. ``asked`` is
+    None or the signal's name. A context manager: it puts the earlier handlers back at its end."""
 
     def __enter__(self) -> StopRequest:
         self.asked: str | None = None
-        self._previous: dict[int, Any] = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        # What is ignored stays so: nohup wants the run to outlive its terminal.
+        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous: dict[int, Any] = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def _ask(self, number: int, _frame: object) -> None:
         self.asked = _SIGNALS[signal.Signals(number)]
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.SIGINT in self._previous:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
@@ -74,8 +81,8 @@ class _Abandoned(Exception):
 
 
 def train(config: Config, device: torch.device, console: Console | None = None) -> tuple[Run, int]:
-    """Train as configured, on all ranks that torchrun started. Returns the run and the exit code: 0, also after SIGTERM (the
-    state is saved, as the sender wanted), or 130 after Ctrl-C, when it is saved as well.
+    """Train as configured, on all ranks that torchrun started. Returns the run and the exit code: 0, also after SIGTERM and
+    SIGHUP (the state is saved, as the sender wanted), or 130 after Ctrl-C, when it is saved as well.
 
     Raises UserError for what cannot work, for a folder that another process writes in, and when the run cannot go on (its last
     good checkpoint is named). Nothing of an earlier run has been moved then.
@@ -86,17 +93,37 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
         distributed.connect(device) as (world, device),
         lock.held(config.train.out) if world.is_main else nullcontext(),
     ):
-        console = console or Console(soft_wrap=True, highlight=False)
-        return _Loop(config, device, world, console if world.is_main else Console(quiet=True)).run()
+        news: list[str] = []
+        if console is None:
+            console = Console(file=cast(IO[str], Terminal(sys.stdout, news)), soft_wrap=True, highlight=False)
+        return _Loop(config, device, world, console if world.is_main else Console(quiet=True), news).run()
+
+
+class _Figures:
+    """A step's loss and gradient norm, on their way to the host: copied to pinned memory once the step is done."""
+
+    def __init__(self, loss: Tensor, norm: Tensor) -> None:
+        self._host = torch.stack((loss, norm)).to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if loss.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> tuple[float, float]:
+        """Wait for that copy, not for the steps launched after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, norm = self._host.tolist()
+        return loss, norm
 
 
 class _Loop:
     """One call of ``train``: the run, and what is open while it goes on."""
 
-    def __init__(self, config: Config, device: torch.device, world: World, console: Console) -> None:
+    def __init__(self, config: Config, device: torch.device, world: World, console: Console, news: list[str]) -> None:
+        """``news``: what there is to tell of the places that the run writes to."""
         config, weights = initial_weights(config)
         config = choose_geometry(config, device, world)
-        self.settings, self.world, self.console = config.train, world, console
+        self.settings, self.world, self.console, self.news = config.train, world, console, news
         saved = find_saved(config)
         self.state = build(config, device, world, None if saved else weights)
         if saved is not None:
@@ -117,9 +144,9 @@ class _Loop:
         elif world.is_main and (moved := folder.set_aside(config.train.out)) is not None:
             self.say(f"{config.train.out} held an earlier run: it is now {moved} (--resume would have continued it)")
         self.meter = StepMeter.for_shape(anatomy.Shape.of(config.model), device, self.state.stepper.precision)
-        # Steps whose loss and gradient norm have not been read from the device yet, with their records for metrics.jsonl.
-        self.pending: list[tuple[dict[str, Any], Tensor, Tensor]] = []
-        self.losses: list[float] = []  # since the last log line
+        # Steps whose loss and gradient norm have not been read yet, with their records for metrics.jsonl.
+        self.pending: list[tuple[dict[str, Any], _Figures]] = []
+        self.kept = saved.values.get("metrics") if saved is not None else None
         self.skipped_in_a_row = 0
         self.rollbacks = 0
         self.spiked = False  # whether the losses read last had a spike
@@ -129,10 +156,12 @@ class _Loop:
 
     def run(self) -> tuple[Run, int]:
         run, out = self.state, self.settings.out
-        self.metrics = Metrics(out, run.id, run.step, run.config, self.wandb) if self.world.is_main else None
+        self.metrics: Metrics | None = None
         if self.world.is_main:
-            for name, content in (("config", run.config.to_dict()), ("environment", environment(run.device))):
-                (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            about = environment(run.device)
+            self.metrics = Metrics(
+                out, run.id, run.step, run.config, self.wandb, kept=self.kept, environment=about, news=self.news
+            )
         self.progress = progress_bar(self.console, run.step, self.settings.max_iters)
         with (
             closing(self.metrics) if self.metrics else nullcontext(),
@@ -143,13 +172,16 @@ class _Loop:
         ):
             self._train()
             self.saver.wait()
+            self.saver.check()
             if self.world.any(self.saver.last_error is not None):  # the last save of all: once more, then give up
                 self._tell()
                 self._save(False)
                 self.saver.wait()
             self._tell()
+        self.metrics = None
+        self._tell()
         if self.stop.asked:
-            self.say(f"stopped by {self.stop.asked} at step {run.step}: continue with --resume")
+            self.say(self._farewell())
         if self.saver.last_error:
             raise UserError(self.saver.last_error)
         return run, 130 if self.stop.asked == "Ctrl-C" else 0
@@ -157,8 +189,9 @@ class _Loop:
     def _train(self) -> None:
         """Run to the end, or until a stop is asked for on any rank."""
         run, settings = self.state, self.settings
-        if run.step == 0:
-            self._evaluate()
+        saved = run.step and (run.step == settings.max_iters or _due(run.step, settings.checkpoint_interval))
+        if run.eval_due and self._evaluate() and saved:
+            self._save(True)  # as if nothing had cut that evaluation short
         while run.step < settings.max_iters and not self._stopping():
             if not self._step():
                 continue
@@ -168,23 +201,25 @@ class _Loop:
             save = last or _due(run.step, settings.checkpoint_interval)
             text = _due(run.step, settings.sample_interval)
             report = self.meter.report() if log else None
-            # A step late, the device has the loss ready: no waiting. Whatever else is due needs all of them.
+            # A step late: while the host waits for the last step's figures, the device already has the next one to do.
+            # Whatever else is due needs all of them.
             self._read_losses(0 if log or evaluation or save else 1, report)
             if self.spiked and settings.on_spike == "rollback" and self._roll_back():
                 continue
+            run.eval_due = evaluation
             is_best = evaluation and self._evaluate()
-            if text:
-                with self.meter.excluded():
-                    self.say(f"sample at step {run.step}: {self._beside_graphs(sample)!r}")
+            if text and (words := self._beside_training("the sample", sample)) is not None:
+                self.say(f"sample at step {run.step}: {words!r}")
             # A save that failed is tried again at the next log line.
             if save or (log and self.world.any(self.saver.last_error is not None)):
                 self._save(is_best)
             self._tell()
         self._read_losses(0)
         if self.hellaswag is not None and run.step == settings.max_iters and not self.stop.asked:
-            score = self._beside_graphs(score_hellaswag, self.hellaswag)
-            self.say(str(score))
-            self._write({"step": run.step, "hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm})
+            score = self._beside_training("HellaSwag", score_hellaswag, self.hellaswag, self._stopping)
+            if score is not None:
+                self.say(str(score))
+                self._write({"step": run.step, "hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm})
         if self.stop.asked and run.step and run.step < settings.max_iters:
             self._save(False)
 
@@ -206,11 +241,13 @@ class _Loop:
         except _Abandoned:
             run.rewind(mark)
             return False
-        except torch.cuda.OutOfMemoryError as error:
-            message = str(error).split(". ")[0]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            message = first_line(error).split(". ")[0]
         else:
             run.step += 1
-            self.pending.append(({"step": run.step, "lr": lr}, loss, norm))
+            self.pending.append(({"step": run.step, "lr": lr}, _Figures(loss, norm)))
             if run.stepper.graphs is not None and run.stepper.graphs.due:
                 with self.meter.excluded():
                     self.say(run.stepper.graphs.capture())
@@ -251,11 +288,11 @@ class _Loop:
 
     def _read_losses(self, keep: int, report: StepReport | None = None) -> None:
         """Read, check and record the losses of all steps but the newest ``keep``; the last one's record gets ``report``."""
-        self.spiked = False
+        run, self.spiked = self.state, False
         while len(self.pending) > keep:
-            record, *values = self.pending.pop(0)
-            loss, norm = (value.item() for value in values)
-            self.losses.append(loss)
+            record, figures = self.pending.pop(0)
+            loss, norm = figures.read()
+            run.interval_losses.append(loss)
             record |= {"loss": loss, "grad_norm": norm}
             finite = math.isfinite(loss) and math.isfinite(norm)
             self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -264,8 +301,8 @@ class _Loop:
                 self.say(f"step {record['step']}: loss {loss}, gradient norm {norm}: the step changed nothing")
             if report is not None and not self.pending:
                 self.progress.update(self.progress.task_ids[0], completed=record["step"])
-                record |= interval(self.state, report, self.losses, self.progress.tasks[0].time_remaining)
-                self.losses.clear()
+                record |= interval(run, report, run.interval_losses, self.progress.tasks[0].time_remaining)
+                run.interval_losses.clear()
                 self.say(log_line(record))
             self._write(record)
             if finite:
@@ -301,7 +338,7 @@ class _Loop:
         path, _ = folder.newest_valid(self.settings.out)
         restore_weights(run, path)
         self.pending.clear()
-        self.losses.clear()
+        run.interval_losses.clear()
         self.say(f"rolled back from step {step} to {path}; the batches in between are not seen again")
         self._write({"event": "rollback", "at_step": step, "to_step": run.step})
         return True
@@ -310,35 +347,71 @@ class _Loop:
         """Validation loss; whether it is the best so far."""
         run = self.state
         began = time.monotonic()
-        with self.meter.excluded():
-            loss = self._beside_graphs(evaluate)
+        loss = self._beside_training("the evaluation", evaluate, self._stopping)
+        if loss is None:
+            return False
+        run.eval_due = False
         is_best = loss < run.best_val_loss
         run.best_val_loss = min(run.best_val_loss, loss)
         self.say(f"step {run.step}: val loss {loss:.4f}, best {run.best_val_loss:.4f}")
         self._write({"step": run.step, "val_loss": loss, "eval_seconds": time.monotonic() - began})
         return is_best
 
-    def _beside_graphs(self, work: Callable[..., Any], *args: Any) -> Any:
-        """``work(run, *args)``. If the memory that CUDA graphs hold is what it lacks, they go."""
-        graphs = self.state.stepper.graphs
-        try:
-            return work(self.state, *args)
-        except torch.cuda.OutOfMemoryError:
-            if graphs is None or not graphs.active:
-                raise
-        graphs.give_up()
-        torch.cuda.empty_cache()
-        self.say("CUDA graphs are not used: evaluation does not fit beside them; training goes on without")
-        return work(self.state, *args)
+    def _beside_training(self, what: str, work: Callable[..., Any], *args: Any) -> Any:
+        """``work(run, *args)``. Out of memory: the memory that CUDA graphs hold goes, then batches become smaller, and if not
+        even one window fits, the work is left out: None."""
+        run, graphs = self.state, self.state.stepper.graphs
+        while True:
+            try:
+                with self.meter.excluded():
+                    return work(run, *args)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                message = first_line(error).split(". ")[0]
+            # Outside the handler: the error's traceback holds tensors.
+            if self.world.size > 1:  # the others wait for this rank
+                raise UserError(
+                    f"{what} at step {run.step} does not fit the GPU ({message}): use a smaller --batch-size with a larger "
+                    f"--grad-accum; {self._last_good()}"
+                )
+            torch.cuda.empty_cache()
+            if graphs is not None and graphs.active:
+                graphs.give_up()
+                self.say("CUDA graphs are not used: evaluation does not fit beside them; training goes on without")
+            elif (fewer := smaller(run.eval_batch, 1)) is not None and work is not sample:
+                self.say(
+                    f"out of memory in {what} at step {run.step}: batches of {fewer[0]} instead of {run.eval_batch} there"
+                )
+                run.eval_batch = fewer[0]
+                self._write({"event": "out_of_memory", "at_step": run.step, "eval_batch": run.eval_batch})
+            else:
+                run.eval_due = False
+                self.say(f"out of memory: {what} at step {run.step} is left out ({message}); training goes on")
+                self._write({"event": "out_of_memory", "at_step": run.step, "left_out": what})
+                return None
 
     def _save(self, is_best: bool) -> None:
         """Begin a checkpoint of the state as it is now; it is written while training goes on."""
         with self.meter.excluded():
-            self.saver.save(self.state.step, self.state.state(), is_best=is_best)
+            state = {**self.state.state(), "metrics": self.metrics.size if self.metrics else None}
+            self.saver.save(self.state.step, state, is_best=is_best)
 
     def _tell(self) -> None:
         for sentence in self.saver.news():
             self.say(sentence)
+        sentences, self.news[:] = self.news[:], []
+        for sentence in sentences:  # in both places: one of them may be what cannot be written
+            self.say(sentence)
+            self._write({"event": "output", "at_step": self.state.step, "text": sentence})
+
+    def _farewell(self) -> str:
+        stopped = f"stopped by {self.stop.asked} at step {self.state.step}"
+        if self.state.step == self.settings.max_iters:
+            return f"{stopped}, the last one"
+        if not folder.existing(self.settings.out):
+            return f"{stopped}, before there was anything to save"
+        return f"{stopped}: continue with --resume"
 
     def _last_good(self) -> str:
         good = folder.existing(self.settings.out)

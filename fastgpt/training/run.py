@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.checkpoints import checkpoint, folder, rng
-from fastgpt.common import LARGEST, UserError, shortened
+from fastgpt.common import UserError
 from fastgpt.config import SECTIONS, Config, differences
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.resolution import resolve
@@ -66,9 +66,17 @@ class Run:
     id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
     step: int = 0
     best_val_loss: float = math.inf
+    interval_losses: list[float] = field(default_factory=list)
+    """Of the steps since the last log line."""
+    eval_due: bool = True
+    """Whether the model as it is now still has to be evaluated: at the start, and after an evaluation that was cut short."""
     last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
     refused: str | None = None
     """Why the precision that was asked for is not the one in force; None if it is."""
+
+    def __post_init__(self) -> None:
+        self.eval_batch = self.micro_batch
+        """Windows in a batch of an evaluation: fewer after the GPU ran out of memory in one."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: plain values, and tensors that training goes on to change. Called by all ranks."""
@@ -81,6 +89,8 @@ class Run:
             "loader": self.train_loader.state_dict(),
             "rng": rng.rng_state(),
             "best_val_loss": self.best_val_loss,
+            "interval_losses": list(self.interval_losses),
+            "eval_due": self.eval_due,
             "spikes": list(self.last_losses),
             "geometry": {
                 "asked": [data.batch_size, data.grad_accum],
@@ -106,6 +116,7 @@ class Run:
         position = self.train_loader.state_dict()
         self.close()
         self.micro_batch, self.grad_accum = micro_batch, grad_accum // self.world.size
+        self.eval_batch = min(self.eval_batch, micro_batch)
         self.train_loader, self.val_loader = build_loaders(self.config, self.world, micro_batch)
         self.train_loader.load_state_dict(position)
 
@@ -117,18 +128,18 @@ class Run:
 def choose_geometry(config: Config, device: torch.device, world: World) -> Config:
     """The configuration with its micro-batch decided: ``--batch-size auto`` takes the largest that fits.
 
-    Raises UserError for a micro-batch that cannot fit (unless the doctor is off), naming what does.
+    Raises UserError for a micro-batch that cannot fit a GPU (unless the doctor is off), naming what does.
     """
-    if not (config.data.auto_batch or config.train.doctor):
+    guarded = device.type == "cuda" and config.train.doctor  # a CPU swaps
+    if not (config.data.auto_batch or guarded):
         return config
     from fastgpt.performance import fitting
 
     room = int(world.broadcast(str(fitting.free_bytes(device.type))))  # ranks have to agree
     if config.data.auto_batch:
-        share = fitting.CPU_SHARE if device.type == "cpu" else 1
-        micro_batch, grad_accum = fitting.fit_batch(config, int(share * room), world.size, device=device.type)
+        micro_batch, grad_accum = fitting.fit_batch(config, room, world.size, device=device.type)
         return replace(config, data=replace(config.data, batch_size=micro_batch, grad_accum=grad_accum))
-    fitting.check_fits(config, room, world.size, device=device.type)
+    fitting.check_fits(config, room, world.size)
     return config
 
 
@@ -256,7 +267,6 @@ def find_saved(config: Config) -> ResumePoint | None:
     path, damaged = folder.newest_valid(where) if is_run else (folder.resolve(where), [])
     values = checkpoint.load(path, without=_WEIGHTS, verify=not is_run)
     checkpoint.check_shape(values["config"], config.model, path)
-    check_saved(values, path)
     # With "auto" that is no error: a script that restarts the run until all steps are done has to come to an end.
     if values["step"] >= config.train.max_iters and asked != "auto":
         raise UserError(
@@ -265,43 +275,14 @@ def find_saved(config: Config) -> ResumePoint | None:
     return ResumePoint(path, values, damaged)
 
 
-def check_saved(values: dict[str, Any], path: Path) -> None:
-    """Raise UserError for a value of the run's own (``Run.state``) that ``restore`` could not use."""
-
-    def numbers(value: Any, kinds: tuple[type, ...], least: float) -> bool:
-        return isinstance(value, list) and all(type(one) in kinds and least <= one <= LARGEST for one in value)
-
-    whole = (int,)
-    loader, geometry = values.get("loader"), values.get("geometry")
-    fits = {
-        "run": isinstance(values.get("run", ""), str),
-        "spikes": numbers(values.get("spikes", []), (int, float), -LARGEST),
-        "rng": "rng" not in values or rng.fits(values["rng"]),
-        "scaler": isinstance(values.get("scaler", {}), dict),
-        "loader": loader is None
-        or (
-            isinstance(loader, dict)
-            and numbers([loader.get(key) for key in ("position", "seed", "windows", "block_size")], whole, 0)
-        ),
-        "geometry": geometry is None
-        or (
-            isinstance(geometry, dict)
-            and all(numbers(p := geometry.get(k, []), whole, 1) and len(p) == 2 for k in ("asked", "used"))
-        ),
-    }
-    for name, fit in fits.items():
-        if not fit:
-            raise UserError(
-                f"checkpoint {path} has {name} {shortened(values[name])}, which no run of fastgpt writes: take another one"
-            )
-
-
 def restore(run: Run, saved: ResumePoint) -> None:
     """Put a checkpoint into a freshly built run."""
     restore_weights(run, saved.path)
     values, data = saved.values, run.config.data
     run.id = values.get("run", run.id)
     run.best_val_loss = values.get("best_val_loss", math.inf)
+    run.interval_losses = list(values.get("interval_losses", ()))
+    run.eval_due = values.get("eval_due", values["step"] == 0)
     run.last_losses.extend(values.get("spikes", ()))
     geometry = values.get("geometry")
     if geometry and geometry["asked"] == [data.batch_size, data.grad_accum] != geometry["used"]:

@@ -405,7 +405,7 @@ def graphed(config, recorder, monkeypatch):
 def test_an_evaluation_that_does_not_fit_beside_the_graphs_ends_them(graphed, device, tmp_path, monkeypatch, capsys):
     runs = []
 
-    def evaluate(state):
+    def evaluate(state, *_):
         if state.stepper.graphs.active:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB. GPU 0 has ...")
         runs.append(state.step)

@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,9 +23,11 @@ from fastgpt.checkpoints.folder import best, existing, resolve
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastgpt.data.loader import TokenLoader
+from fastgpt.model import GPT
 from fastgpt.training.evaluation import evaluate
-from fastgpt.training.loop import train
+from fastgpt.training.loop import StopRequest, train
 from fastgpt.training.run import build, smaller
+from fastgpt.training.schedule import learning_rate
 from fastgpt.training.step import Stepper
 from tests.shards import write_shard
 
@@ -168,7 +172,7 @@ def interrupt_at(step, monkeypatch, signals=(signal.SIGINT,), micro_batch=0):
     monkeypatch.setattr(TokenLoader, "next_batch", next_batch)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
 def test_a_signal_ends_the_run_after_the_micro_batch_and_the_step_leaves_no_trace(
     config, device, monkeypatch, number, code, tmp_path
 ):
@@ -184,6 +188,54 @@ def test_a_signal_ends_the_run_after_the_micro_batch_and_the_step_leaves_no_trac
     assert got == 0
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [(0, "at step 0, before there was anything to save"), (5, "at step 5: continue with --resume")],
+)
+def test_resume_is_offered_where_there_is_something_to_resume(config, device, monkeypatch, capsys, step, words):
+    interrupt_at(step, monkeypatch, [signal.SIGHUP])
+    train(config, device)
+    assert f"stopped by SIGHUP {words}\n" in capsys.readouterr().out
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.asked == "SIGTERM"
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_up_for(config, device, monkeypatch, tmp_path):
+    config = with_train(config, eval_iters=5, log_interval=3, checkpoint_interval=2)
+    train(with_train(config, out=tmp_path / "whole"), device, quiet())
+    real, batches = TokenLoader.eval_batches, []
+
+    def eval_batches(self, *args):
+        for batch in real(self, *args):
+            batches.append(batch)
+            if len(batches) == 7:  # the second batch of the evaluation at step 4
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenLoader, "eval_batches", eval_batches)
+        run, code = train(config, device, quiet())
+    assert (run.step, code, len(batches)) == (4, 0, 7)
+    train(with_train(config, resume="newest"), device, quiet())
+    kept = ("step", "loss", "val_loss", "interval_loss")
+    whole, halves = (
+        [{key: record[key] for key in kept if key in record} for record in metrics(out)[1:]]
+        for out in (tmp_path / "whole", config.train.out)
+    )
+    assert whole == halves  # the interval's loss too: it ends at step 6
+    assert best(tmp_path / "whole")[1] == best(config.train.out)[1]
 
 
 def test_a_second_ctrl_c_leaves_at_once(config, device, monkeypatch):
@@ -413,6 +465,21 @@ def test_a_spike_is_logged_and_the_run_goes_on(config, device, monkeypatch, caps
     assert [r["at_step"] for r in metrics(config.train.out) if r.get("event") == "spike"] == [6]
 
 
+def test_after_a_kill_no_event_is_there_twice(config, device, monkeypatch):
+    spiky(monkeypatch, {5, 7})  # the second one is step 5 again
+    with monkeypatch.context() as patch:
+        interrupt_at(6, patch, [signal.SIGINT, signal.SIGINT])  # at once: nothing is saved after step 4
+        with pytest.raises(KeyboardInterrupt):
+            train(with_train(config, log_interval=1), device, quiet())
+    assert [r["at_step"] for r in metrics(config.train.out) if r.get("event") == "spike"] == [5]
+    while not existing(config.train.out):  # it is written in the background
+        pass
+    train(with_train(config, log_interval=1, resume="newest"), device, quiet())
+    assert [r.get("step", r.get("at_step")) for r in metrics(config.train.out) if "val_loss" not in r][1:] == [
+        1, 2, 3, 4, 5, 5, 6, 7, 8,
+    ]  # fmt: skip
+
+
 def test_a_spike_rolls_back_if_asked_and_the_data_go_on(config, device, monkeypatch, capsys):
     spiky(monkeypatch, {6})
     run, _ = train(with_train(config, on_spike="rollback", log_interval=1), device)
@@ -476,6 +543,40 @@ def test_a_single_sequence_that_does_not_fit_is_refused_with_what_would(config, 
         train(config, device, quiet())
 
 
+NO_ROOM = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("Triton Error [CUDA]: out of memory")
+
+
+@pytest.mark.parametrize(("fits", "error"), [(1, NO_ROOM[0]), (0, NO_ROOM[1])])
+def test_out_of_memory_in_an_evaluation_costs_lines_in_the_log(
+    config, device, monkeypatch, capsys, tmp_path, fits, error
+):
+    config = replace(with_train(config, max_iters=4), data=replace(config.data, batch_size=4))
+    train(with_train(config, out=tmp_path / "other"), device, quiet())
+    real = GPT.forward
+
+    def forward(self, idx, *args):
+        if not self.training and len(idx) > fits:
+            raise error
+        return real(self, idx, *args)
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    run, code = train(config, device)
+    out = capsys.readouterr().out
+    assert (run.step, run.micro_batch, code) == (4, 4, 0) and existing(config.train.out)
+    assert "out of memory in the evaluation at step 0: batches of 2 instead of 4 there" in out
+    records, other = metrics(config.train.out), metrics(tmp_path / "other")
+    shrunk = [r for r in records if r.get("event") == "out_of_memory"]
+    if fits:
+        assert [r["eval_batch"] for r in shrunk] == [2, 1]
+        values, expected = ([r["val_loss"] for r in of if "val_loss" in r] for of in (records, other))
+        assert values == pytest.approx(expected, rel=1e-6)  # of the same windows
+    else:
+        assert "out of memory: the evaluation at step 4 is left out (" in out
+        assert [r.get("left_out") for r in shrunk[2:]] == ["the evaluation"] * 2
+    losses, expected = ([r["loss"] for r in of if "loss" in r] for of in (records, other))
+    assert losses == expected
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [((16, 32), (8, 64)), ((3, 4), (1, 12)), ((5, 6), (2, 15)), ((1, 8), None), ((9, 1), (3, 3))]
 )
@@ -499,6 +600,113 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(config, device
     assert code == 0 and run.step == 8
     # The save at step 8 failed at the end of the run: it is tried once more before the run gives up.
     assert [p.name for p in existing(config.train.out)] == ["step-00000004", "step-00000008"]
+
+
+def test_an_out_that_is_deleted_on_the_way_is_said_and_the_run_is_saved(config, device, monkeypatch, capsys):
+    real = Stepper.__call__
+
+    def step(self, batches, grad_accum, lr):
+        if lr == learning_rate(5, config.optim, 8):
+            while not existing(config.train.out):  # it is written in the background
+                pass
+            shutil.rmtree(config.train.out)
+        return real(self, batches, grad_accum, lr)
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+    run, code = train(config, device)
+    out = capsys.readouterr().out
+    assert out.count(f"{config.train.out} was deleted or moved away while the run went on: it is begun anew") == 1
+    assert (run.step, code) == (8, 0) and resolve(config.train.out).name == "step-00000008"
+    assert (config.train.out / "config.json").exists() and metrics(config.train.out)[-1]["step"] == 8
+
+
+def test_the_last_checkpoint_is_there_when_the_run_ends_or_it_is_saved_again(config, device, monkeypatch, capsys):
+    real = saver.AsyncSaver.check
+
+    def check(self):
+        shutil.rmtree(config.train.out)
+        real(self)
+
+    monkeypatch.setattr(saver.AsyncSaver, "check", check)
+    train(with_train(config, max_iters=2), device)
+    assert resolve(config.train.out).name == "step-00000002"
+    assert "is gone: it was deleted or moved away after it had been saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["metrics", "terminal"])
+def test_metrics_and_terminal_on_a_full_disk_cost_lines_and_say_so_elsewhere(
+    config, device, monkeypatch, capsys, place
+):
+    out = config.train.out
+    if place == "metrics":
+        out.mkdir()
+        os.symlink("/dev/full", out / "metrics.jsonl")
+        monkeypatch.setattr("fastgpt.checkpoints.folder.set_aside", lambda _: None)  # it would be an earlier run's
+    with open("/dev/full" if place == "terminal" else os.devnull, "w") as stream, monkeypatch.context() as patch:
+        if place == "terminal":
+            patch.setattr(sys, "stdout", stream)
+        run, code = train(config, device)
+    assert (run.step, code) == (8, 0) and resolve(out).name == "step-00000008"
+    if place == "metrics":
+        said = capsys.readouterr().out
+        assert said.count("metrics.jsonl cannot be written (the disk of") == 1
+        assert re.search(r"metrics\.jsonl could not be written to the end; lines lost: \d\d\n", said)
+    else:
+        texts = [r["text"] for r in metrics(out) if r.get("event") == "output"]
+        assert len(texts) == 1 and texts[0].startswith("the terminal cannot be written (No space left")
+
+
+class OnDevice(torch.Tensor):
+    """A number on a GPU that works off its queue when the host waits for it, and not before."""
+
+    queue: ClassVar[list] = []
+    waits: ClassVar[list] = []
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device="cuda")
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.stack.default:
+            return cls(torch.stack([part.held for part in args[0]]))
+        assert func is torch.ops.aten._to_copy.default and kwargs["non_blocking"], f"the host waits in {func}"
+        host = torch.full(args[0].shape, float("nan"))
+        cls.queue.append(lambda: host.copy_(args[0].held))
+        return host
+
+
+class DeviceEvent:
+    def record(self):
+        self.place = len(OnDevice.queue)
+
+    def synchronize(self):
+        OnDevice.waits.append((self.place, len(OnDevice.queue)))
+        for work in OnDevice.queue[: self.place]:
+            work()
+
+
+def test_the_host_waits_for_a_step_when_the_next_one_is_launched(config, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", DeviceEvent)
+    monkeypatch.setattr(OnDevice, "queue", [])
+    monkeypatch.setattr(OnDevice, "waits", [])
+    real = Stepper.__call__
+
+    def step(self, batches, grad_accum, lr):
+        loss, norm = real(self, batches, grad_accum, lr)
+        return OnDevice(loss), OnDevice(norm)
+
+    config = with_train(config, eval_interval=0, log_interval=100, checkpoint_interval=0)
+    expected, _ = train(with_train(config, out=config.train.out / "cpu"), device, quiet())
+    monkeypatch.setattr(Stepper, "__call__", step)
+    train(config, device, quiet())
+    # (the step waited for, the steps launched): the first is logged, the last two are read at the end.
+    assert OnDevice.waits == [(1, 1), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 8)]
+    losses = [[r["loss"] for r in metrics(out) if "loss" in r] for out in (config.train.out, config.train.out / "cpu")]
+    assert losses[0] == losses[1]
 
 
 def test_the_best_checkpoint_stays_and_a_damaged_newest_is_passed_over(config, device, capsys):
