@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from importlib import import_module
 from typing import Any
+
+
+def _starts_a_command() -> bool:
+    """Whether this is imported because Python was told to run one of our commands."""
+    program = "".join(sys.argv[:1])
+    if program == "-m":  # so it is while Python looks for the module
+        return any(word.split(".")[0] in ("fastgpt", "bench") for word in sys.orig_argv)
+    ours = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
+    return os.path.basename(program) in ("fastgpt", "fastgpt.exe") or os.path.abspath(program) == ours
+
+
+if _starts_a_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Ctrl-C in the seconds of imports that follow has nothing to say, and an exception would end in the middle of some module.
+    # common.run puts Python's handler back.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 __version__ = "0.1.0"
 

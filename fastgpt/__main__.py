@@ -76,7 +76,9 @@ def main(args: list[str]) -> int:
         return bench(rest)
     if name == "prepare":
         rest = ["prepare", *rest]
-    return import_module(COMMANDS[name].module).main(rest)
+    with common.importing():
+        module = import_module(COMMANDS[name].module)
+    return module.main(rest)
 
 
 def bench(args: list[str], root: Path = ROOT) -> int:
@@ -96,7 +98,9 @@ def bench(args: list[str], root: Path = ROOT) -> int:
     usage = "fastgpt bench NAME ...   (the same as python -m bench.NAME in the checkout)"
     name, rest = command.subcommand(args, entries, usage, "fastgpt bench NAME --help has the options.", "bench")
     sys.path.insert(0, str(root))  # an installed command starts with its own folder there
-    return import_module(f"bench.{name}").main(rest)
+    with common.importing():
+        module = import_module(f"bench.{name}")
+    return module.main(rest)
 
 
 def entry() -> None:

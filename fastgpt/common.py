@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -280,10 +281,23 @@ def duration(seconds: float) -> str:
 # ---------------------------------------------------------------- commands
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """For imports that take seconds: Ctrl-C ends the process at once and in silence, where an exception would end in the middle
+    of some module, or be swallowed there. In the main thread."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(main: Callable[[list[str]], int]) -> None:
     """Run a command on the command line's arguments and exit: with its code, 2 and one sentence for bad input and for a file
-    that cannot be read or written, 130 for a second Ctrl-C, 141 in silence (as SIGPIPE would end it) when what reads the output
+    that cannot be read or written, 130 for Ctrl-C, 141 in silence (as SIGPIPE would end it) when what reads the output
     has gone: ``fastgpt plan | head``. Any other exception is a bug, and keeps its traceback."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -292,7 +306,9 @@ def run(main: Callable[[list[str]], int]) -> None:
         report(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)  # at once: an orderly end would wait for threads, and print the next Ctrl-C's traceback
     except BrokenPipeError:
         # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,7 +19,8 @@ def main(args: list[str]) -> int:
         return explain(config, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
     where = device.pick(config.train.device, config.train.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
-    from fastgpt.training import distributed, loop
+    with common.importing():
+        from fastgpt.training import distributed, loop
 
     run, code = loop.train(config, where)
     distributed.leave(run.world.size, code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -158,3 +159,38 @@ class TestBench:
     def test_outside_a_checkout_it_says_what_to_do(self, tmp_path):
         with pytest.raises(UserError, match="bench is not part of the installed package: clone"):
             command.bench(["mfu"], root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words", [["train.py"], ["-m", "fastgpt.train"], ["-m", "fastgpt", "train"], ["-m", "bench.mfu"]]
+)
+def test_ctrl_c_while_a_command_is_imported_is_silent(words, tmp_path):
+    """Someone presses it while torch is imported (here: another module of that name, which takes no time)."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_a_library_leaves_ctrl_c_alone(tmp_path):
+    code = "import signal, fastgpt; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text(code)
+    (tmp_path / "mine" / "__main__.py").write_text("")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for words in (["-c", code], ["-m", "mine"]):
+        subprocess.run([sys.executable, *words], env=environment, cwd=tmp_path, check=True, timeout=60)
+
+
+def test_ctrl_c_in_a_command_is_130_in_silence_and_its_end_waits_for_no_thread(tmp_path):
+    code = (
+        "import threading, time\n"
+        "from fastgpt import common\n"
+        "def main(args):\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    print('half', end='')\n"
+        "    raise KeyboardInterrupt\n"
+        "common.run(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"half", b"")

@@ -70,6 +70,7 @@ def encode_corpus(
         pool = ThreadPoolExecutor(workers, "tokenise")
         encode = partial(encode_texts, tok)
     ahead: deque[tuple[Future[Encoded], BatchPlace]] = deque()
+    complete = False
     try:
         with closing(_batches(reading)) as batches:
             try:
@@ -80,13 +81,14 @@ def encode_corpus(
                 yield from _all_but(0, ahead)
                 raise
             yield from _all_but(0, ahead)
+        complete = True
     except BrokenProcessPool as error:
         raise UserError(
             "a tokenising process died (was memory short, or is the calling script without "
             "`if __name__ == '__main__':`?): try --workers 1"
         ) from error
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=complete, cancel_futures=True)  # Ctrl-C does not wait for a document of a gigabyte
 
 
 def _all_but(kept: int, ahead: deque[tuple[Future[Encoded], BatchPlace]]) -> Iterator[tuple[Encoded, BatchPlace]]:
