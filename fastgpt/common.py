@@ -124,6 +124,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that is named ``path`` at the end, which must be free or an empty folder. Made under a name of its own
+    beside it, so that nothing of others is touched; after an exception it is gone, a kill leaves it there. Raises OSError."""
+    path = path.absolute()
+    work = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    work.mkdir(parents=True)
+    try:
+        yield work
+        if path.is_dir():
+            path.rmdir()
+        work.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, as ``atomic_file`` does, and make the new name durable. Makes the folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import pickle
+import signal
 import sys
 
 import pytest
@@ -499,6 +501,24 @@ def test_a_folder_that_a_run_writes_in_is_left_alone(tmp_path):
     with lock.held(tmp_path / "run"), pytest.raises(UserError, match="has been writing since"):
         run(tmp_path / "ckpt.pt", tmp_path / "run", "--to", "fastgpt")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("to", ["hf", "fastgpt"])
+def test_what_others_made_stays_and_a_killed_conversion_can_be_run_again(tmp_path, monkeypatch, to):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("x")
+    (tmp_path / "out").mkdir()  # empty
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(type(tmp_path), "rename", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        run(tmp_path / "ckpt.pt", tmp_path / "out", "--to", to)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    run(tmp_path / "ckpt.pt", tmp_path / "out", "--to", to)
+    assert run(tmp_path / "out", tmp_path / "back.pt") == 0
+    assert (tmp_path / "out.partial" / "mine").read_text() == "x"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_nothing_half_written_stays(tmp_path, monkeypatch):

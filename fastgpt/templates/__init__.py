@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+MARK = b'<meta name="generator" content="fastgpt">'
+"""Which every page has in its first lines."""
+
 
 def render(package: str, template: str, **values: Any) -> str:
     """The page that a template, which lies in ``package``, makes of these values. A value that it lacks is an error, not a

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from fastgpt import anatomy
 from fastgpt.checkpoints.formats.nanogpt import load_file
 from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, tied
-from fastgpt.common import UserError, first_line, read_json, write_json
+from fastgpt.common import UserError, atomic_folder, first_line, read_json, write_json
 from fastgpt.config import Config, DataConfig, ModelConfig
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
@@ -126,21 +125,13 @@ def write(folder: Path, portable: Portable) -> None:
         tensors[name] = (tensor.t() if _CONV1D.search(name) else tensor).contiguous()
     if portable.optimizer is not None:
         portable.notes.append("a Hugging Face folder has no place for the optimizer's state: it stays behind")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with atomic_folder(folder) as partial:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         # Of the run's configuration only this: people publish these folders, and the rest holds their paths.
         own = {"bias": config.bias, "step": portable.step, "tokenizer": portable.tokenizer}
         write_json(partial / "config.json", {**_config(portable), "fastgpt": own})
         if (note := _write_tokenizer(partial, portable)) is not None:
             portable.notes.append(note)
-        if folder.is_dir():
-            folder.rmdir()  # empty, or it would have been refused
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config(portable: Portable) -> dict[str, Any]:

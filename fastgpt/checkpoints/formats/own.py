@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt.checkpoints import checkpoint, folder, saver
 from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, model_config
-from fastgpt.common import UserError
+from fastgpt.common import UserError, atomic_folder
 from fastgpt.config import Config
 
 
@@ -43,9 +43,9 @@ def read(path: Path, optimizer: bool = True) -> Portable:
 
 
 def write(folder: Path, portable: Portable) -> None:
-    """Write a run's folder with one checkpoint in it. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    saver.save(folder, portable.step, _state(portable))
+    """Write a run's folder with one checkpoint in it, whole or not at all. Raises OSError."""
+    with atomic_folder(folder) as work:
+        saver.save(work, portable.step, _state(portable))
 
 
 def _state(portable: Portable) -> dict[str, Any]:

@@ -22,8 +22,12 @@ from fastgpt.hardware.cards import NANOGPT_PEAK, Gpu
 
 
 def write(path: Path, report: Diagnosis, evidence: Evidence, gpu: Gpu | None) -> None:
-    """Write the page. Raises UserError if the file cannot be written."""
+    """Write the page, also in an earlier one's place. Raises UserError if the file cannot be written, or is something else."""
     try:
+        if path.is_file():
+            with open(path, "rb") as file:
+                if (head := file.read(1000)) and templates.MARK not in head:
+                    raise UserError(f"html is {path}, which exists and is no report of the doctor: name another file")
         path.write_text(render(report, evidence, gpu), encoding="utf-8")
     except OSError as error:
         raise UserError(f"html is {path}, which cannot be written ({error.strerror}): name another file") from error

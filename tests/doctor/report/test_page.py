@@ -80,6 +80,18 @@ def test_ticks_are_few_round_and_inside(low, high):
     assert len(marks) <= 8 and all(low - 1e-9 <= mark <= high + 1e-9 for mark in marks)
 
 
+def test_only_a_report_is_replaced(tmp_path):
+    mine = tmp_path / "train.log"
+    mine.write_text("iter 1: loss 3.0\n")
+    with pytest.raises(UserError, match=r"train\.log, which exists and is no report of the doctor"):
+        write(mine, real_report("40m"), real("40m"), RTX4070)
+    assert mine.read_text() == "iter 1: loss 3.0\n"
+    (tmp_path / "empty.html").touch()
+    for _ in range(2):
+        write(tmp_path / "empty.html", real_report("40m"), real("40m"), RTX4070)
+    assert (tmp_path / "empty.html").stat().st_size > 1000
+
+
 def test_a_file_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match=r"html is .*cannot be written"):
         write(tmp_path / "no" / "such" / "page.html", real_report("40m"), real("40m"), RTX4070)
