@@ -138,6 +138,7 @@ def run(
                 entry = make(size, device, cuda and not quick)
                 results["entries"].append(measure(entry, device, ceilings, rounds, budget_s=10 if sweep else 20))
             del entry
+            torch.compiler.reset()  # or the next shape would be a recompilation, and dynamic
             if cuda:
                 torch.cuda.empty_cache()
             save(results)

@@ -6,6 +6,9 @@ Both errors are measured against an fp64 run on the same (already rounded) input
     rms error / rms(reference)      <= 2 x PyTorch's + 4 eps(output dtype) [+ 2 eps(operand dtype)]
     max |error| / max |reference|   <= 2 x PyTorch's + 4 eps(output dtype) [+ 2 eps(operand dtype)]
 
+The check is made at the shape that is timed, so with the very launch configs. Where the fp64 reference does not fit there,
+``in_pieces`` computes it in the memory of one piece.
+
 The operand term is for intermediates that the kernel must quantise to feed a tensor core (attention's P, dS; dlogits).
 The bound is never widened.
 """
@@ -17,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def errors(got: Tensor, ref: Tensor) -> tuple[float, float]:
@@ -69,8 +73,9 @@ def check(
     upstream: tuple[Tensor, ...] | None = None,
     operand_dtype: torch.dtype | None = None,
     exact_operands: tuple[str, ...] = (),
+    exact: Callable | None = None,
 ) -> None:
-    """Assert parity of every output and every gradient of ``op`` with ``reference``.
+    """Assert parity of every output and every gradient of ``op`` with ``reference``, which ``exact`` replaces in fp64.
 
     ``inputs`` are the keyword arguments of both (tensors in the dtypes and strides under test; strides are kept).
     ``operand_dtype`` grants its 2 eps to all results but those named in ``exact_operands`` ("out0", "dx", ...).
@@ -78,7 +83,19 @@ def check(
     got, upstream = run(op, inputs, upstream)
     same_dtype, _ = run(reference, inputs, upstream)
     wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    ref64, _ = run(reference, wide, upstream)
+    ref64, _ = run(exact or reference, wide, upstream)
     for name, value in got.items():
         granted = None if name in exact_operands else operand_dtype
         assert_parity(name, value, ref64[name], same_dtype[name], granted)
+
+
+def in_pieces(op: Callable[..., Tensor], rows: tuple[str, ...], pieces: int) -> Callable[..., Tensor]:
+    """``op`` over equal pieces of its inputs named ``rows``, cut along their first dimension. Results are joined; of scalars,
+    which are means over rows, the mean is taken. Each piece is computed again in backward, so that only one is ever held."""
+
+    def whole(**inputs: Any) -> Tensor:
+        cut = {key: value.chunk(pieces) if key in rows else (value,) * pieces for key, value in inputs.items()}
+        found = [checkpoint(op, use_reentrant=False, **dict(zip(cut, piece))) for piece in zip(*cut.values())]
+        return torch.cat(found) if found[0].ndim else torch.stack(found).mean()
+
+    return whole

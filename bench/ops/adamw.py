@@ -95,20 +95,28 @@ def adamw(size: Sizes, device: torch.device, compiled: bool) -> Entry:
 
         return step
 
+    def unclipped(params: list) -> Work:
+        return torch.optim.AdamW(params, **options).step
+
     def parity() -> None:
-        start = parameters(shapes[2:8])  # the first block
-        results = []
-        for make, dtype in ((ours, torch.float32), (torchs, torch.float32), (torchs, torch.float64)):
+        start = parameters(shapes)
+        grads = [p.grad for p in start if p.grad is not None]
+
+        def updated(make: Callable[[list], Work], start: list, grads: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
             params = [torch.nn.Parameter(p.detach().to(dtype, copy=True)) for p in start]
             step = make(params)
             for _ in range(3):
-                for p, q in zip(params, start):
-                    assert q.grad is not None
-                    p.grad = q.grad.to(dtype, copy=True)  # clip_grad_norm_ scales in place
+                for p, grad in zip(params, grads):
+                    p.grad = grad.to(dtype, copy=True)  # clip_grad_norm_ scales in place
                 step()
-            results.append(params)
-        for i, (mine, theirs, exact) in enumerate(zip(*results)):
-            assert_parity(f"parameter {i}", mine.detach(), exact, theirs)
+            return [p.detach() for p in params]
+
+        mine, theirs = (updated(make, start, grads, torch.float32) for make in (ours, torchs))
+        norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt()
+        clipped = (1 / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_
+        for i, (p, grad) in enumerate(zip(start, grads)):  # fp64 of one parameter at a time
+            (exact,) = updated(unclipped, [p], [clipped * grad.double()], torch.float64)
+            assert_parity(f"parameter {i}", mine[i], exact, theirs[i])
 
     count = sum(torch.Size(shape).numel() for shape in shapes)
     return Entry(

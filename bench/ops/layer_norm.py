@@ -119,8 +119,8 @@ def time_layer_norm(kernel: str, dtype: torch.dtype, bucket: str, device: torch.
 def layer_norm(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     """bf16 in and out; weight and bias are fp32 for ours, and bf16 for the peers, which would have to cast them."""
 
-    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
-        x = torch.randn(rows, size.C, device=device).to(size.dtype)
+    def inputs() -> dict[str, Tensor]:
+        x = torch.randn(size.rows, size.C, device=device).to(size.dtype)
         return {"x": x, "weight": torch.rand(size.C, device=device), "bias": torch.rand(size.C, device=device)}
 
     def of_one_dtype() -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ def layer_norm(size: Sizes, device: torch.device, compiled: bool) -> Entry:
         "layer_norm",
         f"{size.rows} x {size.C}",
         total(forward, backward),
-        lambda: check(fused_layernorm.layer_norm, reference.layer_norm, inputs(size.parity_rows)),
+        lambda: check(fused_layernorm.layer_norm, reference.layer_norm, inputs()),
         timed({OURS: fused_layernorm.layer_norm}, inputs) | timed(ops, of_one_dtype),
     )
 
@@ -147,8 +147,8 @@ def layer_norm(size: Sizes, device: torch.device, compiled: bool) -> Entry:
 def layer_norm_residual(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     """As in a block under autocast: low-precision branch, fp32 residual stream, both outputs with a gradient."""
 
-    def inputs(rows: int = size.rows) -> dict[str, Tensor]:
-        x, residual = torch.randn(2, rows, size.C, device=device)
+    def inputs() -> dict[str, Tensor]:
+        x, residual = torch.randn(2, size.rows, size.C, device=device)
         return {"x": x.to(size.dtype), "residual": residual, "weight": torch.rand(size.C, device=device)}
 
     def ours(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
@@ -164,6 +164,6 @@ def layer_norm_residual(size: Sizes, device: torch.device, compiled: bool) -> En
         "layer_norm + residual",
         f"{rows} x {C}",
         flops.Work(0, moved),
-        lambda: check(ours, eager, inputs(size.parity_rows)),
+        lambda: check(ours, eager, inputs()),
         timed({OURS: ours} | peers(eager, compiled), inputs),
     )
