@@ -23,11 +23,11 @@ import torch
 
 from bench.reports import tables
 from bench.reports.timing import parse_budget
-from bench.steps.ablation_measure import VARIANTS, Variant
+from bench.steps.ablation_measure import VARIANTS, Measured, Variant
 from fastgpt import command, common
 from fastgpt.anatomy import Shape
 from fastgpt.command import Arg
-from fastgpt.common import UserError, write_json
+from fastgpt.common import UserError, at_least, write_json
 from fastgpt.config import Config, load_preset, preset_names
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
@@ -90,9 +90,7 @@ class AblationRow:
         return {**about, "meaning": self.variant.text, **figures, "measured": self.measured}
 
 
-def table(
-    models: list[str], gpu: Gpu, measured: dict[tuple[str, str], dict[str, Any]] | None = None
-) -> list[AblationRow]:
+def table(models: list[str], gpu: Gpu, measured: Measured | None = None) -> list[AblationRow]:
     """Every variant of every model. ``measured``: by (model, variant's key)."""
     rows = []
     for model in models:
@@ -200,6 +198,8 @@ class AblationConfig:
     """Draw it."""
     markdown: bool = False
     """Print it as docs/performance.md has it."""
+    batch_size: Annotated[int | None, Arg("N")] = None
+    """With --measure: sequences per micro-batch. Without it: the preset's."""
     no_store: bool = False
     """Do not keep what was measured in bench/results/."""
 
@@ -215,17 +215,23 @@ def main(argv: list[str]) -> int:
             f"measure needs a CUDA GPU, and torch {torch.__version__} sees none here: leave it out to see projected figures"
         )
     gpu = _card(args.gpu, args.measure)
-    measured: dict[tuple[str, str], dict[str, Any]] = {}
+    at_least(1, batch_size=args.batch_size)
+    measured: Measured = {}
+
+    def keep(measured: Measured) -> None:
+        if args.json:
+            rows = [row.to_json() for row in table(models, gpu, measured)]
+            write_json(args.json, {"schema_version": SCHEMA_VERSION, "gpu": gpu.name, "rows": rows})
+
     if args.measure:
         from bench.steps import ablation_measure
 
-        measured = ablation_measure.run(models, torch.device("cuda"), time.monotonic() + budget)
+        device, deadline = torch.device("cuda"), time.monotonic() + budget
+        measured = ablation_measure.run(models, device, deadline, batch_size=args.batch_size, save=keep)
         if not args.no_store:
             print(f"Kept in {ablation_measure.store(measured, torch.device('cuda'))}.")
     rows = table(models, gpu, measured)
-    if args.json:
-        about = {"schema_version": SCHEMA_VERSION, "gpu": gpu.name, "rows": [row.to_json() for row in rows]}
-        write_json(args.json, about)
+    keep(measured)
     if args.plot:
         plot(rows, gpu, args.plot)
     if args.markdown:

@@ -30,7 +30,7 @@ import torch
 from bench.ops import ENTRIES
 from bench.reports import markdown, results
 from bench.reports.session import Session, json_in, last_json
-from bench.steps.step import updates_left_out, wrong_loss
+from bench.steps.build import updates_left_out, wrong_loss
 from bench.steps.variants import VARIANTS
 from fastgpt import command, common
 from fastgpt.command import Arg
@@ -162,13 +162,14 @@ def run_step(session: Session, preset: str, variant: str, cap_gb: float, batch_s
         step |= {"batch_size": batch_size, "grad_accum": grad_accum}
         if session.left < SHORTEST_STEP:
             return step | {"error": LATE}
-        arguments = ["--preset", preset, *VARIANTS[variant].flags(), "--cap-gb", str(cap_gb), "--seconds", "4"]
+        arguments = ["--preset", preset, "--variants", variant, "--cap-gb", str(cap_gb)]
         arguments += ["--batch-size", str(batch_size), "--grad-accum", str(grad_accum)]
         log = f"step-{preset}-{variant.replace(' ', '-')}-{cap_gb:g}.log"
         output, finished = session.child("bench.steps.step", *arguments, log=log, limit=min(session.left - 10, 180))
         found = last_json(output)
         if found is None:
             return step | {"error": _reason(log, finished)}
+        found = found["steps"][0]
         if not (found.get("oom") and batch_size > 1):
             return step | found
         batch_size, grad_accum = batch_size // 2, grad_accum * 2

@@ -4,7 +4,7 @@
 
 Each point is a training step with gradient accumulation (bench.steps.step) in a process of its own:
 torch.cuda.max_memory_allocated against ``Memory.allocated``, max_memory_reserved against ``Memory.total``. A point that runs
-out of memory is a result too. nanoGPT's own model is not here to be measured.
+out of memory is a result too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 
 from bench.reports.session import last_json
 from bench.reports.tables import Cells, print_table, terminal
-from bench.steps.variants import VARIANTS
 from fastgpt import command as command_module
 from fastgpt import common
 from fastgpt.command import Arg
@@ -33,20 +32,22 @@ from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER
 def predict(preset: str, kernels: str, micro_batch: int, arch: int) -> dict[str, Any]:
     """Allocated and reserved bytes of a bf16 step, and their parts; ``arch``: the compute capability, as 89."""
     workspace = CUBLAS_WORKSPACE_HOPPER if arch >= 90 else CUBLAS_WORKSPACE
-    found = memory(load_preset(preset, "cuda").model, micro_batch=micro_batch, kernels=kernels, workspace=workspace)
+    counted = "nanogpt-compile" if kernels == "nanogpt" else kernels
+    found = memory(load_preset(preset, "cuda").model, micro_batch=micro_batch, kernels=counted, workspace=workspace)
     return {"allocated": found.allocated, "reserved": found.total, "parts": found.parts(), "peak": found.peak}
 
 
 def measure(preset: str, kernels: str, micro_batch: int, limit: float) -> dict[str, Any]:
     """The last line of bench.steps.step, or what went wrong. ``limit``: seconds."""
-    command = [sys.executable, "-m", "bench.steps.step", "--preset", preset, *VARIANTS[kernels].flags()]
+    command = [sys.executable, "-m", "bench.steps.step", "--preset", preset, "--variants", kernels]
     command += ["--batch-size", str(micro_batch), "--grad-accum", "2", "--steps", "2", "--seconds", "0"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         return {"error": f"stopped after {limit:.0f} seconds"}
     said = done.stderr.strip().splitlines() or ["no output"]
-    return last_json(done.stdout) or {"error": said[-1][:200]}
+    found = last_json(done.stdout)
+    return found["steps"][0] if found else {"error": said[-1][:200]}
 
 
 def compare(point: dict[str, Any], predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class MemoryConfig:
     """Write the figures here as JSON."""
     presets: tuple[Literal["gpt2-40m", "gpt2-124m", "gpt2-350m"], ...] = ("gpt2-40m", "gpt2-124m", "gpt2-350m")
     """The models."""
-    kernels: tuple[Literal["eager", "compile", "triton"], ...] = ("eager", "compile", "triton")
+    kernels: tuple[Literal["nanogpt", "eager", "compile", "triton"], ...] = ("nanogpt", "eager", "compile", "triton")
     """What computes them."""
     seconds: float = 240.0
     """Limit of one point; compiling takes a minute."""

@@ -34,7 +34,7 @@ from fastgpt.hardware import device as device_module
 if TYPE_CHECKING:
     import torch
 
-    from bench.steps.profile import Setup
+    from bench.steps.turns import Setup
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.mfu", 1
 NAMES = tuple(BACKENDS)
@@ -60,8 +60,8 @@ class MfuConfig:
     precision: Precision = "auto"
     """auto: fp32 on a CPU, bf16 on a GPU. fp16-fast and fp8 are experimental, and our kernels' alone."""
     backends: Annotated[str | None, Arg("NAME,NAME")] = None
-    """Any of eager, compile, compile-max-autotune, triton, triton+compile. Without it: all that have the precision;
-    on a CPU those of eager,compile,triton."""
+    """Any of eager, compile, compile-max-autotune, triton, triton+compile, nanogpt (the step of its train.py, compiled).
+    Without it: all that have the precision; on a CPU those of eager,compile,triton."""
     steps: int = 10
     """Timed steps of each backend."""
     device: Device = "auto"
@@ -102,8 +102,11 @@ def main(argv: list[str]) -> int:
 
 
 def succeeded(result: dict[str, Any]) -> bool:
-    """Whether anything was timed; where there was nothing to time, whether the interpreter got through."""
+    """Whether something was timed, and all of that profiled; where there was nothing to time, whether the interpreter got
+    through."""
     timed = [backend for backend in result["backends"].values() if "ms" in backend]
+    if any("profile_error" in backend for backend in timed):
+        return False
     return bool(timed) or (not result["backends"] and "rows" in (result["interpreted"] or {}))
 
 
@@ -144,7 +147,7 @@ def model(text: str, device_type: str) -> tuple[ModelConfig, int]:
 
 def setup_of(args: MfuConfig, where: torch.device, precision: str) -> Setup:
     """``precision``: as it is in force on this device."""
-    from bench.steps.profile import Setup
+    from bench.steps.turns import Setup
 
     on_cpu = where.type == "cpu"
     name = args.model or (SMALL if on_cpu else "gpt2-124m")
@@ -183,7 +186,7 @@ def measure(args: MfuConfig) -> dict[str, Any]:
     setup = setup_of(args, where, precision)
 
     from bench.steps import ceilings as ceilings_module
-    from bench.steps import elsewhere, profile
+    from bench.steps import elsewhere, profile, turns
     from fastgpt.hardware import cards
     from fastgpt.hardware.environment import environment
 
@@ -197,7 +200,7 @@ def measure(args: MfuConfig) -> dict[str, Any]:
     timed = [name for name in names if where.type == "cuda" or name != "triton"]
     gpu = cards.present(where)
     config, _ = model(TINY, "cpu")
-    tiny = profile.Setup(TINY, config, 2, 1, precision)
+    tiny = turns.Setup(TINY, config, 2, 1, precision)
     if not timed:
         setup = tiny
         notes.append(

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
+from bench.steps import nanogpt as nanogpt_model
 from fastgpt import convert
 from fastgpt.checkpoints import checkpoint, folder, lock, rng, saver
 from fastgpt.checkpoints.formats import any, huggingface
@@ -22,7 +23,6 @@ from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
 from fastgpt.model import GPT
 from fastgpt.training.evaluation import load_model
-from tests.patching import nanogpt_model
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 40, "block_size": 16}
 

@@ -320,7 +320,7 @@ def given(name):
     """What a block may use without making it: the reader's own model."""
     import torch
 
-    from tests.patching.nanogpt_model import GPT, GPTConfig
+    from bench.steps.nanogpt import GPT, GPTConfig
 
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64))
     idx = torch.randint(0, 64, (2, 16))

@@ -137,7 +137,8 @@ TINY = Sizes(rows=64, C=64, V=256, B=1, T=64, H=2, D=32, n_layer=1, dtype=FP32)
 
 @dataclass(frozen=True)
 class Entry:
-    """One operation. ``parity`` raises AssertionError, and is of the inputs' very shapes; ``variants`` are makers of what is timed, by name, ours first."""
+    """One operation. ``parity`` (at the timed shape) raises AssertionError; ``variants`` are makers of what is timed, by
+    name, ours first."""
 
     name: str
     shape: str

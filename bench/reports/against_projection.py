@@ -23,8 +23,8 @@ from fastgpt.performance.operations import Operation, operations
 from fastgpt.performance.projection import Projection, project
 from fastgpt.performance.step_time import CONSTANTS, step_times
 
-VARIANTS = {"eager": "eager", "compile": "compile", "triton": "triton", "torch fused": "eager"}
-"""Names that results files give to what ran -> --kernels of the projection. Others have no projection."""
+VARIANTS = {"nanogpt": "nanogpt-compile", "torch fused": "eager"}
+"""Names that results files give to what ran -> --kernels of the projection, where they are not the same."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ def _pair(what: str, variant: str, measured_ms: float, found: Projection | str) 
 
 def _entry(entry: dict[str, Any], variant: str, measured_ms: float, gpu: Gpu) -> Pair:
     """One variant of one entry of bench.kernels: forward and backward once, from a cold L2."""
-    what, kernels = f"{entry['name']} {entry['shape']}".strip(), VARIANTS.get(variant)
-    if kernels is None:
+    what, kernels = f"{entry['name']} {entry['shape']}".strip(), VARIANTS.get(variant, variant)
+    if kernels not in KERNELS:
         return Pair(what, variant, measured_ms, None, note="no projection of this variant")
     ops = _of_entry(entry, kernels, gpu)
     if not ops:

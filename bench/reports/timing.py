@@ -15,6 +15,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,34 +49,44 @@ def interleave(
     warmup: int = 3,
     cold: bool = True,
     budget_s: float | None = None,
+    each: int = 1,
+    turn: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Timing]:
-    """Time every variant ``rounds`` times, in turns; fewer (at least 3) if ``budget_s`` seconds are up.
+    """Time every variant in ``rounds`` turns of ``each`` runs; in fewer turns (at least 3) if ``budget_s`` seconds are up, and
+    in what there was when ``stop()`` becomes true.
 
-    Exceptions are the caller's: warm a variant up on its own first if it may fail.
+    ``turn(name)`` is entered around a variant's turn. Exceptions are the caller's: warm a variant up on its own first if it may
+    fail.
     """
     names = list(variants)
     measure = _cuda_timer(device, cold) if device.type == "cuda" else _cpu_timer
     for name in names:
         for _ in range(warmup):
             variants[name]()
-    lead_s = {name: _submission_s(variants[name], device) for name in names}
+    lead_s = dict.fromkeys(names, 0.0)
+    if device.type == "cuda":
+        lead_s = {name: _submission_s(variants[name], device) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
-    for turn in range(rounds):
-        if budget_s is not None and turn >= 3 and time.perf_counter() - start > budget_s:
+    for number in range(rounds):
+        if budget_s is not None and number >= 3 and time.perf_counter() - start > budget_s:
             break
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            samples[name].append(measure(variants[name], lead_s[name]))
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            if stop() and samples[name]:
+                continue
+            with turn(name):
+                samples[name] += [measure(variants[name], lead_s[name]) for _ in range(each)]
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
 def _submission_s(work: Work, device: torch.device) -> float:
     """Seconds that the host takes to submit the work."""
-    _synchronize(device)
+    torch.cuda.synchronize(device)
     start = time.perf_counter()
     work()
     seconds = time.perf_counter() - start
-    _synchronize(device)
+    torch.cuda.synchronize(device)
     return seconds
 
 
@@ -104,11 +115,6 @@ def _cuda_timer(device: torch.device, cold: bool) -> Callable[[Work, float], flo
         return begin.elapsed_time(end)
 
     return measure
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def peak_memory(work: Work, device: torch.device) -> int | None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +17,9 @@ import torch
 
 from bench.compiler.tune_table import HINTS
 from bench.reports import results
-from bench.steps import step
+from bench.steps import build as build_module
+from bench.steps.turns import NOT_REACHED, Runner, Setup, Turns, random_tokens
+from bench.steps.variants import StepVariant
 from fastgpt import anatomy, ops
 from fastgpt.config import Config, load_preset
 from fastgpt.hardware import cards
@@ -67,6 +70,9 @@ VARIANTS = (
 )  # fmt: skip
 
 GRAD_ACCUM = 4
+
+Measured = dict[tuple[str, str], dict[str, Any]]
+"""By model and variant's key: the figures, or an ``error``."""
 
 
 # ---------------------------------------------------------------- one thing exchanged
@@ -143,9 +149,8 @@ def _tiles(config: Config, device: torch.device) -> dict[str, tuning.Config]:
     return found
 
 
-def build(variant: Variant, config: Config, device: torch.device) -> Stepper:
-    precision = variant.precision if device.type == "cuda" or variant.precision != "bf16" else "fp32"
-    stepper = step.build(
+def build(variant: Variant, config: Config, device: torch.device, precision: str) -> Stepper:
+    stepper = build_module.build(
         config, device, precision,
         table=table_of(variant), optimizer="eager" if variant.fusion == "optimizer" else "triton",
         cuda_graphs="on" if variant.graphs else "off",
@@ -157,48 +162,71 @@ def build(variant: Variant, config: Config, device: torch.device) -> Stepper:
 # ---------------------------------------------------------------- timed
 
 
-def measure(
-    variant: Variant, config: Config, device: torch.device, *, steps: int = 5, seconds: float = 2.0
-) -> dict[str, Any]:
-    """``ms``, ``iqr_ms``, ``runs`` of steps of GRAD_ACCUM micro-batches of random tokens, and ``first_loss``; or ``error``."""
-    try:
-        with conditions(variant, config, device):
-            stepper = build(variant, config, device)
-            found = step.time_steps(stepper, config, device, config.data.batch_size, GRAD_ACCUM, steps, seconds)
-        if reason := step.updates_left_out(found.skipped_steps):
-            return {"error": reason}
-        ms, iqr_ms, runs = found.timing.median_ms, found.timing.iqr_ms, found.timing.runs
-        return {"ms": ms, "iqr_ms": iqr_ms, "runs": runs, "first_loss": found.first_loss}
-    except torch.OutOfMemoryError:
-        return {"error": "out of memory"}
-    except Exception as error:
-        return {"error": results.sentence(error)}
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
 def run(
     models: list[str],
     device: torch.device,
     deadline: float,
     *,
     load: Callable[[str], Config] = lambda model: load_preset(model, "cuda"),
-    steps: int = 5,
-    seconds: float = 2.0,
-) -> dict[tuple[str, str], dict[str, Any]]:
-    """Every variant of every model that the time allows, by (model, variant's key); a shipped step before what is compared
-    with it. What is not run has an ``error`` that says why."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    steps: int = 8,
+    batch_size: int | None = None,
+    save: Callable[[Measured], None] = lambda found: None,
+) -> Measured:
+    """Every variant of every model that the time allows, by (model, variant's key), each in turns with the shipped step of
+    its precision: ``ms``, ``iqr_ms``, ``runs`` of steps of GRAD_ACCUM micro-batches of random tokens, ``first_loss`` and
+    ``change``. What is not run has an ``error`` that says why. ``save`` gets the results so far after each."""
+    found: Measured = {}
     for model in models:
-        config, shipped = load(model), {}
-        for variant in VARIANTS:
-            reason = _reason(variant, device, deadline)
-            one = {"error": reason} if reason else measure(variant, config, device, steps=steps, seconds=seconds)
-            if variant.is_shipped:
-                shipped[variant.precision] = one
-            found[model, variant.key] = _compared(one, shipped[variant.precision])
+        config = load(model)
+        if batch_size is not None:
+            config = replace(config, data=replace(config.data, batch_size=batch_size))
+        turns = Turns(device)
+        shipped = {variant.precision: variant for variant in VARIANTS if variant.is_shipped}
+        with random_tokens(_setup(model, config, "")) as tokens:
+            for variant in VARIANTS:
+                base = shipped[variant.precision]
+                reason = NOT_REACHED if turns.stopped else _reason(variant, device, deadline)
+                if reason is None:
+                    reason = _measure(turns, variant, base, partial(_runner, model, config, device, tokens), steps)
+                one = {"error": reason} if reason else turns.results[variant.key]
+                found[model, variant.key] = _compared(one, turns.results.get(base.key, {"error": "not run"}))
+                save(found)
+                if not variant.is_shipped:
+                    turns.release(variant.key)
+        for key in list(turns.runners):
+            turns.release(key)
     return found
+
+
+def _measure(
+    turns: Turns, variant: Variant, base: Variant, make: Callable[[Variant], Runner], steps: int
+) -> str | None:
+    """Time a variant in turns with the shipped step. Returns why there is no figure."""
+    for one in dict.fromkeys((base, variant)):
+        if one.key not in turns.results:
+            turns.start(one.key, partial(make, one))
+    pair = [one.key for one in dict.fromkeys((base, variant))]
+    for key in pair:
+        if "error" in turns.results[key]:
+            return turns.results[key]["error"] if key == variant.key else None
+    try:
+        turns.time(steps, 30.0, pair)
+    except Exception as error:
+        return results.sentence(error)
+    return build_module.updates_left_out(turns.results[variant.key]["skipped_steps"])
+
+
+def _setup(model: str, config: Config, precision: str) -> Setup:
+    return Setup(model, config.model, config.data.batch_size, GRAD_ACCUM, precision)
+
+
+def _runner(model: str, config: Config, device: torch.device, tokens: Path, variant: Variant) -> Runner:
+    precision = variant.precision if device.type == "cuda" or variant.precision != "bf16" else "fp32"
+    held = partial(conditions, variant, config, device)
+    with held():
+        stepper = build(variant, config, device, precision)
+    step = StepVariant("triton", cuda_graphs="on" if variant.graphs else "off")
+    return Runner(step, _setup(model, config, precision), device, tokens, stepper=stepper, conditions=held)
 
 
 def _reason(variant: Variant, device: torch.device, deadline: float) -> str | None:
@@ -214,13 +242,14 @@ def _reason(variant: Variant, device: torch.device, deadline: float) -> str | No
 
 
 def _compared(one: dict[str, Any], shipped: dict[str, Any]) -> dict[str, Any]:
+    """``change``: against the shipped step as it was timed in turns with this one."""
     if "error" in one or "error" in shipped:
         return one if "error" in one else {"error": f"nothing to compare with: {shipped['error']}"}
-    if reason := step.wrong_loss(one["first_loss"], shipped["first_loss"], "the shipped step's"):
+    if reason := build_module.wrong_loss(one["first_loss"], shipped["first_loss"], "the shipped step's"):
         return {"error": reason}
     return {**one, "change": one["ms"] / shipped["ms"] - 1 if math.isfinite(shipped["ms"]) else None}
 
 
-def store(measured: dict[tuple[str, str], dict[str, Any]], device: torch.device) -> Path:
+def store(measured: Measured, device: torch.device) -> Path:
     entries = {f"{model} | {key}": one for (model, key), one in measured.items()}
     return results.store("ablation", environment(device), entries)

@@ -162,8 +162,8 @@ def tiny(model="tiny"):
 def measured():
     """Every variant of a tiny model, in the interpreter. Its times mean nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ablation_measure, "GRAD_ACCUM", 2)
-        return ablation_measure.run(["tiny"], CPU, math.inf, load=tiny, steps=1, seconds=0.0)
+        patch.setattr(ablation_measure, "GRAD_ACCUM", 1)
+        return ablation_measure.run(["tiny"], CPU, math.inf, load=tiny, steps=1)
 
 
 def test_every_variant_runs_and_begins_with_the_shipped_steps_loss(measured):
@@ -206,8 +206,18 @@ def test_no_time_left_runs_nothing():
 
 
 def test_a_variant_that_fails_is_a_reason(monkeypatch):
-    monkeypatch.setattr(ablation_measure, "build", lambda *_: 1 / 0)
-    assert ablation_measure.measure(Variant("x", ""), tiny(), CPU) == {"error": "ZeroDivisionError: division by zero"}
+    build = ablation_measure.build
+
+    def failing(variant, *rest):
+        return build(variant, *rest) if variant.is_shipped else 1 / 0
+
+    monkeypatch.setattr(ablation_measure, "build", failing)
+    monkeypatch.setattr(ablation_measure, "VARIANTS", (VARIANTS[0], Variant("x", "")))
+    saved = []
+    found = ablation_measure.run(
+        ["tiny"], CPU, math.inf, load=tiny, steps=1, save=lambda so_far: saved.append(len(so_far))
+    )
+    assert found["tiny", "bf16: x"] == {"error": "ZeroDivisionError: division by zero"} and saved == [1, 2]
 
 
 def test_what_was_measured_is_kept(measured, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bench.parity import assert_parity
+from bench.steps import nanogpt as nanogpt_model
 from fastgpt.patching import patch
-from tests.patching import nanogpt_model
 
 V = 67
 

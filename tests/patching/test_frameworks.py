@@ -13,8 +13,8 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
+from bench.steps import nanogpt as nanogpt_model
 from fastgpt.patching import patch
-from tests.patching import nanogpt_model
 
 KINDS = ("nanogpt", "huggingface")
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 31}

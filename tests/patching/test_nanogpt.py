@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bench.steps import nanogpt as nanogpt_model
+from bench.steps.nanogpt import GPT
 from fastgpt.optim.adamw import FusedAdamW
 from fastgpt.patching import patch, unpatch
-from tests.patching import nanogpt_model
-from tests.patching.nanogpt_model import GPT
 from tests.patching.parity import assert_same, batch, loss_of
 from tests.patching.parity import make_nanogpt as make
 

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
+from bench.steps import nanogpt as nanogpt_model
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
 from fastgpt.kernels import working_copy
 from fastgpt.model import GPT
 from fastgpt.patching import patch, unpatch
 from fastgpt.patching.swap import is_fused
-from tests.patching import nanogpt_model
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 31}
 

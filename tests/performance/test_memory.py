@@ -384,7 +384,7 @@ def ended(output: str, errors: str = ""):
 def test_bench_memory_compares_what_a_step_measured(monkeypatch):
     predicted = bench_memory.predict("gpt2-124m", "triton", 8, 89)
     line = {"peak_memory": predicted["allocated"] // 2, "reserved_memory": predicted["reserved"]}
-    monkeypatch.setattr(subprocess, "run", ended("compiling\n" + json.dumps(line) + "\n"))
+    monkeypatch.setattr(subprocess, "run", ended("compiling\n" + json.dumps({"steps": [line]}) + "\n"))
     measured = bench_memory.measure("gpt2-124m", "triton", 8, limit=1)
     row = bench_memory.compare({"preset": "gpt2-124m", "kernels": "triton", "micro_batch": 8}, predicted, measured)
     assert row["off"] == pytest.approx({"allocated": 1.0, "reserved": 0.0})
@@ -394,7 +394,7 @@ def test_bench_memory_compares_what_a_step_measured(monkeypatch):
 @pytest.mark.parametrize(
     ("output", "errors", "said"),
     [
-        ('{"error": "out of memory", "oom": true}', "", "out of memory"),
+        ('{"steps": [{"error": "out of memory", "oom": true}]}', "", "out of memory"),
         ("", "Traceback\nKilled", "Killed"),
         ("", "", "no output"),
     ],

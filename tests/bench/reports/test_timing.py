@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -16,8 +17,24 @@ def test_variants_take_turns_and_take_turns_at_being_first():
     calls = []
     variants = {name: lambda name=name: calls.append(name) for name in "abc"}
     found = timing.interleave(variants, CPU, rounds=4, warmup=1)
-    assert "".join(calls) == "abc" + "abc" + "abc" + "bca" + "cab" + "abc"  # warm-up, submission time, four rounds
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"  # warm-up, four rounds
     assert {name: t.runs for name, t in found.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+def test_a_turn_may_have_several_runs_and_something_around_them():
+    calls = []
+
+    @contextmanager
+    def turn(name):
+        calls.append("(")
+        yield
+        calls.append(")")
+
+    variants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    options = {"rounds": 9, "warmup": 0, "each": 2, "turn": turn, "stop": lambda: "".join(calls).endswith("(bb)")}
+    found = timing.interleave(variants, CPU, **options)
+    assert "".join(calls).startswith("(aa)(bb)"), "the stop comes after each has had a turn"
+    assert found["a"].runs >= 2 and found["b"].runs >= 2
 
 
 def test_a_budget_ends_the_rounds_but_not_before_three():

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from bench.steps.profile import Runner, Setup, random_tokens, record
+from bench.steps.profile import record
 from bench.steps.trace import (
     COPY,
     DATA,
@@ -24,6 +24,8 @@ from bench.steps.trace import (
     attribute,
     read_trace,
 )
+from bench.steps.turns import Runner, Setup, random_tokens
+from bench.steps.variants import BACKENDS
 from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
@@ -385,7 +387,7 @@ def test_a_trace_that_is_not_there_is_refused_in_one_sentence(tmp_path):
 def real_profile(backend, config, batch_size, grad_accum, precision, tmp_path):
     setup = Setup("test", config, batch_size, grad_accum, precision)
     with random_tokens(setup) as tokens:
-        runner = Runner(backend, setup, torch.device("cpu"), tokens)
+        runner = Runner(BACKENDS[backend], setup, torch.device("cpu"), tokens)
         runner()
         record(runner, tmp_path / "trace.json", repeats=1)
     events = read_trace(tmp_path / "trace.json")

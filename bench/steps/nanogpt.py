@@ -1,18 +1,28 @@
-"""A GPT with nanoGPT's module structure and names, written for these tests: what ``fastgpt.patch`` meets in its forks.
+"""The step of nanoGPT's train.py, as a variant to compare with; its model is also what ``fastgpt.patch`` is tested on.
+
+The model has nanoGPT's module structure and names, written anew:
 
 transformer.{wte, wpe, drop, h[i].{ln_1, attn.{c_attn, c_proj, attn_dropout, resid_dropout}, ln_2,
-mlp.{c_fc, gelu, c_proj, dropout}}, ln_f}, lm_head tied to wte. ``model(idx, targets) -> (logits, loss)``.
+mlp.{c_fc, gelu, c_proj, dropout}}, ln_f}, lm_head tied to wte. ``model(idx, targets) -> (logits, loss)``. A step is what
+train.py does: autocast, whole logits, cross-entropy, loss scaled, gradients clipped by clip_grad_norm_, torch's fused AdamW.
+Karpathy, github.com/karpathy/nanoGPT.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import fastgpt
+from fastgpt.config import Config
+from fastgpt.ops import scales_loss
+from fastgpt.training.step import LossScaler, Stepper
 
 
 @dataclass
@@ -39,6 +49,8 @@ class LayerNorm(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
+    bias: Any  # the causal mask, without flash attention
+
     def __init__(self, config, flash=True):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -90,6 +102,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    transformer: Any
+
     def __init__(self, config, flash=True):
         super().__init__()
         self.config = config
@@ -150,3 +164,29 @@ class GPT(nn.Module):
                 logits[logits < threshold] = -math.inf
             idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1)), dim=1)
         return idx
+
+
+class TrainStep(Stepper):
+    """``Stepper`` with the update of train.py, which does not look for gradients that are inf or NaN."""
+
+    def _update_torch(self) -> torch.Tensor:
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm
+
+
+def build(config: Config, device: torch.device, precision: str, compile: str) -> TrainStep:
+    """A step from the weights that ``bench.steps.step.build`` begins with. ``compile``: a mode of torch.compile, or "none"."""
+    torch.manual_seed(0)
+    shape, optim = config.model, config.optim
+    weights = fastgpt.GPT(shape).state_dict()
+    model = GPT(GPTConfig(**asdict(shape)))
+    model.load_state_dict({**weights, "lm_head.weight": weights["transformer.wte.weight"]})
+    model.to(device)
+    betas = (optim.beta1, optim.beta2)
+    optimizer = model.configure_optimizers(optim.weight_decay, optim.lr, betas, device.type)
+    forward = model if compile == "none" else torch.compile(model, mode=compile)
+    scaler = LossScaler(device.type, enabled=scales_loss(precision))
+    return TrainStep(model, forward, optimizer, scaler, precision, optim.grad_clip)  # type: ignore[arg-type]
