@@ -1,8 +1,8 @@
 # Every target first makes the environment: make train, make test, make lint, make audit.
 PYTHON ?= python3
 VENV   ?= .venv
-# pip picks the build of torch for this machine, CUDA or CPU.
-TORCH  ?= torch==2.13.0 triton==3.7.1
+# pip picks the build of torch for this machine, CUDA or CPU. Of triton there is none for macOS.
+TORCH  ?= torch==2.13.0 $(if $(filter Linux,$(shell uname -s)),triton==3.7.1)
 ARGS   ?=
 JOBS   ?= 2
 BIN     = $(VENV)/bin
@@ -10,7 +10,7 @@ BIN     = $(VENV)/bin
 .PHONY: train test lint audit install clean
 
 train: install
-	$(BIN)/python train.py --kernels triton $(ARGS)
+	$(BIN)/python train.py $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -29,7 +29,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[dev,hf,plot]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,hf,plot,gpu]"
 	touch $@
 
 clean:

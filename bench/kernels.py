@@ -37,6 +37,7 @@ from fastgpt.common import UserError, write_json
 from fastgpt.config import Device
 from fastgpt.hardware.device import present
 from fastgpt.hardware.environment import environment
+from fastgpt.hardware.requirements import no_gpu
 from fastgpt.performance import flops
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> int:
     args = command.parse(KernelsConfig, argv, "bench.kernels", __doc__)
     where = present() if args.device == "auto" else args.device
     if where == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu")
+        raise UserError(f"device is 'cuda' but {no_gpu()}: use --device cpu")
     if args.out:
         results_module.check_writable(args.out)
     if where == "cpu":

@@ -26,6 +26,7 @@ from fastgpt.common import UserError, write_json
 from fastgpt.config import load_preset
 from fastgpt.hardware.device import device_name
 from fastgpt.hardware.environment import ROOT, environment
+from fastgpt.hardware.requirements import no_gpu
 from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, memory
 
 
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
     """Predicted and measured peak memory of training steps on this machine's CUDA GPU. Raises UserError without one."""
     args = command_module.parse(MemoryConfig, argv, "bench.memory", __doc__)
     if not torch.cuda.is_available():
-        raise UserError(f"bench.memory needs a CUDA GPU, and torch {torch.__version__} sees none here")
+        raise UserError(f"bench.memory needs a CUDA GPU, but {no_gpu()}")
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability(device)
     found: dict[str, Any] = {"environment": environment(device), "rows": []}

@@ -124,7 +124,8 @@ class TrainConfig:
     """The run: how long, on what, and what is written when."""
 
     kernels: Kernels = "triton"
-    """The fused Triton kernels (interpreted, slowly, where there is no GPU), or plain PyTorch."""
+    """The fused Triton kernels (interpreted, slowly, where there is no GPU), or plain PyTorch: the default where Triton is
+    missing, or the GPU is older than Ampere."""
     precision: Precision = "auto"
     """Dtype of matmul operands and activations; auto is fp32 on a CPU and bf16 on a GPU. Masters stay fp32. fp16-fast, which is
     experimental: fp16 operands, products summed in fp16 over at most 128 at a time, at twice the rate on GeForce RTX cards.
@@ -238,11 +239,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in config_folder().glob("*.toml"))
 
 
-def load_preset(name: str, device: str = "cpu") -> Config:
-    """The preset of that name, for a device type ("cpu" or "cuda"). Raises UserError for an unknown name."""
+def load_preset(name: str, device: str = "cpu", base: Config | None = None) -> Config:
+    """The preset of that name, for a device type ("cpu" or "cuda"); ``base``: the defaults, if others than the dataclasses'.
+    Raises UserError for an unknown name."""
     if name not in preset_names():
         raise UserError(unknown("preset", name, preset_names()))
-    return replace(load_toml(config_folder() / f"{name}.toml", Config(), device), preset=name)
+    return replace(load_toml(config_folder() / f"{name}.toml", base or Config(), device), preset=name)
 
 
 def load_toml(path: Path, base: Config, device: str = "cpu") -> Config:
@@ -271,8 +273,9 @@ def load_toml(path: Path, base: Config, device: str = "cpu") -> Config:
     return base
 
 
-def parse(args: Sequence[str], device_type: str) -> Config:
-    """The configuration that a command line asks for. ``device_type`` ("cpu" or "cuda") is what is present.
+def parse(args: Sequence[str], device_type: str, kernels: Kernels = "triton") -> Config:
+    """The configuration that a command line asks for. ``device_type`` ("cpu" or "cuda") is what is present, ``kernels`` what
+    this machine can run, which a file or flag overrules.
 
     Raises UserError for bad values and unknown flags; ``--help`` is printed with the defaults of the preset asked for.
     """
@@ -289,9 +292,10 @@ def parse(args: Sequence[str], device_type: str) -> Config:
         if file.suffix == ".py":
             meant = "a .toml file; nanoGPT's configs are for python -m fastgpt.nanogpt TRAIN.PY CONFIG.PY"
         raise UserError(f"{str(file)!r} is not TOML, as a config has to be: give {meant}")
-    base = load_preset(preset or "demo", device_type)
+    defaults = Config(train=TrainConfig(kernels=kernels))
+    base = load_preset(preset or "demo", device_type, defaults)
     if file is not None:
-        base = replace(load_toml(file, base if preset else Config(), device_type), config=file)
+        base = replace(load_toml(file, base if preset else defaults, device_type), config=file)
     if len(words) < len(args):
         command.show_help(Config, "fastgpt.train", default=base)
     if asked.get("batch_size") == "auto":

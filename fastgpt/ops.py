@@ -104,10 +104,12 @@ DTYPES = {
 
 
 def precision_for(name: str, device: torch.device) -> str:
-    """``--precision`` with auto resolved: fp32 on a CPU, bf16 on a GPU."""
+    """``--precision`` with auto resolved: fp32 on a CPU, bf16 on a GPU that has it (Ampere and later), else fp16."""
     if name != "auto":
         return name
-    return "bf16" if device.type == "cuda" else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    return "fp16" if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0) else "bf16"
 
 
 def usable_precision(name: str, device: torch.device, kernels: str) -> tuple[str, str | None]:

@@ -139,11 +139,13 @@ def _card(asked: PlanConfig) -> tuple[cards.Gpu | None, float | None]:
         return cards.card(asked.gpu, otherwise=", or give --vram"), None
     import torch
 
+    from fastgpt.hardware.requirements import name_a_gpu
+
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         return cards.present(), asked.vram or total
     if asked.vram is None:
-        raise UserError(cards.NO_GPU)
+        raise UserError(name_a_gpu())
     return None, asked.vram
 
 

@@ -8,11 +8,12 @@ from rich.console import Console
 
 from fastgpt import common
 from fastgpt.config import parse
-from fastgpt.hardware import device
+from fastgpt.hardware import device, requirements
 
 
 def main(args: list[str]) -> int:
-    config = parse(args, device.present())
+    kind = device.present()
+    config = parse(args, kind, "eager" if requirements.no_triton(kind) else "triton")
     if config.train.explain_kernels is not None:
         from fastgpt.training.explain import explain
 

@@ -132,10 +132,11 @@ class TestWithoutTriton:
         result = python("-c", code, path=path, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
 
-    def test_train_py_runs_eager(self, path, tmp_path):
-        args = f"{ROOT / 'train.py'} --kernels eager {TINY} --out {tmp_path / 'run'}".split()
+    def test_train_py_runs_eager_and_says_why(self, path, tmp_path):
+        args = f"{ROOT / 'train.py'} {TINY} --out {tmp_path / 'run'}".split()
         result = python(*args, path=path, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
+        assert "triton is not installed: the model trains in plain PyTorch, --kernels eager" in result.stdout
         assert "iter 2: loss" in result.stdout
 
     def test_train_py_says_what_kernels_triton_needs(self, path, tmp_path):

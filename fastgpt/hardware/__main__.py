@@ -10,7 +10,7 @@ from typing import Annotated
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, teraflops
-from fastgpt.hardware.cards import NANOGPT_PEAK, NO_GPU, Gpu, card, present
+from fastgpt.hardware.cards import NANOGPT_PEAK, Gpu, card, present
 
 
 def describe(gpu: Gpu) -> str:
@@ -56,9 +56,11 @@ def show(asked: HardwareConfig) -> str:
     if gpu is None:
         import torch
 
+        from fastgpt.hardware.requirements import name_a_gpu
+
         if torch.cuda.is_available():
             raise UserError(f"{torch.cuda.get_device_name()} is not in the table: its nominal peak is n/a")
-        raise UserError(NO_GPU)
+        raise UserError(name_a_gpu())
     if asked.json:
         return dumps(gpu.to_json(), indent=2)
     return describe(gpu) if asked.nanogpt_mfu is None else translate(gpu, asked.nanogpt_mfu)

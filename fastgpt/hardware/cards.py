@@ -23,8 +23,6 @@ ARITHMETICS = ("bf16", "fp16", "fp16_fp16acc", "fp8", "fp8_fp16acc", "tf32", "fp
 NANOGPT_PEAK = 312e12
 """What nanoGPT's mfu divides by, whatever the card: an A100's dense bf16 peak, FLOP per second."""
 
-NO_GPU = "gpu is not given and there is no CUDA GPU here: name one, such as rtx4070"
-
 HALVED = frozenset({"bf16", "fp16", "fp8", "tf32"})
 """What a GeForce card does at half the architecture's rate: tensor-core arithmetic that accumulates in fp32."""
 

@@ -5,29 +5,31 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from fastgpt.common import UserError
+from fastgpt.hardware import requirements
 
 
 def pick(device: str, kernels: str) -> torch.device:
     """The torch device for ``--device`` (auto, cpu or cuda). With triton kernels on a CPU this switches Triton's
     interpreter on for the whole process.
 
-    Raises UserError if CUDA or triton is asked for and absent.
+    Raises UserError if CUDA or triton is asked for and absent, if torch does not see the NVIDIA card that is here, and if the
+    card or the compiler is none that Triton's kernels can run with.
     """
-    if kernels == "triton" and find_spec("triton") is None:
-        raise UserError(
-            "kernels is 'triton' but triton is not installed: use --kernels eager (plain PyTorch), or pip install triton "
-            "on Linux and triton-windows on Windows; macOS has neither"
-        )
+    if device != "cpu" and (unused := requirements.unused_gpu()) is not None:
+        raise UserError(f"{unused}; --device cpu does without the card")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu or auto")
+        raise UserError(f"device is 'cuda' but {requirements.no_gpu()}: use --device cpu or auto")
     if device == "auto":
         device = present()
+    if kernels == "triton":
+        missing = requirements.no_triton(device) or (requirements.no_compiler() if device == "cuda" else None)
+        if missing is not None:
+            raise UserError(f"kernels is 'triton' but {missing}")
     if device == "cpu" and kernels == "triton" and not interprets():
         # fastgpt.kernels looks at the environment once, when it is imported; later, PyTorch would compute in silence.
         if "triton" in sys.modules or "fastgpt.kernels.runtime" in sys.modules:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from fastgpt import __version__
 from fastgpt.hardware.device import device_name, interprets
+from fastgpt.hardware.requirements import output
 from fastgpt.hardware.telemetry import telemetry
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def _device(device: torch.device) -> dict[str, Any]:
         "arch": f"sm_{props.major}{props.minor}",
         "sms": props.multi_processor_count,
         "memory_gib": round(props.total_memory / 2**30, 2),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or None,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or None,
         "telemetry": None if moment is None else asdict(moment),
     }
 
@@ -66,15 +66,9 @@ def _commit() -> str | None:
     lies in somebody else's."""
     if not (ROOT / "pyproject.toml").exists():
         return None
-    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    commit = output("git", "rev-parse", "--short=12", "HEAD", cwd=ROOT)
     return (
-        commit + ("+" if _output("git", "status", "--porcelain", "--", "fastgpt", "bench") else "") if commit else None
+        commit + ("+" if output("git", "status", "--porcelain", "--", "fastgpt", "bench", cwd=ROOT) else "")
+        if commit
+        else None
     )
-
-
-def _output(*command: str) -> str:
-    """What a command prints; "" if it is not there or fails."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

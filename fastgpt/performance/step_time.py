@@ -61,6 +61,8 @@ TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 OWN_TILES = ((128, 128), (128, 64))
 """Tiles of this repository's 16-bit matmuls with a GELU or with sums in fp16: larger ones spill (docs/performance.md)."""
 SPLITS = (1, 2, 3, 4, 5, 6, 8)
+WAITING = "waiting for the host"
+"""The operation that stands for the time in which the GPU has nothing to do."""
 EXPONENTIALS_PER_CLOCK = 16  # per SM, compute capability 8.x and 9.0: CUDA C++ Programming Guide, arithmetic throughput
 FP32_PER_CLOCK = {"sm_80": 64, "sm_75": 64, "sm_70": 64}  # idem; 128 elsewhere
 
@@ -194,7 +196,7 @@ def step_times(
     waiting = 1e-3 * constants.host_launch_us * launches - gaps - sum(op.ms for op in found)
     found.append(OperationTime("gaps between kernels", GAPS, gaps, 0, 0, 0, "launch"))
     if waiting > 0 and not graphs:
-        found.append(OperationTime("waiting for the host", GAPS, waiting, 0, 0, 0, "launch"))
+        found.append(OperationTime(WAITING, GAPS, waiting, 0, 0, 0, "launch"))
     return found
 
 

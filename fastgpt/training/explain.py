@@ -53,11 +53,12 @@ def card_of(asked: str) -> Card | None:
         if not torch.cuda.is_available():
             return None
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
-        return Card(found.name, 10 * found.major + found.minor, found.multi_processor_count)
-    gpu = cards.card(asked, option="explain_kernels")
-    card = Card(gpu.name, int(gpu.arch[3:]), gpu.sm_count)
+        card = Card(found.name, 10 * found.major + found.minor, found.multi_processor_count)
+    else:
+        gpu = cards.card(asked, option="explain_kernels")
+        card = Card(gpu.name, int(gpu.arch[3:]), gpu.sm_count)
     if card.arch < 80:
-        raise UserError(f"explain_kernels is {asked!r} ({gpu.arch}): kernels are compiled for sm_80 and later")
+        raise UserError(f"explain_kernels is {asked!r} (sm_{card.arch}): kernels are compiled for sm_80 and later")
     return card
 
 

@@ -31,7 +31,7 @@ from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
 from fastgpt.training.metrics import Metrics, connect_wandb
 from fastgpt.training.outlets import Terminal
-from fastgpt.training.report import banner, interval, log_line, progress_bar
+from fastgpt.training.report import banner, compiling_shown, interval, log_line, progress_bar
 from fastgpt.training.run import (
     Run,
     build,
@@ -169,6 +169,7 @@ class _Loop:
             saver.AsyncSaver(out, self.settings.keep_checkpoints) as self.saver,
             StopRequest() as self.stop,
             self.progress,
+            compiling_shown(run, self.console, self.progress),
         ):
             self._train()
             self.saver.wait()

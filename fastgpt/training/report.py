@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastgpt import anatomy
-from fastgpt.common import UserError, gigabytes, millions, rounded, teraflops
+from fastgpt.common import UserError, duration, gigabytes, millions, rounded, teraflops
 from fastgpt.config import EXPERIMENTAL
-from fastgpt.hardware import cards
+from fastgpt.hardware import cards, requirements
 from fastgpt.hardware.device import device_name
 from fastgpt.hardware.telemetry import telemetry
 from fastgpt.mfu import StepReport
 from fastgpt.performance import flops
 from fastgpt.performance.memory import memory
+from fastgpt.performance.step_time import WAITING
 from fastgpt.training.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+    from fastgpt.performance.projection import Projection
+
+# GPT-2 124M: 21 kernels, 9 s of one core with triton 3.7 where nothing else runs.
+COMPILE = "Triton compiles about 25 kernels until the first step is done, 10 s to 1 min; ~/.triton/cache keeps them"
+SAY_SECONDS = 5.0
 
 
 def banner(console: Console, run: Run) -> None:
@@ -48,6 +57,7 @@ def banner(console: Console, run: Run) -> None:
     room = ""
     if run.device.type == "cuda":
         room = f", of {gigabytes(torch.cuda.get_device_properties(run.device).total_memory)}"
+    projection = _projected(run)
     rows = {
         "model": f"{millions(anatomy.n_params(shape, positions=False))} parameters (excluding position embeddings): "
         f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}, "
@@ -55,7 +65,7 @@ def banner(console: Console, run: Run) -> None:
         "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}, "
         f"{run.grad_accum} per rank and step{ranks}",
         "run": f"{config.train.max_iters:,} steps, {rounded(config.train.max_iters * config.tokens_per_step)} tokens"
-        + _projected(run),
+        + _hours(run, projection),
         "kernels": f"{config.train.kernels}{compiled}{graphs}, {precision}{unconfirmed}",
         "device": device_name(run.device),
         "memory": f"{gigabytes(needed, 2)} predicted for weights, optimizer, gradients and activations{room}",
@@ -63,11 +73,25 @@ def banner(console: Console, run: Run) -> None:
         "data": f"{config.data.data} ({config.data.tokenizer})",
         "out": str(config.train.out),
     }
+    if projection is not None and run.stepper.graphs is None:
+        waiting = sum(op.ms for op in projection.operations if op.name == WAITING) / projection.ms_per_step
+        if waiting >= 0.01:
+            rows["host"] = (
+                f"projected: the GPU waits {waiting:.0%} of a step for Python to launch its kernels; larger micro-batches or "
+                "--cuda-graphs on hide that"
+            )
+    if run.device.type == "cuda" and config.train.kernels == "triton":
+        rows["compile"] = COMPILE
     console.print("[bold]fastgpt")
     for name, text in rows.items():
         console.print(f"[bold]{name:<8}[/] {escape(text)}")
     if run.refused:
         console.print(f"[yellow]{escape(run.refused)}")
+    unable = requirements.no_triton(run.device.type)
+    if config.train.kernels == "eager" and unable:
+        console.print(
+            f"[yellow]{escape(unable.partition(': ')[0])}: the model trains in plain PyTorch, --kernels eager"
+        )
     if run.device.type == "cpu" and config.train.kernels == "triton":
         console.print(
             "[yellow]No GPU: the Triton kernels run in Triton's interpreter, one program at a time in NumPy. It shows that "
@@ -76,15 +100,15 @@ def banner(console: Console, run: Run) -> None:
         )
 
 
-def _projected(run: Run) -> str:
-    """How long the run may take on a card that the projection knows; "" elsewhere."""
+def _projected(run: Run) -> Projection | None:
+    """A step on this card, if the projection knows it."""
     gpu, config = cards.present(run.device), run.config
     if gpu is None or run.world.size > 1:
-        return ""
+        return None
     from fastgpt.performance.projection import project
 
     try:
-        step = project(
+        return project(
             anatomy.Shape.of(config.model),
             gpu,
             kernels=config.train.implementation,
@@ -94,12 +118,47 @@ def _projected(run: Run) -> str:
             dropout=config.model.dropout,
         )
     except UserError:  # no projection for this precision
+        return None
+
+
+def _hours(run: Run, step: Projection | None) -> str:
+    """How long the rest of the run may take, where that can be projected."""
+    if step is None:
         return ""
-    hours = [
-        (config.train.max_iters - run.step) * config.tokens_per_step / rate / 3600
-        for rate in (step.tokens_per_second_high, step.tokens_per_second_low)
-    ]
-    return f"; projected {hours[0]:,.1f} to {hours[1]:,.1f} hours at {step.tokens_per_second:,.0f} tok/s"
+    left = run.config.train.max_iters - run.step
+    ends = [duration(1e-3 * left * ms) for ms in (step.ms_per_step_low, step.ms_per_step_high)]
+    return f"; projected {' to '.join(dict.fromkeys(ends))}, {step.tokens_per_second:,.0f} tok/s"
+
+
+@contextmanager
+def compiling_shown(run: Run, console: Console, bar: Progress) -> Iterator[None]:
+    """Inside, say what Triton compiles for the GPU: each kernel on the bar, and a line every few seconds."""
+    if run.device.type != "cuda" or run.config.train.kernels != "triton":
+        yield
+        return
+    from triton import knobs
+
+    hooks = knobs.runtime.jit_cache_hook, knobs.runtime.jit_post_compile_hook
+    count, seconds, began, said = 0, 0.0, 0.0, time.monotonic()
+
+    def before(*, fn: Any, **_: Any) -> None:
+        nonlocal began
+        began = time.monotonic()
+        bar.update(bar.task_ids[0], description=f"compiling {fn.name}")
+
+    def after(*, fn: Any, **_: Any) -> None:
+        nonlocal count, seconds, said
+        count, seconds = count + 1, seconds + time.monotonic() - began
+        bar.update(bar.task_ids[0], description="training")
+        if time.monotonic() - said >= SAY_SECONDS:
+            said = time.monotonic()
+            console.print(f"compiled {count} kernels in {seconds:.0f} s, {fn.name} last", markup=False)
+
+    knobs.runtime.jit_cache_hook, knobs.runtime.jit_post_compile_hook = before, after
+    try:
+        yield
+    finally:
+        knobs.runtime.jit_cache_hook, knobs.runtime.jit_post_compile_hook = hooks
 
 
 def interval(run: Run, report: StepReport, losses: list[float], seconds_left: float | None) -> dict[str, Any]:
@@ -163,7 +222,7 @@ def progress_bar(console: Console, step: int, max_iters: int) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
-        TextColumn("training"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

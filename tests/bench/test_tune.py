@@ -217,7 +217,7 @@ def test_bad_input_is_one_sentence(arguments, sentence):
 @no_gpu
 @pytest.mark.parametrize("arguments", [[], ["--check-model"]])
 def test_without_a_gpu_measuring_ends_with_a_sentence(arguments):
-    with pytest.raises(UserError, match="sees no CUDA GPU to measure on"):
+    with pytest.raises(UserError, match=r"no GPU to measure on, as torch .* sees no CUDA GPU: "):
         tune.main(arguments)
 
 

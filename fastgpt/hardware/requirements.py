@@ -1,0 +1,93 @@
+"""What a GPU or Triton's kernels need and this machine lacks: each in one sentence that names the cause and the remedy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from fastgpt.common import first_line
+
+OLDEST = (8, 0)
+"""Compute capability that the kernels need: bf16, and more than 64 KB of shared memory for their tiles."""
+
+
+def output(*command: str, cwd: Path | None = None) -> str:
+    """What a command prints; "" if it is not there or fails."""
+    try:
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def unused_gpu() -> str | None:
+    """Why torch does not see the NVIDIA card that the driver lists, and what to do about it. None if it sees one, or was told
+    not to (CUDA_VISIBLE_DEVICES), or no driver lists any."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    listed = output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
+    if not listed:
+        return None
+    name, _, driver = listed[0].partition(", ")
+    build = f"this machine has an {name}, but torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"{build} is built without CUDA: install the build for CUDA that https://pytorch.org/get-started names"
+    try:
+        torch.cuda.init()
+        why = "no reason is given"
+    except Exception as error:
+        why = first_line(error).split(". ")[0]
+    return (
+        f"{build}, built for CUDA {torch.version.cuda}, cannot use it with driver {driver} ({why}): update the driver and "
+        "restart, or install a build of torch for an older CUDA, https://pytorch.org/get-started"
+    )
+
+
+def no_gpu() -> str:
+    """What is said where a GPU is needed and torch sees none."""
+    return unused_gpu() or f"torch {torch.__version__} sees no CUDA GPU"
+
+
+def name_a_gpu() -> str:
+    """What a command says that needs a card's name, was given none, and finds none."""
+    return f"gpu is not given and {unused_gpu() or 'there is no CUDA GPU here'}: name one, such as rtx4070"
+
+
+def no_triton(device: str) -> str | None:
+    """Why Triton's kernels cannot run on the "cuda" or "cpu" device of this machine, and what can; None if they can."""
+    if find_spec("triton") is None:
+        return (
+            "triton is not installed: use --kernels eager (plain PyTorch), or pip install triton on Linux and triton-windows "
+            "on Windows; macOS has neither"
+        )
+    if device == "cuda" and (capability := torch.cuda.get_device_capability()) < OLDEST:
+        return (
+            f"the {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and the kernels need "
+            "8.0 for bf16 and for their shared memory: use --kernels eager --precision fp16"
+        )
+    return None
+
+
+def no_compiler() -> str | None:
+    """What Triton lacks to build the launcher of its kernels, which it does with a C compiler and Python's headers before the
+    first launch; None if it has both. triton-windows brings its own."""
+    if sys.platform != "linux":
+        return None
+    missing = []
+    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        missing.append("gcc")
+    # Where triton looks, and where CPATH has the compiler look.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    folders = [sysconfig.get_paths(scheme)["include"], *os.environ.get("CPATH", "").split(os.pathsep)]
+    if not any(Path(folder, "Python.h").exists() for folder in folders):
+        missing.append(f"python{sys.version_info.major}.{sys.version_info.minor}-dev")
+    if not missing:
+        return None
+    what = " and ".join("no C compiler" if package == "gcc" else "no Python.h" for package in missing)
+    return f"Triton finds {what} to build its kernels' launcher with: sudo apt install {' '.join(missing)}, or --kernels eager"

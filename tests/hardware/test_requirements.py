@@ -1,0 +1,157 @@
+"""What a machine lacks for its GPU or for Triton's kernels is said in one sentence with its remedy, before anything runs."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from fastgpt.common import UserError
+from fastgpt.config import parse
+from fastgpt.hardware import device, requirements
+from fastgpt.hardware.__main__ import main as hardware
+
+CARD = "NVIDIA GeForce RTX 4070, 535.104.05"
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """``seen(listed, cuda, available)``: what nvidia-smi lists, which CUDA torch is built for, and whether it sees a GPU."""
+
+    def see(listed="", cuda=None, available=False, capability=(8, 9)):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(requirements, "output", lambda *command, cwd=None: listed)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+
+    return see
+
+
+def refused(where="auto", kernels="triton"):
+    with pytest.raises(UserError) as error:
+        device.pick(where, kernels)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "eager"])
+@pytest.mark.parametrize("where", ["auto", "cuda"])
+def test_a_cpu_build_of_torch_beside_a_card_is_no_machine_without_a_gpu(seen, where, kernels):
+    seen(CARD)
+    said = refused(where, kernels)
+    assert said.startswith("this machine has an NVIDIA GeForce RTX 4070, but torch 2.")
+    assert "is built without CUDA: install the build for CUDA" in said and said.endswith(
+        "--device cpu does without the card"
+    )
+
+
+def test_a_driver_that_is_too_old_is_named_with_torchs_own_reason(seen, monkeypatch):
+    seen(CARD, cuda="13.0")
+
+    def init():
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 12020). Please update your driver."
+        )
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    said = refused()
+    assert (
+        "built for CUDA 13.0, cannot use it with driver 535.104.05 (The NVIDIA driver on your system is too old" in said
+    )
+    assert "(found version 12020)): update the driver" in said
+
+
+@pytest.mark.parametrize("hide", ["", "-1"])
+def test_a_card_that_is_hidden_and_a_device_that_is_chosen_are_obeyed(seen, monkeypatch, hide):
+    seen(CARD)
+    assert device.pick("cpu", "eager").type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hide)
+    assert device.pick("auto", "eager").type == "cpu"
+
+
+def test_every_command_that_wants_a_gpu_names_the_cause(seen):
+    seen(CARD)
+    with pytest.raises(UserError, match=r"gpu is not given and this machine has an NVIDIA .* built without CUDA"):
+        hardware([])
+    assert requirements.no_gpu().startswith("this machine has an")
+    seen()
+    assert requirements.no_gpu() == f"torch {torch.__version__} sees no CUDA GPU"
+
+
+@pytest.mark.parametrize(
+    "gcc, header, sentence",
+    [
+        (True, True, None),
+        (False, True, "Triton finds no C compiler to build its kernels' launcher with: sudo apt install gcc, or"),
+        (
+            True,
+            False,
+            "Triton finds no Python.h to build its kernels' launcher with: sudo apt install python3.{}-dev, or",
+        ),
+        (
+            False,
+            False,
+            "Triton finds no C compiler and no Python.h to build .* with: sudo apt install gcc python3.{}-dev, or",
+        ),
+    ],
+)
+def test_a_machine_without_compiler_or_headers_is_refused_before_the_first_launch(
+    seen, monkeypatch, tmp_path, gcc, header, sentence
+):
+    seen(available=True)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CPATH", raising=False)
+    monkeypatch.setattr(requirements.shutil, "which", lambda name: f"/usr/bin/{name}" if gcc else None)
+    monkeypatch.setattr(requirements.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    if header:
+        (tmp_path / "Python.h").touch()
+    if sentence is None:
+        assert device.pick("auto", "triton").type == "cuda"
+        return
+    with pytest.raises(UserError, match=sentence.format(sys.version_info.minor)):
+        device.pick("auto", "triton")
+    assert device.pick("auto", "eager").type == "cuda"
+    monkeypatch.setattr(sys, "platform", "win32")  # triton-windows brings a compiler
+    assert requirements.no_compiler() is None
+
+
+def test_a_compiler_of_the_users_own_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(requirements.shutil, "which", {"/opt/cc": "/opt/cc"}.get)
+    monkeypatch.setattr(requirements.sysconfig, "get_paths", lambda scheme: {"include": "/nowhere"})
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "/opt/cc")
+    monkeypatch.setenv("CPATH", str(tmp_path))
+    assert requirements.no_compiler() is None
+    monkeypatch.setenv("CC", "/opt/gone")
+    assert "no C compiler" in requirements.no_compiler()
+
+
+@pytest.mark.parametrize("capability, fits", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_a_card_older_than_ampere_trains_eagerly_in_fp16(seen, capability, fits):
+    from fastgpt.ops import precision_for
+
+    seen(available=True, capability=capability)
+    why = requirements.no_triton("cuda")
+    assert parse([], "cuda", "eager" if why else "triton").train.kernels == ("triton" if fits else "eager")
+    assert precision_for("auto", torch.device("cuda")) == ("bf16" if fits else "fp16")
+    if not fits:
+        assert "use --kernels eager --precision fp16" in refused()
+        assert device.pick("auto", "eager").type == "cuda"
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32", "linux"])
+def test_without_triton_plain_pytorch_is_the_default_and_triton_an_error(seen, monkeypatch, tmp_path, system):
+    seen()
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    default = "eager" if requirements.no_triton("cpu") else "triton"
+    assert parse([], "cpu", default).train.kernels == "eager"
+    assert parse(["--kernels", "triton"], "cpu", default).train.kernels == "triton"
+    file = tmp_path / "mine.toml"
+    file.write_text('[train]\nkernels = "triton"\n')
+    assert parse([str(file)], "cpu", default).train.kernels == "triton"
+    assert refused().startswith("kernels is 'triton' but triton is not installed: use --kernels eager")
