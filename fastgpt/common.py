@@ -179,7 +179,7 @@ def read_text(path: Path, name: str = "file") -> str:
     try:
         return data.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        raise UserError(f"{name} {path} is damaged or not UTF-8 text (byte {error.start}): save it as UTF-8") from error
 
 
 def load_json(path: Path, name: str = "file") -> Any:

@@ -100,7 +100,7 @@ DEEP = 200_000
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"\xe9 = 1", "is not UTF-8 text .byte 0.: save it as UTF-8"),
+        (b"\xe9 = 1", "is damaged or not UTF-8 text .byte 0.: save it as UTF-8"),
         (b"[" * DEEP, "not JSON|not valid TOML"),
         (b"a = " + b"[" * DEEP + b"]" * DEEP, "not JSON|nested too deeply"),
         (b'{"a":' * DEEP + b"}" * DEEP, "not JSON|not valid TOML"),

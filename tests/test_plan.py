@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import subprocess
 import sys
@@ -293,17 +292,10 @@ def test_a_geometry_within_the_models_error_is_let_through():
         check_fits(configured(8, 64), int(needed * 0.94))
 
 
-def test_free_bytes_on_a_cpu_is_a_share_of_the_memory():
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**40
-    assert 0 < free_bytes("cpu") <= max(total / 4, 2 * 2**30)
+def test_free_bytes_on_a_cpu_are_the_computers():
+    import psutil
 
-
-def test_free_bytes_where_the_system_cannot_say(monkeypatch):
-    def unknown(name):
-        raise ValueError("unrecognized configuration name")
-
-    monkeypatch.setattr(os, "sysconf", unknown, raising=False)
-    assert free_bytes("cpu") == 2 * 2**30
+    assert 0 < free_bytes("cpu") <= psutil.virtual_memory().total + psutil.swap_memory().total
 
 
 # ---------------------------------------------------------------- command line

@@ -15,7 +15,7 @@ from typing import Any
 from bench.compiler import ranking
 from bench.ops.common import Family
 from bench.reports.tables import print_table, terminal
-from fastgpt.common import UserError, write_whole
+from fastgpt.common import UserError, load_json, write_whole
 from fastgpt.hardware.environment import ROOT
 from fastgpt.kernels import tuning
 
@@ -33,10 +33,10 @@ def facts_of(family: Family, arch: int) -> tuple[list[ranking.Facts], dict[str, 
     path = tuning.user_folder() / "compiled" / f"sm{arch}-{_slug(family.name)}.json"
     fingerprint = f"triton {triton.__version__} {_sources(family)}"
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = load_json(path)
         if kept["fingerprint"] != fingerprint:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError):
         kept = {**_compile(family, arch), "fingerprint": fingerprint}
         try:
             write_whole(path, json.dumps(kept))

@@ -12,9 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench.reports.results import read_json
 from fastgpt.anatomy import Shape
-from fastgpt.common import UserError
+from fastgpt.common import UserError, load_json
 from fastgpt.config import load_preset
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
@@ -52,7 +51,7 @@ def read(path: Path) -> tuple[Gpu, list[Pair]]:
 
     Raises UserError if the file cannot be read, is no such file, or was not measured on a GPU of the table.
     """
-    results = read_json(path, "measured file")
+    results = load_json(path, "measured file")
     try:
         gpu = _gpu(results["environment"], path)
         pairs = list(_pairs(results, gpu))

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from fastgpt.common import UserError
+from fastgpt.common import UserError, load_json
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.bench", 1
 KINDS = ("kernels", "gpu", "suite", "ablation")
@@ -61,19 +61,9 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9+]+", "-", name.lower()).strip("-")
 
 
-def read_json(path: Path, name: str = "results file") -> Any:
-    """The JSON in a file. Raises UserError, which calls the file ``name``, if it cannot be read or is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{name} {path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{name} {path} is damaged: it is not JSON; measure again") from None
-
-
 def read(path: Path, writer: str, schema: str, version: int) -> dict[str, Any]:
     """A file that the command ``writer`` wrote. Raises UserError if it is damaged, something else, or of another version."""
-    found = read_json(path)
+    found = load_json(path, "results file")
     if not isinstance(found, dict) or found.get("schema") != schema:
         raise UserError(f"{path} is not a results file of {writer}: schema is not {schema!r}")
     if found.get("schema_version") != version:

@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from json import loads
 from pathlib import Path
 
 import torch
 
-from fastgpt.common import cache_dir, write_json
+from fastgpt.common import cache_dir, read_json, write_json
 from fastgpt.config import PLAIN
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import ARITHMETICS
@@ -71,10 +70,10 @@ def measured_ceilings(device: torch.device | str, refresh: bool = False) -> Ceil
 def _read(path: Path) -> Ceilings | None:
     """The cached figures; None if the file is absent or not what ``measured_ceilings`` writes."""
     try:
-        kept = Ceilings(**loads(path.read_text()))
+        kept = Ceilings(**(read_json(path) or {}))
         figures = [kept.copy_gbs, *(rate for rate in kept.matmul_tflops.values() if rate is not None)]
         return kept if set(kept.matmul_tflops) == set(ARITHMETICS) and min(figures) > 0 else None
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (TypeError, AttributeError):
         return None
 
 

@@ -30,8 +30,8 @@ from fastgpt.checkpoints.folder import previous_good
 from fastgpt.checkpoints.read import Damaged, Source, open_directory
 from fastgpt.checkpoints.tree import join, references
 from fastgpt.checkpoints.write import own_rank
-from fastgpt.common import UserError
-from fastgpt.config import ModelConfig, differences
+from fastgpt.common import UserError, shortened
+from fastgpt.config import DataConfig, ModelConfig, differences, typed_fields
 
 
 def load(
@@ -57,7 +57,24 @@ def load(
         saved = source.reader.tensors
         targets = {n: torch.empty(saved[n].size, dtype=saved[n].properties.dtype) for n in set(references(tree))}
         source.reader.into(targets)
-        return {**join(tree, targets), "step": source.step, "world_size": len(source.ranks)}
+        found = join(tree, targets)
+        _check(found)
+        return {**found, "step": source.step, "world_size": len(source.ranks)}
+
+
+def _check(state: dict[str, Any]) -> None:
+    """Raise Damaged for a value that nobody who reads it could use: a checksum says who wrote it no more than a file's name
+    does. A field of the model that this version does not have is refused, since it may change what the model computes."""
+    config, best = state.get("config", {}), state.get("best_val_loss", 0.0)
+    if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+        raise Damaged("its config is no table of sections")
+    try:
+        typed_fields(ModelConfig, config.get("model", {}), "its [model], which a newer version may have written,")
+        typed_fields(DataConfig, {k: v for k, v in config.get("data", {}).items() if k == "tokenizer"}, "its [data]")
+    except UserError as error:
+        raise Damaged(str(error)) from error
+    if not isinstance(best, (int, float)) or best != best:
+        raise Damaged(f"its best_val_loss is {shortened(best)}")
 
 
 def check_shape(saved: dict[str, Any], config: ModelConfig, path: Path) -> None:

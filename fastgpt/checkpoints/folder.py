@@ -107,7 +107,8 @@ def previous_good(path: Path) -> str:
 
 def best(folder: Path) -> tuple[Path, float] | None:
     """The checkpoint that was saved as best with the lowest validation loss, and that loss (nats)."""
-    marked = [(float(loss), path) for path in existing(folder) if (loss := _header(path).get("best")) is not None]
+    said = [(_header(path).get("best"), path) for path in existing(folder)]
+    marked = [(float(loss), path) for loss, path in said if isinstance(loss, (int, float))]
     if not marked:
         return None
     loss, path = min(marked, key=lambda pair: pair[0])  # of equals the first: an earlier one is not replaced

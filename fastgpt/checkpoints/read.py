@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import os
 import re
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from fastgpt.common import file_sha256
+from fastgpt.common import UserError, file_sha256, load_json, shortened
 
 FORMAT = 2
 DTYPES = {
@@ -41,6 +41,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+MOST_PARTS = 1024
+"""Ranks that may have saved one tensor: each pair of their parts is compared."""
 _DATA_FILE = re.compile(r"tensors-\d{5}\.safetensors")
 
 
@@ -50,13 +52,13 @@ class Damaged(Exception):
 
 def verify(path: Path, only: str | None = None) -> None:
     """Raise Damaged unless every file (or just the one called ``only``) has the length and sha256 that the manifest says."""
+    if not (path / "manifest.json").exists():
+        raise Damaged("manifest.json is missing")
     try:
-        manifest = json.loads((path / "manifest.json").read_bytes())
+        manifest = load_json(path / "manifest.json")
         version, files = manifest["format"], manifest["files"]
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError:
-        raise Damaged("manifest.json is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         raise Damaged("manifest.json is not readable") from error
     if version != FORMAT:
         raise Damaged(f"its format is {version!r}, and this version reads {FORMAT}")
@@ -81,8 +83,8 @@ def read_member(path: Path, name: str) -> Any:
     """A JSON file of a checkpoint, itself verified. Raises Damaged."""
     verify(path, only=name)
     try:
-        return json.loads((path / name).read_bytes())
-    except (ValueError, RecursionError) as error:
+        return load_json(path / name)
+    except UserError as error:
         raise Damaged(f"{name} is not JSON") from error
 
 
@@ -105,7 +107,7 @@ class Reader(StorageReader):
                     self.chunks[MetadataIndex(name, chunk.offsets)] = stored
                 if not all(len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks):
                     raise Damaged(f"tensors.json has a part of {name} of other dimensions")
-                if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+                if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape) or not _apart(chunks, shape):
                     raise Damaged(f"tensors.json has parts of {name} that are not the whole")
                 self.tensors[name] = TensorStorageMetadata(
                     TensorProperties(dtype=DTYPES[entry["dtype"]]), shape, chunks
@@ -174,6 +176,16 @@ class Reader(StorageReader):
             raise cause from None
 
 
+def _apart(chunks: list[ChunkStorageMetadata], shape: torch.Size) -> bool:
+    """Whether the parts of a tensor lie inside of it and none on another: together with their size, that they are the whole."""
+    if len(chunks) > MOST_PARTS:
+        return False
+    ranges = [[(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes)] for chunk in chunks]
+    inside = all(0 <= low <= high <= size for ends in ranges for (low, high), size in zip(ends, shape))
+    meet = (all(a < d and c < b for (a, b), (c, d) in zip(*pair)) for pair in itertools.combinations(ranges, 2))
+    return inside and not any(meet)
+
+
 class Source(NamedTuple):
     """A checkpoint opened for reading: its plain part, and a reader of its tensors."""
 
@@ -191,6 +203,9 @@ def open_directory(path: Path, verify_all: bool) -> Source:
         verify(path)
     header, reader = read_member(path, "state.json"), Reader(path)
     try:
-        return Source(int(header["step"]), dict(header["state"]), [dict(own) for own in header["ranks"]], reader)
+        step, state, ranks = header["step"], header["state"], header["ranks"]
+        if type(step) is not int or step < 0 or not all(isinstance(part, dict) for part in (state, *ranks)):
+            raise Damaged(f"state.json says that step is {shortened(step)}, or its parts are not tables")
+        return Source(step, state, ranks, reader)
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged("state.json is not a fastgpt checkpoint's") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,3 +21,12 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def fits(state: Any) -> bool:
+    """Whether ``set_rng_state`` could put back what a file holds."""
+    try:
+        torch.Generator().set_state(state["cpu"])
+        return "cuda" not in state or (state["cuda"].dtype, state["cuda"].dim()) == (torch.uint8, 1)
+    except (TypeError, KeyError, RuntimeError, AttributeError):
+        return False

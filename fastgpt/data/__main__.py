@@ -14,7 +14,7 @@ from rich.table import Table
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, duration
-from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, read_manifest
+from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, check_complete, read_manifest
 from fastgpt.data.preparation import prepare
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.data.verification import verify_files
@@ -103,9 +103,7 @@ def _check(options: Check) -> int:
         raise UserError(f"folder {str(options.folder)!r} holds no .bin files: name one that holds token shards")
     manifest = read_manifest(options.folder) or {"shards": []}
     vocab_size = options.vocab_size or manifest.get("vocab_size", 50257)
-    missing = {shard["file"] for shard in manifest["shards"]} - {file.name for file in files}
-    if missing:
-        raise UserError(f"folder {str(options.folder)!r} lacks {', '.join(sorted(missing))}, which its manifest names")
+    check_complete(options.folder)
     verify_files(files, vocab_size)
     against = "the manifest's sha256" if manifest["shards"] else "no manifest here: sha256 not compared"
     print(f"{len(files)} files are whole ({against}), every id is below {vocab_size}")

@@ -133,6 +133,7 @@ class TokenLoader:
         ]
         if wrong:
             raise UserError(f"the data is not what the checkpoint was trained on ({'; '.join(wrong)})")
+        at_least(0, position=state["position"], seed=state["seed"])
         self.position, self.seed = state["position"], state["seed"]
         self._forget()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastgpt.common import UserError, read_json
+from fastgpt.common import UserError, load_json
 from fastgpt.data.corpora import Corpus
 from fastgpt.data.shards import open_shard
 from fastgpt.data.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ PROGRESS = "progress.json"
 FORMAT = 2
 VAL_FRACTION = 0.05
 SHARD_TOKENS = 100_000_000
-_OF_A_SHARD = {"file", "tokens", "sha256"}
+_OF_A_SHARD = {"file": str, "tokens": int, "sha256": str}
 
 
 def recipe_of(
@@ -43,12 +43,34 @@ def recipe_of(
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared folder; None if it has none, or one of another program."""
-    manifest = read_json(folder / MANIFEST)
-    shards = manifest.get("shards") if manifest is not None else None
-    if not isinstance(shards, list) or not all(isinstance(s, dict) and _OF_A_SHARD <= s.keys() for s in shards):
+    """The manifest of a prepared folder; None if it has none, or one of another program. Raises UserError for one that is
+    damaged or of a newer version."""
+    path = folder / MANIFEST
+    manifest = load_json(path, "manifest") if path.exists() else None
+    if not isinstance(manifest, dict) or "shards" not in manifest:
         return None
+    version, shards = manifest.get("format"), manifest["shards"]
+    if type(version) is int and version > FORMAT:
+        raise UserError(f"manifest {path} has format {version} and this version reads up to {FORMAT}: update fastgpt")
+    if not isinstance(shards, list) or not all(isinstance(s, dict) and _is_shard(s) for s in shards):
+        raise UserError(f"manifest {path} is damaged: its shards are no list of files with tokens and sha256")
     return manifest
+
+
+def _is_shard(said: dict[str, Any]) -> bool:
+    return (
+        all(type(said.get(key)) is kind for key, kind in _OF_A_SHARD.items())
+        and Path(said["file"]).name == said["file"]
+    )
+
+
+def check_complete(folder: Path) -> None:
+    """Raise UserError if a shard is missing that the folder's manifest names."""
+    said = [shard["file"] for shard in (read_manifest(folder) or {"shards": []})["shards"]]
+    if missing := [name for name in said if not (folder / name).is_file()]:
+        raise UserError(
+            f"folder {str(folder)!r} lacks {', '.join(missing[:5])}, which its manifest names: copy or prepare it again"
+        )
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:

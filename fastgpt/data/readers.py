@@ -23,6 +23,8 @@ PIECE = 1 << 20
 """Bytes after which a long text file continues as another document, at the end of a line. So no file is ever in memory
 as a whole, and a long file contributes to both sides of the split."""
 LONG_LINE = 1 << 16
+LONGEST_LINE = 1 << 28
+"""Bytes of the longest line of JSON: a few kilobytes of gzip can hold gigabytes without an end of line."""
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 TABLE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -101,7 +103,12 @@ def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[Document]:
         raw = stack.enter_context(path.open("rb"))
         lines = stack.enter_context(_decompressed(path, raw))
         try:
-            for number, line in enumerate(islice(lines, skip, None), skip + 1):
+            whole_lines = iter(lambda: lines.readline(LONGEST_LINE + 1), b"")
+            for number, line in enumerate(islice(whole_lines, skip, None), skip + 1):
+                if len(line) > LONGEST_LINE:
+                    raise UserError(
+                        f"data {str(path)!r} line {number} is longer than {LONGEST_LINE >> 20} MiB: put one document on a line"
+                    )
                 yield Document(_text_of(line, path, number, column) if line.strip() else "", raw.tell())
         except (EOFError, zlib.error, OSError) as error:
             raise UserError(f"data {str(path)!r} cannot be decompressed: {first_line(error)}") from error

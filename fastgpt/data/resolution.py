@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fastgpt.common import UserError, cache_dir
 from fastgpt.data.corpora import STDLIB, is_hub_name, open_corpus
-from fastgpt.data.manifest import PROGRESS, read_manifest, recipe_of
+from fastgpt.data.manifest import PROGRESS, check_complete, read_manifest, recipe_of
 from fastgpt.data.preparation import prepare
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
 
@@ -54,6 +54,7 @@ def resolve(data: str, tokenizer: str, vocab_size: int) -> ResolvedData:
         for split, found in (("train", train), ("val", val)):
             if not found:
                 raise UserError(f"data {data!r} holds token files but no *{split}*.bin: both train and val are needed")
+        check_complete(path)
         made_with = (read_manifest(path) or {}).get("tokenizer", tok.name)
         if made_with != tok.name:
             raise UserError(f"data {data!r} was made with the {made_with} tokenizer: tokenizer is {tok.name!r}")

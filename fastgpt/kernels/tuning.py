@@ -34,7 +34,6 @@ says otherwise. What the model ranks for such a matmul is a hint for bench.tune,
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from fastgpt.common import cache_dir
+from fastgpt.common import UserError, cache_dir, load_json
 from fastgpt.hardware import cards
 from fastgpt.kernels import runtime
 
@@ -170,9 +169,9 @@ def read(path: Path) -> Table:
     """The table in a file, whose configs are not checked yet (``Table.check``). Raises ValueError, saying what is wrong with
     it; OSError if it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"it is not JSON: {error}") from None
+        found = load_json(path)
+    except UserError as error:
+        raise ValueError(str(error)) from error
     try:
         if (found["schema"], found["schema_version"]) != (SCHEMA, SCHEMA_VERSION):
             raise ValueError(f"schema {found['schema']!r} version {found['schema_version']!r} is not of this version")

@@ -7,7 +7,6 @@ power limit for as long as the run takes. ``fit_batch`` and ``check_fits`` apply
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +32,7 @@ CHINCHILLA = 20
 """Compute-optimal tokens per parameter (Hoffmann et al. 2022, table 3), excluding position embeddings."""
 
 CPU_SHARE = 0.25
-"""Share of a computer's free memory that a run on the CPU may plan with: other programs need some of it."""
+"""Share of a computer's free memory that ``--batch-size auto`` takes on the CPU: other programs need some of it."""
 
 
 # ---------------------------------------------------------------- geometry
@@ -259,14 +258,14 @@ def fit_batch(config: Config, free: int, world_size: int = 1, *, device: str = "
     return micro_batch, per_gpu * world_size
 
 
-def check_fits(config: Config, free: int, world_size: int = 1) -> None:
-    """Raise UserError, naming what would fit, if the configured micro-batch cannot fit into ``free`` bytes of a GPU even if the
-    memory model counts too much by its known error and no margin is left."""
-    job = Job.of(config, world_size, "cuda")
+def check_fits(config: Config, free: int, world_size: int = 1, *, device: str = "cuda") -> None:
+    """Raise UserError, naming what would fit, if the configured micro-batch cannot fit into ``free`` bytes even if the memory
+    model counts too much by its known error and no margin is left."""
+    job = Job.of(config, world_size, device)
     needed = job.needs(config.data.batch_size)
     if needed.allocated * (1 - MARGIN) <= free:
         return
-    micro_batch, grad_accum = fit_batch(config, free, world_size)
+    micro_batch, grad_accum = fit_batch(config, free, world_size, device=device)
     raise UserError(
         f"batch_size is {config.data.batch_size}: it needs about {gigabytes(needed.total)} ({job.kernels}, "
         f"{job.precision}) of the {gigabytes(free)} free: --batch-size {micro_batch} --grad-accum "
@@ -275,15 +274,14 @@ def check_fits(config: Config, free: int, world_size: int = 1) -> None:
 
 
 def free_bytes(device: str) -> int:
-    """Free memory for a run: that of the current CUDA device, or ``CPU_SHARE`` of the computer's free memory."""
+    """Free memory: that of the current CUDA device, or the computer's, swap included."""
     if device == "cuda":
         import torch
 
         return torch.cuda.mem_get_info()[0]
-    try:
-        return int(CPU_SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, OSError, ValueError):  # Windows and macOS do not say
-        return 2 * 2**30
+    import psutil  # not for those who only ask what fits a card
+
+    return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
 def _projected(job: Job, gpu: cards.Gpu | None, micro_batch: int, grad_accum: int) -> dict[str, Any]:

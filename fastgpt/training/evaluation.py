@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastgpt.common import UserError, first_line
+from fastgpt.common import UserError, first_line, read_text, shortened
 from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
 from fastgpt.model import GPT
 from fastgpt.ops import autocast
@@ -115,12 +115,12 @@ def load_hellaswag(source: str) -> list[HellaSwagExample]:
 
             rows = parquet.read_table(source).to_pylist()
         else:
-            rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
-        examples = [
-            HellaSwagExample(row["ctx"], tuple(row["endings"]), int(row["label"]))
-            for row in rows
-            if str(row["label"]) != ""
-        ]
+            lines = read_text(Path(source), "hellaswag file").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+        labelled = [(number, row) for number, row in enumerate(rows, 1) if str(row["label"]) != ""]
+        examples = [_example(row, f"hellaswag file {source}, row {number},") for number, row in labelled]
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(f"hellaswag is {source!r}, for which a package is missing: pip install {error.name}") from error
     except (KeyError, TypeError) as error:
@@ -133,6 +133,21 @@ def load_hellaswag(source: str) -> list[HellaSwagExample]:
     if not examples:
         raise UserError(f"hellaswag file {source} holds no example with a label")
     return examples
+
+
+def _example(row: dict[str, Any], where: str) -> HellaSwagExample:
+    """A row, if it can be scored: a context, at least two endings, and the label of one. Raises UserError beginning with
+    ``where``."""
+    context, endings, label = row["ctx"], row["endings"], row["label"]
+    if not isinstance(context, str) or not context:
+        raise UserError(f"{where} has no context: ctx is {shortened(repr(context))}")
+    if not isinstance(endings, (list, tuple)) or len(endings) < 2 or not all(e and isinstance(e, str) for e in endings):
+        raise UserError(f"{where} has no two endings to choose from: endings is {shortened(repr(endings))}")
+    if str(label) not in map(str, range(len(endings))):
+        raise UserError(
+            f"{where} has label {shortened(repr(label))}: of {len(endings)} endings the last is {len(endings) - 1}"
+        )
+    return HellaSwagExample(context, tuple(endings), int(label))
 
 
 @torch.no_grad()

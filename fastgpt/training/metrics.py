@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.checkpoints.folder import METRICS
-from fastgpt.common import UserError, first_line, write_whole
+from fastgpt.common import UserError, first_line, open_file, write_whole
 from fastgpt.config import Config
 from fastgpt.training.outlets import Appended, Outlet
+
+LONGEST_LINE = 1 << 20
+"""Bytes; a longer line is cut, and then is no record."""
 
 
 class Metrics:
@@ -117,23 +120,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises UserError for a file that is missing or no metrics file.
     """
     path = path / METRICS if path.is_dir() else path
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"metrics file {path} cannot be read ({getattr(error, 'strerror', None) or 'not text'})"
-        ) from error
     records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise UserError(f"metrics file {path} is damaged: line {number} is not a JSON object") from error
-        records.append(record)
+    try:
+        with open_file(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                try:
+                    record = json.loads(line)
+                    if not isinstance(record, dict):
+                        raise ValueError
+                except (ValueError, RecursionError) as error:
+                    if not file.read(1):
+                        break
+                    raise UserError(f"metrics file {path} is damaged: line {number} is not a JSON object") from error
+                records.append(record)
+    except OSError as error:
+        raise UserError(f"metrics file {path} cannot be read ({error.strerror})") from error
     return records
 
 

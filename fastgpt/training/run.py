@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.checkpoints import checkpoint, folder, rng
-from fastgpt.common import UserError
+from fastgpt.common import LARGEST, UserError, shortened
 from fastgpt.config import SECTIONS, Config, differences
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.resolution import resolve
@@ -128,18 +128,18 @@ class Run:
 def choose_geometry(config: Config, device: torch.device, world: World) -> Config:
     """The configuration with its micro-batch decided: ``--batch-size auto`` takes the largest that fits.
 
-    Raises UserError for a micro-batch that cannot fit a GPU (unless the doctor is off), naming what does.
+    Raises UserError for a micro-batch that cannot fit (unless the doctor is off), naming what does.
     """
-    guarded = device.type == "cuda" and config.train.doctor  # a CPU swaps
-    if not (config.data.auto_batch or guarded):
+    if not (config.data.auto_batch or config.train.doctor):
         return config
     from fastgpt.performance import fitting
 
     room = int(world.broadcast(str(fitting.free_bytes(device.type))))  # ranks have to agree
     if config.data.auto_batch:
-        micro_batch, grad_accum = fitting.fit_batch(config, room, world.size, device=device.type)
+        share = fitting.CPU_SHARE if device.type == "cpu" else 1
+        micro_batch, grad_accum = fitting.fit_batch(config, int(share * room), world.size, device=device.type)
         return replace(config, data=replace(config.data, batch_size=micro_batch, grad_accum=grad_accum))
-    fitting.check_fits(config, room, world.size)
+    fitting.check_fits(config, room, world.size, device=device.type)
     return config
 
 
@@ -267,12 +267,44 @@ def find_saved(config: Config) -> ResumePoint | None:
     path, damaged = folder.newest_valid(where) if is_run else (folder.resolve(where), [])
     values = checkpoint.load(path, without=_WEIGHTS, verify=not is_run)
     checkpoint.check_shape(values["config"], config.model, path)
+    check_saved(values, path)
     # With "auto" that is no error: a script that restarts the run until all steps are done has to come to an end.
     if values["step"] >= config.train.max_iters and asked != "auto":
         raise UserError(
             f"max_iters is {config.train.max_iters} but checkpoint {path} has done {values['step']} steps: raise --max-iters"
         )
     return ResumePoint(path, values, damaged)
+
+
+def check_saved(values: dict[str, Any], path: Path) -> None:
+    """Raise UserError for a value of the run's own (``Run.state``) that ``restore`` could not use."""
+
+    def numbers(value: Any, kinds: tuple[type, ...], least: float) -> bool:
+        return isinstance(value, list) and all(type(one) in kinds and least <= one <= LARGEST for one in value)
+
+    whole = (int,)
+    loader, geometry = values.get("loader"), values.get("geometry")
+    fits = {
+        "run": isinstance(values.get("run", ""), str),
+        "spikes": numbers(values.get("spikes", []), (int, float), -LARGEST),
+        "rng": "rng" not in values or rng.fits(values["rng"]),
+        "scaler": isinstance(values.get("scaler", {}), dict),
+        "loader": loader is None
+        or (
+            isinstance(loader, dict)
+            and numbers([loader.get(key) for key in ("position", "seed", "windows", "block_size")], whole, 0)
+        ),
+        "geometry": geometry is None
+        or (
+            isinstance(geometry, dict)
+            and all(numbers(p := geometry.get(k, []), whole, 1) and len(p) == 2 for k in ("asked", "used"))
+        ),
+    }
+    for name, fit in fits.items():
+        if not fit:
+            raise UserError(
+                f"checkpoint {path} has {name} {shortened(values[name])}, which no run of fastgpt writes: take another one"
+            )
 
 
 def restore(run: Run, saved: ResumePoint) -> None:

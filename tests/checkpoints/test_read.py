@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -60,6 +61,26 @@ HOSTILE_JSON = {
     "another dtype": ("tensors.json", set_in("x", "dtype", value="F64")),
     "unknown dtype": ("tensors.json", set_in("x", "dtype", value="object")),
     "a negative size": ("tensors.json", set_in("x", "shape", value=[-1])),
+    "outside of the tensor": ("tensors.json", set_in("x", "chunks", 0, "offsets", value=[7])),
+    "before the tensor": ("tensors.json", set_in("x", "chunks", 0, "offsets", value=[-1])),
+    "one part on another": (
+        "tensors.json",
+        lambda c: c["x"].update(chunks=[{**c["x"]["chunks"][0], "offsets": [at], "sizes": [500]} for at in (0, 400)]),
+    ),
+    "more parts than ranks": (
+        "tensors.json",
+        lambda c: c["x"].update(chunks=[{**c["x"]["chunks"][0], "offsets": [i], "sizes": [i % 2]} for i in range(2000)]),
+    ),
+    "a step before the first": ("state.json", set_in("step", value=-1)),
+    "a step in words": ("state.json", set_in("step", value="3")),
+    "a list as state": ("state.json", set_in("state", value=[])),
+    "a config that is a list": ("state.json", set_in("state", "config", value=[1])),
+    "a section that is a number": ("state.json", set_in("state", "config", value={"data": 3})),
+    "a size in words": ("state.json", set_in("state", "config", value={"model": {"n_layer": "2"}})),
+    "a newer version's field": ("state.json", set_in("state", "config", value={"model": {"rope": True}})),
+    "an unknown tokenizer": ("state.json", set_in("state", "config", value={"data": {"tokenizer": ["gpt2"]}})),
+    "a best loss in words": ("state.json", set_in("state", "best_val_loss", value="low")),
+    "a best loss that is none": ("state.json", set_in("state", "best_val_loss", value=float("nan"))),
     "no table": ("tensors.json", set_in("x", value=[])),
     "no step": ("state.json", lambda c: c.pop("step")),
     "no such tensor": ("state.json", set_in("state", "x", value={"$tensor": "y"})),
@@ -103,3 +124,16 @@ def test_a_pickle_in_a_checkpoint_is_never_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"names a file 'evil\.pkl'"):
         checkpoint.load(bad)
     assert not (tmp_path / "ran-code").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "tensors.json", "tensors-00000.safetensors"])
+def test_a_fifo_in_a_checkpoint_is_not_waited_for(tmp_path, name):
+    path = save(tmp_path, 1)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    if name != "manifest.json":
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["files"][name]["bytes"] = 0
+        (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="is damaged or not a fastgpt checkpoint"):
+        checkpoint.load(path)

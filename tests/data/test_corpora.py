@@ -149,3 +149,12 @@ def test_jsonl_surrogates_survive(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"text": "\ud800"}))
     assert texts(path) == ["\ud800"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_without_an_end_is_not_read_as_a_whole(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
+    content = json.dumps({"text": "a"}).encode() + b"\n" + bytes(10**6)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UserError, match=r"line 2 is longer than .* put one document on a line"):
+        texts(tmp_path / name)

@@ -16,6 +16,7 @@ from fastgpt.common import UserError, duration
 from fastgpt.data import __main__ as command
 from fastgpt.data import progress
 from fastgpt.data.progress import ProgressReport
+from fastgpt.data.resolution import resolve
 
 
 @pytest.fixture
@@ -169,3 +170,27 @@ def test_a_bar_on_a_terminal():
 )
 def test_durations(seconds, said):
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda m, out: (out / m["shards"][0]["file"]).unlink(), "lacks train.*, which its manifest names"),
+        (lambda m, out: m.update(format=99), "has format 99 and this version reads up to 2: update fastgpt"),
+        (lambda m, out: m.update(shards=5), "its shards are no list"),
+        (lambda m, out: m["shards"][0].update(tokens="many"), "its shards are no list"),
+        (lambda m, out: m["shards"][0].update(file="../x.bin"), "its shards are no list"),
+        (lambda m, out: m.clear() or "{", "is damaged: it is not JSON"),
+        (lambda m, out: "[" * 100_000, "is damaged: it is not JSON"),
+    ],
+)
+def test_a_folder_whose_manifest_is_wrong_is_neither_checked_nor_trained_on(tmp_path, texts, change, sentence):
+    out = tmp_path / "out"
+    command.main(["prepare", texts, "--out", str(out), "--tokenizer", "bytes", "--shard-tokens", "100"])
+    manifest = json.loads((out / "manifest.json").read_text())
+    written = change(manifest, out)
+    (out / "manifest.json").write_text(written if isinstance(written, str) else json.dumps(manifest))
+    for use in (lambda: command.main(["check", str(out)]), lambda: resolve(str(out), "bytes", 256)):
+        with pytest.raises(UserError, match=sentence) as error:
+            use()
+        assert "\n" not in str(error.value)

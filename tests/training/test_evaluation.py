@@ -70,6 +70,16 @@ def test_jsonl_and_parquet_files_are_read_and_unlabelled_rows_left_out(tmp_path)
         ("{not json", "cannot be read"),
         ('{"text": "a"}', "columns ctx, endings and label"),
         ("", "holds no example"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"ctx": "", "endings": ["a", "b"], "label": 0}', "row 1, has no context"),
+        ('{"ctx": null, "endings": ["a", "b"], "label": 0}', "row 1, has no context: ctx is None"),
+        ('{"ctx": "a", "endings": [], "label": 0}', "row 1, has no two endings"),
+        ('{"ctx": "a", "endings": "ab", "label": 0}', "row 1, has no two endings"),
+        ('{"ctx": "a", "endings": ["a", ""], "label": 0}', "row 1, has no two endings"),
+        ('\n{"ctx": "a", "endings": ["a", "b"], "label": 9}', "row 1, has label 9: of 2 endings the last is 1"),
+        ('{"ctx": "a", "endings": ["a", "b"], "label": -1}', "row 1, has label -1"),
+        ('{"ctx": "a", "endings": ["a", "b"], "label": 0.5}', "row 1, has label 0.5"),
+        ('["ctx"]', "columns ctx, endings and label"),
     ],
 )
 def test_bad_files_end_in_one_sentence(tmp_path, content, words):

@@ -1,5 +1,6 @@
 """metrics.jsonl: every step exactly once across crashes and resumes, and never another run's file."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,18 @@ def test_another_runs_file_is_refused_and_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"another run \(a, the checkpoint is of b\)"):
         Metrics(tmp_path, "b", 3, CONFIG)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_would_never_end_is_no_metrics_file(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"cannot be read .it is not a regular file"):
+        metrics.read(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    monkeypatch.setattr(metrics, "LONGEST_LINE", 1000)
+    for line in ("1" * 5000, "[" * 900):
+        (tmp_path / "metrics.jsonl").write_text('{"run": "a"}\n' + line + "\n{}\n")
+        with pytest.raises(UserError, match="line 2 is not a JSON object"):
+            metrics.read(tmp_path)
 
 
 def test_a_damaged_file_and_a_missing_one_end_in_one_sentence(tmp_path):

@@ -5,10 +5,12 @@ import math
 import random
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from fastgpt.checkpoints import rng
 from fastgpt.common import UserError
 from fastgpt.config import load_preset
 from fastgpt.performance import fitting
@@ -47,7 +49,12 @@ def test_a_micro_batch_that_cannot_fit_is_refused_with_what_would(config, monkey
         choose_geometry(large, CUDA, World())
     unchecked = replace(large, train=replace(large.train, doctor=False))
     assert choose_geometry(unchecked, CUDA, World()) == unchecked
-    assert choose_geometry(large, CPU, World()) == large  # a CPU swaps
+    with pytest.raises(
+        UserError, match=r"batch_size is 64: it needs about \d\d.* GB \(triton, fp32\) of the 6.0 GB free: --batch"
+    ):
+        choose_geometry(large, CPU, World())
+    with pytest.raises(UserError, match=r"micro_batch is 1 and does not fit: .* 5.7 GB usable"):
+        choose_geometry(replace(large, model=replace(large.model, n_layer=48)), CPU, World())
 
 
 def test_what_fits_is_left_alone(config, monkeypatch):
@@ -108,3 +115,52 @@ def test_what_is_not_finite_never_joins_and_a_flat_window_says_nothing():
     assert zscore(last, math.nan) is None and zscore(last, math.inf) is None
     assert list(last) == [1.0] * SPIKE_WINDOW
     assert zscore(last, 2.0) is None
+
+
+# ---- a checkpoint's values
+
+
+def saved():
+    return {
+        "run": "abc",
+        "spikes": [3.5, 4],
+        "rng": rng.rng_state(),
+        "scaler": {},
+        "loader": {"position": 3, "seed": 1, "windows": 9, "block_size": 8, "order": 2},
+        "geometry": {"asked": [8, 1], "used": [4, 2]},
+    }
+
+
+def test_what_a_run_saves_is_taken_and_so_is_a_converted_checkpoint():
+    run.check_saved(saved(), Path("run"))
+    run.check_saved({}, Path("run"))
+
+
+WRONG = {
+    "run": [3],
+    "spikes": [{}, ["a"], [math.nan]],
+    "rng": [
+        [],
+        {},
+        {"cpu": "x"},
+        {"cpu": torch.zeros(4, dtype=torch.uint8)},
+        {**rng.rng_state(), "cuda": torch.zeros(3)},
+    ],
+    "scaler": [1],
+    "loader": [
+        5,
+        {},
+        *({**saved()["loader"], **one} for one in ({"position": "3"}, {"seed": -1}, {"position": 2**70})),
+    ],
+    "geometry": [
+        [8, 1],
+        *({"asked": [8, 1], **one} for one in ({}, {"used": [0, 8]}, {"used": [8]}, {"used": [4.0, 2]})),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_value_of_another_kind_is_refused_before_the_run_is_built(name, value):
+    with pytest.raises(UserError, match=f"^checkpoint run has {name} .*which no run of fastgpt writes") as error:
+        run.check_saved({**saved(), name: value}, Path("run"))
+    assert "\n" not in str(error.value)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastgpt import anatomy
 from fastgpt.checkpoints.formats.nanogpt import load_file
 from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, tied
-from fastgpt.common import UserError, atomic_folder, first_line, read_json, write_json
+from fastgpt.common import UserError, atomic_folder, first_line, open_file, read_json, write_json
 from fastgpt.config import Config, DataConfig, ModelConfig
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
@@ -83,7 +83,7 @@ def read(folder: Path) -> Portable:
     own = own if isinstance(own, dict) else {}
     pdrops = [values[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
     notes: list[str] = []
-    if len(set(pdrops)) > 1:
+    if any(pdrop != pdrops[0] for pdrop in pdrops):
         notes.append(f"the three dropouts {pdrops} become one, {pdrops[0]}")
     block_size = values.get("n_positions", values["n_ctx"])
     shape = {**values, "block_size": block_size, "bias": own.get("bias", True), "dropout": pdrops[0]}
@@ -185,13 +185,13 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     whole, index, pickled = (
         folder / name for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
     )
-    if whole.exists():
+    if whole.is_file():
         files = [whole]
-    elif index.exists():
+    elif index.is_file():
         names = _json(index).get("weight_map")
         shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
         files = [folder / Path(name).name for name in shards]
-    elif pickled.exists():
+    elif pickled.is_file():
         saved = load_file(pickled)
         if not isinstance(saved, dict):
             raise UserError(f"{pickled} is not a table of tensors")
@@ -201,6 +201,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
         try:
+            open_file(file).close()
             tensors.update(load_safetensors(file))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} cannot be read ({first_line(error)})") from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import anatomy
-from fastgpt.common import UserError
+from fastgpt.common import UserError, shortened
 from fastgpt.config import ModelConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -90,5 +90,8 @@ def model_config(source: str, values: Mapping[str, Any]) -> ModelConfig:
         value = values.get(name)
         kind: Any = kinds.get(name, int)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"{source} says that {name} is {value!r}: it is no configuration of a GPT-2")
-    return ModelConfig(**{name: values[name] for name in fields})
+            raise UserError(f"{source} says that {name} is {shortened(repr(value))}: it is no configuration of a GPT-2")
+    try:
+        return ModelConfig(**{name: values[name] for name in fields})
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from fastgpt.common import UserError, nearest, tomllib
+from fastgpt.common import nearest, parse_toml
 from fastgpt.config import SECTIONS, Config
 from fastgpt.doctor.evidence import ConfigFacts, Place, Setting, Unread
 from fastgpt.doctor.reading.literals import comment_of
@@ -29,10 +29,7 @@ def parse_fastgpt(text: str, file: str) -> ConfigFacts:
     """A fastgpt TOML file (a config or a preset) under nanoGPT's names; [cuda.*] sections count, as on a GPU.
 
     Raises UserError if it is not TOML; keys that fastgpt does not have go into ``unread``."""
-    try:
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"config file {file} is not valid TOML: {error}") from error
+    table = parse_toml(text, f"config file {file}")
     facts = ConfigFacts("fastgpt", defaults=_defaults())
     lines = text.split("\n")
     where: dict[tuple[str, str], int] = {}
