@@ -62,8 +62,9 @@ class PlanConfig:
     """GB on the card's box, where it is not in the table or part of it is taken."""
     kernels: Literal["nanogpt-compile", "eager", "compile", "triton"] | None = None
     """One of them; without it, all are compared."""
-    precision: Literal["bf16", "fp16", "fp16-fast", "fp8", "fp32"] = "bf16"
-    """fp16-fast and fp8 are experimental, and --kernels triton's alone."""
+    precision: Literal["auto", "bf16", "fp16", "fp16-fast", "fp8", "fp32"] = "auto"
+    """auto is bf16, or fp16 on cards without it (Turing, Volta). fp16-fast and fp8 are experimental, and --kernels triton's
+    alone."""
     world_size: int = 1
     """GPUs of this kind that share a step (speed: no communication counted)."""
     n_layer: int | None = None
@@ -85,16 +86,23 @@ def main(args: list[str]) -> int:
 
     plans: dict[str, RunPlan | None] = {}
     refused: dict[str, UserError] = {}
+    old = card is not None and card.peak_flops("bf16") is None
+    precision = ("fp16" if old else "bf16") if asked.precision == "auto" else asked.precision
     for kernels in [asked.kernels] if asked.kernels else KERNELS:
         try:
-            if asked.precision in EXPERIMENTAL and kernels != "triton":
-                raise UserError(f"precision is {asked.precision!r}, which only --kernels triton has")
+            if precision in EXPERIMENTAL and kernels != "triton":
+                raise UserError(f"precision is {precision!r}, which only --kernels triton has")
+            if old and card is not None and (kernels == "triton" or precision == "bf16"):
+                which = "kernels is 'triton'" if kernels == "triton" else "precision is 'bf16'"
+                raise UserError(
+                    f"{which}, which {card.name} ({card.arch}) cannot run: use --kernels eager --precision fp16"
+                )
             plans[kernels] = plan(
                 base.model,
                 card,
                 tokens_per_step=tokens_per_step,
                 kernels=kernels,
-                precision=asked.precision,
+                precision=precision,
                 vram_gb=vram_gb,
                 tokens=asked.tokens,
                 world_size=asked.world_size,
@@ -103,8 +111,8 @@ def main(args: list[str]) -> int:
             plans[kernels], refused[kernels] = None, error
     fitting = {kernels: p for kernels, p in plans.items() if p is not None}
     if not fitting:
-        raise list(refused.values())[-1]  # triton's: it needs the least
-    best = fitting.get("triton") or next(iter(fitting.values()))
+        raise list(refused.values())[-2 if old and not asked.kernels else -1]  # of what can run, what needs the least
+    best = fitting.get("triton") or fitting.get("compile") or next(iter(fitting.values()))
     if asked.json:
         print(dumps(best.to_json() | {"plans": {kernels: p.to_json() for kernels, p in fitting.items()}}, indent=2))
         return 0
@@ -158,7 +166,7 @@ def _head(best: RunPlan, card: cards.Gpu | None, vram_gb: float | None) -> str:
     on_box = vram_gb if vram_gb is not None else card.vram_gb if card else 0
     total = on_box * 2**30
     margin = MARGIN * total
-    desktop = total - CUDA_CONTEXT - margin - usable_vram(card, vram_gb)
+    desktop = max(0.0, total - CUDA_CONTEXT - margin - usable_vram(card, vram_gb))  # not -0.00
     gpus = f"{best.world_size} x " if best.world_size > 1 else ""
     return (
         f"{millions(parameters)} parameters (excluding position embeddings)  L{model.n_layer} H{model.n_head} C{model.n_embd} "

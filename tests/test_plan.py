@@ -449,6 +449,19 @@ def test_no_gpu_and_none_named(monkeypatch):
     assert main(["--vram", "12"]) == 0
 
 
+@pytest.mark.parametrize("card", ["t4", "v100"])
+def test_a_card_without_bf16_is_planned_in_fp16_without_the_kernels(capsys, card):
+    printed = run(capsys, "--gpu", card)
+    assert "tokens per step  fp16" in printed and "dtype = 'float16'" in printed
+    assert 'precision = "fp16"' in printed and 'kernels = "eager"' in printed and "compile = true" in printed
+    assert f"triton: kernels is 'triton', which {cards.lookup(card).name}" in printed
+    for flags in (["--kernels", "triton"], ["--precision", "bf16"]):
+        with pytest.raises(UserError, match="cannot run: use --kernels eager --precision fp16"):
+            main(["--gpu", card, *flags])
+    with pytest.raises(UserError, match="does not fit"):
+        main(["--gpu", card, "--n-layer", "400"])
+
+
 def test_the_card_present_is_the_default(monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: types.SimpleNamespace(total_memory=12282 * 2**20))

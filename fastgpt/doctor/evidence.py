@@ -110,7 +110,8 @@ class Note:
 
     ``kind``: "parameters" (value: count), "tokens_per_step" (value), "no_decay" (tensors without weight decay),
     "sm_gate", "oom", "nan", "resume", "checkpoint", "device" (value: name), "precision" (value: fastgpt's, as it is in
-    force), "traceback", "no_cuda", "no_triton", "no_bf16", "vocab" (value), "override" (value: (name, value)).
+    force), "traceback", "no_cuda", "no_triton", "no_compiler",
+    "no_bf16", "vocab" (value), "override" (value: (name, value)).
     """
 
     kind: str

@@ -23,7 +23,7 @@ def pick(device: str, kernels: str) -> torch.device:
     if device != "cpu" and (unused := requirements.unused_gpu()) is not None:
         raise UserError(f"{unused}; --device cpu does without the card")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device is 'cuda' but {requirements.no_gpu()}: use --device cpu or auto")
+        raise UserError(f"device is 'cuda' but torch {torch.__version__} sees no CUDA GPU: use --device cpu or auto")
     if device == "auto":
         device = present()
     if kernels == "triton":

@@ -1,4 +1,4 @@
-"""The machine: no CUDA, a torch without Triton, a card without bf16, too little memory."""
+"""The machine: no CUDA, a torch without Triton or C compiler, a card without bf16, too little memory."""
 
 from __future__ import annotations
 
@@ -94,6 +94,17 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
     if notes := log.all("no_triton"):
         windows = any(re.search(r"win(dows|32)|[A-Z]:\\", note.text, re.IGNORECASE) for note in log.notes)
         yield _no_triton([(notes[0].place, notes[0].text)], windows)
+    if notes := log.all("no_compiler"):
+        yield Finding(
+            "no_compiler",
+            "critical",
+            "Triton had no C compiler, or no Python.h, to build the launcher of its kernels with",
+            [(notes[0].place, notes[0].text)],
+            "Triton, and torch.compile on a GPU through it, compile a small C module before the first launch. A fresh "
+            "Ubuntu or WSL has neither a compiler nor Python's headers.",
+            "sudo apt install build-essential python3-dev",
+            cost=1.0,
+        )
     if notes := log.all("oom"):
         batch = figures.config.get("batch_size")
         yield Finding(

@@ -57,6 +57,7 @@ def test_errors_in_the_log():
         ("no_cuda", "AssertionError: Torch not compiled with CUDA enabled", "no_cuda"),
         ("no_triton", "RuntimeError: Cannot find a working triton installation", "no_triton"),
         ("no_bf16", "RuntimeError: bfloat16 is not supported on this GPU", "no_bf16"),
+        ("no_compiler", "fatal error: Python.h: No such file or directory", "no_compiler"),
         ("oom", "torch.OutOfMemoryError: CUDA out of memory.", "out_of_memory"),
     ]:
         finding = only(examine(log=log(notes=(note(kind, text),))), check)
