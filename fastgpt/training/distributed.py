@@ -217,11 +217,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     passes without a backward pass nothing else would release them."""
     from torch.distributed.fsdp import FSDPModule
 
+    from fastgpt.kernels.working_copy import copies_kept
+
     model.eval()
     if isinstance(model, FSDPModule):
         model.unshard()
     try:
-        yield
+        with copies_kept():
+            yield
     finally:
         if isinstance(model, FSDPModule):
             model.reshard()
