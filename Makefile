@@ -7,13 +7,22 @@ ARGS   ?=
 JOBS   ?= 2
 BIN     = $(VENV)/bin
 
-.PHONY: train test lint audit install clean
+.PHONY: train test test-versions test-oldest test-newest lint audit install clean
 
 train: install
 	$(BIN)/python train.py $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The kernels, interpreted and compiled, on both ends of the range that pyproject.toml has; each pair in an environment of its own.
+test-versions: test-oldest test-newest
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest tests/kernels -n $(JOBS) --dist loadfile $(ARGS)
+
+.venv-oldest/.installed: TORCH = torch==2.11.0 triton==3.6.0
+.venv-newest/.installed: TORCH = torch==2.15.0 triton==3.9.0
 
 lint: install
 	$(BIN)/ruff check .
@@ -26,11 +35,11 @@ audit: install
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[dev,hf,plot,gpu]"
+%/.installed: pyproject.toml
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet $(TORCH)
+	$*/bin/python -m pip install --quiet --editable ".[dev,hf,plot,gpu]"
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-oldest .venv-newest

@@ -1,4 +1,4 @@
-"""Train a GPT-2: ``python train.py --kernels triton``. See ``python train.py --help``."""
+"""Train a GPT-2: ``python train.py``. See ``python train.py --help``."""
 
 from fastgpt import common
 from fastgpt.train import main

@@ -167,6 +167,8 @@ class TrainConfig:
     """Steps skipped in a row, for a loss or gradient that is not finite, before the run stops."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: a whole model on every GPU, or parameters, gradients and optimizer state in shards (FSDP2)."""
+    rank_timeout: float = 60.0
+    """Under torchrun: seconds without a sign of life after which the other ranks give one up and end."""
     init_from: Annotated[str | None, Arg("MODEL")] = None
     """Begin with the weights (and the shape) of a checkpoint: nanoGPT's ckpt.pt, a run of this package, a Hugging Face folder,
     or a name on its hub such as gpt2. A resumed run goes on with its own."""
@@ -190,7 +192,7 @@ class TrainConfig:
         return "compile" if self.compile and self.kernels == "eager" else self.kernels
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "max_iters", "eval_iters", "keep_checkpoints", "log_interval", "max_skipped")
+        _at_least(1, self, "max_iters", "eval_iters", "keep_checkpoints", "log_interval", "max_skipped", "rank_timeout")
         _at_least(0, self, "eval_interval", "checkpoint_interval", "sample_interval", "spike_zscore", "seed")
 
 

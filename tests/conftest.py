@@ -9,6 +9,9 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the kernels run")
+    parser.addoption(
+        "--adversary", action="store_true", help="all tests with a GPU's errors and garbage (adversary.py)"
+    )
 
 
 def pytest_configure(config):
@@ -19,9 +22,28 @@ def pytest_configure(config):
         os.environ.pop("TRITON_INTERPRET", None)
     # Inductor's cached graphs outlive a change of an op's arguments.
     os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    config.addinivalue_line("markers", "adversarial: runs a second time, under adversary.py")
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc):
+    twice = metafunc.config.getoption("--device") == "cpu" and not metafunc.config.getoption("--adversary")
+    if twice and metafunc.definition.get_closest_marker("adversarial"):
+        metafunc.parametrize("_arithmetic", ["exact", "adverse"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _arithmetic(request):
+    """What the interpreter computes with: NumPy's functions, or a GPU's."""
+    if getattr(request, "param", "exact") == "exact" and not request.config.getoption("--adversary"):
+        yield
+        return
+    from tests.adversary import adversary
+
+    with adversary():
+        yield
 
 
 LONG = ("test_compile_gate.py", "test_training_parity.py", "test_loop.py", "test_docs.py", "test_distributed.py")

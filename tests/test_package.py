@@ -2,6 +2,7 @@
 
 import configparser
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,9 @@ from shutil import copy, copytree, ignore_patterns
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
+
+from fastgpt.common import tomllib
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -108,6 +112,21 @@ class TestWheel:
         result = python("-m", "fastgpt", "bench", "mfu", path=installed, cwd=tmp_path)
         assert result.returncode == 2
         assert result.stderr.startswith("error: bench is not part of the installed package: clone fastgpt's repository")
+
+
+def test_the_versions_under_test_are_the_ends_of_the_supported_range():
+    """``make test-versions`` installs them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ranges = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    pairs = re.findall(r"^.venv-(oldest|newest)/.installed: TORCH = torch==(.*) triton==(.*)$", makefile, re.MULTILINE)
+    assert [end for end, *_ in pairs] == ["oldest", "newest"]
+    for end, *versions in pairs:
+        for name, version in zip(("torch", "triton"), map(Version, versions)):
+            assert version in ranges[name], f"{name} {version} is not supported"
+            major, minor = version.release[:2]
+            beyond = f"{major}.{minor + (1 if end == 'newest' else -1)}.0"
+            assert beyond not in ranges[name], f"{name} {version} is not the {end}"
 
 
 class TestWithoutTriton:

@@ -17,7 +17,7 @@ from bench.reports.timing import Work
 from fastgpt import anatomy
 from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels.fused_adamw import ADAMW_BUCKET
-from fastgpt.kernels.working_copy import working_copy
+from fastgpt.kernels.working_copy import copies_kept, working_copy
 from fastgpt.optim.adamw import FusedAdamW
 from fastgpt.performance import flops
 
@@ -35,12 +35,13 @@ def launch_adamw(
     params = [torch.nn.Parameter(_zeros(shape, dtype, offset)) for shape in shapes]
     for p in params:
         p.grad = _zeros(p.shape, dtype, offset)
-        if copy is not None:
-            working_copy(p, copy)
     optimizer = FusedAdamW(params, max_grad_norm=max_grad_norm)
     if scaled:  # as torch.amp.GradScaler hands them over
         optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
-    optimizer.step()
+    with copies_kept():
+        for p in params:
+            working_copy(p, copy or dtype)
+        optimizer.step()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:

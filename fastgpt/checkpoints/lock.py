@@ -51,7 +51,8 @@ def held(out: Path) -> Iterator[None]:
             if (holder := read_json(record)) is not None and _is_alive(holder, record):
                 raise UserError(_in_use(out, holder))
             undo.callback(_remove, record)
-            write_json(record, _myself())
+            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            write_json(record, {**this_process(), "since": since})
         except OSError as error:
             raise UserError(f"out is {out}, which cannot be written ({error.strerror}): name another folder") from error
         end = threading.Event()
@@ -70,13 +71,32 @@ def _lock_file(out: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def _myself() -> dict[str, Any]:
-    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid()), "since": now}
+def this_process() -> dict[str, Any]:
+    """Which process this is, on which machine, in plain values: what ``is_running`` asks about."""
+    return {"host": socket.gethostname(), "pids": _pid_space(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+
+
+def is_running(process: dict[str, Any]) -> bool | None:
+    """Whether that process still runs; None where this cannot be known: on another machine, or without psutil. Its number alone
+    proves nothing, it may be another's by now: the start time has to agree."""
+    pid, started = process.get("pid"), process.get("started")
+    here = (process.get("host"), process.get("pids")) == (socket.gethostname(), _pid_space())
+    if not here or not isinstance(pid, int) or not isinstance(started, float) or _start_of(os.getpid()) is None:
+        return None
+    now = _start_of(pid)
+    return now is not None and abs(now - started) < 1  # the clock may have been set since
+
+
+def _pid_space() -> str:
+    """What tells the process numbers of one container from another's; "" where there are none."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _start_of(pid: int) -> float | None:
-    """When a process of this machine started, in seconds since 1970; None if there is none, or psutil is missing."""
+    """When a process of this machine started, in seconds since 1970; None if it has ended, or psutil is missing."""
     try:
         import psutil
     except ImportError:
@@ -89,14 +109,12 @@ def _start_of(pid: int) -> float | None:
 
 
 def _is_alive(holder: dict[str, Any], record: Path) -> bool:
-    """Whether the process that ``record`` names is still at work. A process id alone proves nothing, it may be another's by
-    now: the start time has to agree. Of another machine's process, a sign of life is waited for."""
-    pid, started = holder.get("pid"), holder.get("started")
-    if holder.get("host") == socket.gethostname() and isinstance(pid, int) and isinstance(started, float):
-        now = _start_of(pid)
-        return now is not None and abs(now - started) < 1  # the clock may have been set since
+    """Whether the process that ``record`` names is still at work; where that cannot be known, a sign of life is waited for."""
+    running = is_running(holder)
+    if running is not None:
+        return running
     print(
-        f"{record} names process {pid} on {holder.get('host')}: waiting {3 * PULSE:.0f} s for a sign of life of it",
+        f"{record} names process {holder.get('pid')} on {holder.get('host')}: waiting {3 * PULSE:.0f} s for a sign of its life",
         file=sys.stderr,
     )
     before = _renewed(record)

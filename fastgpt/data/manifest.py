@@ -6,10 +6,12 @@ sha256 of each shard.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-from fastgpt.common import UserError, load_json
+from fastgpt.common import UserError, file_sha256, load_json
 from fastgpt.data.corpora import Corpus
 from fastgpt.data.shards import open_shard
 from fastgpt.data.tokenizer import Tokenizer
@@ -71,6 +73,15 @@ def check_complete(folder: Path) -> None:
         raise UserError(
             f"folder {str(folder)!r} lacks {', '.join(missing[:5])}, which its manifest names: copy or prepare it again"
         )
+
+
+def fingerprint(paths: list[Path]) -> str:
+    """Which token files these are, in a few words: how many, their size, and a hash of names, sizes and manifests."""
+    sizes = [path.stat().st_size for path in paths]
+    manifests = [folder / MANIFEST for folder in sorted({path.parent for path in paths})]
+    facts = [[path.name for path in paths], sizes, [file_sha256(path) for path in manifests if path.is_file()]]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return f"{len(paths)} files of {sum(sizes):,} bytes, sha256 {digest}"
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:

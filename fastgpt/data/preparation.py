@@ -191,7 +191,7 @@ class _Preparation:
         reading = self.corpus.read(self.position)
         size = self.corpus.size
         processes = self.workers > 1 and (size is None or size >= encoding.SMALL)
-        report = ProgressReport(f"{self.corpus.source} ({self.tok.name})", self._tokens())
+        report = ProgressReport(f"tokenising {self.corpus.source} ({self.tok.name})", self._tokens())
         encoded = encode_corpus(reading, self.tok, self.recipe["seed"], self.workers, processes)
         max_tokens = self.recipe["max_tokens"]
         committed = time.monotonic()

@@ -54,6 +54,14 @@ def shape(name: str, tensor: Tensor, needed: Sequence[int], of: str, size: Seque
         raise ValueError(f"{name} is {tuple(tensor.shape)}: {of} of {tuple(size)} needs {tuple(needed)}")
 
 
+def alike(name: str, size: Sequence[int], **others: Tensor | None) -> None:
+    """What a launcher hands to a kernel beside ``name`` must have its ``size``. The operators may be called by anybody, and a
+    kernel goes by address: of a smaller tensor it would read, or write, what lies behind."""
+    for other, tensor in others.items():
+        if tensor is not None and tensor.shape != size:
+            shape(other, tensor, size, name, size)
+
+
 def integers(name: str, tensor: Tensor, needed: Sequence[int], x_name: str, x: Tensor) -> None:
     """``tensor`` (doc_ids, kv_len) must hold integers, have the shape ``needed`` and be on x's device."""
     if tuple(tensor.shape) != tuple(needed) or tensor.is_floating_point():

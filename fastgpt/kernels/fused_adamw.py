@@ -40,7 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import runtime, tuning
+from fastgpt.kernels import arguments, runtime, tuning
 from fastgpt.kernels.philox import stochastic_bf16
 
 # Rows of the int64 table: addresses, then what else a program needs to know of its tensor.
@@ -117,7 +117,7 @@ def _sum_squares_kernel(
     grad += first + tl.arange(0, BLOCK)
     inverse_scale = 1.0
     if grad_scale is not None:
-        inverse_scale = 1.0 / tl.load(grad_scale)
+        inverse_scale = tl.div_rn(1.0, tl.load(grad_scale))  # / may be off, also for a power of two
     total = tl.full([BLOCK], 0.0, tl.float32)
     # A mask whose alignment is unknown splits every access into single elements: full chunks go without.
     if left >= CHUNK:
@@ -150,7 +150,7 @@ def _prepare_kernel(
     tl.store(grad_norm, norm)
     tl.store(skipped, tl.load(skipped) + (1 - happens.to(tl.int64)))
     if grad_scale is not None:
-        clip /= tl.load(grad_scale)
+        clip = tl.div_rn(clip, tl.load(grad_scale))
     tl.store(control, clip)
     tl.store(control + 1, happens.to(tl.float32))
 
@@ -300,10 +300,32 @@ class Launch(NamedTuple):
     n_chunks: int
 
 
+def _check(s: Step) -> None:
+    """Raise ValueError unless the tensors are as ``Step`` says: the kernels go by address. Once per plan, which is for these
+    tensors alone."""
+    copies = dict(zip(s.copy_of, s.copies, strict=True))
+    rows = zip(s.params, s.grads, s.exp_avgs, s.exp_avg_sqs, s.steps, s.group_of, strict=True)
+    for i, (param, grad, exp_avg, exp_avg_sq, step, group) in enumerate(rows):
+        moments = (f"exp_avgs[{i}]", exp_avg, param.shape), (f"exp_avg_sqs[{i}]", exp_avg_sq, param.shape)
+        alike = *moments, (f"grads[{i}]", grad, param.shape), (f"copies of params[{i}]", copies.get(i), param.shape)
+        name = f"params[{i}]"
+        arguments.tensors(name, param.shape, (name, param, None), *alike, (f"steps[{i}]", step, torch.Size()))
+        for other, tensor, _ in alike:
+            if tensor is not None and tensor.stride() != param.stride() and param.numel():
+                raise ValueError(f"{other} has strides {tensor.stride()}: {name} has {param.stride()}")
+        if not exp_avg.dtype == exp_avg_sq.dtype == step.dtype == torch.float32:
+            raise ValueError(
+                f"moments and step of {name} are {exp_avg.dtype}, {exp_avg_sq.dtype}, {step.dtype}: use float32"
+            )
+        if not 0 <= group < len(s.hyper):
+            raise ValueError(f"group_of[{i}] is {group}: hyper has {len(s.hyper)} rows")
+
+
 class Plan:
     """Address table, chunk list and scratch of the steps over one set of tensors, and the launches they take."""
 
     def __init__(self, s: Step, chunk: int) -> None:
+        _check(s)
         n, device = len(s.params), s.params[0].device
         table = torch.zeros(ROWS, n, dtype=torch.int64)
         for row, tensors in enumerate((s.params, s.grads, s.exp_avgs, s.exp_avg_sqs, s.steps)):  # PARAM to STEP

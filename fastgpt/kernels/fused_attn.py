@@ -607,8 +607,14 @@ def backward_kv_kernel(
 
 def _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16) -> tuple[dict[str, Any], bool]:
     """Arguments that all three kernels take alike, and whether this is causal attention with no option but dropout."""
-    _, T_q, H, D = q.shape
+    B, T_q, H, D = q.shape
     _, T_k, H_kv, _ = k.shape
+    if k.shape[0] != B or k.shape[3] != D or H % H_kv:
+        raise ValueError(
+            f"k is {tuple(k.shape)}: q of {tuple(q.shape)} needs its batch and head size, and a divisor of its heads"
+        )
+    arguments.alike("k's batch and tokens", (B, T_k), doc_ids=docs)
+    arguments.alike("k's batch", (B,), kv_len=kv_len)
     options = window is not None or docs is not None or kv_len is not None
     common = {
         "kv_len": None if kv_len is None else kv_len.contiguous(),
@@ -628,6 +634,8 @@ def launch_forward(
 ) -> Tensor:
     """Write attention into ``out``, and in fp8 into ``quantised``; return lse (B, H, T_q)."""
     B, T_q, H, D = q.shape
+    arguments.alike("q", q.shape, out=out)
+    arguments.alike("k", k.shape, v=v)
     lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
     common, plain = _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16)
 
@@ -650,6 +658,9 @@ def launch_backward(
     """Write all of grad_q, grad_k and grad_v, and in fp8 into ``quantised``."""
     B, T_q, H, D = q.shape
     T_k, H_kv = k.shape[1:3]
+    arguments.alike("q", q.shape, grad_out=grad_out, out=out, grad_q=grad_q)
+    arguments.alike("k", k.shape, v=v, grad_k=grad_k, grad_v=grad_v)
+    arguments.alike("q's batch, heads and tokens", (B, H, T_q), lse=lse)
     delta = torch.empty_like(lse)
     common, plain = _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16)
     common |= {

@@ -141,6 +141,15 @@ def softcap_slope(z, cap):
     return 4 * e / ((1 + e) * (1 + e))
 
 
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 of fp32 x, with the digits that the subtraction loses near 0, where exp's error on a GPU, 2^-22, is much of
+    it. Kahan's formula: log, which is right to 1 ulp, takes the error out again, as (u - 1) / log(u) hardly depends on u."""
+    u = tl.exp(x)
+    near = (u - 1.0) * tl.div_rn(x, tl.where(u == 1.0, 1.0, tl.log(u)))
+    return tl.where(u < 0.5, u - 1.0, tl.where(u == 1.0, x, near))
+
+
 @tuning.space("cross_entropy.rows", _CONFIGS)
 @triton.jit(do_not_specialize=["rows"])
 def rows_kernel(
@@ -166,11 +175,11 @@ def rows_kernel(
     in_range = (target >= 0) & (target < V)
     row_ptr = logits_ptr + row * stride
     lanes = tl.arange(0, BLOCK)
+    z_target = tl.load(row_ptr + target, mask=live & in_range, other=float("nan")).to(tl.float32)
+    if CAP:
+        z_target = softcap_of(z_target, softcap)
 
     if LOSS:
-        z_target = tl.load(row_ptr + target, mask=live & in_range, other=float("nan")).to(tl.float32)
-        if CAP:
-            z_target = softcap_of(z_target, softcap)
         z_max = tl.full((ROWS,), float("-inf"), tl.float32)
         exp_sum = tl.full((ROWS,), 0.0, tl.float32)
         z_sum = tl.full((ROWS,), 0.0, tl.float32)
@@ -205,7 +214,10 @@ def rows_kernel(
     if GRAD:
         # Every thread has read its target's logit before any thread overwrites it.
         tl.debug_barrier()
-        p_factor = 1 + 2 * z_loss * (z_max + log_sum)
+        z_slope = 2 * z_loss * (z_max + log_sum)
+        # p - 1 of a certain target keeps its digits: worked out once per row, in fp32 until the store.
+        log_p = z_target - z_max - log_sum
+        dz_target = expm1(log_p) + tl.exp(log_p) * z_slope + smoothing
         if PER_ROW:
             scale *= tl.load(row_scale_ptr + row, mask=exists, other=0.0)
         row_scale = tl.where(in_range, scale, float("nan"))  # a target that does not exist shows, and raises nothing
@@ -218,8 +230,7 @@ def rows_kernel(
                 factor *= softcap_slope(z, softcap)
                 z = softcap_of(z, softcap)
             p = tl.exp(z - z_max[:, None] - log_sum[:, None])
-            # In fp32 until the store: p - 1 of a certain target keeps its digits.
-            dz = p * p_factor[:, None] - tl.where(columns[None, :] == target[:, None], 1 - smoothing, 0.0)
+            dz = tl.where(columns[None, :] == target[:, None], dz_target[:, None], p * (1 + z_slope)[:, None])
             if SMOOTH:
                 dz -= smoothing / V
             dz = tl.where(live[:, None] & (columns < V)[None, :], dz * factor, 0.0).to(logits_ptr.dtype.element_ty)
@@ -306,6 +317,8 @@ def _run_chunks(
     """
     ignore_index, smoothing, z_loss, softcap, V, fp16 = options
     rows, C = x.shape
+    arguments.alike("x's rows", (rows,), target=target, losses=losses, row_scale=row_scale)
+    arguments.alike("x's rows and 2", (rows, 2), stats=stats)
     _check_targets(target, ignore_index, V)
     target = target.contiguous()  # a strided or expanded view: the kernel takes neighbours
     allocate = x.new_empty if rows else x.new_zeros

@@ -220,6 +220,12 @@ def _launch_grads(
     if dx.numel() == 0:
         return
     T = dx.shape[-2]
+    arguments.alike("dx's rows", (dx.numel() // dx.shape[-1],), ids=ids)
+    for name, grad in (("wte_grad", wte_grad), ("wpe_grad", wpe_grad)):
+        if grad is not None and (grad.shape[1] != dx.shape[-1] or grad.stride(1) != 1):
+            raise ValueError(
+                f"{name} is {tuple(grad.shape)}: dx of {tuple(dx.shape)} needs rows as long, of adjacent columns"
+            )
     dx = runtime.columns_adjacent(dx.reshape(-1, dx.shape[-1]))
     (N, C), cfg = dx.shape, config(dx.shape[1])
     column_blocks = triton.cdiv(C, cfg.block)
@@ -253,6 +259,11 @@ def _check_ids(idx: Tensor, V: int) -> None:
                 raise ValueError(f"idx holds {value}: wte has the rows 0 to {V - 1}")
 
 
+def _check_position(position: int, T: int, wpe: Tensor) -> None:
+    if position < 0 or position + T > wpe.shape[0]:
+        raise ValueError(f"position is {position} for sequences of {T} tokens: wpe has {wpe.shape[0]} positions")
+
+
 # ---------------------------------------------------------------- ops
 
 
@@ -265,7 +276,9 @@ def _forward(
     x, ids = outputs = _new_outputs(idx, wte, out_dtype)
     if x.numel() == 0:
         return outputs
-    V, C = wte.shape
+    (V, C), T = wte.shape, idx.shape[-1]
+    arguments.alike("wte", (wpe.shape[0], C), wpe=wpe)
+    _check_position(position, T, wpe)
     _check_ids(idx, V)
     rows, cfg = idx.reshape(-1, idx.shape[-1]), config(C)
     wte, wpe = runtime.columns_adjacent(wte), runtime.columns_adjacent(wpe)
@@ -337,7 +350,9 @@ def _setup_context(ctx, inputs, output):
 def _takes_sums(table: Tensor) -> bool:
     """Whether the kernels can add to this table's ``.grad``."""
     grad = table.grad
-    return grad is not None and grad.layout == torch.strided and grad.dtype == torch.float32 and grad.stride(1) == 1
+    if grad is None or grad.layout != torch.strided or grad.dtype != torch.float32 or grad.shape != table.shape:
+        return False
+    return grad.stride(1) == 1
 
 
 def _backward(ctx, dx, _):
@@ -399,10 +414,7 @@ def _validate(
     arguments.indices("idx", idx, "wte", wte)
     if idx.dim() == 0:
         raise ValueError("idx is (): it has to be (..., T)")
-    if position < 0 or position + idx.shape[-1] > wpe.shape[0]:
-        raise ValueError(
-            f"position is {position} for sequences of {idx.shape[-1]} tokens: wpe has {wpe.shape[0]} positions"
-        )
+    _check_position(position, idx.shape[-1], wpe)
     arguments.probability("dropout_p", dropout_p)
     arguments.dtype("out_dtype", out_dtype)
     arguments.tensors("wte", wte.shape, ("wte", wte, None), ("wpe", wpe, None))

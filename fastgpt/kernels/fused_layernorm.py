@@ -127,7 +127,8 @@ def layer_norm_forward_kernel(
 
     # The variance around the mean, not E[s^2] - mean^2: that cancels where the mean is large. Lanes past C are 0 in the sum,
     # but would be -mean once centred.
-    mean = tl.sum(s, axis=1) / C
+    # div_rn, as / may be 2 ulp off: a mean that is off leaves a row of equal numbers with a spread, which rstd then blows up.
+    mean = tl.div_rn(tl.sum(s, axis=1), C)
     centred = tl.where((cols < C)[None, :], s - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
     tl.store(MEAN + rows, mean, mask=row_mask)
@@ -195,8 +196,8 @@ def layer_norm_backward_kernel(
         if DB_PARTIAL is not None:
             db += dy
         g = dy * weight
-        mean_g = tl.sum(g, axis=1) / C
-        mean_g_xhat = tl.sum(g * xhat, axis=1) / C
+        sum_g = tl.sum(g, axis=1)
+        sum_g_xhat = tl.sum(g * xhat, axis=1)
         for step in range(1, CHUNKS):  # what other programs own of these rows, from the neighbour's part on
             other_first = (chunk + step) % CHUNKS * BLOCK
             other_cols = other_first + tl.arange(0, BLOCK)
@@ -204,8 +205,9 @@ def layer_norm_backward_kernel(
             other_xhat, other_dy = _xhat_and_dy(
                 s_row, dy_row, S_SEED, mean, rstd, rows, row_mask, other_first, dropout_p, C, ROWS, BLOCK
             )
-            mean_g += tl.sum(other_dy * other_weight, axis=1) / C
-            mean_g_xhat += tl.sum(other_dy * other_weight * other_xhat, axis=1) / C
+            sum_g += tl.sum(other_dy * other_weight, axis=1)
+            sum_g_xhat += tl.sum(other_dy * other_weight * other_xhat, axis=1)
+        mean_g, mean_g_xhat = tl.div_rn(sum_g, C), tl.div_rn(sum_g_xhat, C)
         # Past C, where dy and g are 0, xhat is -mean * rstd and ds not 0: the stores are masked.
         ds = (g - mean_g[:, None] - xhat * mean_g_xhat[:, None]) * rstd[:, None]
         if DSUM is not None:
@@ -219,7 +221,7 @@ def layer_norm_backward_kernel(
         dx = ds.to(DX.dtype.element_ty)
         tl.store(DX + out, dx, mask=mask)
         if Q is not None:
-            quantise_rows(dx.to(tl.float32), rows, row_mask, out, mask, Q, SCALE, NORM)
+            quantise_rows(tl.where(mask, dx.to(tl.float32), 0.0), rows, row_mask, out, mask, Q, SCALE, NORM)
 
     partial = tl.program_id(0) * C + cols
     if DW_PARTIAL is not None:
@@ -268,6 +270,8 @@ def launch_forward(
 ) -> None:  # fmt: skip
     """Fill y, s, mean, rstd, and ``quantised``: y rounded to fp8, its scales and norms."""
     y, s, mean, rstd = outputs
+    arguments.alike("x", x.shape, residual=residual)
+    arguments.alike("x's last dimension", x.shape[-1:], weight=weight, bias=bias)
     if x.numel() == 0:
         return
     x, residual = _rows(x), None if residual is None else _rows(residual)
@@ -330,6 +334,9 @@ def launch_backward(
     """Fill dx, dresidual, dweight and dbias where they are not empty, and ``quantised``: dx rounded to fp8, its scales and
     norms (C <= MAX_BACKWARD_BLOCK)."""
     dx, dresidual, dweight, dbias = outputs
+    arguments.alike("s", s.shape, dy=dy, dsum=dsum)
+    arguments.alike("s without its last dimension", s.shape[:-1], mean=mean, rstd=rstd)
+    arguments.alike("s's last dimension", s.shape[-1:], weight=weight)
     if s.numel() == 0:
         dweight.zero_()
         dbias.zero_()

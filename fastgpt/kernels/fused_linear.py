@@ -85,7 +85,7 @@ def _bwd_input_gelu(
 
 @_bwd_input_gelu.register_fake
 def _(dz, weight, pre, erf, fp16, bias_dtype):
-    return torch.empty_like(pre), new_sums(pre, pre.shape[-1], bias_dtype)
+    return pre.new_empty(pre.shape), new_sums(pre, pre.shape[-1], bias_dtype)
 
 
 @torch.library.custom_op("fastgpt::linear_bwd_weight", mutates_args=())

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import column_sums, runtime, tuning
+from fastgpt.kernels import arguments, column_sums, runtime, tuning
 from fastgpt.kernels.philox import dropout
 
 LINEAR_KINDS = ("none", "bias", "residual", "gelu", "dgelu", "weight_grad", "weight_grad_bias")
@@ -148,12 +148,23 @@ def choose(
 
 
 @triton.jit
+def sigmoid(x):
+    """sigmoid(x) of fp32 x, and its derivative: from t = exp(-|x|) neither overflows nor loses the digits of 1 - sigmoid(x)."""
+    t = tl.exp(-tl.abs(x))
+    r = 1.0 / (1.0 + t)
+    # One step of Newton's: / may be 2 ulp off on a GPU, and sigmoid(x) of a large x not 1. div_rn would take more registers.
+    r = tl.fma(r, tl.fma(-(1.0 + t), r, 1.0), r)
+    return tl.where(x < 0, t * r, r), t * r * r
+
+
+@triton.jit
 def gelu(x, ERF: tl.constexpr):
     """GELU of fp32 x: x Phi(x), or Phi's tanh approximation (Hendrycks & Gimpel 2016). sigmoid(2u) = (1 + tanh u) / 2."""
     if ERF:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     # 2u = 2 sqrt(2 / pi) (x + 0.044715 x^3)
-    return x * tl.sigmoid(x * (1.5957691216057308 + 0.07135481627159963 * x * x))
+    s, _ = sigmoid(x * (1.5957691216057308 + 0.07135481627159963 * x * x))
+    return x * s
 
 
 @triton.jit
@@ -162,8 +173,8 @@ def gelu_grad(x, ERF: tl.constexpr):
     if ERF:
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
-    s = tl.sigmoid(x * (1.5957691216057308 + 0.07135481627159963 * x * x))
-    return s + x * s * (1.0 - s) * (1.5957691216057308 + 0.21406444881479889 * x * x)
+    s, slope = sigmoid(x * (1.5957691216057308 + 0.07135481627159963 * x * x))
+    return s + x * slope * (1.5957691216057308 + 0.21406444881479889 * x * x)
 
 
 @triton.jit
@@ -395,6 +406,10 @@ def _run(
     """What a @ b is computed by: ``run``, with the config chosen for it. ``usual``: as in ``choose``. ``others``: what else has
     to be aligned."""
     (M, K), N = a.shape, b.shape[1]
+    if b.shape[0] != K:
+        raise ValueError(
+            f"a {kind} matmul is given {tuple(a.shape)} and {tuple(b.shape)}: they have to be (M, K) and (K, N)"
+        )
     choice = choose(kind, M, N, K, a.dtype, a.device, fp16, wide=_wide(a, b, *others), usual=usual)
     cublas = choice.config == tuning.CUBLAS
     with runtime.record(choice.key.kernel, (M, N, K), a.dtype, "cublas" if cublas else "triton"):
@@ -411,6 +426,8 @@ def _launch(
 ) -> None:  # fmt: skip
     """``sums`` (N,): of out's columns."""
     (M, K), N = a.shape, b.shape[1]
+    arguments.alike("the product", (M, N), pre=pre, residual=residual)
+    arguments.alike("the product's columns", (N,), bias=bias)
     if M == 0 or N == 0:
         if sums is not None:
             sums.zero_()
@@ -488,6 +505,7 @@ def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool
 
     dw is dense (contiguous, or the transpose of such) and written in its own dtype from fp32 sums, never through 16 bits.
     """
+    arguments.alike("the columns of dz and x", (dz.shape[1], x.shape[1]), dw=dw)
     if dw.numel() == 0:
         if db is not None:
             db.copy_(dz.sum(0, dtype=torch.float32))
@@ -541,6 +559,7 @@ def pointwise_grad(
 ) -> Tensor:  # fmt: skip
     """dz = dy * gelu'(pre), or dy through dropout, in ``dtype``; and in ``sums`` (N,) those of dz over its rows."""
     M, N = dy.shape
+    arguments.alike("dy", dy.shape, pre=pre)
     dz = dy.new_empty(M, N, dtype=dtype)
     if M == 0 or N == 0:
         if sums is not None:

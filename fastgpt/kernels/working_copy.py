@@ -1,14 +1,16 @@
 """The low-precision working copy of an fp32 parameter: cast once per optimizer step, not once per use.
 
-Parameters stay fp32 masters; operations read a bf16 or fp16 copy of them. The copy is kept beside the parameter,
-outside the module and its state_dict, for as long as the parameter lives, and is valid for one value of
-``param._version`` at one address: every in-place write by PyTorch (load_state_dict, torch.optim, ``param.mul_`` under
-no_grad) raises the version, and the next use casts again. FusedAdamW writes the copy in the pass that updates the
-parameter and declares it fresh.
+Parameters stay fp32 masters; operations read a bf16 or fp16 copy of them. A copy promises that nothing has written the
+parameter since, and no tensor can keep that promise by itself. ``param._version`` counts the writes of PyTorch
+(load_state_dict, torch.optim, ``param.mul_`` under no_grad), but not those through ``param.data`` or by somebody's own kernel,
+which is how some optimizers, averages of weights and loaders write. So copies are kept and read only inside
+``copies_kept``, which a loop opens that knows who writes its parameters; everywhere else each use casts. A copy is right
 
-What the version does not see: writes through ``param.data`` or by foreign kernels, and FSDP, which refills a
-parameter's storage behind the version's back. Call ``forget(param)`` after the former; set ``enabled = False`` under
-the latter.
+* if it was cast since the loop opened this ``copies_kept``, or
+* if FusedAdamW wrote it last, in the pass that updates the parameter, and has said so (``mark_fresh``),
+
+and if parameter, version and address are still the same. It lies beside the parameter, outside the module and its state_dict,
+for as long as the parameter lives. FSDP refills a parameter's storage behind the version's back: under it ``enabled`` is False.
 
 A CUDA graph casts at each replay, as replays do not check versions. Code that captures inside ``captured_reads`` promises to
 check them before each replay, and then the graph reads the copies.
@@ -30,22 +32,52 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastgpt.kernels import runtime
 
 enabled = True
-"""False: ``working_copy`` casts at every call and keeps nothing."""
+"""False: nothing is kept, also inside ``copies_kept``."""
 
 
 # Not attributes of the parameters: deepcopy and pickle of a module must neither carry a copy along nor share it.
 _copies = WeakTensorKeyDictionary()
+_scope: object | None = None  # of the ``copies_kept`` that is open
+
+
+@contextmanager
+def copies_kept() -> Iterator[None]:
+    """What is made of a parameter inside is kept and used again, until a write that ``param._version`` counts.
+
+    For a loop that writes parameters inside in no other way: not through ``param.data``, not by a kernel of its own. FusedAdamW
+    may step inside, and the copies that it writes are right in the next ``copies_kept``, too, so nothing else may write by
+    those ways in between. One that is open already stays."""
+    global _scope
+    before, _scope = _scope, _scope or object()
+    try:
+        yield
+    finally:
+        _scope = before
+
+
+def keeps(param: Tensor) -> bool:
+    """Whether what is made of ``param`` now may be kept: not under torch.compile, and only of plain leaf parameters, whose
+    version counts every write by PyTorch, unlike a view's, an inference tensor's or a DTensor's."""
+    # Order matters: dynamo folds is_compiling() and never looks at the rest.
+    if torch.compiler.is_compiling() or not enabled or _scope is None:
+        return False
+    return type(param) is nn.Parameter and param.is_leaf and not param.is_inference()
 
 
 def keep(entries: WeakTensorKeyDictionary, param: Tensor, made: Any) -> None:
-    """Enter what was made of ``param``, for as long as ``param`` lives."""
-    entries[param] = made, param._version, _place(param)
+    """Enter what was made of ``param``, where it ``keeps``, for as long as ``param`` lives."""
+    entries[param] = made, param._version, _place(param), _scope
 
 
 def kept(entries: WeakTensorKeyDictionary, param: Tensor) -> Any:
-    """What was made of ``param``, or None if there is nothing, or ``param`` was written or moved since."""
-    made, version, place = entries.get(param, (None, None, None))
-    return made if made is not None and version == param._version and place == _place(param) else None
+    """What was made of ``param``, or None if there is nothing, or ``param`` was, or may have been, written or moved since."""
+    made, version, place, scope = entries.get(param, (None, None, None, None))
+    right = version == param._version and place == _place(param) and (scope is _ANNOUNCED or scope is _scope)
+    return made if made is not None and right else None
+
+
+_ANNOUNCED = object()
+"""Stands for the scope of what was written together with its parameter."""
 
 
 def _place(param: Tensor) -> tuple:
@@ -77,7 +109,8 @@ def captured_reads() -> Iterator[Captures]:
     global _captures
     before, _captures = _captures, Captures()
     try:
-        yield _captures
+        with copies_kept():
+            yield _captures
     finally:
         _captures = before
 
@@ -106,15 +139,13 @@ class _WorkingCopy(torch.autograd.Function):
 def working_copy(param: Tensor, dtype: torch.dtype) -> Tensor:
     """``param`` in ``dtype``, differentiable: the gradient arrives at ``param`` in its own dtype.
 
-    Returns ``param`` itself if it has that dtype. The copy shares storage from call to call; do not write to it.
-    Tensors that are not plain leaf parameters (the arguments of functional_call, DTensors), and everything under
-    torch.compile or in the capture of a CUDA graph (but see ``captured_reads``), are cast with ``param.to(dtype)`` and
-    not kept.
+    Returns ``param`` itself if it has that dtype. Inside ``copies_kept`` the result shares storage from call to call; do not
+    write to it. Outside, and for what does not ``keep`` (the arguments of functional_call, DTensors, everything under
+    torch.compile) and in the capture of a CUDA graph (but see ``captured_reads``), it is ``param.to(dtype)``.
     """
     if param.dtype == dtype:
         return param
-    # Order matters: dynamo folds is_compiling() and never looks at the rest.
-    if torch.compiler.is_compiling() or not enabled or not cachable(param):
+    if not keeps(param):
         return param.to(dtype)
     copy = existing(param)
     if copy is not None and copy.dtype != dtype:
@@ -141,18 +172,13 @@ def existing(param: Tensor) -> Tensor | None:
 def mark_fresh(param: Tensor) -> None:
     """Declare the copy of ``param`` up to date with its present version, after a kernel has written both."""
     if param in _copies:
-        copy, _, place = _copies[param]
-        _copies[param] = copy, param._version, place
+        copy, _, place, _ = _copies[param]
+        _copies[param] = copy, param._version, place, _ANNOUNCED
 
 
 def forget(param: Tensor) -> None:
-    """Drop the copy of ``param``, after a write that ``param._version`` does not show. The next use casts again."""
+    """Drop the copy of ``param``, after a write inside ``copies_kept`` that ``param._version`` does not show."""
     _copies.pop(param, None)
-
-
-def cachable(param: Tensor) -> bool:
-    """Whether a version counts every write to ``param``: not of a view, an inference tensor or a DTensor."""
-    return type(param) is nn.Parameter and param.is_leaf and not param.is_inference()
 
 
 # ---------------------------------------------------------------- gradients

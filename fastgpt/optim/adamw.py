@@ -125,18 +125,32 @@ class FusedAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class or of torch.optim.AdamW. Moments are kept in fp32, where torch's own
-        loading would cast them to the parameter's dtype."""
-        loaded: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        loading would cast them to the parameter's dtype.
+
+        Raises ValueError, before anything is replaced, for the state of other parameters: another number of them or of
+        groups, other names (where both have any), moments of another shape."""
+        states: list[tuple[Tensor, dict[str, Any]]] = []
+        hook = self.register_load_state_dict_pre_hook(lambda _, final: states.extend(self._matched(final)))
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        indices = chain.from_iterable(group["params"] for group in loaded["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for index, param in zip(indices, params):
-            if loaded["state"].get(index):
-                self.state[param] = _adopt(param, loaded["state"][index])
+        for param, state in states:
+            self.state[param] = _adopt(param, state)
+
+    def _matched(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Each parameter that ``state_dict`` has a state for, and that state. torch's own loading compares only the numbers of
+        groups and of their parameters."""
+        found = []
+        for own, other in zip(self.param_groups, state_dict["param_groups"]):
+            for mine, theirs in zip(own.get("param_names") or (), other.get("param_names") or ()):
+                if mine != theirs:
+                    raise ValueError(f"the state is of {theirs} where the optimizer has {mine}: load its own")
+            for param, index in zip(own["params"], other["params"]):
+                if state := state_dict["state"].get(index):
+                    _check_state(f"parameter {index}", param, state)
+                    found.append((param, state))
+        return found
 
     def graph_tensors(self) -> list[Tensor]:
         """What a captured step reads and writes besides gradients: parameters, state, working copies, hyperparameters.
@@ -226,10 +240,9 @@ class FusedAdamW(Optimizer):
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
         if not state:
-            moment = torch.zeros_like(param, dtype=_moment_dtype(param), memory_format=torch.preserve_format)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = moment
-            state["exp_avg_sq"] = torch.zeros_like(moment)
+            # Entered together: memory that suffices for one moment alone must not leave half a state.
+            made = {key: torch.zeros_like(param, dtype=_moment_dtype(param)) for key in _MOMENTS}
+            state.update(step=torch.zeros((), dtype=torch.float32, device=param.device), **made)
         for key in _MOMENTS:  # the kernels go by address: a layout of another kind would be silent nonsense
             moment = state[key]
             if moment.dtype != _moment_dtype(param) or moment.device != param.device:
@@ -237,6 +250,8 @@ class FusedAdamW(Optimizer):
                     f"{key} is {moment.dtype} on {moment.device}, for a {param.dtype} parameter on {param.device}: "
                     f"it must be {_moment_dtype(param)} on the parameter's device"
                 )
+            if moment.shape != param.shape:
+                _check_state("a parameter", param, state)
             if moment.stride() != param.stride() and param.numel():
                 raise ValueError(
                     f"a parameter of shape {tuple(param.shape)} has strides {param.stride()}, its {key} "
@@ -285,8 +300,22 @@ def _like(param: Tensor, value: Tensor, dtype: torch.dtype, name: str) -> Tensor
     return value if value.stride() == param.stride() else torch.empty_like(param, dtype=dtype).copy_(value)
 
 
+def _check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
+    """Raise ValueError unless it is the state of AdamW for a parameter of this shape. The kernels go by address."""
+    for key in ("step", *_MOMENTS):
+        if key not in state:
+            raise ValueError(f"the state of {name} has no {key}, but {', '.join(state)}: load the state of an AdamW")
+        found, needed = torch.as_tensor(state[key]), torch.Size() if key == "step" else param.shape
+        if found.shape != needed and not (key == "step" and found.numel() == 1):
+            raise ValueError(
+                f"{key} of {name} is {tuple(found.shape)}, and must be {tuple(needed)}: load the state of an optimizer over "
+                "the same parameters, in the same order"
+            )
+
+
 def _adopt(param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
     """State of a torch AdamW (whose step may be a float, or on the host) as FusedAdamW keeps it."""
+    _check_state("a parameter", param, state)
     step = torch.as_tensor(state["step"], dtype=torch.float32).to(param.device).reshape(())
     moments = {key: _like(param.detach(), state[key], _moment_dtype(param), key) for key in _MOMENTS}
     return {**state, "step": step, **moments}

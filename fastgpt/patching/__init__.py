@@ -16,9 +16,10 @@ from fastgpt.kernels import runtime
 from fastgpt.patching import huggingface, nanogpt
 from fastgpt.patching.plan import PatchPlan, PatchReport
 from fastgpt.patching.swap import all_or_nothing, base_class, fuse, fused_modules, restore
+from fastgpt.patching.verify import fuse_and_verify
 
 
-def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, keep_logits: bool = False, verify: Any = None, quiet: bool = False) -> PatchReport:
     """Replace attention, layer norms (with the residual add and its dropout), MLP and loss of ``model`` by the fused
     operations, in place. Return a report of what was replaced and what was kept; print it unless ``quiet``.
 
@@ -30,7 +31,11 @@ def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -
     In train mode with targets (labels) the loss is computed without the logits, which are then None; with ``keep_logits``
     loss and logits are the model's own. In eval mode both are returned.
 
-    Raises UserError, and changes nothing, if the model is of another family, wrapped, or partly patched.
+    ``verify`` is a small batch, (idx, targets) or a dict with labels: loss and gradients of the patched model are compared with
+    its own on it, on the model's device and under the autocast that is on. The report has the figures.
+
+    Raises UserError, and changes nothing, if the model is of another family, wrapped, or partly patched, or if it computes
+    something else on ``verify`` than before.
     """
     family = _family(model)
     done = fused_modules(model)
@@ -45,13 +50,17 @@ def patch(model: nn.Module, *, keep_logits: bool = False, quiet: bool = False) -
             restore(module)
         family.plan(model, plan, keep_logits)
         ops = operations.get("triton" if find_spec("triton") else "eager")
-        for module, mixin in plan.changes:
-            fuse(module, mixin, ops)
-    # Plain attributes of the instance: not in the state_dict, and gone after unpatch.
-    vars(model).update(plan.attributes, _fastgpt_patched=True)
+        verified = {}
+        if verify is not None:
+            verified = fuse_and_verify(model, plan.changes, ops, verify)
+        else:
+            for change in plan.changes:
+                fuse(change.module, change.mixin, ops)
+    # A plain attribute of the instance: not in the state_dict, and gone after unpatch.
+    vars(model).update(_fastgpt_patched=True)
     if "loss" in plan.replaced:
         plan.notes.append("in train mode with targets the logits are None (keep_logits=True returns them)")
-    report = PatchReport(plan.model, _runs_in(model), plan.replaced, plan.kept, tuple(plan.notes))
+    report = PatchReport(plan.model, _runs_in(model), plan.replaced, plan.kept, tuple(plan.notes), verified)
     if not quiet and int(os.environ.get("RANK", 0)) == 0:
         print(report)
     return report
@@ -87,10 +96,12 @@ def _family(model: Any) -> Any:
     for family in (huggingface, nanogpt):
         if family.matches(model):
             return family
-    inner = getattr(model, "transformer", None)
-    if isinstance(inner, nn.Module) and huggingface.matches(inner):
-        raise UserError(f"model is a {name}: patch its body with fastgpt.patch(model.transformer)")
-    raise UserError(f"model is a {name}: patch knows nanoGPT's GPT, and GPT2LMHeadModel and GPT2Model of transformers")
+    for inner, module in model.named_modules():
+        if huggingface.matches(module) or nanogpt.matches(module):
+            raise UserError(f"model is a {name}: patch its body with fastgpt.patch(model.{inner})")
+    known = f"model is a {name}: patch knows nanoGPT's GPT, and GPT2LMHeadModel and GPT2Model of transformers"
+    lacks = f"; as nanoGPT's it lacks {nanogpt.missing(model)}" if hasattr(model, "transformer") else ""
+    raise UserError(known + lacks)
 
 
 def _runs_in(model: nn.Module) -> str:

@@ -13,15 +13,15 @@ The names of the parameters tell which version it is. What fits none of them is 
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.patching.modules import FusedBlock, supported
-from fastgpt.patching.plan import PatchPlan, blocker, plan_blocks, unknown_children
-from fastgpt.patching.swap import Fused, is_fused, parameters
+from fastgpt.patching.loss import FusedLoss, plan_loss
+from fastgpt.patching.modules import FusedBlock, dropout_p, hooked, supported
+from fastgpt.patching.plan import PatchPlan, plan_blocks
+from fastgpt.patching.probe import Probe
+from fastgpt.patching.swap import Fused, is_fused
 
 _CACHES = ("layer_past", "past_key_value", "past_key_values", "cache")
 _KNOWN = {
@@ -40,6 +40,8 @@ def _cache_in(call: dict[str, Any]) -> Any:
 class HuggingFaceAttention(Fused):
     """c_attn -> causal flash attention on its packed output -> c_proj -> dropout."""
 
+    takes_one = False  # named() and fusable() see to the rest
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, defer_dropout: bool = False, **kwargs: Any) -> Any:
         """``defer_dropout``: the caller applies the dropout after c_proj. Ask ``fusable`` first."""
         call = self.named((hidden_states, *args), kwargs)
@@ -51,7 +53,7 @@ class HuggingFaceAttention(Fused):
             qkv,
             self.num_heads,
             scale=getattr(self, "scaling", None),  # 4.x: always 1 / sqrt(D) in SDPA
-            dropout_p=self.attn_dropout.p if self.training else 0.0,
+            dropout_p=dropout_p(self, "attn_dropout"),
         )
         y = self.c_proj(y)
         y = y if defer_dropout else self.resid_dropout(y)
@@ -85,21 +87,23 @@ class HuggingFaceAttention(Fused):
 
 
 class HuggingFaceBlock(FusedBlock):
+    takes_one = False  # it hands the rest to attention
+
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         call = self.named((hidden_states, *args), kwargs)
-        if call.get("encoder_hidden_states") is not None or not supported(hidden_states):
+        if call.get("encoder_hidden_states") is not None or not supported(hidden_states) or hooked(self.ln_2):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         x = hidden_states
         h = self.before_attention(x)
         own = ("hidden_states", "encoder_hidden_states", "encoder_attention_mask")
         options = {name: value for name, value in call.items() if name not in own}
-        dropout_p = 0.0
-        if is_fused(self.attn) and self.attn.fusable({**options, "hidden_states": h}):
+        p = 0.0
+        if is_fused(self.attn) and not hooked(self.attn) and self.attn.fusable({**options, "hidden_states": h}):
             outputs = self.attn(h, defer_dropout=True, **options)
-            dropout_p = self.attn.resid_dropout.p if self.training else 0.0
+            p = dropout_p(self.attn, "resid_dropout")
         else:
             outputs = self.attn(h, **options)
-        x = self.after_attention(x, outputs[0], dropout_p)
+        x = self.after_attention(x, outputs[0], p)
         if "layer_past" in self.names:
             return (x, *outputs[1:]) if call.get("use_cache") else (x, *outputs[2:])
         if "output_attentions" in self.names:
@@ -107,66 +111,11 @@ class HuggingFaceBlock(FusedBlock):
         return x
 
 
-class HuggingFaceLMHeadModel(Fused):
-    """In train mode with labels: the fused loss, and None for the logits. Otherwise the model's own forward."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = self.named(args, kwargs)
-        if not self._wants_fused_loss(call):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
-
-        labels = call.pop("labels")
-        call.pop("logits_to_keep", None)
-        options = {name: call[name] for name in ("num_items_in_batch", "ignore_index", "shift_labels") if name in call}
-        passed_on = call if self._fastgpt_passes_on else {n: call[n] for n in call if n in self.names}
-        outputs = self.transformer(**passed_on)
-        loss = self._loss(outputs[0], labels, **options)
-        # The name of the cache differs between versions, so every field of the body's outputs is passed on.
-        names = {field.name for field in fields(CausalLMOutputWithCrossAttentions)} - {"loss", "logits"}
-        passed_through = {name: getattr(outputs, name) for name in names}
-        return CausalLMOutputWithCrossAttentions(loss=loss, logits=None, **passed_through)
-
-    def _wants_fused_loss(self: Any, call: dict[str, Any]) -> bool:
-        if call.get("labels") is None or not self.training:
-            return False
+class HuggingFaceLMHeadModel(FusedLoss):
+    def defers(self: Any, call: dict[str, Any]) -> bool:
+        """Not where a tuple is returned, in which the place of the logits counts."""
         returns_dict = call.get("return_dict")
-        if returns_dict is None:
-            returns_dict = getattr(self.config, "return_dict", True)
-        keep = call.get("logits_to_keep", 0)
-        all_logits = isinstance(keep, int) and keep == 0
-        known = self.takes_more or all(name in self.names for name in call)
-        return known and all_logits and returns_dict and type(self.lm_head) is nn.Linear and has_gpt2_loss(self)
-
-    def _loss(
-        self: Any,
-        hidden: Tensor,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        ignore_index: int = -100,
-        shift_labels: Tensor | None = None,
-    ) -> Tensor:
-        """Cross-entropy of token i + 1 given those up to i: the mean, or the sum over ``num_items_in_batch``."""
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        loss = self.ops.linear_cross_entropy(
-            hidden,
-            self.lm_head.weight,
-            shift_labels.to(hidden.device).reshape(hidden.shape[:-1]),
-            bias=self.lm_head.bias,
-            ignore_index=ignore_index,
-            reduction="mean" if num_items_in_batch is None else "sum",
-        )
-        if num_items_in_batch is None:
-            return loss
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
-
-
-def has_gpt2_loss(model: Any) -> bool:
-    """Whether the loss is the shifted cross-entropy (a user may have set another)."""
-    return getattr(getattr(model, "loss_function", None), "__name__", "ForCausalLMLoss") == "ForCausalLMLoss"
+        return bool(getattr(self.config, "return_dict", True) if returns_dict is None else returns_dict)
 
 
 def matches(model: nn.Module) -> bool:
@@ -195,10 +144,11 @@ def plan(model: Any, plan: PatchPlan, keep_logits: bool) -> None:
         shape=(2, min(base.wpe.weight.shape[0], 64), C),
     )
     plan.norm(f"{prefix}ln_f", base.ln_f, C)
-    why = "a GPT2Model has none" if base is model else "keep_logits=True" if keep_logits else _loss_blocker(model)
-    plan.decide("loss", model, HuggingFaceLMHeadModel, why)
-    if why is None:
-        plan.attributes = {"_fastgpt_passes_on": parameters(type(model.transformer).forward)[1]}
+    if base is model:
+        plan.kept["loss"] = "a GPT2Model has none"
+        plan.try_together(Probe(model, share=True), lambda model, ids: model(ids)[0])
+    else:
+        plan_loss(plan, model, HuggingFaceLMHeadModel, lambda model, ids: model(ids, labels=ids), keep_logits)
     if "attention" in plan.replaced:
         plan.notes.append(
             "padding masks, cached decoding steps, head masks and output_attentions take the model's own attention"
@@ -211,17 +161,4 @@ def plan(model: Any, plan: PatchPlan, keep_logits: bool) -> None:
 
 def _attention_blocker(attention: Any) -> str | None:
     how = attention.config._attn_implementation
-    if how != "sdpa":
-        return f"attn_implementation is {how!r}: load the model with attn_implementation='sdpa'"
-    unknown = unknown_children(attention, {"c_attn", "c_proj", "attn_dropout", "resid_dropout"})
-    return f"it has a part that GPT-2's has not ({unknown})" if unknown else None
-
-
-def _loss_blocker(model: Any) -> str | None:
-    if type(model).forward.__qualname__ != "GPT2LMHeadModel.forward":
-        return f"{type(model).__name__} has a forward of its own"
-    if type(model.lm_head) is not nn.Linear:
-        return f"its lm_head is a {type(model.lm_head).__name__}"
-    if (why := blocker(model)) is not None:
-        return why
-    return None if has_gpt2_loss(model) else "it has a loss function of its own"
+    return None if how == "sdpa" else f"attn_implementation is {how!r}: load the model with attn_implementation='sdpa'"

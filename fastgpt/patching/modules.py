@@ -23,7 +23,12 @@ class FusedLayerNorm(Fused):
     """nn.LayerNorm, or any module with ``weight`` (C,) and ``bias`` (C,) or None. eps is 1e-5 if the module has none."""
 
     def forward(
-        self: Any, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0, dtype: torch.dtype | None = None
+        self: Any,
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        dropout_p: float = 0.0,
+        dtype: torch.dtype | None = None,
     ) -> Any:
         """norm(x); with a residual (norm(s), s), where s = dropout(x) + residual has the dtype of x + residual.
         A block gives one only where ``x`` is supported. ``dtype`` is that of the norm's output (default: as in PyTorch)."""
@@ -44,8 +49,8 @@ def gelu_kind(activation: Any) -> str | None:
     """``approximate`` as F.gelu takes it ("tanh" or "none") if ``activation`` is a GELU, else None."""
     if isinstance(activation, nn.GELU):
         return activation.approximate
-    name = type(activation).__name__  # transformers.activations
-    if name in ("NewGELUActivation", "PytorchGELUTanh", "GELUTanh"):
+    name = type(activation).__name__  # transformers.activations; NewGELU is llm.c's and minGPT's
+    if name in ("NewGELUActivation", "PytorchGELUTanh", "GELUTanh", "NewGELU"):
         return "tanh"
     return "none" if name == "GELUActivation" and getattr(activation, "act", F.gelu) is F.gelu else None
 
@@ -54,7 +59,7 @@ class FusedMLP(Fused):
     """c_fc -> GELU -> c_proj -> dropout. c_fc and c_proj are nn.Linear, or Conv1D, whose (in, out) weight is read as the
     strided view (out, in); its gradient arrives in the weight's own layout."""
 
-    def forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self: Any, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """dropout(MLP(x)); with a residual, residual + dropout(MLP(x)) in the dtype of that sum, formed inside c_proj."""
         kind = gelu_kind(self.act if hasattr(self, "act") else self.gelu)
         plain = is_plain(self.c_fc) and is_plain(self.c_proj) and kind is not None and supported(x)
@@ -67,14 +72,25 @@ class FusedMLP(Fused):
         options = {} if self.ops is EAGER else {"keep_copy": False}
         return self.ops.mlp(
             x, weight_of(self.c_fc), self.c_fc.bias, weight_of(self.c_proj), self.c_proj.bias,
-            residual=residual, dropout_p=self.dropout.p if self.training else 0.0, approximate=kind, **options,
+            residual=residual, dropout_p=dropout_p(self, "dropout"), approximate=kind, **options,
         )  # fmt: skip
 
 
+def dropout_p(module: nn.Module, name: str) -> float:
+    """The probability of its dropout ``name`` in the mode that this is in; 0 if there is none."""
+    dropout = getattr(module, name, None)
+    return getattr(dropout, "p", 0.0) if dropout is not None and dropout.training else 0.0
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether something has to see what goes into the module or comes out of it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
 def is_plain(module: nn.Module) -> bool:
-    """An unmodified nn.Linear or Conv1D: no subclass (LoRA, quantised), no hook that has to see its input."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
-    return (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and not hooks
+    """An unmodified nn.Linear or Conv1D: no subclass (LoRA, quantised), no hook."""
+    return (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and not hooked(module)
 
 
 def weight_of(module: Any) -> Tensor:
@@ -92,4 +108,4 @@ class FusedBlock(Fused):
     def after_attention(self: Any, x: Tensor, branch: Tensor, dropout_p: float) -> Tensor:
         """The block's output from its input ``x`` and attention's output ``branch``, on which dropout is still due."""
         h, x = self.ln_2(branch, residual=x, dropout_p=dropout_p, dtype=compute_dtype(branch))
-        return self.mlp(h, residual=x) if is_fused(self.mlp) else x + self.mlp(h)
+        return self.mlp(h, residual=x) if is_fused(self.mlp) and not hooked(self.mlp) else x + self.mlp(h)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastgpt.kernels.arguments import DTYPES, MAX_HEAD_DIM, MAX_WIDTH
-from fastgpt.patching.modules import FusedLayerNorm, FusedMLP, gelu_kind
-from fastgpt.patching.probe import Probe
+from fastgpt.patching.modules import FusedLayerNorm, FusedMLP, gelu_kind, hooked, is_plain
+from fastgpt.patching.probe import UNTRIED, Probe, plain_attributes
 from fastgpt.patching.swap import Fused
+
+Call = Callable[[Any, Tensor], Any]
+"""How a module is tried out: (module, input) -> result."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +33,35 @@ class PatchReport:
     """{operation: why it stays the model's own}."""
     at_run_time: tuple[str, ...] = ()
     """Calls that still use the model's own forward although the operation is replaced."""
+    verified: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """With ``verify``: {"loss" or the name of a parameter whose gradient it is: (error, largest error that is allowed)}, both
+    relative to the same model in fp64."""
 
     def __str__(self) -> str:
         done = ", ".join(name if n == 1 else f"{n} x {name}" for name, n in self.replaced.items())
         lines = [f"fastgpt.patch: {self.model}; {self.runs_in}", f"  replaced   {done or 'nothing'}"]
         lines += [f"  kept       {name}: {why}" for name, why in self.kept.items()]
+        if self.verified:
+            error, allowed = self.verified["loss"]
+            name = max(self.verified, key=lambda name: self.verified[name][0] / self.verified[name][1])
+            lines.append(
+                f"  verified   loss to {error:.1e} (allowed {allowed:.1e}) and {len(self.verified) - 1} gradients; "
+                "nearest to its limit: {} at {:.1e} (allowed {:.1e})".format(name, *self.verified[name])
+            )
         lines += [f"  note       {sentence}" for sentence in self.at_run_time]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A module and the forward that it is to get."""
+
+    operation: str
+    """What the report calls it."""
+    module: nn.Module
+    mixin: type[Fused]
+    counts: bool = True
+    """Whether the report counts it: it is no companion of another change."""
 
 
 @dataclass
@@ -42,28 +69,41 @@ class PatchPlan:
     """The changes to make, and what the report will say."""
 
     model: str = ""
-    changes: list[tuple[nn.Module, type[Fused]]] = field(default_factory=list)
-    attributes: dict[str, Any] = field(default_factory=dict)
-    """Set on the model itself; names start with _fastgpt_."""
-    replaced: dict[str, int] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
+    """A module that stands in several places is here once."""
     kept: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def decide(self, operation: str, module: nn.Module, mixin: type[Fused], why: str | None, where: str = "") -> None:
         """Change ``module``, or keep it if there is a reason ``why``. ``where`` tells it from others of its kind."""
-        if why is None:
-            self.changes.append((module, mixin))
-            self.replaced[operation] = self.replaced.get(operation, 0) + 1
-        else:
+        if why is not None:
             self.kept.setdefault(operation + where, why)
+        elif not any(module is change.module for change in self.changes):
+            self.changes.append(Change(operation, module, mixin))
+
+    @property
+    def replaced(self) -> dict[str, int]:
+        """{operation: how many modules}."""
+        return dict(Counter(change.operation for change in self.changes if change.counts))
+
+    def why_not_together(self, probe: Probe, call: Call, more: Sequence[Change] = ()) -> str | None:
+        """Why the model with all of the changes, and ``more`` of them, does not compute what its own does."""
+        changes = [(probe.names[id(change.module)], change.mixin) for change in (*self.changes, *more)]
+        return probe.why_not(changes, call, probe.ids(), train=True, own_forward_runs=True)
+
+    def try_together(self, probe: Probe, call: Call) -> None:
+        """Keep everything if the changes are no good together."""
+        why = self.why_not_together(probe, call)
+        if why and not why.startswith(UNTRIED):
+            self.kept.update(dict.fromkeys(self.replaced, f"together with the other changes {why}"))
+            self.changes.clear()
 
     def norm(self, name: str, module: nn.Module, width: int) -> None:
         """Plan one layer norm that stands outside the blocks."""
-        why = blocker(module) or _too_wide(width)
+        why = blocker(module) or _too_wide(width) or _other_arguments(module) or unknown_part(module, _NORM)
         if why is None:
             probe = Probe(module)
-            x = probe.randn(2, 3, width)
-            why = probe.why_not([("", FusedLayerNorm)], lambda norm: norm(x))
+            why = probe.why_not([("", FusedLayerNorm)], lambda norm, x: norm(x), probe.randn(2, 3, width), train=True)
         self.decide("layer norm", module, FusedLayerNorm, why, f" {name}")
 
 
@@ -75,8 +115,15 @@ PARTS = {
     "": "residual add with its norm",
 }
 """{name in a block ("" is the block itself): what the report calls it}."""
-Call = Callable[[Any, Tensor], Any]
-"""How a part is called: (block, input) -> result."""
+_NORM = {"weight", "bias"}
+_KNOWN = {
+    "ln_1": _NORM,
+    "ln_2": _NORM,
+    "attn": {"c_attn", "c_proj", "attn_dropout", "resid_dropout", "bias", "masked_bias"},  # the last two are masks
+    "mlp": {"c_fc", "c_proj", "gelu", "act", "dropout"},
+    "": {"ln_1", "ln_2", "attn", "mlp"},
+}
+"""{name in a block: names of the modules, parameters and buffers that the fused forward knows}."""
 
 
 def plan_blocks(
@@ -85,7 +132,7 @@ def plan_blocks(
     *,
     attention: type[Fused],
     block: type[Fused],
-    attention_blocker: Callable[[Any], str | None],
+    attention_blocker: Callable[[Any], str | None] = lambda attention: None,
     call_attention: Call,
     shape: tuple[int, ...],
 ) -> None:
@@ -125,6 +172,9 @@ def _try_out(
     x = probe.randn(*shape)
     few = x[:, :16].contiguous()
     why: dict[str, str | None] = {}
+    more = {part: _other_arguments(module.get_submodule(part)) for part, mixin in mixins.items() if mixin.takes_one}
+    if "" in more:  # a fused block calls its parts with x alone
+        more[""] = next(filter(None, more.values()), None)
 
     def decide(part: str, reason: str | None, call: Call) -> None:
         # A block is tried out with all of its parts that are replaced.
@@ -134,23 +184,34 @@ def _try_out(
         why[part] = (
             blocker(module.get_submodule(part))
             or reason
-            or probe.why_not(changes, lambda block: call(block, x))
-            or probe.why_not(changes, lambda block: call(block, few), train=True)
+            or more.get(part)
+            or unknown_part(module.get_submodule(part), _KNOWN[part])
+            or probe.why_not(changes, call, x)
+            or probe.why_not(changes, call, few, train=True)
         )
 
     width = shape[-1]
     decide("ln_1", _too_wide(width), lambda block, x: block.ln_1(x))
     decide("ln_2", _too_wide(width), lambda block, x: block.ln_2(x))
     decide("attn", attention_reason or _head_blocker(module.attn, width), call_attention)
-    decide("mlp", _activation_blocker(module.mlp), lambda block, x: block.mlp(x))
-    unknown = unknown_children(module, {"ln_1", "ln_2", "attn", "mlp"})
-    reason = f"a block has a part that is not GPT-2's ({unknown})" if unknown else None
-    decide("", reason or ("ln_2 is kept" if why["ln_2"] else None), lambda block, x: block(x))
+    decide("mlp", _mlp_blocker(module.mlp), lambda block, x: block.mlp(x))
+    decide("", "ln_2 is kept" if why["ln_2"] else None, lambda block, x: block(x))
     return why
 
 
-def unknown_children(module: nn.Module, known: set[str]) -> str | None:
-    return next((name for name, _ in module.named_children() if name not in known), None)
+def unknown_part(module: nn.Module, known: set[str]) -> str | None:
+    """Why a module with a child, parameter or buffer that the fused forward does not know is kept."""
+    parts = (*module._modules, *module._parameters, *module._buffers)
+    unknown = next((name for name in parts if name not in known), None)
+    return f"it has a part that GPT-2's has not ({unknown})" if unknown else None
+
+
+def _other_arguments(module: nn.Module) -> str | None:
+    """Why a module is kept whose forward takes more than its input: the fused one would drop the rest."""
+    signature = inspect.signature(type(module).forward)
+    taken = list(signature.parameters)[1:]
+    several = len(taken) != 1 or "*" in str(signature)
+    return f"the forward of {type(module).__name__} takes ({', '.join(taken)}), not x alone" if several else None
 
 
 def blocker(module: nn.Module) -> str | None:
@@ -171,19 +232,23 @@ def _head_blocker(attention: Any, width: int) -> str | None:
     return None if dim <= MAX_HEAD_DIM else f"its heads are {dim} wide, and the kernel takes {MAX_HEAD_DIM}"
 
 
-def _activation_blocker(mlp: Any) -> str | None:
-    """FusedMLP calls the model's own forward for another activation, so that trying it out would find no difference."""
+def _mlp_blocker(mlp: Any) -> str | None:
+    """Where FusedMLP calls the model's own forward, which trying it out would find no fault with."""
     activation = getattr(mlp, "act", getattr(mlp, "gelu", None))
-    if activation is None or gelu_kind(activation) is not None:
-        return None
-    return f"its activation is a {type(activation).__name__}, not a GELU"
+    if activation is not None and gelu_kind(activation) is None:
+        return f"its activation is a {type(activation).__name__}, not a GELU"
+    for name in ("c_fc", "c_proj"):
+        if isinstance(linear := getattr(mlp, name, None), nn.Module) and not is_plain(linear):
+            what = "has a hook" if hooked(linear) else f"is a {type(linear).__module__}.{type(linear).__name__}"
+            return f"its {name} {what}, not a plain linear layer"
+    return None
 
 
 def _fingerprint(module: nn.Module) -> Any:
     """What describes a block except the values of its parameters: classes, shapes and plain attributes."""
     parts = []
     for name, part in module.named_modules():
-        plain = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str)) and k != "training"}
+        plain = plain_attributes(part)
         if not getattr(part, "scale_attn_by_inverse_layer_idx", True):
             plain.pop("layer_idx", None)  # transformers: it only indexes the cache
         shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in part.named_parameters(recurse=False))

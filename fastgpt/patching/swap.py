@@ -26,6 +26,8 @@ _PREFIX = "_fastgpt_"  # begins the names of attributes that a patch adds to an 
 class Fused:
     """Base of the mixins."""
 
+    takes_one = True
+    """Whether only a forward that takes its input and nothing else can be replaced."""
     ops: Ops
     """The table of operations that the mixin calls."""
     names: tuple[str, ...]
@@ -55,7 +57,11 @@ def parameters(forward: Any) -> tuple[tuple[str, ...], bool]:
 def _fused_class(base: Any, mixin: Any, ops_name: str) -> type:
     own = base.forward
 
+    names, takes_more = parameters(own)
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and names and names[0] in kwargs:  # a mixin may call it otherwise
+            args = (kwargs.pop(names[0]),)
         return mixin.forward(self, *args, **kwargs)
 
     # Keep the signature: a Trainer decides by it which columns and arguments to pass. Do not keep __wrapped__: Accelerate
@@ -64,7 +70,6 @@ def _fused_class(base: Any, mixin: Any, ops_name: str) -> type:
     del forward.__wrapped__  # type: ignore[attr-defined]
     forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
 
-    names, takes_more = parameters(own)
     namespace = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -124,5 +129,6 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for module, cls, state in before:
             module.__class__ = cls
+            vars(module).clear()
             vars(module).update(state)
         raise

@@ -34,6 +34,7 @@ from fastgpt.training.outlets import Terminal
 from fastgpt.training.report import banner, compiling_shown, interval, log_line, progress_bar
 from fastgpt.training.run import (
     Run,
+    agree,
     build,
     changed_settings,
     choose_geometry,
@@ -90,7 +91,7 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
     from rich.console import Console
 
     with (
-        distributed.connect(device) as (world, device),
+        distributed.connect(device, config.train.rank_timeout) as (world, device),
         lock.held(config.train.out) if world.is_main else nullcontext(),
     ):
         news: list[str] = []
@@ -121,15 +122,17 @@ class _Loop:
 
     def __init__(self, config: Config, device: torch.device, world: World, console: Console, news: list[str]) -> None:
         """``news``: what there is to tell of the places that the run writes to."""
+        agree(world, config, device)
         config, weights = initial_weights(config)
         config = choose_geometry(config, device, world)
         self.settings, self.world, self.console, self.news = config.train, world, console, news
         saved = find_saved(config)
+        agree(world, config, device, checkpoint=saved.fingerprint if saved else None)
         self.state = build(config, device, world, None if saved else weights)
         if saved is not None:
             restore(self.state, saved)
         else:
-            self.state.id = world.broadcast(self.state.id)
+            self.state.id = world.gather(self.state.id)[0]
         # Read now: a file that cannot be read must not be found out after three days, nor after an earlier run has been moved.
         self.hellaswag = load_hellaswag(self.settings.hellaswag) if self.settings.hellaswag else None
         self.wandb = connect_wandb(config, self.state.id) if self.settings.wandb and world.is_main else None

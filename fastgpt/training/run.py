@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt import __version__
 from fastgpt.checkpoints import checkpoint, folder, rng
-from fastgpt.common import LARGEST, UserError, shortened
+from fastgpt.common import LARGEST, UserError, file_sha256, shortened
 from fastgpt.config import SECTIONS, Config, differences
 from fastgpt.data.loader import TokenLoader
+from fastgpt.data.manifest import fingerprint
 from fastgpt.data.resolution import resolve
 from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
@@ -134,7 +136,7 @@ def choose_geometry(config: Config, device: torch.device, world: World) -> Confi
         return config
     from fastgpt.performance import fitting
 
-    room = int(world.broadcast(str(fitting.free_bytes(device.type))))  # ranks have to agree
+    room = min(world.gather(fitting.free_bytes(device.type)))  # the fullest of the GPUs decides for all
     if config.data.auto_batch:
         share = fitting.CPU_SHARE if device.type == "cpu" else 1
         micro_batch, grad_accum = fitting.fit_batch(config, int(share * room), world.size, device=device.type)
@@ -230,6 +232,7 @@ def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[Token
     """Training and validation batches of this rank."""
     shape, data = config.model, config.data
     train_paths, val_paths, tokenizer = resolve(data.data, data.tokenizer, shape.vocab_size)
+    world.agree({"training data": fingerprint(train_paths), "validation data": fingerprint(val_paths)})
     loader = partial(
         TokenLoader,
         block_size=shape.block_size,
@@ -251,6 +254,11 @@ class ResumePoint:
     values: dict[str, Any]
     damaged: list[str]
     """Newer ones that were passed over, and why, in a sentence each."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Name and content, short enough for a sentence."""
+        return f"{self.path.name}, sha256 {file_sha256(self.path / 'manifest.json')[:12]}"
 
 
 def find_saved(config: Config) -> ResumePoint | None:
@@ -305,6 +313,13 @@ def check_saved(values: dict[str, Any], path: Path) -> None:
             raise UserError(
                 f"checkpoint {path} has {name} {shortened(values[name])}, which no run of fastgpt writes: take another one"
             )
+
+
+def agree(world: World, config: Config, device: torch.device, **facts: str | None) -> None:
+    """Raise UserError on every rank, naming a setting, unless all ranks have the same ones, and the same ``facts``."""
+    settings = {name: value for section in config.to_dict().values() for name, value in section.items()}
+    versions = {"version of fastgpt": __version__, "version of torch": str(torch.__version__)}
+    world.agree({**settings, "type of device": device.type, **versions, **facts})
 
 
 def restore(run: Run, saved: ResumePoint) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.distributed.tensor import DTensor
 
+from fastgpt.kernels.working_copy import copies_kept, gradients_in_place
 from fastgpt.model import GPT
 from fastgpt.ops import autocast
 from fastgpt.training.distributed import World
@@ -74,6 +75,7 @@ class Stepper:
     ``due``."""
     _skipped: Tensor | None = None
 
+    @copies_kept()  # until its end nothing but the optimizer writes parameters
     def __call__(self, batches: Iterable[tuple[Tensor, ...]], grad_accum: int, lr: float) -> tuple[Tensor, Tensor]:
         losses, captured = [], None
         for i, batch in enumerate(batches):  # (x, y), or (x, y, document ids)
@@ -91,11 +93,7 @@ class Stepper:
 
     def micro_step(self, batch: tuple[Tensor, ...], grad_accum: int) -> Tensor:
         """Forward and backward of one of ``grad_accum`` micro-batches. Returns its share of the step's loss."""
-        adding: AbstractContextManager = nullcontext()
-        if self.adds_in_place:
-            from fastgpt.kernels.working_copy import gradients_in_place
-
-            adding = gradients_in_place()
+        adding: AbstractContextManager = gradients_in_place() if self.adds_in_place else nullcontext()
         with adding, autocast(batch[0].device, self.precision):
             loss = self.forward(*batch)[1] / grad_accum
         self.scaler.scale(loss).backward()

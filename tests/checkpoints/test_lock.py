@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,7 +27,7 @@ def started(pid):
 
 def record(out, **holder):
     """What a process that did not end in order leaves behind."""
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": 1e9, "since": "2026-11-30", **holder}
+    holder = {**lock.this_process(), "started": 1e9, "since": "2026-11-30", **holder}
     path = out.with_name(f".{out.name}.lock.json")
     path.write_text(json.dumps(holder))
     return path
@@ -113,7 +112,7 @@ def test_of_a_process_on_another_machine_a_sign_of_life_is_waited_for(tmp_path, 
     else:
         with lock.held(tmp_path / "run"):
             pass
-    assert "names process 7 on elsewhere: waiting 0 s for a sign of life" in capsys.readouterr().err
+    assert "names process 7 on elsewhere: waiting 0 s for a sign of its life" in capsys.readouterr().err
 
 
 def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):

@@ -183,6 +183,7 @@ def test_versions_are_raised(device):
 # ---------------------------------------------------------------- scale, clip, skip
 
 
+@pytest.mark.adversarial
 def test_grad_scale_divides(device, path):
     params, grads = tensors(device), tensors(device)
     scaled = copy.deepcopy(params)

@@ -49,6 +49,7 @@ def packed(device, T, n_head=2, D=16, B=2, dtype=torch.float32, n_kv_head=None):
 # ---- Values and gradients -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.adversarial
 @pytest.mark.parametrize("causal", (True, False))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_packed_parity(device, dtype, causal):
@@ -141,6 +142,7 @@ DOCUMENTS = {
 }
 
 
+@pytest.mark.adversarial
 @pytest.mark.parametrize("options", ({}, {"causal": False}, {"window": 20}), ids=str)
 @pytest.mark.parametrize("ids", DOCUMENTS)
 def test_documents(device, ids, options):

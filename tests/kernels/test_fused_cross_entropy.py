@@ -217,6 +217,7 @@ def test_a_target_out_of_range_raises_on_a_cpu_and_is_nan_on_a_gpu(device, monke
 # ---------------------------------------------------------------- numerics
 
 
+@pytest.mark.adversarial
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_blocks_of_minus_infinity(device, dtype, reduction):
@@ -228,6 +229,7 @@ def test_blocks_of_minus_infinity(device, dtype, reduction):
     check(inputs, target, bias=shift, reduction=reduction)
 
 
+@pytest.mark.adversarial
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("p", [0.9, 0.99, 0.999])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -54,6 +54,7 @@ def grads_of(op, inputs, dx) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- parity
 
 
+@pytest.mark.adversarial
 @pytest.mark.parametrize("wte, wpe", [(FP32, FP32), (BF16, BF16), (FP16, FP16), (FP32, BF16)], ids=str)
 def test_parity_for_dtypes(device, wte, wpe):
     check(make(device, wte=wte, wpe=wpe))

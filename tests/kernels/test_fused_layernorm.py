@@ -62,6 +62,7 @@ def test_parity_for_dtypes(device, shape, dtypes):
 
 
 # bug 25: rank 1 to 4; bug 16: ragged numbers of rows
+@pytest.mark.adversarial
 @pytest.mark.parametrize(
     "shape",
     [(7,), (1,), (1, 1), (19, 1), (1, 768), (17, 2), (63, 48), (65, 48), (2, 5, 100), (2, 3, 5, 24), (3, 1, 1600)],

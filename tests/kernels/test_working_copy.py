@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import io
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fastgpt.kernels import runtime
+from fastgpt.kernels import linear, runtime
 from fastgpt.kernels import working_copy as module
-from fastgpt.kernels.working_copy import captured_reads, existing, forget, mark_fresh, working_copy
+from fastgpt.kernels.working_copy import captured_reads, copies_kept, existing, forget, mark_fresh, working_copy
 from fastgpt.optim.adamw import FusedAdamW
 
 BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _kept(request):
+    """As in our own loop, but where a test is about others'."""
+    if "anybodys" in request.node.name:
+        yield
+        return
+    with copies_kept():
+        yield
 
 
 @pytest.fixture
@@ -88,6 +101,98 @@ def test_rebuilt_after_any_other_writer(param, write):
     write(param)
     assert existing(param) is None
     assert torch.equal(working_copy(param, BF16), param.to(BF16))
+
+
+class ThroughData(torch.optim.SGD):
+    """Writes no parameter in a way that its version counts, as apex's and bitsandbytes' kernels."""
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data.add_(p.grad, alpha=-self.param_groups[0]["lr"])
+
+
+class Averaged(FusedAdamW):
+    """Ours, after which the weights are exchanged for their average."""
+
+    def step(self):
+        before = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        super().step()
+        for p, average in zip(self.param_groups[0]["params"], before):
+            p.data.lerp_(average, 0.5)
+
+
+class Clamped(FusedAdamW):
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            other = p.detach().clamp(-0.1, 0.1).contiguous()
+            if p.device.type == "cpu":
+                ctypes.memmove(p.data_ptr(), other.data_ptr(), other.nbytes)  # a kernel of somebody's own
+            else:
+                p.data.copy_(other)
+
+
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9, foreach=True),
+    "adam": torch.optim.Adam,
+    "adamw foreach": partial(torch.optim.AdamW, foreach=True),
+    "adamw fused": partial(torch.optim.AdamW, fused=True),
+    "nadam": torch.optim.NAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "through .data": ThroughData,
+    "averaged": Averaged,
+    "a kernel": Clamped,
+    "ours": FusedAdamW,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_anybodys_loop_computes_with_the_weights_that_its_optimizer_left(device, optimizer):
+    weight = nn.Parameter(torch.randn(16, 8, device=device))
+    optimizer = OPTIMIZERS[optimizer]([weight], lr=0.1)
+    x = torch.randn(4, 8, device=device)
+    with copies_kept():  # a step of our own loop came before: its copy is there
+        working_copy(weight, BF16)
+        weight.grad = torch.ones_like(weight)
+        FusedAdamW([weight]).step()
+    for _ in range(2):
+        with torch.autocast(device.type, BF16):
+            y = linear(x, weight)
+        assert torch.equal(y, F.linear(x.to(BF16), weight.to(BF16)))
+        optimizer.zero_grad()
+        y.square().sum().backward()
+        before = weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("optimizer", ["through .data", "ours", "sgd"])
+def test_each_step_of_our_loop_trusts_what_it_cast_itself_or_what_our_optimizer_wrote(device, optimizer):
+    weight = nn.Parameter(torch.randn(16, 8, device=device))
+    optimizer, places = OPTIMIZERS[optimizer]([weight], lr=0.1), []
+    for _ in range(3):
+        module._scope = None  # each step opens one of its own
+        with copies_kept():
+            first, second = working_copy(weight, BF16), working_copy(weight, BF16)
+            assert first.data_ptr() == second.data_ptr() and torch.equal(first, weight.to(BF16))
+            places.append(existing(weight))
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+    once = all(place is places[0] for place in places)
+    assert once == isinstance(optimizer, FusedAdamW), "FusedAdamW's copy is never cast again"
+
+
+def test_anybodys_use_outside_of_a_step_keeps_nothing(param):
+    assert working_copy(param, BF16).data_ptr() != working_copy(param, BF16).data_ptr()
+    assert existing(param) is None
+    with copies_kept():
+        working_copy(param, BF16)
+        with copies_kept():
+            assert existing(param) is not None, "one that is open stays"
+    assert existing(param) is None
 
 
 def test_mark_fresh_and_forget(param):

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from bench.parity import assert_parity
 from fastgpt.kernels import runtime
-from fastgpt.kernels.working_copy import existing, working_copy
+from fastgpt.kernels.working_copy import copies_kept, existing, working_copy
 from fastgpt.optim.adamw import FusedAdamW
 from tests.kernels.test_fused_adamw import NoHostRead
 
@@ -136,6 +136,89 @@ def test_amsgrad_and_maximize_are_refused(device, name):
     with pytest.raises(ValueError, match=message):
         ours.load_state_dict(theirs.state_dict())
     assert ours.param_groups[0][name] is False
+
+
+def stepped(*shapes, device, names=None):
+    """torch's AdamW after a step over such parameters."""
+    params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.AdamW(list(zip(names, params)) if names else params)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda state: state.update(exp_avg=torch.zeros(9, 4)),
+            r"exp_avg of parameter 0 is \(9, 4\), and must be \(8, 4\)",
+        ),
+        (lambda state: state.update(exp_avg=torch.zeros(4, 4)), r"exp_avg of parameter 0 is \(4, 4\)"),  # fewer rows
+        (lambda state: state.update(exp_avg_sq=torch.zeros(4)), r"exp_avg_sq of parameter 0 is \(4,\)"),  # broadcasts
+        (lambda state: state.update(step=torch.zeros(2)), r"step of parameter 0 is \(2,\), and must be \(\)"),
+        (
+            lambda state: state.pop("exp_avg_sq"),
+            "parameter 0 has no exp_avg_sq, but step, exp_avg: load the state of an",
+        ),
+    ],
+    ids=["more rows", "fewer rows", "broadcast", "steps", "another optimizer"],
+)
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_replaced(device, edit, message):
+    theirs = stepped((8, 4), (3,), device=device)
+    ours = FusedAdamW.from_optimizer(theirs)
+    before = copy.deepcopy(ours.state_dict())
+    edit(theirs.state[theirs.param_groups[0]["params"][0]])
+    bad = theirs.state_dict()
+    bad["param_groups"][0]["lr"] = 0.5
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(bad)
+    with pytest.raises(ValueError, match=message.replace("parameter 0", "a parameter")):
+        FusedAdamW.from_optimizer(theirs)
+    after = ours.state_dict()
+    assert all(torch.equal(after["state"][i][key], value) for i in (0, 1) for key, value in before["state"][i].items())
+    assert after["param_groups"] == before["param_groups"]
+
+
+def test_a_state_of_parameters_in_another_order_or_number_is_refused(device):
+    ours = FusedAdamW.from_optimizer(stepped((8, 4), (3,), device=device))
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is \(3,\)"):
+        ours.load_state_dict(stepped((3,), (8, 4), device=device).state_dict())
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        ours.load_state_dict(stepped((8, 4), device=device).state_dict())
+    named = FusedAdamW([("a", nn.Parameter(torch.ones(2))), ("b", nn.Parameter(torch.ones(2)))])
+    with pytest.raises(ValueError, match="the state is of b where the optimizer has a"):
+        named.load_state_dict(stepped((2,), (2,), device=device, names="ba").state_dict())
+
+
+def test_moments_that_were_exchanged_by_hand_are_refused(device):
+    params = parameters(device)
+    optimizer = FusedAdamW(params)
+    train(optimizer, params, 1)
+    rows = params[1].shape[0]
+    optimizer.state[params[1]]["exp_avg"] = torch.zeros_like(params[1])[: rows // 2]  # its strides are the parameter's
+    set_grads(params, 1)
+    with pytest.raises(ValueError, match="exp_avg of a parameter is"):
+        optimizer.step()
+
+
+def test_memory_that_suffices_for_one_moment_leaves_no_half_of_a_state(device, monkeypatch):
+    params = parameters(device)
+    optimizer, zeros_like, made = FusedAdamW(params), torch.zeros_like, []
+
+    def no_room_for_the_second(*args, **options):
+        made.append(args)
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return zeros_like(*args, **options)
+
+    set_grads(params, 0)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "zeros_like", no_room_for_the_second)
+        optimizer.step()
+    train(optimizer, params, 1)
+    assert all(len(optimizer.state[p]) == 3 for p in params)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +382,7 @@ def test_grad_scaler(device, path):
     assert all(torch.equal(p, q) for p, q in zip(params, theirs))
 
 
+@copies_kept()
 def test_working_copies_are_written_in_the_same_pass(device, path):
     params = parameters(device)
     optimizer = FusedAdamW(params)
@@ -311,6 +395,7 @@ def test_working_copies_are_written_in_the_same_pass(device, path):
     assert existing(params[0]) is None
 
 
+@copies_kept()
 def test_a_skipped_step_does_not_pass_off_a_stale_copy_as_fresh(device):
     params = parameters(device)
     optimizer = FusedAdamW(params)

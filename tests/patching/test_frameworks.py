@@ -133,7 +133,7 @@ def _model_and_step(kind):
     torch.manual_seed(0)
     model = nanogpt_model.GPT(nanogpt_model.GPTConfig(block_size=16, **SMALL))
     patch(model, quiet=True)
-    return model, lambda model, rows: model(ids[rows, :-1], ids[rows, 1:])[1]
+    return model, lambda model, rows: model(ids[rows, :-1], ids[rows, 1:].contiguous())[1]
 
 
 def test_two_ranks_of_ddp_and_of_fsdp_have_the_gradients_of_one(tmp_path):

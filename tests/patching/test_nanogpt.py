@@ -80,7 +80,7 @@ def test_weights_loaded_and_block_size_cropped_after_patch(device):
         each.crop_block_size(16)
     idx, targets = batch(device, T=16)
     torch.testing.assert_close(model(idx, targets)[1], source(idx, targets)[1])
-    with pytest.raises(ValueError, match="longer than block_size 16"):
+    with pytest.raises(AssertionError, match="sequence of 17, block size 16"):  # the model's own
         model(*batch(device, T=17))
 
 
@@ -185,6 +185,57 @@ class TestDropout:
         assert error.mean() < 1.3  # of |N(0, 1)|: 0.8
 
 
+@pytest.mark.parametrize("positions", [True, False], ids=["build-nanogpt", "rotary"])
+def test_models_without_dropout_or_positions(device, positions):
+    """build-nanogpt's and llm.c's GPT have no module for dropout; one with rotary positions has no wpe."""
+
+    class NewGELU(nn.Module):  # llm.c's
+        def forward(self, x):
+            return 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    class MLP(nn.Module):
+        def __init__(self, own):
+            super().__init__()
+            self.c_fc, self.gelu, self.c_proj = own.c_fc, NewGELU(), own.c_proj
+
+        def forward(self, x):
+            return self.c_proj(self.gelu(self.c_fc(x)))
+
+    class Attention(nn.Module):
+        def __init__(self, own):
+            super().__init__()
+            self.c_attn, self.c_proj, self.n_head, self.n_embd = own.c_attn, own.c_proj, own.n_head, own.n_embd
+
+        def forward(self, x):
+            B, T, C = x.shape
+            q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).split(C, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    class Model(GPT):
+        def forward(self, idx, targets=None, return_logits=True):
+            x = self.transformer.wte(idx)
+            if positions:
+                x = x + self.transformer.wpe(torch.arange(idx.shape[1], device=idx.device))
+            for block in self.transformer.h:
+                x = block(x)
+            logits = self.lm_head(self.transformer.ln_f(x))
+            loss = None
+            if targets is not None:
+                loss = nn.functional.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+            return logits if return_logits else None, loss
+
+    model = make(device, n_layer=1)
+    model.__class__ = Model
+    del model.transformer["drop"]
+    if not positions:
+        del model.transformer["wpe"]
+    for block in model.transformer.h:
+        block.mlp, block.attn = MLP(block.mlp), Attention(block.attn)
+    assert_same(model, loss_of(*batch(device)), train=True)
+    assert not patch(model, quiet=True).kept
+
+
 class TestForks:
     """Whatever a fork computes otherwise stays as it is, and the results are its own."""
 
@@ -222,7 +273,7 @@ class TestForks:
     def test_only_the_blocks_that_differ_are_kept(self, device):
         model = make(device, n_layer=3)
         model.transformer.h[1].attn.extra = nn.Linear(2, 2).to(device)
-        report = self.check(device, model, "attention of transformer.h.1", "a part that nanoGPT's has not (extra)")
+        report = self.check(device, model, "attention of transformer.h.1", "a part that GPT-2's has not (extra)")
         assert report.replaced["attention"] == 2
 
     def test_blocks_in_parallel(self, device):
@@ -268,39 +319,115 @@ class TestForks:
         assert report.kept["residual add with its norm"] == "ln_2 is kept"
         assert report.replaced["layer norm"] == 3
 
-    def test_a_loss_with_capped_logits(self, device):
-        class Capped(GPT):
-            def forward(self, idx, targets=None):
-                logits, loss = super().forward(idx, targets)
-                return logits, None if loss is None else loss + 1e-3 * logits.logsumexp(-1).square().mean()
+    def test_arguments_that_are_not_x_alone(self, device):
+        """A fused forward would drop them, or take them for options of its own."""
+
+        class Attention(nanogpt_model.CausalSelfAttention):
+            def forward(self, x, is_causal=True):
+                return super().forward(x) if is_causal else x
+
+        class Block(nanogpt_model.Block):
+            def forward(self, x, is_causal=True):
+                x = x + self.attn(self.ln_1(x), is_causal)
+                return x + self.mlp(self.ln_2(x))
+
+        class Model(GPT):
+            def forward(self, idx, targets=None, is_causal=True):
+                x = self.transformer.wte(idx)
+                for block in self.transformer.h:
+                    x = block(x, is_causal)
+                logits = self.lm_head(self.transformer.ln_f(x))
+                loss = None if targets is None else nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                return logits, loss
+
+        model, x = make(device, dropout=0.5), torch.randn(2, 9, 24, device=device)
+        model.__class__ = Model
+        for block in model.transformer.h:
+            block.__class__, block.attn.__class__ = Block, Attention
+        own = copy.deepcopy(model)
+        report = patch(model, quiet=True)
+        assert report.kept["attention"] == "the forward of Attention takes (x, is_causal), not x alone"
+        assert report.kept["residual add with its norm"] == "the forward of Attention takes (x, is_causal), not x alone"
+        assert (report.replaced["MLP"], report.replaced["loss"]) == (2, 1)
+        attention, idx = model.transformer.h[0].attn, torch.randint(0, 67, (2, 9), device=device)
+        assert attention(x, False).equal(x)
+        assert (attention(x) == 0).float().mean() > 0.3  # its dropout
+        for each in (model, own):
+            each.eval()
+        torch.testing.assert_close(model(idx, idx, False), own(idx, idx, False))
+
+    def test_a_block_whose_norm_takes_a_condition(self, device):
+        class Norm(nanogpt_model.LayerNorm):
+            def forward(self, input, shift=0.0):
+                return super().forward(input) + shift
 
         model = make(device)
-        model.__class__ = Capped
-        self.check(device, model, "loss", "its forward computes something else")
+        for block in model.transformer.h:
+            block.ln_1.__class__ = Norm
+        report = self.check(device, model, "residual add with its norm", "Norm takes (input, shift)")
+        assert report.replaced["attention"] == 2
 
-    def test_a_forward_with_more_arguments(self, device):
-        class More(GPT):
-            def forward(self, idx, targets=None, weights=None):
-                return super().forward(idx, targets)
+    def test_gradients_that_are_cut_off(self, device):
+        class Cut(nanogpt_model.Block):
+            def forward(self, x):
+                x = x + self.attn(self.ln_1(x.detach()))
+                return x + self.mlp(self.ln_2(x))
 
         model = make(device)
-        model.__class__ = More
-        self.check(device, model, "loss", "(idx, targets, weights), not (idx, targets)")
+        for block in model.transformer.h:
+            block.__class__ = Cut
+        self.check(device, model, "residual add with its norm", "its forward computes something else")
 
-    def test_pytorchs_ignore_index(self, device):
-        class Ignoring(GPT):
-            def forward(self, idx, targets=None):
-                if targets is not None:
-                    assert (targets != -1).all()
-                    targets = targets.masked_fill(targets == -100, -1)
-                return super().forward(idx, targets)
+    def test_random_numbers_and_counters(self, device):
+        """Neither shows in what one call returns."""
 
-        model, (idx, targets) = make(device), batch(device)
-        model.__class__ = Ignoring
-        targets[targets == -1] = -100
-        want = model(idx, targets)[1]
-        assert "loss" in patch(model, quiet=True).replaced
-        torch.testing.assert_close(model(idx, targets)[1], want)
+        class Random(nanogpt_model.Block):
+            def forward(self, x):
+                return x if self.training and torch.rand(()) > 2 else super().forward(x)
+
+        class Counting(nanogpt_model.Block):
+            calls = 0
+
+            def forward(self, x):
+                self.calls += 1
+                return x if self.calls > 100 else super().forward(x)
+
+        for cls, why in (
+            (Random, "its forward draws random numbers"),
+            (Counting, "its forward changes the module's state"),
+        ):
+            model = make(device)
+            for block in model.transformer.h:
+                block.__class__ = cls
+            self.check(device, model, "residual add with its norm", why)
+
+    def test_dropout_elsewhere_or_of_another_probability(self, device):
+        """Although every probability is 0 in this model: it may not stay so."""
+
+        class Doubled(nanogpt_model.MLP):
+            def forward(self, x):
+                return self.dropout(self.c_proj(self.dropout(self.gelu(self.c_fc(x)))))
+
+        class Undropped(nanogpt_model.CausalSelfAttention):
+            def forward(self, x):
+                own, self.dropout = self.dropout, 0.0
+                y = super().forward(x)
+                self.dropout = own
+                return y
+
+        model = make(device)
+        for block in model.transformer.h:
+            block.mlp.__class__, block.attn.__class__ = Doubled, Undropped
+        report = self.check(device, model, "MLP", "its forward computes something else")
+        assert report.kept["attention"] == "its forward computes something else"
+
+    @pytest.mark.parametrize("part, name", [("mlp", "scale"), ("attn", "scale"), ("ln_1", "scale"), ("", "scale")])
+    def test_a_parameter_that_nanogpt_has_not(self, device, part, name):
+        model = make(device)
+        for block in model.transformer.h:
+            block.get_submodule(part).register_buffer(name, torch.ones(()), persistent=False)
+        report = patch(model, quiet=True)
+        assert "it has a part that GPT-2's has not (scale)" in report.kept.values()
 
     def test_a_model_in_fp64_goes_its_own_way(self, device):
         model = make(device).double()

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertModel, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
 from bench.steps import nanogpt as nanogpt_model
@@ -54,7 +55,7 @@ def test_parameters_names_state_and_ties_are_the_very_same(model):
     assert repr(model) == text
     assert model.lm_head.weight is model.transformer.wte.weight
     assert torch.get_rng_state().equal(random)
-    assert not any(is_fused(part) for part in (model.lm_head, model.transformer.wte, model.transformer.drop))
+    assert not any(is_fused(part) for part in (model.transformer.wte, model.transformer.drop))
 
 
 def test_isinstance_and_class_names_stay(model):
@@ -93,7 +94,7 @@ def test_nothing_is_computed_from_working_copies(model, device):
         before = loss(model)
         before.backward()
         for parameter in model.parameters():
-            assert working_copy.existing(parameter) is None
+            assert parameter not in working_copy._copies
             parameter.data.mul_(2.0)
         assert abs(loss(model) - before) > 1e-3
 
@@ -142,6 +143,46 @@ class TestReport:
         loss(model).backward()
 
 
+@pytest.mark.parametrize("shared", ["block", "ln_1", "ln_2", "attn", "mlp"])
+def test_modules_in_several_places_are_patched_once(device, shared):
+    model = nanogpt().to(device)
+    first, second = model.transformer.h
+    if shared == "block":
+        model.transformer.h[1] = first
+    else:
+        setattr(second, shared, getattr(first, shared))
+    own = copy.deepcopy(model)
+    report = patch(model, quiet=True)
+    assert report.replaced["attention"] == (1 if shared in ("block", "attn") else 2) and not report.kept
+    torch.testing.assert_close(loss(model), loss(own))
+    unpatch(model)
+    assert not any(map(is_fused, model.modules()))
+
+
+def test_one_norm_in_both_places_of_a_block(device):
+    model = nanogpt().to(device)
+    for block in model.transformer.h:
+        block.ln_2 = block.ln_1
+    own = copy.deepcopy(model)
+    assert patch(model, quiet=True).replaced["layer norm"] == 3
+    torch.testing.assert_close(loss(model), loss(own))
+
+
+@pytest.mark.parametrize("part", ["ln_1", "attn", "ln_2", "mlp"])
+def test_hooks_on_parts_of_a_block_see_what_they_saw_before(model, part):
+    """A patched block leaves sums and dropout to its parts: not to one that somebody watches."""
+    seen = []
+    ids = torch.arange(12, device=next(model.parameters()).device).view(1, 12)
+    for block in model.transformer.h:
+        block.get_submodule(part).register_forward_hook(lambda module, args, out: seen.append((*args, out)))
+    model.eval()(ids)
+    want, seen[:] = [[t for t in tree_leaves(each) if isinstance(t, torch.Tensor)] for each in seen], []
+    patch(model, quiet=True)
+    model(ids)
+    got = [[t for t in tree_leaves(each) if isinstance(t, torch.Tensor)] for each in seen]
+    torch.testing.assert_close(got, want)
+
+
 def refused(model, message):
     """patch raises one sentence with ``message`` in it, and nothing has changed."""
     classes = [type(module) for module in model.modules()]
@@ -157,6 +198,11 @@ class TestRefused:
         bert = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
         refused(BertModel(bert), "model is a BertModel")
 
+    def test_a_model_that_is_nearly_nanogpts_says_what_it_lacks(self):
+        other = nanogpt()
+        other.transformer.h[1].norm = other.transformer.h[1].__dict__["_modules"].pop("ln_2")
+        refused(other, "patch knows nanoGPT's GPT, .*; as nanoGPT's it lacks transformer.h.1.ln_2$")
+
     def test_something_that_is_no_model(self):
         with pytest.raises(UserError, match="model is a str: give patch a nanoGPT GPT"):
             patch("gpt2")
@@ -169,6 +215,7 @@ class TestRefused:
         other = huggingface(GPT2ForSequenceClassification)
         refused(other, "patch its body with fastgpt.patch.model.transformer.")
         patch(other.transformer, quiet=True)
+        refused(nn.ModuleDict({"net": nanogpt()}), "patch its body with fastgpt.patch.model.net.")
 
     def test_wrapped_models(self, model):
         refused(torch.compile(model), "wrapped in OptimizedModule: patch the model itself")

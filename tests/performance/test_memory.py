@@ -321,9 +321,9 @@ def test_the_working_copies_are_those_that_the_kernels_keep(device):
 
     config = ModelConfig(2, 2, 32, 16, 64, bias=True)
     model, idx = GPT(config, ops.TRITON).to(device), tokens_of(config, 1, device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16), working_copy.copies_kept():
         model(idx, idx)
-    copies = [copy for p in model.parameters() if (copy := working_copy.existing(p)) is not None]
+        copies = [copy for p in model.parameters() if (copy := working_copy.existing(p)) is not None]
     kept = sum(copy.numel() * copy.element_size() for copy in copies)
     assert memory_module.memory(config, micro_batch=1, kernels="triton").working_copies == kept
 

@@ -1,31 +1,59 @@
 """Two ranks (gloo, on the CPU) are one run: the same losses as one rank, checkpoints that move between them, and an end in one
-sentence when a rank dies."""
+sentence when they disagree, or one dies or stops."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from fastgpt.checkpoints import checkpoint, folder
+from fastgpt.checkpoints import checkpoint, folder, lock
+from fastgpt.common import UserError
+from fastgpt.config import load_preset, parse
+from fastgpt.performance import fitting
+from fastgpt.training import distributed
+from fastgpt.training.distributed import World
+from fastgpt.training.run import ResumePoint, agree, build_loaders, choose_geometry
+from tests.shards import write_shard
 
 ROOT = Path(__file__).parents[2]
-SHAPE = "--n-embd 32 --n-head 2 --n-layer 2 --block-size 16 --batch-size 2 --grad-accum 4 --lr 1e-3 --warmup-iters 2"
-QUIET = "--eval-iters 2 --eval-interval 10 --log-interval 1 --no-tensorboard --no-doctor --device cpu --data stdlib"
+CPU = torch.device("cpu")
+BASE = {
+    **{"--kernels": "eager", "--device": "cpu", "--data": "stdlib"},
+    **{
+        "--n-embd": "32",
+        "--n-head": "2",
+        "--n-layer": "2",
+        "--block-size": "16",
+        "--batch-size": "2",
+        "--grad-accum": "4",
+    },
+    **{"--lr": "1e-3", "--warmup-iters": "2", "--eval-iters": "2", "--eval-interval": "10", "--log-interval": "1"},
+}
 
 
 def command(ranks, out, *flags):
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*start, "train.py", "--kernels", "eager", *SHAPE.split(), *QUIET.split(), "--out", str(out), *flags]
+    base = itertools.chain(*(pair for pair in BASE.items() if pair[0] not in flags))
+    return [*start, "train.py", *base, "--no-tensorboard", "--no-doctor", "--out", str(out), *flags]
 
 
 def environment():
@@ -132,7 +160,7 @@ def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(t
     out = tmp_path / "run"
     code, output = interrupted(out, lambda: folder.existing(out), signal.SIGKILL, "--checkpoint-interval", "5")
     assert code != 0
-    assert "another rank of this run is gone" in output and "--resume" in output, output
+    assert "of this run is gone" in output and "--resume" in output, output
     step = checkpoint.load(folder.newest_valid(out)[0])["step"]
     train(1, out, "--max-iters", str(step + 1), "--resume")
     assert checkpoint.load(folder.resolve(out))["step"] == step + 1
@@ -174,3 +202,209 @@ def test_micro_batches_that_do_not_divide_are_refused_in_one_sentence(tmp_path):
     assert "grad_accum is 3, which 2 GPUs do not divide" in result.stderr
     assert f"{ROOT}/fastgpt/" not in result.stderr  # torchrun's own traceback is there, ours is not
     assert not (tmp_path / "run").exists()
+
+
+# ---- ranks that disagree
+
+
+def on_each_rank(work):
+    """What ``work(world)`` returns or raises on each of two ranks: threads with a store between them."""
+    store, found = dist.HashStore(), [None, None]
+
+    def one(rank):
+        try:
+            found[rank] = work(World(rank, 2, store.clone()))
+        except UserError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+@cache
+def demo():
+    return parse([], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--n-layer 3", "n_layer is 2 on rank 0 and 3 on rank 1"),
+        ("--lr 2e-3", "lr is 0.005 on rank 0 and 0.002 on rank 1"),
+        ("--seed 7", "seed is 1337 on rank 0 and 7 on rank 1"),
+        ("--batch-size 3", "batch_size is 8 on rank 0 and 3 on rank 1"),
+        ("--grad-accum 2", "grad_accum is 1 on rank 0 and 2 on rank 1"),
+        ("--data corpus", "data is 'stdlib' on rank 0 and 'corpus' on rank 1"),
+        ("--precision fp16", "precision is 'auto' on rank 0 and 'fp16' on rank 1"),
+        ("--max-iters 3", "max_iters is 50 on rank 0 and 3 on rank 1"),
+        ("--eval-interval 3", "eval_interval is 25 on rank 0 and 3 on rank 1"),
+        ("--checkpoint-interval 3", "checkpoint_interval is 25 on rank 0 and 3 on rank 1"),
+        ("--log-interval 3", "log_interval is 5 on rank 0 and 3 on rank 1"),
+        ("--resume auto", "resume is None on rank 0 and 'auto' on rank 1"),
+        ("--kernels eager", "kernels is 'triton' on rank 0 and 'eager' on rank 1"),
+        ("--device cuda", "device is 'auto' on rank 0 and 'cuda' on rank 1"),
+    ],
+)
+def test_every_rank_names_the_first_setting_that_differs(flags, sentence):
+    configs = demo(), parse(flags.split(), "cpu")
+    said = f"the ranks of this run disagree: {sentence}: start every rank with the same command and the same files"
+    assert on_each_rank(lambda world: agree(world, configs[world.rank], CPU)) == [said, said]
+
+
+def test_ranks_that_agree_go_on_and_a_checkpoint_that_one_does_not_see_is_named(tmp_path):
+    config = demo()
+    (tmp_path / "step-00000010").mkdir()
+    (tmp_path / "step-00000010" / "manifest.json").write_text("{}")
+    seen = ResumePoint(tmp_path / "step-00000010", {}, []).fingerprint
+    assert on_each_rank(lambda world: agree(world, config, CPU, checkpoint=seen)) == [None, None]
+    one, two = on_each_rank(lambda world: agree(world, config, CPU, checkpoint=None if world.rank else seen))
+    assert one == two and "checkpoint is 'step-00000010, sha256 44136fa355b3' on rank 0 and None on rank 1" in one
+
+
+def test_token_files_that_differ_are_named(tmp_path):
+    def loaders(folders, world):  # one path on two machines: here each rank has its own
+        config = parse(["--data", str(folders[world.rank]), "--block-size", "16"], "cpu")
+        return build_loaders(config, world, 2)
+
+    one, shorter, described = folders = [tmp_path / name for name in ("one", "shorter", "described")]
+    for place in folders:
+        place.mkdir()
+        for side in ("train", "val"):
+            tokens = 900 if (place, side) == (shorter, "val") else 1000
+            write_shard(place / f"{side}.bin", np.ones(tokens, np.uint16))
+    (described / "manifest.json").write_text('{"seed": 1}')
+    for other, first in (
+        (shorter, "validation data is '1 files of 3,024 bytes"),
+        (described, "training data is '1 files"),
+    ):
+        said = on_each_rank(partial(loaders, [one, other]))
+        assert said[0] == said[1] and f"disagree: {first}" in said[0]
+    for loader in itertools.chain(*on_each_rank(partial(loaders, [one, one]))):
+        loader.close()
+
+
+def test_the_ranks_plan_with_the_smallest_free_memory(monkeypatch):
+    """Rank 0 has room, rank 1 has not: both refuse, or choose alike."""
+    config, cuda = load_preset("gpt2-124m", "cuda"), torch.device("cuda")
+    free = threading.local()
+    monkeypatch.setattr(fitting, "free_bytes", lambda kind: free.bytes)
+
+    def work(world, data):
+        free.bytes = (24, 6)[world.rank] * 10**9
+        return choose_geometry(replace(config, data=replace(config.data, **data)), cuda, world).data.batch_size
+
+    one, two = on_each_rank(lambda world: work(world, {"auto_batch": True}))
+    assert one == two == fitting.fit_batch(config, 6 * 10**9, 2)[0] < fitting.fit_batch(config, 24 * 10**9, 2)[0]
+    one, two = on_each_rank(lambda world: work(world, {"batch_size": 32, "grad_accum": 16}))
+    assert one == two and "of the 6.0 GB free" in one
+
+
+@contextmanager
+def by_hand(*flags):
+    """Ranks that nobody started alike, each with flags of its own, and that nobody ends but they."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"WORLD_SIZE": str(len(flags)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            command(1, *own),
+            cwd=ROOT,
+            env={**environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, own in enumerate(flags)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_rank_that_was_stopped_ends_the_others(tmp_path):
+    out = tmp_path / "run"
+    flags = (out, "--max-iters", "100000", "--checkpoint-interval", "5", "--eval-interval", "0", "--rank-timeout", "6")
+    with by_hand(flags, flags) as (own, other):
+        deadline = time.monotonic() + 120
+        while not folder.existing(out) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        other.send_signal(signal.SIGSTOP)
+        output, _ = own.communicate(timeout=60)
+    assert own.returncode == 2
+    assert "error: rank 1 of this run is gone (no sign of life for 6 s, --rank-timeout), so rank 0 stops" in output
+
+
+def test_ranks_that_disagree_end_in_one_sentence_each_and_move_nothing(alone):
+    before = {path: path.stat().st_mtime_ns for path in alone.rglob("*")}
+    with by_hand((alone, "--lr", "1e-3"), (alone, "--lr", "2e-3")) as processes:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    for output in outputs:
+        assert output.splitlines() == [
+            "error: the ranks of this run disagree: lr is 0.001 on rank 0 and 0.002 on rank 1: start every rank with the same "
+            "command and the same files"
+        ]
+    assert {path: path.stat().st_mtime_ns for path in alone.rglob("*")} == before
+
+
+def test_all_ranks_are_told_that_the_folder_is_in_use(alone):
+    with lock.held(alone), by_hand((alone,), (alone,)) as processes:
+        [one], [two] = (process.communicate(timeout=120)[0].splitlines() for process in processes)
+    assert [process.returncode for process in processes] == [2, 2]
+    assert one.startswith(f"error: out is {alone}, where process {os.getpid()} on ")
+    assert two == f"error: rank 0 stopped, and with it rank 1: {one.removeprefix('error: ')}"
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": "5"}, "RANK is '5' in the environment: it must be a whole number from 0 to 1"),
+        ({"RANK": "-1"}, "RANK is '-1' in the environment"),
+        ({"RANK": None}, "RANK is not set but WORLD_SIZE is: start with torchrun, or unset WORLD_SIZE"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set but WORLD_SIZE is"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK is '2' in the environment"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc' in the environment: it must be a whole number from 1 to 65535"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment"),
+        ({"WORLD_SIZE": None, "RANK": "1"}, "RANK is '1' in the environment: it must be a whole number from 0 to 0"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not set but WORLD_SIZE is"),
+        (
+            {"MASTER_PORT": "70000"},
+            "MASTER_PORT is '70000' in the environment: it must be a whole number from 1 to 65535",
+        ),
+    ],
+)
+def test_a_place_among_the_ranks_that_cannot_be_is_refused(monkeypatch, variables, sentence):
+    torchrun = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**torchrun, **variables}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(sentence)), distributed.connect(CPU):
+        pass
+
+
+def test_a_rank_that_nobody_answers_says_so(monkeypatch):
+    monkeypatch.setattr(distributed, "START", 0.1)
+    for name, value in {
+        "WORLD_SIZE": 2,
+        "RANK": 1,
+        "LOCAL_RANK": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 1,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    with (
+        pytest.raises(UserError, match=r"^rank 1 cannot join the other 1 at 127\.0\.0\.1:1 \("),
+        distributed.connect(CPU, 0.1),
+    ):
+        pass

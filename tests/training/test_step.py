@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import ops
 from fastgpt.config import ModelConfig, OptimConfig
-from fastgpt.kernels import fused_linear
+from fastgpt.kernels import fused_linear, working_copy
 from fastgpt.model import GPT
 from fastgpt.optim.adamw import FusedAdamW
 from fastgpt.optim.build import build_optimizer
@@ -55,6 +55,19 @@ def test_triton_steps_as_eager_does(precision, device):
         assert loss_triton.dtype == torch.float32
         torch.testing.assert_close(loss_triton, loss, rtol=eps, atol=0)
         torch.testing.assert_close(norm_triton.reshape(()), norm.reshape(()), rtol=eps, atol=0)
+
+
+def test_weights_are_cast_once_and_then_written_by_the_optimizer(device, monkeypatch):
+    cast, keep = [], working_copy.keep
+    monkeypatch.setattr(
+        working_copy, "keep", lambda entries, param, made: (cast.append(param), keep(entries, param, made))
+    )
+    stepper = make("triton", device, "bf16")
+    for _ in range(2):
+        stepper([batch(device, 1)] * 2, 2, 1e-3)
+    assert len(cast) == 4, "the matrices of the one block"
+    for param in cast:
+        assert torch.equal(working_copy.existing(param), param.bfloat16())
 
 
 def accumulated(device, grad_accum, adds_in_place, hooks=False):

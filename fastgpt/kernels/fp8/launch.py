@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastgpt.kernels import column_sums, runtime, working_copy
+from fastgpt.kernels import arguments, column_sums, runtime, working_copy
 from fastgpt.kernels.fp8.kernels import CHUNK, fp8_linear_kernel, fp8_quantise_kernel, fp8_sweep_kernel
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
@@ -147,6 +147,10 @@ def _launch(
 ) -> None:  # fmt: skip
     """``sums`` (N,): of out's columns."""
     (M, K), N = a.values.shape, b.values.shape[0]
+    arguments.alike("a's columns", (N, K), b=b.values)
+    arguments.alike("the product's rows and columns", (M, N), pre=pre)
+    arguments.alike("b's rows", (N,), scale=b.scale, bias=bias)
+    arguments.alike("a's rows", (*a.scale.shape[:-1], M), scale=a.scale)
     columns = a.columns if isinstance(a, Grouped) else 0
     cfg = config(M, N, halved=erf or columns > 0 or epilogue == "dgelu", chunk=columns or CHUNK)
     rows = triton.cdiv(M, cfg["BM"])
@@ -223,6 +227,7 @@ def sweep(
     sums: Tensor | None,
 ) -> None:  # fmt: skip
     M, N = z.shape
+    arguments.alike("z", z.shape, dy=dy, out=out)
     rows, block = (256, 256) if runtime.INTERPRET else (16, 128)
     blocks = triton.cdiv(M, rows)
     partial = column_sums.partial(blocks, sums)
@@ -262,10 +267,9 @@ def take(tensor: Tensor, dtype: torch.dtype, grouped: bool = False) -> Fp8 | Gro
 def of_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Values and stats of ``weight`` (N, K), and the same of it rounded along its other dimension.
 
-    Kept as working_copy.py keeps its copies, until a write to the parameter; in CUDA graphs of a step, from its first
-    micro-batch to its last. Not kept: under torch.compile, under FSDP, and of a tensor that is no plain leaf parameter."""
+    Kept as working_copy.py keeps its copies, from a step's first micro-batch to its last, also in CUDA graphs."""
     plain = weight.detach()
-    if torch.compiler.is_compiling() or not working_copy.enabled or not working_copy.cachable(weight):
+    if not working_copy.keeps(weight):
         return torch.ops.fastgpt.fp8_quantise_weight(plain)
     if runtime.capturing(weight.device):
         _weights.pop(weight, None)  # the replays to come have copies of their own

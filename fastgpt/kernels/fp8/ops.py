@@ -131,7 +131,7 @@ def _bwd_gelu(
 @_bwd_gelu.register_fake
 def _(q, stats, wt, wt_stats, pre, erf, bias_dtype):
     sums = new_sums(pre, pre.shape[-1], bias_dtype)
-    return torch.empty_like(pre), *launch.new(pre.shape, GRADIENT, pre.device), sums
+    return pre.new_empty(pre.shape), *launch.new(pre.shape, GRADIENT, pre.device), sums
 
 
 # ---------------------------------------------------------------- autograd

@@ -1,0 +1,103 @@
+"""What an operator's fake says of its results (sizes, strides, dtypes) is what it gives, whatever the strides of its inputs:
+code that torch.compile made from a fake reads the real tensor by them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastgpt import kernels
+from fastgpt.kernels import embedding, layer_norm, linear, linear_cross_entropy, linear_gelu, mlp
+from fastgpt.kernels.fp8 import launch
+from fastgpt.kernels.fp8 import ops as fp8
+from fastgpt.kernels.working_copy import gradients_in_place
+
+BF16 = torch.bfloat16
+
+
+class Recorder(TorchDispatchMode):
+    """The first call of each of our operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "fastgpt":
+            self.calls.setdefault(op, args)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def calls(device):
+    """Of every operator, with gradients for everything and all options that other code has."""
+
+    def leaf(*shape, dtype=torch.float32):
+        return nn.Parameter(torch.randn(shape, device=device).to(dtype))
+
+    def train(outputs):
+        torch.autograd.backward([out.float().sum() for out in tree_leaves(outputs)])
+
+    x, residual, ids = leaf(2, 16, 32, dtype=BF16), leaf(2, 16, 32), torch.arange(32, device=device).view(2, 16)
+    w, v, b, c, wpe = leaf(64, 32), leaf(32, 64), leaf(64), leaf(32), leaf(16, 32)
+    heads = [leaf(2, 16, 2, 16) for _ in range(3)]
+    with Recorder() as recorder, gradients_in_place():
+        for _ in range(2):  # then there are gradients to add to
+            train(embedding(ids, w, wpe, dropout_p=0.1))
+            train(linear(x, w, b, dropout_p=0.1))
+            train(linear(x, w, b))
+        train(layer_norm(x, c, c, residual=residual, dropout_p=0.1))
+        train(kernels.attention(*heads))
+        train(kernels.qkv_attention(leaf(2, 16, 3 * 32, dtype=BF16), 2))
+        train(linear_gelu(x, w, b))
+        train(mlp(x, w, b, v, c, residual=residual))
+        for reduction in ("mean", "none"):
+            train(linear_cross_entropy(x, w, ids, bias=b, reduction=reduction))
+        if launch.refusal(device) is None:
+            train(fp8.linear(x, w, b))
+            train(fp8.mlp(x, w, b, v, c))
+    return recorder.calls
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT if t.dim() > 1 else t
+
+
+def every_other(t: Tensor) -> Tensor:
+    """Its neighbours in memory are itself, for operators that take an input for contiguous as only they make it."""
+    wide = t.new_empty(*t.shape, 2)
+    wide.copy_(t[..., None].expand(wide.shape))
+    return wide[..., 0]
+
+
+def rows_apart(t: Tensor) -> Tensor:
+    wide = t.new_empty(*t.shape[:-1], 2, t.shape[-1]) if t.dim() else t[None]
+    wide.copy_(t[..., None, :].expand(wide.shape) if t.dim() else wide)
+    return wide.select(-2, 0) if t.dim() else t
+
+
+def description(result: Tensor) -> tuple:
+    strides = [stride for size, stride in zip(result.shape, result.stride()) if size > 1 and result.numel()]
+    return tuple(result.shape), strides, result.dtype, result.device
+
+
+@pytest.mark.parametrize("layout", [torch.clone, transposed, every_other, rows_apart], ids=lambda f: f.__name__)
+def test_fakes_are_true(calls, layout):
+    returning = {op for op in calls if op._schema.returns}
+    for op in returning:
+        args = tree_map_only(Tensor, lambda t: layout(t.detach()) if t.is_floating_point() else t, calls[op])
+        with FakeTensorMode() as mode:
+            told = tree_leaves(op(*tree_map_only(Tensor, mode.from_tensor, args)))
+        given = tree_leaves(op(*args))
+        assert [description(t) for t in told] == [description(t) for t in given], op
+
+
+def test_all_operators_are_here(calls, device):
+    known = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastgpt::")}
+    recipes = {"fastgpt::relu2_fwd", "fastgpt::relu2_bwd", "fastgpt::adamw_"}
+    missing = known - recipes - {op._schema.name for op in calls}
+    assert missing == set() if launch.refusal(device) is None else all("fp8" in name for name in missing)
