@@ -1,13 +1,15 @@
-"""The compile gate: every kernel of a GPT step, in every shipped launch config, compiled with no GPU by bench.audit.
+"""The compile gate: every kernel of a GPT step, compiled with no GPU by bench.audit.
 
-For sm_89 (RTX 4070) all steps and launch cases, for sm_80 and sm_90 a subset. Child processes compile, since this one
-interprets; each test then judges one kernel, and a failure names the case, the config and the figure.
+For sm_89 (RTX 4070): all steps, every usual case, and of the other launch cases a third, another one each day; for one of the
+other architectures, another one each day, the usual cases. ``python -m bench.audit --all --arch sm_XX`` compiles all of it.
+Child processes compile, since this one interprets; each test then judges one kernel, and a failure names the case, the config
+and the figure.
 """
 
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,12 @@ from tests.kernels.test_tuning import in_child
 
 ROOT = Path(__file__).parents[2]
 SM_89_SHARED_LIMIT = 101_376
-SUBSET = (
+USUAL = (
     r"^step gpt2-124m bf16|^attention bf16 D(64|128)$|^layer_norm C768( all options)?$"
     r"|^linear_cross_entropy bf16|^adamw (bf16|fp32)"
 )
+ELSEWHERE = ("sm_80", "sm_86", "sm_90", "sm_120")
+FP8 = r"|^fp8 C768|^fp8 attention D64$"
 
 
 def kernels_in_source():
@@ -44,15 +48,20 @@ each_kernel = pytest.mark.parametrize("module, kernel", KERNELS, ids=[f"{m}.{k}"
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """(rows of bench.audit by architecture; errors of cases that do not compile)."""
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+    """(Rows of bench.audit for sm_89; rows for today's other architecture; errors of cases that do not compile)."""
+    today = date.today().toordinal()
+    arch = ELSEWHERE[today % len(ELSEWHERE)]
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_DEFAULT_FP_FUSION", "0")  # triton 3.10's default: every launch has to ask for it
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        results = [audit.run(audit.target("sm_89", None), shard=(1, 1), jobs=2)]  # all of it
-        subsets = {"sm_80": SUBSET, "sm_90": rf"{SUBSET}|^fp8 C768|^fp8 attention D64$"}  # sm_80 has no fp8
-        results += pool.map(lambda arch: audit.run(audit.target(arch, None), only=subsets[arch]), subsets)
+        sm_89 = audit.target("sm_89", None)
+        always = audit.run(sm_89, only=rf"^step |{USUAL}|^layer_norm C4096$|^fp8 sweep$", jobs=2)
+        todays = audit.run(sm_89, shard=(today % 3 + 1, 3), jobs=2)
+        fp8 = FP8 if arch in ("sm_90", "sm_120") else ""
+        other = audit.run(audit.target(arch, None), only=USUAL + fp8, jobs=2)
+    results = (always, todays, other)
     errors = [f"{result.gpu.arch} {case}: {error}" for result in results for case, error in result.errors.items()]
-    return {result.gpu.arch: result.rows for result in results}, errors
+    return always.rows + [row for row in todays.rows if not row["case"].startswith("step ")], other.rows, errors
 
 
 def of_kernel(rows, module, kernel):
@@ -71,61 +80,61 @@ def require(rows, figure, allowed):
 
 
 def test_every_case_compiles(compiled):
-    if compiled[1]:
-        pytest.fail("\n".join(compiled[1]), pytrace=False)
+    if compiled[2]:
+        pytest.fail("\n".join(compiled[2]), pytrace=False)
 
 
 @each_kernel
 def test_is_launched_by_a_case(compiled, module, kernel):
-    assert of_kernel(compiled[0]["sm_89"], module, kernel), f"no case in common.py launches {module}.{kernel}"
+    assert of_kernel(compiled[0], module, kernel), f"no case in common.py launches {module}.{kernel}"
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("place", [0, 1], ids=["sm_89", "elsewhere"])
 @each_kernel
-def test_spills_nothing(compiled, module, kernel, arch):
-    rows = of_kernel(compiled[0][arch], module, kernel)
+def test_spills_nothing(compiled, module, kernel, place):
+    rows = of_kernel(compiled[place], module, kernel)
     for figure in ("stack", "spill_loads", "spill_stores"):
         require(rows, figure, lambda number: number == 0)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("place", [0, 1], ids=["sm_89", "elsewhere"])
 @each_kernel
-def test_fits_an_sm(compiled, module, kernel, arch):
-    rows = of_kernel(compiled[0][arch], module, kernel)
+def test_fits_an_sm(compiled, module, kernel, place):
+    rows = of_kernel(compiled[place], module, kernel)
     require(rows, "blocks_per_sm", lambda blocks: blocks >= 1)
-    if arch == "sm_89":
+    if place == 0:
         require(rows, "shared", lambda size: size <= SM_89_SHARED_LIMIT)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("place", [0, 1], ids=["sm_89", "elsewhere"])
 @each_kernel
-def test_dots_of_16_bit_operands_use_tensor_cores_and_fp32_ones_do_not(compiled, module, kernel, arch):
-    rows = [row for row in of_kernel(compiled[0][arch], module, kernel) if row["dots"]]
+def test_dots_of_16_bit_operands_use_tensor_cores_and_fp32_ones_do_not(compiled, module, kernel, place):
+    rows = [row for row in of_kernel(compiled[place], module, kernel) if row["dots"]]
     require(rows, "dtype", lambda dtype: dtype in ("bf16", "fp16", "fp32", "fp8e4nv", "fp8e5"))
     require([r for r in rows if r["dtype"] != "fp32"], "tensor_core", lambda kinds: bool(kinds))
     # On fp32 operands tensor cores would compute in tf32, which parity at fp32 rules out.
     require([r for r in rows if r["dtype"] == "fp32"], "tensor_core", lambda kinds: not kinds)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
+@pytest.mark.parametrize("place", [0, 1], ids=["sm_89", "elsewhere"])
 @each_kernel
-def test_products_and_their_sums_are_rounded_once(compiled, module, kernel, arch):
-    require(of_kernel(compiled[0][arch], module, kernel), "fp_fusion", bool)
+def test_products_and_their_sums_are_rounded_once(compiled, module, kernel, place):
+    require(of_kernel(compiled[place], module, kernel), "fp_fusion", bool)
 
 
 def test_the_gate_of_bench_audit_lets_every_kernel_pass(compiled):
-    require([row for rows in compiled[0].values() for row in rows], "problems", lambda problems: not problems)
+    require(compiled[0] + compiled[1], "problems", lambda problems: not problems)
 
 
 def step_of(compiled, preset):
-    return [row for row in compiled[0]["sm_89"] if row["case"] == f"step {preset} bf16"]
+    return [row for row in compiled[0] if row["case"] == f"step {preset} bf16"]
 
 
 @each_kernel
 def test_a_training_step_launches_it(compiled, module, kernel):
     """In one of the precisions: of the linear matmuls those with sums in fp16, as the others are cuBLAS's until measured. Not
     the sweep behind torch._scaled_mm, which stands for an epilogue on Hopper alone."""
-    steps = [row for row in compiled[0]["sm_89"] if row["case"].startswith("step ")]
+    steps = [row for row in compiled[0] if row["case"].startswith("step ")]
     assert of_kernel(steps, module, kernel) or kernel == "fp8_sweep_kernel", "no step launches it"
 
 
@@ -146,7 +155,7 @@ def test_every_launch_of_a_step_is_found(compiled, preset):
 
 def test_fp16_fast_sums_every_product_of_a_step_but_the_scores_in_fp16(compiled):
     """By the instructions: GeForce cards run those that accumulate in fp16 at twice the rate."""
-    rows = [row for row in compiled[0]["sm_89"] if row["case"] == "step gpt2-124m fp16-fast" and row["dots"]]
+    rows = [row for row in compiled[0] if row["case"] == "step gpt2-124m fp16-fast" and row["dots"]]
     shares = {
         "forward_kernel": 1 / 2, "backward_q_kernel": 2 / 3, "backward_kv_kernel": 3 / 4, "linear_kernel": 1,
         "weight_grad_kernel": 1,
@@ -174,7 +183,7 @@ def option(row, name):
 
 
 def test_attention_computes_with_dots(compiled):
-    with_dots = {row["kernel"] for row in compiled[0]["sm_89"] if row["case"].startswith("attention") and row["dots"]}
+    with_dots = {row["kernel"] for row in compiled[0] if row["case"].startswith("attention") and row["dots"]}
     assert len(with_dots) >= 3, f"forward, dQ and dK/dV should each have dots, but only {with_dots} do"
 
 
@@ -182,7 +191,7 @@ def test_attention_computes_with_dots(compiled):
     "module, shape", [("fused_layernorm", "C=768"), ("fused_layernorm", "C=4096"), ("fused_cross", "")]
 )
 def test_row_kernels_move_128_bits_at_a_time(compiled, module, shape):
-    rows = [r for r in compiled[0]["sm_89"] if r["module"].startswith(module) and shape in r["config"].split() + [""]]
+    rows = [r for r in compiled[0] if r["module"].startswith(module) and shape in r["config"].split() + [""]]
     rows = [r for r in rows if r["dtype"] == "bf16"]
     assert rows
     require(rows, "wide_loads", lambda number: number >= 1)
@@ -193,7 +202,7 @@ def test_row_kernels_move_128_bits_at_a_time(compiled, module, shape):
 def test_adamw_moves_128_bits_at_a_time(compiled):
     # Most of its instructions read tables; what counts is parameter, gradient, moments in, and all but the gradient out.
     rows = [
-        row for row in compiled[0]["sm_89"] if row["case"].startswith("step") and "PARAM_DTYPE=fp32" in row["config"]
+        row for row in compiled[0] if row["case"].startswith("step") and "PARAM_DTYPE=fp32" in row["config"]
     ]
     require(rows, "wide_loads", lambda number: number >= 4)
     require(rows, "wide_stores", lambda number: number >= 3)
