@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,15 @@ import pytest
 import torch
 
 from bench.compiler.capture import JITFunction, compile_for
+from fastgpt import ops
 from fastgpt.common import UserError
-from fastgpt.config import load_preset
+from fastgpt.config import ModelConfig, load_preset
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.doctor.preflight import preflight
 from fastgpt.doctor.reading.logs import read_log
-from fastgpt.kernels import runtime
+from fastgpt.kernels import runtime, working_copy
+from fastgpt.model import GPT
 from fastgpt.training.schedule import learning_rate
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")  # 100 kB of what the stdlib corpus holds
@@ -71,18 +74,73 @@ def no_driver(monkeypatch):
         yield
 
 
-def test_launch_layer_norm(measure, no_driver):
-    from fastgpt.kernels import layer_norm
-
-    x, weight = torch.empty(64, 768, dtype=torch.bfloat16), torch.empty(768)
-    measure(lambda: layer_norm(x, weight))
+C = 64
+"""Columns and context so small that a CPU spends its time on calling operations, as it would for a GPU."""
 
 
-def test_launch_attention(measure, no_driver):
-    from fastgpt.kernels import qkv_attention
+def _norm(kernels, x, residual, weight):
+    return kernels.layer_norm(x, weight, residual=residual, out_dtype=x.dtype)
 
-    qkv = torch.empty(1, 128, 3 * 768, dtype=torch.bfloat16)
-    measure(lambda: qkv_attention(qkv, 12))
+
+OPERATIONS: dict[str, tuple[Callable, list]] = {
+    "layer_norm": (_norm, [(C,), (C,), None]),
+    "qkv_attention": (lambda kernels, qkv: kernels.qkv_attention(qkv, 1), [(3 * C,)]),
+    "linear": (lambda kernels, x, weight: kernels.linear(x, weight), [(C,), (C, C)]),
+    "mlp": (lambda kernels, x, up, down: kernels.mlp(x, up, None, down, None), [(C,), (4 * C, C), (C, 4 * C)]),
+}
+
+
+@pytest.mark.parametrize("table", ["triton", "eager"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_forward_backward(measure, no_driver, name, table):
+    """One operation under autocast to bf16, beside plain PyTorch's: to be compared within one run."""
+    op, shapes = OPERATIONS[name]
+    first = torch.randn(1, 16, *shapes[0], dtype=torch.bfloat16, requires_grad=True)
+    others = [
+        torch.nn.Parameter(torch.ones(C)) if shape is None
+        else torch.nn.Parameter(torch.randn(shape)) if len(shape) == 2
+        else torch.randn(1, 16, *shape, requires_grad=True)
+        for shape in shapes[1:]
+    ]  # fmt: skip
+
+    def work():
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+            found = op(ops.get(table), first, *others)
+        found = found if isinstance(found, tuple) else (found,)
+        torch.autograd.grad(found, [first, *others], [torch.ones_like(y) for y in found])
+
+    measure(work)
+
+
+def tiny_gpt(table):
+    torch.manual_seed(0)
+    shape = ModelConfig(n_layer=12, n_head=1, n_embd=C, block_size=64, vocab_size=64)
+    return GPT(shape, ops.get(table))
+
+
+@pytest.mark.parametrize("table", ["triton", "eager"])
+def test_step_of_12_layers(measure, no_driver, table):
+    """Forward and backward of a model as deep as GPT-2 124M."""
+    model, idx = tiny_gpt(table), torch.randint(0, 64, (1, 16))
+
+    def work():
+        in_place = working_copy.gradients_in_place() if table == "triton" else nullcontext()
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16), in_place:
+            loss = model(idx, idx)[1]
+        loss.backward()
+
+    measure(work)
+
+
+@pytest.mark.parametrize("table", ["triton", "eager"])
+def test_one_token_through_12_layers(measure, no_driver, table):
+    model, idx = tiny_gpt(table).eval(), torch.zeros(1, 1, dtype=torch.long)
+
+    def work():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(idx)
+
+    measure(work)
 
 
 def test_launch_adamw(measure, no_driver):

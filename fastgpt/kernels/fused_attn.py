@@ -45,6 +45,7 @@ from torch import Tensor
 
 from fastgpt.kernels import arguments, reference, runtime, tuning
 from fastgpt.kernels.arguments import MAX_HEAD_DIM
+from fastgpt.kernels.operators import operator
 from fastgpt.kernels.philox import keep_mask
 from fastgpt.kernels.quantise import group_size, quantise_groups
 
@@ -135,7 +136,7 @@ _CORRECTIONS: dict[tuple, dict[str, int]] = {
 @lru_cache
 def _block_d(D: int) -> int:
     """Columns of a tile: tl.arange needs a power of two, tl.dot at least 16."""
-    return max(16, triton.next_power_of_2(D))
+    return max(16, runtime.next_power_of_2(D))
 
 
 def config(
@@ -640,7 +641,7 @@ def launch_forward(
     common, plain = _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16)
 
     def run(options: tuning.Config) -> None:
-        forward_kernel[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
+        forward_kernel[(runtime.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, quantised, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
             q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3], out_strides=out.stride()[:3],
             enable_fp_fusion=True, **common, **options,
@@ -669,14 +670,14 @@ def launch_backward(
     }  # fmt: skip
 
     def run_q(options: tuning.Config) -> None:
-        backward_q_kernel[(triton.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
+        backward_q_kernel[(runtime.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, grad_out, lse, delta, grad_q, quantised[0],
             out_strides=out.stride()[:3], grad_q_strides=grad_q.stride()[:3],
             enable_fp_fusion=True, **common, **options,
         )  # fmt: skip
 
     def run_kv(options: tuning.Config) -> None:
-        backward_kv_kernel[(triton.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
+        backward_kv_kernel[(runtime.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v, *quantised[1:],
             grad_k_strides=grad_k.stride()[:3], grad_v_strides=grad_v.stride()[:3],
             enable_fp_fusion=True, **common, **options,
@@ -728,9 +729,7 @@ _SEPARATE = f"Tensor? doc_ids, Tensor? kv_len, Tensor? seed, {_OPTIONS}"
 PACKED = f"Tensor? doc_ids, Tensor? seed, int n_head, int n_kv_head, {_OPTIONS}"
 
 
-@torch.library.custom_op(
-    "fastgpt::attention_fwd", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_SEPARATE}) -> (Tensor, Tensor)"
-)
+@operator("attention_fwd", schema=f"(Tensor q, Tensor k, Tensor v, {_SEPARATE}) -> (Tensor, Tensor)")
 def _attention_fwd(q, k, v, *options):
     q, k, v = map(runtime.columns_adjacent, (q, k, v))
     out = q.new_empty(q.shape)
@@ -743,9 +742,8 @@ def _(q, k, v, *options):
     return q.new_empty(q.shape), q.new_empty((B, H, T_q), dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "fastgpt::attention_bwd",
-    mutates_args=(),
+@operator(
+    "attention_bwd",
     schema=f"(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_SEPARATE}) "
     "-> (Tensor, Tensor, Tensor)",
 )
@@ -761,17 +759,15 @@ def _(grad_out, q, k, v, out, lse, *options):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_qkv_attention_fwd = torch.library.custom_op(
-    "fastgpt::qkv_attention_fwd",
+_qkv_attention_fwd = operator(
+    "qkv_attention_fwd",
     packed_forward,
-    mutates_args=(),
     schema=f"(Tensor qkv, {PACKED}) -> (Tensor, Tensor)",
 )
 _qkv_attention_fwd.register_fake(packed_outputs)
-_qkv_attention_bwd = torch.library.custom_op(
-    "fastgpt::qkv_attention_bwd",
+_qkv_attention_bwd = operator(
+    "qkv_attention_bwd",
     packed_backward,
-    mutates_args=(),
     schema=f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {PACKED}) -> Tensor",
 )
 _qkv_attention_bwd.register_fake(lambda grad_out, qkv, *rest: qkv.new_empty(qkv.shape))

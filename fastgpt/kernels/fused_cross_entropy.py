@@ -49,6 +49,7 @@ from torch import Tensor
 
 from fastgpt.kernels import arguments, matmul, reference, runtime, tuning
 from fastgpt.kernels.matmul import matmul_fp32
+from fastgpt.kernels.operators import operator
 
 LOGITS_BUDGET = 256 * 2**20
 """Bytes that the logits of one chunk may take."""
@@ -64,7 +65,7 @@ the error is the same (docs/precision-modes.md)."""
 
 def padded(V: int) -> int:
     """Row stride of logits: each row starts on 128 bytes whatever V is."""
-    return triton.cdiv(V, 64) * 64
+    return runtime.cdiv(V, 64) * 64
 
 
 def cross_entropy_bucket(V: int, logit_softcap: float | None) -> str | None:
@@ -81,12 +82,12 @@ def chunk_rows(rows: int, V: int, C: int, dtype: torch.dtype, sm_count: int) -> 
     """
     budget = LOGITS_BUDGET // (padded(V) * dtype.itemsize) // GEMM_TILE * GEMM_TILE
     rows = max(rows, 1)
-    fewest = triton.cdiv(rows, max(budget, GEMM_TILE))
+    fewest = runtime.cdiv(rows, max(budget, GEMM_TILE))
     best, best_fill = 0, 0.0
     for chunks in range(fewest, fewest + 3):
-        candidate = triton.cdiv(triton.cdiv(rows, chunks), GEMM_TILE) * GEMM_TILE
-        tiles = candidate // GEMM_TILE * triton.cdiv(C, GEMM_TILE)
-        fill = tiles / (triton.cdiv(tiles, sm_count) * sm_count)
+        candidate = runtime.cdiv(runtime.cdiv(rows, chunks), GEMM_TILE) * GEMM_TILE
+        tiles = candidate // GEMM_TILE * runtime.cdiv(C, GEMM_TILE)
+        fill = tiles / (runtime.cdiv(tiles, sm_count) * sm_count)
         if fill > best_fill:
             best, best_fill = candidate, fill
     return best
@@ -103,9 +104,9 @@ def _choice(dtype: torch.dtype, V: int, logit_softcap: float | None, device: tor
 
 def config(rows: int, V: int, tile: int, num_warps: int) -> dict[str, int]:
     """Launch options of the row kernel for ``rows`` rows: ROWS x BLOCK logits at a time, ``tile`` in all."""
-    block = min(max(triton.next_power_of_2(V), 64), tile)
+    block = min(max(runtime.next_power_of_2(V), 64), tile)
     # The interpreter pays per program and per operation, hardly per element.
-    rows_each = min(2**18 // block, triton.next_power_of_2(rows)) if runtime.INTERPRET else tile // block
+    rows_each = min(2**18 // block, runtime.next_power_of_2(rows)) if runtime.INTERPRET else tile // block
     return {"ROWS": rows_each, "BLOCK": block, "num_warps": num_warps}
 
 
@@ -361,7 +362,7 @@ def _launch_rows(
 
     def run(config_: dict[str, int]) -> None:
         launch = config(size, V, config_["tile"], config_["num_warps"])
-        rows_kernel[(triton.cdiv(logits.shape[0], launch["ROWS"]),)](
+        rows_kernel[(runtime.cdiv(logits.shape[0], launch["ROWS"]),)](
             logits, target, losses, stats, row_scale, logits.shape[0], V, logits.stride(0),
             ignore_index, scale, smoothing, z_loss, softcap or 0.0,
             LOSS=losses is not None, GRAD=grad, PER_ROW=row_scale is not None, SMOOTH=smoothing != 0,
@@ -393,9 +394,7 @@ def _new_gradients(x: Tensor, weight: Tensor, wants: Sequence[bool], dtypes: Seq
     return [x.new_empty(shape if want else 0, dtype=dtype) for shape, want, dtype in zip(shapes, wants, dtypes)]
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_cross_entropy_fwd", mutates_args=(), schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)"
-)
+@operator("linear_cross_entropy_fwd", schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 def _forward(x, weight, target, bias, *options):
     """losses (rows,) fp32 and statistics (rows, 2) fp32. No gradient is formed here."""
     losses, stats = _new_statistics(x)
@@ -408,9 +407,8 @@ def _(x, weight, target, bias, *options):
     return _new_statistics(x)
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_cross_entropy_bwd",
-    mutates_args=(),
+@operator(
+    "linear_cross_entropy_bwd",
     schema=f"(Tensor grad, Tensor stats, bool[] wants, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(grad, stats, wants, x, weight, target, bias, *options):
@@ -436,9 +434,8 @@ def _(grad, stats, wants, x, weight, target, bias, *options):
     return tuple(_new_gradients(x, weight, wants, _dtypes(x, weight, bias)))
 
 
-@torch.library.custom_op(
-    "fastgpt::linear_cross_entropy_fwd_bwd",
-    mutates_args=(),
+@operator(
+    "linear_cross_entropy_fwd_bwd",
     schema=f"(bool[] wants, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward_backward(wants, x, weight, target, bias, *options):

@@ -51,6 +51,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import arguments, reference, runtime, working_copy
+from fastgpt.kernels.operators import operator
 from fastgpt.kernels.philox import dropout
 
 
@@ -70,8 +71,8 @@ def config(C: int) -> EmbeddingLaunch:
     127 lanes idle, none at C = 384, 768, 1024. Nothing here depends on the number of tokens: a new batch size compiles
     nothing."""
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
-        return EmbeddingLaunch(64, max(16, triton.next_power_of_2(C)), pieces=64)
-    block = min(max(triton.next_power_of_2(C), 16), 128 if C % 256 else 256)
+        return EmbeddingLaunch(64, max(16, runtime.next_power_of_2(C)), pieces=64)
+    block = min(max(runtime.next_power_of_2(C), 16), 128 if C % 256 else 256)
     return EmbeddingLaunch(1024 // block, block)
 
 
@@ -228,18 +229,18 @@ def _launch_grads(
             )
     dx = runtime.columns_adjacent(dx.reshape(-1, dx.shape[-1]))
     (N, C), cfg = dx.shape, config(dx.shape[1])
-    column_blocks = triton.cdiv(C, cfg.block)
+    column_blocks = runtime.cdiv(C, cfg.block)
     with runtime.device_guard(dx):
         if wpe_grad is not None:
-            position_grad_kernel[(triton.cdiv(T, cfg.rows), column_blocks)](
+            position_grad_kernel[(runtime.cdiv(T, cfg.rows), column_blocks)](
                 dx, seed, wpe_grad, N // T, T, position, dx.stride(0), wpe_grad.stride(0), dropout_p,
                 C=C, ADD=add, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         if wte_grad is not None:
             ids, order = ids.sort(stable=True)
-            pieces = triton.cdiv(N, cfg.piece)
+            pieces = runtime.cdiv(N, cfg.piece)
             partial = torch.empty(2 * pieces, C, dtype=torch.float32, device=dx.device)
-            token_grad_kernel[(triton.cdiv(pieces, cfg.pieces), column_blocks)](
+            token_grad_kernel[(runtime.cdiv(pieces, cfg.pieces), column_blocks)](
                 dx, seed, ids, order, wte_grad, partial, N, dx.stride(0), wte_grad.stride(0), dropout_p,
                 C=C, ADD=add, PIECE=cfg.piece, PIECES=cfg.pieces, BLOCK=cfg.block, num_warps=max(1, cfg.block // 128),
                 enable_fp_fusion=True,
@@ -267,7 +268,7 @@ def _check_position(position: int, T: int, wpe: Tensor) -> None:
 # ---------------------------------------------------------------- ops
 
 
-@torch.library.custom_op("fastgpt::embedding_fwd", mutates_args=())
+@operator("embedding_fwd")
 def _forward(
     idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, dropout_p: float, position: int,
     out_dtype: torch.dtype, in_place: bool,
@@ -283,7 +284,7 @@ def _forward(
     rows, cfg = idx.reshape(-1, idx.shape[-1]), config(C)
     wte, wpe = runtime.columns_adjacent(wte), runtime.columns_adjacent(wpe)
     with runtime.device_guard(x):
-        embedding_forward_kernel[(triton.cdiv(rows.numel(), cfg.rows), triton.cdiv(C, cfg.block))](
+        embedding_forward_kernel[(runtime.cdiv(rows.numel(), cfg.rows), runtime.cdiv(C, cfg.block))](
             rows, wte, wpe, seed, x, ids, rows.numel(), rows.shape[1], V, position, *rows.stride(),
             wte.stride(0), wpe.stride(0), dropout_p,
             C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
@@ -301,7 +302,7 @@ def _(idx, wte, wpe, seed, dropout_p, position, out_dtype, in_place):
     return _new_outputs(idx, wte, out_dtype)
 
 
-@torch.library.custom_op("fastgpt::embedding_bwd", mutates_args=())
+@operator("embedding_bwd")
 def _bwd(
     dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float, position: int, V: int, P: int,
     wte_dtype: torch.dtype | None, wpe_dtype: torch.dtype | None,
@@ -326,7 +327,7 @@ def _(dx, ids, seed, dropout_p, position, *tables):
     return _zero_gradients(dx, *tables)
 
 
-@torch.library.custom_op("fastgpt::embedding_bwd_add", mutates_args=("wte_grad", "wpe_grad"))
+@operator("embedding_bwd_add", mutates_args=("wte_grad", "wpe_grad"))
 def _bwd_add(
     wte_grad: Tensor | None, wpe_grad: Tensor | None, dx: Tensor, ids: Tensor, seed: Tensor | None, dropout_p: float,
     position: int,

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from fastgpt.kernels import arguments, column_sums, reference, runtime, tuning
 from fastgpt.kernels.arguments import MAX_WIDTH
+from fastgpt.kernels.operators import operator
 from fastgpt.kernels.philox import dropout
 from fastgpt.kernels.quantise import quantise_rows
 
@@ -52,7 +53,7 @@ MAX_BACKWARD_BLOCK = 4_096
 @lru_cache
 def _block(C: int) -> int:
     """Columns of a tile that holds whole rows: tl.arange needs a power of two."""
-    return max(16, triton.next_power_of_2(C))
+    return max(16, runtime.next_power_of_2(C))
 
 
 def layer_norm_bucket(C: int) -> str:
@@ -253,7 +254,7 @@ def forward_outputs(
     )
 
 
-@torch.library.custom_op("fastgpt::layer_norm_fwd", mutates_args=())
+@operator("layer_norm_fwd")
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
     dropout_p: float, eps: float, out_dtype: torch.dtype,
@@ -281,7 +282,7 @@ def launch_forward(
         rows, num_warps = options["rows"], options["num_warps"]
         if quantised:  # half as many elements per thread: rounding to fp8 takes registers, too
             rows, num_warps = (rows // 2, num_warps) if rows > 1 else (1, min(2 * num_warps, 16))
-        layer_norm_forward_kernel[(triton.cdiv(n_rows, rows),)](
+        layer_norm_forward_kernel[(runtime.cdiv(n_rows, rows),)](
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
             y, None if residual is None else s, mean, rstd, *(quantised or (None, None, None)),
             n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
@@ -314,7 +315,7 @@ def backward_outputs(
     )
 
 
-@torch.library.custom_op("fastgpt::layer_norm_bwd", mutates_args=())
+@operator("layer_norm_bwd")
 def layer_norm_bwd(
     dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None,
     dropout_p: float, x_dtype: torch.dtype, s_is_x: bool, two_gradients: bool, weight_grad: bool,
@@ -344,10 +345,10 @@ def launch_backward(
     s, dy, dsum = _rows(s), _rows(dy), None if dsum is None else _rows(dsum)
     n_rows, C = s.shape
     block = min(_block(C), MAX_BACKWARD_BLOCK)
-    chunks = triton.cdiv(C, block)
+    chunks = runtime.cdiv(C, block)
 
     def run(options: tuning.Config) -> None:
-        programs = min(runtime.sm_count(s.device) * options["programs_per_sm"], triton.cdiv(n_rows, options["rows"]))
+        programs = min(runtime.sm_count(s.device) * options["programs_per_sm"], runtime.cdiv(n_rows, options["rows"]))
         dw_partial = column_sums.partial(programs, dweight) if dweight.numel() else None
         db_partial = column_sums.partial(programs, dbias) if dbias.numel() else None
         layer_norm_backward_kernel[(programs, chunks)](
@@ -378,7 +379,7 @@ def setup_context(ctx, inputs, output):
 
 
 def backward(op, ctx, dy, dsum, *_):
-    """The autograd formula. ``op``: torch.ops.fastgpt.layer_norm_bwd, or what takes and returns the same."""
+    """The autograd formula. ``op``: layer_norm_bwd, or what takes and returns the same."""
     s, weight, mean, rstd, seed = ctx.saved_tensors
     if dy is None:  # only the sum was used
         dy = torch.zeros(s.shape, dtype=ctx.y_dtype, device=s.device)
@@ -394,7 +395,7 @@ def backward(op, ctx, dy, dsum, *_):
     return dx, dw if weight_grad else None, db if bias_grad else None, dresidual, *[None] * 4
 
 
-layer_norm_fwd.register_autograd(partial(backward, torch.ops.fastgpt.layer_norm_bwd), setup_context=setup_context)
+layer_norm_fwd.register_autograd(partial(backward, layer_norm_bwd), setup_context=setup_context)
 
 
 # ---------------------------------------------------------------- public
@@ -439,5 +440,5 @@ def layer_norm(
     validate(x, weight, bias, residual, dropout_p, out_dtype)
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     options = dropout_p, eps, out_dtype or x.dtype
-    y, s, _, _ = torch.ops.fastgpt.layer_norm_fwd(x, weight, bias, residual, seed, *options)
+    y, s, _, _ = layer_norm_fwd(x, weight, bias, residual, seed, *options)
     return y if residual is None else (y, s)

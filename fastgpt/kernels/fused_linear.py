@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.kernels import arguments, matmul, reference, runtime
+from fastgpt.kernels.operators import operator
 from fastgpt.kernels.working_copy import adds_to, working_copy
 
 
@@ -61,7 +62,7 @@ def new_sums(like: Tensor, columns: int, bias_dtype: torch.dtype | None) -> Tens
     return like.new_empty(columns if bias_dtype else 0, dtype=bias_dtype or like.dtype)
 
 
-@torch.library.custom_op("fastgpt::linear_bwd_input", mutates_args=())
+@operator("linear_bwd_input")
 def _bwd_input(dz: Tensor, weight: Tensor, fp16: bool) -> Tensor:
     """dz @ weight."""
     dx = matmul.matmul(rows_of(dz), weight, None, None, None, 0.0, fp16)
@@ -73,7 +74,7 @@ def _(dz, weight, fp16):
     return dz.new_empty(*dz.shape[:-1], weight.shape[1])
 
 
-@torch.library.custom_op("fastgpt::linear_bwd_input_gelu", mutates_args=())
+@operator("linear_bwd_input_gelu")
 def _bwd_input_gelu(
     dz: Tensor, weight: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
@@ -88,7 +89,7 @@ def _(dz, weight, pre, erf, fp16, bias_dtype):
     return pre.new_empty(pre.shape), new_sums(pre, pre.shape[-1], bias_dtype)
 
 
-@torch.library.custom_op("fastgpt::linear_bwd_weight", mutates_args=())
+@operator("linear_bwd_weight")
 def _bwd_weight(
     dz: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None, fp16: bool
 ) -> tuple[Tensor, Tensor]:
@@ -104,7 +105,7 @@ def _(dz, x, weight, bias_dtype, fp16):
     return torch.empty_like(weight), new_sums(weight, weight.shape[0], bias_dtype)
 
 
-@torch.library.custom_op("fastgpt::linear_bwd_weight_add", mutates_args=("grad",))
+@operator("linear_bwd_weight_add", mutates_args=("grad",))
 def _bwd_weight_add(grad: Tensor, dz: Tensor, x: Tensor, bias_dtype: torch.dtype | None, fp16: bool) -> Tensor:
     """grad += dW; returns db."""
     db = new_sums(grad, grad.shape[0], bias_dtype)
@@ -117,7 +118,7 @@ def _(grad, dz, x, bias_dtype, fp16):
     return new_sums(grad, grad.shape[0], bias_dtype)
 
 
-@torch.library.custom_op("fastgpt::pointwise_bwd", mutates_args=())
+@operator("pointwise_bwd")
 def _pointwise_bwd(
     dy: Tensor, pre: Tensor | None, seed: Tensor | None, dropout_p: float, erf: bool, dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
@@ -140,7 +141,7 @@ def _(dy, pre, seed, dropout_p, erf, dtype, bias_dtype):
 # ``copy``: weight in x's dtype, where weight has another. It gets no gradient; weight, the master, gets it.
 
 
-@torch.library.custom_op("fastgpt::linear_fwd", mutates_args=())
+@operator("linear_fwd")
 def _linear_fwd(
     x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
     pre: Tensor | None, pre_bias: Tensor | None, dropout_p: float, erf: bool, fp16: bool, in_place: bool,
@@ -157,7 +158,7 @@ def _(x, weight, copy, bias, residual, *_):
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=x.dtype if residual is None else residual.dtype)
 
 
-@torch.library.custom_op("fastgpt::linear_gelu_fwd", mutates_args=())
+@operator("linear_gelu_fwd")
 def _linear_gelu_fwd(
     x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, erf: bool, fp16: bool, save: bool,
     in_place: bool,

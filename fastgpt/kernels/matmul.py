@@ -89,10 +89,10 @@ def splits(M: int, N: int, K: int, block_m: int, block_n: int, sms: int) -> int:
     writes C in fp32 and reads it again, past what L2 keeps. At least 512 of K each.
 
     A model that no measurement has confirmed yet. On 46 SMs, 8192 tokens and C = 768: 5 for C x C, 2 for 3C x C, 4C x C."""
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    tiles = runtime.cdiv(M, block_m) * runtime.cdiv(N, block_n)
 
     def flops_of_one_sm(ways: int) -> float:
-        waves, partial = triton.cdiv(tiles * ways, sms), 4 * ways * M * N
+        waves, partial = runtime.cdiv(tiles * ways, sms), 4 * ways * M * N
         moved = 0 if ways == 1 or partial <= PARTIALS_IN_L2 else 2 * partial
         return waves * 2 * block_m * block_n * K / ways + moved / sms * FLOPS_PER_BYTE
 
@@ -112,7 +112,7 @@ def default_tiles(
     bench/compiler/ranking.py, as L2 binds and not the promotions.
     """
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
-        m, n, k = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N, K))
+        m, n, k = (min(max(runtime.next_power_of_2(size), 16), 512) for size in (M, N, K))
         found = _tiles(m, n, min(k, 64 if fp16 else 128), num_warps=4, num_stages=1)
     elif dtype == torch.float32 or not wide:
         found = _tiles(64, 64, 32, num_warps=8, num_stages=2)
@@ -433,9 +433,9 @@ def _launch(
             sums.zero_()
         return
     residual = None if residual is None else runtime.columns_adjacent(residual)
-    rows = triton.cdiv(M, config["block_m"])
+    rows = runtime.cdiv(M, config["block_m"])
     partial = column_sums.partial(rows, sums)
-    linear_kernel[(rows * triton.cdiv(N, config["block_n"]),)](
+    linear_kernel[(rows * runtime.cdiv(N, config["block_n"]),)](
         a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, partial, M, N, K,
         *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0), dropout_p,
         EPILOGUE=epilogue, ERF=erf, **_options(config, K),
@@ -531,12 +531,12 @@ def _weight_grad_in_tiles(
 ) -> None:
     (M, N), K = dz.shape, x.shape[1]
     block_m, block_n, block_k = (config[name] for name in ("block_m", "block_n", "block_k"))
-    per_split = max(triton.cdiv(triton.cdiv(M, config["splits"]), block_k), 1) * block_k
-    ways = max(triton.cdiv(M, per_split), 1)
+    per_split = max(runtime.cdiv(runtime.cdiv(M, config["splits"]), block_k), 1) * block_k
+    ways = max(runtime.cdiv(M, per_split), 1)
     # A split's partial sums lie in memory as dw does, so that adding them up is one sweep.
     out = dw if ways == 1 else torch.empty(ways, N * K, dtype=torch.float32, device=x.device)
     sums = db if ways == 1 or db is None else torch.empty(ways, N, dtype=torch.float32, device=x.device)
-    weight_grad_kernel[(triton.cdiv(N, block_m) * triton.cdiv(K, block_n), ways)](
+    weight_grad_kernel[(runtime.cdiv(N, block_m) * runtime.cdiv(K, block_n), ways)](
         dz, x, out, sums, N, K, M, dz.stride(1), dz.stride(0), *x.stride(), *dw.stride(), per_split,
         ADD=add and ways == 1, **_options(config, M),
     )  # fmt: skip
@@ -548,7 +548,7 @@ def _weight_grad_in_tiles(
 
 def _sum_splits(partial: Tensor, out: Tensor, ways: int, add: bool) -> None:
     size, block = out.numel(), 2**16 if runtime.INTERPRET else 1024
-    sum_splits_kernel[(triton.cdiv(size, block),)](
+    sum_splits_kernel[(runtime.cdiv(size, block),)](
         partial, out, size, ways, ADD=add, BLOCK=block, num_warps=4, enable_fp_fusion=True
     )
 
@@ -566,11 +566,11 @@ def pointwise_grad(
             sums.zero_()
         return dz
     rows, block_m, block_n = (256, 256, 256) if runtime.INTERPRET else (64, 16, 128)
-    blocks = triton.cdiv(M, rows)
+    blocks = runtime.cdiv(M, rows)
     partial = column_sums.partial(blocks, sums)
     op = "dropout_grad" if pre is None else "gelu_grad"
     with runtime.record(op, (M, N), dy.dtype, "triton"), runtime.device_guard(dy):
-        pointwise_grad_kernel[(blocks, triton.cdiv(N, block_n))](
+        pointwise_grad_kernel[(blocks, runtime.cdiv(N, block_n))](
             dy, pre, seed, dz, partial, M, N, *dy.stride(), dropout_p,
             ERF=erf, ROWS=rows, BM=block_m, BN=block_n, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -201,9 +201,7 @@ def test_row_kernels_move_128_bits_at_a_time(compiled, module, shape):
 
 def test_adamw_moves_128_bits_at_a_time(compiled):
     # Most of its instructions read tables; what counts is parameter, gradient, moments in, and all but the gradient out.
-    rows = [
-        row for row in compiled[0] if row["case"].startswith("step") and "PARAM_DTYPE=fp32" in row["config"]
-    ]
+    rows = [row for row in compiled[0] if row["case"].startswith("step") and "PARAM_DTYPE=fp32" in row["config"]]
     require(rows, "wide_loads", lambda number: number >= 4)
     require(rows, "wide_stores", lambda number: number >= 3)
 

@@ -500,7 +500,7 @@ def operator_calls(device):
 @pytest.mark.parametrize("name", ("attention_fwd", "attention_bwd", "qkv_attention_fwd", "qkv_attention_bwd"))
 def test_opcheck(device, name):
     op, arguments = operator_calls(device)[name]
-    torch.library.opcheck(op, arguments)
+    torch.library.opcheck(op.registered, arguments)
 
 
 def test_compiled_equals_eager(device):

@@ -608,13 +608,13 @@ def op_inputs(device, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(device, dtype):
     inputs, options = op_inputs(device, dtype)
-    torch.library.opcheck(fused_cross_entropy._forward, (*inputs, *options))
-    torch.library.opcheck(fused_cross_entropy._forward_backward, ([True, True, True], *inputs, *options))
-    torch.library.opcheck(fused_cross_entropy._forward_backward, ([True, False, False], *inputs, *options))
+    torch.library.opcheck(fused_cross_entropy._forward.registered, (*inputs, *options))
+    torch.library.opcheck(fused_cross_entropy._forward_backward.registered, ([True, True, True], *inputs, *options))
+    torch.library.opcheck(fused_cross_entropy._forward_backward.registered, ([True, False, False], *inputs, *options))
     detached = [tensor.detach() for tensor in inputs]
     losses, stats = fused_cross_entropy._forward(*detached, *options)
     for wants in ([True, True, True], [False, True, False]):
-        torch.library.opcheck(fused_cross_entropy._backward, (losses, stats, wants, *detached, *options))
+        torch.library.opcheck(fused_cross_entropy._backward.registered, (losses, stats, wants, *detached, *options))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

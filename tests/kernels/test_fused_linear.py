@@ -479,20 +479,26 @@ def test_opcheck(device, dtype):
     residual = torch.randn(2, 3, 18, device=device, requires_grad=True)
     seed = torch.ones(1, dtype=torch.int64, device=device)
     forward = (m["x"], m["w_fc"], None, m["b_fc"], False, False)
-    torch.library.opcheck(module._linear_gelu_fwd, (*forward, True, False))
+    torch.library.opcheck(module._linear_gelu_fwd.registered, (*forward, True, False))
     a, z = (t.detach() for t in module._linear_gelu_fwd(*forward, True, False))
     w_proj, end = m["w_proj"].detach(), (m["w_proj"], None, m["b_proj"])
     pre = z.clone().requires_grad_()
-    torch.library.opcheck(module._linear_fwd, (a, *end, residual, seed, pre, m["b_fc"], 0.5, False, False, False))
-    torch.library.opcheck(module._linear_fwd, (m["x"], m["w_fc"], *[None] * 6, 0.0, False, False, False))
+    torch.library.opcheck(
+        module._linear_fwd.registered, (a, *end, residual, seed, pre, m["b_fc"], 0.5, False, False, False)
+    )
+    torch.library.opcheck(module._linear_fwd.registered, (m["x"], m["w_fc"], *[None] * 6, 0.0, False, False, False))
     dz = torch.randn(2, 3, 18, device=device).to(dtype)
-    torch.library.opcheck(module._bwd_input, (dz, w_proj, False))
+    torch.library.opcheck(module._bwd_input.registered, (dz, w_proj, False))
     for bias_dtype in (None, torch.float32):
-        torch.library.opcheck(module._bwd_weight, (dz, a, w_proj.float().t().contiguous().t(), bias_dtype, False))
-        torch.library.opcheck(module._bwd_weight_add, (torch.zeros(18, 20, device=device), dz, a, bias_dtype, False))
-        torch.library.opcheck(module._bwd_input_gelu, (dz, w_proj, z, False, False, bias_dtype))
-        torch.library.opcheck(module._pointwise_bwd, (a, z, None, 0.0, True, dtype, bias_dtype))
-        torch.library.opcheck(module._pointwise_bwd, (dz, None, seed, 0.5, False, dtype, bias_dtype))
+        torch.library.opcheck(
+            module._bwd_weight.registered, (dz, a, w_proj.float().t().contiguous().t(), bias_dtype, False)
+        )
+        torch.library.opcheck(
+            module._bwd_weight_add.registered, (torch.zeros(18, 20, device=device), dz, a, bias_dtype, False)
+        )
+        torch.library.opcheck(module._bwd_input_gelu.registered, (dz, w_proj, z, False, False, bias_dtype))
+        torch.library.opcheck(module._pointwise_bwd.registered, (a, z, None, 0.0, True, dtype, bias_dtype))
+        torch.library.opcheck(module._pointwise_bwd.registered, (dz, None, seed, 0.5, False, dtype, bias_dtype))
 
 
 @pytest.mark.parametrize("op", [linear, linear_gelu, mlp], ids=lambda op: op.__name__)

@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -102,7 +101,7 @@ def config(M: int, N: int, *, halved: bool = False, chunk: int = CHUNK) -> dict[
     which would spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an SM of
     sm_89. ``chunk`` of K is read, and summed, at a time; the stages keep the bytes in flight the same."""
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
-        m, n = (min(max(triton.next_power_of_2(size), 16), 512) for size in (M, N))
+        m, n = (min(max(runtime.next_power_of_2(size), 16), 512) for size in (M, N))
         return {"BM": m, "BN": n, "BK": chunk, "GROUP": 8, "num_warps": 4, "num_stages": 1}
     stages = 4 * CHUNK // chunk
     return {"BM": 64 if halved else 128, "BN": 128, "BK": chunk, "GROUP": 8, "num_warps": 8, "num_stages": stages}
@@ -125,7 +124,7 @@ def quantise(x: Tensor, dtype: torch.dtype) -> Fp8:
     (M, K), out = x.shape, new(x.shape, dtype, x.device)
     rows, block = (64, 1024) if runtime.INTERPRET else (16, 256)
     with runtime.device_guard(x):
-        fp8_quantise_kernel[(triton.cdiv(M, rows),)](
+        fp8_quantise_kernel[(runtime.cdiv(M, rows),)](
             x, out.values, out.scale, out.norm, M, K, *x.stride(),
             ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -153,10 +152,10 @@ def _launch(
     arguments.alike("a's rows", (*a.scale.shape[:-1], M), scale=a.scale)
     columns = a.columns if isinstance(a, Grouped) else 0
     cfg = config(M, N, halved=erf or columns > 0 or epilogue == "dgelu", chunk=columns or CHUNK)
-    rows = triton.cdiv(M, cfg["BM"])
+    rows = runtime.cdiv(M, cfg["BM"])
     partial = column_sums.partial(rows, sums)
     with runtime.device_guard(out):
-        fp8_linear_kernel[(rows * triton.cdiv(N, cfg["BN"]),)](
+        fp8_linear_kernel[(rows * runtime.cdiv(N, cfg["BN"]),)](
             a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out, partial,
             *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0,
             COLUMNS=columns, enable_fp_fusion=True, **cfg,
@@ -229,11 +228,11 @@ def sweep(
     M, N = z.shape
     arguments.alike("z", z.shape, dy=dy, out=out)
     rows, block = (256, 256) if runtime.INTERPRET else (16, 128)
-    blocks = triton.cdiv(M, rows)
+    blocks = runtime.cdiv(M, rows)
     partial = column_sums.partial(blocks, sums)
     op = "gelu" if dy is None else "gelu_grad"
     with runtime.record(op, (M, N), z.dtype, "triton"), runtime.device_guard(z):
-        fp8_sweep_kernel[(blocks, triton.cdiv(N, block))](
+        fp8_sweep_kernel[(blocks, runtime.cdiv(N, block))](
             z, dy, out, partial, *bounded, M, N,
             BACKWARD=dy is not None, ERF=erf, BM=rows, BN=block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

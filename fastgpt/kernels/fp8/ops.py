@@ -37,6 +37,7 @@ from fastgpt.kernels import arguments, fused_attn, fused_layernorm, fused_linear
 from fastgpt.kernels.fp8 import launch
 from fastgpt.kernels.fp8.launch import FORWARD, GRADIENT, Fp8, Grouped
 from fastgpt.kernels.fused_linear import new_sums, rows_of, weight_and_bias
+from fastgpt.kernels.operators import operator
 from fastgpt.kernels.quantise import group_size
 
 # ---------------------------------------------------------------- ops
@@ -45,7 +46,7 @@ from fastgpt.kernels.quantise import group_size
 # the tensors that they come from get it. wt: a weight (N, K) rounded along its other dimension, which is the contiguous one.
 
 
-@torch.library.custom_op("fastgpt::fp8_quantise", mutates_args=())
+@operator("fp8_quantise")
 def _quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values in x's shape (..., K), stats (2, rows)."""
     values, stats = launch.quantise(rows_of(x), dtype)
@@ -57,7 +58,7 @@ def _(x, dtype):
     return tuple(launch.new(x.shape, dtype, x.device))
 
 
-@torch.library.custom_op("fastgpt::fp8_quantise_weight", mutates_args=())
+@operator("fp8_quantise_weight")
 def _quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     forward, transposed = launch.quantise_weight(weight)
     return *forward, transposed.values.t(), transposed.stats
@@ -73,7 +74,7 @@ def _operand(q: Tensor, stats: Tensor, grouped: bool) -> Fp8 | Grouped:
     return Grouped(rows_of(q), stats) if grouped else Fp8(rows_of(q), stats)
 
 
-@torch.library.custom_op("fastgpt::linear_fp8_fwd", mutates_args=())
+@operator("linear_fp8_fwd")
 def _linear_fwd(
     x: Tensor, q: Tensor, stats: Tensor, weight: Tensor, w: Tensor, w_stats: Tensor, wt: Tensor, wt_stats: Tensor,
     bias: Tensor | None, in_place: bool, grouped: bool,
@@ -87,7 +88,7 @@ def _(x, q, stats, weight, w, *_):
     return x.new_empty(*x.shape[:-1], w.shape[0])
 
 
-@torch.library.custom_op("fastgpt::linear_fp8_mlp_fwd", mutates_args=())
+@operator("linear_fp8_mlp_fwd")
 def _mlp_fwd(
     x: Tensor, q: Tensor, stats: Tensor, w_fc: Tensor, fc: Tensor, fc_stats: Tensor, fct: Tensor, fct_stats: Tensor,
     b_fc: Tensor | None, w_proj: Tensor, proj: Tensor, proj_stats: Tensor, projt: Tensor, projt_stats: Tensor,
@@ -106,7 +107,7 @@ def _(x, q, stats, w_fc, fc, fc_stats, fct, fct_stats, b_fc, w_proj, *_):
     return y, a, z
 
 
-@torch.library.custom_op("fastgpt::linear_fp8_bwd_input", mutates_args=())
+@operator("linear_fp8_bwd_input")
 def _bwd_input(q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor, grouped: bool) -> Tensor:
     """dx (..., K) in bf16, from dz in fp8."""
     return launch.matmul(_operand(q, stats, grouped), Fp8(wt.t(), wt_stats)).view(*q.shape[:-1], wt.shape[1])
@@ -117,7 +118,7 @@ def _(q, stats, wt, wt_stats, grouped):
     return q.new_empty(*q.shape[:-1], wt.shape[1], dtype=torch.bfloat16)
 
 
-@torch.library.custom_op("fastgpt::linear_fp8_bwd_input_gelu", mutates_args=())
+@operator("linear_fp8_bwd_input_gelu")
 def _bwd_gelu(
     q: Tensor, stats: Tensor, wt: Tensor, wt_stats: Tensor, pre: Tensor, erf: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -216,7 +217,7 @@ class LayerNormInFp8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dsum, *_):
-        op = _norm_backward if ctx.quantises else torch.ops.fastgpt.layer_norm_bwd
+        op = _norm_backward if ctx.quantises else fused_layernorm.layer_norm_bwd
         return fused_layernorm.backward(op, ctx, dy, dsum)[:7]
 
 

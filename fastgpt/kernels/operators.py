@@ -1,0 +1,90 @@
+"""How an operation is called: as a registered operator where something traces it, straight to its function where nothing does.
+
+torch.compile, torch.export, fake tensors, vmap and the profiler need an opaque operator with a schema. Eager training does not,
+and pays 100 microseconds of Python per operator for it (torch/_library: aliasing checks, redispatching, an autograd formula in
+three layers). So both are made from the same function, fake and autograd formula, and each call takes the cheaper one that
+will do::
+
+    @operator("scale_fwd")
+    def scale_fwd(x: Tensor, factor: float) -> Tensor: ...      # launches; schema read from the annotations
+
+    scale_fwd.register_fake(lambda x, factor: torch.empty_like(x))
+    scale_fwd.register_autograd(backward, setup_context=setup)  # both as torch.library's
+    y = scale_fwd(x, 2.0)                                       # also torch.ops.fastgpt.scale_fwd(x, 2.0)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_profiled = torch._C._autograd._profiler_enabled
+
+
+class Operator:
+    """A function of tensors and options, all positional, whose results alias no argument."""
+
+    def __init__(self, name: str, function: Callable, mutates_args: Sequence[str], schema: str | None) -> None:
+        self.registered = torch.library.custom_op(
+            f"fastgpt::{name}", function, mutates_args=mutates_args, schema=schema
+        )
+        self._function = function
+        names = list(inspect.signature(function).parameters)
+        self._written = [names.index(arg) for arg in mutates_args]
+        self._differentiable: Any = None
+        self.__doc__ = function.__doc__
+
+    def register_fake(self, fake: Callable) -> Callable:
+        """``fake`` returns unwritten results: sizes, strides and dtypes are those of the function."""
+        return self.registered.register_fake(fake)
+
+    def register_autograd(self, backward: Callable, *, setup_context: Callable) -> None:
+        """As torch.library.register_autograd."""
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        function = self._function
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = function(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._differentiable = type(function.__name__, (torch.autograd.Function,), members)
+
+    def __call__(self, *args: Any) -> Any:
+        # Order matters: dynamo folds is_compiling() and never looks at the rest.
+        if torch.compiler.is_compiling():
+            return self.registered(*args)
+        wants_grad = False
+        for arg in args:
+            kind = type(arg)
+            if kind is Tensor or kind is nn.Parameter:
+                wants_grad = wants_grad or arg.requires_grad
+            elif isinstance(arg, Tensor):  # a subclass: a fake tensor, a DTensor
+                return self.registered(*args)
+        if _dispatch_modes() or _transforms_active() or _profiled():
+            return self.registered(*args)
+        if wants_grad and torch.is_grad_enabled():
+            # Without a formula (backward passes under create_graph), the registered operator says what is missing.
+            return self.registered(*args) if self._differentiable is None else self._differentiable.apply(*args)
+        if (
+            self._written
+        ):  # as the registered operator does: autograd refuses a backward pass through what changed since
+            torch.autograd.graph.increment_version([args[i] for i in self._written if args[i] is not None])
+        return self._function(*args)
+
+
+def operator(
+    name: str, function: Callable | None = None, *, mutates_args: Sequence[str] = (), schema: str | None = None
+) -> Any:
+    """An Operator ``fastgpt::name`` of ``function``, or a decorator for one. ``mutates_args``, ``schema``: as
+    torch.library.custom_op's."""
+    if function is None:
+        return lambda function: Operator(name, function, mutates_args, schema)
+    return Operator(name, function, mutates_args, schema)
