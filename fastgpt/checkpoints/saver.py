@@ -89,6 +89,7 @@ class AsyncSaver:
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._saved: Path | None = None
+        self._trouble: tuple[Any, ...] | None = None
         self._news: list[str] = []
         if own_rank() == 0:
             try:
@@ -145,9 +146,12 @@ class AsyncSaver:
             path = self._saved = write(self.folder, step, header, own, copies, self._group)
         except BaseException as error:
             self.last_error = _failure(self.folder, step, error)
-            self._news.append(self.last_error)
+            trouble = type(error), getattr(error, "errno", None)
+            if trouble != self._trouble:  # a disk that stays full is said once
+                self._news.append(self.last_error)
+            self._trouble = trouble
             return
-        self.last_error = None
+        self.last_error = self._trouble = None
         self._news.append(f"saved {path} (in the background, {time.perf_counter() - start:.1f} s)")
         try:
             if own_rank() == 0:

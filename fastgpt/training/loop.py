@@ -219,7 +219,7 @@ class _Loop:
                 self._save(is_best)
             self._tell()
         self._read_losses(0)
-        if self.hellaswag is not None and run.step == settings.max_iters and not self.stop.asked:
+        if self.hellaswag is not None and run.step == settings.max_iters and not self._stopping():
             score = self._beside_training("HellaSwag", score_hellaswag, self.hellaswag, self._stopping)
             if score is not None:
                 self.say(str(score))

@@ -295,6 +295,9 @@ def check_saved(values: dict[str, Any], path: Path) -> None:
     fits = {
         "run": isinstance(values.get("run", ""), str),
         "spikes": numbers(values.get("spikes", []), (int, float), -LARGEST),
+        "interval_losses": isinstance(losses := values.get("interval_losses", []), list)
+        and all(isinstance(loss, float) for loss in losses),
+        "eval_due": isinstance(values.get("eval_due", False), bool),
         "rng": "rng" not in values or rng.fits(values["rng"]),
         "scaler": isinstance(values.get("scaler", {}), dict),
         "loader": loader is None

@@ -223,11 +223,14 @@ def test_disk_full_anywhere_leaves_the_old_one_whole_and_is_tried_again(tmp_path
             patch.setattr(owner, name, failing(getattr(owner, name, open)), raising=False)
             saver.save(2, state(2))
             saver.wait()
+            saver.save(3, state(3))  # again: it is not said again
+            saver.wait()
         assert names(tmp_path) == ["step-00000001"]
         assert_is_one_state(tmp_path / "step-00000001")
-        assert saver.news() == [saver.last_error]
+        (said,) = saver.news()
+        assert said.startswith(f"the checkpoint of step 2 was not saved: the disk of {tmp_path} is full (")
         for words in (
-            f"the checkpoint of step 2 was not saved: the disk of {tmp_path} is full (",
+            f"the checkpoint of step 3 was not saved: the disk of {tmp_path} is full (",
             f"the last good checkpoint is {tmp_path / 'step-00000001'}, training goes on and the next save tries again",
         ):
             assert words in saver.last_error

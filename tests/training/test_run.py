@@ -124,6 +124,8 @@ def saved():
     return {
         "run": "abc",
         "spikes": [3.5, 4],
+        "interval_losses": [3.5, math.nan],
+        "eval_due": False,
         "rng": rng.rng_state(),
         "scaler": {},
         "loader": {"position": 3, "seed": 1, "windows": 9, "block_size": 8, "order": 2},
@@ -146,6 +148,8 @@ WRONG = {
         {"cpu": torch.zeros(4, dtype=torch.uint8)},
         {**rng.rng_state(), "cuda": torch.zeros(3)},
     ],
+    "interval_losses": [{}, ["a"]],
+    "eval_due": [1],
     "scaler": [1],
     "loader": [
         5,
