@@ -37,7 +37,7 @@ install: $(VENV)/.installed
 
 %/.installed: pyproject.toml
 	$(PYTHON) -m venv $*
-	$*/bin/python -m pip install --quiet $(TORCH)
+	$*/bin/python -m pip install $(TORCH)
 	$*/bin/python -m pip install --quiet --editable ".[dev,hf,plot,gpu]"
 	touch $@
 

@@ -14,6 +14,7 @@ import torch
 from fastgpt import command, common
 from fastgpt.hardware.device import present
 from fastgpt.hardware.environment import environment
+from fastgpt.hardware.requirements import unused_gpu
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class EnvConfig:
 
 def main(args: list[str]) -> int:
     asked = command.parse(EnvConfig, args, "fastgpt.env")
-    found = environment(torch.device(present()))
+    found = environment(torch.device(present())) | {"unused GPU": unused_gpu()}
     if asked.json:
         print(json.dumps(found))
     else:

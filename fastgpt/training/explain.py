@@ -20,6 +20,7 @@ from rich.table import Table
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, Config
 from fastgpt.hardware import cards
+from fastgpt.hardware.requirements import unused_gpu
 from fastgpt.kernels import runtime, tuning
 from fastgpt.training import dry_run
 from fastgpt.training.dry_run import Record
@@ -71,7 +72,8 @@ def explain(config: Config, console: Console) -> int:
     card = card_of(asked)
     if card is None:
         console.print(
-            "There is no CUDA GPU here: kernels run in Triton's interpreter, which compiles nothing and asks no table. "
+            f"{unused_gpu() or 'There is no CUDA GPU here'}: kernels run in Triton's interpreter, which compiles nothing and "
+            "asks no table. "
             "Name a card to see what it would run: --explain-kernels rtx4070"
         )
         return 0
