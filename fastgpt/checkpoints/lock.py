@@ -9,6 +9,7 @@ one named in the file is gone.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -24,6 +25,8 @@ from fastgpt.common import UserError, read_json, write_json
 
 PULSE = 5.0
 """Seconds between two signs of life."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What file systems without locks answer, such as NFS with no lock daemon."""
 
 
 @contextmanager
@@ -44,7 +47,9 @@ def held(out: Path) -> Iterator[None]:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise UserError(_in_use(out, read_json(record) or {})) from None
-            except NotImplementedError:
+            except (NotImplementedError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                    raise
                 print(f"{out} is on a file system without locks: only {record} keeps others out", file=sys.stderr)
             undo.callback(_remove, path)
             undo.callback(lock.release)
@@ -138,10 +143,13 @@ def _beat(record: Path, end: threading.Event) -> None:
 
 
 def _in_use(out: Path, holder: dict[str, Any]) -> str:
-    who, since = "another process", ""
-    if "pid" in holder:
-        who, since = f"process {holder['pid']} on {holder.get('host')}", f" since {holder.get('since')}"
-    return f"out is {out}, where {who} has been writing{since}: wait until it ends, stop it, or name another folder"
+    what_to_do = "wait until it ends, stop it, or name another folder"
+    if "pid" not in holder:  # it has only just begun
+        return f"out is {out}, where another process writes: {what_to_do}"
+    return (
+        f"out is {out}, where process {holder['pid']} on {holder.get('host')} has been writing since {holder.get('since')}: "
+        f"{what_to_do}"
+    )
 
 
 def _remove(*paths: Path) -> None:

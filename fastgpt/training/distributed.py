@@ -136,8 +136,9 @@ def connect(device: torch.device, patience: float = 60.0) -> Iterator[tuple[Worl
         dist.destroy_process_group()
         signal.signal(signal.SIGTERM, before)
     except BaseException as error:
-        # An orderly end would wait for the other ranks.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # An orderly end would wait for the other ranks. This one takes seconds at most, and is not to be interrupted.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         watch.stop()
         if isinstance(error, UserError):
             watch.fail(str(error))

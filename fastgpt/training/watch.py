@@ -39,9 +39,8 @@ class Watch:
         self.rank, self.size, self.patience, self.end = rank, size, patience, end
         self._store = store.clone()  # a connection of its own: the main thread may be waiting over the other
         self._pulse = pulse or min(1.0, patience / 5)
-        self._silent: Counter[int] = (
-            Counter()
-        )  # looks in a row without news: counted, as this process may be stopped, too
+        # Looks in a row without news of a rank: counted and not timed, as this process may have been stopped as well.
+        self._silent: Counter[int] = Counter()
         self._seen: dict[int, int] = {}
         self._over = threading.Event()
         self._store.set(f"who/{rank}", json.dumps(this_process()))
@@ -83,8 +82,11 @@ class Watch:
                 self._store.set(f"told/{self.rank}", "")
                 return f"rank {rank} stopped, and with it rank {self.rank}: {sentence}"
         except RuntimeError:  # of a store whose process has ended
-            gone = "the process that connects the ranks of this run is gone"
+            return self._no_store()
         return gone and f"{gone}, {restart(self.rank)}"
+
+    def _no_store(self) -> str:
+        return f"the process that connects the ranks of this run is gone, {restart(self.rank)}"
 
     def _gone(self, rank: int) -> str | None:
         """That a rank is gone, and how this is known; None while it is not."""
@@ -102,7 +104,12 @@ class Watch:
 
     def _run(self) -> None:
         while not self._over.wait(self._pulse):
+            # A store whose process was stopped takes every question and never answers.
+            unanswered = threading.Timer(self.patience, self.end, [self._no_store()])
+            unanswered.daemon = True
+            unanswered.start()
             sentence = self.reason()
+            unanswered.cancel()
             if sentence is not None and not self._over.is_set():
                 self.end(sentence)
                 return

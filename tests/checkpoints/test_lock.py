@@ -124,9 +124,10 @@ def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
     assert threading.active_count() == 1 or not any(t.name == "run lock" for t in threading.enumerate())
 
 
-def test_a_file_system_without_locks_is_said_and_the_record_keeps_others_out(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_is_said_and_the_record_keeps_others_out(tmp_path, monkeypatch, capsys, error):
     def missing(*_, **__):
-        raise NotImplementedError("FileSystem does not appear to support flock")
+        raise error
 
     monkeypatch.setattr(filelock.FileLock, "acquire", missing)
     with lock.held(tmp_path / "run"):

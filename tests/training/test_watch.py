@@ -109,3 +109,12 @@ def test_a_store_that_is_gone_ends_the_run(pair, monkeypatch):
     monkeypatch.setattr(own, "_store", Gone())
     assert own.reason().startswith("the process that connects the ranks of this run is gone, so rank 0 stops")
     own.fail("a reason"), own.leave()  # nobody is left to tell, and nothing is raised
+
+
+def test_a_store_that_does_not_answer_ends_the_run(monkeypatch):
+    said, asked = [], threading.Event()
+    monkeypatch.setattr(Watch, "reason", lambda self: asked.wait(60) and None)
+    _, (own, _) = watches(lambda sentence: (said.append(sentence), asked.set()), patience=0.01, pulse=0.01)
+    assert asked.wait(60)
+    own.stop()
+    assert said[0].startswith("the process that connects the ranks of this run is gone, so rank")
