@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastgpt.patching.modules import hooked, supported
-from fastgpt.patching.plan import Change, PatchPlan, blocker
+from fastgpt.patching.modules import hooked, supported, weight_of
+from fastgpt.patching.plan import Change, PatchPlan, blocker, linear_blocker
 from fastgpt.patching.probe import Probe
 from fastgpt.patching.swap import Fused, is_fused
 
@@ -63,7 +63,7 @@ class Logits:
             return F.cross_entropy(self.tensor(), target, **options)
         self.use.reduced = True
         options = {name: value for name, value in options.items() if value is not None}
-        return self.head.ops.linear_cross_entropy(self.x, self.head.weight, target, bias=self.head.bias, **options)
+        return self.head.ops.linear_cross_entropy(self.x, weight_of(self.head), target, bias=self.head.bias, **options)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -80,7 +80,7 @@ class Logits:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.x.shape[:-1], self.head.weight.shape[0]))
+        return torch.Size((*self.x.shape[:-1], len(weight_of(self.head))))
 
     @property
     def device(self) -> torch.device:
@@ -110,8 +110,9 @@ class Logits:
 
     def __getitem__(self, index: Any) -> Any:
         parts = index if isinstance(index, tuple) else (index,)
-        kept = len(parts) < self.dim() if Ellipsis not in parts else parts[-1] == slice(None)
-        if not (kept and all(part is Ellipsis or isinstance(part, (int, slice)) for part in parts)):
+        simple = all(part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
+        whole = simple and ((len(parts) < self.dim() and Ellipsis not in parts) or parts[-1] == slice(None))
+        if not whole:
             return self.tensor()[index]
         return self.rows(self.x[index], lambda logits: logits[index])
 
@@ -148,7 +149,7 @@ for _name in (
 
 
 class FusedHead(Fused):
-    """An nn.Linear that returns ``Logits`` while ``FusedLoss`` asks for them."""
+    """A linear layer that returns ``Logits`` while ``FusedLoss`` asks for them."""
 
     _fastgpt_deferred: list[Use] | None = None
     """Where a call is noted, and whether the logits are deferred at all."""
@@ -199,7 +200,7 @@ def plan_loss(
     probe, uses = Probe(model, share=True), []  # type: ignore[var-annotated]
     vars(probe.module)["noted"] = uses
     changes = [Change("loss", model, mixin), Change("loss", model.lm_head, FusedHead, counts=False)]
-    why = "keep_logits=True" if keep_logits else blocker(model) or _head_blocker(model.lm_head)
+    why = "keep_logits=True" if keep_logits else blocker(model) or linear_blocker("lm_head", model.lm_head)
     if why is None:
         if plan.why_not_together(probe, losses, changes) is None and _why_kept(uses) is None:
             plan.changes += changes
@@ -211,12 +212,6 @@ def plan_loss(
     else:
         plan.kept["loss"] = why
     plan.try_together(probe, losses)
-
-
-def _head_blocker(head: nn.Module) -> str | None:
-    if type(head) is not nn.Linear:
-        return f"its lm_head is a {type(head).__name__}"
-    return "its lm_head has a hook, which needs the logits" if hooked(head) else blocker(head)
 
 
 def _why_kept(uses: list[Use]) -> str | None:

@@ -44,19 +44,11 @@ class NanoGPTBlock(FusedBlock):
 
 def missing(model: nn.Module) -> str | None:
     """The first module of nanoGPT's that ``model`` has not, or None. What they compute is tried out later."""
-    for name in ("lm_head", "transformer.wte", "transformer.h.0", "transformer.ln_f"):
-        if not _has(model, name):
-            return name
-    blocks = model.get_submodule("transformer.h").named_children()
-    parts = ("ln_1", "attn", "ln_2", "mlp")
-    return next((f"transformer.h.{i}.{part}" for i, block in blocks for part in parts if not _has(block, part)), None)
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    try:
-        return isinstance(module.get_submodule(name), nn.Module)
-    except AttributeError:
-        return False
+    has = dict(model.named_modules(remove_duplicate=False))  # not getattr, which wrappers pass on to what they wrap
+    names = ["lm_head", "transformer.wte", "transformer.ln_f", "transformer.h.0"]
+    blocks = [name for name in has if name.startswith("transformer.h.") and name.count(".") == 2]
+    names += [f"{block}.{part}" for block in blocks for part in ("ln_1", "attn", "ln_2", "mlp")]
+    return next((name for name in names if name not in has), None)
 
 
 def matches(model: nn.Module) -> bool:

@@ -170,7 +170,7 @@ def _try_out(
     """{part of a block: why it is kept, or None}."""
     probe = Probe(module)
     x = probe.randn(*shape)
-    few = x[:, :16].contiguous()
+    few = probe.randn(2, min(shape[1], 16), shape[2])
     why: dict[str, str | None] = {}
     more = {part: _other_arguments(module.get_submodule(part)) for part, mixin in mixins.items() if mixin.takes_one}
     if "" in more:  # a fused block calls its parts with x alone
@@ -237,11 +237,18 @@ def _mlp_blocker(mlp: Any) -> str | None:
     activation = getattr(mlp, "act", getattr(mlp, "gelu", None))
     if activation is not None and gelu_kind(activation) is None:
         return f"its activation is a {type(activation).__name__}, not a GELU"
-    for name in ("c_fc", "c_proj"):
-        if isinstance(linear := getattr(mlp, name, None), nn.Module) and not is_plain(linear):
-            what = "has a hook" if hooked(linear) else f"is a {type(linear).__module__}.{type(linear).__name__}"
-            return f"its {name} {what}, not a plain linear layer"
-    return None
+    linears = ((name, getattr(mlp, name, None)) for name in ("c_fc", "c_proj"))
+    return next((why for name, linear in linears if linear is not None and (why := linear_blocker(name, linear))), None)
+
+
+def linear_blocker(name: str, linear: nn.Module) -> str | None:
+    """Why a linear layer has to be called itself."""
+    if is_plain(linear):
+        return None
+    cls = type(linear)
+    return f"its {name} " + (
+        "has a hook" if hooked(linear) else f"is a {cls.__module__}.{cls.__name__}, not a plain linear"
+    )
 
 
 def _fingerprint(module: nn.Module) -> Any:

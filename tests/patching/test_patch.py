@@ -217,6 +217,18 @@ class TestRefused:
         patch(other.transformer, quiet=True)
         refused(nn.ModuleDict({"net": nanogpt()}), "patch its body with fastgpt.patch.model.net.")
 
+        class Wrapper(nn.Module):
+            """PEFT's pass on what they have not themselves."""
+
+            def __init__(self):
+                super().__init__()
+                self.base_model = nanogpt()
+
+            def __getattr__(self, name):
+                return super().__getattr__(name) if name == "base_model" else getattr(self.base_model, name)
+
+        refused(Wrapper(), "model is a Wrapper: patch its body with fastgpt.patch.model.base_model.")
+
     def test_wrapped_models(self, model):
         refused(torch.compile(model), "wrapped in OptimizedModule: patch the model itself")
         refused(nn.DataParallel(model), "wrapped in DataParallel")
