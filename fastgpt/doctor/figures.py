@@ -182,12 +182,15 @@ def _shape(evidence: Evidence, config: ConfigFacts) -> Shape | None:
 
 
 def _precision(config: ConfigFacts, gpu: Gpu | None) -> str:
-    """The config's; float32 runs as tf32 in nanoGPT, which switches that on. Where an experimental mode does not run, fastgpt
-    takes bf16 (ops.usable_precision)."""
+    """The config's; float32 runs as tf32 in nanoGPT, which switches that on. fastgpt takes bf16, or fp16 on a card without it,
+    for auto and where an experimental mode does not run (ops.usable_precision)."""
     name = str(config.get("dtype"))
+    auto = "fp16" if gpu is not None and gpu.peak_flops("bf16") is None else "bf16"
     if config.kind == "fastgpt" and name in EXPERIMENTAL:
         runs = config.get("kernels", "triton") == "triton" and (gpu is None or cards.gains(name, gpu))
-        return name if runs else "bf16"
+        return name if runs else auto
+    if config.kind == "fastgpt" and not config.is_set("dtype"):
+        return auto
     return {"float16": "fp16", "float32": "tf32" if config.kind == "nanogpt" else "fp32"}.get(name, "bf16")
 
 

@@ -40,6 +40,14 @@ def test_the_presets_are_clean_or_say_what_the_user_should_know(name, device, on
     assert found <= known.get(name, set())
 
 
+@pytest.mark.parametrize("precision, warned", [("auto", False), ("fp16", False), ("bf16", True)])
+def test_on_a_card_without_bf16_auto_is_fp16(monkeypatch, precision, warned):
+    monkeypatch.setattr(cards, "present", lambda device=None: cards.lookup("t4"))
+    config = load_preset("demo", "cuda")
+    config = replace(config, train=replace(config.train, kernels="eager", precision=precision))
+    assert ("no_bf16" in {f.check for f in preflight(config, CPU, MACHINE)}) == warned
+
+
 def test_one_line_when_clean(on_4070):
     findings = preflight(load_preset("gpt2-124m", "cuda"), CPU)
     assert said(findings).count("\n") == 1 and "nothing found" in said([])

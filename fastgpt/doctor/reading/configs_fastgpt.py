@@ -21,7 +21,7 @@ _RENAMED = {
     "out": "out_dir",
     "precision": "dtype",
 }
-# The experimental precisions keep their names: nanoGPT has nothing like them. auto: on a GPU.
+# The experimental precisions keep their names: nanoGPT has nothing like them. auto: on a GPU that has bf16.
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "auto": "bfloat16"}
 
 
@@ -80,6 +80,9 @@ def set_field(facts: ConfigFacts, key: str, setting: Setting, section: str | Non
         facts.unread.append(Unread(setting.place, setting.text or key, why))
         return
     name, value = _RENAMED.get(key, key), setting.value
+    if key == "precision" and value == "auto":  # as if it were not set
+        facts.settings.pop(name, None)
+        return
     if key == "precision":
         value = _DTYPES.get(str(value), value)
     store(facts, name, replace(setting, value=value))
@@ -101,7 +104,7 @@ def _defaults() -> dict[str, Any]:
     for section, values in Config().to_dict().items():
         for key, value in values.items():
             set_field(facts, key, Setting(value, Place("fastgpt")), section)
-    return {name: setting.value for name, setting in facts.settings.items()}
+    return {name: setting.value for name, setting in facts.settings.items()} | {"dtype": "bfloat16"}
 
 
 def in_fastgpts_names(advice: str) -> str:
