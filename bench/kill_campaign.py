@@ -122,7 +122,7 @@ class Campaign:
         self.folder, self.options = folder, options
         self.moments = random.Random(options.seed)
         folder.mkdir(parents=True, exist_ok=True)
-        FORKING.set_forkserver_preload(["fastgpt.train", "fastgpt.training.loop", "bench.kill_campaign"])
+        FORKING.set_forkserver_preload(["fastgpt.train", "fastgpt.training.loop", "tensorboard.compat.proto.event_pb2"])
 
     def run(self) -> dict[str, Tally]:
         """What was tried, by kind."""

@@ -230,7 +230,7 @@ def packaged_toml(package: str, name: str) -> dict[str, Any]:
 
 def why_unwritten(error: OSError, folder: Path) -> str:
     """What kept a file in ``folder`` from being written, as part of a sentence."""
-    if not folder.exists():
+    if not os.path.exists(folder):
         return f"{folder} is gone: it was deleted or moved away"
     if error.errno != errno.ENOSPC:
         return f"{error.filename or folder}: {error.strerror or error}"

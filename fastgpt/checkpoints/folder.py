@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,14 @@ def existing(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if _DIRECTORY.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: (_serial(path), step_of(path), path.name))
+
+
+def last_saved(folder: Path) -> Path | None:
+    """The newest of ``existing``; None if there is none, or the folder cannot be read."""
+    with suppress(OSError):
+        if found := existing(folder):
+            return found[-1]
+    return None
 
 
 def step_of(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import threading
 import time
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastgpt.checkpoints.folder import clean, existing, rotate
+from fastgpt.checkpoints.folder import clean, last_saved, rotate
 from fastgpt.checkpoints.tree import split
 from fastgpt.checkpoints.write import Shard, has_group, own_rank, write
 from fastgpt.common import first_line, why_unwritten
@@ -123,7 +124,7 @@ class AsyncSaver:
 
     def check(self) -> None:
         """Note it as ``last_error`` if the checkpoint that was saved last is no longer there."""
-        if self.last_error is None and self._saved is not None and not self._saved.exists():
+        if self.last_error is None and self._saved is not None and not os.path.exists(self._saved):
             self.last_error = f"checkpoint {self._saved} is gone: it was deleted or moved away after it had been saved"
             self._news.append(self.last_error)
 
@@ -178,8 +179,8 @@ def _failure(folder: Path, step: int, error: BaseException) -> str:
     reason = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, OSError):
         reason = why_unwritten(error, folder)
-    earlier = existing(folder)
-    good = f"the last good checkpoint is {earlier[-1]}" if earlier else "there is no checkpoint yet"
+    earlier = last_saved(folder)
+    good = f"the last good checkpoint is {earlier}" if earlier else "there is no checkpoint yet"
     return (
         f"the checkpoint of step {step} was not saved: {reason}; {good}, training goes on and the next save tries again"
     )

@@ -331,7 +331,7 @@ class _Loop:
         there is no checkpoint yet."""
         run, step = self.state, self.state.step
         self.saver.wait()
-        if not folder.existing(self.settings.out):
+        if folder.last_saved(self.settings.out) is None:
             self.say("there is no checkpoint to roll back to yet: the run goes on")
             return False
         self.rollbacks += 1
@@ -413,13 +413,13 @@ class _Loop:
         stopped = f"stopped by {self.stop.asked} at step {self.state.step}"
         if self.state.step == self.settings.max_iters:
             return f"{stopped}, the last one"
-        if not folder.existing(self.settings.out):
+        if folder.last_saved(self.settings.out) is None:
             return f"{stopped}, before there was anything to save"
         return f"{stopped}: continue with --resume"
 
     def _last_good(self) -> str:
-        good = folder.existing(self.settings.out)
-        return f"the last checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+        good = folder.last_saved(self.settings.out)
+        return f"the last checkpoint is {good}" if good else "there is no checkpoint yet"
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.metrics is not None:

@@ -86,9 +86,11 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; numbers of a record with a "step" go to TensorBoard and W&B as well."""
-        gone = None if (path := self._log.path).exists() else path if self._out.is_dir() else self._out
+        path, gone = self._log.path, None
+        if not os.path.exists(path):  # False where a file system does not answer, too; pathlib would raise
+            gone = path if os.path.isdir(self._out) else self._out
         self._log.write(_line(record))
-        if gone is not None and path.exists():
+        if gone is not None and os.path.exists(path):
             self.news.append(f"{gone} was deleted or moved away while the run went on: it is begun anew")
             self._describe()
         if "step" not in record:

@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,25 +58,28 @@ class Appended(Outlet):
         """Raises OSError for a file that cannot be opened."""
         super().__init__(str(path), news, path.parent)
         self.path, self._head = path, head
-        self._open()
+        self._file = self._open()
 
-    def _open(self) -> None:
+    def _open(self) -> FileIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (``close`` closes it)
+        return open(self.path, "ab", buffering=0)
 
     @property
     def size(self) -> int:
-        """Bytes."""
-        return os.fstat(self._file.fileno()).st_size
+        """Bytes; 0 if the file is gone."""
+        with suppress(OSError):
+            return self.path.stat().st_size
+        return 0
 
     def write(self, record: bytes) -> None:
         """Append a record, or lose it. The first one of a file follows the head."""
         self.take(self._write, record)
 
     def _write(self, record: bytes) -> None:
-        if not self.path.exists():  # the file that is open would go on taking what nobody can read
+        if not os.path.exists(self.path):  # the file that is open would go on taking what nobody can read
+            file = self._open()
             self._file.close()
-            self._open()
+            self._file = file
         before = self.size
         if not before:
             record = self._head() + record

@@ -265,6 +265,16 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
         assert "step 1 was not saved" in saver.last_error and "there is no checkpoint yet" in saver.last_error
 
 
+def test_a_file_system_that_does_not_answer_is_said(tmp_path, monkeypatch):
+    with AsyncSaver(tmp_path, keep=1) as saver:
+        stale = OSError(errno.ESTALE, "Stale file handle")
+        monkeypatch.setattr(write.os, "rename", fails(stale)(os.rename))
+        monkeypatch.setattr(folder, "existing", fails(stale)(None))
+        saver.save(1, state(1))
+        saver.wait()
+        assert "Stale file handle; there is no checkpoint yet" in saver.last_error
+
+
 def test_a_synchronous_save_raises_and_changes_nothing(tmp_path, monkeypatch):
     save(tmp_path, 1, state(1))
     monkeypatch.setattr(write.os, "fsync", fails(FULL)(os.fsync))

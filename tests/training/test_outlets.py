@@ -98,6 +98,22 @@ def test_a_deleted_folder_is_begun_anew_with_all_that_describes_the_run(tmp_path
     assert next((out / "tensorboard").iterdir()).stat().st_size > 0
 
 
+def test_a_folder_that_cannot_be_begun_anew_yet_costs_lines(tmp_path):
+    out, news = tmp_path / "run", []
+    log = Metrics(out, "a", 0, Config(train=TrainConfig(tensorboard=False)), news=news)
+    out.rename(tmp_path / "elsewhere")
+    out.touch()  # in the way
+    log.write({"step": 1})
+    log.write({"step": 2})
+    assert log.size == 0 and len(news) == 1 and news[0].startswith(f"{out / 'metrics.jsonl'} cannot be written (")
+    out.unlink()
+    (tmp_path / "elsewhere").rename(out)  # back again
+    log.write({"step": 3})
+    log.close()
+    assert [record.get("step") for record in metrics.read(out)] == [None, 3]
+    assert news[1:] == [f"{out / 'metrics.jsonl'} can be written again; lines lost: 2"]
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "tensorboard"])
 def test_what_is_in_the_way_is_said_before_anything_is_written(tmp_path, name):
     (tmp_path / name).touch() if name == "tensorboard" else (tmp_path / name).mkdir()
