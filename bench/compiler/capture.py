@@ -29,6 +29,9 @@ from triton.runtime.jit import JITFunction
 
 from fastgpt.kernels.offline import absent_gpu, launched_by
 
+GRID_LIMITS = 2**31 - 1, 65535, 65535
+"""Most blocks of a CUDA grid, in each direction."""
+
 
 class CompileOnlyDriver(DriverBase):
     """What triton asks of a GPU driver before it launches, answered for an absent GPU of compute capability ``arch``. It can
@@ -148,7 +151,7 @@ def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> 
     """Turn every launch made inside into a compile for sm_``arch``, and list them in order.
 
     Equal launches compile once. A kernel that does not compile raises RuntimeError naming the kernel and its config, from
-    the compiler's own error.
+    the compiler's own error; so does a grid that CUDA would refuse.
     """
     launches: list[CapturedLaunch] = []
     run_jit = JITFunction.run
@@ -164,6 +167,10 @@ def capture_launches(arch: int = 89, sms: int | None = None, case: str = "") -> 
         if callable(grid):
             defaults = {param.name: param.default for param in self.params if param.has_default}
             grid = grid({**defaults, **dict(zip(self.arg_names, args)), **kwargs})
+        if any(blocks > most for blocks, most in zip(grid, GRID_LIMITS)):
+            raise RuntimeError(
+                f"{self.__name__} is launched over {tuple(grid)} blocks: CUDA takes {GRID_LIMITS} at most"
+            )
         launches.append(_launch(self, arch, case, tuple(grid), compiled))
         return compiled
 

@@ -4,6 +4,7 @@ gradients and without waiting for the device."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgpt import ops
 from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.kernels import fused_linear, working_copy
+from fastgpt.kernels.fp8 import launch
 from fastgpt.model import GPT
 from fastgpt.optim.adamw import FusedAdamW
 from fastgpt.optim.build import build_optimizer
@@ -68,6 +70,20 @@ def test_weights_are_cast_once_and_then_written_by_the_optimizer(device, monkeyp
     assert len(cast) == 4, "the matrices of the one block"
     for param in cast:
         assert torch.equal(working_copy.existing(param), param.bfloat16())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16-fast", "fp8"])
+def test_all_that_a_step_makes_lies_where_its_inputs_do(precision, device):
+    if precision == "fp8" and launch.refusal(device):
+        pytest.skip("no fp8")
+    model = GPT(replace(TINY, dropout=0.1), ops.get("triton", precision)).to(device)
+    scaler = LossScaler(device.type, enabled=precision == "fp16-fast")
+    stepper = Stepper(model, model, build_optimizer(model, OPTIM, "triton"), scaler, precision, 1.0, adds_in_place=True)
+    tokens = batch(device, 2)
+    with torch.device("meta"):  # what names no device is made there, where no kernel and no sum can use it
+        losses = [stepper.micro_step(tokens, 2) for _ in range(2)]
+    assert all(loss.isfinite() for loss in losses)
+    assert all(p.grad.device.type == device.type for p in model.parameters())
 
 
 def accumulated(device, grad_accum, adds_in_place, hooks=False):

@@ -71,6 +71,10 @@ def child() -> None:
     with capture_launches(89) as launches:
         for n in (128, 128, 256):
             dot_kernel[lambda given: (triton.cdiv(given["n"], given["M"]), 3)](bf16, bf16, bf16, n, **square)
+        try:
+            dot_kernel[(1, 2**16)](bf16, bf16, bf16, 64, **square)
+        except RuntimeError as error:
+            out["grid too large"] = str(error)
     out["grids"] = {"rows": rows(launches)}
     before = triton.runtime.driver._active, runtime.compile_only, runtime.compile_only_sms
     try:
@@ -118,6 +122,10 @@ def test_equal_launches_are_one_binary_and_unaligned_pointers_another(compiled):
     aligned, eight_warps, unaligned = compiled["sm_89"]["rows"]
     assert eight_warps["warps"] == 8
     assert unaligned["wide_share"] < aligned["wide_share"]
+
+
+def test_a_grid_that_cuda_would_refuse_is_refused(compiled):
+    assert "dot_kernel is launched over (1, 65536) blocks" in compiled["grid too large"]
 
 
 def test_spills_are_seen(compiled):

@@ -1,7 +1,13 @@
-"""What an operator's fake says of its results (sizes, strides, dtypes) is what it gives, whatever the strides of its inputs:
-code that torch.compile made from a fake reads the real tensor by them."""
+"""What holds for every registered operator.
+
+Its fake says of its results (sizes, strides, dtypes) what it gives, whatever the strides of its inputs: code that torch.compile
+made from a fake reads the real tensor by them. And it refuses tensors that do not fit together, as its kernels go by address.
+"""
 
 from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,7 +20,9 @@ from fastgpt import kernels
 from fastgpt.kernels import embedding, layer_norm, linear, linear_cross_entropy, linear_gelu, mlp
 from fastgpt.kernels.fp8 import launch
 from fastgpt.kernels.fp8 import ops as fp8
-from fastgpt.kernels.working_copy import gradients_in_place
+from fastgpt.kernels.working_copy import copies_kept, gradients_in_place, working_copy
+from fastgpt.optim.adamw import FusedAdamW
+from tests.kernels.test_fused_linear import in_tiles
 
 BF16 = torch.bfloat16
 
@@ -48,12 +56,16 @@ def calls(device):
     with Recorder() as recorder, gradients_in_place():
         for _ in range(2):  # then there are gradients to add to
             train(embedding(ids, w, wpe, dropout_p=0.1))
-            train(linear(x, w, b, dropout_p=0.1))
+            train(linear_gelu(x, w, b))
+            train(linear(x, w, b, residual=leaf(2, 16, 64), dropout_p=0.1))
             train(linear(x, w, b))
+            c.sum().backward()
+        with copies_kept():
+            working_copy(w, BF16)
+            FusedAdamW([w, c]).step()
         train(layer_norm(x, c, c, residual=residual, dropout_p=0.1))
         train(kernels.attention(*heads))
         train(kernels.qkv_attention(leaf(2, 16, 3 * 32, dtype=BF16), 2))
-        train(linear_gelu(x, w, b))
         train(mlp(x, w, b, v, c, residual=residual))
         for reduction in ("mean", "none"):
             train(linear_cross_entropy(x, w, ids, bias=b, reduction=reduction))
@@ -96,8 +108,64 @@ def test_fakes_are_true(calls, layout):
         assert [description(t) for t in told] == [description(t) for t in given], op
 
 
+MATCHING = {
+    "layer_norm_fwd": ("weight", "bias", "residual"),
+    "layer_norm_bwd": ("dy", "s", "weight", "mean", "rstd"),
+    "attention_fwd": ("k", "v"),
+    "attention_bwd": ("grad_out", "k", "v", "out", "lse"),
+    "qkv_attention_bwd": ("grad_out", "out", "lse"),
+    "embedding_fwd": ("wte_columns", "wpe"),
+    "embedding_bwd": ("ids",),
+    "embedding_bwd_add": ("ids", "wte_grad_columns", "wpe_grad_columns"),
+    "linear_fwd": ("x_columns", "copy_columns", "bias", "residual"),
+    "linear_gelu_fwd": ("x_columns", "bias"),
+    "linear_bwd_input": ("dz_columns", "weight_rows"),
+    "linear_bwd_input_gelu": ("dz", "weight", "pre"),
+    "linear_bwd_weight": ("dz", "x"),
+    "linear_bwd_weight_add": ("grad", "dz", "x"),
+    "pointwise_bwd": ("pre",),
+    "linear_cross_entropy_fwd": ("x", "target"),
+    "linear_cross_entropy_bwd": ("grad", "stats", "x_rows", "target"),
+    "linear_cross_entropy_fwd_bwd": ("x", "target"),
+    "linear_fp8_fwd": ("q", "stats_columns", "w_columns", "w_stats_columns", "bias"),
+    "linear_fp8_mlp_fwd": ("q", "stats_columns", "fc_columns", "fc_stats_columns", "b_fc", "proj_columns", "b_proj"),
+    "linear_fp8_bwd_input": ("q", "stats_columns", "wt_rows", "wt_stats_columns"),
+    "linear_fp8_bwd_input_gelu": ("q", "stats_columns", "wt", "wt_stats_columns", "pre"),
+    "adamw_": ("grads", "exp_avgs", "exp_avg_sqs", "copies"),
+}
+"""Arguments whose size follows from that of others: each of their dimensions, or the rows or columns alone."""
+
+
+def halves(name: str, t: Tensor):
+    """``t`` with one of its dimensions cut in half."""
+    dims = {"rows": [0], "columns": [t.dim() - 1]}.get(name.rpartition("_")[2], range(t.dim()))
+    return [t.detach().narrow(dim, 0, t.shape[dim] // 2).clone() for dim in dims if t.shape[dim] > 1]
+
+
+@pytest.mark.parametrize("engine", ["triton", "cublas"])
+@pytest.mark.parametrize("name", MATCHING)
+def test_what_does_not_fit_together_is_refused(calls, name, engine, monkeypatch):
+    if engine == "triton":
+        in_tiles(monkeypatch, 16, 32, 16)
+    op = getattr(torch.ops.fastgpt, name).default
+    if op not in calls:
+        pytest.skip("not on this device")
+    names = [argument.name for argument in op._schema.arguments]
+    for wanted in MATCHING[name]:
+        at = names.index(wanted.removesuffix("_rows").removesuffix("_columns"))
+        given = calls[op][at]
+        shorter = [[half] for half in halves(wanted, given[0])] if isinstance(given, list) else halves(wanted, given)
+        assert shorter, wanted
+        for value in shorter:
+            args = [value if i == at else arg for i, arg in enumerate(calls[op])]
+            with pytest.raises((ValueError, RuntimeError)) as refused:
+                op(*args)
+            assert "Interpreter" not in type(refused.value).__name__, "no kernel may find it out"
+
+
 def test_all_operators_are_here(calls, device):
+    for module in pkgutil.iter_modules(kernels.__path__):
+        import_module(f"fastgpt.kernels.{module.name}")
     known = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastgpt::")}
-    recipes = {"fastgpt::relu2_fwd", "fastgpt::relu2_bwd", "fastgpt::adamw_"}
-    missing = known - recipes - {op._schema.name for op in calls}
+    missing = known - {op._schema.name for op in calls}
     assert missing == set() if launch.refusal(device) is None else all("fp8" in name for name in missing)
