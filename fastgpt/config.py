@@ -127,8 +127,9 @@ class TrainConfig:
     """The fused Triton kernels (interpreted, slowly, where there is no GPU), or plain PyTorch: the default where Triton is
     missing, or the GPU is older than Ampere."""
     precision: Precision = "auto"
-    """Dtype of matmul operands and activations; auto is fp32 on a CPU and bf16 on a GPU. Masters stay fp32. fp16-fast, which is
-    experimental: fp16 operands, products summed in fp16 over at most 128 at a time, at twice the rate on GeForce RTX cards.
+    """Dtype of matmul operands and activations; auto is fp32 on a CPU, and on a GPU bf16, or fp16 if it has none. Masters stay
+    fp32. fp16-fast, which is experimental: fp16 operands, products summed in fp16 over at most 128 at a time, at twice the
+    rate on GeForce RTX cards.
     fp8, which is experimental too: bf16, but the linears of the blocks in fp8, on RTX 40 and 50, L4, L40S, H100, H200.
     On other cards the run uses auto's choice and says so."""
     device: Device = "auto"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgpt import kernels
 from fastgpt.config import EXPERIMENTAL
-from fastgpt.hardware import cards
+from fastgpt.hardware import cards, requirements
 from fastgpt.kernels import reference, runtime
 from fastgpt.kernels.runtime import compute_dtype
 
@@ -109,7 +109,11 @@ def precision_for(name: str, device: torch.device) -> str:
         return name
     if device.type != "cuda":
         return "fp32"
-    return "fp16" if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0) else "bf16"
+    return (
+        "fp16"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < requirements.OLDEST
+        else "bf16"
+    )
 
 
 def usable_precision(name: str, device: torch.device, kernels: str) -> tuple[str, str | None]:

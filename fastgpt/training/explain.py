@@ -73,8 +73,7 @@ def explain(config: Config, console: Console) -> int:
     if card is None:
         console.print(
             f"{unused_gpu() or 'There is no CUDA GPU here'}: kernels run in Triton's interpreter, which compiles nothing and "
-            "asks no table. "
-            "Name a card to see what it would run: --explain-kernels rtx4070"
+            "asks no table. Name a card to see what it would run: --explain-kernels rtx4070"
         )
         return 0
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
