@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -472,8 +473,9 @@ def test_after_a_kill_no_event_is_there_twice(config, device, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(with_train(config, log_interval=1), device, quiet())
     assert [r["at_step"] for r in metrics(config.train.out) if r.get("event") == "spike"] == [5]
-    while not existing(config.train.out):  # it is written in the background
-        pass
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint-4":
+            thread.join()
     train(with_train(config, log_interval=1, resume="newest"), device, quiet())
     assert [r.get("step", r.get("at_step")) for r in metrics(config.train.out) if "val_loss" not in r][1:] == [
         1, 2, 3, 4, 5, 5, 6, 7, 8,
@@ -607,8 +609,9 @@ def test_an_out_that_is_deleted_on_the_way_is_said_and_the_run_is_saved(config, 
 
     def step(self, batches, grad_accum, lr):
         if lr == learning_rate(5, config.optim, 8):
-            while not existing(config.train.out):  # it is written in the background
-                pass
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint-4":  # it would write into the folder meanwhile
+                    thread.join()
             shutil.rmtree(config.train.out)
         return real(self, batches, grad_accum, lr)
 
