@@ -122,6 +122,9 @@ class Campaign:
         self.folder, self.options = folder, options
         self.moments = random.Random(options.seed)
         folder.mkdir(parents=True, exist_ok=True)
+        for number in SIGNALS:  # ignored in a job in the background, or under nohup, and so in the processes begun here
+            if signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         FORKING.set_forkserver_preload(["fastgpt.train", "fastgpt.training.loop", "tensorboard.compat.proto.event_pb2"])
 
     def run(self) -> dict[str, Tally]:

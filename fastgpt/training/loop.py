@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MAX_ROLLBACKS = 3
-_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 if sys.platform != "win32":
     _SIGNALS[signal.SIGHUP] = "SIGHUP"  # the terminal was closed, or the connection to it broke
 
@@ -62,15 +62,15 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self.asked: str | None = None
-        # What is ignored stays so: nohup wants the run to outlive its terminal.
-        heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._previous: dict[int, Any] = {number: signal.signal(number, self._ask) for number in heard}
+        self._previous: dict[int, Any] = {number: signal.signal(number, self._ask) for number in _SIGNALS}
+        for number, handler in self._previous.items():
+            if _SIGNALS[number] == "SIGHUP" and handler is signal.SIG_IGN:  # nohup: the run outlives its terminal
+                signal.signal(number, handler)
         return self
 
     def _ask(self, number: int, _frame: object) -> None:
-        self.asked = _SIGNALS[signal.Signals(number)]
-        if signal.SIGINT in self._previous:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.asked = _SIGNALS[number]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():

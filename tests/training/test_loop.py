@@ -201,7 +201,7 @@ def test_resume_is_offered_where_there_is_something_to_resume(config, device, mo
     assert f"stopped by SIGHUP {words}\n" in capsys.readouterr().out
 
 
-def test_what_is_ignored_stays_ignored():
+def test_under_nohup_the_run_outlives_its_terminal():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         with StopRequest() as stop:
