@@ -259,15 +259,16 @@ class Campaign:
         with open(self.log(run), "wb") as log:
             process = subprocess.Popen([sys.executable, *words, *flags], cwd=ROOT, stdout=log, stderr=log)
         maps = Path(f"/proc/{process.pid}/maps")
-        while process.poll() is None and maps.exists() and "libtorch" not in maps.read_text():
-            time.sleep(0.005)
-        time.sleep(self.moments.uniform(0, self.options.window))
-        process.send_signal(signal.SIGINT)
         try:
+            while process.poll() is None and maps.exists() and "libtorch" not in maps.read_text():
+                time.sleep(0.005)
+            time.sleep(self.moments.uniform(0, self.options.window))
+            process.send_signal(signal.SIGINT)
             code = process.wait(60)
         except subprocess.TimeoutExpired:
-            process.kill()
             return "Ctrl-C was not obeyed in a minute"
+        finally:
+            process.kill()
         text = self.log(run).read_text(errors="replace")
         silent = code == 130 and not any(word in text for word in NOISE)
         return "" if silent else f"Ctrl-C ended it with code {code}: {tail(self.log(run))}"

@@ -340,4 +340,5 @@ def run(main: Callable[[list[str]], int]) -> None:
 def report(error: UserError) -> None:
     """Print the one sentence."""
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    print("\033[1;31merror:\033[0m" if coloured else "error:", error, file=sys.stderr)
+    with suppress(OSError):  # a terminal that is gone
+        print("\033[1;31merror:\033[0m" if coloured else "error:", error, file=sys.stderr)

@@ -275,9 +275,14 @@ class _Loop:
         run = self.state
         geometry = smaller(run.micro_batch, run.grad_accum) if self.world.size == 1 else None
         if geometry is None:
+            if run.step and self.world.size == 1:  # the state is whole, and it may fit once others have left the GPU
+                self._read_losses(0)
+                self._save(False)
+                self.saver.wait()
             raise UserError(
                 f"micro-batches of {run.micro_batch} x {run.config.model.block_size} tokens do not fit the GPU ({message}): "
-                "use a smaller --batch-size with a larger --grad-accum, a smaller --block-size or a smaller model"
+                "use a smaller --batch-size with a larger --grad-accum, a smaller --block-size or a smaller model; "
+                f"{self._last_good()}"
             )
         micro_batch, grad_accum = geometry
         self.say(

@@ -579,6 +579,22 @@ def test_out_of_memory_in_an_evaluation_costs_lines_in_the_log(
     assert losses == expected
 
 
+def test_when_nothing_fits_any_more_the_run_is_saved_first(config, device, monkeypatch):
+    real, steps = Stepper.__call__, []
+
+    def step(self, *args):
+        steps.append(args)
+        if len(steps) > 3:
+            raise NO_ROOM[1]
+        return real(self, *args)
+
+    monkeypatch.setattr(Stepper, "__call__", step)
+    with pytest.raises(UserError, match=r"do not fit the GPU .*the last checkpoint is .*step-00000003$"):
+        train(with_train(config, checkpoint_interval=0), device, quiet())
+    assert checkpoint.load(resolve(config.train.out))["step"] == 3
+    assert [r["step"] for r in metrics(config.train.out) if "loss" in r] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("before", "after"), [((16, 32), (8, 64)), ((3, 4), (1, 12)), ((5, 6), (2, 15)), ((1, 8), None), ((9, 1), (3, 3))]
 )
