@@ -5,12 +5,12 @@
     python -m bench.tune --rank --arch sm_89 --sms 46       # no GPU: what the compiler-based model says
     python -m bench.tune --check-model                      # on a large GPU: how often is the model's order right?
 
-Configs that spill, or do not fit an SM, are left out by what the compiler reports; the rest are ranked by the model in
-bench/compiler/ranking.py, and on a GPU the best of them are timed beside the default, each in turn. The table goes to
-your cache directory (--out: elsewhere), where training finds it at its next start, before the shipped ones. It is written whole
-after every bucket of shapes: a run that is interrupted, or whose budget is up, goes on where it was. Tiles that --rank finds
-for matmuls that cuBLAS can compute go to hints/ in that folder: the next measurement there times them first, and training never
-reads them.
+Configs are compiled on all other cores, ahead of their turn. Those that spill, or do not fit an SM, are left out by what the
+compiler reports; the rest are ranked by the model in bench/compiler/ranking.py, and on a GPU the best of them are timed beside
+the default, each in turn. The table goes to your cache directory (--out: elsewhere), where training finds it at its next
+start, before the shipped ones. It is written whole after every bucket of shapes: a run that is interrupted, or whose budget is
+up, goes on where it was. Tiles that --rank finds for matmuls that cuBLAS can compute go to hints/ in that folder: the next
+measurement there times them first, and training never reads them.
 
 --check-model confines this process to --sms SMs (46) of a larger GPU by a CUDA green context, times every config that the
 model ranks, and reports the share of cases in which the model's first choice is within 5% of the best.
@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 
 from bench.compiler import ranking, tune_measure
-from bench.compiler.tune_table import HINTS, change, facts_of, open_table, print_changes, save
+from bench.compiler.tune_table import HINTS, change, compiled_ahead, open_table, print_changes, save
 from bench.ops import families
 from bench.ops.common import Family
 from bench.ops.linear import default_at
@@ -101,24 +101,25 @@ def rank(chosen: list[Family], card: cards.Gpu, path: Path, deadline: float) -> 
     paths = {False: path, True: path.parent / HINTS.name / path.name}
     tables = {library: open_table(where, target_of(card), card.name) for library, where in paths.items()}
     rows: list[list[str]] = []
-    for done, family in enumerate(chosen):
-        if time.monotonic() > deadline:
-            print_changes(rows, "model's time over the default's")
-            print(f"The budget is up: {len(chosen) - done} families are left; run the same command again.")
-            return len(chosen) - done
-        library = tuning.has_library(family.kernel)
-        table = tables[library]
-        found, default, table.compiler = facts_of(family, int(card.arch[3:]))
-        out = sum(bool(one.problem) for one in found)
-        print(f"{family.name}: {len(found)} configs compiled, {out} of them spill or do not fit", flush=True)
-        for entry in ranked_entries(family, found, default, card):
-            old = table.entries.get(entry.key)
-            if old is not None and old.origin == "measured":
-                continue
-            table.entries[entry.key] = entry
-            usual = default_at(family, entry.key.bucket, default, card.sm_count)
-            rows.append(change(entry, old.config if old else usual, entry.evidence["over_default"]))
-        save(table, paths[library])
+    with compiled_ahead(chosen, int(card.arch[3:])) as compiled:
+        for done, family in enumerate(chosen):
+            if time.monotonic() > deadline:
+                print_changes(rows, "model's time over the default's")
+                print(f"The budget is up: {len(chosen) - done} families are left; run the same command again.")
+                return len(chosen) - done
+            library = tuning.has_library(family.kernel)
+            table = tables[library]
+            found, default, table.compiler = compiled(family)
+            out = sum(bool(one.problem) for one in found)
+            print(f"{family.name}: {len(found)} configs compiled, {out} of them spill or do not fit", flush=True)
+            for entry in ranked_entries(family, found, default, card):
+                old = table.entries.get(entry.key)
+                if old is not None and old.origin == "measured":
+                    continue
+                table.entries[entry.key] = entry
+                usual = default_at(family, entry.key.bucket, default, card.sm_count)
+                rows.append(change(entry, old.config if old else usual, entry.evidence["over_default"]))
+            save(table, paths[library])
     print_changes(rows, "model's time over the default's")
     for library, table in tables.items():
         if table.entries:

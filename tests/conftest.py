@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import pytest
 
@@ -12,6 +13,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--adversary", action="store_true", help="all tests with a GPU's errors and garbage (adversary.py)"
     )
+    parser.addoption("--shard", metavar="I/N", help="only the tests of process I of N (counted from 0): see bench.gpu")
 
 
 def pytest_configure(config):
@@ -49,9 +51,35 @@ def _arithmetic(request):
 LONG = ("test_compile_gate.py", "test_training_parity.py", "test_loop.py", "test_docs.py", "test_distributed.py")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """The long files first: begun last, one would leave the other workers with nothing to do for minutes."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    if config.getoption("--shard"):
+        index, count = map(int, config.getoption("--shard").split("/"))
+        items[:] = shard(items, index, count)
+        print(f"\n[shard: {len(items)} tests]")
+
+
+def shard(items, index, count):
+    """Every ``count``-th test of an order in which each function comes once before any comes with a second parameter. Tests
+    that need gigabytes (``xdist_group``) all belong to shard 0, at its end, so that no two run at once."""
+    large = [item for item in items if item.get_closest_marker("xdist_group")]
+    seen, order = Counter(), []
+    for item in items:
+        function = item.nodeid.split("[")[0]
+        order.append((seen[function], len(order), item))
+        seen[function] += 1
+    small = [item for _, _, item in sorted(order, key=lambda one: one[:2]) if item not in large]
+    return small[index::count] + (large if index == 0 else [])
+
+
+def pytest_exception_interact(node, call, report):
+    """A kernel that has read or written out of bounds takes the CUDA context with it: all that follows would fail, too."""
+    if any(
+        words in str(call.excinfo.value)
+        for words in ("illegal memory access", "device-side assert", "misaligned address")
+    ):
+        node.session.shouldstop = f"the GPU's context is lost since {node.nodeid}"
 
 
 @pytest.fixture(scope="session")

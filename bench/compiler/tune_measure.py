@@ -109,49 +109,49 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
     path = folder / here.file_name
     table = tune_table.open_table(path, here, card.name)
     rows, left = [], 0
-    for family in chosen:
-        todo = [b for b in family.buckets if again or not _is_measured(table, family, b)]
-        if not todo:
-            continue
-        if time.monotonic() > deadline:
-            left += len(todo)
-            continue
-        found, default, compiler = tune_table.facts_of(family, here.arch)
-        table.compiler = compiler
-        by_config = {json.dumps(one.config, sort_keys=True): one for one in found}
-        for bucket in todo:
+    todo = {f.name: [b for b in f.buckets if again or not _is_measured(table, f, b)] for f in chosen}
+    chosen = [family for family in chosen if todo[family.name]]
+    with tune_table.compiled_ahead(chosen, here.arch) as compiled:
+        for family in chosen:
             if time.monotonic() > deadline:
-                left += 1
+                left += len(todo[family.name])
                 continue
-            usual = default_at(family, bucket, default, card.sm_count)
-            order = family.rank(bucket, found, usual, card)
-            first = tuning.CUBLAS if tuning.has_library(family.kernel) else usual
-            configs = [first] + [c for c in candidates(family, bucket, order, here, folder) if c != first]
-            budget_s = max(1.0, min(20.0, deadline - time.monotonic()))
-            times, problems = time_configs(family, bucket, configs, device, budget_s)
-            for problem in problems:
-                print(f"left out: {family.kernel} {problem}")
-            timed = [(t.median_ms, i) for i, t in enumerate(times) if t is not None]
-            if not timed or times[0] is None:
-                continue
-            best_ms, best = min(timed)
-            key = tuning.Key(family.kernel, family.dtype_name, bucket)
-            evidence = {
-                "ms": best_ms,
-                "default_ms": times[0].median_ms,
-                "compared": len(timed),
-                "torch": torch.__version__,
-            }
-            evidence |= {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-            known = by_config.get(json.dumps(configs[best], sort_keys=True))
-            resources = known.resources if known else ranking.Facts(configs[best], "").resources
-            # What training took before: of a matmul cuBLAS, unless a table had a measurement.
-            dtype = family.dtype
-            old = tuning.choose(family.kernel, dtype, bucket, device, first).config
-            table.entries[key] = tuning.TableEntry(key, configs[best], "measured", resources, evidence)
-            tune_table.save(table, path)
-            rows.append(tune_table.change(table.entries[key], old, best_ms / times[0].median_ms))
-            torch.cuda.empty_cache()
+            found, default, compiler = compiled(family)
+            table.compiler = compiler
+            by_config = {json.dumps(one.config, sort_keys=True): one for one in found}
+            for bucket in todo[family.name]:
+                if time.monotonic() > deadline:
+                    left += 1
+                    continue
+                usual = default_at(family, bucket, default, card.sm_count)
+                order = family.rank(bucket, found, usual, card)
+                first = tuning.CUBLAS if tuning.has_library(family.kernel) else usual
+                configs = [first] + [c for c in candidates(family, bucket, order, here, folder) if c != first]
+                budget_s = max(1.0, min(20.0, deadline - time.monotonic()))
+                times, problems = time_configs(family, bucket, configs, device, budget_s)
+                for problem in problems:
+                    print(f"left out: {family.kernel} {problem}")
+                timed = [(t.median_ms, i) for i, t in enumerate(times) if t is not None]
+                if not timed or times[0] is None:
+                    continue
+                best_ms, best = min(timed)
+                key = tuning.Key(family.kernel, family.dtype_name, bucket)
+                evidence = {
+                    "ms": best_ms,
+                    "default_ms": times[0].median_ms,
+                    "compared": len(timed),
+                    "torch": torch.__version__,
+                }
+                evidence |= {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+                known = by_config.get(json.dumps(configs[best], sort_keys=True))
+                resources = known.resources if known else ranking.Facts(configs[best], "").resources
+                # What training took before: of a matmul cuBLAS, unless a table had a measurement.
+                dtype = family.dtype
+                old = tuning.choose(family.kernel, dtype, bucket, device, first).config
+                table.entries[key] = tuning.TableEntry(key, configs[best], "measured", resources, evidence)
+                tune_table.save(table, path)
+                rows.append(tune_table.change(table.entries[key], old, best_ms / times[0].median_ms))
+                torch.cuda.empty_cache()
     tune_table.print_changes(rows, "time over the default's, measured")
     print(f"{len(table.entries)} entries for {card.name} in {path}.")
     if left:

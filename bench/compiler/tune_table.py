@@ -9,6 +9,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,46 @@ HINTS = Path(__file__).parents[1] / "hints"
 Training never reads them, as nothing but a measurement takes a matmul from cuBLAS."""
 
 
-def facts_of(family: Family, arch: int) -> tuple[list[ranking.Facts], dict[str, int], str]:
-    """(every config compiled for sm_``arch``, the default config, the compiler), from the cache directory if it is there:
-    compiling a family takes up to some minutes. Raises RuntimeError if the compiling process ends in an error."""
+Compiled = tuple[list[ranking.Facts], dict[str, int], str]
+"""Of a family: every config as compiled, the default config, the compiler."""
+
+
+@contextmanager
+def compiled_ahead(chosen: Sequence[Family], arch: int) -> Iterator[Callable[[Family], Compiled]]:
+    """Inside, families are compiled for sm_``arch`` in order, in as many processes as there are cores but one, while others are
+    measured or ranked. Yields what waits for a family; raises RuntimeError if its process ends in an error."""
+    children = Children()
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
+        futures = {family.name: pool.submit(facts_of, family, arch, children) for family in chosen}
+        try:
+            yield lambda family: futures[family.name].result()
+        finally:
+            for future in futures.values():
+                future.cancel()
+            children.end()
+
+
+class Children:
+    """Processes that end when they are told to, those that are yet to come included."""
+
+    def __init__(self) -> None:
+        self._all: list[subprocess.Popen] = []
+        self._ended = False
+
+    def add(self, child: subprocess.Popen) -> None:
+        self._all.append(child)
+        if self._ended:
+            child.kill()
+
+    def end(self) -> None:
+        self._ended = True
+        for child in list(self._all):
+            child.kill()
+
+
+def facts_of(family: Family, arch: int, children: Children | None = None) -> Compiled:
+    """A family's configs compiled for sm_``arch``, from the cache directory if they are there: compiling takes up to some
+    minutes. ``children`` gets the compiling process. Raises RuntimeError if that ends in an error."""
     import triton
 
     path = tuning.user_folder() / "compiled" / f"sm{arch}-{_slug(family.name)}.json"
@@ -37,7 +77,7 @@ def facts_of(family: Family, arch: int) -> tuple[list[ranking.Facts], dict[str, 
         if kept["fingerprint"] != fingerprint:
             raise ValueError
     except (UserError, ValueError, KeyError, TypeError):
-        kept = {**_compile(family, arch), "fingerprint": fingerprint}
+        kept = {**_compile(family, arch, children or Children()), "fingerprint": fingerprint}
         try:
             write_whole(path, json.dumps(kept))
         except OSError as error:
@@ -57,14 +97,17 @@ def _sources(family: Family) -> str:
     return hashlib.sha256(source + json.dumps(family.configs()).encode()).hexdigest()[:16]
 
 
-def _compile(family: Family, arch: int) -> dict[str, Any]:
+def _compile(family: Family, arch: int, children: Children) -> dict[str, Any]:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     job = json.dumps({"arch": arch, "families": [family.name]})
     command = [sys.executable, "-m", "bench.compiler.tune_child", job]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"bench.compiler.tune_child ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+    children.add(child)
+    output, errors = child.communicate()
+    if child.returncode:
+        raise RuntimeError(f"bench.compiler.tune_child ended with code {child.returncode}:\n{errors[-2000:]}")
+    return json.loads(output.splitlines()[-1])
 
 
 def open_table(path: Path, target: tuning.Target, gpu: str) -> tuning.Table:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.reports.tables import markdown, print_table, terminal
+from bench.steps.variants import VARIANTS
+from fastgpt.config import load_preset
+from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, KERNELS, memory
 
 
 def _figure(value: float | None, form: str, scale: float = 1.0) -> str:
     return "n/a" if value is None else format(value * scale, form)
 
 
-def _where(environment: dict[str, Any]) -> str:
+def where(environment: dict[str, Any]) -> str:
+    """On what, in which versions, and when it was measured."""
     sms = f", {environment['sms']} SMs" if environment.get("sms") else ""
     versions = (
         f"torch {environment['torch']}, triton {environment['triton']}, driver {environment.get('driver') or 'n/a'}"
@@ -84,12 +88,12 @@ def _kernels(results: dict[str, Any]) -> list[str]:
         f"bf16 matmul {_figure(tflops, '.1f')} TFLOP/s. Medians of interleaved runs, forward + backward; with a cold L2 cache "
         "but for the column that says otherwise, rates and shares included."
     )
-    return [_where(results["environment"]), roofs, markdown([KERNEL_HEADER, *kernel_rows(results)])]
+    return [where(results["environment"]), roofs, markdown([KERNEL_HEADER, *kernel_rows(results)])]
 
 
 def print_kernels(results: dict[str, Any]) -> None:
     console = terminal(180)
-    print_table(console, _where(results["environment"]), [KERNEL_HEADER, *kernel_rows(results)])
+    print_table(console, where(results["environment"]), [KERNEL_HEADER, *kernel_rows(results)])
     if results["environment"]["kernels"] == "interpreted":
         console.print("Interpreted on a CPU: parity is real, the times say nothing about speed.", style="yellow")
 
@@ -109,10 +113,10 @@ STEP_HEADER = [
 ]
 
 
-def step_rows(steps: list[dict[str, Any]]) -> list[list[str]]:
+def step_rows(steps: list[dict[str, Any]], *, header: bool = False) -> list[list[str]]:
     """One row per training step measured; ratios are within the same model, tokens per step and memory cap (where memory
     runs out, a variant gets smaller micro-batches and more of them)."""
-    rows = []
+    rows = [STEP_HEADER] if header else []
     for step in steps:
         model = step["preset"] + (f", {step['cap_gb']:g} GB cap" if step.get("cap_gb") else "")
         geometry = f"{step['batch_size']} x {step['grad_accum']}"
@@ -131,7 +135,7 @@ def step_rows(steps: list[dict[str, Any]]) -> list[list[str]]:
                 f"{step['ms']:.1f}",
                 f"{step['iqr_ms']:.1f}",
                 _figure(step.get("mfu"), ".1%"),
-                _figure(step["peak_memory"], ".2f", 1e-9),
+                _figure(step.get("peak_memory"), ".2f", 1e-9),
                 "n/a" if ratio is None else f"{ratio:.2f}x",
             ]
         )
@@ -139,33 +143,98 @@ def step_rows(steps: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _group(step: dict[str, Any]) -> tuple:
-    return step["preset"], step.get("cap_gb")
+    return step["preset"], step.get("cap_gb"), step["batch_size"] * step["grad_accum"]
+
+
+class MemoryRow(NamedTuple):
+    """A measured step beside what fastgpt/performance/memory.py counts for it."""
+
+    step: dict[str, Any]
+    counted: int
+    """Bytes allocated at the peak."""
+
+    @property
+    def off(self) -> float:
+        return self.counted / self.step["peak_memory"] - 1
+
+
+def memory_rows(results: dict[str, Any]) -> list[MemoryRow]:
+    """The steps whose peak memory is known, and can be counted."""
+    found = []
+    hopper = results["environment"].get("arch") == "sm_90"
+    workspace = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
+    for step in results.get("steps", ()):
+        variant = VARIANTS.get(step["variant"])
+        kernels = {"nanogpt": "nanogpt-compile"}.get(step["variant"], step["variant"].split(" ")[0])
+        if variant is not None and kernels in KERNELS and step.get("peak_memory") and not step.get("cap_gb"):
+            counted = memory(
+                load_preset(step["preset"], "cuda").model, micro_batch=step["batch_size"], kernels=kernels,
+                precision=variant.precision, workspace=workspace,
+            )  # fmt: skip
+            found.append(MemoryRow(step, counted.allocated))
+    return found
 
 
 def gpu_markdown(results: dict[str, Any]) -> str:
     """All stages; those that have not run yet are left out, and those that could not say why."""
-    parts = ["# fastgpt on " + results["environment"]["device"], _where(results["environment"])]
+    parts = ["# fastgpt on " + results["environment"]["device"], where(results["environment"])]
     for name, (title, section) in SECTIONS.items():
-        found = results.get(name)
-        if isinstance(found, dict) and "error" in found:
-            parts += [f"## {title}", f"No figures: {found['error']}"]
-        elif found:
-            parts += [f"## {title}", *section(found)]
+        found, ended = results.get(name), results.get("stages", {}).get(name, {}).get("ended", True)
+        if found or ended is not True:
+            parts.append(f"## {title}")
+        if ended is not True:
+            parts.append(f"Not complete: {ended}")
+        if found:
+            parts += section(found)
+    if rows := memory_rows(results):
+        parts += ["## Peak memory", *_memory(rows)]
     return "\n\n".join(parts) + "\n"
 
 
+def _device(device: dict[str, Any]) -> list[str]:
+    load, ceilings = device["under_load"], device["ceilings"]
+    names = (("clock_mhz", "MHz"), ("power_w", "W"), ("temperature_c", "C"))
+    said = [f"{load[key]:.0f} {unit}" for key, unit in names if load and load.get(key) is not None]
+    rates = [f"{name} {rate:.1f}" for name, rate in ceilings["matmul_tflops"].items() if rate is not None]
+    parts = [
+        f"Under load: {', '.join(said) or 'not known, as nvidia-ml-py is not here'}. Copy {ceilings['copy_gbs']:.0f} GB/s; "
+        f"matmul, TFLOP/s: {', '.join(rates)}."
+    ]
+    return parts + [f"Cannot be imported: {name}: {error}" for name, error in device["failed_imports"].items()]
+
+
+def _train(runs: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, _figure(run.get("ms"), ".1f"), " to ".join(f"{loss:.4f}" for loss in _ends(run)) or run.get("error", "")]
+        for name, run in runs.items()
+    ]
+    return ["30 steps of the demo on real text.", markdown([["run", "ms/step", "loss"], *rows])]
+
+
+def _ends(run: dict[str, Any]) -> list[float]:
+    losses = list(run.get("losses", {}).values())
+    return [losses[0], losses[-1]] if losses else []
+
+
+def _batch(batch: dict[str, Any]) -> list[str]:
+    rows = [[str(size), f"{rate:,.0f}"] for size, rate in batch["tokens_per_second"].items()]
+    return ["GPT-2 124M, triton, by micro-batch.", markdown([["micro-batch", "tokens/s"], *rows])]
+
+
 def _tests(tests: dict[str, Any]) -> list[str]:
-    counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
+    counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped", "not_reached"))
     end = "" if tests.get("finished", True) else " (cut off by the time budget)"
-    parts = [f"{counts} in {tests['seconds']:.0f} s{end}."]
+    parts = [
+        f"{counts} in {tests['seconds']:.0f} s{end}, in {tests['processes']} processes; {tests['compiled']:,} compiled."
+    ]
     return parts + (["Failed: " + ", ".join(tests["failures"][:20])] if tests.get("failures") else [])
 
 
 def _steps(steps: list[dict[str, Any]]) -> list[str]:
     about = (
         "Whole optimizer steps on random tokens: bf16 autocast, dropout as in the preset. eager: SDPA, F.cross_entropy, "
-        "torch's fused AdamW and clip_grad_norm_; compile: the same under torch.compile; triton+compile: our kernels "
-        "under torch.compile. MFU: 6N + 12LCT over the card's nominal dense bf16 peak."
+        "torch's fused AdamW and clip_grad_norm_; compile: the same under torch.compile; nanogpt: the step of its train.py; "
+        "triton+compile: our kernels under torch.compile. MFU: 6N + 12LCT over the card's nominal dense bf16 peak."
     )
     return [about, markdown([STEP_HEADER, *step_rows(steps)])]
 
@@ -179,23 +248,12 @@ def _profile(profile: dict[str, Any]) -> list[str]:
     return [about, markdown([["backend", "ms/step"], *rows])]
 
 
-def _memory(memory: dict[str, Any]) -> list[str]:
-    rows = []
-    for row in memory["rows"]:
-        measured, off = row["measured"], row["off"]
-        cells = [f"{row['predicted']['allocated'] / 1e9:.2f}"]
-        cells += [f"{measured['allocated'] / 1e9:.2f}", f"{off['allocated']:+.1%}"] if measured else [row["error"], ""]
-        rows.append([f"{row['preset']}, {row['kernels']}, micro-batch {row['micro_batch']}", *cells])
-    header = ["step", "predicted GB", "measured GB", "prediction is off by"]
-    return ["Allocated at the peak.", markdown([header, *rows])]
-
-
 def _projection(projection: dict[str, Any]) -> list[str]:
     rows = [
         [
             pair["what"],
             pair["variant"],
-            f"{pair['measured_ms']:.3f}",
+            _figure(pair["measured_ms"], ".3f"),
             _figure(pair["projected_ms"], ".3f"),
             _figure(pair["error"], "+.0%"),
             pair["note"] or pair["status"],
@@ -224,20 +282,37 @@ def _ablation(found: dict[str, Any]) -> list[str]:
     return [about, markdown([header, *rows])]
 
 
+def _memory(rows: list[MemoryRow]) -> list[str]:
+    cells = [["step", "predicted GB", "measured GB", "prediction is off by"]]
+    for row in rows:
+        sizes = [f"{size / 1e9:.2f}" for size in (row.counted, row.step["peak_memory"])]
+        name = f"{row.step['preset']}, {row.step['variant']}, micro-batch {row.step['batch_size']}"
+        cells.append([name, *sizes, f"{row.off:+.1%}"])
+    return ["Allocated at the peak of the steps above.", markdown(cells)]
+
+
+def _tuning(tuning: dict[str, Any]) -> list[str]:
+    return [f'{tuning["entries"]} launch configs were measured: {tuning["table"]}. The steps above have it as "tuned".']
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
-    "tests": ("Parity tests on this GPU", _tests),
-    "kernels": ("Kernels", _kernels),
+    "device": ("The device", _device),
+    "train": ("Training", _train),
+    "batch": ("The best micro-batch", _batch),
+    "parity": ("Parity tests on this GPU", _tests),
     "steps": ("Training steps", _steps),
     "profile": ("Where the time goes", _profile),
+    "kernels": ("Kernels", _kernels),
+    "tuning": ("Tuning", _tuning),
     "ablation": ("What each fusion is worth", _ablation),
-    "memory": ("Peak memory", _memory),
     "projection": ("Predicted beside measured", _projection),
 }
 """By the name of the stage, in the order of the report: its title, and what stands under it."""
 
 
 def plot_steps(results: dict[str, Any], path: Path) -> bool:
-    """Tokens per second and peak memory, one group of bars per model and cap. False without matplotlib or figures."""
+    """Tokens per second and peak memory, one group of bars per model, cap and sequences per step. False without matplotlib or
+    figures."""
     steps = results.get("steps", [])
     measured = [step for step in steps if "tokens_per_second" in step] if isinstance(steps, list) else []
     try:
@@ -256,13 +331,15 @@ def plot_steps(results: dict[str, Any], path: Path) -> bool:
     for ax, (key, scale, label) in zip(axes, quantities):
         for i, variant in enumerate(variants):
             bars = [
-                (groups.index(_group(s)) + i / (len(variants) + 1), s[key] * scale)
+                (groups.index(_group(s)) + i / (len(variants) + 1), (s.get(key) or 0) * scale)
                 for s in measured
                 if s["variant"] == variant
             ]
             ax.bar([x for x, _ in bars], [y for _, y in bars], width=1 / (len(variants) + 1), label=variant)
         ax.set_xticks([g + 0.4 * (len(variants) - 1) / len(variants) for g in range(len(groups))])
-        ax.set_xticklabels([preset + (f"\n{cap:g} GB cap" if cap else "") for preset, cap in groups])
+        ax.set_xticklabels(
+            [preset + (f"\n{cap:g} GB cap" if cap else f"\n{rows} rows") for preset, cap, rows in groups]
+        )
         ax.set_ylabel(label)
     axes[0].legend()
     figure.suptitle(f"Training step on {results['environment']['device']}, measured")

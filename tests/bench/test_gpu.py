@@ -1,27 +1,38 @@
-"""bench.gpu: what its stages run and read, and results that survive being cut off. No GPU needed."""
+"""bench.gpu without a GPU: every stage with its real arguments, what is cut, what is gone on with, what is left behind."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
+import sys
+import tarfile
 import time
-from collections import Counter
+import traceback
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import gpu, kernels
-from bench.reports import markdown, results, session, timing
-from bench.reports.session import Session
-from bench.steps import variants
+from bench.compiler import tune_measure, tune_table
+from bench.reports import markdown, page, results, session, timing, verdicts
+from bench.reports.session import Ended, Job, Session
+from bench.steps import ceilings, device, profile, turns
 from bench.steps.ceilings import Ceilings
-from fastgpt.common import UserError
+from fastgpt.common import UserError, write_json
 from fastgpt.hardware import cards
 from fastgpt.performance.flops import Work
+from fastgpt.training import loop
+from tests import conftest
 
 ENVIRONMENT = {
     "device": "NVIDIA GeForce RTX 4070",
     "sms": 46,
+    "arch": "sm_89",
+    "memory_gib": 12.0,
     "kernels": "compiled",
     "torch": "2.13.0",
     "triton": "3.7.1",
@@ -29,13 +40,22 @@ ENVIRONMENT = {
     "commit": "abc123",
     "time": "2026-01-01T00:00:00+00:00",
 }
+CEILINGS = Ceilings("card", "host", "2.13", 0, copy_gbs=450.0, matmul_tflops={"bf16": 55.0, "fp8": None})
+DEVICE = {
+    "environment": ENVIRONMENT,
+    "total_memory": 12 * 2**30,
+    "under_load": {"clock_mhz": 2700, "power_w": 199.5, "temperature_c": 60},
+    "ceilings": {"copy_gbs": 450.0, "matmul_tflops": {"bf16": 55.0, "fp8": None}},
+    "failed_imports": {},
+}
+ALL_FILES = {"results.json", "summary.md", "report.md", "steps.png", "evidence.tar.gz"}
 
 
-def step_result(variant, rate, preset="gpt2-124m", cap_gb=0.0, first_loss=10.9):
+def step_result(variant, rate, preset="gpt2-124m", **other):
     return {
         "preset": preset,
         "variant": variant,
-        "cap_gb": cap_gb,
+        "cap_gb": 0.0,
         "batch_size": 8,
         "grad_accum": 4,
         "tokens_per_second": rate,
@@ -43,40 +63,471 @@ def step_result(variant, rate, preset="gpt2-124m", cap_gb=0.0, first_loss=10.9):
         "iqr_ms": 0.5,
         "mfu": rate * 855e6 / 58.3e12,
         "peak_memory": 6 * 2**30,
-        "first_loss": first_loss,
-    }
+        "first_loss": 10.9,
+    } | other
+
+
+def found(**more):
+    return verdicts.empty() | {"environment": ENVIRONMENT, "device": DEVICE} | more
+
+
+# ---------------------------------------------------------------- the dry run
 
 
 @pytest.fixture
-def found():
-    """What a run on a GPU would leave behind, invented."""
-    made_up = kernels.rates(
-        Work(0, 10**8), timing.Timing(0.3, 0.01, 40), Ceilings("c", "h", "t", 0, 450.0, {"bf16": 55.0})
+def machine(request, monkeypatch, tmp_path):
+    """A machine with a card, whose measuring calls give made-up figures at once. Everything around them is real: each command
+    parses its arguments, plans, and writes its files. Returns the commands that ran."""
+    card = cards.lookup(getattr(request, "param", "rtx4070"))
+    major, minor = divmod(int(card.arch[3:]), 10)
+    properties = SimpleNamespace(
+        name=card.name, total_memory=card.vram_gb * 2**30, multi_processor_count=card.sm_count, major=major, minor=minor,
+        shared_memory_per_block_optin=card.chip.shared_per_block, L2_cache_size=card.l2_mb * 2**20, uuid="x",
+    )  # fmt: skip
+    fakes = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_name": lambda device=None: card.name,
+        "get_device_capability": lambda device=None: (major, minor),
+        "set_per_process_memory_fraction": lambda share: None,
+        "is_bf16_supported": lambda *_: True,
+        "empty_cache": lambda: None,
+        "device": lambda device: nullcontext(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setenv("FASTGPT_RESULTS", str(tmp_path / "kept"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(ceilings, "measured_ceilings", lambda *_, **__: CEILINGS)
+    monkeypatch.setattr(device, "measured_ceilings", lambda *_, **__: CEILINGS)
+    monkeypatch.setattr(kernels, "measured_ceilings", lambda *_, **__: CEILINGS)
+    monkeypatch.setattr(device, "under_load", lambda *_: DEVICE["under_load"])
+    monkeypatch.setattr(loop, "train", fake_training)
+    monkeypatch.setattr(kernels, "measure", fake_kernel)
+    fake_steps(monkeypatch)
+    monkeypatch.setattr(tune_measure, "time_configs", fake_configs)
+    monkeypatch.setattr(tune_table, "facts_of", lambda family, *_: ([], family.configs()[0], "triton"))
+    monkeypatch.setattr(tune_measure, "present", lambda: (torch.device("cuda", 0), card, tuning_target(card)))
+    ran = []
+
+    def children(self, jobs, limit, beside=()):
+        assert limit > 0
+        self.work.mkdir(parents=True, exist_ok=True)
+        ran.extend(jobs)
+        return [Ended(in_process(self.work / job.log, job, monkeypatch), True) for job in jobs]
+
+    monkeypatch.setattr(Session, "children", children)
+    return ran
+
+
+def tuning_target(card):
+    from bench import tune
+
+    return tune.target_of(card)
+
+
+def in_process(log, job, monkeypatch):
+    """What a command prints, in this process."""
+    if job.module == "pytest":
+        log.write_text(TESTED)
+        return TESTED
+    with open(log, "w") as file, redirect_stdout(file), monkeypatch.context() as patch:
+        for name, value in job.env.items():
+            patch.setenv(name, value)
+        try:
+            importlib.import_module(job.module).main(list(job.args))
+        except BaseException:
+            traceback.print_exc(file=file)
+            traceback.print_exc(file=sys.__stderr__)
+    return log.read_text()
+
+
+TESTED = """
+[shard: 3 tests]
+tests/kernels/test_a.py::test_one[fp32] PASSED          [ 33%]
+tests/kernels/test_a.py::test_two[columns of one] PASSED [ 66%]
+tests/kernels/test_b.py::test_three SKIPPED (cpu)       [100%]
+"""
+
+
+def fake_training(config, where):
+    """Steps whose loss depends on nothing but their number."""
+    out, resumed = Path(config.train.out), config.train.resume
+    assert where.type == "cuda" and config.model.n_layer == 6 and len(list(Path(config.data.data).glob("*.bin"))) == 2
+    assert resumed is None or (Path(resumed) / "tensors-00000.safetensors").exists()
+    out.mkdir(parents=True)
+    lines = [json.dumps({"run": "x"})]
+    lines += [json.dumps({"step": n, "loss": 9.0 - n / 10, "ms": 20.0}) for n in range(15 if resumed else 0, 30)]
+    (out / "metrics.jsonl").write_text("\n".join(lines))
+    for step in (15, config.train.max_iters):
+        folder = out / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "tensors-00000.safetensors").write_text(f"weights of {step}")
+    return SimpleNamespace(world=SimpleNamespace(size=1)), 0
+
+
+def fake_kernel(entry, device, ceilings, rounds, budget_s=20.0):
+    time = kernels.rates(entry.work, timing.Timing(0.3, 0.01, 40), ceilings) | {"peak_memory": 2**24}
+    variants = {"triton": time, "eager": time | {"ms": 0.6}}
+    about = {"name": entry.name, "shape": entry.shape, "bytes": entry.work.bytes, "flops": entry.work.flops}
+    return about | {"parity": "passed", "variants": variants}
+
+
+def fake_configs(family, bucket, configs, device, budget_s):
+    return [timing.Timing(1.0, 0.0, 3) for _ in configs], []
+
+
+def fake_steps(monkeypatch):
+    """Steps that are fastest at the largest batch, and a profile of one operation."""
+
+    def start(self, name, make):
+        self.runners[name] = SimpleNamespace()
+        self.results[name] = {"first_loss": 10.9, "start_s": 1.0, "kept_memory": 10**9, "peak_memory": 6 * 10**9}
+
+    def times(self, steps, budget_s=None, names=None):
+        for name in names or self.runners:
+            batch = re.search(r"batch (\d+)$", name)
+            ms = 200.0 - int(batch[1] if batch else 0)
+            self.results[name] |= {"ms": ms, "iqr_ms": 0.5, "runs": steps, "skipped_steps": 0}
+
+    @contextmanager
+    def turn(self, name):
+        yield self.runners[name]
+
+    row = dict.fromkeys(("flops", "bytes", "roof_ms", "bound", "achieved", "arithmetic"))
+    rows = [row | {"name": "qkv forward", "calls": 12, "ms": 90.0, "share": 0.9, "gap_ms": 1.0}]
+    traced = {"wall_ms": 100.0, "accounted": 1.0, "unaccounted_ms": {}, "overlap_ms": 0.0, "kernels": {}, "trace": "x"}
+    for name, fake in (("start", start), ("check", lambda *_: None), ("time", times), ("turn", turn)):
+        monkeypatch.setattr(turns.Turns, name, fake)
+    monkeypatch.setattr(profile, "profiled", lambda *_, **__: {"profile": traced, "launches": 400, "rows": rows})
+
+
+@pytest.mark.parametrize("machine", ["rtx4070", "h200"], indirect=True)
+@pytest.mark.skipif("config.getoption('--device') == 'cuda'", reason="pretends that there is a card")
+def test_every_stage_runs_with_its_real_arguments_and_leaves_its_evidence(
+    machine, tmp_path, capsys, request, monkeypatch
+):
+    card = request.node.callspec.params["machine"]
+    if card == "h200":  # drawing takes seconds: once is enough
+        monkeypatch.setattr(page, "write", lambda result, out: (out / "report.html").touch())
+    out = tmp_path / "out"
+    assert gpu.main(["--out", str(out), "--minutes", "60", "--label", "mine"]) == 0
+    printed = capsys.readouterr().out
+    kept = json.loads((out / "results.json").read_text())
+    assert {name: stage["ended"] for name, stage in kept["stages"].items()} == {s.name: True for s in gpu.STAGES}
+    for number, stage in enumerate(gpu.STAGES, 1):
+        assert re.search(rf"^{number}/12 {stage.name}: .+; until \d\d:\d\d:\d\d at the latest$", printed, re.MULTILINE)
+    assert {path.name for path in out.iterdir()} == ALL_FILES
+    assert not any("error" in step for step in kept["steps"])
+    batch = kept["batch"]["size"]
+    assert batch == (8 if card == "rtx4070" else 128)
+    main = [step for step in kept["steps"] if step["preset"] == "gpt2-124m" and not step["cap_gb"]]
+    assert {step["batch_size"] for step in main} == {1, batch}, "one batch for every stage, and one"
+    names = {step["variant"] for step in main}
+    assert {"eager", "triton", "compile", "nanogpt", "triton+compile", "triton+graphs", "triton, tuned"} <= names
+    assert ("triton fp16-fast" in names) == (card == "rtx4070") and "triton fp8" in names
+    assert {step["preset"] for step in kept["steps"]} >= (
+        {"gpt2-40m"} if card == "rtx4070" else {"gpt2-xl", "gpt2-350m"}
     )
-    one = {
-        "name": "layer_norm",
-        "shape": "8192 x 768",
-        "parity": "passed",
-        "variants": {"triton": made_up | {"peak_memory": 2**24}, "eager": made_up | {"ms": 0.6, "peak_memory": 2**25}},
-    }
-    return {
-        "environment": ENVIRONMENT,
-        "tests": {"passed": 300, "failed": 1, "skipped": 2, "failures": ["test_x"], "seconds": 61.0, "finished": False},
-        "kernels": {"environment": ENVIRONMENT, "copy_gbs": 450.0, "matmul_tflops": {"bf16": 55.0}, "entries": [one]},
-        "steps": [
-            step_result("eager", 40_000.0),
-            step_result("triton", 56_000.0),
-            step_result("triton", 50_000.0, cap_gb=12.0),
-            {
-                "preset": "gpt2-124m",
-                "variant": "compile",
-                "cap_gb": 12.0,
-                "batch_size": 1,
-                "grad_accum": 32,
-                "error": "oom",
-            },
-        ],
-    }
+    assert len(kept["kernels"]["entries"]) == 6 and kept["tuning"]["entries"] > 20 and kept["projection"]["pairs"]
+    assert not kept["projection"].get("errors") and len(kept["ablation"]["rows"]) > 10
+    assert {row["measured"].get("error", "")[:7] for row in kept["ablation"]["rows"]} <= {"", "not run"}
+    with tarfile.open(out / "evidence.tar.gz") as archive:
+        members = set(archive.getnames())
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in members)
+    assert {job.log for job in machine} | {"profile-mfu.json", "profile-report.html", "results.json"} <= members
+    summary = (out / "summary.md").read_text()
+    assert "| A run resumed half way repeats the undisturbed one, bit for bit | confirmed |" in summary
+    assert "2 passed, 0 failed" in summary and "Traceback" not in summary
+    entries = results.find("mine")[0][1]["entries"]
+    assert (
+        entries[f"step gpt2-124m {batch} x 4 | nanogpt"]["ms"]
+        and entries["layer_norm 8192 x 768 | triton"]["ms"] == 0.3
+    )
+
+
+# ---------------------------------------------------------------- time
+
+
+def stage(name, share, run):
+    return gpu.Stage(name, f"does {name}", share, run)
+
+
+def begun(tmp_path, seconds=100.0, **more):
+    return Session(tmp_path, time.monotonic() + seconds, found(**more))
+
+
+SLEEP = ("-n", "1", "-r", "1", "print('begun', flush=True)\nimport time\ntime.sleep(60)")
+
+
+def test_a_stage_that_hangs_is_cut_with_its_traceback_and_the_rest_goes_on(tmp_path, capsys):
+    def hangs(run, limit):
+        ended = run.child("timeit", *SLEEP, log="sleep.log", limit=6.0)
+        assert not ended.finished or "KeyboardInterrupt" in ended.output
+        raise gpu.Failed(gpu._reason("sleep.log", ended))
+
+    run = begun(tmp_path)
+    start = time.monotonic()
+    gpu.run_stages(
+        run, [stage("a", 0.5, hangs), stage("b", 0.5, lambda run, limit: run.results.update(batch={}))], 100.0
+    )
+    assert time.monotonic() - start < 50 and run.results["stages"]["b"]["ended"] is True
+    assert "sleep.log" in run.results["stages"]["a"]["ended"] and "sleep.log" in capsys.readouterr().out
+    log = (tmp_path / "work" / "sleep.log").read_text()
+    assert "begun" in log and re.search(r"most recent call first.*timeit", log, re.DOTALL), log
+    with tarfile.open(tmp_path / "evidence.tar.gz") as archive:
+        assert "sleep.log" in archive.getnames()
+
+
+def test_commands_run_at_once_and_those_beside_them_end_with_them(tmp_path):
+    run = begun(tmp_path)
+    jobs = [Job(f"{i}.log", "timeit", ["-n", "1", "-r", "1", f"print({i})"]) for i in range(2)]
+    ended = run.children(jobs, 60.0, [Job("beside.log", "timeit", SLEEP)])
+    assert [one.finished for one in ended] == [True, True] and "1" in ended[1].output
+
+
+def test_each_stage_leaves_the_later_ones_their_share_and_gets_what_earlier_ones_left(tmp_path):
+    limits = []
+    stages = [
+        stage(name, share, lambda run, limit: limits.append(limit)) for name, share in zip("abc", (0.5, 0.3, 0.2))
+    ]
+    gpu.run_stages(begun(tmp_path), stages, 100.0)
+    assert limits == [pytest.approx(50, abs=5), pytest.approx(80, abs=5), pytest.approx(100, abs=5)]
+
+
+def test_a_stage_that_fails_costs_only_itself(tmp_path):
+    def fail(run, limit):
+        raise RuntimeError("CUDA error")
+
+    run = begun(tmp_path)
+    gpu.run_stages(run, [stage("parity", 0.1, fail), stage("steps", 0.8, lambda run, limit: None)], 100.0)
+    ends = {name: one["ended"] for name, one in json.loads((tmp_path / "results.json").read_text())["stages"].items()}
+    assert ends == {"parity": "failed: RuntimeError: CUDA error", "steps": True}
+    assert "Not complete: failed: RuntimeError: CUDA error" in (tmp_path / "report.md").read_text()
+
+
+def test_a_second_run_goes_on_with_what_was_not_reached_and_then_with_what_was_cut(tmp_path):
+    order = []
+    stages = [stage(name, 0.2, lambda run, limit, name=name: order.append(name)) for name in ("device", *"abcd")]
+    ended = {"a": True, "b": "stopped: took longer"}
+    state = {name: {"ended": how, "seconds": 1.0} for name, how in ended.items()}
+    run = begun(tmp_path, stages=state)
+    gpu.run_stages(run, stages, 100.0)
+    assert order == ["device", "c", "d", "b"] and all(one["ended"] is True for one in run.results["stages"].values())
+    late = begun(tmp_path, seconds=5.0)
+    gpu.run_stages(late, stages, 100.0)
+    assert late.results["stages"] == {}, "what is not begun is reached by the next run"
+
+
+def test_the_stages_are_in_the_order_of_their_evidence_and_share_the_whole_time():
+    names = [stage.name for stage in gpu.STAGES]
+    order = ["device", "train", "batch", "parity", "steps", "small", "precisions", "sizes", "kernels", "tuning"]
+    assert names == [*order, "projection", "ablation"]
+    assert sum(stage.share for stage in gpu.STAGES) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+def test_the_archive_has_plain_names_a_limit_and_what_an_earlier_run_put_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "ARCHIVE_BYTES", 1000)
+    run = begun(tmp_path)
+    (run.work / "profile x").mkdir(parents=True)
+    (run.work / "profile x" / "trace é+.json").write_text("a")
+    (run.work / "large.bin").write_bytes(b"x" * 2000)
+    run.close()
+    assert {path.name for path in tmp_path.iterdir()} == ALL_FILES - {"steps.png"} and len(ALL_FILES) <= 8
+    assert "Too large for the archive: large.bin (0.0 MB)" in (tmp_path / "summary.md").read_text()
+    again = begun(tmp_path)
+    again.work.mkdir()
+    (again.work / "later.log").write_text("b")
+    again.close()
+    with tarfile.open(tmp_path / "evidence.tar.gz") as archive:
+        assert set(archive.getnames()) == {
+            "profile-x-trace-.json",
+            "later.log",
+            "results.json",
+            "summary.md",
+            "report.md",
+        }
+        assert archive.extractfile("profile-x-trace-.json").read() == b"a"
+
+
+def test_the_report_names_device_ratios_and_errors(tmp_path):
+    made_up = kernels.rates(Work(0, 10**8), timing.Timing(0.3, 0.01, 40), CEILINGS)
+    variants = {"triton": made_up | {"peak_memory": 2**24}, "eager": made_up | {"ms": 0.6, "peak_memory": 2**25}}
+    one = {"name": "layer_norm", "shape": "8192 x 768", "parity": "passed", "variants": variants}
+    wrong = {"name": "attention", "shape": "", "parity": "crashed: see kernels-attention.log", "variants": {}}
+    steps = [step_result("eager", 40_000.0), step_result("triton", 56_000.0)]
+    steps += [step_result("compile", 1.0, cap_gb=12.0) | {"error": "oom"}]
+    del steps[-1]["tokens_per_second"]
+    tests = {"passed": 300, "failed": 1, "skipped": 2, "not_reached": 9, "failures": ["test_x"], "seconds": 61.0}
+    everything = found(
+        parity=tests | {"finished": False, "processes": 8, "compiled": 1200},
+        kernels={
+            "environment": ENVIRONMENT,
+            "copy_gbs": 450.0,
+            "matmul_tflops": {"bf16": 55.0},
+            "entries": [one, wrong],
+        },
+        steps=steps,
+    )
+    text = markdown.gpu_markdown(everything)
+    assert "NVIDIA GeForce RTX 4070, 46 SMs" in text and "2700 MHz" in text and "Failed: test_x" in text
+    assert "300 passed, 1 failed, 2 skipped, 9 not_reached in 61 s (cut off by the time budget), in 8 processes" in text
+    assert "| gpt2-124m | 8 x 4 | triton | 56,000 |" in text and "| 1.40x |" in text
+    assert "gpt2-124m, 12 GB cap" in text and "| oom |" in text
+    assert "2.00x" in text and "74% of measured copy bandwidth" in text and "no speed: crashed" in text
+    assert "| gpt2-124m, triton, micro-batch 8 |" in text, "memory of the steps that ran"
+    pytest.importorskip("matplotlib")
+    assert markdown.plot_steps(everything, tmp_path / "steps.png") and (tmp_path / "steps.png").stat().st_size > 10_000
+    kept = results.step_entries(steps)
+    assert kept["step gpt2-124m 8 x 4 | compile | 12 GB cap"] == {"error": "oom"}
+
+
+def test_a_figure_is_replaced_by_a_figure_and_not_by_an_error(tmp_path):
+    run = begun(tmp_path)
+    gpu.keep_steps(run, [step_result("triton", 1.0), step_result("eager", 1.0)])
+    gpu.keep_steps(run, [step_result("triton", 2.0), step_result("eager", 3.0) | {"error": "cut"}])
+    assert [step["tokens_per_second"] for step in run.results["steps"]] == [2.0, 1.0]
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def verdict_of(claim, **more):
+    (one,) = [v for v in verdicts.verdicts(found(**more)) if claim in v.claim]
+    return one.verdict.strip("*"), one.evidence
+
+
+RUN = {"losses": {"1": 5.0, "16": 4.0}, "sha256": "a"}
+WRONG = {key: value for key, value in step_result("triton", 1.0).items() if key != "tokens_per_second"}
+WRONG["error"] = "no speed: its first loss is 9"
+COMPILED = [step_result("compile", 50_000.0), step_result("nanogpt", 56_000.0)]
+
+
+@pytest.mark.parametrize(
+    "claim, more, verdict, evidence",
+    [
+        ("parity tests", {}, "not reached", ""),
+        ("parity tests", {"parity": {"passed": 9, "failed": 0, "not_reached": 0}}, "confirmed", "9 passed"),
+        ("parity tests", {"parity": {"passed": 9, "failed": 0, "not_reached": 5}}, "not reached", "5 not reached"),
+        ("parity tests", {"parity": {"passed": 9, "failed": 1, "not_reached": 5}}, "refuted", "1 failed"),
+        ("resumed", {"train": {"direct": RUN}}, "not reached", ""),
+        ("resumed", {"train": {"direct": RUN, "resumed": RUN | {"losses": {"16": 4.0}}}}, "confirmed", "1 of 1 steps"),
+        ("resumed", {"train": {"direct": RUN, "resumed": RUN | {"sha256": "b"}}}, "refuted", "moments differ"),
+        ("CUDA graphs", {"train": {"direct": RUN, "graphs": RUN | {"losses": {"1": 5.1}}}}, "refuted", "0 of 1"),
+        ("CUDA graphs", {"train": {"direct": RUN, "graphs": {"error": "crashed: see x"}}}, "refuted", "see x"),
+        ("56,070", {"steps": COMPILED}, "confirmed", "56,000 tokens/s at batch 8"),
+        ("56,070", {"steps": [step_result("nanogpt", 40_000.0)]}, "refuted", "40,000"),
+        ("gpt2-124m, triton: ", {}, "not reached", ""),
+        ("gpt2-124m, triton: ", {"steps": [step_result("triton", 60_000.0)]}, "confirmed", "60,000"),
+        ("gpt2-124m, triton: ", {"steps": [step_result("triton", 80_000.0)]}, "refuted", "80,000"),
+        ("gpt2-124m, triton: ", {"steps": [WRONG]}, "refuted", "its first loss is 9"),
+        ("faster than torch.compile", {"steps": [*COMPILED, step_result("triton", 60_000.0)]}, "confirmed", "1.20 times"),
+        ("faster than nanoGPT", {"steps": [*COMPILED, step_result("triton", 50_000.0)]}, "refuted", "0.89 times"),
+        ("faster than torch.compile", {"steps": COMPILED}, "not reached", ""),
+        ("smaller memory peak", {"steps": [*COMPILED, step_result("triton", 1.0, peak_memory=5)]}, "confirmed", "0.00 GB"),
+        ("as counted", {"steps": [step_result("triton", 1.0, peak_memory=10**12)]}, "refuted", "-9"),
+        ("at least 60,000", {"steps": [step_result("triton", 59_000.0)]}, "refuted", "59,000"),
+    ],
+)  # fmt: skip
+def test_what_was_measured_confirms_or_refutes_a_claim(claim, more, verdict, evidence):
+    assert verdict_of(claim, **more)[0] == verdict and evidence in verdict_of(claim, **more)[1]
+
+
+def test_the_claims_are_those_of_the_readme():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if re.match(r"\| (nanoGPT|fastgpt)", line)]
+    assert len(rows) == 2, "a row that this test does not know"
+    claims = [v.claim for v in verdicts.verdicts(found(steps=[step_result("triton", 1.0, grad_accum=64)]))]
+    assert f"{verdicts.NANOGPT['NVIDIA GeForce RTX 4070']:,}" in rows[0]
+    low, high = (round(float(n.replace(",", "")), -2) for n in re.search(
+        r"([\d,]+) to ([\d,]+)", next(c for c in claims if c.startswith("gpt2-124m, triton: "))
+    ).groups())  # fmt: skip
+    assert f"({low:,.0f} to {high:,.0f})" in rows[1]
+
+
+def test_another_card_has_its_own_claims():
+    h200 = ENVIRONMENT | {"device": "NVIDIA H200", "sms": 132, "arch": "sm_90", "memory_gib": 140.0}
+    claims = [v.claim for v in verdicts.verdicts(found() | {"environment": h200})]
+    assert not any("56,070" in claim or "fp16-fast" in claim for claim in claims)
+    assert any("498,000" in claim for claim in claims) and any("gpt2-xl" in claim for claim in claims)
+    unknown = [v.verdict for v in verdicts.verdicts(found() | {"environment": ENVIRONMENT | {"device": "NVIDIA X"}})]
+    assert set(unknown) == {"not reached"}
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_test_runs_are_read_even_if_cut_off():
+    cut = """
+[shard: 4 tests]
+tests/kernels/test_a.py::test_two[columns of one] FAILED [ 50%]
+tests/kernels/test_b.py::test_four PASSED
+tests/kernels/test_b.py::test_four ERROR
+tests/kernels/test_b.py::test_five """
+    read = gpu.read_tests([TESTED, cut])
+    failures = ["tests/kernels/test_a.py::test_two[columns of one]", "tests/kernels/test_b.py::test_four"]
+    assert read == {"passed": 1, "failed": 2, "skipped": 1, "failures": failures, "not_reached": 3}
+
+
+def test_shards_have_every_test_once_and_every_function_before_any_second_parameter():
+    names = [f"t.py::{function}[{i}]" for function in "abc" for i in range(4)] + ["t.py::d", "t.py::large"]
+    items = [SimpleNamespace(nodeid=n, get_closest_marker=lambda mark, n=n: "large" in n or None) for n in names]
+    shards = [[item.nodeid for item in conftest.shard(items, i, 2)] for i in range(2)]
+    assert sorted(shards[0] + shards[1]) == sorted(names) and shards[0][-1] == "t.py::large"
+    first = {name[:7] for shard in shards for name in shard[:2]}
+    assert first == {"t.py::a", "t.py::b", "t.py::c", "t.py::d"}
+
+
+def test_the_tests_run_in_shards(tmp_path, monkeypatch):
+    """The real pytest, on one small file, collecting only."""
+    monkeypatch.setattr(gpu, "TESTS", ("tests/optim/test_build.py", "--collect-only"))
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 1)
+    run = begun(tmp_path)
+    with pytest.raises(gpu.Failed):
+        gpu.run_parity(run, 120.0)
+    log = (tmp_path / "work" / "parity-0.log").read_text()
+    assert re.search(r"^\[shard: [1-9]\d* tests\]", log, re.MULTILINE), log
+    assert run.results["parity"]["not_reached"] > 0 and run.results["parity"]["finished"]
+
+
+def test_the_batches_and_sizes_are_those_that_fit():
+    assert [gpu.batches(gb * 10**9) for gb in (12, 24, 150)] == [[4, 8], [4, 8, 16], [16, 32, 64, 128]]
+    plans = {name: list(gpu.size_plan(gb * 10**9, cards.lookup(name))) for name, gb in (("rtx4070", 12), ("h200", 141))}
+    assert [preset for preset, _, _ in plans["rtx4070"]] == ["gpt2-40m"]
+    assert [preset for preset, _, _ in plans["h200"]] == ["gpt2-40m", "gpt2-xl", "gpt2-350m", "gpt2-124m"]
+    assert plans["h200"][-1][2] == 12.0 and "triton fp16-fast" in plans["rtx4070"][0][1]
+
+
+def test_kernels_that_crash_or_are_not_reached_cost_only_themselves(tmp_path, monkeypatch):
+    def child(self, module, *args, log, limit):
+        name = args[args.index("--only") + 1]
+        if name != "attention":
+            one = {"name": name, "shape": "", "parity": "passed", "variants": {}}
+            write_json(self.work / f"kernels-{name}" / "kernels.json", {"copy_gbs": 450.0, "entries": [one]})
+        return Ended("", True)
+
+    monkeypatch.setattr(Session, "child", child)
+    run = begun(tmp_path)
+    gpu.run_kernels(run, 300)
+    parity = {e["name"]: e["parity"] for e in run.results["kernels"]["entries"]}
+    assert parity.pop("attention") == "crashed: see kernels-attention.log" and set(parity.values()) == {"passed"}
+    gpu.run_kernels(run, 5)
+    assert len(run.cut) == len(parity) + 1, "so that the next run goes on with them"
+    assert {e["parity"] for e in run.results["kernels"]["entries"]} == {turns.NOT_REACHED}
+
+
+def test_json_is_found_between_other_lines():
+    assert session.json_in('warning {x}\n{\n "a": [1,\n 2]}\nend') == {"a": [1, 2]}
+    assert session.json_in('{"a": 1}') == {"a": 1} and session.json_in("Traceback") is None
+    assert session.last_json('{"a": 1}\n{"b": 2}\n{broken') == {"b": 2}
+
+
+# ---------------------------------------------------------------- what cannot be
 
 
 def test_without_a_gpu_one_sentence(monkeypatch, tmp_path):
@@ -86,445 +537,42 @@ def test_without_a_gpu_one_sentence(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_markdown_names_device_parity_ratios_and_errors(found):
-    text = markdown.gpu_markdown(found)
-    assert "NVIDIA GeForce RTX 4070, 46 SMs" in text
-    assert "300 passed, 1 failed, 2 skipped in 61 s (cut off by the time budget)" in text and "Failed: test_x" in text
-    assert "| gpt2-124m | 8 x 4 | triton | 56,000 |" in text and "| 1.40x |" in text
-    assert "gpt2-124m, 12 GB cap" in text and "| oom |" in text
-    assert "2.00x" in text and "74% of measured copy bandwidth" in text
-
-
-def test_results_are_written_after_every_stage_and_whole(found, tmp_path):
-    run = Session(tmp_path, deadline=time.monotonic() + 10)
-    for stage in ("environment", "tests", "kernels", "steps"):
-        run.results[stage] = found[stage]
-        run.save()
-        assert json.loads((tmp_path / "results.json").read_text()) == run.results
-    assert (tmp_path / "results.md").read_text().startswith("# fastgpt on NVIDIA GeForce RTX 4070")
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_the_plot_is_written(found, tmp_path):
-    pytest.importorskip("matplotlib")
-    assert markdown.plot_steps(found, tmp_path / "steps.png") and (tmp_path / "steps.png").stat().st_size > 10_000
-    assert not markdown.plot_steps({"environment": ENVIRONMENT}, tmp_path / "none.png")
-
-
-XDIST = """
-[gw0] [  1%] PASSED tests/kernels/test_a.py::test_one[fp32]
-[gw1] [  2%] FAILED tests/kernels/test_a.py::test_two[columns of one]
-[gw1] [  2%] PASSED tests/kernels/test_a.py::test_two[columns of two]
-[gw1] [  3%] SKIPPED tests/kernels/test_b.py::test_three
-"""
-PLAIN = """
-tests/kernels/test_a.py::test_one[fp32] PASSED          [ 33%]
-tests/kernels/test_a.py::test_two[columns of one] FAILED [ 50%]
-tests/kernels/test_a.py::test_two[columns of two] PASSED [ 66%]
-tests/kernels/test_b.py::test_three SKIPPED (cpu)       [100%]
-tests/kernels/test_b.py::test_four """
-
-
-@pytest.mark.parametrize("output", [XDIST, PLAIN], ids=["xdist", "plain"])
-def test_a_test_run_is_read_even_if_cut_off(output):
-    assert gpu.read_tests(output) == {
-        "passed": 2,
-        "failed": 1,
-        "skipped": 1,
-        "failures": ["tests/kernels/test_a.py::test_two[columns of one]"],
-    }
-
-
-def plan(gigabytes, card):
-    return list(gpu.step_plan(gigabytes * 10**9, cards.lookup(card)))
-
-
-def test_the_plan_starts_with_what_matters_and_caps_only_larger_cards():
-    for found in (plan(12, "rtx4070"), plan(24, "rtx4090"), plan(141, "h200")):
-        assert found[:2] == [("gpt2-124m", "eager", 0.0), ("gpt2-124m", "triton", 0.0)]
-        assert len(set(found)) == len(found)
-    assert {cap for _, _, cap in plan(12, "rtx4070")} == {0.0}
-    assert Counter(cap for _, _, cap in plan(24, "rtx4090"))[12.0] == 4
-
-
-def test_each_card_runs_the_precisions_that_it_gains_from_and_the_models_that_fit():
-    def fast(found):
-        return {variant for _, variant, _ in found if variants.VARIANTS[variant].precision != "bf16"}
-
-    assert fast(plan(12, "rtx4070")) == {"triton fp8", "triton fp16-fast"}
-    assert fast(plan(141, "h200")) == {"triton fp8"} and fast(plan(80, "a100")) == set()
-    assert {preset for preset, _, _ in plan(24, "rtx4090")} == {"gpt2-124m", "gpt2-40m"}
-    assert {preset for preset, _, _ in plan(80, "a100")} == {"gpt2-124m", "gpt2-40m", "gpt2-350m", "gpt2-xl"}
-    assert not fast(list(gpu.step_plan(12 * 10**9, None)))
-
-
-def test_large_cards_get_the_largest_micro_batches_that_eager_fits():
-    assert [gpu.batch_for("gpt2-124m", gb * 10**9) for gb in (12, 24, 80, 150)] == [8, 8, 64, 128]
-    assert gpu.batch_for("gpt2-xl", 80 * 10**9) == 8
-
-
-def test_each_kernel_has_its_own_process_and_a_crash_costs_only_that_one(tmp_path, monkeypatch):
-    commands = []
-
-    def child(self, module, *args, log, limit):
-        commands.append((module, args))
-        name = args[args.index("--only") + 1]
-        if name != "attention":
-            folder = tmp_path / "kernels" / name
-            folder.mkdir(parents=True)
-            one = {"name": name, "shape": "", "parity": "passed", "variants": {}}
-            (folder / "kernels.json").write_text(json.dumps({"copy_gbs": 450.0, "entries": [one]}))
-        return "", True
-
-    monkeypatch.setattr(Session, "child", child)
-    run = Session(tmp_path, time.monotonic() + 1000, {"environment": ENVIRONMENT})
-    (tmp_path / "kernels" / "attention").mkdir(parents=True)
-    (tmp_path / "kernels" / "attention" / "kernels.json").write_text('{"entries": []}')  # of an earlier run
-    gpu.run_kernels(run, 300)
-    parity = {e["name"]: e["parity"] for e in run.results["kernels"]["entries"]}
-    assert parity.pop("attention") == "crashed: see kernels-attention.log" and set(parity.values()) == {"passed"}
-    assert [("--keep-roofs" in args) for _, args in commands] == [False] + [True] * (len(commands) - 1)
-    assert run.results["kernels"]["copy_gbs"] == 450.0
-    assert "no speed: crashed" in (tmp_path / "results.md").read_text()
-
-
-def test_a_step_that_does_not_fit_is_tried_at_half_the_batch(tmp_path, monkeypatch):
-    answers = ['{"steps": [{"error": "out of memory", "oom": true}]}'] * 2
-    answers += ['noise\n{"steps": [{"tokens_per_second": 5.0}]}\nmore noise']
-    commands = []
-
-    def child(self, module, *args, log, limit):
-        commands.append(args)
-        return answers.pop(0), True
-
-    monkeypatch.setattr(Session, "child", child)
-    run = Session(tmp_path, time.monotonic() + 1000)
-    found = gpu.run_step(run, "gpt2-124m", "eager", 12.0, 8)
-    assert (found["batch_size"], found["grad_accum"], found["tokens_per_second"]) == (4, 8, 5.0)
-    assert after(commands[0], "--variants") == "eager" and len(commands) == 3
-    late = Session(tmp_path, time.monotonic() + 5)
-    assert "skipped" in gpu.run_step(late, "gpt2-124m", "eager", 0.0, 8)["error"]
-
-
-def test_a_step_with_another_loss_than_eager_gets_no_speed():
-    steps = [step_result("eager", 1.0), step_result("triton", 9.0, first_loss=11.3), step_result("compile", 2.0)]
-    steps += [
-        step_result("triton", 9.0, cap_gb=12.0, first_loss=11.3),
-        step_result("triton", 9.0) | {"skipped_steps": 3},
-    ]
-    gpu.withhold_wrong(steps)
-    assert not any("tokens_per_second" in step for step in steps[3:]) and "3 updates were skipped" in steps[4]["error"]
-    assert "tokens_per_second" not in steps[1] and "no speed: its first loss is 11.3000" in steps[1]["error"]
-    assert steps[2]["tokens_per_second"] == 2.0
-
-
-def test_where_eager_did_not_run_the_compiled_step_is_the_reference():
-    steps = [step_result("compile", 1.0, "gpt2-xl"), step_result("triton", 2.0, "gpt2-xl", first_loss=11.3)]
-    gpu.withhold_wrong(steps)
-    assert "tokens_per_second" in steps[0] and "plain PyTorch's 10.9000" in steps[1]["error"]
-    other_tokens = [step_result("eager", 1.0), step_result("triton", 2.0, first_loss=11.3) | {"batch_size": 16}]
-    gpu.withhold_wrong(other_tokens)
-    assert all("tokens_per_second" in step for step in other_tokens)
-
-
-def test_a_child_that_takes_too_long_is_stopped(tmp_path):
-    run = Session(tmp_path, time.monotonic() + 100)
-    sleep = ("-n", "1", "-r", "1", "print('begun', flush=True)\nimport time\ntime.sleep(60)")
-    output, finished = run.child("timeit", *sleep, log="sleep.log", limit=2)
-    assert not finished and output == (tmp_path / "sleep.log").read_text() and "begun" in output
-    assert run.child("timeit", "-n", "1", "pass", log="fast.log", limit=60)[1]
-
-
-# ---- profile, memory, projection
-
-
-def children(monkeypatch, answers):
-    """Stand-ins for the child processes: module -> function of its arguments, which returns what it prints."""
-    commands = []
-
-    def child(self, module, *args, log, limit):
-        commands.append((module, args))
-        return answers[module](args), True
-
-    monkeypatch.setattr(Session, "child", child)
-    return commands
-
-
-def after(args, flag):
-    return args[args.index(flag) + 1]
-
-
-def test_the_profile_is_read_from_its_folder(tmp_path, monkeypatch):
-    def mfu(args):
-        (tmp_path / "profile").mkdir(exist_ok=True)
-        backends = {"triton": {"ms": 61.5, "iqr_ms": 0.2, "rows": []}, "compile": {"error": "out of memory"}}
-        (tmp_path / "profile" / "mfu.json").write_text(json.dumps({"backends": backends}))
-
-    commands = children(monkeypatch, {"bench.mfu": mfu})
-    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
-    gpu.run_profile(run, 60)
-    assert after(commands[0][1], "--out") == str(tmp_path / "profile")
-    assert run.results["profile"]["backends"] == {
-        "triton": {"ms": 61.5, "iqr_ms": 0.2},
-        "compile": {"error": "out of memory"},
-    }
-    text = markdown.gpu_markdown(run.results)
-    assert "| triton | 61.5 |" in text and "error: out of memory" in text and "profile/report.html" in text
-
-
-def test_an_earlier_runs_profile_does_not_pass_for_this_ones(tmp_path, monkeypatch):
-    (tmp_path / "profile").mkdir()
-    (tmp_path / "profile" / "mfu.json").write_text('{"backends": {}}')
-    children(monkeypatch, {"bench.mfu": lambda args: "Traceback"})
-    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
-    gpu.run_profile(run, 60)
-    assert run.results["profile"] == {"error": "crashed: see profile.log"}
-    assert "No figures: crashed: see profile.log" in markdown.gpu_markdown(run.results)
-
-
-def profiled(tmp_path, monkeypatch, card, answers=(), limit=60.0):
-    """The profile on a card, where a step takes 60 ms in bf16, 40 in fp8 and 41 in fp16-fast, or gives ``answers``."""
-    answers = {"bf16": {"ms": 60.0}, "fp8": {"ms": 40.0}, "fp16-fast": {"ms": 41.0}} | dict(answers)
-
-    def mfu(args):
-        answer, folder = answers[after(args, "--precision")], Path(after(args, "--out"))
-        if answer is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            backends = {name: answer for name in after(args, "--backends").split(",")}
-            (folder / "mfu.json").write_text(json.dumps({"backends": backends}))
-
-    monkeypatch.setattr(cards, "present", lambda device=None: cards.lookup(card))
-    commands = children(monkeypatch, {"bench.mfu": mfu})
-    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
-    gpu.run_profile(run, limit)
-    return (
-        run.results["profile"],
-        [after(args, "--precision") for _, args in commands],
-        markdown.gpu_markdown(run.results),
-    )
-
-
-@pytest.mark.parametrize(
-    "card, precisions", [("rtx4070", ["bf16", "fp8", "fp16-fast"]), ("h200", ["bf16", "fp8"]), ("a100", ["bf16"])]
-)
-def test_the_profile_is_repeated_in_the_precisions_that_the_card_gains_from(card, precisions, tmp_path, monkeypatch):
-    found, asked, text = profiled(tmp_path, monkeypatch, card)
-    assert asked == precisions
-    names = [variant.removeprefix("triton ") for variant in found["backends"] if variant not in gpu.MAIN]
-    assert names == precisions[1:], "as in the steps: named after the variant"
-    for name in names:
-        assert f"profile/{name}/report.html" in text and f"profile/{name}/mfu.json" in text
-        assert (tmp_path / "profile" / name / "mfu.json").exists()
-    assert "| compile | 60.0 |" in text
-    assert ("| triton fp8 | 40.0 |" in text) == ("fp8" in text) == ("fp8" in names)
-
-
-def test_no_further_precision_is_begun_when_the_time_is_up(tmp_path, monkeypatch):
-    found, asked, text = profiled(tmp_path, monkeypatch, "rtx4070", limit=gpu.SHORTEST_STEP - 1)
-    assert asked == ["bf16"] and found["backends"]["triton"] == {"ms": 60.0}
-    assert found["backends"]["triton fp8"] == found["backends"]["triton fp16-fast"] == {"error": gpu.LATE}
-    assert "| triton fp8 | error: skipped: the time budget is used up |" in text
-
-
-def test_a_precision_that_fails_costs_only_itself(tmp_path, monkeypatch):
-    (tmp_path / "profile" / "fp8").mkdir(parents=True)
-    (tmp_path / "profile" / "fp8" / "mfu.json").write_text('{"backends": {"triton": {"ms": 1.0}}}')  # of an earlier run
-    found, _, text = profiled(tmp_path, monkeypatch, "rtx4070", {"fp8": None, "fp16-fast": {"error": "no speed: loss"}})
-    assert found["backends"]["triton"] == {"ms": 60.0}
-    assert found["backends"]["triton fp8"] == {"error": "crashed: see profile-fp8.log"}
-    assert found["backends"]["triton fp16-fast"] == {"error": "no speed: loss"}
-    assert "profile/fp8" not in text and "profile/fp16-fast/report.html" in text
-
-
-def test_where_bf16_has_no_profile_nothing_else_is_tried(tmp_path, monkeypatch):
-    found, asked, _ = profiled(tmp_path, monkeypatch, "rtx4070", {"bf16": None})
-    assert asked == ["bf16"] and found == {"error": "crashed: see profile.log"}
-
-
-def test_memory_is_read_even_if_its_run_was_cut_short(tmp_path, monkeypatch):
-    point = {"preset": "gpt2-124m", "kernels": "triton", "micro_batch": 8, "predicted": {"allocated": 6 * 2**30}}
-    rows = [
-        point | {"measured": {"allocated": 5 * 2**30}, "off": {"allocated": 0.2}, "error": None},
-        point | {"kernels": "eager", "measured": None, "off": None, "error": "out of memory"},
-    ]
-
-    def child(self, module, *args, log, limit):
-        (tmp_path / "memory.json").write_text(json.dumps({"rows": rows}))
-        return "", False
-
-    monkeypatch.setattr(Session, "child", child)
-    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
-    gpu.run_memory(run, 60)
-    text = markdown.gpu_markdown(run.results)
-    assert "| gpt2-124m, triton, micro-batch 8 | 6.44 | 5.37 | +20.0% |" in text and "| 6.44 | out of memory |" in text
-
-
-def test_the_projection_stands_beside_every_time_and_comes_last(found, tmp_path, monkeypatch):
-    pair = {"what": "step", "variant": "triton", "measured_ms": 60.0, "projected_ms": 66.0, "error": 0.1}
-    pair |= {"note": "", "status": "calibrated"}
-
-    def project(args):
-        if "mfu.json" in after(args, "--measured"):
-            return "error: measured file holds no time"
-        return "a warning\n" + json.dumps({"calibration_error": 0.034, "pairs": [pair]}, indent=1) + "\nmore"
-
-    children(monkeypatch, {"bench.project": project})
-    (tmp_path / "profile").mkdir()
-    (tmp_path / "profile" / "mfu.json").write_text("{}")
-    run = Session(tmp_path, time.monotonic() + 100, found)
-    gpu.run_projection(run, 60)
-    assert json.loads((tmp_path / "results.json").read_text())["steps"], "bench.project reads what is written"
-    text = markdown.gpu_markdown(run.results)
-    last = text[text.index("## Predicted beside measured") :]
-    assert (
-        "| step | triton | 60.000 | 66.000 | +10% | calibrated |" in last and "Error of its calibration: 3.4%" in last
-    )
-    assert "Not projected: profile/mfu.json: error: measured file holds no time" in last
-
-
-def test_the_projection_of_each_profile_is_named_after_its_precision(tmp_path, monkeypatch):
-    def project(args):
-        pair = {"what": "mlp up", "variant": "triton", "measured_ms": 6.0, "projected_ms": 6.6, "error": 0.1}
-        return json.dumps({"calibration_error": 0.034, "pairs": [pair | {"note": "", "status": "calibrated"}]})
-
-    commands = children(monkeypatch, {"bench.project": project})
-    for folder in ("profile", "profile/fp8"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mfu.json").write_text("{}")
-    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
-    gpu.run_projection(run, 60)
-    measured = [str(Path(after(args, "--measured")).relative_to(tmp_path)) for _, args in commands]
-    assert measured == ["results.json", "profile/mfu.json", "profile/fp8/mfu.json"]
-    assert [pair["variant"] for pair in run.results["projection"]["pairs"]] == ["triton", "triton fp8"]
-    assert "| mlp up | triton fp8 | 6.000 | 6.600 | +10% | calibrated |" in markdown.gpu_markdown(run.results)
-
-
-# ---- all stages
-
-
-def stage(name, share, run, module="json"):
-    return gpu.Stage(name, run, share, module)
-
-
-def test_each_stage_leaves_the_later_ones_their_share_and_gets_what_earlier_ones_left(tmp_path):
-    limits = []
-    stages = [
-        stage(name, share, lambda run, limit: limits.append(limit)) for name, share in zip("abc", (0.5, 0.3, 0.2))
-    ]
-    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
-    gpu.run_stages(run, stages, 100.0)
-    assert limits == [pytest.approx(50, abs=2), pytest.approx(80, abs=2), pytest.approx(100, abs=2)]
-
-
-def test_a_stage_that_cannot_run_costs_only_itself(tmp_path):
-    def fail(run, limit):
-        raise RuntimeError("CUDA error")
-
-    def work(run, limit):
-        run.results["memory"] = {"rows": []}
-
-    stages = [stage("tests", 0.1, fail), stage("profile", 0.1, work, "bench.no_such"), stage("memory", 0.8, work)]
-    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
-    gpu.run_stages(run, stages, 100.0)
-    assert run.results["tests"] == {"error": "failed: RuntimeError: CUDA error"}
-    assert run.results["profile"] == {"error": "skipped: bench.no_such is not here"}
-    assert run.results["memory"] == {"rows": []}
-    assert json.loads((tmp_path / "results.json").read_text()) == run.results
-    assert "No figures: skipped: bench.no_such is not here" in (tmp_path / "results.md").read_text()
-
-
-def test_out_of_time_is_a_reason(tmp_path):
-    run = Session(tmp_path, time.monotonic() + 5, {"environment": ENVIRONMENT})
-    gpu.run_stages(run, [stage("memory", 1.0, lambda run, limit: pytest.fail("ran"))], 480.0)
-    assert run.results["memory"] == {"error": "skipped: the time budget is used up"}
-
-
-def test_the_stages_are_all_there_in_order_and_share_the_whole_time():
-    assert [s.name for s in gpu.STAGES] == ["tests", "kernels", "steps", "profile", "ablation", "memory", "projection"]
-    assert sum(s.share for s in gpu.STAGES) == pytest.approx(1) and list(markdown.SECTIONS) == [
-        s.name for s in gpu.STAGES
-    ]
-
-
-def test_times_are_kept_in_the_store_and_a_failed_stage_has_none(found, tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTGPT_RESULTS", str(tmp_path))
-    kept = results.load(gpu.keep(found, "mine"))
-    assert kept["kind"] == "gpu" and kept["label"] == "mine"
-    assert kept["entries"]["layer_norm 8192 x 768 | triton"]["ms"] == 0.3
-    assert kept["entries"]["step gpt2-124m 8 x 4 | triton"]["tokens_per_second"] == 56_000.0
-    assert kept["entries"]["step gpt2-124m 1 x 32 | compile | 12 GB cap"] == {"error": "oom"}
-    failed = {"environment": ENVIRONMENT, "kernels": {"error": "x"}, "steps": {"error": "y"}}
-    assert results.load(gpu.keep(failed, None))["entries"] == {}
-
-
-def test_the_command_runs_all_stages_reports_and_keeps_the_times(found, tmp_path, monkeypatch, capsys):
-    def copies(name):
-        return lambda run, limit: run.results.update({name: found[name]})
-
-    stages = [stage(name, 0.3, copies(name)) for name in ("tests", "kernels", "steps")]
-    monkeypatch.setattr(gpu, "STAGES", [*stages, stage("memory", 0.1, copies("memory"), "bench.no_such")])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "environment", lambda device: ENVIRONMENT)
-    monkeypatch.setenv("FASTGPT_RESULTS", str(tmp_path / "kept"))
-    assert gpu.main(["--out", str(tmp_path / "out"), "--label", "mine"]) == 1, "a parity test failed"
-    printed = capsys.readouterr().out
-    assert "Failed: test_x" in printed and "skipped: bench.no_such is not here" in printed and "Kept in" in printed
-    assert results.find("mine")[0][1]["environment"] == ENVIRONMENT
-    found["tests"] |= {"failed": 0}
-    assert gpu.main(["--out", str(tmp_path / "out"), "--no-store"]) == 0
-    assert len(results.find("mine")) == 1
-
-
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         (["--minutes", "0"], "minutes is 0: it must be above 0"),
-        (["--minutes", "-1"], "minutes is -1"),
-        (["--minutes", "nan"], "--minutes is 'nan': it must be a finite number"),
-        (["--out", "{file}/x"], "which cannot be written [(]Not a directory[)]: name another"),
+        (["--minutes", "nan"], "minutes is 'nan'"),
+        (["--out", "{out}/file/x"], "which cannot be written [(]Not a directory[)]: name another"),
     ],
 )
 def test_bad_input_is_one_sentence(monkeypatch, tmp_path, arguments, sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "environment", lambda device: ENVIRONMENT)
     (tmp_path / "file").touch()
+    arguments = [argument.format(out=tmp_path) for argument in arguments]
     with pytest.raises(UserError, match=sentence):
-        out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-        gpu.main([*out, *(a.format(file=tmp_path / "file") for a in arguments)])
+        gpu.main(arguments if "--out" in arguments else ["--out", str(tmp_path / "out"), *arguments])
 
 
-def test_the_ablation_is_reported_measured_beside_projected(tmp_path, monkeypatch):
-    def row(variant, measured, change=0.2):
-        return {
-            "model": "gpt2-124m",
-            "precision": "bf16",
-            "variant": variant,
-            "meaning": "x",
-            "projected_change": change,
-        } | {"measured": measured}
-
-    rows = [row("as shipped", {"ms": 50.0, "change": 0.0}), row("loss off", {"ms": 60.0, "change": 0.2})]
-    rows += [row("norms off", {"error": "out of memory"}), row("CUDA graphs on", None, None)]
-
-    def child(module, *arguments, log, limit):
-        (tmp_path / "ablation.json").write_text(json.dumps({"rows": rows}))
-        assert module == "bench.ablation" and "--measure" in arguments and "--no-store" in arguments
-        return "", True
-
-    run = Session(tmp_path, time.monotonic() + 100, {"environment": ENVIRONMENT})
-    monkeypatch.setattr(run, "child", child)
-    gpu.run_ablation(run, 60.0)
-    text = markdown.gpu_markdown(run.results)
-    assert "| bf16 | as shipped | 50.0 ms | - | x |" in text and "| bf16 | loss off | +20.0% | +20.0% | x |" in text
-    assert (
-        "| bf16 | norms off | out of memory | +20.0% | x |" in text and "| bf16 | CUDA graphs on | - | - | x |" in text
-    )
-    monkeypatch.setattr(run, "child", lambda *_, **__: ("", False))
-    gpu.run_ablation(run, 60.0)
-    assert "error" in run.results["ablation"]
+@pytest.mark.parametrize(
+    "output, sentence",
+    [
+        (
+            json.dumps(DEVICE | {"environment": ENVIRONMENT | {"device": "NVIDIA H200"}}),
+            "holds results of device 'NVIDIA Ge",
+        ),
+        (json.dumps(DEVICE | {"environment": ENVIRONMENT | {"commit": "f00"}}), "commit 'abc123', and this is 'f00'"),
+    ],
+)
+def test_results_of_another_card_or_commit_are_not_gone_on_with(monkeypatch, tmp_path, output, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Session, "child", lambda *_, **__: Ended(output, True))
+    write_json(tmp_path / "results.json", found())
+    with pytest.raises(UserError, match=sentence):
+        gpu.main(["--out", str(tmp_path), "--no-store"])
 
 
-def test_json_is_found_between_other_lines():
-    assert session.json_in('warning {x}\n{\n "a": [1,\n 2]}\nend') == {"a": [1, 2]}
-    assert session.json_in('{"a": 1}') == {"a": 1} and session.json_in("Traceback") is None
-    assert session.last_json('{"a": 1}\n{"b": 2}\n{broken') == {"b": 2}
+def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Session, "child", lambda *_, **__: Ended("Traceback", True))
+    with pytest.raises(UserError, match=r"the GPU cannot be used: crashed: see device\.log"):
+        gpu.main(["--out", str(tmp_path), "--no-store"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -83,7 +86,7 @@ def compiled(monkeypatch):
     """What compiling would find, without compiling: {family name: facts}; and the calls made."""
     calls = []
 
-    def compile_(family: Family, arch: int):
+    def compile_(family: Family, arch: int, children: tune_table.Children):
         calls.append((family.name, arch))
         default = family.configs()[0]
         facts = [rows(config, blocks_per_sm=6) for config in family.configs()]
@@ -310,7 +313,7 @@ def test_a_matmul_is_measured_beside_cublas_and_the_quicker_one_is_kept(
     monkeypatch.setattr(tune_measure, "time_configs", time_configs)
     monkeypatch.setattr(tuning, "target", lambda device: tuning.Target(89, 46, 101_376))
     family = replace(GELU, buckets=("N3072 K768",))
-    monkeypatch.setattr(tune_table, "_compile", lambda family, arch: {
+    monkeypatch.setattr(tune_table, "_compile", lambda family, arch, children: {
         "default": TILES, "compiler": "triton 3.7.1",
         "facts": [matmul(config).to_json() for config in family.configs()],
     })  # fmt: skip
@@ -387,3 +390,24 @@ def test_linears_that_are_tuned_are_those_of_gpt2s_blocks():
     up = {linear_bucket(one.n_out, one.n_in, FEWEST_TOKENS) for one in linears if one.sink == "activation"}
     down_grad = {linear_bucket(one.n_in, one.n_out, FEWEST_TOKENS) for one in linears if one.source == "activation"}
     assert (tuned["linear.gelu"], tuned["linear.dgelu"]) == (up, down_grad)
+
+
+def test_families_are_compiled_ahead_and_what_still_compiles_at_the_end_is_ended(monkeypatch, tmp_path):
+    begun = []
+
+    def compile_(family, arch, children):
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+        begun.append(child)
+        children.add(child)
+        raise RuntimeError(f"ended with {child.wait()}")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune_table, "_compile", compile_)
+    monkeypatch.setattr(tune_table.os, "cpu_count", lambda: 3)
+    with tune_table.compiled_ahead(families()[:4], 89) as compiled:
+        while len(begun) < 2:
+            time.sleep(0.01)
+        begun[0].kill()
+        with pytest.raises(RuntimeError, match="ended with -"):
+            compiled(families()[0])
+    assert all(child.poll() is not None for child in begun) and len(begun) <= 3
