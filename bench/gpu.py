@@ -32,7 +32,7 @@ import torch
 
 from bench.ops import ENTRIES
 from bench.reports import results, verdicts
-from bench.reports.session import UNFIT, Ended, Job, Session, json_in, last_json
+from bench.reports.session import UNFIT, Child, Ended, Session, json_in, last_json
 from bench.steps.build import updates_left_out
 from bench.steps.turns import NOT_REACHED
 from bench.steps.variants import VARIANTS
@@ -191,11 +191,11 @@ def run_parity(session: Session, limit: float) -> None:
     workers = max(1, min(os.cpu_count() or 1, int(total / 1.5e9)))
     arguments = [*TESTS, "--device", "cuda", "-vv", "--tb=short", "-p", "no:cacheprovider"]
     arguments += [f"--ignore=tests/kernels/{name}.py" for name in WITHOUT_GPU]
-    jobs = [Job(f"parity-{i}.log", "pytest", [*arguments, f"--shard={i}/{workers}"]) for i in range(workers)]
+    jobs = [Child(f"parity-{i}.log", "pytest", [*arguments, f"--shard={i}/{workers}"]) for i in range(workers)]
     beside = []
     if total > 20e9:
         flags = _step_flags("gpt2-124m", ["compile", "nanogpt", "triton+compile"], str(batch_of(session)), 1)
-        beside = [Job("inductor.log", "bench.steps.step", [*flags, "--steps", "1"])]
+        beside = [Child("inductor.log", "bench.steps.step", [*flags, "--steps", "1"])]
     start = time.monotonic()
     ended = session.children(jobs, limit, beside)
     found = read_tests([one.output for one in ended])

@@ -42,7 +42,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """``python -m MODULE``, which on SIGINT first writes where each of its threads is, be it in the middle of a CUDA call."""
 
 
-class Job(NamedTuple):
+class Child(NamedTuple):
     """A command to run: ``python -m module``, whose output goes to the file ``log``."""
 
     log: str
@@ -139,9 +139,9 @@ class Session:
 
     def child(self, module: str, *args: str, log: str, limit: float, env: Mapping[str, str] = {}) -> Ended:
         """Run one command for ``limit`` seconds at most."""
-        return self.children([Job(log, module, args, env)], limit)[0]
+        return self.children([Child(log, module, args, env)], limit)[0]
 
-    def children(self, jobs: Sequence[Job], limit: float, beside: Sequence[Job] = ()) -> list[Ended]:
+    def children(self, jobs: Sequence[Child], limit: float, beside: Sequence[Child] = ()) -> list[Ended]:
         """Run commands at once for ``limit`` seconds at most, and ``beside`` them others, which end when they do.
 
         Shortly before the end, those that still run are interrupted, which leaves a traceback in their logs and lets them write
