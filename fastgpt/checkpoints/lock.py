@@ -119,7 +119,7 @@ def _is_alive(holder: dict[str, Any], record: Path) -> bool:
     if running is not None:
         return running
     print(
-        f"{record} names process {holder.get('pid')!r} on {holder.get('host')!r}: waiting {3 * PULSE:.0f} s for a sign of its life",
+        f"{record} names process {holder.get('pid')!r} on {holder.get('host')!r}: waiting {3 * PULSE:.0f} s for a sign of life",
         file=sys.stderr,
     )
     before = _renewed(record)

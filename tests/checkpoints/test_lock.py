@@ -112,7 +112,7 @@ def test_of_a_process_on_another_machine_a_sign_of_life_is_waited_for(tmp_path, 
     else:
         with lock.held(tmp_path / "run"):
             pass
-    assert "names process 7 on 'elsewhere': waiting 0 s for a sign of its life" in capsys.readouterr().err
+    assert "names process 7 on 'elsewhere': waiting 0 s for a sign of life" in capsys.readouterr().err
 
 
 def test_a_holder_gives_signs_of_life(tmp_path, monkeypatch):
