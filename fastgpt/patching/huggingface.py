@@ -141,7 +141,7 @@ def plan(model: Any, plan: PatchPlan, keep_logits: bool) -> None:
         block=HuggingFaceBlock,
         attention_blocker=_attention_blocker,
         call_attention=lambda block, x: block.attn(x)[0],
-        shape=(1, min(len(base.wpe.weight), 1024), C),
+        shape=(1, min(len(base.wpe.weight), 2048), C),
     )
     plan.norm(f"{prefix}ln_f", base.ln_f, C)
     if base is model:

@@ -67,7 +67,7 @@ def plan(model: Any, plan: PatchPlan, keep_logits: bool) -> None:
         attention=NanoGPTAttention,
         block=NanoGPTBlock,
         call_attention=lambda block, x: block.attn(x),
-        shape=(1, min(T, 1024), C),
+        shape=(1, min(T, 2048), C),
     )
     plan.norm("transformer.ln_f", model.transformer.ln_f, C)
     plan_loss(plan, model, FusedLoss, lambda model, ids: model(ids, ids.flip(1)), keep_logits)

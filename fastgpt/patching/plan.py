@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastgpt.kernels.arguments import DTYPES, MAX_HEAD_DIM, MAX_WIDTH
 from fastgpt.patching.modules import FusedLayerNorm, FusedMLP, gelu_kind, hooked, is_plain
-from fastgpt.patching.probe import UNTRIED, Probe, plain_attributes
+from fastgpt.patching.probe import UNTRIED, Probe
 from fastgpt.patching.swap import Fused
 
 Call = Callable[[Any, Tensor], Any]
@@ -103,7 +105,9 @@ class PatchPlan:
         why = blocker(module) or _too_wide(width) or _other_arguments(module) or unknown_part(module, _NORM)
         if why is None:
             probe = Probe(module)
-            why = probe.why_not([("", FusedLayerNorm)], lambda norm, x: norm(x), probe.randn(2, 3, width), train=True)
+            why = probe.why_not(
+                [("", FusedLayerNorm)], lambda norm, x: norm(_small_too(x)), probe.randn(2, 4, width), train=True
+            )
         self.decide("layer norm", module, FusedLayerNorm, why, f" {name}")
 
 
@@ -191,12 +195,17 @@ def _try_out(
         )
 
     width = shape[-1]
-    decide("ln_1", _too_wide(width), lambda block, x: block.ln_1(x))
-    decide("ln_2", _too_wide(width), lambda block, x: block.ln_2(x))
+    decide("ln_1", _too_wide(width), lambda block, x: block.ln_1(_small_too(x)))
+    decide("ln_2", _too_wide(width), lambda block, x: block.ln_2(_small_too(x)))
     decide("attn", attention_reason or _head_blocker(module.attn, width), call_attention)
     decide("mlp", _mlp_blocker(module.mlp), lambda block, x: block.mlp(x))
     decide("", "ln_2 is kept" if why["ln_2"] else None, lambda block, x: block(x))
     return why
+
+
+def _small_too(x: Tensor) -> Tensor:
+    """x with each second row so small that a norm's eps counts."""
+    return x * torch.tensor([1.0, 0.01]).repeat(x.shape[1])[: x.shape[1], None]
 
 
 def unknown_part(module: nn.Module, known: set[str]) -> str | None:
@@ -208,10 +217,10 @@ def unknown_part(module: nn.Module, known: set[str]) -> str | None:
 
 def _other_arguments(module: nn.Module) -> str | None:
     """Why a module is kept whose forward takes more than its input: the fused one would drop the rest."""
-    signature = inspect.signature(type(module).forward)
-    taken = list(signature.parameters)[1:]
-    several = len(taken) != 1 or "*" in str(signature)
-    return f"the forward of {type(module).__name__} takes ({', '.join(taken)}), not x alone" if several else None
+    _, *taken = inspect.signature(type(module).forward).parameters.values()
+    if len(taken) == 1 and taken[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return None
+    return f"the forward of {type(module).__name__} takes ({', '.join(p.name for p in taken)}), not x alone"
 
 
 def blocker(module: nn.Module) -> str | None:
@@ -251,13 +260,27 @@ def linear_blocker(name: str, linear: nn.Module) -> str | None:
     )
 
 
+_VANILLA = {*vars(nn.Module()), "training"}
+
+
 def _fingerprint(module: nn.Module) -> Any:
-    """What describes a block except the values of its parameters: classes, shapes and plain attributes."""
+    """What describes a block except the values of its parameters: classes, shapes, buffers (a mask may differ in one block) and
+    attributes. Objects that are not plain values are told apart by identity."""
+
+    def value(attribute: Any) -> Any:
+        if isinstance(attribute, Tensor):
+            content = attribute.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            return attribute.shape, attribute.dtype, hashlib.blake2b(content.tobytes()).digest()
+        if isinstance(attribute, (list, tuple)):
+            return tuple(map(value, attribute))
+        return attribute if isinstance(attribute, (bool, int, float, str)) else id(attribute)
+
     parts = []
     for name, part in module.named_modules():
-        plain = plain_attributes(part)
+        attributes = {key: value(attribute) for key, attribute in vars(part).items() if key not in _VANILLA}
         if not getattr(part, "scale_attn_by_inverse_layer_idx", True):
-            plain.pop("layer_idx", None)  # transformers: it only indexes the cache
-        shapes = tuple((n, tuple(p.shape), p.dtype) for n, p in part.named_parameters(recurse=False))
-        parts.append((name, type(part), shapes, tuple(sorted(plain.items()))))
+            attributes.pop("layer_idx", None)  # transformers: it only indexes the cache
+        attributes |= {key: value(buffer) for key, buffer in part.named_buffers(recurse=False)}
+        shapes = tuple((n, p.shape, p.dtype) for n, p in part.named_parameters(recurse=False))
+        parts.append((name, type(part), shapes, tuple(sorted(attributes.items()))))
     return tuple(parts)
