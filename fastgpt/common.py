@@ -14,6 +14,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
@@ -325,7 +326,12 @@ def run(main: Callable[[list[str]], int]) -> None:
     except KeyboardInterrupt:
         with suppress(OSError):
             sys.stdout.flush()
-        os._exit(130)  # at once: an orderly end would wait for threads, and print the next Ctrl-C's traceback
+        # An orderly end, which waits for no thread for long, nor prints the next Ctrl-C's traceback.
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        last = threading.Timer(2, os._exit, (130,))
+        last.daemon = True
+        last.start()
+        sys.exit(130)
     except BrokenPipeError:
         # Python flushes stdout once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

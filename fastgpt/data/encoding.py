@@ -88,7 +88,10 @@ def encode_corpus(
             "`if __name__ == '__main__':`?): try --workers 1"
         ) from error
     finally:
-        pool.shutdown(wait=complete, cancel_futures=True)  # Ctrl-C does not wait for a document of a gigabyte
+        if not complete:  # Ctrl-C does not wait for a document of a gigabyte
+            for worker in list((getattr(pool, "_processes", None) or {}).values()):
+                worker.kill()
+        pool.shutdown(wait=complete, cancel_futures=True)
 
 
 def _all_but(kept: int, ahead: deque[tuple[Future[Encoded], BatchPlace]]) -> Iterator[tuple[Encoded, BatchPlace]]:

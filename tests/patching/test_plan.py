@@ -39,7 +39,9 @@ def test_an_attribute_that_is_no_plain_value(device):
     for block, scale in zip(model.transformer.h, (1.0, 0.5)):
         block.mlp.__class__, block.mlp.scales = Scaled, (scale,)
     report = report_of(model, device)
-    assert report.replaced["MLP"] == 1 and report.kept["MLP of transformer.h.1"] == "its forward computes something else"
+    assert (
+        report.replaced["MLP"] == 1 and report.kept["MLP of transformer.h.1"] == "its forward computes something else"
+    )
 
 
 @pytest.mark.parametrize("eps", [1e-6, 3e-5])
