@@ -94,10 +94,10 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
         distributed.connect(device, config.train.rank_timeout) as (world, device),
         lock.held(config.train.out) if world.is_main else nullcontext(),
     ):
-        news: list[str] = []
+        terminal = Terminal(sys.stdout, [])
         if console is None:
-            console = Console(file=cast(IO[str], Terminal(sys.stdout, news)), soft_wrap=True, highlight=False)
-        return _Loop(config, device, world, console if world.is_main else Console(quiet=True), news).run()
+            console = Console(file=cast(IO[str], terminal), soft_wrap=True, highlight=False)
+        return _Loop(config, device, world, console if world.is_main else Console(quiet=True), terminal).run()
 
 
 class _Figures:
@@ -120,12 +120,15 @@ class _Figures:
 class _Loop:
     """One call of ``train``: the run, and what is open while it goes on."""
 
-    def __init__(self, config: Config, device: torch.device, world: World, console: Console, news: list[str]) -> None:
-        """``news``: what there is to tell of the places that the run writes to."""
+    def __init__(
+        self, config: Config, device: torch.device, world: World, console: Console, terminal: Terminal
+    ) -> None:
+        """``terminal``: what ``console`` writes to."""
         agree(world, config, device)
         config, weights = initial_weights(config)
         config = choose_geometry(config, device, world)
-        self.settings, self.world, self.console, self.news = config.train, world, console, news
+        self.settings, self.world, self.console, self.terminal = config.train, world, console, terminal
+        self.news = terminal.news  # of all the places that the run writes to
         saved = find_saved(config)
         agree(world, config, device, checkpoint=saved.fingerprint if saved else None)
         self.state = build(config, device, world, None if saved else weights)
@@ -181,6 +184,7 @@ class _Loop:
                 self._tell()
                 self._save(False)
                 self.saver.wait()
+            self.terminal.close()
             self._tell()
         self.metrics = None
         self._tell()

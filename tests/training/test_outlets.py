@@ -16,6 +16,8 @@ from fastgpt.training import metrics
 from fastgpt.training.metrics import Metrics
 from fastgpt.training.outlets import Appended, Terminal
 
+NEEDS_FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+
 
 @contextmanager
 def no_file_larger_than(size):
@@ -44,6 +46,7 @@ def test_a_record_that_does_not_fit_leaves_nothing_and_is_counted(tmp_path):
     assert news[1:] == [f"{tmp_path / 'log'} can be written again; lines lost: 3"]
 
 
+@NEEDS_FULL
 def test_a_full_disk_to_the_end_is_summed_up(tmp_path):
     (tmp_path / "log").symlink_to("/dev/full")
     news = []
@@ -54,6 +57,7 @@ def test_a_full_disk_to_the_end_is_summed_up(tmp_path):
     assert "is full (" in news[0] and news[1:] == [f"{tmp_path / 'log'} could not be written to the end; lines lost: 2"]
 
 
+@NEEDS_FULL
 def test_a_terminal_on_a_full_disk_keeps_nothing_that_fails_at_exit(tmp_path):
     news = []
     with open("/dev/full", "w") as full:
