@@ -15,6 +15,7 @@ from fastgpt.common import UserError
 from fastgpt.kernels import runtime
 from fastgpt.patching import huggingface, nanogpt
 from fastgpt.patching.plan import PatchPlan, PatchReport
+from fastgpt.patching.probe import plain_defaults
 from fastgpt.patching.swap import all_or_nothing, base_class, fuse, fused_modules, restore
 from fastgpt.patching.verify import fuse_and_verify
 
@@ -48,7 +49,8 @@ def patch(model: nn.Module, *, keep_logits: bool = False, verify: Any = None, qu
     with all_or_nothing(model):
         for module in done:  # so that the modules are probed as they are
             restore(module)
-        family.plan(model, plan, keep_logits)
+        with plain_defaults():
+            family.plan(model, plan, keep_logits)
         ops = operations.get("triton" if find_spec("triton") else "eager")
         verified = {}
         if verify is not None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastgpt.common import UserError
 from fastgpt.patching.modules import hooked, supported, weight_of
 from fastgpt.patching.plan import Change, PatchPlan, blocker, linear_blocker
 from fastgpt.patching.probe import Probe
@@ -197,7 +198,12 @@ def plan_loss(
     def losses(model: Any, ids: Tensor) -> list[Tensor]:
         return [y for y in tree_leaves(call(model, ids)) if isinstance(y, Tensor) and y.numel() == 1]
 
-    probe, uses = Probe(model, share=True), []  # type: ignore[var-annotated]
+    try:
+        probe = Probe(model, share=True)
+    except UserError as error:
+        plan.kept["loss"] = str(error)
+        return
+    uses: list[Use] = []
     vars(probe.module)["noted"] = uses
     changes = [Change("loss", model, mixin), Change("loss", model.lm_head, FusedHead, counts=False)]
     why = "keep_logits=True" if keep_logits else blocker(model) or linear_blocker("lm_head", model.lm_head)

@@ -217,7 +217,10 @@ def unknown_part(module: nn.Module, known: set[str]) -> str | None:
 
 def _other_arguments(module: nn.Module) -> str | None:
     """Why a module is kept whose forward takes more than its input: the fused one would drop the rest."""
-    _, *taken = inspect.signature(type(module).forward).parameters.values()
+    try:
+        _, *taken = inspect.signature(type(module).forward).parameters.values()
+    except (AttributeError, TypeError, ValueError):  # TorchScript
+        return f"the forward of {type(module).__name__} cannot be read"
     if len(taken) == 1 and taken[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return None
     return f"the forward of {type(module).__name__} takes ({', '.join(p.name for p in taken)}), not x alone"

@@ -143,6 +143,18 @@ def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield module, name
 
 
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """New tensors are on the CPU in fp32, whatever torch.set_default_device and set_default_dtype have been told."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def _pattern(shape: torch.Size) -> Tensor:
     """Numbers between -1 and 1, no two alike."""
     return torch.arange(1.0, 1 + shape.numel()).cos().view(shape)

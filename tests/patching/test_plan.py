@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -69,3 +70,56 @@ def test_a_gelu_that_is_another_than_its_name_says(device, kind, kept):
     model = make_nanogpt(device, n_layer=1)
     model.transformer.h[0].mlp.gelu = NewGELU()
     assert ("MLP" in report_of(model, device).kept) == kept
+
+
+def test_a_model_that_cannot_be_copied_keeps_its_loss(device):
+    model = make_nanogpt(device, n_layer=1)
+    model.lock = threading.Lock()
+    report = patch(model, quiet=True)
+    assert report.kept["loss"].startswith("GPT cannot be copied to be tried out (TypeError: ")
+    assert report.replaced["attention"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_traced_module_stays(device):
+    model = make_nanogpt(device, n_layer=1)
+    block = model.transformer.h[0]
+    block.mlp = torch.jit.trace(block.mlp, torch.randn(1, 2, 24, device=device))
+    report = patch(model, quiet=True)
+    assert report.kept["MLP"] == "its activation is a TracedModule, not a GELU"
+    assert report.kept["residual add with its norm"] == "the forward of TopLevelTracedModule cannot be read"
+    assert report.replaced["attention"] == 1
+
+
+def test_defaults_for_new_tensors_do_not_matter(device):
+    model = make_nanogpt(device, n_layer=1)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        report = patch(model, quiet=True)
+        assert torch.get_default_dtype() == torch.bfloat16 and torch.empty(0).is_meta
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert not report.kept
+
+
+def test_blocks_that_leave_something_for_the_next(device):
+    """A block alone shows nothing of it: the whole model is tried out, too."""
+
+    class Storing(nanogpt_model.Block):
+        def forward(self, x):
+            self.shared["x"] = x
+            return super().forward(x)
+
+    class Reading(nanogpt_model.Block):
+        def forward(self, x):
+            return super().forward(x) + self.shared.pop("x", 0.0)
+
+    model, shared = make_nanogpt(device), {}
+    for block, cls in zip(model.transformer.h, (Storing, Reading)):
+        block.__class__, block.shared = cls, shared
+    own, (idx, targets) = copy.deepcopy(model), batch(device)
+    report = patch(model, quiet=True)
+    torch.testing.assert_close(model(idx, targets)[1], own(idx, targets)[1])
+    assert "together with the other changes its forward computes something else" in report.kept.values()
