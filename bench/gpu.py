@@ -3,7 +3,7 @@
     python -m bench.gpu --out runs/gpu                # 12 minutes
     python -m bench.gpu --out runs/gpu --minutes 9    # again, in the same folder: goes on with what was not reached
 
-Most evidence first (STAGES below): does it start, does it train, are the kernels right, how fast is a step beside PyTorch,
+Most evidence first: does it start, does it train, are the kernels right, how fast is a step beside PyTorch,
 torch.compile and nanoGPT, in which precisions and sizes, each kernel beside its peers, tuned, beside what was predicted.
 
 Each stage says what it does and when it will end, runs in processes of its own, and is written down at once; one that takes too
@@ -46,7 +46,6 @@ from fastgpt.performance.memory import memory
 CAP_GB = 12.0
 LARGE_GB = 70
 """From here on a card also runs 350M and XL, and larger micro-batches."""
-GRAD_ACCUM = 4
 SHORTEST_S = 12.0
 """Seconds that no command is worth starting in less than."""
 FAST = ("triton fp8", "triton fp16-fast")
@@ -107,7 +106,7 @@ def run_train(session: Session, limit: float) -> None:
     _write_text(data)
     shared = ["--data", str(data), "--kernels", "triton", "--grad-accum", "1", "--max-iters", "30"]
     shared += ["--checkpoint-interval", "15", "--eval-interval", "0", "--eval-iters", "2", "--log-interval", "5"]
-    shared += ["--no-tensorboard"]
+    shared += ["--no-tensorboard", "--warmup-iters", "5"]
     runs: dict[str, list[str]] = {
         "direct": [],
         "graphs": ["--cuda-graphs", "on"],
@@ -174,6 +173,11 @@ def run_batch(session: Session, limit: float) -> None:
     session.results["batch"] = {"size": max(timed, key=lambda size: timed[size]), "tokens_per_second": timed}
 
 
+def accumulation(batch_size: int) -> int:
+    """Micro-batches per step: four, or fewer large ones, so that a step takes less than a second."""
+    return max(2, min(4, 64 // batch_size))
+
+
 def batch_of(session: Session) -> int:
     """Sequences per micro-batch of GPT-2 124M, for every stage: the best, or the preset's where that was not found."""
     found = session.results.get("batch", {}).get("size")
@@ -238,9 +242,10 @@ def _step_flags(preset: str, variants: Sequence[str], batch_size: str, grad_accu
 
 def _steps(
     session: Session, preset: str, variants: Sequence[str], batch_size: str, limit: float, *,
-    grad_accum: int = GRAD_ACCUM, cap_gb: float = 0.0, keep: bool = True, name: str = "", env: Mapping[str, str] = {},
+    grad_accum: int | None = None, cap_gb: float = 0.0, keep: bool = True, name: str = "", env: Mapping[str, str] = {},
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Training steps in turns, in one process: their rows, which ``keep`` adds to the results under ``name``."""
+    grad_accum = grad_accum or accumulation(int(batch_size))
     cap = f"-cap-{cap_gb:g}" if cap_gb else ""
     log = UNFIT.sub("-", f"step-{preset}-batch-{batch_size}{cap}-{len(variants)}-variants{name}.log")
     flags = [*_step_flags(preset, variants, batch_size, grad_accum), "--cap-gb", str(cap_gb)]
@@ -280,7 +285,7 @@ def run_steps(session: Session, limit: float) -> None:
     rows = []
     for name, backend in found["backends"].items():
         row: dict[str, Any] = {"preset": "gpt2-124m", "variant": name, "cap_gb": 0.0}
-        row |= {"batch_size": batch_of(session), "grad_accum": GRAD_ACCUM}
+        row |= {"batch_size": batch_of(session), "grad_accum": accumulation(batch_of(session))}
         row |= {key: value for key, value in backend.items() if key not in ("rows", "profile", "mfu")}
         if "mfu" in backend:
             row["mfu"] = backend["mfu"][0]["value"]
@@ -297,7 +302,7 @@ def _profiled(
 ) -> dict[str, Any]:
     """The results file of bench.mfu, whose files stay in ``folder``. Raises Failed where there is none."""
     arguments = ["--model", "gpt2-124m", "--precision", precision, "--backends", backends, "--steps", "8"]
-    arguments += ["--batch", str(batch_size), "--grad-accum", str(GRAD_ACCUM)]
+    arguments += ["--batch", str(batch_size), "--grad-accum", str(accumulation(batch_size))]
     arguments += ["--device", "cuda", "--out", str(session.work / folder)]
     ended = session.child("bench.mfu", *arguments, log=f"{folder}.log", limit=limit)
     found = read_json(session.work / folder / "mfu.json")

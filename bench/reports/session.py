@@ -35,11 +35,11 @@ UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
 _START = """\
 import faulthandler, runpy, signal, sys
 if hasattr(faulthandler, "register"):
-    faulthandler.register(signal.SIGINT, chain=True)
+    faulthandler.register(signal.SIGUSR1)
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-"""``python -m MODULE``, which on SIGINT first writes where each of its threads is, be it in the middle of a CUDA call."""
+"""``python -m MODULE``, which on SIGUSR1 writes where each of its threads is, be it in the middle of a CUDA call."""
 
 
 class Child(NamedTuple):
@@ -167,7 +167,9 @@ class Session:
                 self.cut += [job.log for job, done in zip(jobs, finished) if not done]
                 for process in running:
                     if process.poll() is None:
-                        process.send_signal(signal.SIGINT)
+                        for number in (getattr(signal, "SIGUSR1", None), signal.SIGINT):
+                            if number is not None:
+                                process.send_signal(number)
                 _wait(running[: len(jobs)], end)
         finally:  # also on Ctrl-C, which a group of its own does not get
             for process in running:

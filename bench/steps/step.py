@@ -1,7 +1,7 @@
 """Training steps of one preset, timed in turns, in a process of their own:
 
-    python -m bench.steps.step --preset gpt2-124m --variants eager,compile,triton --batch-size 8 --grad-accum 4
-    python -m bench.steps.step --variants triton --batch-size 8,16,32,64 --grad-accum 2
+    python -m bench.steps.step --variants eager,compile,triton --batch-size 8
+    python -m bench.steps.step --preset gpt2-40m --batch-size 8,16,32,64
 
 The last line printed is JSON: ``{"steps": [...]}``, each with tokens per second, milliseconds per step, MFU of the peak at that
 precision, peak memory, loss of the first step; or "error". Of several batch sizes all have the tokens per step of the largest.

@@ -172,6 +172,7 @@ class Turns:
         self.results: dict[str, dict[str, Any]] = {}
         self.stopped = False
         self.parks = device.type == "cuda"
+        self._crowded = True
         self._away: dict[str, list[tuple[torch.UntypedStorage, torch.UntypedStorage]]] = {}
 
     def start(self, name: str, make: Callable[[], Runner]) -> None:
@@ -180,6 +181,9 @@ class Turns:
             self.results[name] = {"error": NOT_REACHED}
             return
         self.say(f"{name}: first steps")
+        self._crowded = True  # for all that is known
+        for other in self.runners:
+            self._park(other)
         try:
             runner, self.results[name] = self._started(make)
         except KeyboardInterrupt:
@@ -233,7 +237,7 @@ class Turns:
         if self.parks and self.device.type == "cuda":
             kept, peak = ([self.results[name][key] for name in self.runners] for key in ("kept_memory", "peak_memory"))
             extra = max(most - least for most, least in zip(peak, kept))
-            self.parks = sum(kept) + extra > 0.8 * torch.cuda.get_device_properties(self.device).total_memory
+            self._crowded = sum(kept) + extra > 0.8 * torch.cuda.get_device_properties(self.device).total_memory
         skipped = {name: runner.stepper.skipped_steps() for name, runner in chosen.items()}
         each = -(-steps // TURNS)
         with self._interrupt_stops():
@@ -253,7 +257,7 @@ class Turns:
         with runner.conditions():
             self._fetch(name)
             try:
-                if self.device.type == "cuda" or self.parks:
+                if self.parks:
                     runner.settle()
                 yield runner
             finally:
@@ -266,7 +270,7 @@ class Turns:
         self._give_back()
 
     def _park(self, name: str) -> None:
-        if not self.parks:
+        if not (self.parks and self._crowded) or name in self._away:
             return
         stepper = self.runners[name].stepper
         stepper.optimizer.zero_grad(set_to_none=True)  # of a step that was not finished

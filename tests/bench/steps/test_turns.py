@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,3 +131,35 @@ def test_a_trace_of_a_gpu_without_kernels_is_an_error_with_its_remedy(tokens, mo
     monkeypatch.setattr(profile, "record", lambda *_: path.write_text(json.dumps({"traceEvents": [step]})))
     with pytest.raises(RuntimeError, match="CUPTI is missing or not permitted: install the nvidia-cuda-cupti"):
         profile.profiled(here, None, path, repeats=1)
+
+
+def test_all_stay_on_the_device_where_they_fit_and_none_but_one_where_they_do_not(monkeypatch):
+    """A card that is not here: how much each keeps, and what a step adds, is made up."""
+    turns = Turns(CPU)
+    turns.device, turns.parks = torch.device("cuda"), True
+    parked = []
+    monkeypatch.setattr(turns, "_park", lambda name: parked.append(name) if turns._crowded else None)
+    monkeypatch.setattr(turns, "_fetch", lambda name: None)
+    monkeypatch.setattr(turns, "_started", lambda make: (Idle(), {"kept_memory": 2e9, "peak_memory": 6e9}))
+    for total, names, expected in ((12e9, "abcd", list("abcd")), (24e9, "abcd", [])):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, total=total: SimpleNamespace(total_memory=total)
+        )
+        for name in names:
+            turns.start(name, lambda: None)
+        parked.clear()
+        turns.time(1)
+        assert parked == expected, f"{total / 1e9:.0f} GB"
+
+
+class Idle:
+    """A runner whose steps do nothing."""
+
+    stepper = SimpleNamespace(skipped_steps=lambda: 0)
+    conditions = nullcontext
+
+    def __call__(self):
+        return 0.0
+
+    def settle(self):
+        pass
