@@ -375,34 +375,31 @@ def run_sizes(session: Session, limit: float) -> None:
 
 
 def run_kernels(session: Session, limit: float) -> None:
-    """bench.kernels, each entry in a process of its own: a kernel that crashes takes the CUDA context with it."""
+    """bench.kernels, all entries in one process; those behind one that took the CUDA context with it, in another."""
     end = time.monotonic() + limit
-    kernels: dict[str, Any] = {"environment": session.results["environment"], "entries": []}
-    session.results["kernels"] = kernels
-    for number, entry in enumerate(ENTRIES):
-        name, folder = entry.__name__, session.work / f"kernels-{entry.__name__}"
-        arguments = [
-            "--device",
-            "cuda",
-            "--no-sweep",
-            "--no-store",
-            "--keep-roofs",
-            "--out",
-            str(folder),
-            "--only",
-            name,
-        ]
-        log, share = f"kernels-{name}.log", (end - time.monotonic()) / (len(ENTRIES) - number)
-        found: dict[str, Any] = {"entries": [{"name": name, "shape": "", "parity": NOT_REACHED, "variants": {}}]}
-        if share < SHORTEST_S / 2:
+    kernels = session.results.setdefault("kernels", {"entries": [], "measured": []})
+    kernels["environment"] = session.results["environment"]
+    shared = ["--device", "cuda", "--no-sweep", "--no-store", "--keep-roofs"]
+    while todo := [entry.__name__ for entry in ENTRIES if entry.__name__ not in kernels["measured"]]:
+        left = end - time.monotonic()
+        folder, log = session.work / f"kernels-{todo[0]}", f"kernels-{todo[0]}.log"
+        if left < SHORTEST_S:
             session.cut.append(log)
-        else:
-            ended = session.child("bench.kernels", *arguments, log=log, limit=share)
-            found["entries"][0]["parity"] = _reason(log, ended)
-            found = read_json(folder / "kernels.json") or found
+            return
+        arguments = [*shared, "--out", str(folder), "--only", ",".join(todo)]
+        ended = session.child("bench.kernels", *arguments, log=log, limit=left)
+        found = read_json(folder / "kernels.json") or {"entries": []}
+        entries = found["entries"]
+        lost = [i for i, entry in enumerate(entries) if "CUDA error" in entry["parity"]]
+        entries = entries[: lost[0] + 1] if lost else entries
+        if not lost and len(entries) < len(todo) and ended.finished:
+            entries.append({"name": todo[len(entries)], "shape": "", "parity": _reason(log, ended), "variants": {}})
         kernels |= {key: found[key] for key in ("copy_gbs", "matmul_tflops") if found.get(key)}
-        kernels["entries"] += found["entries"]
+        kernels["entries"] += entries
+        kernels["measured"] += todo[: len(entries)]
         session.save()
+        if not ended.finished:
+            return
 
 
 # ---------------------------------------------------------------- 10. to 12. tuning, projection, ablation

@@ -109,7 +109,7 @@ def run(
     keep_roofs: bool = False,
     save: Callable[[dict], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """All entries, or the one named ``only``; ``save`` gets the results so far after each shape."""
+    """All entries, or those named in ``only``; ``save`` gets the results so far after each shape."""
     from bench.ops import (
         ENTRIES,
         shapes,  # imports fastgpt.kernels, which looks for the interpreter
@@ -118,8 +118,10 @@ def run(
 
     cuda = device.type == "cuda"
     names = [make.__name__ for make in ENTRIES]
-    if only and only not in names:
-        raise UserError(f"only is {only!r}: it must be one of {', '.join(names)}")
+    chosen = only.split(",") if only else names
+    for name in chosen:
+        if name not in names:
+            raise UserError(f"only is {only!r}: it can be {', '.join(names)}, or several of them")
     ceilings = measured_ceilings(device, refresh=not keep_roofs) if cuda else None
     results: dict[str, Any] = {
         "environment": environment(device),
@@ -129,7 +131,7 @@ def run(
     }
     rounds = (10 if quick else 40) if cuda else 3
     for make in ENTRIES:
-        if only not in ("", make.__name__):
+        if make.__name__ not in chosen:
             continue
         base = Sizes() if cuda else TINY
         sizes = [base] if not sweep else shapes(make, base) if cuda else [base, replace(base, rows=32, C=128, T=32)]
@@ -154,8 +156,8 @@ class KernelsConfig:
     """Fewer rounds, no torch.compile, no sweep unless asked for."""
     sweep: bool | None = None
     """--sweep: many shapes of each kernel; --no-sweep: GPT-2 124M's only. Without either, a sweep on a GPU without --quick."""
-    only: Annotated[str, Arg("ENTRY")] = ""
-    """Only the entry of this name: embedding, layer_norm, layer_norm_residual, attention, linear_cross_entropy or adamw."""
+    only: Annotated[str, Arg("ENTRY,ENTRY")] = ""
+    """Only the entries of these names: embedding, layer_norm, layer_norm_residual, attention, linear_cross_entropy, adamw."""
     keep_roofs: bool = False
     """Do not measure copy and matmul rates again."""
     out: Annotated[Path | None, Arg("FOLDER")] = None
