@@ -44,12 +44,10 @@ class PatchReport:
         lines = [f"fastgpt.patch: {self.model}; {self.runs_in}", f"  replaced   {done or 'nothing'}"]
         lines += [f"  kept       {name}: {why}" for name, why in self.kept.items()]
         if self.verified:
-            error, allowed = self.verified["loss"]
-            name = max(self.verified, key=lambda name: self.verified[name][0] / self.verified[name][1])
-            lines.append(
-                f"  verified   loss to {error:.1e} (allowed {allowed:.1e}) and {len(self.verified) - 1} gradients; "
-                "nearest to its limit: {} at {:.1e} (allowed {:.1e})".format(name, *self.verified[name])
-            )
+            worst = max(self.verified, key=lambda name: self.verified[name][0] / self.verified[name][1])
+            lines.append("  verified   loss: off by {:.1e}, {:.1e} is allowed".format(*self.verified["loss"]))
+            lines.append(f"             and {len(self.verified) - 1} gradients; of all these the nearest to its limit:")
+            lines.append("             {}: off by {:.1e}, {:.1e} is allowed".format(worst, *self.verified[worst]))
         lines += [f"  note       {sentence}" for sentence in self.at_run_time]
         return "\n".join(lines)
 

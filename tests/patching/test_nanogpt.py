@@ -173,7 +173,7 @@ class TestDropout:
         assert attention(x).equal(attention(x))
 
     def test_attentions_output_keeps_its_mean(self, device):
-        model = make(device, dropout=0.5, n_layer=1)
+        model = make(device, dropout=0.5, n_layer=1, n_head=1)
         patch(model, quiet=True)
         attention = model.transformer.h[0].attn
         attention.resid_dropout.p = 0.0

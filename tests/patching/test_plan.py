@@ -123,3 +123,22 @@ def test_blocks_that_leave_something_for_the_next(device):
     report = patch(model, quiet=True)
     torch.testing.assert_close(model(idx, targets)[1], own(idx, targets)[1])
     assert "together with the other changes its forward computes something else" in report.kept.values()
+
+
+def test_linears_that_have_to_be_called_are_named(device):
+    """LoRA of the MLP before patch: what is reported as replaced would never run."""
+
+    class Adapter(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 1.5
+
+    model = make_nanogpt(device)
+    first, second = model.transformer.h
+    first.mlp.c_fc.__class__ = first.attn.c_attn.__class__ = Adapter
+    second.mlp.c_proj.register_forward_hook(lambda *_: None)
+    report = report_of(model, device)
+    assert report.kept == {
+        "MLP": f"its c_fc is a {__name__}.Adapter, not a plain linear",
+        "MLP of transformer.h.1": "its c_proj has a hook",
+    }
+    assert report.replaced["attention"] == 2

@@ -31,7 +31,7 @@ def test_the_report_has_the_figures_and_nothing_else_has_changed(device, kind, c
     report = patch(model, verify=given)
     assert len(report.verified) > 15
     assert all(error <= limit < 1e-4 for error, limit in report.verified.values())
-    assert "verified   loss to" in capsys.readouterr().out
+    assert "verified   loss: off by " in capsys.readouterr().out
     assert [m.training for m in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.2}
