@@ -594,3 +594,10 @@ def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(Session, "child", lambda *_, **__: Ended("Traceback", True))
     with pytest.raises(UserError, match=r"the GPU cannot be used: crashed: see device\.log"):
         gpu.main(["--out", str(tmp_path), "--no-store"])
+
+
+def test_the_page_has_the_stages_and_their_shares():
+    text = (Path(__file__).parents[2] / "docs" / "evidence.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| .+ \| (\d+%|what is left) \|$", text, re.MULTILINE)
+    assert rows == [(stage.name, f"{stage.share:.0%}" if stage.share else "what is left") for stage in gpu.STAGES]
+    assert all(f"`{name}`" in text for name in ALL_FILES)
