@@ -75,7 +75,7 @@ def repository(tmp_path):
     """A checkout with nanoGPT's layout, around our own model of its structure."""
     folder = tmp_path / "their repository"
     (folder / "config").mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / "patching" / "nanogpt_model.py", folder / "model.py")
+    shutil.copy(ROOT / "bench" / "steps" / "nanogpt.py", folder / "model.py")
     (folder / "train.py").write_text(TRAIN)
     (folder / "configurator.py").write_text(CONFIGURATOR)
     (folder / "config" / "quick.py").write_text("max_iters = 3\n")
