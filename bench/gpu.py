@@ -41,6 +41,7 @@ from fastgpt.command import Arg
 from fastgpt.common import UserError, duration, file_sha256, read_json
 from fastgpt.config import EXPERIMENTAL, load_preset
 from fastgpt.hardware import cards
+from fastgpt.hardware.requirements import no_gpu
 from fastgpt.performance.memory import memory
 
 CAP_GB = 12.0
@@ -539,7 +540,7 @@ def main(argv: list[str]) -> int:
     """Run all stages. Exit code 1 if a parity test failed or none ran. Raises UserError without a GPU or a folder."""
     args = command.parse(GpuConfig, argv, "bench.gpu", __doc__)
     if not torch.cuda.is_available():
-        raise UserError(f"bench.gpu needs a CUDA GPU, and torch {torch.__version__} sees none here")
+        raise UserError(f"bench.gpu needs a CUDA GPU, but {no_gpu()}")
     if not args.minutes > 0:
         raise UserError(f"minutes is {args.minutes:g}: it must be above 0, and 12 is what most stages need")
     results.check_writable(args.out)
@@ -547,6 +548,10 @@ def main(argv: list[str]) -> int:
     found = {}
     if (out / "results.json").exists():
         found = results.read(out / "results.json", "bench.gpu", verdicts.SCHEMA, verdicts.SCHEMA_VERSION)
+        if not all(isinstance(found.get(key), dict) for key in ("stages", "environment")):
+            raise UserError(
+                f"{out / 'results.json'} is damaged: stages and environment are not both there; name another --out"
+            )
         found["stages"].pop("device", None)
     session = Session(out, time.monotonic() + budget, found or verdicts.empty())
     try:

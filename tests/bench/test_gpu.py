@@ -550,7 +550,7 @@ def test_json_is_found_between_other_lines():
 
 def test_without_a_gpu_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"^bench[.]gpu needs a CUDA GPU, and torch .* sees none here"):
+    with pytest.raises(UserError, match=r"^bench[.]gpu needs a CUDA GPU, but torch .* sees no CUDA GPU"):
         gpu.main(["--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -587,6 +587,13 @@ def test_results_of_another_card_or_commit_are_not_gone_on_with(monkeypatch, tmp
     write_json(tmp_path / "results.json", found())
     with pytest.raises(UserError, match=sentence):
         gpu.main(["--out", str(tmp_path), "--no-store"])
+
+
+def test_damaged_results_are_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    write_json(tmp_path / "results.json", found(stages=None))
+    with pytest.raises(UserError, match=r"results\.json is damaged: stages and environment are not both there"):
+        gpu.main(["--out", str(tmp_path)])
 
 
 def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch, tmp_path):
