@@ -190,6 +190,8 @@ def _try_out(
             or unknown_part(module.get_submodule(part), _KNOWN[part])
             or probe.why_not(changes, call, x)
             or probe.why_not(changes, call, few, train=True)
+            # Large values would show a clamp; scores of attention would only drown in their rounding.
+            or (probe.why_not(changes, call, 100 * few) if part in ("mlp", "") else None)
         )
 
     width = shape[-1]

@@ -61,6 +61,18 @@ def test_another_epsilon(device, eps, which):
     assert report.replaced["layer norm"] == 2
 
 
+def test_values_that_are_clamped(device):
+    """Against overflow in fp16: usual values do not show it."""
+
+    class Clamped(nanogpt_model.Block):
+        def forward(self, x):
+            return super().forward(x).clamp(-50, 50)
+
+    model = make_nanogpt(device, n_layer=1)
+    model.transformer.h[0].__class__ = Clamped
+    assert report_of(model, device).kept == {"residual add with its norm": "its forward computes something else"}
+
+
 @pytest.mark.parametrize("kind, kept", [("tanh", False), ("none", True)])
 def test_a_gelu_that_is_another_than_its_name_says(device, kind, kept):
     class NewGELU(nn.Module):
