@@ -75,7 +75,7 @@ def print_changes(old: dict[str, Any], new: dict[str, Any], rows: list[dict[str,
     for side, m in (("A", old), ("B", new)):
         e = m["environment"]
         label = f" ({m['label']})" if m["label"] else ""
-        console.print(f"{side}: {e['device']}, commit {e['commit'] or 'n/a'}{label}, {e['time']}")
+        console.print(f"{side}: {e['device']}, commit {e['commit'] or 'n/a'}{label}, {e['time']}", markup=False)
     for sentence in differences(old, new):
         console.print(f"also different: {escape(sentence)}", style="yellow")
     cells = [["entry", "A ms", "± IQR", "B ms", "± IQR", "B / A", "peak MB", "verdict"]]

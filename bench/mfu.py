@@ -28,8 +28,9 @@ from bench.steps.variants import BACKENDS
 from fastgpt import anatomy, command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, write_json
-from fastgpt.config import EXPERIMENTAL, Device, ModelConfig, Precision, load_preset, preset_names
+from fastgpt.config import EXPERIMENTAL, Config, DataConfig, Device, ModelConfig, Precision, load_preset, preset_names
 from fastgpt.hardware import device as device_module
+from fastgpt.performance import fitting
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +163,9 @@ def setup_of(args: MfuConfig, where: torch.device, precision: str) -> Setup:
             raise UserError(f"{flag} is {value}: it must be at least 1")
     if args.seq:
         config = replace(config, block_size=args.seq)
+    if on_cpu:  # on a GPU the backend that runs out of memory says so, and the others go on
+        asked = Config(model=config, data=DataConfig(batch_size=batch, grad_accum=accum))
+        fitting.check_fits(asked, fitting.free_bytes("cpu"), device="cpu")
     if config.vocab_size > 2**16:
         raise UserError(f"vocab_size is {config.vocab_size}: token files hold 16 bits, so it can be at most {2**16}")
     return Setup(name, config, batch, accum, precision)

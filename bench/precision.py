@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     if asked.out:
         results.check_writable(asked.out)
     torch.set_num_threads(1)
-    console = Console()
+    console = common.console()
     result: dict[str, Any] = {"environment": environment(torch.device("cpu")), "quick": asked.quick, "modes": {}}
     result["modes"] = {mode.name: asdict(mode) for mode in {*COMPARED, *TRAINED, BF16}}
     result["errors"] = errors(asked.quick)

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from bench.numerics.runs import perturb, windows
+from bench.reports import results
 from fastgpt import command, common
 from fastgpt.command import Arg
-from fastgpt.common import UserError
+from fastgpt.common import UserError, at_least
 from fastgpt.config import Device, ModelConfig, OptimConfig
 from fastgpt.hardware import device as device_module
 
@@ -122,9 +123,14 @@ class ParityConfig:
     out: Annotated[Path | None, Arg("FILE")] = None
     """A PNG to draw."""
 
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps)
+
 
 def main(args: list[str]) -> int:
     config = command.parse(ParityConfig, args, "bench.training_parity")
+    if config.out:
+        results.check_writable(config.out.parent)
     parity = measure(config.steps, device_module.pick(config.device, "triton"))
     print(
         f"{config.steps} steps: final loss eager {parity.eager[-1]:.6f}, triton {parity.triton[-1]:.6f}; largest distance "

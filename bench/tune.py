@@ -35,7 +35,7 @@ from bench.ops.linear import default_at
 from bench.reports.timing import parse_budget
 from fastgpt import command, common
 from fastgpt.command import Arg
-from fastgpt.common import UserError
+from fastgpt.common import UserError, at_least
 from fastgpt.hardware import cards
 from fastgpt.hardware.requirements import no_gpu
 from fastgpt.kernels import tuning
@@ -162,6 +162,9 @@ class TuneConfig:
     """With --rank: the card by name instead, such as h200."""
     check_model: bool = False
     """On a large GPU: is the model's order right?"""
+
+    def __post_init__(self) -> None:
+        at_least(1, sms=self.sms)
 
 
 def main(argv: list[str]) -> int:

@@ -6,6 +6,7 @@ Nothing is imported but the entry that is asked for.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 import textwrap
 from importlib import import_module
@@ -84,12 +85,7 @@ def main(args: list[str]) -> int:
 def bench(args: list[str], root: Path = ROOT) -> int:
     """``python -m bench.NAME`` of the checkout that this package lies in. Raises UserError where there is none: the
     benchmarks compare with what the package does not depend on, and are not installed with it."""
-    entries = {}
-    for path in sorted(root.glob("bench/*.py")):
-        source = path.read_text(encoding="utf-8")
-        if f"python -m bench.{path.stem}" in source:  # one that users call, as it says itself
-            text = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0].split(" ``")[0].rstrip(":.")
-            entries[path.stem] = textwrap.shorten(text, 96, placeholder=" ...")
+    entries = _benchmarks(root)
     if not entries or not (root / "pyproject.toml").exists():
         raise UserError(
             "bench is not part of the installed package: clone fastgpt's repository and run fastgpt bench, or "
@@ -101,6 +97,18 @@ def bench(args: list[str], root: Path = ROOT) -> int:
     with common.importing():
         module = import_module(f"bench.{name}")
     return module.main(rest)
+
+
+@functools.cache
+def _benchmarks(root: Path) -> dict[str, str]:
+    """The benchmarks that users call, and what each is for."""
+    entries = {}
+    for path in sorted(root.glob("bench/*.py")):
+        source = path.read_text(encoding="utf-8")
+        if f"python -m bench.{path.stem}" in source:  # as it says itself
+            text = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0].split(" ``")[0].rstrip(":.")
+            entries[path.stem] = textwrap.shorten(text, 96, placeholder=" ...")
+    return entries
 
 
 def entry() -> None:

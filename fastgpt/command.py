@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import inspect
 import itertools
 import re
@@ -202,7 +203,12 @@ def _filled(description: str, width: int) -> str:
             out += [textwrap.fill(block, width, break_long_words=False, break_on_hyphens=False), ""]
             continue
         for line in block.splitlines():
-            out.append(line if len(line) <= width else re.sub(r"^( +)(\S.*?) {2,}(\S)", r"\1\2\n\1    \3", line))
+            example = re.fullmatch(r"( +)(\S.*?) {2,}(\S.*)", line)
+            if len(line) <= width or example is None:
+                out.append(line)
+                continue
+            indent, words, about = example.groups()
+            out += [indent + words, textwrap.indent(textwrap.fill(about, width - len(indent) - 4), f"{indent}    ")]
         out.append("")
     return "\n".join(out).rstrip()
 
@@ -250,6 +256,7 @@ def program(module: str) -> str:
 # ---------------------------------------------------------------- from a dataclass to options
 
 
+@functools.cache
 def options(cls: type, default: Any = None, section: str = "") -> list[Option]:
     """The options of a dataclass, those of its sections included. ``default``: an instance that holds the defaults."""
     hints, helps = get_type_hints(cls, include_extras=True), _field_docs(cls)
@@ -274,6 +281,7 @@ def options(cls: type, default: Any = None, section: str = "") -> list[Option]:
     return found
 
 
+@functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
     """The string below each field of a class, on one line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]

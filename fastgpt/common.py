@@ -344,7 +344,30 @@ def run(main: Callable[[list[str]], int]) -> None:
 
 
 def report(error: UserError) -> None:
-    """Print the one sentence."""
+    """Print the one sentence; of a name that is a page long its ends."""
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    text = re.sub(r"\S{400,}", lambda word: f"{word[0][:80]}...{word[0][-40:]}", printable(str(error)))
     with suppress(OSError):  # a terminal that is gone
-        print("\033[1;31merror:\033[0m" if coloured else "error:", error, file=sys.stderr)
+        print("\033[1;31merror:\033[0m" if coloured else "error:", text, file=sys.stderr)
+
+
+_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """A text of somebody else's without the characters that a terminal obeys: escapes that move the cursor, set the title or
+    hide what was said. What was behind them stays, as letters."""
+    return text.translate(_CONTROL)
+
+
+def console(**options: Any) -> Any:
+    """A rich Console that prints the control characters of no text; its own colours stay."""
+    from rich.console import Console  # only what prints to a terminal has it
+    from rich.segment import Segment
+
+    class Safe(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **kwargs):
+                yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    return Safe(**options)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastgpt import command, common
 from fastgpt.command import Arg
+from fastgpt.common import at_least
 from fastgpt.config import Device, Kernels
 from fastgpt.hardware.device import pick
 
@@ -28,6 +29,9 @@ class HellaSwagConfig:
     """Only the first so many."""
     kernels: Kernels = "eager"
     device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        at_least(1, examples=self.examples)
 
 
 def main(args: list[str]) -> int:

@@ -13,7 +13,6 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from fastgpt import anatomy, command, common
@@ -116,7 +115,7 @@ def main(args: list[str]) -> int:
     if asked.json:
         print(dumps(best.to_json() | {"plans": {kernels: p.to_json() for kernels, p in fitting.items()}}, indent=2))
         return 0
-    console = Console(highlight=False, soft_wrap=True)
+    console = common.console(highlight=False, soft_wrap=True)
     console.print(_head(best, card, vram_gb), markup=False)
     console.print(_table(plans))
     for note in _notes(fitting, refused):

@@ -17,7 +17,7 @@ import numpy as np
 from fastgpt import command, common
 from fastgpt.checkpoints.folder import METRICS
 from fastgpt.command import Arg
-from fastgpt.common import UserError
+from fastgpt.common import UserError, at_least
 from fastgpt.doctor.reading.logs import read_log
 from fastgpt.training import metrics
 
@@ -150,6 +150,9 @@ class PlotConfig:
     """The PNG to write. Default: curves.png in the first run's folder, or beside the first log."""
     tokens_per_step: int | None = None
     """For logs that give times but neither a rate nor the tokens of a step (nanoGPT's with another start)."""
+
+    def __post_init__(self) -> None:
+        at_least(1, tokens_per_step=self.tokens_per_step)
 
 
 def main(args: list[str]) -> int:

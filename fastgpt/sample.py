@@ -86,7 +86,7 @@ def main(args: list[str]) -> int:
         )
         print(config.prompt, end="", flush=True)
         for text in pieces(tokenizer, ids, map(int, new)):
-            print(text, end="", flush=True)
+            print(common.printable(text), end="", flush=True)  # a model of bytes can spell a terminal's escapes
         print("\n" + "-" * 80)
     return 0
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
-
 from fastgpt import common
 from fastgpt.config import parse
 from fastgpt.hardware import device, requirements
@@ -17,7 +15,7 @@ def main(args: list[str]) -> int:
     if config.train.explain_kernels is not None:
         from fastgpt.training.explain import explain
 
-        return explain(config, Console(width=None if sys.stdout.isatty() else 140, highlight=False))
+        return explain(config, common.console(width=None if sys.stdout.isatty() else 140, highlight=False))
     where = device.pick(config.train.device, config.train.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     with common.importing():

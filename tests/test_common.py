@@ -1,7 +1,9 @@
 """What every part of the package shares."""
 
+import io
 import json
 import os
+import re
 import sys
 
 import pytest
@@ -144,6 +146,38 @@ def test_a_json_object_or_nothing(tmp_path):
     assert common.read_json(file) == {"a": 1} == common.load_json(file)
     file.write_text("[1]")
     assert common.read_json(file) is None and common.load_json(file) == [1]
+
+
+# ---------------------------------------------------------------- other people's text on a terminal
+
+ESCAPES = "a\x1b[31mb\x1b]0;title\x07c\x9b2Jd\x08\x7fe\tf\ng\u00e9"
+
+
+def test_control_characters_are_left_out_and_the_rest_stays():
+    assert common.printable(ESCAPES) == "a[31mb]0;titlec2Jde\tf\ng\u00e9"
+
+
+def test_a_console_has_its_own_colours_and_nobody_elses():
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = io.StringIO()
+    console = common.console(file=shown, force_terminal=True, color_system="standard", highlight=False, width=60)
+    table = Table("head\x1b[2J")
+    table.add_row(ESCAPES)
+    for what in (Text(ESCAPES, "red"), ESCAPES, table):
+        console.print(what)
+    page = shown.getvalue()
+    assert set(re.findall("\x1b[^m]*m", page)) <= {"\x1b[31m", "\x1b[1m", "\x1b[0m"} and page.count("\x1b[31m") >= 1
+    assert not set(re.sub("\x1b\\[[0-9;]*m", "", page)) & set(map(chr, (*range(9), *range(11, 32), 127, 0x9B)))
+    assert "2Jd" in page
+
+
+def test_an_error_neither_obeys_nor_repeats_what_it_names(capsys):
+    common.report(UserError(f"out is {'n' * 5000}\x1b[2J, which is too long"))
+    said = capsys.readouterr().err
+    assert said.startswith("error: out is nnn") and said.endswith(", which is too long\n")
+    assert "\x1b" not in said and len(said) < 250
 
 
 # ---------------------------------------------------------------- how a command ends

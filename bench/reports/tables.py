@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fastgpt import common
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,17 +23,15 @@ class PlainConsole:
     """Prints where rich is not installed."""
 
     def print(self, text: object = "", **style: object) -> None:
-        print(text)
+        print(common.printable(str(text)))
 
 
 def terminal(width: int) -> Console:
     """A console as wide as the terminal, or of ``width`` columns where the output goes to a file or another program."""
     try:
-        from rich.console import Console
+        return common.console(width=None if sys.stdout.isatty() else width, highlight=False)
     except ImportError:
         return PlainConsole()  # type: ignore[return-value]  # what commands print goes through ``print``
-
-    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def print_table(

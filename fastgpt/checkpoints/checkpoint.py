@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,10 @@ def _check(state: dict[str, Any]) -> None:
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
         raise Damaged("its config is no table of sections")
     try:
-        typed_fields(ModelConfig, config.get("model", {}), "its [model], which a newer version may have written,")
+        shape = typed_fields(
+            ModelConfig, config.get("model", {}), "its [model], which a newer version may have written,"
+        )
+        replace(ModelConfig(), **shape)
         typed_fields(DataConfig, {k: v for k, v in config.get("data", {}).items() if k == "tokenizer"}, "its [data]")
     except UserError as error:
         raise Damaged(str(error)) from error
@@ -82,7 +85,7 @@ def check_shape(saved: dict[str, Any], config: ModelConfig, path: Path) -> None:
 
     Dropout is not shape: changing it between runs is fine."""
     shape = [f.name for f in fields(ModelConfig) if f.name != "dropout"]
-    changed = differences({k: saved["model"].get(k) for k in shape}, {k: getattr(config, k) for k in shape})
+    changed = differences({k: saved.get("model", {}).get(k) for k in shape}, {k: getattr(config, k) for k in shape})
     if changed:
         raise UserError(
             f"checkpoint {path} holds a model of another shape ({'; '.join(changed)}): "
@@ -130,7 +133,9 @@ def load_into(path: Path, model: nn.Module, optimizer: Optimizer | None = None, 
 
 def _weights(source: Source, model: nn.Module) -> list[tuple[str, Tensor]]:
     """(name in the checkpoint, tensor to fill) of all that the model's state_dict holds."""
-    saved = {name: next(references(entry)) for name, entry in source.state["model"].items()}
+    saved = {name: next(references(entry), "") for name, entry in source.state["model"].items()}
+    if "" in saved.values():
+        raise Damaged("its model holds more than tensors")
     wanted = model.state_dict()
     wrong = [f"{name} is missing" for name in wanted if name not in saved]
     wrong += [f"{name} is not in the model" for name in saved if name not in wanted]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from contextlib import suppress
@@ -145,12 +146,34 @@ def clean(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def check_free(folder: Path) -> None:
+    """Raise UserError for a file or a folder in the way of what a run writes: the first step would find it, after an earlier
+    run has been moved."""
+    for name, kind in {
+        METRICS: "file",
+        BEST: "file",
+        "config.json": "file",
+        "environment.json": "file",
+        "tensorboard": "folder",
+    }.items():
+        path = folder / name
+        if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
+            raise UserError(
+                f"{path} is in the way: a run keeps a {kind} of that name there; move it, or name another --out"
+            )
+
+
 def set_aside(folder: Path) -> Path | None:
     """Rename a folder that holds an earlier run's checkpoints or metrics (to "name.1", "name.2", ...), so that a new run in
     its place neither deletes nor resumes them; with ``lock.held``, or it may be a live run's. Returns the new name, or None if
     there was nothing to save. Raises UserError where it cannot be renamed."""
     if not existing(folder) and not (folder / METRICS).exists():
         return None
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"out is {folder}, which holds an earlier run and is where this command runs, so that it cannot be moved aside: "
+            "use --resume to go on with it, or name another folder"
+        )
     try:
         return folder.rename(_numbered(folder))
     except OSError as error:

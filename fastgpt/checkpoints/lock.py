@@ -46,6 +46,7 @@ def held(out: Path) -> Iterator[None]:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
+                path.stat()  # raises where no lock can be made at all, as in /proc, which filelock reports alike
                 raise UserError(_in_use(out, read_json(record) or {})) from None
             except (NotImplementedError, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in _NO_LOCKS:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from fastgpt import command, common
 from fastgpt.command import Arg
-from fastgpt.common import UserError, duration
+from fastgpt.common import UserError, at_least, duration
 from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, check_complete, read_manifest
 from fastgpt.data.preparation import prepare
 from fastgpt.data.tokenizer import get_tokenizer
@@ -72,6 +71,9 @@ class Check:
     vocab_size: int | None = None
     """Every id must be below it (default: the manifest's, or GPT-2's 50257)."""
 
+    def __post_init__(self) -> None:
+        at_least(1, vocab_size=self.vocab_size)
+
 
 def main(args: list[str]) -> int:
     known = {"prepare": "text into token shards to train on", "check": "read every token of a folder of shards"}
@@ -90,7 +92,7 @@ def _prepare(options: Prepare) -> int:
         return 130
     taken = duration(time.monotonic() - begin)
     print(f"{options.out} is ready ({taken}); train on it with --data {options.out}")
-    Console(soft_wrap=True, highlight=False).print(_table(manifest))
+    common.console(soft_wrap=True, highlight=False).print(_table(manifest))
     if skipped := manifest["skipped_files"]:
         some = ", ".join(skipped[:5])
         print(f"{len(skipped)} files were not UTF-8 text and passed over: {some}")

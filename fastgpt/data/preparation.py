@@ -298,6 +298,7 @@ def _lock(out: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.1)
     except Timeout:
+        path.stat()  # raises where no lock can be made at all, as in /proc, which filelock waits for too
         print(f"another process prepares {out}: waiting for it", file=sys.stderr)
         lock.acquire()
     try:

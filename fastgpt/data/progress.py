@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastgpt import common
 from fastgpt.common import duration, rounded
 
 LINE_SECONDS = 30.0
@@ -22,7 +23,7 @@ class ProgressReport(Progress):
     """
 
     def __init__(self, label: str, tokens: int, console: Console | None = None) -> None:
-        console = console or Console(stderr=True, soft_wrap=True, highlight=False)
+        console = console or common.console(stderr=True, soft_wrap=True, highlight=False)
         super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
-
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
@@ -96,7 +94,7 @@ def main(args: list[str]) -> int:
     if options.json:
         print(json.dumps(text.to_json(found, gpu), indent=2, allow_nan=False))
     else:
-        console = Console(highlight=False)
+        console = common.console(highlight=False)
         text.print_report(found, gpu, console)
         if options.html is not None:
             console.print(f"wrote {options.html}", markup=False)

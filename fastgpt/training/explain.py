@@ -19,8 +19,7 @@ from rich.table import Table
 
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, Config
-from fastgpt.hardware import cards
-from fastgpt.hardware.requirements import unused_gpu
+from fastgpt.hardware import cards, requirements
 from fastgpt.kernels import runtime, tuning
 from fastgpt.training import dry_run
 from fastgpt.training.dry_run import Record
@@ -47,12 +46,12 @@ class Card(NamedTuple):
     sms: int
 
 
-def card_of(asked: str) -> Card | None:
-    """The card of that name, or with HERE the one that is present; None without a GPU. Raises UserError for an unknown
-    name, and for a card that kernels are not compiled for."""
+def card_of(asked: str) -> Card:
+    """The card of that name, or with HERE the one that is present. Raises UserError without a GPU, for an unknown name, and for
+    a card that kernels are not compiled for."""
     if asked == HERE:
         if not torch.cuda.is_available():
-            return None
+            raise UserError(requirements.name_a_gpu())
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
         card = Card(found.name, 10 * found.major + found.minor, found.multi_processor_count)
     else:
@@ -70,12 +69,6 @@ def explain(config: Config, console: Console) -> int:
     if config.train.kernels != "triton":
         raise UserError(f"kernels is {config.train.kernels!r}, which is PyTorch's alone: explain_kernels needs triton")
     card = card_of(asked)
-    if card is None:
-        console.print(
-            f"{unused_gpu() or 'There is no CUDA GPU here'}: kernels run in Triton's interpreter, which compiles nothing and "
-            "asks no table. Name a card to see what it would run: --explain-kernels rtx4070"
-        )
-        return 0
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     gpu = cards.lookup(card.name)
     if precision in EXPERIMENTAL and gpu is not None and not cards.gains(precision, gpu):

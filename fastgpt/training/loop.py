@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from fastgpt import anatomy
+from fastgpt import anatomy, common
 from fastgpt.checkpoints import folder, lock, saver
 from fastgpt.common import UserError, first_line
 from fastgpt.config import Config
@@ -90,13 +90,14 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
     """
     from rich.console import Console
 
+    folder.check_free(config.train.out)
     with (
         distributed.connect(device, config.train.rank_timeout) as (world, device),
         lock.held(config.train.out) if world.is_main else nullcontext(),
     ):
         terminal = Terminal(sys.stdout, [])
         if console is None:
-            console = Console(file=cast(IO[str], terminal), soft_wrap=True, highlight=False)
+            console = common.console(file=cast(IO[str], terminal), soft_wrap=True, highlight=False)
         return _Loop(config, device, world, console if world.is_main else Console(quiet=True), terminal).run()
 
 
