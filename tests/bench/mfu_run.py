@@ -51,6 +51,12 @@ def quick_run(monkeypatch, folder):
     return ["--device", "cpu", "--model", TINY, "--batch", "2", "--steps", "3", "--out", str(folder / "out")]
 
 
+def with_flags(quick, flags):
+    """The flags of a quick run, those of ``flags`` in their place."""
+    kept = [(name, value) for name, value in zip(quick[::2], quick[1::2]) if name not in flags]
+    return [word for pair in kept for word in pair] + [*flags]
+
+
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     return quick_run(monkeypatch, tmp_path)

@@ -25,7 +25,7 @@ from fastgpt.config import EXPERIMENTAL, ModelConfig, Precision
 from fastgpt.hardware import cards
 from fastgpt.ops import usable_precision
 from fastgpt.performance.operations import GAPS, operations
-from tests.bench.mfu_run import CEILINGS, INTERPRETED, TINY, quick, quick_run, result
+from tests.bench.mfu_run import CEILINGS, INTERPRETED, TINY, quick, quick_run, result, with_flags
 
 __all__ = ["quick", "result"]  # fixtures
 
@@ -85,14 +85,14 @@ def test_a_large_model_gets_a_small_batch_on_a_cpu_unless_told_otherwise():
 def test_bad_input_ends_in_one_sentence_before_anything_is_measured(flags, sentence, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(profile, "measure", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(UserError, match=sentence):
-        mfu.main([*quick, *flags])
+        mfu.main(with_flags(quick, flags))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_gpu_that_is_not_there_ends_in_one_sentence(quick, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"device is 'cuda' but torch .* sees no CUDA GPU"):
-        mfu.main([*quick, "--device", "cuda"])
+        mfu.main(with_flags(quick, ["--device", "cuda"]))
 
 
 @pytest.mark.parametrize("flag", ["--out", "--trace"])
@@ -100,7 +100,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_sentence_and_exit_code_2(
     flag, quick, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(sys, "argv", ["bench.mfu", *quick, flag, str(tmp_path / "file" / "traces")])
+    monkeypatch.setattr(sys, "argv", ["bench.mfu", *with_flags(quick, [flag, str(tmp_path / "file" / "traces")])])
     with pytest.raises(SystemExit) as end:
         common.run(mfu.main)
     error = capsys.readouterr().err
