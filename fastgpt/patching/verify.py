@@ -61,29 +61,35 @@ def fuse_and_verify(model: nn.Module, changes: Sequence[Change], ops: Ops, batch
             raise UserError("verify: loss or gradients of the unpatched model are not finite on this batch")
         narrow = torch.get_autocast_dtype(device.type) if autocast else min(_dtypes(model), key=lambda d: d.itemsize)
 
-        def figures() -> Figures:
-            return {name: _worst(got, own[name], wide[name], narrow) for name, got in measured(model, autocast).items()}
+        figures: Figures = {}
+
+        def wrong() -> str | None:
+            """What is wrong with the model as it is patched now."""
+            try:
+                found = measured(model, autocast)
+            except Exception as failure:
+                return f"the model fails ({type(failure).__name__}: {first_line(failure)})"
+            figures.update((name, _worst(got, own[name], wide[name], narrow)) for name, got in found.items())
+            name = max(figures, key=lambda name: _ratio(figures[name]))
+            if _ratio(figures[name]) <= 1:
+                return None
+            what = "the loss" if name == "loss" else f"the gradient of {name}"
+            return "{} is off by {:.1e}, where {:.1e} is allowed".format(what, *figures[name])
 
         for change in changes:
             fuse(change.module, change.mixin, ops)
-        found = figures()
-        if _furthest(found)[0] <= 1:
-            return found
+        if (why := wrong()) is None:
+            return figures
         for change in changes:
             restore(change.module)
-        operations = list(dict.fromkeys(change.operation for change in changes))
-        for operation in operations:  # one after the other, until it fails
+        for operation in dict.fromkeys(change.operation for change in changes):  # one after the other, until it fails
             for change in changes:
                 if change.operation == operation:
                     fuse(change.module, change.mixin, ops)
-            if _furthest(found := figures())[0] > 1:
+            if again := wrong():
+                why = again
                 break
-    ratio, name = _furthest(found)
-    what = "the loss" if name == "loss" else f"the gradient of {name}"
-    error, limit = found[name]
-    raise UserError(
-        f"patch was undone: with the fused {operation} {what} is off by {error:.1e}, where {limit:.1e} is allowed"
-    )
+    raise UserError(f"patch was undone: with the fused {operation} {why}")
 
 
 def _loss_and_gradients(model: nn.Module, arguments: Any) -> dict[str, Tensor]:
@@ -96,7 +102,8 @@ def _loss_and_gradients(model: nn.Module, arguments: Any) -> dict[str, Tensor]:
     skipped = set(matrices) - set(matrices[:: -(-len(matrices) // _MATRICES) or 1])
     names = [name for name in trained if name not in skipped]
     gradients = torch.autograd.grad(scalars[0], [trained[name] for name in names], allow_unused=True)
-    return {"loss": scalars[0].detach()} | {name: g for name, g in zip(names, gradients) if g is not None}
+    found = {name: torch.zeros_like(trained[name]) if g is None else g for name, g in zip(names, gradients)}
+    return {"loss": scalars[0].detach(), **found}
 
 
 def _worst(got: Tensor, own: Tensor, wide: Tensor, narrow: torch.dtype) -> tuple[float, float]:
@@ -109,10 +116,6 @@ def _worst(got: Tensor, own: Tensor, wide: Tensor, narrow: torch.dtype) -> tuple
 def _ratio(figure: tuple[float, float]) -> float:
     error, limit = figure
     return error / limit if error < float("inf") else float("inf")  # NaN is no number to compare with
-
-
-def _furthest(figures: Figures) -> tuple[float, str]:
-    return max((_ratio(figure), name) for name, figure in figures.items())
 
 
 def _dtypes(model: nn.Module) -> list[torch.dtype]:

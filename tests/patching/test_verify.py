@@ -49,16 +49,18 @@ def test_in_the_dtypes_of_the_user(device, dtype, autocast):
     assert error <= limit and limit > torch.finfo(dtype).eps
 
 
-def wrong(name, monkeypatch):
-    """The table of kernels with one that computes something else, as by a miscompilation."""
+def wrong(name, monkeypatch, error=None):
+    """The table of kernels with one that computes something else, as by a miscompilation, or raises ``error``."""
     table = ops.get("triton")
     own = getattr(table, name)
 
     def off(*args, **kwargs):
+        if error:
+            raise error
         result = own(*args, **kwargs)
         return tuple(1.01 * part for part in result) if isinstance(result, tuple) else 1.01 * result
 
-    monkeypatch.setattr(ops, "get", lambda *_: replace(table, name=f"triton wrong {name}", **{name: off}))
+    monkeypatch.setattr(ops, "get", lambda *_: replace(table, name=f"triton wrong {name} {error}", **{name: off}))
 
 
 @pytest.mark.parametrize("kernel, operation", [
@@ -73,6 +75,14 @@ def test_a_wrong_kernel_is_named_and_the_patch_undone(device, kernel, operation,
         patch(model, verify=given)
     assert not any(map(is_fused, model.modules()))
     assert not any(name.startswith("_fastgpt") for module in model.modules() for name in vars(module))
+
+
+def test_a_kernel_that_does_not_run_is_named(device, monkeypatch):
+    model, given = model_and_batch("nanogpt", device, n_layer=1)
+    wrong("mlp", monkeypatch, RuntimeError("out of shared memory\nand more"))
+    with pytest.raises(UserError, match=r"with the fused MLP the model fails .RuntimeError: out of shared memory.$"):
+        patch(model, verify=given)
+    assert not any(map(is_fused, model.modules()))
 
 
 @pytest.mark.parametrize("given, message", [
