@@ -8,12 +8,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PRINTS = """
 fastgpt.data.__main__ fastgpt.data.progress fastgpt.doctor.__main__ fastgpt.doctor.report.page fastgpt.doctor.report.text
-fastgpt.plan fastgpt.train fastgpt.training.explain
-bench.audit bench.precision bench.project
+fastgpt.plan fastgpt.training.explain
+bench.audit bench.kill_campaign bench.precision bench.project bench.refusals
 bench.reports.calibration bench.reports.mfu_tables bench.reports.page bench.reports.pictures
 bench.conftest bench.test_host bench.test_kernels
 """
-"""What cannot be: commands that print with rich, what they print with, and pytest's benchmarks."""
+"""What cannot be: what prints with rich, pytest's benchmarks, and the campaigns, which are POSIX's and use psutil."""
 
 # Only what our own files ask for is refused: torch imports what it finds installed.
 REFUSE = """
