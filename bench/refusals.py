@@ -329,6 +329,7 @@ RESTORED: dict[tuple[str, ...], list[Any]] = {
     ("geometry",): [5, [], {"asked": 1, "used": 2}, {"asked": [2, 1], "used": [0, 0]}],
     ("spikes",): [5, ["a"], {}, [None]],
     ("scaler",): [5, [1]],
+    ("metrics",): ["all", -1],
     ("optimizer",): [3, [], {"state": 3, "param_groups": []}],
 }
 TABLES: dict[str, list[Any]] = {

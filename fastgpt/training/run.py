@@ -299,6 +299,7 @@ def check_saved(values: dict[str, Any], path: Path) -> None:
         and all(isinstance(loss, float) for loss in losses),
         "eval_due": isinstance(values.get("eval_due", False), bool),
         "rng": "rng" not in values or rng.fits(values["rng"]),
+        "metrics": values.get("metrics") is None or numbers([values["metrics"]], whole, 0),
         "scaler": isinstance(values.get("scaler", {}), dict),
         "loader": loader is None
         or (

@@ -128,6 +128,7 @@ def saved():
         "eval_due": False,
         "rng": rng.rng_state(),
         "scaler": {},
+        "metrics": 1234,
         "loader": {"position": 3, "seed": 1, "windows": 9, "block_size": 8, "order": 2},
         "geometry": {"asked": [8, 1], "used": [4, 2]},
     }
@@ -151,6 +152,7 @@ WRONG = {
     "interval_losses": [{}, ["a"]],
     "eval_due": [1],
     "scaler": [1],
+    "metrics": ["all", -1, 1.5],
     "loader": [
         5,
         {},
