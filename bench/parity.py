@@ -18,15 +18,19 @@ from fastgpt.kernels.parity import allowed, errors
 
 def assert_parity(
     name: str, got: Tensor, ref64: Tensor, torch_same_dtype: Tensor, operand_dtype: torch.dtype | None = None
-) -> None:
-    """Assert the bound for one tensor. ``ref64`` is fp64; ``torch_same_dtype`` is PyTorch's result in the dtype."""
+) -> float:
+    """Assert the bound for one tensor, and return the share of it that is used. ``ref64`` is fp64; ``torch_same_dtype`` is
+    PyTorch's result in the dtype."""
     assert got.shape == ref64.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(ref64.shape)}"
     assert got.dtype == torch_same_dtype.dtype, f"{name}: dtype {got.dtype}, PyTorch gives {torch_same_dtype.dtype}"
     assert torch.isfinite(got).all(), f"{name}: not finite"
     ref64 = ref64.detach()
+    used = 0.0
     for kind, mine, theirs in zip(("rms", "max"), errors(got, ref64), errors(torch_same_dtype, ref64)):
         limit = allowed(theirs, got.dtype, operand_dtype)
         assert mine <= limit, f"{name}: {kind} error {mine:.3g}, PyTorch's {theirs:.3g}, allowed {limit:.3g}"
+        used = max(used, mine / limit)
+    return used
 
 
 def run(op: Callable, inputs: dict[str, Any], upstream: tuple[Tensor, ...] | None) -> tuple[dict, tuple[Tensor, ...]]:

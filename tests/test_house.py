@@ -28,7 +28,7 @@ def table() -> dict[str, tuple[str, ...]]:
 FASTGPT = table()
 RULES = {**FASTGPT, "__init__": tuple(FASTGPT)}  # the package itself: public names, imported when they are asked for
 
-BENCH_ROOMS = ("parity", "ops", "steps", "compiler", "numerics", "reports")
+BENCH_ROOMS = ("parity", "emulator", "ops", "steps", "compiler", "numerics", "reports")
 
 
 def sources() -> list[Path]:

@@ -148,7 +148,9 @@ def _prepare_kernel(
     if found_inf is not None:
         happens = happens & (tl.load(found_inf) == 0)
     tl.store(grad_norm, norm)
-    tl.store(skipped, tl.load(skipped) + (1 - happens.to(tl.int64)))
+    before = tl.load(skipped)
+    tl.debug_barrier()  # every warp has read the count before one writes it
+    tl.store(skipped, before + (1 - happens.to(tl.int64)))
     if grad_scale is not None:
         clip = tl.div_rn(clip, tl.load(grad_scale))
     tl.store(control, clip)
