@@ -61,7 +61,7 @@ class Case:
 
 
 @dataclass
-class Outcome:
+class CaseResult:
     case: str
     problems: list[str]
     faults: list[Sighting]
@@ -76,7 +76,7 @@ class Outcome:
         return not self.problems and not self.faults
 
 
-def execute(case: Case, arch: int, **options: Any) -> Outcome:
+def execute(case: Case, arch: int, **options: Any) -> CaseResult:
     """Run a case for sm_``arch``. What it raises is a problem, too."""
     torch.manual_seed(zlib.crc32(case.name.encode()))
     problems: list[str] = []
@@ -88,7 +88,7 @@ def execute(case: Case, arch: int, **options: Any) -> Outcome:
         except Exception as error:
             problems = [f"{type(error).__name__}: {error}"]
     faults = [f for f in session.findings.faults() if (f.kind, f.kernel, _line(f)) not in ACCEPTED]
-    return Outcome(case.name, problems, faults, session.findings.notes(), used, time.process_time() - began, session)
+    return CaseResult(case.name, problems, faults, session.findings.notes(), used, time.process_time() - began, session)
 
 
 def _line(finding: Sighting) -> str:
