@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from contextlib import suppress
@@ -157,7 +156,8 @@ def check_free(folder: Path) -> None:
         "tensorboard": "folder",
     }.items():
         path = folder / name
-        if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
+        wrong = path.is_dir() or path.is_fifo() if kind == "file" else path.exists() and not path.is_dir()
+        if wrong:
             raise UserError(
                 f"{path} is in the way: a run keeps a {kind} of that name there; move it, or name another --out"
             )
