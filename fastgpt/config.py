@@ -339,4 +339,6 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         at_least(-common.LARGEST, **{where: value})  # before it becomes a float, which a longer one cannot
     if value == "":
         raise UserError(f"{where} is empty: leave it out, or give a value")
+    if isinstance(value, str) and "\0" in value:  # no name of a file has one, and the system raises for it
+        raise UserError(f"{where} is {shortened(repr(value))}: it must not have a NUL character in it")
     return hint(value) if hint in (float, Path) else value

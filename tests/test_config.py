@@ -114,6 +114,7 @@ def test_unknown_flags_and_choices_exit_with_2(args, capsys, monkeypatch):
         ("[train]\nmax_iters = " + "9" * 400, ["max_iters", "2^63"]),
         ("[optim]\nlr = 1" + "0" * 400, ["lr", "2^63"]),
         ("[train]\nout = ''\n", ["out is empty"]),
+        ('[train]\nout = "a\\u0000b"\n', ["out is 'a", "NUL"]),
         ("cuda = 3\n", ["cuda = 3", "sections"]),
         ("[cuda]\nlr = 3\n", ["[lr]", "sections"]),
         ("[cuda.optim]\nlr = 'high'\n", ["lr is 'high'"]),

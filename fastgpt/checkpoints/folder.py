@@ -146,8 +146,15 @@ def clean(folder: Path) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """Raise UserError for a file or a folder in the way of what a run writes: the first step would find it, after an earlier
-    run has been moved."""
+    """Raise UserError for a file or a folder in the way of what a run writes (the first step would find it, after an earlier
+    run has been moved), and for a folder inside a checkpoint, which goes when its run deletes that one."""
+    real = Path(os.path.realpath(folder))
+    for path in (real, *real.parents):
+        if step_of(path) >= 0 and (path / "manifest.json").exists():
+            inside = "" if path == real else f"inside {path}, "
+            raise UserError(
+                f"out is {folder}, {inside}a checkpoint, which its run deletes in time: name another folder"
+            )
     for name, kind in {
         METRICS: "file",
         BEST: "file",

@@ -149,7 +149,7 @@ class AsyncSaver:
             self.last_error = _failure(self.folder, step, error)
             trouble = type(error), getattr(error, "errno", None)
             if trouble != self._trouble:  # a disk that stays full is said once
-                self._news.append(self.last_error)
+                self._news.append(f"{self.last_error}; the next save tries again")
             self._trouble = trouble
             return
         self.last_error = self._trouble = None
@@ -181,6 +181,4 @@ def _failure(folder: Path, step: int, error: BaseException) -> str:
         reason = why_unwritten(error, folder)
     earlier = last_saved(folder)
     good = f"the last good checkpoint is {earlier}" if earlier else "there is no checkpoint yet"
-    return (
-        f"the checkpoint of step {step} was not saved: {reason}; {good}, training goes on and the next save tries again"
-    )
+    return f"the checkpoint of step {step} was not saved: {reason}; {good}"

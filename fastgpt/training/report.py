@@ -211,8 +211,9 @@ def log_line(record: Mapping[str, Any]) -> str:
         line += f", held back by {record['throttle']}"
     if record.get("skipped_steps"):
         line += f", skipped {record['skipped_steps']}"
-    if record.get("eta_s") is not None:
-        line += f", eta {timedelta(seconds=round(record['eta_s']))}"
+    eta = record.get("eta_s")
+    if eta is not None and eta < timedelta.max.total_seconds():  # 2^63 steps are a run that goes on until it is stopped
+        line += f", eta {timedelta(seconds=round(eta))}"
     return line
 
 

@@ -68,6 +68,17 @@ def test_a_run_that_cannot_be_renamed_is_said(tmp_path, monkeypatch):
         folder.set_aside(tmp_path / "run")
 
 
+@pytest.mark.parametrize("below", ["", "sub", "sub/sub"])
+def test_a_new_run_does_not_begin_inside_a_checkpoint(tmp_path, below):
+    """The rotation of the run around it would delete it, finished or not."""
+    inside = save(tmp_path / "run", 900) / below
+    for out in (inside, tmp_path / "run" / ".." / inside.relative_to(tmp_path)):
+        with pytest.raises(UserError, match=r"a checkpoint, which its run deletes in time: name another folder"):
+            folder.check_free(out)
+    folder.check_free(tmp_path / "run")
+    folder.check_free(tmp_path / "step-00000900")  # a name alone is no checkpoint
+
+
 def test_a_new_run_sets_an_earlier_one_aside(tmp_path):
     run = tmp_path / "run"
     assert folder.set_aside(run) is None

@@ -115,3 +115,9 @@ def test_a_machine_without_psutil_leaves_its_memory_out(monkeypatch):
     assert report._resident() is None
     record = {"step": 1, "interval_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "memory_gb": None}
     assert report.log_line(record).endswith("mem n/a")
+
+
+def test_the_log_line_of_a_run_without_an_end_has_no_eta():
+    record = {"step": 1, "interval_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0}
+    assert report.log_line(record | {"eta_s": 0.0}).endswith(", eta 0:00:00")
+    assert "eta" not in report.log_line(record | {"eta_s": 0.1 * 2**63})  # of --max-iters 9223372036854775807
