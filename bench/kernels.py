@@ -37,7 +37,7 @@ from fastgpt.common import UserError, write_json
 from fastgpt.config import Device
 from fastgpt.hardware.device import present
 from fastgpt.hardware.environment import environment
-from fastgpt.hardware.requirements import no_gpu
+from fastgpt.hardware.requirements import no_gpu, unused_gpu
 from fastgpt.performance import flops
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ class KernelsConfig:
 def main(argv: list[str]) -> int:
     """Parse, run, keep. Exit code 1 if a kernel failed its parity check. Raises UserError for bad input."""
     args = command.parse(KernelsConfig, argv, "bench.kernels", __doc__)
+    if args.device == "auto" and (unused := unused_gpu()) is not None:
+        raise UserError(f"{unused}; --device cpu does without the card")
     where = present() if args.device == "auto" else args.device
     if where == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is 'cuda' but {no_gpu()}: use --device cpu")

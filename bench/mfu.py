@@ -179,7 +179,9 @@ def measure(args: MfuConfig) -> dict[str, Any]:
     # Checked before torch.compile or triton are imported: bad input costs no seconds.
     present = device_module.present() if args.device == "auto" else args.device
     names = backends(args.backends, present, args.precision)
-    where = device_module.pick(args.device, "triton" if "triton" in names else "eager")
+    ours = {"triton"} if present == "cpu" else set(OURS)
+    kernels = "triton" if ours & set(names) else "eager"
+    where = device_module.pick(args.device, kernels, plain="--backends eager,compile")
     if where.type == "cpu" and "triton+compile" in names:
         raise UserError("backends has 'triton+compile', which needs a CUDA GPU: use triton (interpreted here)")
     precision, notes = in_force(args.precision, where)

@@ -131,7 +131,7 @@ def main(args: list[str]) -> int:
     config = command.parse(ParityConfig, args, "bench.training_parity")
     if config.out:
         results.check_writable(config.out.parent)
-    parity = measure(config.steps, device_module.pick(config.device, "triton"))
+    parity = measure(config.steps, device_module.pick(config.device, "triton", plain=""))
     print(
         f"{config.steps} steps: final loss eager {parity.eager[-1]:.6f}, triton {parity.triton[-1]:.6f}; largest distance "
         f"{np.abs(parity.triton - parity.eager).max():.2e} nat, {parity.ratio:.2f} envelopes (allowed {ALLOWED:g})"

@@ -164,6 +164,13 @@ def parse_known(
     return found, rest
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """No line ends at a hyphen inside a word: a flag in a sentence stays whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def show_help(cls: type, module: str, description: str | None = None, default: Any = None) -> NoReturn:
     """Print the help page and exit. ``default``: an instance of ``cls`` whose values the page shows."""
     width = min(WIDTH, shutil.get_terminal_size().columns)
@@ -176,7 +183,7 @@ def show_help(cls: type, module: str, description: str | None = None, default: A
     parser = argparse.ArgumentParser(
         usage=" ".join(usage),
         description=_filled(description or inspect.cleandoc(cls.__doc__ or ""), width),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, width=width, max_help_position=26),
+        formatter_class=lambda prog: _Formatter(prog, width=width, max_help_position=26),
     )
     sections: dict[str, Any] = {"": parser}
     for option in known:

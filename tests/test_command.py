@@ -129,6 +129,22 @@ def test_a_word_too_many_is_named():
         command.parse(One, ["a", "b"], "x")
 
 
+def test_help_breaks_no_line_inside_a_flag(capsys, monkeypatch):
+    @dataclass(frozen=True)
+    class Talks:
+        """Do something."""
+
+        size: int = 1
+        """Words that fill this line of the page up to where '--other-flag' and, further on, a warmup-stable-decay stand."""
+
+    for columns in range(40, 90):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        with pytest.raises(SystemExit):
+            command.parse(Talks, ["--help"], "x")
+        page = capsys.readouterr().out
+        assert "'--other-flag'" in page and "warmup-stable-decay" in page
+
+
 def test_help_fits_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:

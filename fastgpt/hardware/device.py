@@ -13,9 +13,9 @@ from fastgpt.common import UserError
 from fastgpt.hardware import requirements
 
 
-def pick(device: str, kernels: str) -> torch.device:
+def pick(device: str, kernels: str, plain: str = "--kernels eager") -> torch.device:
     """The torch device for ``--device`` (auto, cpu or cuda). With triton kernels on a CPU this switches Triton's
-    interpreter on for the whole process.
+    interpreter on for the whole process. ``plain``: the flag that does without triton, "" where a command has none.
 
     Raises UserError if CUDA or triton is asked for and absent, if torch does not see the NVIDIA card that is here, and if the
     card or the compiler is none that Triton's kernels can run with.
@@ -27,7 +27,7 @@ def pick(device: str, kernels: str) -> torch.device:
     if device == "auto":
         device = present()
     if kernels == "triton":
-        missing = requirements.no_triton(device) or (requirements.no_compiler() if device == "cuda" else None)
+        missing = requirements.no_kernels(device, plain)
         if missing is not None:
             raise UserError(f"kernels is 'triton' but {missing}")
     if device == "cpu" and kernels == "triton" and not interprets():

@@ -59,22 +59,26 @@ def name_a_gpu() -> str:
     return f"gpu is not given and {unused_gpu() or 'there is no CUDA GPU here'}: name one, such as rtx4070"
 
 
-def no_triton(device: str) -> str | None:
-    """Why Triton's kernels cannot run on the "cuda" or "cpu" device of this machine, and what can; None if they can."""
+def no_kernels(device: str, plain: str = "--kernels eager") -> str | None:
+    """Why Triton's kernels cannot run, or their launcher cannot be built, on the "cuda" or "cpu" device of this machine, and
+    what can; None if they can. ``plain``: the flag that does without them, "" where a command has none."""
+    return no_triton(device, plain) or (no_compiler(plain) if device == "cuda" else None)
+
+
+def no_triton(device: str, plain: str = "--kernels eager") -> str | None:
+    """The same, but for the launcher."""
     if find_spec("triton") is None:
-        return (
-            "triton is not installed: use --kernels eager (plain PyTorch), or pip install triton on Linux and triton-windows "
-            "on Windows; macOS has neither"
-        )
+        without = f"use {plain} (plain PyTorch), or " if plain else ""
+        return f"triton is not installed: {without}pip install triton on Linux and triton-windows on Windows; macOS has neither"
     if device == "cuda" and (capability := torch.cuda.get_device_capability()) < OLDEST:
         return (
             f"the {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and the kernels need "
-            "8.0 for bf16 and for their shared memory: use --kernels eager --precision fp16"
+            "8.0 for bf16 and for their shared memory" + (f": use {plain} --precision fp16" if plain else "")
         )
     return None
 
 
-def no_compiler() -> str | None:
+def no_compiler(plain: str = "--kernels eager") -> str | None:
     """What Triton lacks to build the launcher of its kernels, which it does with a C compiler and Python's headers before the
     first launch; None if it has both. triton-windows brings its own."""
     if sys.platform != "linux":
@@ -90,4 +94,5 @@ def no_compiler() -> str | None:
     if not missing:
         return None
     what = " and ".join("no C compiler" if package == "gcc" else "no Python.h" for package in missing)
-    return f"Triton finds {what} to build its kernels' launcher with: sudo apt install {' '.join(missing)}, or --kernels eager"
+    without = f", or {plain}" if plain else ""
+    return f"Triton finds {what} to build its kernels' launcher with: sudo apt install {' '.join(missing)}{without}"

@@ -23,7 +23,7 @@ from bench.reports.session import Child, Ended, Session
 from bench.steps import ceilings, device, profile, turns
 from bench.steps.ceilings import Ceilings
 from fastgpt.common import UserError, write_json
-from fastgpt.hardware import cards
+from fastgpt.hardware import cards, requirements
 from fastgpt.performance.flops import Work
 from fastgpt.training import loop
 from tests import conftest
@@ -583,6 +583,7 @@ def test_bad_input_is_one_sentence(monkeypatch, tmp_path, arguments, sentence):
 )
 def test_results_of_another_card_or_commit_are_not_gone_on_with(monkeypatch, tmp_path, output, sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "no_kernels", lambda *_, **__: None)
     monkeypatch.setattr(Session, "child", lambda *_, **__: Ended(output, True))
     write_json(tmp_path / "results.json", found())
     with pytest.raises(UserError, match=sentence):
@@ -598,6 +599,7 @@ def test_damaged_results_are_one_sentence(monkeypatch, tmp_path):
 
 def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "no_kernels", lambda *_, **__: None)
     monkeypatch.setattr(Session, "child", lambda *_, **__: Ended("Traceback", True))
     with pytest.raises(UserError, match=r"the GPU cannot be used: crashed: see device\.log"):
         gpu.main(["--out", str(tmp_path), "--no-store"])
@@ -608,3 +610,16 @@ def test_the_page_has_the_stages_and_their_shares():
     rows = re.findall(r"^\| (\w+) \| .+ \| (\d+%|what is left) \|$", text, re.MULTILINE)
     assert rows == [(stage.name, f"{stage.share:.0%}" if stage.share else "what is left") for stage in gpu.STAGES]
     assert all(f"`{name}`" in text for name in ALL_FILES)
+
+
+def test_a_card_that_the_kernels_cannot_run_on_is_one_sentence_before_the_first_stage(monkeypatch, tmp_path):
+    for name, value in {"is_available": True, "get_device_capability": (7, 5), "get_device_name": "Tesla T4"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
+    with pytest.raises(
+        UserError, match=r"^bench\.gpu measures Triton's kernels, but the Tesla T4 has .* shared memory$"
+    ):
+        gpu.main(["--out", str(tmp_path / "out"), "--no-store"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    monkeypatch.setattr(requirements, "no_compiler", lambda plain: "Triton finds no C compiler")
+    with pytest.raises(UserError, match=r"but Triton finds no C compiler$"):
+        gpu.main(["--out", str(tmp_path / "out"), "--no-store"])

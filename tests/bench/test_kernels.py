@@ -133,6 +133,13 @@ def test_bad_input_of_bench_kernels_is_one_sentence(monkeypatch, tmp_path, argum
         kernels.main([argument.format(file=tmp_path / "file") for argument in arguments])
 
 
+def test_a_card_that_torch_cannot_use_is_named_and_nothing_is_interpreted_instead(monkeypatch):
+    monkeypatch.setattr(kernels, "unused_gpu", lambda: "this machine has a card")
+    monkeypatch.setattr(kernels, "run", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(UserError, match=r"^this machine has a card; --device cpu does without the card$"):
+        kernels.main([])
+
+
 # ---- the suite: pytest bench --benchmark-only
 
 

@@ -22,7 +22,7 @@ from fastgpt import command, common
 from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, ModelConfig, Precision
-from fastgpt.hardware import cards
+from fastgpt.hardware import cards, requirements
 from fastgpt.ops import usable_precision
 from fastgpt.performance.operations import GAPS, operations
 from tests.bench.mfu_run import CEILINGS, INTERPRETED, TINY, quick, quick_run, result, with_flags
@@ -93,6 +93,18 @@ def test_a_gpu_that_is_not_there_ends_in_one_sentence(quick, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"device is 'cuda' but torch .* sees no CUDA GPU"):
         mfu.main(with_flags(quick, ["--device", "cuda"]))
+
+
+def test_where_the_kernels_cannot_run_the_remedy_is_a_flag_that_this_command_has(quick, monkeypatch):
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed: use --backends eager,compile [(]plain PyTorch[)], or"):
+        mfu.main(with_flags(quick, ["--backends", "triton"]))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+    with pytest.raises(UserError, match=r"use --backends eager,compile --precision fp16$"):
+        mfu.main(with_flags(quick, ["--device", "cuda", "--backends", "triton+compile"]))
 
 
 @pytest.mark.parametrize("flag", ["--out", "--trace"])
