@@ -44,7 +44,7 @@ def held(out: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock, record = FileLock(path), path.with_name(f"{path.name}.json")
             try:
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=1)  # a killed process's threads end one by one, and its lock with the last
             except Timeout:
                 path.stat()  # raises where no lock can be made at all, as in /proc, which filelock reports alike
                 raise UserError(_in_use(out, read_json(record) or {})) from None
