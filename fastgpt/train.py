@@ -16,7 +16,7 @@ def main(args: list[str]) -> int:
         from fastgpt.training.explain import explain
 
         return explain(config, common.console(width=None if sys.stdout.isatty() else 140, highlight=False))
-    where = device.pick(config.train.device, config.train.kernels)
+    where = device.pick(config.train.device, config.train.kernels, compiled=config.train.compile)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     with common.importing():
         from fastgpt.training import distributed, loop

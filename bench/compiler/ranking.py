@@ -82,7 +82,6 @@ class Facts:
         return asdict(self)
 
 
-_LABEL = re.compile(r"^(\.L_\w+):", re.MULTILINE)
 _LINE = re.compile(r"^(\.L_\w+):|^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]*)(.*)$", re.MULTILINE)
 
 

@@ -13,9 +13,10 @@ from fastgpt.common import UserError
 from fastgpt.hardware import requirements
 
 
-def pick(device: str, kernels: str, plain: str = "--kernels eager") -> torch.device:
+def pick(device: str, kernels: str, plain: str = "--kernels eager", compiled: bool = False) -> torch.device:
     """The torch device for ``--device`` (auto, cpu or cuda). With triton kernels on a CPU this switches Triton's
     interpreter on for the whole process. ``plain``: the flag that does without triton, "" where a command has none.
+    ``compiled``: under torch.compile, which builds such a launcher, too.
 
     Raises UserError if CUDA or triton is asked for and absent, if torch does not see the NVIDIA card that is here, and if the
     card or the compiler is none that Triton's kernels can run with.
@@ -30,6 +31,8 @@ def pick(device: str, kernels: str, plain: str = "--kernels eager") -> torch.dev
         missing = requirements.no_kernels(device, plain)
         if missing is not None:
             raise UserError(f"kernels is 'triton' but {missing}")
+    elif compiled and device == "cuda" and (missing := requirements.no_compiler("leave out --compile")) is not None:
+        raise UserError(f"compile is on but {missing}")
     if device == "cpu" and kernels == "triton" and not interprets():
         # fastgpt.kernels looks at the environment once, when it is imported; later, PyTorch would compute in silence.
         if "triton" in sys.modules or "fastgpt.kernels.runtime" in sys.modules:

@@ -114,6 +114,8 @@ def test_a_machine_without_compiler_or_headers_is_refused_before_the_first_launc
     with pytest.raises(UserError, match=sentence.format(sys.version_info.minor)):
         device.pick("auto", "triton")
     assert device.pick("auto", "eager").type == "cuda"
+    with pytest.raises(UserError, match=r"^compile is on but Triton finds .*, or leave out --compile$"):
+        device.pick("auto", "eager", compiled=True)
     monkeypatch.setattr(sys, "platform", "win32")  # triton-windows brings a compiler
     assert requirements.no_compiler() is None
 
