@@ -238,9 +238,12 @@ def _sample(
     if top_k is not None:
         threshold = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -math.inf)
-    probabilities = F.softmax(logits / temperature, -1)
+    least = 1e-30  # numbers below it may be 0 in fp32
+    probabilities = F.softmax(logits / max(temperature, least), -1)
     if top_p is not None:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # the likeliest token always stays
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))
+        probabilities = torch.zeros_like(probabilities).scatter(
+            -1, order, ordered.masked_fill(before >= max(top_p, least), 0.0)
+        )
     return torch.multinomial(probabilities, 1, generator=generator)

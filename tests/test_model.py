@@ -152,6 +152,12 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(device):
     assert drawn == {0.3: {1}, 0.5: {1, 2}, 0.75: {1, 2, 3}, 1.0: {0, 1, 2, 3}}
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-300, None), (1e-40, None), (1.0, 1e-300), (1e-300, 1e-300)])
+def test_what_fp32_cannot_tell_from_zero_samples_the_likeliest(device, temperature, top_p):
+    logits = torch.tensor([[1.0, 60.0, 59.0, -3.0]], device=device)
+    assert [_sample(logits, temperature, k, top_p, None).tolist() for k in (None, 3)] == [[[1]]] * 2
+
+
 def hugging_face(config: ModelConfig, device, dtype):
     """A GPT2LMHeadModel with random weights, and the same weights under this model's names."""
     transformers = pytest.importorskip("transformers")

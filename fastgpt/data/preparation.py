@@ -79,6 +79,10 @@ def prepare(
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError("prepare() was called while a worker imports the main script: guard it by __name__")
     out = Path(out).expanduser()
+    if out.name in ("", ".."):  # of "." and "..", which nothing can be put behind
+        out = Path(os.path.abspath(out))
+    if not out.name:
+        raise UserError(f"out is {out}: name a folder below it")
     work = out.with_name(out.name + ".partial")
     corpus = open_corpus(
         source,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.checkpoints.folder import METRICS
-from fastgpt.common import UserError, first_line, open_file, write_whole
+from fastgpt.common import UserError, first_line, open_file, shortened, write_whole
 from fastgpt.config import Config
 from fastgpt.training.outlets import Appended, Outlet
 
@@ -152,11 +152,13 @@ def _drop_after(path: Path, run_id: str, step: int, kept: int | None) -> None:
     if not isinstance(kept, int) or content[kept - 1 : kept] != b"\n":  # an older checkpoint, or a file begun anew
         kept = 0
     seen = content[:kept].count(b"\n")
-    later = [
-        _line(record)
-        for record in records[seen:]
-        if record.get("step", record.get("at_step", 0)) <= step and not (kept and "event" in record)
-    ]
+    later = []
+    for number, record in enumerate(records[seen:], seen + 1):
+        at = record.get("step", record.get("at_step", 0))
+        if not isinstance(at, (int, float)):
+            raise UserError(f"metrics file {path} is damaged: line {number} is of step {shortened(repr(at))}")
+        if at <= step and not (kept and "event" in record):
+            later.append(_line(record))
     write_whole(path, b"".join([content[:kept], *later]).decode())
 
 

@@ -154,3 +154,8 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device"), lock.held(tmp_path / "run"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("pid", [-1, "x", None, 10**30])
+def test_a_number_that_is_no_process_is_no_traceback(pid):
+    assert not lock.is_running(lock.this_process() | {"pid": pid})

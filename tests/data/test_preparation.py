@@ -476,6 +476,19 @@ def test_a_place_that_cannot_be_written(tmp_path):
         prepare(source, tmp_path / "file" / "out", BYTES)
 
 
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [(".", "already holds something else"), ("..", "already holds something else"), ("/", "out is /: name")],
+)
+def test_a_folder_without_a_name_is_refused_as_any_other(tmp_path, monkeypatch, out, said):
+    (tmp_path / "a").mkdir()
+    source = _write_docs(tmp_path / "a" / "in", ["a", "b"])
+    monkeypatch.chdir(tmp_path / "a")
+    with pytest.raises(UserError, match=said):
+        prepare(source, out, BYTES)
+    assert [path.name for path in tmp_path.rglob("*")].count("in") == 1 and not list(tmp_path.rglob("*partial"))
+
+
 def test_resolve_text_goes_through_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = tmp_path / "my book.txt"

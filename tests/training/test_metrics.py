@@ -88,6 +88,15 @@ def test_a_damaged_file_and_a_missing_one_end_in_one_sentence(tmp_path):
         metrics.read(tmp_path)
 
 
+@pytest.mark.parametrize("step", ['"x"', "null", "[1]"])
+def test_a_record_of_no_step_is_refused_by_a_resumed_run(tmp_path, step):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text := f'{{"run": "a"}}\n{{"step": {step}}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: line 2 is of step"):
+        Metrics(tmp_path, "a", 1, CONFIG)
+    assert path.read_text() == text
+
+
 def test_tensorboard_has_the_numbers_of_every_step(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
