@@ -87,6 +87,7 @@ def execute(case: Case, arch: int, **options: Any) -> CaseResult:
             problems, used = case.run(session)
         except Exception as error:
             problems = [f"{type(error).__name__}: {error}"]
+    session.reachable = []
     faults = [f for f in session.findings.faults() if (f.kind, f.kernel, _line(f)) not in ACCEPTED]
     return CaseResult(case.name, problems, faults, session.findings.notes(), used, time.process_time() - began, session)
 
@@ -158,7 +159,8 @@ def _more() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"attention {SHORT[dtype]} D64 grouped, all options", partial(attend, dtype, 64, T=130, H=4, **everything)
     yield "attention bf16 D64 window both ways", partial(attend, BF16, 64, T=130, window=40, causal=False)
     yield "attention bf16 D64 window 300", partial(attend, BF16, 64, T=257, window=300)
-    yield "attention bf16 D64 negative scale", partial(attend, BF16, 64, T=64, scale=-0.2)
+    # With a window: PyTorch's own causal attention on a CPU gives NaN for a negative scale.
+    yield "attention bf16 D64 negative scale", partial(attend, BF16, 64, T=64, scale=-0.2, window=40)
     yield "attention fp16-fast D80 dropout", partial(attend, FP16, 80, T=130, dropout_p=0.1, accumulate="fp16")
     for name, lengths, T_q, causal in (
         ("", (40, 97), 17, True),

@@ -263,7 +263,9 @@ def _stepped(
 
 def _state(step: fused_adamw.Step) -> dict[str, Tensor]:
     lists = {"param": step.params, "exp_avg": step.exp_avgs, "exp_avg_sq": step.exp_avg_sqs}
-    return {f"{name}{i}": x.detach() for name, xs in lists.items() for i, x in enumerate(xs)} | {"norm": step.grad_norm}
+    found = {f"{name}{i}": x.detach() for name, xs in lists.items() for i, x in enumerate(xs)}
+    # A norm that is not finite skips the step, which the parameters show.
+    return found | ({"norm": step.grad_norm} if step.grad_norm.isfinite() else {})
 
 
 # ---------------------------------------------------------------- every public operation
