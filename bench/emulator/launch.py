@@ -28,7 +28,7 @@ from bench.emulator.memory import Findings, GlobalMemory, Span, Storage
 from fastgpt.common import cache_dir
 from fastgpt.kernels.offline import absent_gpu, launched_by
 
-parse = lru_cache(maxsize=512)(ptx.parse)
+parse = lru_cache(maxsize=64)(ptx.parse)  # a kernel and its functions are megabytes
 
 
 class Driver(CompileOnlyDriver):
