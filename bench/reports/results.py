@@ -63,7 +63,10 @@ def _slug(name: str) -> str:
 
 def read(path: Path, writer: str, schema: str, version: int) -> dict[str, Any]:
     """A file that the command ``writer`` wrote. Raises UserError if it is damaged, something else, or of another version."""
-    found = load_json(path, "results file")
+    try:
+        found = load_json(path, "results file")
+    except UserError as error:
+        raise UserError(f"{error}; measure again") from error
     if not isinstance(found, dict) or found.get("schema") != schema:
         raise UserError(f"{path} is not a results file of {writer}: schema is not {schema!r}")
     if found.get("schema_version") != version:

@@ -149,26 +149,29 @@ def clean(folder: Path) -> None:
 def check_free(folder: Path) -> None:
     """Raise UserError for a file or a folder in the way of what a run writes (the first step would find it, after an earlier
     run has been moved), and for a folder inside a checkpoint, which goes when its run deletes that one."""
-    real = Path(os.path.realpath(folder))
-    for path in (real, *real.parents):
-        if step_of(path) >= 0 and (path / "manifest.json").exists():
-            inside = "" if path == real else f"inside {path}, "
-            raise UserError(
-                f"out is {folder}, {inside}a checkpoint, which its run deletes in time: name another folder"
-            )
-    for name, kind in {
-        METRICS: "file",
-        BEST: "file",
-        "config.json": "file",
-        "environment.json": "file",
-        "tensorboard": "folder",
-    }.items():
-        path = folder / name
-        wrong = path.is_dir() or path.is_fifo() if kind == "file" else path.exists() and not path.is_dir()
-        if wrong:
-            raise UserError(
-                f"{path} is in the way: a run keeps a {kind} of that name there; move it, or name another --out"
-            )
+    try:
+        real = Path(os.path.realpath(folder))
+        for path in (real, *real.parents):
+            if step_of(path) >= 0 and (path / "manifest.json").exists():
+                inside = "" if path == real else f"inside {path}, "
+                raise UserError(
+                    f"out is {folder}, {inside}a checkpoint, which its run deletes in time: name another folder"
+                )
+        for name, kind in {
+            METRICS: "file",
+            BEST: "file",
+            "config.json": "file",
+            "environment.json": "file",
+            "tensorboard": "folder",
+        }.items():
+            path = folder / name
+            wrong = path.is_dir() or path.is_fifo() if kind == "file" else path.exists() and not path.is_dir()
+            if wrong:
+                raise UserError(
+                    f"{path} is in the way: a run keeps a {kind} of that name there; move it, or name another --out"
+                )
+    except OSError as error:  # a name that is too long, a parent that may not be read
+        raise UserError(f"out is {folder}, which cannot be used ({error.strerror}): name another folder") from error
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -134,12 +134,12 @@ class Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        from safetensors import safe_open
-
         by_file: dict[str, list[Any]] = {}
         for item in plan.items:
             by_file.setdefault(self.chunks[item.storage_index]["file"], []).append(item)
         for name, items in by_file.items():
+            from safetensors import safe_open
+
             with safe_open(self.path / name, framework="pt") as file:
                 for item in items:
                     stored = self.chunks[item.storage_index]

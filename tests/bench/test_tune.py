@@ -393,21 +393,21 @@ def test_linears_that_are_tuned_are_those_of_gpt2s_blocks():
 
 
 def test_families_are_compiled_ahead_and_what_still_compiles_at_the_end_is_ended(monkeypatch, tmp_path):
-    begun = []
+    begun, chosen = {}, families()[:4]
 
     def compile_(family, arch, children):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-        begun.append(child)
+        begun[family.name] = child
         children.add(child)
         raise RuntimeError(f"ended with {child.wait()}")
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tune_table, "_compile", compile_)
     monkeypatch.setattr(tune_table.os, "cpu_count", lambda: 3)
-    with tune_table.compiled_ahead(families()[:4], 89) as compiled:
+    with tune_table.compiled_ahead(chosen, 89) as compiled:
         while len(begun) < 2:
             time.sleep(0.01)
-        begun[0].kill()
+        begun[chosen[0].name].kill()
         with pytest.raises(RuntimeError, match="ended with -"):
-            compiled(families()[0])
-    assert all(child.poll() is not None for child in begun) and len(begun) <= 3
+            compiled(chosen[0])
+    assert all(child.poll() is not None for child in begun.values()) and len(begun) <= 3
