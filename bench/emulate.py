@@ -34,7 +34,7 @@ from fastgpt.command import Arg
 from fastgpt.common import UserError
 from fastgpt.hardware.device import interprets
 
-SAMPLE = 4
+SAMPLE = 2
 """About so many cases without --all and --only."""
 KINDS = ("numbers", "shapes", "far", "train")
 MMA_SYNC = tuple(arch for arch in DEFAULT_GPU if arch != "sm_90")

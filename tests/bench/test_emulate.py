@@ -86,7 +86,7 @@ def test_samples_have_every_kind_and_change_with_the_seed():
     every = [Named(f"{kind} {i}") for kind, count in zip(emulate.KINDS, (178, 194, 14, 12)) for i in range(count)]
     first, again, other = (emulate.sample(every, seed) for seed in (1, 1, 2))
     assert first == again != other
-    assert [sum(case.startswith(kind) for case in first) for kind in emulate.KINDS] == [2, 2, 1, 1]
+    assert [sum(case.startswith(kind) for case in first) for kind in emulate.KINDS] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("arguments, sentence", [

@@ -1,6 +1,6 @@
 """The compile gate: every kernel of a GPT step, compiled with no GPU by bench.audit.
 
-For sm_89 (RTX 4070): all steps, every usual case, and of the other launch cases a third, another one each day; for one of the
+For sm_89 (RTX 4070): all steps, every usual case, and of the other launch cases a sixth, another one each day; for one of the
 other architectures, another one each day, the usual cases. ``python -m bench.audit --all --arch sm_XX`` compiles all of it.
 Child processes compile, since this one interprets; each test then judges one kernel, and a failure names the case, the config
 and the figure.
@@ -56,7 +56,7 @@ def compiled(tmp_path_factory):
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
         sm_89 = audit.target("sm_89", None)
         always = audit.run(sm_89, only=rf"^step |{USUAL}|^layer_norm C4096$|^fp8 sweep$", jobs=2)
-        todays = audit.run(sm_89, shard=(today % 3 + 1, 3), jobs=2)
+        todays = audit.run(sm_89, shard=(today % 6 + 1, 6), jobs=2)
         fp8 = FP8 if arch in ("sm_90", "sm_120") else ""
         other = audit.run(audit.target(arch, None), only=USUAL + fp8, jobs=2)
     results = (always, todays, other)
