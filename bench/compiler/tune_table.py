@@ -29,7 +29,7 @@ Training never reads them, as nothing but a measurement takes a matmul from cuBL
 
 
 Compiled = tuple[list[ranking.Facts], dict[str, int], str]
-"""Of a family: every config as compiled, the default config, the compiler."""
+"""A family as compiled: every config, the default config, the compiler."""
 
 
 @contextmanager

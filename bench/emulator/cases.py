@@ -57,7 +57,7 @@ class Case:
     name: str
     run: Callable[[Emulation], tuple[list[str], float]]
     options: dict[str, Any] = field(default_factory=dict)
-    """Of ``emulated``."""
+    """Arguments for ``emulated``."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class CaseResult:
     notes: list[Sighting]
     used: float
     seconds: float
-    """Of CPU."""
+    """CPU time."""
     session: Emulation
 
     @property
@@ -332,7 +332,7 @@ def _fp8_sweep(approximate: str, session: Emulation, rows: int = 70, C: int = 25
 # ---------------------------------------------------------------- real shapes, some CTAs
 
 CTAS = 8
-"""Of each launch at a real shape: the first, the last, and neighbours from between."""
+"""CTAs that are run of each launch at a real shape: the first, the last, and neighbours from between."""
 
 
 def _sampled(run: Callable[[], None], session: Emulation) -> tuple[list[str], float]:

@@ -34,7 +34,7 @@ class Grid:
     """By parameter: numpy scalars."""
     grid: tuple[int, int, int]
     threads: int
-    """Of a CTA."""
+    """In a CTA."""
     shared: int
     """Bytes of shared memory."""
 

@@ -64,7 +64,7 @@ class Sighting:
     kind: str
     kernel: str
     line: int
-    """Of the PTX."""
+    """Line of the PTX."""
     loc: str
     """file:line:column of the Python source."""
     text: str
