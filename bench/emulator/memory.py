@@ -69,7 +69,7 @@ class Sighting:
     """file:line:column of the Python source."""
     text: str
     detail: str
-    """Of the first occurrence."""
+    """Where it was seen first."""
     count: int = 1
 
     def __str__(self) -> str:
@@ -311,7 +311,7 @@ class GlobalMemory:
             _FLAT[size][at] = before
 
     def name_of(self, place: int) -> str:
-        """Of a granule among those of ``written``."""
+        """The index of a granule among those of ``written``."""
         address = (place << self.shift) + _BASE
         _, _, storage = self.spans[bisect.bisect_right(self.starts, address) - 1]
         return f"{storage.name} at byte {address - storage.base}"
@@ -343,7 +343,8 @@ class Copy:
 
 
 class SharedMemory:
-    """Of a batch of CTAs, side by side. Full of ``garbage`` at first: results must not depend on it. ``slot``: the place of a
+    """The shared memory of a batch of CTAs, side by side. Full of ``garbage`` at first: results must not depend on
+    it. ``slot``: the place of a
     thread's CTA in the batch."""
 
     def __init__(self, ctas: int, nbytes: int, findings: Findings, granule: int, garbage: int) -> None:
