@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fastgpt.checkpoints.lock import is_running, this_process
@@ -58,6 +59,7 @@ class Watch:
             if not self._store.check(["failed"]):
                 self._store.set("failed", json.dumps([self.rank, sentence]))
             self._wait_for_all("told", 5)
+            self._go_last()
 
     def leave(self) -> None:
         """Tell the other ranks that this one has done its work, and wait for theirs."""
@@ -65,12 +67,27 @@ class Watch:
             self._wait_for_all("left", int(self.patience / self._pulse))
 
     def _wait_for_all(self, word: str, pulses: int) -> None:
-        """The store may be this process's: the others must have read it before it ends."""
-        self._store.set(f"{word}/{self.rank}", "")
+        """The store may be rank 0's: it is the last to leave, when the others have read all they need."""
+        for step in (word, f"{word} and done"):
+            self._store.set(f"{step}/{self.rank}", "")
+            if step == word or self.rank == 0:
+                self._wait(pulses, partial(self._store.check, [f"{step}/{rank}" for rank in range(self.size)]))
+
+    def _go_last(self) -> None:
+        """Of ranks that end early. One that still asks the store when rank 0 goes with it prints a page of C++ trace."""
+        if self.rank == 0:
+            self._wait(5, lambda: not any(self._runs(rank) for rank in range(1, self.size)))
+
+    def _wait(self, pulses: int, done: Callable[[], bool]) -> None:
         for _ in range(10 * pulses):
-            if self._store.check([f"{word}/{rank}" for rank in range(self.size)]):
+            if done():
                 return
             time.sleep(self._pulse / 10)
+
+    def _runs(self, rank: int) -> bool | None:
+        """Whether the process of a rank runs; None where this cannot be known."""
+        who = f"who/{rank}"
+        return is_running(json.loads(self._store.get(who))) if self._store.check([who]) else None
 
     def reason(self) -> str | None:
         """Why the run cannot go on, in one sentence; None while it can."""
@@ -80,6 +97,7 @@ class Watch:
             if self._store.check(["failed"]):  # looked up after a rank was found dead: it may have said why
                 rank, sentence = json.loads(self._store.get("failed"))
                 self._store.set(f"told/{self.rank}", "")
+                self._go_last()
                 return f"rank {rank} stopped, and with it rank {self.rank}: {sentence}"
         except RuntimeError:  # of a store whose process has ended
             return self._no_store()
@@ -95,8 +113,8 @@ class Watch:
         self._seen[rank] = count
         if not silent[rank] or self._store.check([f"left/{rank}"]):
             return None
-        who, seconds = f"who/{rank}", silent[rank] * self._pulse
-        if self._store.check([who]) and is_running(json.loads(self._store.get(who))) is False:
+        seconds = silent[rank] * self._pulse
+        if self._runs(rank) is False:
             return f"rank {rank} of this run is gone (its process has ended)"
         if seconds >= (self.patience if count else max(self.patience, START)):
             return f"rank {rank} of this run is gone (no sign of life for {seconds:.0f} s, --rank-timeout)"

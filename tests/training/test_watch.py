@@ -86,6 +86,21 @@ def test_every_rank_ends_with_the_reason_of_the_one_that_fails():
     assert sorted(said) == [f"rank 0 stopped, and with it rank {rank}: the data is missing" for rank in (1, 2)]
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_rank_0_which_may_hold_the_store_leaves_last(monkeypatch, failing):
+    """Seen: the other rank still asked the store, and printed a page of C++ trace behind its sentence."""
+    ended = []
+    monkeypatch.setattr(watch, "is_running", lambda process: ended.append(1) or len(ended) < 8)
+    _, both = watches(pulse=0.01)
+    for each in both:
+        each.stop()
+    both[1 - failing]._store.set(f"told/{1 - failing}", "")
+    both[failing].fail("the data is missing")
+    assert bool(ended) == (failing == 0)
+    assert "the data is missing" in both[1 - failing].reason()
+    assert len(ended) >= 8
+
+
 def test_ranks_wait_for_each_other_at_the_end():
     said = []
     _, (own, other) = watches(said.append, patience=60, pulse=0.01)
