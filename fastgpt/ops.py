@@ -29,6 +29,7 @@ class Ops:
 
     name: str
     layer_norm: Callable[..., Any]
+    qk_norm_rope: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     qkv_attention: Callable[..., Tensor]
     linear: Callable[..., Tensor]

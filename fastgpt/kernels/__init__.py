@@ -14,6 +14,7 @@ if runtime.INTERPRET:
 
 _PUBLIC = {
     "attention": "fused_attn",
+    "qk_norm_rope": "reference",
     "qkv_attention": "fused_attn",
     "embedding": "fused_embedding",
     "layer_norm": "fused_layernorm",

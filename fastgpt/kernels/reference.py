@@ -53,6 +53,51 @@ def layer_norm(
     return y if residual is None else (y, total)
 
 
+def qk_norm_rope(
+    qkv: Tensor,
+    n_head: int,
+    n_kv_head: int,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    norm: bool = True,
+    scale: float = 1.0,
+    position: int | Tensor = 0,
+    interleaved: bool = False,
+    ve: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotary positions, RMS norm and a factor for the queries and keys of packed projections, and values with an embedding
+    mixed in: qkv (B, T, (H + 2 H_kv) D) -> the same shape and dtype.
+
+    q, k = scale * rms_norm(rotate(q, k)), per head, without the norm if ``norm`` is False; v = v + gate[..., None] * ve if
+    ``ve`` (B, T, H_kv D) and ``gate`` (B, T, H_kv) are given, else unchanged.
+
+    Token t stands at ``position + t``; position is an int, or (B,) integers where each sequence starts elsewhere. There
+    ``rotate`` turns each pair (a, b) of a head's columns into (a cos - b sin, a sin + b cos), with one row of cos and sin,
+    (positions, D / 2), for each position. Pairs are columns i and i + D/2 (GPT-NeoX, Llama in Hugging Face), or 2i and 2i + 1
+    if ``interleaved`` (Llama as Meta published it). Where a model turns the other way (nanochat), pass -sin.
+    Su et al. 2021; QK-norm: Henry et al. 2020; value embeddings: Zhou et al. 2024.
+    """
+    D = qkv.shape[-1] // (n_head + 2 * n_kv_head)
+    if D % 2:
+        raise ValueError(f"the head size is {D}: rotary positions turn pairs of columns, so use an even one")
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, D))
+    x, v = heads.split((n_head + n_kv_head, n_kv_head), dim=2)
+    start = position[:, None] if isinstance(position, Tensor) else position
+    at = start + torch.arange(qkv.shape[1], device=qkv.device)
+    cos, sin = cos[at].unsqueeze(-2), sin[at].unsqueeze(-2)  # by index: a table that is too short raises
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    turned = a.to(wide) * cos - b.to(wide) * sin, a.to(wide) * sin + b.to(wide) * cos
+    x = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    x = scale * (F.rms_norm(x, (D,), eps=eps) if norm else x)
+    if ve is not None and gate is not None:
+        v = v.to(wide) + gate[..., None].to(wide) * ve.view_as(v)
+    return torch.cat((x.to(qkv.dtype), v.to(qkv.dtype)), dim=2).flatten(2)
+
+
 def attention_mask(
     T_q: int,
     T_k: int,
