@@ -29,6 +29,7 @@ class Ops:
 
     name: str
     layer_norm: Callable[..., Any]
+    rms_norm: Callable[..., Any]
     qk_norm_rope: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     qkv_attention: Callable[..., Tensor]
@@ -50,20 +51,20 @@ def _from(module: Any) -> dict[str, Any]:
 EAGER = Ops("eager", **_from(reference))
 
 
-def _in_compute_dtype(layer_norm: Callable[..., Any]) -> Callable[..., Any]:
-    """``layer_norm``, whose output the next matmul reads without another cast."""
+def _in_compute_dtype(norm: Callable[..., Any]) -> Callable[..., Any]:
+    """``norm``, whose output the next matmul reads without another cast."""
 
-    def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Any:
+    def in_compute_dtype(x: Tensor, *weights: Tensor | None, **options: Any) -> Any:
         options.setdefault("out_dtype", compute_dtype(x))
-        return layer_norm(x, weight, bias, **options)
+        return norm(x, *weights, **options)
 
-    return norm
+    return in_compute_dtype
 
 
 @cache
 def _triton() -> Ops:
     table = Ops("triton", **_from(kernels))
-    return replace(table, layer_norm=_in_compute_dtype(table.layer_norm))
+    return replace(table, layer_norm=_in_compute_dtype(table.layer_norm), rms_norm=_in_compute_dtype(table.rms_norm))
 
 
 @cache

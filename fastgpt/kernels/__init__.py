@@ -21,7 +21,9 @@ _PUBLIC = {
     "linear": "fused_linear",
     "linear_cross_entropy": "fused_cross_entropy",
     "linear_gelu": "fused_linear",
+    "linear_relu2": "reference",
     "mlp": "fused_linear",
+    "rms_norm": "reference",
 }
 __all__ = list(_PUBLIC)
 

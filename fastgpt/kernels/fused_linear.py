@@ -314,6 +314,7 @@ def mlp(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
+    activation: str = "gelu",
     approximate: str = "tanh",
     accumulate: str = "fp32",
     keep_copy: bool = True,
@@ -321,11 +322,12 @@ def mlp(
     """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual: ``linear`` of ``linear_gelu``, whose backward has
     no pass for the GELU. x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in those two."""
     arguments.approximate(approximate)
+    arguments.choice("activation", activation, ("gelu", "relu2"))
     dtype = check_mlp(x, w_fc, b_fc, w_proj, b_proj, accumulate, residual, dropout_p)
-    if not runtime.runs_in_triton(x):
+    if not runtime.runs_in_triton(x) or activation != "gelu":
         return reference.mlp(
-            x, w_fc, b_fc, w_proj, b_proj,
-            residual=residual, dropout_p=dropout_p, approximate=approximate, accumulate=accumulate,
+            x, w_fc, b_fc, w_proj, b_proj, residual=residual, dropout_p=dropout_p,
+            activation=activation, approximate=approximate, accumulate=accumulate,
         )  # fmt: skip
     pre_bias = b_fc if _wanted(b_fc) else None  # whose gradient comes with that of z, from the second matmul
     bias = b_fc if pre_bias is None or b_fc is None else b_fc.detach()

@@ -53,6 +53,34 @@ def layer_norm(
     return y if residual is None else (y, total)
 
 
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: Tensor | None = None,
+    x0: Tensor | None = None,
+    x0_scale: Tensor | None = None,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMS norm over the last dimension, s / sqrt(mean(s^2) + eps) [* weight], of
+    ``s = scale * (dropout(x) + residual) + x0_scale * x0``, of which all but x may be left out.
+
+    x (..., C), weight (C,), residual and x0 of x's shape, scale and x0_scale tensors of one element. Returns y, or (y, s)
+    with a residual, a scale or x0. y has ``out_dtype`` (default x's); s has the residual's dtype (without one x's), and the
+    norm reads it as rounded to that. Zhang & Sennrich 2019; the mixing as in modded-nanogpt and nanochat.
+    """
+    s = F.dropout(x, dropout_p) if dropout_p else x
+    s = s if residual is None else s + residual
+    s = s if scale is None else scale * s
+    s = s if x0 is None or x0_scale is None else s + x0_scale * x0
+    s = s.to((x if residual is None else residual).dtype)
+    y = F.rms_norm(s, s.shape[-1:], None if weight is None else weight.to(s.dtype), eps).to(out_dtype or x.dtype)
+    return y if residual is None and scale is None and x0 is None else (y, s)
+
+
 def qk_norm_rope(
     qkv: Tensor,
     n_head: int,
@@ -214,6 +242,11 @@ def linear_gelu(
     return F.gelu(linear(x, weight, bias), approximate=approximate)
 
 
+def linear_relu2(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, accumulate: str = "fp32") -> Tensor:
+    """relu(x @ weight.T + bias)^2. So et al. 2021."""
+    return F.relu(linear(x, weight, bias)).square()
+
+
 def mlp(
     x: Tensor,
     w_fc: Tensor,
@@ -223,11 +256,14 @@ def mlp(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
+    activation: str = "gelu",
     approximate: str = "tanh",
     accumulate: str = "fp32",
 ) -> Tensor:
-    """``linear`` of ``linear_gelu``: GPT-2's MLP. w_fc (H, C), w_proj (out, H)."""
-    hidden = linear_gelu(x, w_fc, b_fc, approximate=approximate)
+    """``linear`` of ``linear_gelu``, GPT-2's MLP, or with ``activation`` "relu2" of ``linear_relu2``. w_fc (H, C), w_proj (out,
+    H). ``approximate`` concerns GELU alone."""
+    gelu = activation == "gelu"
+    hidden = linear_gelu(x, w_fc, b_fc, approximate=approximate) if gelu else linear_relu2(x, w_fc, b_fc)
     return linear(hidden, w_proj, b_proj, residual=residual, dropout_p=dropout_p)
 
 
