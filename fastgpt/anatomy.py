@@ -1,7 +1,7 @@
 """What a model is made of: every embedding, norm and linear with its parameters and sizes, and what happens around each.
 
 This is the one description that FLOPs, memory, operations, profile names, conversion and the doctor read. A model family is
-one function that lists its parts: ``gpt2`` below. Another family is another such function, and a line in ``of``.
+one function that lists its parts: ``gpt2`` and ``modern`` below. Another family is another such function, and a line in ``of``.
 
 L counts blocks, C is the width, T the longest sequence, V the vocabulary. Plain integers, nothing of ours and no torch.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -24,7 +25,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Shape:
-    """The integers that a GPT-2's FLOPs depend on; ``Shape.of`` takes them from any config with these names."""
+    """What a model's tensors and FLOPs depend on; ``Shape.of`` takes it from any config with these names. A config that has no
+    other names than nanoGPT's is a GPT-2's. The fields from ``family`` on are ModelConfig's."""
 
     n_layer: int
     n_head: int
@@ -32,14 +34,26 @@ class Shape:
     block_size: int
     vocab_size: int
     bias: bool = False
+    family: str = "gpt2"
+    n_kv_head: int = 0
+    rotary_base: float = 0.0
+    qk_norm: bool = False
+    activation: str = "gelu"
+    tied_head: bool = True
+    embedding_norm: bool = False
+    residual_scalars: bool = False
+    value_embeddings: bool = False
+    softcap: float = 0.0
+    window_pattern: str = "L"
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        return cls(**{name: getattr(config, name) for name in SHAPE})
+        names = SHAPE if getattr(config, "family", "gpt2") == "gpt2" else [field.name for field in fields(cls)]
+        return cls(**{name: getattr(config, name) for name in names})
 
 
-SHAPE = tuple(field.name for field in fields(Shape))
-"""What a model's tensors depend on, under nanoGPT's names."""
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias")
+"""What a GPT-2's tensors depend on, under nanoGPT's names."""
 
 GPT2_124M = Shape(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304)
 GPT2_40M = Shape(n_layer=12, n_head=12, n_embd=384, block_size=1024, vocab_size=50304)
@@ -93,9 +107,33 @@ class Norm(Part):
 
     width: int
     bias: bool
+    weight: bool = True
 
     def parameters(self) -> Shapes:
-        return {"weight": (self.width,), **({"bias": (self.width,)} if self.bias else {})}
+        held = {"weight": self.weight, "bias": self.bias}
+        return {name: (self.width,) for name, there in held.items() if there}
+
+
+@dataclass(frozen=True)
+class Scalars(Part):
+    """Learned numbers, one for each block, under their ``names`` in the module."""
+
+    names: tuple[str, ...]
+    number: int
+
+    def parameters(self) -> Shapes:
+        return {name: (self.number,) for name in self.names}
+
+
+@dataclass(frozen=True)
+class Gate(Part):
+    """A weight of (n_out, n_in) with few columns: counted as parameters, and too small to be timed as a linear."""
+
+    n_in: int
+    n_out: int
+
+    def parameters(self) -> Shapes:
+        return {"weight": (self.n_out, self.n_in)}
 
 
 Neighbour = Literal["norms", "attention", "activation", "loss"]
@@ -135,6 +173,15 @@ class Heads:
     heads: int
     kv_heads: int
     head_dim: int
+    windows: tuple[int, ...] = ()
+    """Keys that a query sees at most, block by block; () is all of them in every block."""
+    prepared: bool = False
+    """Whether a pass over the packed projection precedes it: rotary positions, QK-norm, value embeddings."""
+
+    @property
+    def reach(self) -> dict[int, int]:
+        """{keys that a query sees at most, 0 for all: number of blocks}."""
+        return dict(Counter(self.windows)) if self.windows else {0: self.count}
 
     @property
     def width(self) -> int:
@@ -182,6 +229,11 @@ class Anatomy:
         return sum(linear.weights for linear in self.block_linears)
 
     @property
+    def lookups(self) -> list[Embedding]:
+        """Embeddings that nothing is multiplied with: all but one that is also the head."""
+        return [table for table in self.embeddings if table.module != self.head.module]
+
+    @property
     def n_tensors(self) -> int:
         """Parameter tensors."""
         return sum(part.count * len(part.parameters()) for part in self.parts)
@@ -212,9 +264,56 @@ def gpt2(shape: Shape) -> Anatomy:
     )
 
 
+GATE_COLUMNS = 12
+"""Columns of a block's input that the gate of its value embedding is told from, as in nanochat."""
+
+
+def has_value_embedding(shape: Any, layer: int) -> bool:
+    """Every other block of a modern model, and the last."""
+    return shape.value_embeddings and layer % 2 == (shape.n_layer - 1) % 2
+
+
+def window(shape: Any, layer: int) -> int:
+    """Tokens that a token of this block attends to at most, itself among them; 0 is all before it. S in the pattern: the
+    quarter of the context before it."""
+    letter = shape.window_pattern[layer % len(shape.window_pattern)]
+    return 0 if letter == "L" or layer == shape.n_layer - 1 else shape.block_size // 4 + 1
+
+
+@lru_cache(maxsize=1024)
+def modern(shape: Shape) -> Anatomy:
+    """fastgpt/modern.py, under nanochat's names: RMS norms without weights, and each part that the shape says it has."""
+    C, V, L = shape.n_embd, shape.vocab_size, shape.n_layer
+    every, block = tuple(range(L)), "transformer.h.{layer}."
+    D, kv_heads = C // shape.n_head, shape.n_kv_head or shape.n_head
+    valued = tuple(layer for layer in every if has_value_embedding(shape, layer))
+    parts: list[Part] = [
+        Embedding("token embedding", "transformer.wte", (), V, C),
+        Norm("norm before attention", block + "ln_1", every, C, False, weight=False),
+        Linear("qkv", block + "attn.c_attn", every, C, C + 2 * kv_heads * D, False, "norms", "attention"),
+        Linear("attention projection", block + "attn.c_proj", every, C, C, False, "attention", "norms"),
+        Norm("norm before the MLP", block + "ln_2", every, C, False, weight=False),
+        Linear("mlp up", block + "mlp.c_fc", every, C, 4 * C, False, "norms", "activation"),
+        Linear("mlp down", block + "mlp.c_proj", every, 4 * C, C, False, "activation", "norms"),
+    ]
+    if shape.residual_scalars:
+        parts.insert(0, Scalars("residual scalars", "transformer", (), ("resid_lambdas", "x0_lambdas"), L))
+    if valued:
+        gate = Gate("value gate", block + "attn.ve_gate", valued, min(GATE_COLUMNS, C), kv_heads)
+        parts.insert(next(i for i, part in enumerate(parts) if part.name == "attention projection") + 1, gate)
+        parts.append(Embedding("value embeddings", "transformer.value_embeds.{layer}", valued, V, kv_heads * D))
+    parts.append(Norm("final norm", "transformer.ln_f", (), C, False, weight=False))
+    head = "transformer.wte" if shape.tied_head else "lm_head"
+    parts.append(Linear("head", head, (), C, V, False, "norms", "loss", tied=shape.tied_head))
+    windows = tuple(window(shape, layer) for layer in every)
+    prepared = bool(shape.rotary_base) or shape.qk_norm or bool(valued)
+    return Anatomy(tuple(parts), Heads(L, shape.n_head, kv_heads, D, windows, prepared))
+
+
 def of(config: Any) -> Anatomy:
     """The model that a config describes: a ModelConfig, a Shape, or anything else with a Shape's names."""
-    return gpt2(config if isinstance(config, Shape) else Shape.of(config))
+    shape = config if isinstance(config, Shape) else Shape.of(config)
+    return modern(shape) if shape.family == "modern" else gpt2(shape)
 
 
 # ---------------------------------------------------------------- parameters
@@ -246,6 +345,12 @@ def n_params(config: Any, *, positions: bool = True) -> int:
     return sum(
         part.n_params for part in of(config).parts if positions or not (isinstance(part, Embedding) and part.positions)
     )
+
+
+def multiplied_params(config: Any) -> int:
+    """Every parameter but those of tables that are only looked up: the N that FLOPs are counted from. GPT-2: nanoGPT's N."""
+    model = of(config)
+    return n_params(config) - sum(table.n_params for table in model.lookups)
 
 
 def matmul_params(config: Any) -> int:

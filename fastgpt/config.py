@@ -23,6 +23,8 @@ has them."""
 PLAIN = {"fp16-fast": "fp16", "fp8": "bf16"}
 """The precision of the operations that an experimental one does not change."""
 Device = Literal["auto", "cpu", "cuda"]
+Family = Literal["gpt2", "modern"]
+Activation = Literal["gelu", "relu2"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 
 
@@ -37,7 +39,7 @@ may come from a stranger's checkpoint."""
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a GPT-2. A checkpoint only loads into the very same shape."""
+    """The shape of a GPT-2, or of a modern model (docs/recipe.md). A checkpoint only loads into the very same shape."""
 
     n_layer: int = 12
     """Transformer blocks."""
@@ -53,6 +55,33 @@ class ModelConfig:
     """Biases in linear layers and norms. GPT-2 has them; without is a little faster and no worse."""
     dropout: float = 0.0
     """0 is right for one pass over a large corpus."""
+    family: Family = "gpt2"
+    """GPT-2, or RMS norms without weights and the parts named below, which a GPT-2 does not have."""
+    n_kv_head: int = 0
+    """Modern: heads of keys and values, which n_head is a multiple of; 0 is as many as there are queries."""
+    rotary_base: float = 0.0
+    """Modern: rotary positions, whose slowest pair of columns turns once in 2 pi times so many tokens; 0 is no positions at
+    all."""
+    qk_norm: bool = False
+    """Modern: an RMS norm of each head's queries and keys."""
+    activation: Activation = "gelu"
+    """Modern: what the MLP does between its linears; relu2 is the squared ReLU."""
+    tied_head: bool = True
+    """The LM head is the token embedding; modern: --no-tied-head gives it a weight of its own."""
+    zero_init: bool = False
+    """Modern: each projection back to the residual stream begins at zero, so that each block begins as the identity."""
+    embedding_norm: bool = False
+    """Modern: a norm behind the token embedding."""
+    residual_scalars: bool = False
+    """Modern: each block begins with a x + b x0, x0 the embedded token, a and b learned."""
+    value_embeddings: bool = False
+    """Modern: every other block, the last one among them, adds a row of a table of its own to each token's values, behind a
+    learned gate."""
+    softcap: float = 0.0
+    """Modern: logits z become c tanh(z / c) for a c of this size, such as 15; 0 leaves them."""
+    window_pattern: str = "L"
+    """Modern: what the blocks attend to, repeated over them: L all tokens before, S the quarter of block_size before; the last
+    block has L."""
 
     def __post_init__(self) -> None:
         _at_least(1, self, *LARGEST_MODEL)
@@ -66,6 +95,50 @@ class ModelConfig:
                 f"n_embd is {self.n_embd}, which n_head {self.n_head} does not divide: n_head can be {heads or 1}"
             )
         within("[0, 1)", dropout=self.dropout)
+        self._check_modern()
+
+    def _check_modern(self) -> None:
+        """Raise UserError for a part of a modern model that a GPT-2 does not have, and for one that cannot be."""
+        if self.family == "gpt2":
+            for each in fields(self):
+                value = getattr(self, each.name)
+                if each.name in MODERN and value != each.default:
+                    raise UserError(
+                        f"{each.name} is {value!r}, which a GPT-2 does not have: leave it out, or use --family modern"
+                    )
+            return
+        if self.bias:
+            raise UserError("bias is True, which a modern model does not have: leave it out, or use --family gpt2")
+        _at_least(0, self, "n_kv_head", "rotary_base", "softcap")
+        if self.n_head % self.kv_heads:
+            heads = ", ".join(str(h) for h in range(1, self.n_head + 1) if self.n_head % h == 0)
+            raise UserError(
+                f"n_kv_head is {self.n_kv_head}, which does not divide n_head {self.n_head}: it can be {heads}"
+            )
+        if self.rotary_base and self.head_size % 2:
+            raise UserError(
+                f"rotary_base is {self.rotary_base:g} but heads have {self.head_size} columns, which rotary positions turn in "
+                "pairs: choose n_embd and n_head so that their quotient is even, or --rotary-base 0"
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(f"window_pattern is {self.window_pattern!r}: it must be made of S and L, such as SSSL")
+
+    @property
+    def head_size(self) -> int:
+        """Columns of a head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and of values."""
+        return self.n_kv_head or self.n_head
+
+
+MODERN = (
+    *("n_kv_head", "rotary_base", "qk_norm", "activation", "tied_head", "zero_init", "embedding_norm"),
+    *("residual_scalars", "value_embeddings", "softcap", "window_pattern"),
+)
+"""Fields of ModelConfig that only family "modern" may set."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +284,7 @@ class Config:
     config: Annotated[Path | None, Arg("FILE", positional=True)] = None
     """A TOML file with any of the sections [model], [data], [optim], [train]."""
     preset: str | None = None
-    """demo (default), gpt2-40m, gpt2-124m, gpt2-350m or gpt2-xl."""
+    """demo (default), gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl, or with the modern recipe modern-demo."""
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig
+from fastgpt.decoding import KVCache, sample
+from fastgpt.modern import ModernTransformer
 from fastgpt.ops import EAGER, Ops, compute_dtype
 
 
@@ -31,31 +32,6 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.0):
         return self.ops.layer_norm(x, self.weight, self.bias, residual=residual, dropout_p=dropout_p)
-
-
-class KVCache:
-    """Keys and values of one sequence batch, preallocated: per layer k and v (B, block_size, H, D).
-
-    ``length`` (B,) int32 on the device counts the tokens in it, as ops.attention's kv_len wants it; ``position`` is the same
-    number on the host, so that slicing does not wait for the GPU."""
-
-    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, batch, config.block_size, config.n_head, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = torch.zeros(batch, device=device, dtype=torch.int32)
-        self.position = 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, T, H, D) behind what is there; returns the layer's whole buffers."""
-        end = self.position + k.shape[1]
-        self.k[layer, :, self.position : end] = k
-        self.v[layer, :, self.position : end] = v
-        return self.k[layer], self.v[layer]
-
-    def advance(self, T: int) -> None:
-        self.position += T
-        self.length += T
 
 
 class Attention(nn.Module):
@@ -114,7 +90,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The parameters of GPT under nanoGPT's names."""
+    """Token ids to the final norm's output, parameters under nanoGPT's names."""
 
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
@@ -122,19 +98,39 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer, ops) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias, ops)
-
-
-class GPT(nn.Module):
-    """``GPT(config, ops)``; ops is fastgpt.ops.EAGER (default) or TRITON."""
-
-    def __init__(self, config: ModelConfig, ops: Ops = EAGER):
-        super().__init__()
-        self.config, self.ops = config, ops
-        self.transformer = Transformer(config, ops)
+        self.dropout, self.ops = config.dropout, ops
         self.apply(self._init)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # two of them add to the residual stream per block
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx: Tensor, cache: KVCache | None = None, doc_ids: Tensor | None = None) -> Tensor:
+        dropout_p, start = self.dropout if self.training else 0.0, 0 if cache is None else cache.position
+        x, branch = self.ops.embedding(idx, self.wte.weight, self.wpe.weight, position=start, dropout_p=dropout_p), None
+        for block in self.h:
+            x, branch = block(x, branch, cache, doc_ids)
+        h, _ = self.ln_f(branch, x, dropout_p)
+        return h
+
+
+class GPT(nn.Module):
+    """``GPT(config, ops)``: the model of ``config.family``, a GPT-2 or the one in modern.py; ops is fastgpt.ops.EAGER (default)
+    or TRITON."""
+
+    def __init__(self, config: ModelConfig, ops: Ops = EAGER):
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.transformer = (ModernTransformer if config.family == "modern" else Transformer)(config, ops)
+        self.lm_head = None if config.tied_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if self.lm_head is not None:
+            nn.init.normal_(self.lm_head.weight, std=0.001)  # the first loss is that of equal chances
 
     @classmethod
     def from_pretrained(cls, source: str, ops: Ops = EAGER) -> GPT:
@@ -153,32 +149,25 @@ class GPT(nn.Module):
         model.load_state_dict(weights, assign=True)
         return model
 
-    @staticmethod
-    def _init(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
     @property
     def head(self) -> Tensor:
-        """The weight of the LM head (vocab_size, C), which is tied to the token embedding."""
-        return self.transformer.wte.weight
+        """The weight of the LM head (vocab_size, C): the token embedding's, unless the model has another."""
+        return (self.transformer.wte if self.lm_head is None else self.lm_head).weight
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, doc_ids: Tensor | None = None) -> Tensor:
         """Token ids (B, T) -> the final norm's output (B, T, C)."""
         T, start = idx.shape[1], 0 if cache is None else cache.position
         if start + T > self.config.block_size:
             raise ValueError(f"sequence of {start + T} tokens is longer than block_size {self.config.block_size}")
-        dropout_p = self.config.dropout if self.training else 0.0
-        wte, wpe = self.transformer.wte.weight, self.transformer.wpe.weight
-        x, branch = self.ops.embedding(idx, wte, wpe, position=start, dropout_p=dropout_p), None
-        for block in self.transformer.h:
-            x, branch = block(x, branch, cache, doc_ids)
+        h = self.transformer(idx, cache, doc_ids)
         if cache is not None:
             cache.advance(T)
-        h, _ = self.transformer.ln_f(branch, x, dropout_p)
         return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Of ``hidden``'s output (..., C): (..., vocab_size), in its dtype, or in fp32 with a softcap."""
+        z, cap = self.ops.linear(h, self.head), self.config.softcap
+        return cap * torch.tanh(z.float() / cap) if cap else z
 
     def forward(
         self, idx: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None
@@ -190,8 +179,9 @@ class GPT(nn.Module):
         """
         h = self.hidden(idx, doc_ids=doc_ids)
         if targets is None:
-            return self.ops.linear(h, self.head), None
-        return None, self.ops.linear_cross_entropy(h, self.head, targets)
+            return self.logits(h), None
+        cap = {"logit_softcap": self.config.softcap} if self.config.softcap else {}
+        return None, self.ops.linear_cross_entropy(h, self.head, targets, **cap)
 
     @torch.no_grad()
     def generate(
@@ -209,8 +199,8 @@ class GPT(nn.Module):
 
         temperature 0 is greedy; ``top_k`` keeps the k likeliest tokens, ``top_p`` the fewest whose probabilities reach p
         (nucleus sampling, Holtzman et al. 2020); ``vocab_size`` excludes the padded rows. Keys and values are cached up to
-        block_size; past it the window slides, learned positions shift under every cached key, and each step encodes the
-        last block_size tokens anew, as without a cache.
+        block_size; past it the window slides, positions shift under every cached key, and each step encodes the last
+        block_size tokens anew, as without a cache.
         """
         if idx.shape[1] == 0:
             raise UserError("the prompt is empty: give at least one token")
@@ -223,27 +213,7 @@ class GPT(nn.Module):
                 h = self.hidden(pending, cache)
             else:
                 h = self.hidden(sequence[:, -limit:])
-            logits = self.ops.linear(h[:, -1], self.head).float()[:, :vocab_size]
-            pending = _sample(logits, temperature, top_k, top_p, generator)
+            logits = self.logits(h[:, -1]).float()[:, :vocab_size]
+            pending = sample(logits, temperature, top_k, top_p, generator)
             sequence = torch.cat((sequence, pending), 1)
             yield pending
-
-
-def _sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
-) -> Tensor:
-    """One id per row of logits (B, V): greedy at temperature 0, else from the softmax over what top_k and top_p leave."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    if top_k is not None:
-        threshold = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
-        logits = logits.masked_fill(logits < threshold, -math.inf)
-    least = 1e-30  # numbers below it may be 0 in fp32
-    probabilities = F.softmax(logits / max(temperature, least), -1)
-    if top_p is not None:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered  # the likeliest token always stays
-        probabilities = torch.zeros_like(probabilities).scatter(
-            -1, order, ordered.masked_fill(before >= max(top_p, least), 0.0)
-        )
-    return torch.multinomial(probabilities, 1, generator=generator)

@@ -9,7 +9,7 @@ from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig, differences, load_preset, load_toml, parse, preset_names
 
 
-@pytest.mark.parametrize("name", ["demo", "gpt2-40m", "gpt2-124m", "gpt2-350m", "gpt2-xl"])
+@pytest.mark.parametrize("name", preset_names())
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_presets_load(name, device):
     config = load_preset(name, device)
@@ -18,7 +18,7 @@ def test_presets_load(name, device):
 
 
 def test_preset_list_is_what_the_help_says():
-    assert preset_names() == ["demo", "gpt2-124m", "gpt2-350m", "gpt2-40m", "gpt2-xl"]
+    assert preset_names() == ["demo", "gpt2-124m", "gpt2-350m", "gpt2-40m", "gpt2-xl", "modern-demo"]
 
 
 def test_the_gpt2_presets_take_524288_tokens_per_step():

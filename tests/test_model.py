@@ -7,7 +7,8 @@ import torch
 from bench.parity import assert_parity
 from fastgpt import ops
 from fastgpt.config import ModelConfig, load_preset
-from fastgpt.model import GPT, _sample
+from fastgpt.decoding import sample
+from fastgpt.model import GPT
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=64)
 
@@ -147,7 +148,7 @@ def test_sampling_stays_inside_top_k_and_the_real_vocabulary(device):
 def test_top_p_keeps_the_fewest_tokens_that_reach_it(device):
     probabilities = torch.tensor([[0.1, 0.4, 0.3, 0.2]], device=device)
     drawn = {
-        p: {int(_sample(probabilities.log(), 1.0, None, p, None)) for _ in range(200)} for p in (0.3, 0.5, 0.75, 1.0)
+        p: {int(sample(probabilities.log(), 1.0, None, p, None)) for _ in range(200)} for p in (0.3, 0.5, 0.75, 1.0)
     }
     assert drawn == {0.3: {1}, 0.5: {1, 2}, 0.75: {1, 2, 3}, 1.0: {0, 1, 2, 3}}
 
@@ -155,7 +156,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(device):
 @pytest.mark.parametrize(("temperature", "top_p"), [(1e-300, None), (1e-40, None), (1.0, 1e-300), (1e-300, 1e-300)])
 def test_what_fp32_cannot_tell_from_zero_samples_the_likeliest(device, temperature, top_p):
     logits = torch.tensor([[1.0, 60.0, 59.0, -3.0]], device=device)
-    assert [_sample(logits, temperature, k, top_p, None).tolist() for k in (None, 3)] == [[[1]]] * 2
+    assert [sample(logits, temperature, k, top_p, None).tolist() for k in (None, 3)] == [[[1]]] * 2
 
 
 def hugging_face(config: ModelConfig, device, dtype):

@@ -31,7 +31,7 @@ from fastgpt.checkpoints.read import Damaged, Source, open_directory
 from fastgpt.checkpoints.tree import join, references
 from fastgpt.checkpoints.write import own_rank
 from fastgpt.common import UserError, shortened
-from fastgpt.config import DataConfig, ModelConfig, differences, typed_fields
+from fastgpt.config import MODERN, DataConfig, ModelConfig, differences, typed_fields
 
 
 def load(
@@ -84,8 +84,11 @@ def check_shape(saved: dict[str, Any], config: ModelConfig, path: Path) -> None:
     """Raise UserError listing every field of the model's shape that differs from the checkpoint's (old -> new).
 
     Dropout is not shape: changing it between runs is fine."""
-    shape = [f.name for f in fields(ModelConfig) if f.name != "dropout"]
-    changed = differences({k: saved.get("model", {}).get(k) for k in shape}, {k: getattr(config, k) for k in shape})
+    shape = {f.name: f.default for f in fields(ModelConfig) if f.name != "dropout"}
+    model = saved.get("model", {})
+    # What a checkpoint does not say is as it was before there was a field for it.
+    old = {k: model.get(k, default if k in MODERN or k == "family" else None) for k, default in shape.items()}
+    changed = differences(old, {k: getattr(config, k) for k in shape})
     if changed:
         raise UserError(
             f"checkpoint {path} holds a model of another shape ({'; '.join(changed)}): "

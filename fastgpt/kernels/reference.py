@@ -15,16 +15,18 @@ from torch import Tensor
 def embedding(
     idx: Tensor,
     wte: Tensor,
-    wpe: Tensor,
+    wpe: Tensor | None = None,
     *,
     position: int = 0,
     dropout_p: float = 0.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dropout(wte[idx] + wpe[position : position + T]). idx (..., T) of int64 or int32, wte (V, C), wpe (P, C) ->
-    (..., T, C) in ``out_dtype`` (default wte's). Radford et al. 2018."""
-    positions = torch.arange(position, position + idx.shape[-1], device=idx.device)
-    x = F.embedding(idx, wte) + F.embedding(positions, wpe)
+    """dropout(wte[idx] + wpe[position : position + T]), without the second term if wpe is None. idx (..., T) of int64 or int32,
+    wte (V, C), wpe (P, C) -> (..., T, C) in ``out_dtype`` (default wte's). Radford et al. 2018."""
+    x = F.embedding(idx, wte)
+    if wpe is not None:
+        positions = torch.arange(position, position + idx.shape[-1], device=idx.device)
+        x = x + F.embedding(positions, wpe)
     x = F.dropout(x, dropout_p) if dropout_p else x
     return x.to(out_dtype or wte.dtype)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fastgpt import anatomy
-from fastgpt.anatomy import Shape, n_params
+from fastgpt.anatomy import Shape
 
 
 def cdiv(a: int, b: int) -> int:
@@ -28,9 +28,11 @@ def attended_keys(T: int, *, tile: int = 1) -> float:
 
 
 def palm(shape: Shape, T: int | None = None) -> float:
-    """6N + 12LCT per token, N without positions: nanoGPT's and PaLM's (Chowdhery et al. 2022, appendix B)."""
-    attention = anatomy.of(shape).attention
-    return 6 * n_params(shape, positions=False) + 12 * attention.count * attention.width * (T or shape.block_size)
+    """6N + 12LCT per token, N without positions: nanoGPT's and PaLM's (Chowdhery et al. 2022, appendix B). Of a modern model N
+    leaves out every table that is only looked up, and a block with a window has that in the place of T."""
+    attention, T = anatomy.of(shape).attention, T or shape.block_size
+    keys = sum(blocks * min(window or T, T) for window, blocks in attention.reach.items())
+    return 6 * anatomy.multiplied_params(shape) + 12 * attention.width * keys
 
 
 PALM = "palm: 6N + 12LCT, N without positions"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt import anatomy
 from fastgpt.common import UserError, shortened
-from fastgpt.config import ModelConfig
+from fastgpt.config import MODERN, ModelConfig, typed_fields
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -92,6 +92,7 @@ def model_config(source: str, values: Mapping[str, Any]) -> ModelConfig:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"{source} says that {name} is {shortened(repr(value))}: it is no configuration of a GPT-2")
     try:
-        return ModelConfig(**{name: values[name] for name in fields})
+        parts = {name: values[name] for name in ("family", *MODERN) if name in values}
+        return ModelConfig(**{name: values[name] for name in fields}, **typed_fields(ModelConfig, parts, "its [model]"))
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
