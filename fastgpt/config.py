@@ -168,10 +168,34 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warmup and a schedule. Norms and biases are not decayed."""
+    """AdamW, or Muon beside it, with warmup and a schedule. Norms and biases are not decayed."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything; or Muon for the matrices of the blocks, which needs fewer tokens, and AdamW for embeddings, head,
+    norms and biases."""
     lr: float = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate of AdamW. The other rates below follow the same schedule."""
+    embedding_lr: float = 0.0
+    """Peak rate of AdamW for embeddings; 0: --lr. A head that is tied to an embedding goes with it."""
+    head_lr: float = 0.0
+    """Peak rate of AdamW for an untied head; 0: --lr."""
+    scalar_lr: float = 0.0
+    """Peak rate of AdamW for norms, biases and other vectors and scalars; 0: --lr."""
+    muon_lr: float = 0.02
+    """Peak rate of Muon, for an update whose singular values are 1, times sqrt(rows / columns) of a tall matrix."""
+    muon_momentum: float = 0.95
+    muon_momentum_start: float = 0.85
+    """Muon's momentum at step 0; it rises to --muon-momentum in a straight line."""
+    muon_momentum_warmup: int = 300
+    """Steps that this takes."""
+    muon_weight_decay: float = 0.0
+    """Of the matrices that Muon updates, times their rate."""
+    muon_cautious: bool = False
+    """Decay those weights only where decay and update pull the same way."""
+    muon_coefficients: Literal["classic", "polar"] = "classic"
+    """Of Muon's five Newton-Schulz steps: the first ones published, or Polar Express, which comes closer to orthogonal."""
+    muon_normuon: bool = False
+    """Divide each row of Muon's updates by a running mean of its size."""
     schedule: Schedule = "cosine"
     """What follows the warmup: half a cosine, warmup-stable-decay, a straight line, or no decay."""
     decay_share: float = 0.2
@@ -188,8 +212,19 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, self, "lr", "weight_decay", "grad_clip", "warmup_iters", "min_lr_ratio")
+        _at_least(
+            0, self, "embedding_lr", "head_lr", "scalar_lr", "muon_lr", "muon_weight_decay", "muon_momentum_warmup"
+        )
         within("[0, 1]", decay_share=self.decay_share)
         within("[0, 1)", beta1=self.beta1, beta2=self.beta2)
+        within("[0, 1)", muon_momentum=self.muon_momentum, muon_momentum_start=self.muon_momentum_start)
+        if self.lr == 0 and (self.optimizer == "muon" or self.own_rates):
+            raise UserError("lr is 0, and the other rates follow it: give a positive --lr")
+
+    @property
+    def own_rates(self) -> bool:
+        """Whether some parameters have another rate than ``lr`` under AdamW."""
+        return any((self.embedding_lr, self.head_lr, self.scalar_lr))
 
 
 @dataclass(frozen=True)
@@ -379,6 +414,9 @@ def parse(args: Sequence[str], device_type: str, kernels: Kernels = "triton") ->
     for section, kind in SECTIONS.items():
         values = {f.name: asked[f.name] for f in fields(kind) if f.name in asked}
         base = replace(base, **{section: replace(getattr(base, section), **values)})
+    for name in asked:
+        if name.startswith("muon_") and base.optim.optimizer != "muon":
+            raise UserError(f"{name} is {asked[name]} but optimizer is {base.optim.optimizer!r}: use --optimizer muon")
     return base
 
 

@@ -174,12 +174,15 @@ def _optimizer_state(
         states[index] = state
         for reference in references(state):
             meta = source.reader.tensors[reference]
-            if meta.size and meta.size != parameter.shape:
+            by_row = parameter.dim() == 2 and meta.size == (len(parameter), 1)  # one value per row: NorMuon's
+            if meta.size and meta.size != parameter.shape and not by_row:
                 raise UserError(
                     f"optimizer state {reference} is {tuple(meta.size)} for {names[parameter]} of {tuple(parameter.shape)}: "
                     "give the model the checkpoint's shape"
                 )
-            like = parameter if meta.size else torch.empty(())  # a moment is sharded as its parameter is
+            like = (
+                parameter[:, :1] if by_row else parameter if meta.size else torch.empty(())
+            )  # sharded as its parameter is
             targets[reference] = torch.empty_like(like, dtype=meta.properties.dtype)
     return states, targets
 

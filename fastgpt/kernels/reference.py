@@ -306,3 +306,92 @@ def linear_cross_entropy(
     if reduction == "mean":
         return loss.sum() / (flat != ignore_index).sum().clamp(min=1)
     raise ValueError(f"reduction is {reduction!r}: use 'none', 'mean' or 'sum'")
+
+
+# ---------------------------------------------------------------- Muon
+
+CLASSIC = (3.4445, -4.7750, 2.0315)
+"""a, b, c of Newton-Schulz with the steepest slope at 0 (Jordan et al. 2024): singular values end in about [0.7, 1.2]."""
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+_MARGIN = 1.01
+"""By which Polar Express stays below the largest singular value that its polynomials are made for, as bf16 rounds past it."""
+
+
+def polynomials(coefficients: str, steps: int) -> list[tuple[float, float, float]]:
+    """(a, b, c) of each Newton-Schulz step. "classic": the same at each; "polar": the best for what the steps before have left
+    (Amsel et al. 2025, arXiv 2505.16932)."""
+    if coefficients == "classic":
+        return [CLASSIC] * steps
+    best = [(a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _POLAR_EXPRESS]
+    return [*best, *[(1.875, -1.25, 0.375)] * steps][:steps]
+
+
+def orthogonalize(x: Tensor, coefficients: str = "classic", steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """About U V^T of each x = U S V^T: all singular values come near 1. x (batch, n, m) of any floating dtype, quickest with
+    n <= m; the result has x's shape and dtype, in which all is computed.
+
+    x / max(|x|, eps) with the Frobenius norm, then per step A = x x^T, x <- a x + (b A + c A A) x. A matrix of zeros stays
+    one. Jordan et al. 2024, Muon.
+    """
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = (x / (norm * (_MARGIN if coefficients == "polar" else 1)).clamp(min=eps)).to(x.dtype)
+    for a, b, c in polynomials(coefficients, steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def muon_momentum(
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    out: Tensor,
+    hyper: Tensor,
+    nesterov: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """m <- m + (1 - mu)(g - m) in place, and into ``out`` the direction: g + mu (m - g) with Nesterov's look-ahead, else m.
+
+    grad, momentum_buffer and out of one shape and any strides, each in its own dtype. hyper (3,): learning rate, mu, weight
+    decay. grad_scale (one element) divides the gradient; a found_inf that is not 0 leaves m as it was."""
+    g = grad.to(momentum_buffer.dtype)
+    if grad_scale is not None:
+        g = g / grad_scale.squeeze()
+    mu = hyper[1]
+    m = momentum_buffer + (g - momentum_buffer) * (1 - mu)
+    out.copy_(g + (m - g) * mu if nesterov else m)
+    momentum_buffer.copy_(m if found_inf is None else torch.where(found_inf.squeeze() == 0, m, momentum_buffer))
+
+
+def muon_update(
+    param: Tensor,
+    direction: Tensor,
+    hyper: Tensor,
+    scale: float,
+    cautious: bool,
+    rows: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> None:
+    """p <- p - lr decay p - lr scale o in place; ``copy``, the parameter's working copy, is written, too.
+
+    param and direction o (n, m) of any strides. ``rows`` (n,) multiplies o row by row. ``cautious``: weights decay only where
+    o p >= 0, so that decay and update pull the same way (Chen et al. 2025, arXiv 2510.12402). A found_inf that is not 0 leaves
+    p as it was."""
+    lr, _, decay = hyper
+    o = direction.to(param.dtype)
+    if rows is not None:
+        o = o * rows[:, None]
+    decayed = param * (o * param >= 0) if cautious else param
+    new = param - lr * decay * decayed - lr * scale * o
+    param.copy_(new if found_inf is None else torch.where(found_inf.squeeze() == 0, new, param))
+    if copy is not None:
+        copy.copy_(param)

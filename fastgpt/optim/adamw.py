@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from fastgpt.kernels import fused_adamw, runtime, working_copy
+from fastgpt.kernels import fused_adamw, working_copy
+from fastgpt.optim.device_table import DeviceTable
+from fastgpt.optim.shards import local, sum_of_squares
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -85,8 +87,7 @@ class FusedAdamW(Optimizer):
         self.skipped_steps: Tensor = torch.zeros((), dtype=torch.int64)
         # GradScaler then sets grad_scale and found_inf and leaves the rest to step.
         self._step_supports_amp_scaling = True
-        self._hyper: Tensor | None = None
-        self._hyper_values: list[list[float]] = []
+        self._hyper = DeviceTable()
         # Stochastic rounding is Philox of (seed, step, tensor, element): no generator state to save.
         self._seed = torch.initial_seed() & (2**62 - 1)
 
@@ -155,39 +156,19 @@ class FusedAdamW(Optimizer):
     def graph_tensors(self) -> list[Tensor]:
         """What a captured step reads and writes besides gradients: parameters, state, working copies, hyperparameters.
         ``load_state_dict`` replaces some, and so does a write to a parameter without its copy."""
-        tensors = [self.skipped_steps] if self._hyper is None else [self.skipped_steps, self._hyper]
+        tensors = [self.skipped_steps, *self._hyper.tensors()]
         for param in chain.from_iterable(group["params"] for group in self.param_groups):
             copy = working_copy.existing(param)
             tensors += [param, *self.state.get(param, {}).values(), *([] if copy is None else [copy])]
         return tensors
 
-    @torch.no_grad()
     def sync_hyperparameters(self) -> None:
         """Bring what ``param_groups`` and ``max_grad_norm`` say to the table that the kernels read, in stream order
         and without waiting. Only a captured CUDA graph needs the call: before each replay."""
         device = self.param_groups[0]["params"][0].device
         clip = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        values = [
-            [0.0 if isinstance(g["lr"], Tensor) else g["lr"], *g["betas"], g["eps"], g["weight_decay"], clip]
-            for g in self.param_groups
-        ]
-        stale = self._hyper is None or self._hyper.device != device or values != self._hyper_values
-        if stale:
-            if runtime.capturing(device):
-                raise RuntimeError(
-                    "hyperparameters changed since the last step: call sync_hyperparameters() before the graph capture"
-                )
-            host = fused_adamw.pinned(torch.tensor(values, dtype=torch.float64), device)
-            if self._hyper is None or self._hyper.device != device or self._hyper.shape != host.shape:
-                self._hyper = torch.empty(host.shape, dtype=torch.float64, device=device)
-            self._hyper.copy_(host, non_blocking=True)
-            self._hyper_values = values
-        assert self._hyper is not None
-        for i, group in enumerate(self.param_groups):
-            if isinstance(group["lr"], Tensor):
-                if runtime.capturing(device) and group["lr"].device != device:
-                    raise RuntimeError(f"lr is a tensor on {group['lr'].device}: a graph would not see it change")
-                self._hyper[i, fused_adamw.LR.value].copy_(group["lr"].squeeze(), non_blocking=True)
+        rows = [[g["lr"], *g["betas"], g["eps"], g["weight_decay"], clip] for g in self.param_groups]
+        self._hyper.sync(rows, device)
 
     @torch.no_grad()
     @torch.compiler.disable
@@ -216,21 +197,21 @@ class FusedAdamW(Optimizer):
         copies = [working_copy.existing(param) for param in params]
         grad_scale = _scalar(getattr(self, "grad_scale", None), device)
         fused_adamw.adamw_(
-            [_local(param) for param in params],
-            [_local(grad) for grad in grads],
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local(param) for param in params],
+            [local(grad) for grad in grads],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [state["step"] for state in states],
             [copy for copy in copies if copy is not None],
             [i for i, copy in enumerate(copies) if copy is not None],
             group_of,
-            self._hyper,
+            self._hyper.tensor,
             grad_scale,
             _scalar(getattr(self, "found_inf", None), device),
             grad_norm,
             self.skipped_steps,
             self._seed,
-            _total_over_ranks(grads, grad_scale),
+            sum_of_squares(grads, grad_scale) if any(isinstance(grad, DTensor) for grad in grads) else None,
         )
         for param, copy in zip(params, copies):
             if copy is not None:
@@ -258,30 +239,6 @@ class FusedAdamW(Optimizer):
                     f"{moment.stride()}: parameters must be dense and keep their strides, so make it .contiguous()"
                 )
         return state
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _total_over_ranks(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor | None:
-    """Sum of squares of all unscaled gradients, one fp32, the same on every rank; None if no gradient is sharded (the
-    kernel then sums itself)."""
-    layouts = {(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None for grad in grads}
-    if layouts == {None}:
-        return None
-    if len(layouts) > 1:
-        raise ValueError(
-            "parameters are sharded in different ways: shard all of them alike, or use one FusedAdamW each"
-        )
-    norm = torch.nn.utils.get_total_norm([_local(grad) for grad in grads]).float()
-    total = (norm if grad_scale is None else norm / grad_scale.squeeze()).square()
-    mesh, placements = next(iter(layouts))  # type: ignore[misc]
-    for dim, placement in enumerate(placements):
-        if placement.is_shard():
-            torch.distributed.all_reduce(total, group=mesh.get_group(dim))
-    return total
 
 
 def _scalar(value: Tensor | None, device: torch.device) -> Tensor | None:

@@ -45,7 +45,7 @@ from fastgpt.training.run import (
     smaller,
     zscore,
 )
-from fastgpt.training.schedule import learning_rate
+from fastgpt.training.schedule import learning_rate, muon_momentum
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -246,7 +246,8 @@ class _Loop:
         lr = learning_rate(run.step, run.config.optim, self.settings.max_iters)
         try:
             with self.meter.step(run.config.tokens_per_step // self.world.size):
-                loss, norm = run.stepper(self._micro_batches(), run.grad_accum, lr)
+                momentum = muon_momentum(run.step, run.config.optim)
+                loss, norm = run.stepper(self._micro_batches(), run.grad_accum, lr, momentum)
         except _Abandoned:
             run.rewind(mark)
             return False

@@ -275,6 +275,12 @@ def find_saved(config: Config) -> ResumePoint | None:
     path, damaged = folder.newest_valid(where) if is_run else (folder.resolve(where), [])
     values = checkpoint.load(path, without=_WEIGHTS, verify=not is_run)
     checkpoint.check_shape(values["config"], config.model, path)
+    before = values["config"].get("optim", {}).get("optimizer", "adamw")
+    if before != config.optim.optimizer:
+        raise UserError(
+            f"optimizer is {config.optim.optimizer!r} but checkpoint {path} holds the state of {shortened(repr(before))}: "
+            "resume with the same --optimizer, or begin a new run with --init-from"
+        )
     check_saved(values, path)
     # With "auto" that is no error: a script that restarts the run until all steps are done has to come to an end.
     if values["step"] >= config.train.max_iters and asked != "auto":

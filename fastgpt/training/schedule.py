@@ -1,4 +1,5 @@
-"""Learning rate over a run: linear warmup, then the shape that ``--schedule`` names, continuous and never negative."""
+"""Learning rate over a run: linear warmup, then the shape that ``--schedule`` names, continuous and never negative. And the
+momentum of Muon, which has a warmup of its own."""
 
 from __future__ import annotations
 
@@ -30,3 +31,10 @@ def learning_rate(step: int, optim: OptimConfig, max_iters: int) -> float:
     progress = max(0.0, (step - start) / (last - start))
     height = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
     return floor + height * (optim.lr - floor)
+
+
+def muon_momentum(step: int, optim: OptimConfig) -> float:
+    """Muon's momentum at optimizer step ``step`` (0-based): a straight line from ``muon_momentum_start`` to ``muon_momentum``
+    over ``muon_momentum_warmup`` steps, then constant (modded-nanogpt, record 9)."""
+    share = min(1.0, step / optim.muon_momentum_warmup) if optim.muon_momentum_warmup else 1.0
+    return (1 - share) * optim.muon_momentum_start + share * optim.muon_momentum

@@ -52,7 +52,8 @@ class LossScaler(torch.amp.GradScaler):
 @dataclass
 class Stepper:
     """``stepper(batches, grad_accum, lr)`` -> (mean loss, gradient norm before clipping), both fp32 device scalars, and
-    both over all ranks.
+    both over all ranks. Groups with an ``lr_ratio`` take that multiple of ``lr``, and Muon's take ``momentum`` where it is
+    given.
 
     ``forward`` is the model or its compiled or distributed form; gradient accumulation averages, so 8 micro-batches of 1
     equal 1 of 8. A step whose gradient norm is inf or NaN changes nothing, on the device; ``skipped`` counts them.
@@ -76,7 +77,9 @@ class Stepper:
     _skipped: Tensor | None = None
 
     @copies_kept()  # until its end nothing but the optimizer writes parameters
-    def __call__(self, batches: Iterable[tuple[Tensor, ...]], grad_accum: int, lr: float) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, batches: Iterable[tuple[Tensor, ...]], grad_accum: int, lr: float, momentum: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         losses, captured = [], None
         for i, batch in enumerate(batches):  # (x, y), or (x, y, document ids)
             if i == 0 and self.graphs is not None:
@@ -84,7 +87,9 @@ class Stepper:
             self.synchronize(i == grad_accum - 1)
             losses.append(self.micro_step(batch, grad_accum) if captured is None else captured.micro_step(i, batch))
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
+            if momentum is not None and "momentum" in group:
+                group["momentum"] = momentum
         norm = self.update() if captured is None else captured.update()
         self.optimizer.zero_grad(set_to_none=True)
         if captured is None and self.graphs is not None:
@@ -103,7 +108,7 @@ class Stepper:
         """Clip, optimizer step, loss scale. Returns the gradient norm before clipping."""
         if isinstance(self.optimizer, torch.optim.AdamW):
             return self._update_torch()
-        self.scaler.step(self.optimizer)  # FusedAdamW unscales, measures, clips and skips in its own launches
+        self.scaler.step(self.optimizer)  # FusedAdamW and MuonAdamW unscale, measure, clip and skip themselves
         self.scaler.update()
         return self.optimizer.grad_norm  # type: ignore[attr-defined]
 

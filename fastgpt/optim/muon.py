@@ -1,0 +1,422 @@
+"""Muon for the matrices of a model, and MuonAdamW, which is one optimizer made of Muon and an AdamW for everything else.
+
+Muon (Jordan et al. 2024) moves a matrix by its momentum after all singular values of it have been brought near 1 with a few
+steps of Newton-Schulz (``kernels/reference.py`` has the equations). Momentum as torch.optim.Muon keeps it, so that states go to
+and fro.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from fastgpt.kernels import reference
+from fastgpt.optim.device_table import DeviceTable
+from fastgpt.optim.shards import local, sum_of_squares
+
+SCRATCH = 64 * 2**20
+"""Most elements of one batch of matrices: Newton-Schulz needs about 6 bytes of bf16 for each."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A matrix that is orthogonalized alone: rows ``first`` to ``last`` of a parameter."""
+
+    param: Tensor
+    group: int
+    first: int
+    last: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def tall(self) -> bool:
+        """More rows than columns: it is transposed, as the smaller side of the two costs less."""
+        return self.last - self.first > self.param.shape[1]
+
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """A (short side, long side) matrix of a batch as the parameter has it, a view."""
+        return matrix.mT if self.tall else matrix
+
+
+class Muon(Optimizer):
+    """Momentum and Newton-Schulz for 2-d parameters in fp32 (fp64 works, too, for tests).
+
+    - ``split``, of a parameter group: rows of each matrix that is packed into one parameter, (C, C, C) for queries, keys and
+      values; each is orthogonalized alone. None: whole parameters.
+    - ``lr``: the update has singular values of about lr sqrt(max(1, rows / columns)).
+    - ``nesterov``, ``momentum``: the buffer is an average, m <- mu m + (1 - mu) g.
+    - ``weight_decay`` is decoupled, times lr; ``cautious`` decays only where weight and update have one sign.
+    - ``coefficients``: "classic", or "polar" for Polar Express; ``ns_steps`` of them.
+    - ``normuon``: each row is divided by the running root mean square of its own updates, with ``beta2``, at the matrix's norm
+      as it was (Li et al. 2025, arXiv 2510.05491).
+    - Sharded parameters (FSDP2's DTensors) are gathered one by one, and each rank updates its shard.
+    - ``grad_scale`` and ``found_inf``, where a GradScaler or MuonAdamW sets them, are read on the device.
+
+    Iterations are in bf16 on a GPU. On a CPU they are in fp32: few have bf16 units, and without them bf16 is the slower.
+    Each parameter's state is ``momentum_buffer``, and with normuon ``second_moment`` (rows, 1).
+
+    CUDA graphs: as FusedAdamW, with ``sync_hyperparameters`` before a replay and ``graph_tensors``.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+    """Set around ``step``; absent otherwise."""
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        *,
+        ns_steps: int = 5,
+        coefficients: str = "classic",
+        cautious: bool = False,
+        normuon: bool = False,
+        beta2: float = 0.95,
+        eps: float = 1e-7,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """``dtype``: of the iterations, if not as above."""
+        self.dtype = dtype
+        self._hyper = DeviceTable()
+        self._step_supports_amp_scaling = True
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "ns_steps": ns_steps,
+            "coefficients": coefficients,
+            "cautious": cautious,
+            "normuon": normuon,
+            "beta2": beta2,
+            "eps": eps,
+            "split": None,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of this class or of torch.optim.Muon. Raises ValueError, before anything is replaced, for the
+        state of other parameters or of another optimizer."""
+        self.check_state(state_dict)
+        super().load_state_dict(state_dict)
+
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError unless it is a state for these parameters."""
+        for own, other in zip(self.param_groups, state_dict["param_groups"]):
+            for param, index in zip(own["params"], other["params"]):
+                if state := state_dict["state"].get(index):
+                    _check_state(f"parameter {index}", param, state)
+
+    def graph_tensors(self) -> list[Tensor]:
+        """What a captured step reads and writes besides gradients."""
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        return [*self._hyper.tensors(), *params, *(t for p in params for t in self.state.get(p, {}).values())]
+
+    def sync_hyperparameters(self) -> None:
+        """Bring what ``param_groups`` say to the table that the kernels read: before each replay of a captured step."""
+        rows = [[group["lr"], group["momentum"], group["weight_decay"]] for group in self.param_groups]
+        self._hyper.sync(rows, self.param_groups[0]["params"][0].device)
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient. Returns what ``closure`` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.sync_hyperparameters()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        ahead: dict[Tensor, DTensor] = {  # of sharded parameters: their directions, sharded as well
+            param: self._sharded_direction(param, i, scale, found_inf)
+            for i, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if param.grad is not None and isinstance(param, DTensor)
+        }
+        for pieces in self._batches():
+            x, whole = self._empty(pieces), None
+            for i, piece in enumerate(pieces):
+                out = piece.oriented(x[i])
+                if (sharded := ahead.get(piece.param)) is None:
+                    self._direction(piece.param, piece.group, piece.rows, out, scale, found_inf)
+                    continue
+                if i == 0 or pieces[i - 1].param is not piece.param:
+                    whole = sharded.full_tensor()
+                assert whole is not None
+                out.copy_(whole[piece.rows])
+            group = self.param_groups[pieces[0].group]
+            x = reference.orthogonalize(x, group["coefficients"], group["ns_steps"], group["eps"])
+            factors = self._row_factors(pieces, x, found_inf) if group["normuon"] else [None] * len(pieces)
+            for piece, matrix, rows in zip(pieces, x, factors):
+                self._apply(piece, piece.oriented(matrix), rows, found_inf)
+        return loss
+
+    def _batches(self) -> list[list[Piece]]:
+        """The matrices that have a gradient, those of one shape and kind together, as many as SCRATCH allows."""
+        alike: dict[tuple, list[Piece]] = {}
+        for i, group in enumerate(self.param_groups):
+            same = *(group[name] for name in _ALIKE), *((group["beta2"],) if group["normuon"] else ())
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                first = 0
+                for n in group["split"] or (param.shape[0],):
+                    kind = (*sorted((n, param.shape[1])), param.device, param.dtype, *same)
+                    alike.setdefault(kind, []).append(Piece(param, i, first, first + n))
+                    first += n
+        batches = []
+        for (short, long, *_), pieces in alike.items():
+            most = max(1, SCRATCH // max(1, short * long))
+            batches += [pieces[i : i + most] for i in range(0, len(pieces), most)]
+        return batches
+
+    def _empty(self, pieces: list[Piece]) -> Tensor:
+        """What a batch is iterated in: (matrices, short side, long side)."""
+        sides = sorted((pieces[0].last - pieces[0].first, pieces[0].param.shape[1]))
+        return torch.empty(len(pieces), *sides, dtype=self._dtype(pieces[0].param), device=pieces[0].param.device)
+
+    def _dtype(self, param: Tensor) -> torch.dtype:
+        return self.dtype or (torch.bfloat16 if param.is_cuda else param.dtype)
+
+    def _direction(
+        self, param: Tensor, group: int, rows: slice, out: Tensor, scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Advance the momentum of these rows of this rank's shard, and put their direction into ``out``."""
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        assert param.grad is not None
+        grad, buffer = local(param.grad)[rows], local(state["momentum_buffer"])[rows]
+        nesterov = self.param_groups[group]["nesterov"]
+        reference.muon_momentum(grad, buffer, out, self._hyper.tensor[group], nesterov, scale, found_inf)
+
+    def _sharded_direction(self, param: DTensor, group: int, scale: Tensor | None, found_inf: Tensor | None) -> DTensor:
+        out = torch.empty_like(local(param), dtype=self._dtype(param))
+        self._direction(param, group, slice(None), out, scale, found_inf)
+        return DTensor.from_local(
+            out, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        )
+
+    def _row_factors(self, pieces: list[Piece], x: Tensor, found_inf: Tensor | None) -> list[Tensor]:
+        """NorMuon: what each row of each matrix is multiplied by, fp32, after the second moments have advanced."""
+        beta2 = self.param_groups[pieces[0].group]["beta2"]
+        factors: dict[Piece, Tensor] = {}
+        for tall in (False, True):
+            members = [i for i, piece in enumerate(pieces) if piece.tall == tall]
+            if not members:
+                continue
+            side, dtype = (1 if tall else 2), torch.promote_types(x.dtype, torch.float32)
+            square = torch.linalg.vector_norm(x, dim=side, dtype=dtype)[members].square() / x.shape[side]
+            states = [self._second_moment(pieces[i].param) for i in members]
+            before = torch.stack([whole[pieces[i].rows, 0] for i, (_, whole) in zip(members, states)])
+            moment = before + (square - before) * (1 - beta2)
+            if found_inf is not None:
+                moment = torch.where(found_inf.squeeze() == 0, moment, before)
+            factor = moment.clamp(min=1e-20).rsqrt()
+            norm = (square.sum(1) / (square * factor.square()).sum(1).clamp(min=1e-30)).sqrt()
+            for i, row, (state, _), new in zip(members, factor * norm[:, None], states, moment):
+                factors[pieces[i]] = row
+                here, there = _overlap(pieces[i])
+                local(state)[here, 0] = new[there]
+        return [factors[piece] for piece in pieces]
+
+    def _second_moment(self, param: Tensor) -> tuple[Tensor, Tensor]:
+        """The state, and the same of all ranks."""
+        state = self.state[param]
+        if "second_moment" not in state:
+            state["second_moment"] = torch.zeros_like(param.detach()[:, :1])
+        moment = state["second_moment"]
+        return moment, moment.full_tensor() if isinstance(moment, DTensor) else moment
+
+    def _apply(self, piece: Piece, direction: Tensor, factors: Tensor | None, found_inf: Tensor | None) -> None:
+        group = self.param_groups[piece.group]
+        here, there = _overlap(piece)
+        param = local(piece.param.detach())[here]
+        scale = math.sqrt(max(1, direction.shape[0] / direction.shape[1]))
+        factors = None if factors is None else factors[there]
+        reference.muon_update(
+            param, direction[there], self._hyper.tensor[piece.group], scale, group["cautious"], factors, found_inf
+        )
+
+
+class MuonAdamW(Optimizer):
+    """One optimizer of two: ``muon`` for matrices, ``adamw`` (FusedAdamW or torch.optim.AdamW) for everything else, with one
+    list of groups, Muon's first, and one state_dict.
+
+    ``max_grad_norm`` clips the norm of all gradients together, of both parts, as ``clip_grad_norm_`` would. Like FusedAdamW it
+    has ``grad_norm`` (before clipping, unscaled), skips on the device a step whose norm is inf or NaN, counts these in
+    ``skipped_steps``, and unscales what GradScaler has scaled.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+    """Set by GradScaler around ``step``; absent otherwise."""
+
+    def __init__(self, muon: Muon, adamw: Optimizer, max_grad_norm: float | None = None) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}: give a positive number, or None not to clip")
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self.muon, self.adamw, self.max_grad_norm = muon, adamw, max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self.skipped_steps: Tensor = torch.zeros((), dtype=torch.int64)
+        self._step_supports_amp_scaling = True
+        self._share()
+
+    def _share(self) -> None:
+        """Let both parts have the groups and states of this one: the very dictionaries."""
+        self.state.update({**self.muon.state, **self.adamw.state})
+        self.muon.state = self.adamw.state = self.state
+        self.param_groups[:] = [*self.muon.param_groups, *self.adamw.param_groups]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError, before anything is replaced, for a state that does not fit."""
+        groups, n = state_dict["param_groups"], len(self.muon.param_groups)
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError(f"the state has groups of {sizes} parameters: load that of a MuonAdamW over the same ones")
+        own, other = (
+            {"param_groups": part, "state": {i: s for i, s in state_dict["state"].items() if i in _indices(part)}}
+            for part in (groups[:n], groups[n:])
+        )
+        self.muon.check_state(own)
+        self.adamw.load_state_dict(other)
+        self.muon.load_state_dict(own)
+        self.state.clear()
+        self._share()
+
+    def graph_tensors(self) -> list[Tensor]:
+        """What a captured step reads and writes besides gradients."""
+        return [self.skipped_steps, *self.muon.graph_tensors(), *self.adamw.graph_tensors()]  # type: ignore[attr-defined]
+
+    def sync_hyperparameters(self) -> None:
+        """Before each replay of a captured step."""
+        self.muon.sync_hyperparameters()
+        self.adamw.sync_hyperparameters()  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient. Returns what ``closure`` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        self.skipped_steps = self.skipped_steps.to(self.param_groups[0]["params"][0].device)
+        if not params:
+            return loss
+        scale = getattr(self, "grad_scale", None)
+        norm = sum_of_squares([param.grad for param in params], scale).sqrt()
+        skip = ~torch.isfinite(norm)
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            skip = skip | (found_inf.squeeze() != 0)
+        self.grad_norm = norm
+        self.skipped_steps += skip
+        if self.max_grad_norm is not None:  # the factor on the gradients as a scale that divides them
+            clip = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+            scale = clip if scale is None else clip * scale.squeeze()
+        flags = {"found_inf": skip.float(), **({} if scale is None else {"grad_scale": scale})}
+        if isinstance(self.adamw, torch.optim.AdamW) and any(isinstance(param, DTensor) for param in params):
+            if skip:  # it takes no flags beside DTensors, so the host has to look
+                return loss
+            for param in params if scale is not None else ():
+                local(param.grad).div_(scale)  # type: ignore[arg-type]
+            flags = {}
+        for part in (self.muon, self.adamw):
+            part.__dict__.update(flags)
+            try:
+                part.step()
+            finally:
+                for name in flags:
+                    del part.__dict__[name]
+        return loss
+
+
+def _indices(groups: list[dict[str, Any]]) -> set[int]:
+    return set(chain.from_iterable(group["params"] for group in groups))
+
+
+def _overlap(piece: Piece) -> tuple[slice, slice]:
+    """The rows of a piece that this rank has: in its shard of the parameter, and in the piece."""
+    param = piece.param
+    if not isinstance(param, DTensor):
+        return piece.rows, slice(None)
+    first, last = 0, len(param)
+    for dim, placement in enumerate(param.placements):
+        if placement.is_shard():
+            size = -(-len(param) // param.device_mesh.size(dim))
+            first = min(param.device_mesh.get_local_rank(dim) * size, last)
+            last = min(first + size, last)
+    low, high = max(first, piece.first), max(first, piece.first, min(last, piece.last))
+    return slice(low - first, high - first), slice(low - piece.first, high - piece.first)
+
+
+_ALIKE = ("coefficients", "ns_steps", "eps", "normuon")
+"""Settings of a group that all matrices of a batch have to share."""
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for name in ("lr", "weight_decay", "eps"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} is {group[name]}: give a number >= 0")
+    for name in ("momentum", "beta2"):
+        if not 0 <= group[name] < 1:
+            raise ValueError(f"{name} is {group[name]}: it must be in [0, 1)")
+    if group["coefficients"] not in ("classic", "polar"):
+        raise ValueError(f"coefficients is {group['coefficients']!r}: use 'classic' or 'polar'")
+    if not 1 <= group["ns_steps"] <= 100:
+        raise ValueError(f"ns_steps is {group['ns_steps']}: give 1 to 100 steps")
+    for param in group["params"]:
+        if param.dim() != 2:
+            raise ValueError(
+                f"a parameter has shape {tuple(param.shape)}: Muon updates matrices, so give those of other dimensions to AdamW"
+            )
+        if param.dtype not in (torch.float32, torch.float64) or param.layout != torch.strided:
+            kind = param.dtype if param.layout == torch.strided else param.layout
+            raise ValueError(f"a parameter is {kind}: Muon updates dense fp32 masters, so keep it in float32")
+        if group["split"] is not None and sum(group["split"]) != len(param):
+            raise ValueError(
+                f"split is {tuple(group['split'])}: its rows must add up to the {len(param)} of a parameter"
+            )
+        shards = [p for p in getattr(param, "placements", ()) if not p.is_replicate()]
+        if len(shards) > 1 or any(not p.is_shard(0) for p in shards):
+            raise ValueError(
+                f"a parameter is sharded as {param.placements}: Muon takes shards of rows, as fully_shard makes them"
+            )
+
+
+def _check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
+    """Raise ValueError unless it is the state of Muon for a parameter of this shape."""
+    if "momentum_buffer" not in state:
+        raise ValueError(
+            f"the state of {name} has no momentum_buffer, but {', '.join(state)}: load the state of a Muon"
+        )
+    for key, needed in (("momentum_buffer", param.shape), ("second_moment", torch.Size((len(param), 1)))):
+        found = torch.as_tensor(state.get(key, torch.empty(needed, device="meta")))
+        if found.shape != needed:
+            raise ValueError(
+                f"{key} of {name} is {tuple(found.shape)}, and must be {tuple(needed)}: load the state of an optimizer over "
+                "the same parameters, in the same order"
+            )
