@@ -23,6 +23,7 @@ from fastgpt.performance.projection import (
     Clocks,
     MeasuredRun,
     alternatives,
+    holds_without,
 )
 from fastgpt.performance.step_time import CONSTANTS, DESCRIBED, RANGES, Constants
 
@@ -115,7 +116,7 @@ def outdated_constants(clocks: dict[str, float], at_ends: Clocks) -> str:
 
 def figures(clocks: dict[str, float], at_ends: Clocks) -> dict[str, Any]:
     """Both fits, every anchor and every constant, as plain values. The clocks are those of fit_clocks and refit_clocks."""
-    runs = {"124M": RUN_124M, "40M": RUN_40M}
+    runs, known = {"124M": RUN_124M, "40M": RUN_40M}, (RUN_124M, RUN_40M, *ANCHORS)
     fits: list[dict[str, Any]] = []
     for on, other in (("124M", "40M"), ("40M", "124M")):
         fitted, run = replace(CONSTANTS, clock=clocks[on]), runs[other]
@@ -132,6 +133,7 @@ def figures(clocks: dict[str, float], at_ends: Clocks) -> dict[str, Any]:
     return {
         "projected": True,
         "calibration_error": max(abs(each["error"]) for each in fits),
+        "hold_without": [sum(map(holds_without, known)), len(known)],
         "fits": fits,
         "refits": [asdict(each) for each in refits(at_ends)],
         "anchors": [
@@ -140,6 +142,7 @@ def figures(clocks: dict[str, float], at_ends: Clocks) -> dict[str, Any]:
                 "measured_tokens_per_second": [run.low, run.high],
                 "projected_tokens_per_second": run.predicted(),
                 "error": run.error(),
+                "holds_without": holds_without(run),
                 "micro_batch": run.micro_batch,
                 "note": run.note,
             }
@@ -170,15 +173,21 @@ def show(found: dict[str, Any], console: Console) -> None:
     for each in found["refits"]:
         rows.append([each["constant"], f"{each['value']:g}", f"{each['clock']:.4f}", f"{each['error']:+.1%}"])
     print_table(console, "The first fit again, with one fixed constant at an end of its range (projected)", rows)
-    rows = [["public figure", "measured tokens/s", "projected tokens/s", "error of step time", "note"]]
+    rows = [["public figure", "measured tokens/s", "projected tokens/s", "error of step time", "left out", "note"]]
     for each in found["anchors"]:
         low, high = each["measured_tokens_per_second"]
         measured = f"{low:,.0f}" + (f" to {high:,.0f}" if high > low else "")
         note = f"micro-batch {each['micro_batch']} ({each['note'].replace('micro-batch ', '', 1)})"
-        rows.append(
-            [each["name"], measured, f"{each['projected_tokens_per_second']:,.0f}", f"{each['error']:+.1%}", note]
-        )
+        holds = "inside" if each["holds_without"] else "outside"
+        projected = f"{each['projected_tokens_per_second']:,.0f}"
+        rows.append([each["name"], measured, projected, f"{each['error']:+.1%}", holds, note])
     print_table(console, "Public figures that nothing was fitted on (projected as nanogpt-compile, bf16)", rows)
+    inside, known = found["hold_without"]
+    console.print(
+        f"Left out: inside or outside of the interval that the model states without knowing that figure. "
+        f"{inside} of {known} measured cases, the two runs among them, lie inside.\n",
+        soft_wrap=True,
+    )
     rows = [["constant", "value", "range", "meaning", "source"]]
     for each in found["constants"]:
         span = f"{each['low']:g} to {each['high']:g}"

@@ -63,6 +63,8 @@ class Operation:
     mnk: tuple[int, int, int] | None = None  # of a matmul: an (m, k) by a (k, n) matrix
     scores: int = 0  # of attention: elements of S = Q K^T that get an exponential
     instructions: int = 0  # of attention: plain instructions per score, beside the exponential
+    shared: float = 0.0  # of attention: bytes per score through shared memory
+    longest: int = 0  # of attention: scores of the longest block
     summed_in_fp16: float = 0.0  # of attention: share of its FLOPs
     fast: bool = True  # of a matmul: in the arithmetic of the --precision; else in plain 16 bits
     own: bool = False  # a kernel of this repository, not of a library or of Inductor
@@ -271,6 +273,12 @@ def _norms(s: StepSizes) -> list[Operation]:
 
 SOFTMAX_INSTRUCTIONS = 8  # per score, beside the exponential: scale and subtract, maximum, sum, masks, half a convert
 DROPOUT_INSTRUCTIONS = 10  # per score: its share of a Philox call, compare, select
+SHARED_BYTES = {"forward": (0, 0.17), "backward": (16, 0.41)}
+"""FlashAttention-2, bytes per score through shared memory, and per score and column: P and dS, written once and read for each
+product; the other operands that each warp reads for a tile of 128 x 128 (4 warps forward, 8 backward), and the tile's loads."""
+OWN_SHARED_BYTES = {"forward": (0, 0.28), "dQ": (0, 0.41), "dK dV": (0, 0.56)}
+"""The same of this repository's kernels, which keep P and dS in registers: 2 bytes of each walked row and product for the 16
+rows that a warp owns, and the tile's loads."""
 
 
 def _attention(s: StepSizes) -> list[Operation]:
@@ -279,9 +287,10 @@ def _attention(s: StepSizes) -> list[Operation]:
     D = _padded_head(attention.head_dim, power_of_two=s.fusions.attention)
     instructions = SOFTMAX_INSTRUCTIONS + (DROPOUT_INSTRUCTIONS if s.dropout else 0)
 
-    def op(name: str, group: str, work: flops.Work, moved: int, tile: int) -> Operation:
+    def op(name: str, group: str, work: flops.Work, moved: int, tile: int, shared: tuple[float, float]) -> Operation:
         scores = round(B * H * T * flops.attended_keys(T, tile=min(tile, T)))
         rest: dict[str, Any] = {"count": L, "scores": scores, "instructions": instructions, "own": s.fusions.attention}
+        rest |= {"shared": shared[0] + D * shared[1], "longest": min(tile, T) * T}
         return Operation(name, group, "attention", work.flops, moved, 1, **rest)
 
     forward = flops.attention_forward(B, T, H, D, tile=min(128, T))
@@ -290,7 +299,8 @@ def _attention(s: StepSizes) -> list[Operation]:
     kv_width, columns = attention.kv_heads * attention.head_dim, fp8_group(s)
     # In fp8 a byte is written beside 16 bits, and an fp32 scale for a group of columns.
     extra, kv_extra = (rows * (width + 4 * width // columns) if columns else 0 for width in (C, kv_width))
-    found = [op("attention forward", "attention forward", forward, least + extra, 128)]
+    shared = OWN_SHARED_BYTES if s.fusions.attention else SHARED_BYTES
+    found = [op("attention forward", "attention forward", forward, least + extra, 128, shared["forward"])]
     group, vector, kv_vector, log_sums = "attention backward", 2 * rows * C, 2 * rows * kv_width, 4 * rows * H
     if s.fusions.attention:
         # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
@@ -299,8 +309,8 @@ def _attention(s: StepSizes) -> list[Operation]:
         query_bytes = 4 * vector + 2 * kv_vector + 2 * log_sums + extra
         key_bytes = 2 * vector + 4 * kv_vector + 2 * log_sums + 2 * kv_extra
         found += [
-            op("attention backward dQ", group, query, query_bytes, 128),
-            op("attention backward dK dV", group, key, key_bytes, 64),
+            op("attention backward dQ", group, query, query_bytes, 128, shared["dQ"]),
+            op("attention backward dK dV", group, key, key_bytes, 64, shared["dK dV"]),
         ]
         if s.precision == "fp16-fast":  # all products but S, and dP's only up to 64 columns
             shares = (1 / 2, 2 / 3, 3 / 4) if D <= 64 else (1 / 2, 1 / 3, 2 / 4)
@@ -312,7 +322,7 @@ def _attention(s: StepSizes) -> list[Operation]:
     return [
         *found,
         sweep("attention backward, delta", group, 2 * vector + log_sums + 4 * rows * C, count=L, fresh=vector),
-        op("attention backward", group, loop, moved, 128),
+        op("attention backward", group, loop, moved, 128, shared["backward"]),
         sweep("attention backward, dQ cast", group, 4 * rows * C + vector, count=L, fresh=4 * rows * C),
         # q, k and v are views of one projection: their gradients are copied together.
         sweep("attention backward, dQ dK dV packed", group, 2 * packed, count=L, fresh=packed),

@@ -72,7 +72,15 @@ RUN_124M = _real("124M", GPT2_124M, 8, 0.0)
 
 _ASSUMED = "micro-batch assumed"
 ANCHORS = (
-    MeasuredRun("RTX 4090, 124M", "rtx4090", GPT2_124M, 106e3, 110e3, 16, note=_ASSUMED + "; nanoGPT#182, 2023"),
+    MeasuredRun(
+        "RTX 4090, 124M",
+        "rtx4090",
+        GPT2_124M,
+        110.5e3,
+        110.5e3,
+        16,
+        note=_ASSUMED + "; half of what two cards reach, with the exchange of gradients, January 2025",
+    ),
     MeasuredRun("H100, 124M", "h100", GPT2_124M, 466e3, 468e3, 64, note=_ASSUMED),
     MeasuredRun("H200, 124M", "h200", GPT2_124M, 495e3, 498e3, 64, note=_ASSUMED),
     MeasuredRun("A100, 124M", "a100", GPT2_124M, 209e3, 218e3, 64, note=_ASSUMED),
@@ -139,21 +147,33 @@ def sensitivities(*step: Any) -> list[Sensitivity]:
     return sorted(found, key=lambda s: -max(abs(s.at_low), abs(s.at_high)))
 
 
-def _residual(gpu: Gpu, calibrated: bool) -> tuple[float, float]:
+def _residual(gpu: Gpu, calibrated: bool, without: MeasuredRun | None = None) -> tuple[float, float]:
     """How much (faster, slower) than projected a step may be, as measured elsewhere, in step time.
 
     Calibrated: the larger error across the two runs. Otherwise, in quadrature with it, that of the anchor that runs
     another program on an RTX 4070; and for another card the largest errors of the anchors on cards of its kind (full rate
-    or halved), each on the side on which it lies.
+    or halved), each on the side on which it lies. ``without``: what is known but for this run.
     """
-    base = calibration_error()
+    base = max(abs(error) for name, error in cross_errors().items() if without is None or name != without.name)
     if calibrated:
         return base, base
-    base = math.hypot(base, *(run.error() for run in ANCHORS if run.gpu == "rtx4070"))
+    base = math.hypot(base, *(run.error() for run in ANCHORS if run.gpu == "rtx4070" and run != without))
     if gpu == RTX_4070:
         return base, base
-    off = [1 / (1 + error) - 1 for error in known_errors(gpu).values()]  # measured over projected step time, less 1
-    return math.hypot(base, -min(0.0, *off)), math.hypot(base, max(0.0, *off))
+    errors = [error for name, error in known_errors(gpu).items() if without is None or name != without.name]
+    off = [1 / (1 + error) - 1 for error in errors]  # measured over projected step time, less 1
+    return math.hypot(base, -min(0.0, *off, 0.0)), math.hypot(base, max(0.0, *off, 0.0))
+
+
+def holds_without(run: MeasuredRun) -> bool:
+    """Whether ``run`` lies in the interval that the model states when it does not know of it."""
+    gpu, T = cards.card(run.gpu), run.shape.block_size
+    accum = run.tokens_per_step // (run.micro_batch * T)
+    constants = replace(CONSTANTS, clock=FITTED_CLOCKS["40M"]) if run == RUN_124M else CONSTANTS
+    varied = sensitivities(run.shape, gpu, "nanogpt-compile", "bf16", run.micro_batch, accum, T, run.dropout)
+    calibrated = is_calibrated(run.shape, gpu, "nanogpt-compile", "bf16", T)
+    faster, slower = _interval(varied, *_residual(gpu, calibrated, run))
+    return 1 - faster <= run.predicted(constants) / run.measured <= 1 + slower
 
 
 def known_errors(gpu: Gpu) -> dict[str, float]:

@@ -4,13 +4,15 @@ Each operation of performance/operations.py takes the longest of three times, an
 other, with a gap between them:
 
     compute   matrix products: waves of tiles on the SMs, each tile its FLOPs at the tensor cores' rate plus what starts
-              and ends it; attention: FLOPs at that rate, plus the part of the softmax that does not overlap with them
+              and ends it; attention: FLOPs at that rate, plus the part of the softmax and of shared memory's traffic that
+              does not overlap with them, and the uneven end of a causal grid
     L2        what the tiles read, or all bytes of a pass, through the L2 cache
     memory    bytes over the bandwidth that copies reach; reads of what the kernel before has written cost no memory
               time for the share of them that L2 still holds
 
-Every number that is not counted is in constants.toml. One is fitted, the clock of a GeForce card under its power
-limit, on one real run; the other run, and public figures of other cards, judge the model (fastgpt/performance/projection.py).
+Every number that is not counted is in constants.toml. One is fitted on a training step, the clock of an RTX 4070 under its
+power limit, on one real run; the other run, and public figures of other cards, judge the model
+(fastgpt/performance/projection.py).
 docs/projection.md has the sources, the sensitivity and the errors.
 """
 
@@ -37,19 +39,24 @@ class Constants:
     """What is not counted: constants.toml has the meaning of each, its plausible range and its source."""
 
     clock: float
+    clock_exponent: float
     clock_full_rate: float
     memory_efficiency: float
     gemm_efficiency: float
     gemm_efficiency_full_rate: float
+    gemm_efficiency_hopper: float
+    mma_sync_hopper: float
     double_rate: float
     l2_bytes_per_clock: float
     l2_bytes_per_clock_full_rate: float
     l2_share: float
     tile_overhead_clocks: float
     own_kernels: float
-    softmax_exposed: float
+    exposed_forward: float
+    exposed_backward: float
     kernel_gap_us: float
     host_launch_us: float
+    host_own_launch_us: float
 
 
 CONSTANTS = Constants(**{name: about["value"] for name, about in DESCRIBED.items()})
@@ -64,7 +71,10 @@ SPLITS = (1, 2, 3, 4, 5, 6, 8)
 WAITING = "waiting for the host"
 """The operation that stands for the time in which the GPU has nothing to do."""
 EXPONENTIALS_PER_CLOCK = 16  # per SM, compute capability 8.x and 9.0: CUDA C++ Programming Guide, arithmetic throughput
-FP32_PER_CLOCK = {"sm_80": 64, "sm_75": 64, "sm_70": 64}  # idem; 128 elsewhere
+SHARED_BYTES_PER_CLOCK = 128  # per SM: idem, 32 banks of 4 bytes
+LANES = 128  # per SM: four schedulers, a warp instruction each per clock
+_ON_4N = ("sm_89", "sm_120")  # the process that the fitted card is made in, and whose clock follows power
+_FITTED_ON = cards.card("rtx4070")
 
 
 @dataclass(frozen=True)
@@ -89,8 +99,15 @@ class Chip:
 
     @property
     def hz(self) -> float:
-        clock = self.constants.clock_full_rate if self.gpu.full_rate else self.constants.clock
-        return self.gpu.boost_mhz * 1e6 * clock
+        return self.gpu.boost_mhz * 1e6 * self.clock
+
+    @property
+    def clock(self) -> float:
+        """The SM clock in training over the nominal boost clock. Within a process it follows the power that an SM gets."""
+        if self.gpu.arch in _ON_4N:
+            power = (self.gpu.power_w / self.gpu.sm_count) / (_FITTED_ON.power_w / _FITTED_ON.sm_count)
+            return self.constants.clock * power**self.constants.clock_exponent
+        return self.constants.clock_full_rate
 
     @property
     def bandwidth(self) -> float:
@@ -107,7 +124,17 @@ class Chip:
         assert peak is not None
         c = self.constants
         efficiency = c.gemm_efficiency_full_rate if self.gpu.full_rate else c.gemm_efficiency
+        if self.gpu.arch == "sm_90":
+            efficiency = c.gemm_efficiency_hopper
         return efficiency * peak / (self.gpu.sm_count * self.gpu.boost_mhz * 1e6)
+
+    def attention_per_clock(self, op: Operation) -> float:
+        """FlashAttention-2 multiplies with mma.sync, for which Hopper's tensor cores are not at their full rate; this
+        repository's kernels are compiled to wgmma there."""
+        base, c = self.flops_per_clock(self._base), self.constants
+        if self.gpu.arch != "sm_90" or op.own:
+            return base
+        return base / c.gemm_efficiency_hopper * c.gemm_efficiency_full_rate * c.mma_sync_hopper
 
     def matmul_per_clock(self) -> float:
         """The rate of the linears. Arithmetic that is nominally faster gets the measured ratio instead."""
@@ -129,11 +156,15 @@ class Chip:
         through_l2 = op.bytes / (self.l2_per_clock * self.gpu.sm_count * self.hz)
         if op.kind == "memory":
             return {"L2": through_l2, "memory": memory}
-        plain = op.instructions / FP32_PER_CLOCK.get(self.gpu.arch, 128)
-        softmax = op.scores * (1 / EXPONENTIALS_PER_CLOCK + plain) * self.constants.softmax_exposed
-        base = self.flops_per_clock(self._base)
-        faster = self.matmul_per_clock() / base if op.summed_in_fp16 else 1.0
-        clocks = op.flops * (1 - op.summed_in_fp16 + op.summed_in_fp16 / faster) / base + softmax
+        c = self.constants
+        beside = 1 / EXPONENTIALS_PER_CLOCK + op.instructions / LANES + op.shared / SHARED_BYTES_PER_CLOCK
+        exposed = beside * (c.exposed_backward if "backward" in op.name else c.exposed_forward)
+        base = self.attention_per_clock(op)
+        faster = self.matmul_per_clock() / self.flops_per_clock(self._base) if op.summed_in_fp16 else 1.0
+        products = op.flops * (1 - op.summed_in_fp16 + op.summed_in_fp16 / faster) / base
+        # The last blocks end one by one: on average half of the longest runs beyond an even share.
+        tail = 1 + op.longest * self.gpu.sm_count / 2 / op.scores
+        clocks = (products + op.scores * exposed) * tail
         return {"compute": clocks / (self.gpu.sm_count * self.hz), "L2": through_l2, "memory": memory}
 
     def _matmul(self, op: Operation) -> tuple[float, float, float]:
@@ -179,7 +210,7 @@ def step_times(
     ``graphs``: the step is a CUDA graph, so that the host is out of the way; the gaps stay.
 
     Operations of one name (the loss's chunks, and the shorter last one) are one; the slower says what bounds them."""
-    chip = Chip(gpu, precision, constants)
+    chip, own = Chip(gpu, precision, constants), 0
     parts: dict[str, list[OperationTime]] = {}
     for op in ops:
         executions = op.executions(grad_accum)
@@ -188,12 +219,14 @@ def step_times(
         times = chip.times(op)
         bound = max(times, key=lambda name: times[name])
         work = (op.flops * executions, op.bytes * executions, op.launches * executions)
+        own += op.launches * executions if op.own else 0
         part = OperationTime(op.name, op.group, 1e3 * executions * times[bound], *work, bound)
         parts.setdefault(op.name, []).append(part)
     found = [_together(same) for same in parts.values()]
     launches = sum(op.launches for op in found)
     gaps = 1e-3 * constants.kernel_gap_us * launches
-    waiting = 1e-3 * constants.host_launch_us * launches - gaps - sum(op.ms for op in found)
+    host = constants.host_launch_us * (launches - own) + constants.host_own_launch_us * own
+    waiting = 1e-3 * host - gaps - sum(op.ms for op in found)
     found.append(OperationTime("gaps between kernels", GAPS, gaps, 0, 0, 0, "launch"))
     if waiting > 0 and not graphs:
         found.append(OperationTime(WAITING, GAPS, waiting, 0, 0, 0, "launch"))

@@ -219,7 +219,7 @@ def test_a_kernel_is_projected_once_per_call_whatever_the_step_does(tmp_path):
         32 * params / bandwidth, rel=0.01
     )
     half, whole = (pair("attention", f"B={B} T=1024 H=12 D=64, causal").projected_ms for B in (8, 16))
-    assert whole == pytest.approx(2 * half, rel=0.02)
+    assert 1.94 * half < whole < 2 * half, "the uneven end of a causal grid is the same for both"
 
 
 @pytest.mark.parametrize(

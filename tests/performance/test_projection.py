@@ -85,7 +85,7 @@ def test_the_nanochat_anchor_has_the_flops_that_its_author_counts():
 
 def test_anchors_are_the_public_figures():
     assert {(run.gpu, run.low, run.high) for run in ANCHORS} == {
-        ("rtx4090", 106e3, 110e3),
+        ("rtx4090", 110.5e3, 110.5e3),
         ("h100", 466e3, 468e3),
         ("h200", 495e3, 498e3),
         ("a100", 209e3, 218e3),
@@ -130,7 +130,7 @@ def test_every_status_says_projected_and_the_error():
         assert (
             p.status.startswith("projected") and f"calibration error {projection.calibration_error():.1%}" in p.status
         )
-    assert "26% off in a known case" in projected(gpu=cards.lookup("h100")).status
+    assert "11% off in a known case" in projected(gpu=cards.lookup("h100")).status
 
 
 def test_intervals_widen_with_what_is_not_known():
@@ -158,7 +158,9 @@ def test_only_constants_that_matter_move_a_step():
     assert triton["own_kernels"] > triton["memory_efficiency"] > 1e-3
     assert triton["double_rate"] < 1e-5 and triton["clock_full_rate"] < 1e-5
     fast = {s.constant: max(abs(s.at_low), abs(s.at_high)) for s in projected(precision="fp16-fast").sensitivities}
-    assert fast["double_rate"] > 0.01
+    assert max(fast["double_rate"], fast["l2_bytes_per_clock"]) > 0.01, (
+        "what limits doubled arithmetic: its rate, or the L2"
+    )
 
 
 def test_the_logged_run_reads_as_the_facts_say():

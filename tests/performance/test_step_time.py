@@ -151,7 +151,7 @@ def test_softmax_weighs_more_where_heads_are_small():
     def share(H):
         ops = operations.operations(Shape(1, H, 768, 1024, 64), "eager", 8)
         (op,) = [op for op in ops if op.name == "attention forward"]
-        return 1 - seconds(op, constants=replace(CONSTANTS, softmax_exposed=0.0)) / seconds(op)
+        return 1 - seconds(op, constants=replace(CONSTANTS, exposed_forward=0.0)) / seconds(op)
 
     assert 0.05 < share(12) < share(24) < 0.3
 
