@@ -103,11 +103,12 @@ class Embedding(Part):
 
 @dataclass(frozen=True)
 class Norm(Part):
-    """A norm over rows of ``width``. All but a model's first are one pass with the residual add before them."""
+    """A norm over rows of ``width``. All but those before the first branch are one pass with the residual add before them."""
 
     width: int
     bias: bool
     weight: bool = True
+    """An RMS norm without one has no parameters: its ``module`` is only a name."""
 
     def parameters(self) -> Shapes:
         held = {"weight": self.weight, "bias": self.bias}
@@ -177,11 +178,13 @@ class Heads:
     """Keys that a query sees at most, block by block; () is all of them in every block."""
     prepared: bool = False
     """Whether a pass over the packed projection precedes it: rotary positions, QK-norm, value embeddings."""
+    normed: bool = False
+    """Whether that has QK-norm."""
 
     @property
     def reach(self) -> dict[int, int]:
         """{keys that a query sees at most, 0 for all: number of blocks}."""
-        return dict(Counter(self.windows)) if self.windows else {0: self.count}
+        return Counter(self.windows) if self.windows else {0: self.count}
 
     @property
     def width(self) -> int:
@@ -195,6 +198,10 @@ class Anatomy:
 
     parts: tuple[Part, ...]
     attention: Heads
+    activation: str = "GELU"
+    """As a profile calls it."""
+    mixes: bool = False
+    """Whether the norm before attention also scales the residual stream and adds the embedded tokens, scaled."""
 
     @property
     def embeddings(self) -> list[Embedding]:
@@ -289,6 +296,7 @@ def modern(shape: Shape) -> Anatomy:
     valued = tuple(layer for layer in every if has_value_embedding(shape, layer))
     parts: list[Part] = [
         Embedding("token embedding", "transformer.wte", (), V, C),
+        *([Norm("embedding norm", "transformer.ln_e", (), C, False, weight=False)] if shape.embedding_norm else []),
         Norm("norm before attention", block + "ln_1", every, C, False, weight=False),
         Linear("qkv", block + "attn.c_attn", every, C, C + 2 * kv_heads * D, False, "norms", "attention"),
         Linear("attention projection", block + "attn.c_proj", every, C, C, False, "attention", "norms"),
@@ -307,7 +315,9 @@ def modern(shape: Shape) -> Anatomy:
     parts.append(Linear("head", head, (), C, V, False, "norms", "loss", tied=shape.tied_head))
     windows = tuple(window(shape, layer) for layer in every)
     prepared = bool(shape.rotary_base) or shape.qk_norm or bool(valued)
-    return Anatomy(tuple(parts), Heads(L, shape.n_head, kv_heads, D, windows, prepared))
+    heads = Heads(L, shape.n_head, kv_heads, D, windows, prepared, shape.qk_norm)
+    activation = {"gelu": "GELU", "relu2": "ReLU2"}[shape.activation]
+    return Anatomy(tuple(parts), heads, activation, shape.residual_scalars)
 
 
 def of(config: Any) -> Anatomy:

@@ -319,7 +319,7 @@ class Config:
     config: Annotated[Path | None, Arg("FILE", positional=True)] = None
     """A TOML file with any of the sections [model], [data], [optim], [train]."""
     preset: str | None = None
-    """demo (default), gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl, or with the modern recipe modern-demo."""
+    """demo (default), gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl; with the modern recipe modern-demo, modern-40m, modern-124m."""
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

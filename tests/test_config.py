@@ -18,11 +18,14 @@ def test_presets_load(name, device):
 
 
 def test_preset_list_is_what_the_help_says():
-    assert preset_names() == ["demo", "gpt2-124m", "gpt2-350m", "gpt2-40m", "gpt2-xl", "modern-demo"]
+    assert preset_names() == [
+        *("demo", "gpt2-124m", "gpt2-350m", "gpt2-40m", "gpt2-xl"),
+        *("modern-124m", "modern-40m", "modern-demo"),
+    ]
 
 
-def test_the_gpt2_presets_take_524288_tokens_per_step():
-    for name in ("gpt2-40m", "gpt2-124m", "gpt2-350m", "gpt2-xl"):
+def test_the_presets_take_524288_tokens_per_step():
+    for name in ("gpt2-40m", "gpt2-124m", "gpt2-350m", "gpt2-xl", "modern-40m", "modern-124m"):
         assert load_preset(name).tokens_per_step == 524_288
 
 

@@ -24,9 +24,10 @@ def launch_embedding(
     idx: torch.dtype = torch.int64,
     T: int = 64,
     in_place: bool = False,
+    positions: bool = True,
     **options: Any,
 ) -> None:
-    tables = [torch.nn.Parameter(torch.empty(rows, C, dtype=dtype)) for rows in (256, 64)]
+    tables = [torch.nn.Parameter(torch.empty(rows, C, dtype=dtype)) for rows in ((256, 64) if positions else (256,))]
     if in_place:
         for table in tables:
             table.grad = torch.empty_like(table)
@@ -41,6 +42,8 @@ def cases() -> Iterator[Case]:
     yield "embedding C768 in place", partial(launch_embedding, FP32, in_place=True)
     yield "embedding bf16 C768 dropout", partial(launch_embedding, BF16, dropout_p=0.1)
     yield "embedding fp16 C99 int32", partial(launch_embedding, FP16, 99, idx=torch.int32)
+    yield "embedding C768 bf16, no positions", partial(launch_embedding, FP32, positions=False, out_dtype=BF16)
+    yield "embedding C768 in place, no positions", partial(launch_embedding, FP32, positions=False, in_place=True)
     yield "embedding C768 bf16 stream, odd T", partial(launch_embedding, FP32, T=33, out_dtype=BF16)
 
 

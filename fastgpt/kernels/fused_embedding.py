@@ -1,4 +1,5 @@
-"""The residual stream's first value: token row + position row, with its dropout, in one pass; and the two gradients.
+"""The residual stream's first value: token row + position row, with its dropout, in one pass; and the two gradients. Without
+positions: the rows of a table.
 
     x[b, t]  = dropout(wte[idx[b, t]] + wpe[position + t])     fp32 sums, rounded once, to out_dtype
 
@@ -87,7 +88,7 @@ def embedding_forward_kernel(
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens. IDS gets the ids in 32 bits, -1 for one outside [0, V), whose row of OUT is NaN and which reads no row
-    of the table. SEED may be None."""
+    of the table. SEED and WPE may be None."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists, inside = row < n_tokens, (cols < C)[None, :]
@@ -98,7 +99,8 @@ def embedding_forward_kernel(
     token = WTE + tl.where(known, idx, 0)[:, None] * wte_stride + cols[None, :]
     x = tl.load(token, mask=known[:, None] & inside, other=float("nan")).to(tl.float32)
     mask = exists[:, None] & inside
-    x += tl.load(WPE + (position + t)[:, None] * wpe_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    if WPE is not None:
+        x += tl.load(WPE + (position + t)[:, None] * wpe_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     if SEED is not None:
         x = dropout(x, SEED, row, tl.program_id(1) * BLOCK, dropout_p, ROWS, BLOCK)
     tl.store(OUT + row.to(tl.int64)[:, None] * C + cols[None, :], x.to(OUT.dtype.element_ty), mask=mask)
@@ -270,7 +272,7 @@ def _check_position(position: int, T: int, wpe: Tensor) -> None:
 
 @operator("embedding_fwd")
 def _forward(
-    idx: Tensor, wte: Tensor, wpe: Tensor, seed: Tensor | None, dropout_p: float, position: int,
+    idx: Tensor, wte: Tensor, wpe: Tensor | None, seed: Tensor | None, dropout_p: float, position: int,
     out_dtype: torch.dtype, in_place: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x (..., T, C), and the ids (N,) in 32 bits, -1 for one outside the table."""
@@ -278,15 +280,16 @@ def _forward(
     if x.numel() == 0:
         return outputs
     (V, C), T = wte.shape, idx.shape[-1]
-    arguments.alike("wte", (wpe.shape[0], C), wpe=wpe)
-    _check_position(position, T, wpe)
+    if wpe is not None:
+        arguments.alike("wte", (wpe.shape[0], C), wpe=wpe)
+        _check_position(position, T, wpe)
+        wpe = runtime.columns_adjacent(wpe)
     _check_ids(idx, V)
-    rows, cfg = idx.reshape(-1, idx.shape[-1]), config(C)
-    wte, wpe = runtime.columns_adjacent(wte), runtime.columns_adjacent(wpe)
+    rows, cfg, wte = idx.reshape(-1, idx.shape[-1]), config(C), runtime.columns_adjacent(wte)
     with runtime.device_guard(x):
         embedding_forward_kernel[(runtime.cdiv(rows.numel(), cfg.rows), runtime.cdiv(C, cfg.block))](
             rows, wte, wpe, seed, x, ids, rows.numel(), rows.shape[1], V, position, *rows.stride(),
-            wte.stride(0), wpe.stride(0), dropout_p,
+            wte.stride(0), 0 if wpe is None else wpe.stride(0), dropout_p,
             C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return outputs
@@ -343,15 +346,22 @@ def _setup_context(ctx, inputs, output):
     _, wte, wpe, seed, ctx.dropout_p, ctx.position, _, ctx.in_place = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.shapes, ctx.dtypes = (wte.shape[0], wpe.shape[0]), (wte.dtype, wpe.dtype)
+    ctx.shapes = wte.shape[0], 0 if wpe is None else wpe.shape[0]
+    ctx.dtypes = wte.dtype, None if wpe is None else wpe.dtype
     # The tables only for their ``.grad``: else they may be written before backward, as torch's embedding allows.
     ctx.save_for_backward(output[1], seed, *((wte, wpe) if ctx.in_place else ()))
 
 
-def _takes_sums(table: Tensor) -> bool:
+def _takes_sums(table: Tensor | None) -> bool:
     """Whether the kernels can add to this table's ``.grad``."""
-    grad = table.grad
-    if grad is None or grad.layout != torch.strided or grad.dtype != torch.float32 or grad.shape != table.shape:
+    grad = None if table is None else table.grad
+    if (
+        table is None
+        or grad is None
+        or grad.layout != torch.strided
+        or grad.dtype != torch.float32
+        or grad.shape != table.shape
+    ):
         return False
     return grad.stride(1) == 1
 
@@ -382,13 +392,14 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 def embedding(
     idx: Tensor,
     wte: Tensor,
-    wpe: Tensor,
+    wpe: Tensor | None = None,
     *,
     position: int = 0,
     dropout_p: float = 0.0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dropout(wte[idx] + wpe[position : position + T]), (..., T, C) in ``out_dtype`` (default: wte's).
+    """dropout(wte[idx] + wpe[position : position + T]), (..., T, C) in ``out_dtype`` (default: wte's). Without wpe, whose rows
+    then are not added, ``position`` does not count.
 
     idx (..., T) int64 or int32, of any rank from 1 and any strides; wte (V, C) and wpe (P, C), each fp32, fp16 or bf16, read
     in place if neighbouring columns are adjacent. ``position``: where the sequences start, as in sampling from a cache.
@@ -403,19 +414,23 @@ def embedding(
     if not runtime.runs_in_triton(wte):
         return reference.embedding(idx, wte, wpe, position=position, dropout_p=dropout_p, out_dtype=out_dtype)
     seed = runtime.draw_seed(wte.device) if dropout_p > 0 else None
-    in_place = working_copy.adds_to(wte) and working_copy.adds_to(wpe)
+    in_place = working_copy.adds_to(wte) and (wpe is None or working_copy.adds_to(wpe))
     return _forward(idx, wte, wpe, seed, dropout_p, position, out_dtype or wte.dtype, in_place)[0]
 
 
 def _validate(
-    idx: Tensor, wte: Tensor, wpe: Tensor, position: int, dropout_p: float, out_dtype: torch.dtype | None
+    idx: Tensor, wte: Tensor, wpe: Tensor | None, position: int, dropout_p: float, out_dtype: torch.dtype | None
 ) -> None:
-    if wte.dim() != 2 or wpe.dim() != 2 or wte.shape[1] != wpe.shape[1]:
+    if wpe is None:
+        if wte.dim() != 2:
+            raise ValueError(f"wte is {tuple(wte.shape)}: it has to be (V, C)")
+    elif wte.dim() != 2 or wpe.dim() != 2 or wte.shape[1] != wpe.shape[1]:
         raise ValueError(f"wte is {tuple(wte.shape)} and wpe {tuple(wpe.shape)}: they have to be (V, C) and (P, C)")
     arguments.indices("idx", idx, "wte", wte)
     if idx.dim() == 0:
         raise ValueError("idx is (): it has to be (..., T)")
-    _check_position(position, idx.shape[-1], wpe)
+    if wpe is not None:
+        _check_position(position, idx.shape[-1], wpe)
     arguments.probability("dropout_p", dropout_p)
     arguments.dtype("out_dtype", out_dtype)
     arguments.tensors("wte", wte.shape, ("wte", wte, None), ("wpe", wpe, None))

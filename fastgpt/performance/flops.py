@@ -18,13 +18,17 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def attended_keys(T: int, *, tile: int = 1) -> float:
-    """Keys that a causal query is multiplied with, on average: (T + 1) / 2.
+def attended_keys(T: int, *, tile: int = 1, window: int = 0) -> float:
+    """Keys that a causal query is multiplied with, on average: (T + 1) / 2, or less where it sees ``window`` keys at most.
 
-    A kernel computes whole ``tile`` x ``tile`` squares of scores: with n = ceil(T / tile), tile^2 n (n + 1) / 2 / T.
+    A kernel computes whole ``tile`` x ``tile`` squares of scores, n = ceil(T / tile) of them across. A row of squares has that
+    on the diagonal and up to b = ceil((window - 1) / tile) before it, n - 1 without a window:
+    tile^2 (b (b + 1) / 2 + (n - b) (b + 1)) / T.
     """
     n = cdiv(T, tile)
-    return tile * tile * n * (n + 1) / 2 / T
+    before = min(cdiv(window - 1, tile), n - 1) if window else n - 1
+    squares = before * (before + 1) / 2 + (n - before) * (before + 1)
+    return tile * tile * squares / T
 
 
 def palm(shape: Shape, T: int | None = None) -> float:
@@ -59,20 +63,32 @@ class Work(NamedTuple):
         return Roof(compute, "compute") if compute >= memory else Roof(memory, "memory")
 
 
-def attention_forward(B: int, T: int, H: int, D: int, size: int = 2, *, kv_heads: int = 0, tile: int = 1) -> Work:
+def attention_forward(
+    B: int, T: int, H: int, D: int, size: int = 2, *, kv_heads: int = 0, tile: int = 1, window: int = 0
+) -> Work:
     """Causal, as the next. Read q, k, v; write out, and the log-sum-exp (B, H, T) in fp32. Two matmuls of 2D FLOP per query and
     key.
 
-    ``size``: bytes of an element, here and below. ``kv_heads``: heads of k and v, if they are fewer than H."""
-    pairs = round(B * H * T * attended_keys(T, tile=tile))
+    ``size``: bytes of an element, here and below. ``kv_heads``: heads of k and v, if they are fewer than H. ``window``: keys
+    that a query sees at most."""
+    pairs = round(B * H * T * attended_keys(T, tile=tile, window=window))
     return Work(4 * D * pairs, 2 * B * T * (H + (kv_heads or H)) * D * size + 4 * B * H * T)
 
 
 def attention_backward(
-    B: int, T: int, H: int, D: int, size: int = 2, *, kv_heads: int = 0, tile: int = 1, matmuls: int = 5
+    B: int,
+    T: int,
+    H: int,
+    D: int,
+    size: int = 2,
+    *,
+    kv_heads: int = 0,
+    tile: int = 1,
+    window: int = 0,
+    matmuls: int = 5,
 ) -> Work:
     """Read q, k, v, out, dout and the log-sum-exp; write dq, dk, dv. ``matmuls``: 5, or 7 with separate loops."""
-    pairs = round(B * H * T * attended_keys(T, tile=tile))
+    pairs = round(B * H * T * attended_keys(T, tile=tile, window=window))
     return Work(2 * matmuls * D * pairs, 4 * B * T * (H + (kv_heads or H)) * D * size + 4 * B * H * T)
 
 

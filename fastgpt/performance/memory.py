@@ -1,4 +1,4 @@
-"""GPU memory of one training step of a GPT-2, as a sum of named parts. Derived in docs/memory.md; nothing is fitted.
+"""GPU memory of one training step, as a sum of named parts. Derived in docs/memory.md; nothing is fitted.
 
 A step holds its state (fp32 weights, 16-bit working copies, gradients, two moments) all the time, and on top of it whatever
 the worst moment of a micro-batch needs. ``memory`` writes the three candidates down and takes the largest:
@@ -89,11 +89,16 @@ def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str 
     Raises UserError for kernels, precision or micro_batch that do not exist.
     """
     check_step(kernels, precision, micro_batch)
+    check_family(model, kernels)
     s, parts = SIZES[precision], anatomy.of(model)
     C, T, V = model.n_embd, model.block_size, model.vocab_size
     N = micro_batch * T
     # Per norm: eager and the kernels keep its input, mean and 1/std; Inductor the normalised input and 1/(std C).
-    norms = sum(norm.count * (4 * norm.width + (4 if kernels.endswith("compile") else 8)) for norm in parts.norms)
+    # An RMS norm has no mean.
+    norms = sum(
+        norm.count * (4 * norm.width + (8 if norm.weight and not kernels.endswith("compile") else 4))
+        for norm in parts.norms
+    )
     # The input of every linear: norm output, attention output, norm output, GELU output. The outputs that attention (q, k and
     # v) and the GELU read; the norms' residual sum is kept instead of a branch. Attention's log-sum-exp.
     linears = sum(
@@ -101,15 +106,35 @@ def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str 
         for linear in parts.block_linears
     )
     activations = N * (norms + s * linears + 4 * parts.attention.count * parts.attention.heads)
+    activations += _modern_extras(parts, N, T, kernels, s)
     if kernels == "triton":  # ids in 32 bits; seeds instead of masks; the loss's gradients instead of its inputs
         return SavedForBackward(activations + 4 * N, 4 * N * C + 4 * V * C)
-    activations += 8 * N + 8 * T  # token ids and positions
+    activations += 8 * N + (8 * T if model.family == "gpt2" else 0)  # token ids and positions
     if model.dropout:
         activations += N * C * sum(norm.count for norm in parts.norms)  # each norm but the first, and the embedding
     activations += N * s * C  # the final norm's output: the head's operand
+    capped = 4 * N * V if model.softcap else 0  # tanh of the logits
     if kernels == "eager":  # log-probabilities in fp32, and targets
-        return SavedForBackward(activations, 4 * N * V + 8 * N)
+        return SavedForBackward(activations, 4 * N * V + 8 * N + capped)
     return SavedForBackward(activations, s * N * V + 8 * N)  # logits; each row's largest and log-sum-exp
+
+
+def _modern_extras(parts: anatomy.Anatomy, N: int, T: int, kernels: str, s: int) -> int:
+    """What a modern model's parts save beyond what a GPT-2 has, for N tokens."""
+    heads, triton = parts.attention, kernels == "triton"
+    per_token = each = 0
+    if heads.prepared:
+        valued = sum(table.count for table in parts.embeddings if table.in_blocks)
+        # Value embeddings; their gates before and after the factor, the latter in fp32 in plain PyTorch.
+        per_token += valued * heads.kv_heads * (s * heads.head_dim + s + (s if triton else 4))
+        if heads.normed:  # 1/rms of each head; the kernel goes by attention's input, plain PyTorch by its own in fp32
+            columns = 0 if triton else heads.head_dim
+            per_token += heads.count * 4 * (heads.heads + heads.kv_heads) * (1 + columns)
+        each += 0 if triton else heads.count * 4 * T * heads.head_dim  # the rows of cos and sin
+    if parts.mixes:
+        # The gradient of the first scalar: the branch, as the residual is kept anyway; in plain PyTorch their sum in fp32.
+        per_token += heads.count * (s if triton else 4) * heads.width
+    return N * per_token + each
 
 
 def memory(
@@ -146,7 +171,7 @@ def memory(
         chunk = min(LOGITS_BUDGET, s * N * V)
         forward = chunk + head_copy + head + 4 * N * C + s * N * C + 12 * N
         backward = head + 4 * N * C + s * N * C + max(head, 4 * N * C)
-        loss, last = max(forward, backward), 2 * head
+        loss, last = max(forward, backward), 2 * head if parts.head.tied else head
     else:
         # nanoGPT returns the logits: they outlive the graph, and their own gradient comes in as a tensor of zeros.
         held = 1 if kernels == "nanogpt-compile" else 0
@@ -174,6 +199,12 @@ def memory(
         workspace=CUBLAS_HANDLES * workspace,
         peak=peak,
     )
+
+
+def check_family(model: object, kernels: str) -> None:
+    """Raise UserError for a modern model in nanoGPT's own program, which has GPT-2 alone."""
+    if kernels == "nanogpt-compile" and getattr(model, "family", "gpt2") != "gpt2":
+        raise UserError("kernels is 'nanogpt-compile', which has no modern model: use compile, eager or triton")
 
 
 def check_step(kernels: str, precision: str, micro_batch: int, precisions: Iterable[str] = tuple(SIZES)) -> None:

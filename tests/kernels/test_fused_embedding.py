@@ -170,6 +170,17 @@ def test_a_later_token_changes_no_earlier_row(device):
     assert torch.equal(embedding(**inputs)[:, :5], before[:, :5])
 
 
+@pytest.mark.parametrize("dtype, out_dtype", [(FP32, FP32), (FP32, BF16), (BF16, BF16)], ids=str)
+def test_without_positions_it_is_a_lookup(device, dtype, out_dtype):
+    inputs = make(device, (4, 7), wte=dtype)
+    del inputs["wpe"]
+
+    def lookup(idx, wte):
+        return reference.embedding(idx, wte, out_dtype=None if wte.dtype == torch.float64 else out_dtype)
+
+    parity.check(partial(embedding, out_dtype=out_dtype), lookup, inputs)
+
+
 # ---------------------------------------------------------------- strides
 
 
@@ -371,6 +382,18 @@ def test_the_model_with_fused_embedding_has_plain_pytorchs_gradients(device):
     plain = accumulated(tied(device, EAGER), device)
     for name, grad in accumulated(tied(device, TRITON), device, in_place=True).items():
         torch.testing.assert_close(grad, plain[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_lookup_adds_in_place_to_the_rows_that_occur(device, monkeypatch):
+    inputs, calls = make(device, (2, 7)), adds(monkeypatch)
+    table = nn.Parameter(inputs["wte"])
+    for micro_batch in range(2):
+        with gradients_in_place():
+            x = embedding(inputs["idx"], table, out_dtype=BF16)
+        (x * (micro_batch + 1)).sum().backward()
+    assert calls == [(True, False)]
+    rows = torch.bincount(inputs["idx"].flatten(), minlength=37).to(table.grad)
+    torch.testing.assert_close(table.grad, 3 * rows[:, None].expand(-1, 20))
 
 
 @pytest.mark.parametrize("first", [True, False])

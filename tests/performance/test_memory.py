@@ -40,6 +40,11 @@ SHAPES = {  # name: model, sequences per micro-batch
     "bias": (ModelConfig(2, 2, 64, 32, 128, bias=True), 2),
     "dropout": (ModelConfig(2, 2, 64, 32, 128, dropout=0.1), 2),
     "bias and dropout": (ModelConfig(3, 4, 64, 24, 96, bias=True, dropout=0.5), 3),
+    "modern": (replace(load_preset("modern-demo").model, n_layer=2, vocab_size=320), 2),
+    "modern, grouped heads": (
+        replace(load_preset("modern-demo").model, n_head=4, n_kv_head=2, residual_scalars=False, window_pattern="L"),
+        3,
+    ),
 }
 
 
