@@ -133,8 +133,8 @@ def _base(asked: PlanConfig) -> Config:
     """The model's file or preset, as on a GPU, with the shape flags put in."""
     from_file = asked.model.endswith(".toml")
     base = load_toml(Path(asked.model), Config(), "cuda") if from_file else load_preset(asked.model, "cuda")
-    names = [field.name for field in fields(ModelConfig)]
-    changed = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
+    given = {field.name: getattr(asked, field.name, None) for field in fields(ModelConfig)}
+    changed = {name: value for name, value in given.items() if value is not None}
     return replace(base, model=replace(base.model, **changed))
 
 
