@@ -26,7 +26,7 @@ from bench.emulator.launch import Emulation, emulated
 from bench.emulator.memory import Sighting
 from bench.emulator.numbers import recorded
 from bench.emulator.unwritten import virtual
-from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear
+from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, qk_norm_rope
 from bench.ops.common import BF16, FP16, FP32, SHORT, backward, leaf
 from fastgpt import ops as model_ops
 from fastgpt.config import ModelConfig, OptimConfig
@@ -36,6 +36,7 @@ from fastgpt.kernels import (
     fused_embedding,
     fused_layernorm,
     fused_linear,
+    fused_qk_rope,
     runtime,
     tuning,
 )
@@ -106,6 +107,7 @@ SMALL: dict[Callable, dict[str, int]] = {
     attention.launch_attention: {"T": 130},
     fp8.launch_fp8_attention: {"T": 130},
     layer_norm.launch_norm: {"rows": 40},
+    qk_norm_rope.launch_qk: {"T": 20},
     cross_entropy.launch_loss: {"N": 8},
     linear.launch_mlp: {"rows": 1104},  # split in two, like more
 }
@@ -179,6 +181,9 @@ def _more() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"attention bf16 D64 as in the table, {dropout}{choice}", partial(_forced, configs, run)
     for C, rows in ((1, 33), (7, 33), (513, 33), (768, 1), (384, 1000)):
         yield f"layer_norm fp32 C{C} {rows} rows", partial(layer_norm.launch_norm, C, FP32, rows=rows, bias=True)
+    for D, T in ((2, 5), (6, 33), (250, 3)):
+        yield f"qk_norm_rope fp32 D{D} T{T}", partial(qk_norm_rope.launch_qk, FP32, D, T=T, position=7)
+    yield "qk_norm_rope fp16 scale 0", partial(qk_norm_rope.launch_qk, FP16, 64, T=5, scale=0.0)
     for V in (256, 5003):
         loss = partial(cross_entropy.launch_loss, V=V, N=70, C=64)
         yield f"linear_cross_entropy bf16 V{V}", partial(loss, BF16, bias=True)
@@ -378,6 +383,10 @@ def far_cases(arch: int) -> Iterator[Case]:
         qkv = far(FAR // (1024 * 3 * C) + 1, 1024, 3 * C)
         differentiate((fused_attn.qkv_attention(qkv, 12),), qkv)
 
+    def turn() -> None:
+        qkv, tables = far(FAR // (1024 * 3 * C) + 1, 1024, 3 * C), [torch.zeros(1024, 32) for _ in range(2)]
+        differentiate((fused_qk_rope.qk_norm_rope(qkv, 12, 12, *tables),), qkv)
+
     def cache() -> None:
         k, v = (virtual(1, FAR // (12 * 64), 12, 64, dtype=BF16) for _ in range(2))
         with torch.no_grad():  # a window: few of the keys are read, those at the end
@@ -407,7 +416,7 @@ def far_cases(arch: int) -> Iterator[Case]:
         fp8_launch.matmul(a, fp8_launch.quantise(virtual(C, C, dtype=BF16), fp8_launch.FORWARD))
 
     runs: dict[str, Callable[[], None]] = {"layer_norm": norm, "attention": attend, "attention cache": cache}
-    runs |= {"embedding": embed, "sweeps": sweep, "adamw": update}
+    runs |= {"embedding": embed, "sweeps": sweep, "adamw": update, "qk_norm_rope": turn}
     for kind in ("none", "bias", "residual", "gelu", "dgelu"):
         runs[f"linear fp16-fast {kind}"] = partial(product, kind, N=C, K=64, tokens=rows)
     for kind in ("weight_grad", "weight_grad_bias"):

@@ -60,6 +60,8 @@ def _integers(name: str, x: Tensor, arguments: dict[str, Any]) -> Tensor | None:
         target = torch.randint(0, arguments.get("vocab_size") or len(arguments["weight"]), x.shape)
         target[3::7] = arguments.get("ignore_index", -100)
         return target
+    if name == "position":
+        return torch.randint(0, len(arguments["cos"]) - arguments["qkv"].shape[1] + 1, x.shape)
     if name == "doc_ids":
         return torch.randint(0, 4, x.shape).sort(dim=-1).values
     if name == "kv_len":
@@ -134,7 +136,8 @@ class Call:
         op = partial(function, **{key: value for key, value in self.options.items() if key in known})
         inputs = {key: x.double() if double else x for key, x in self.inputs.items()}
         if len(self.upstream) == len(self.outputs):
-            return parity.run(op, inputs, tuple(self.upstream[i] for i in range(len(self.outputs))))[0]
+            found = parity.run(op, inputs, tuple(self.upstream[i] for i in range(len(self.outputs))))[0]
+            return {key: x for key, x in found.items() if key.startswith("out") or key[1:] in self.tensors}
         with torch.no_grad():
             out = op(**inputs)
         return {f"out{i}": x for i, x in enumerate(out if isinstance(out, tuple) else (out,))}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear
+from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, qk_norm_rope
 from bench.ops.common import Case, Entry, Family, Sizes
 from fastgpt.kernels import tuning
 
@@ -17,6 +17,7 @@ ENTRIES: tuple[Callable[[Sizes, torch.device, bool], Entry], ...] = (
     embedding.embedding,
     layer_norm.layer_norm,
     layer_norm.layer_norm_residual,
+    qk_norm_rope.qk_norm_rope,
     attention.attention,
     cross_entropy.linear_cross_entropy,
     adamw.adamw,
@@ -27,7 +28,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "embedding": _ROWS_AND_WIDTHS,
     "layer_norm": _ROWS_AND_WIDTHS,
     "layer_norm_residual": _ROWS_AND_WIDTHS,
-    # 16,384 tokens and a width of 768 throughout.
+    # 16,384 tokens and a width of 768 throughout, as in the next.
+    "qk_norm_rope": [{"D": D, "H": 768 // D} for D in (32, 64, 128)],
     "attention": [
         *({"T": T, "B": 16384 // T} for T in (512, 1024, 2048, 4096)),
         *({"D": D, "H": 768 // D} for D in (32, 64, 128)),
@@ -45,11 +47,13 @@ def shapes(make: Callable, base: Sizes) -> list[Sizes]:
 
 def cases() -> list[Case]:
     """The launches that training and sampling a GPT make: every kernel, in every shipped launch config."""
-    return [case for op in (embedding, attention, layer_norm, cross_entropy, linear, fp8, adamw) for case in op.cases()]
+    ops = (embedding, qk_norm_rope, attention, layer_norm, cross_entropy, linear, fp8, adamw)
+    return [case for op in ops for case in op.cases()]
 
 
 def families() -> list[Family]:
-    return [family for op in (attention, layer_norm, cross_entropy, adamw, linear) for family in op.families()]
+    ops = (qk_norm_rope, attention, layer_norm, cross_entropy, adamw, linear)
+    return [family for op in ops for family in op.families()]
 
 
 # ---------------------------------------------------------------- what ships, for bench.audit

@@ -14,7 +14,7 @@ if runtime.INTERPRET:
 
 _PUBLIC = {
     "attention": "fused_attn",
-    "qk_norm_rope": "reference",
+    "qk_norm_rope": "fused_qk_rope",
     "qkv_attention": "fused_attn",
     "embedding": "fused_embedding",
     "layer_norm": "fused_layernorm",

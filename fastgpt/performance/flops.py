@@ -92,6 +92,26 @@ def attention_backward(
     return Work(2 * matmuls * D * pairs, 4 * B * T * (H + (kv_heads or H)) * D * size + 4 * B * H * T)
 
 
+def qk_norm_rope_forward(
+    tokens: int, H: int, D: int, size: int = 2, *, kv_heads: int = 0, value_embedding: bool = False
+) -> Work:
+    """Read packed q, k, v, write as many, and 1/rms of queries and keys in fp32. With ``value_embedding`` also read that of the
+    values, and its gate. The tables of cos and sin are not counted: they stay in cache."""
+    kv = kv_heads or H
+    embedded = kv * (D + 1) if value_embedding else 0
+    return Work(0, tokens * (size * (2 * (H + 2 * kv) * D + embedded) + 4 * (H + kv)))
+
+
+def qk_norm_rope_backward(
+    tokens: int, H: int, D: int, size: int = 2, *, kv_heads: int = 0, value_embedding: bool = False
+) -> Work:
+    """Read the gradient of q, k, v, q and k themselves and their 1/rms; write the gradient of the projection. With
+    ``value_embedding`` also read it and its gate, and write their gradients."""
+    kv = kv_heads or H
+    embedded = 2 * kv * (D + 1) if value_embedding else 0
+    return Work(0, tokens * (size * ((3 * H + 5 * kv) * D + embedded) + 4 * (H + kv)))
+
+
 def layer_norm_forward(rows: int, C: int, size: int = 2, *, residual: bool = False, bias: bool = False) -> Work:
     """Read x and the fp32 weight (and bias); write y, and mean and 1/std in fp32. With ``residual`` also read it and
     write the sum."""

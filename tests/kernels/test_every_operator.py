@@ -66,6 +66,9 @@ def calls(device):
         train(layer_norm(x, c, c, residual=residual, dropout_p=0.1))
         train(kernels.attention(*heads))
         train(kernels.qkv_attention(leaf(2, 16, 3 * 32, dtype=BF16), 2))
+        cos, sin, position = torch.rand(20, 8, device=device), torch.rand(20, 8, device=device), ids[:, 0] * 0
+        values = {"ve": leaf(2, 16, 32), "gate": leaf(2, 16, 2)}
+        train(kernels.qk_norm_rope(leaf(2, 16, 3 * 32, dtype=BF16), 2, 2, cos, sin, position=position, **values))
         train(mlp(x, w, b, v, c, residual=residual))
         for reduction in ("mean", "none"):
             train(linear_cross_entropy(x, w, ids, bias=b, reduction=reduction))
@@ -114,6 +117,8 @@ MATCHING = {
     "attention_fwd": ("k", "v"),
     "attention_bwd": ("grad_out", "k", "v", "out", "lse"),
     "qkv_attention_bwd": ("grad_out", "out", "lse"),
+    "qk_norm_rope_fwd": ("cos_columns", "sin", "positions", "ve", "gate"),
+    "qk_norm_rope_bwd": ("y", "rstd", "cos_columns", "sin", "positions", "ve", "gate"),
     "embedding_fwd": ("wte_columns", "wpe"),
     "embedding_bwd": ("ids",),
     "embedding_bwd_add": ("ids", "wte_grad_columns", "wpe_grad_columns"),
