@@ -80,7 +80,7 @@ class _Captured(Exception):
 
 def commands() -> Iterator[tuple[str, type]]:
     """(the words typed, the dataclass of its options) of every command that has one, found by asking each for its help."""
-    names = [name for name in _entry().COMMANDS if name not in ("bench", "nanogpt")] + ["data check"]
+    names = [name for name in _entry().COMMANDS if name not in ("bench", "nanogpt", "data")] + ["data check"]
     sources = sorted((ROOT / "bench").glob("*.py"))
     names += [f"bench {path.stem}" for path in sources if "command.parse(" in path.read_text(encoding="utf-8")]
 
@@ -104,9 +104,7 @@ def _entry() -> Any:
 
 
 def _main(args: list[str]) -> int:
-    """``python -m fastgpt ARGS``; ``data`` is ``python -m fastgpt.data``."""
-    if args[0] == "data":
-        return importlib.import_module("fastgpt.data.__main__").main(args[1:])
+    """``python -m fastgpt ARGS``."""
     return _entry().main(args)
 
 

@@ -47,6 +47,9 @@ COMMANDS = {
         "text into token shards to train on",
         "roneneldan/TinyStories --out data/stories",
     ),
+    "data": Command(
+        "fastgpt.data.__main__", "prepare token shards, or check those that are there", "check data/stories"
+    ),
     "convert": Command(
         "fastgpt.convert",
         "checkpoints of nanoGPT, fastgpt and Hugging Face into each other",

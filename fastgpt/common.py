@@ -159,6 +159,33 @@ LARGEST_TEXT = 1 << 26
 """Bytes of the largest file that is read as a whole: a checkpoint's tables take a few kilobytes for each layer."""
 
 
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull where it was cloned",
+    b"\x93NUMPY": "a NumPy array: let its name end in .npy",
+    b"PAR1": "a parquet table",
+    b"PK\x03\x04": "a zip archive, or what torch.save wrote",
+    b"\x1f\x8b\x08": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"GGUF": "a model of llama.cpp (GGUF)",
+    b"%PDF-": "a PDF document",
+}
+
+
+def kind_of_file(path: Path) -> str | None:
+    """What a file is by its first bytes, as part of a sentence, where it is one that people take for another; else None.
+    Raises OSError."""
+    with open_file(path) as file:
+        head = file.read(512)
+    for beginning, kind in _BEGINNINGS.items():
+        if head.startswith(beginning):
+            return kind
+    if head.removeprefix(codecs.BOM_UTF8).lstrip().lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "a web page: the download failed, or the address was that of a page about it"
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < LARGEST_TEXT:
+        return "a safetensors file"
+    return None
+
+
 def open_file(path: Path) -> BinaryIO:
     """A regular file, open for reading. Raises OSError for anything else: a FIFO would wait forever, a device never ends."""
     if not stat.S_ISREG(os.stat(path).st_mode):

@@ -6,7 +6,7 @@ Precedence, lowest first: the defaults below, the preset, a TOML file, flags. Ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -147,9 +147,12 @@ class DataConfig:
 
     data: Annotated[str, Arg("FOLDER")] = "stdlib"
     """'stdlib' (Python's own library sources: real text on every machine), a folder of token shards (python -m fastgpt.data
-    prepare, llm.c's, or nanoGPT's .bin), or a text, jsonl(.gz, .zst) or parquet file or folder."""
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
-    """GPT-2's BPE, or raw bytes (vocabulary 256)."""
+    prepare, llm.c's, nanoGPT's .bin, build-nanogpt's .npy), or a text, jsonl(.gz, .zst) or parquet file or folder."""
+    tokenizer: Literal["gpt2", "bytes", "chars"] = "gpt2"
+    """GPT-2's BPE, raw bytes (vocabulary 256), or the letters of a folder with nanoGPT's meta.pkl. A folder of tokens says
+    itself which: left out, tokenizer and vocabulary are the folder's."""
+    text_column: str = "text"
+    """The column of a table, or the field of a JSON line, that holds the text."""
     mask_documents: bool = False
     """Let tokens attend within their own document only, not to the one that happens to stand before it in the window."""
     batch_size: Annotated[int, Arg("N", aliases=("--batch",), words=("auto",))] = 8
@@ -384,9 +387,15 @@ def load_toml(path: Path, base: Config, device: str = "cpu") -> Config:
     return base
 
 
-def parse(args: Sequence[str], device_type: str, kernels: Kernels = "triton") -> Config:
+def parse(
+    args: Sequence[str],
+    device_type: str,
+    kernels: Kernels = "triton",
+    told: Callable[[str], tuple[str, int] | None] = lambda _: None,
+) -> Config:
     """The configuration that a command line asks for. ``device_type`` ("cpu" or "cuda") is what is present, ``kernels`` what
-    this machine can run, which a file or flag overrules.
+    this machine can run, which a file or flag overrules. ``told``: tokenizer and vocabulary that a folder of tokens says that
+    it was made with (data/resolution.py); they count where neither a flag nor the file says others.
 
     Raises UserError for bad values and unknown flags; ``--help`` is printed with the defaults of the preset asked for.
     """
@@ -417,7 +426,21 @@ def parse(args: Sequence[str], device_type: str, kernels: Kernels = "triton") ->
     for name in asked:
         if name.startswith("muon_") and base.optim.optimizer != "muon":
             raise UserError(f"{name} is {asked[name]} but optimizer is {base.optim.optimizer!r}: use --optimizer muon")
+    given = {*asked, *_set_in(file, device_type)}
+    if "tokenizer" not in given and (tokens := told(base.data.data)) is not None:
+        tokenizer, size = tokens
+        if "vocab_size" not in given and (tokenizer != base.data.tokenizer or base.model.vocab_size < size):
+            size = ModelConfig.vocab_size if tokenizer == "gpt2" else size  # padded
+            base = replace(base, model=replace(base.model, vocab_size=size))
+        base = replace(base, data=replace(base.data, **typed_fields(DataConfig, {"tokenizer": tokenizer}, "data")))
     return base
+
+
+def _set_in(file: Path | None, device: str) -> set[str]:
+    """The fields that a TOML file, which has been loaded before, sets on a device."""
+    sections = common.load_toml(file, "config file") if file else {}
+    on_cuda = sections.pop("cuda", {})
+    return {key for table in (sections, on_cuda if device == "cuda" else {}) for part in table.values() for key in part}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -60,6 +60,13 @@ def main(args: list[str]) -> int:
         notes.append("trained with the exact GELU; fastgpt computes its tanh form, which differs by up to 0.0005")
     elif not portable.exact_gelu and to == "nanogpt":
         notes.append("trained with GELU's tanh form; nanoGPT computes the exact one, which differs by up to 0.0005")
+    if portable.letters is not None and to == "nanogpt":
+        notes.append("nanoGPT's sample.py takes the letters from data/NAME/meta.pkl, where NAME is config['dataset']")
+    if broken := portable.not_finite():
+        notes.append(
+            f"{len(broken)} of {len(portable.weights)} weights hold NaN or infinity, {broken[0]} first: the model computes "
+            "nothing, so take an earlier checkpoint"
+        )
     moved = f"{millions(sum(tensor.numel() for tensor in portable.weights.values()))} parameters"
     if portable.optimizer is not None and portable.optimizer["state"] and to != "hf":
         moved += ", optimizer state"

@@ -78,7 +78,7 @@ def draw(runs: Sequence[Curves], path: Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("plots need matplotlib, which is not installed: pip install 'fastgpt[plot]'") from error
+        raise UserError("plots need matplotlib, which is not installed: pip install matplotlib") from error
     figure = Figure(figsize=(11, 7), layout="constrained")
     titles = {
         "loss": "loss, nats per token",

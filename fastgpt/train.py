@@ -9,9 +9,16 @@ from fastgpt.config import parse
 from fastgpt.hardware import device, requirements
 
 
+def _told(data: str) -> tuple[str, int] | None:
+    """Tokenizer and vocabulary of a folder of tokens, as it says itself."""
+    from fastgpt.data.resolution import told  # NumPy: no help page needs it
+
+    return told(data)
+
+
 def main(args: list[str]) -> int:
     kind = device.present()
-    config = parse(args, kind, "eager" if requirements.no_triton(kind) else "triton")
+    config = parse(args, kind, "eager" if requirements.no_triton(kind) else "triton", _told)
     if config.train.explain_kernels is not None:
         from fastgpt.training.explain import explain
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from bench.steps import nanogpt as nanogpt_model
 from fastgpt import convert
@@ -21,6 +21,7 @@ from fastgpt.checkpoints import checkpoint, folder, lock, rng, saver
 from fastgpt.checkpoints.formats import any, huggingface
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
+from fastgpt.data.tokenizer import CharTokenizer, get_tokenizer
 from fastgpt.model import GPT
 from fastgpt.training.evaluation import load_model
 
@@ -54,6 +55,22 @@ def nanogpt_checkpoint(path, bias=True, steps=2, prefix=""):
     }
     torch.save(saved, path)
     return saved, model.eval()
+
+
+LETTERS = [chr(ord("0") + i) for i in range(39)] + ["\n"]
+
+
+def letters_checkpoint(path):
+    """A nanoGPT checkpoint of a model of characters, whose letters are in data/trains/meta.pkl beside its folder."""
+    path.parent.mkdir()
+    saved, _ = nanogpt_checkpoint(path)
+    saved["config"]["dataset"] = "trains"
+    torch.save(saved, path)
+    data = path.parent.parent / "data" / "trains"
+    data.mkdir(parents=True)
+    meta = {"vocab_size": 40, "itos": dict(enumerate(LETTERS)), "stoi": {c: i for i, c in enumerate(LETTERS)}}
+    (data / "meta.pkl").write_bytes(pickle.dumps(meta))
+    return saved
 
 
 def fastgpt_run(folder, bias=True, steps=2):
@@ -148,6 +165,7 @@ class TestRoundTrips:
             "step",
             "tokenizer",
         }
+        assert str(tmp_path) not in "".join(path.read_text("latin-1") for path in (tmp_path / "hf").iterdir())
 
     def test_hugging_face_through_fastgpt_and_nanogpt(self, tmp_path):
         huggingface_folder(tmp_path / "hf")
@@ -156,6 +174,26 @@ class TestRoundTrips:
         run(tmp_path / "ckpt.pt", tmp_path / "back", "--to", "hf")
         before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
         assert same(after, before)
+
+    def test_the_exact_gelu_is_not_forgotten_on_the_way(self, tmp_path):
+        huggingface_folder(tmp_path / "hf", activation_function="gelu")
+        run(tmp_path / "hf", tmp_path / "run")
+        run(tmp_path / "run", tmp_path / "back")
+        assert json.loads((tmp_path / "back" / "config.json").read_text())["activation_function"] == "gelu"
+
+    def test_letters_go_everywhere_and_come_back(self, tmp_path):
+        saved = letters_checkpoint(tmp_path / "out" / "ckpt.pt")
+        run(tmp_path / "out" / "ckpt.pt", tmp_path / "run", "--to", "fastgpt")
+        run(tmp_path / "run", tmp_path / "hf")
+        run(tmp_path / "hf", tmp_path / "again")
+        run(tmp_path / "again", tmp_path / "back.pt")
+        for name in ("run", "hf", "again", "back.pt"):
+            portable = any.load_weights(str(tmp_path / name))
+            assert (portable.letters, portable.tokenizer) == (LETTERS, "chars")
+        back = torch.load(tmp_path / "back.pt", weights_only=True)
+        assert same(dict(back["model"]), dict(saved["model"]))
+        config = checkpoint.load(folder.resolve(tmp_path / "again"))["config"]
+        assert config["data"]["tokenizer"] == "chars"
 
     def test_an_optimizer_goes_on_where_it_was(self, tmp_path):
         """One more step from the converted state equals one more step of the original."""
@@ -250,6 +288,49 @@ class TestReading:
         weights = any.load_weights(str(tmp_path / "ckpt.pt")).weights
         assert weights["transformer.ln_f.weight"].equal(saved["model"]["_orig_mod.transformer.ln_f.weight"])
 
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module._orig_mod."])
+    def test_so_are_ddps_and_both(self, tmp_path, prefix):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt", prefix=prefix)
+        weights = any.load_weights(str(tmp_path / "ckpt.pt")).weights
+        assert weights["transformer.ln_f.weight"].equal(saved["model"][f"{prefix}transformer.ln_f.weight"])
+
+    def test_a_file_of_before_torch_1_6_and_a_count_of_steps_that_is_a_tensor(self, tmp_path):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        saved["iter_num"] = torch.tensor(7)
+        torch.save(saved, tmp_path / "ckpt.pt", _use_new_zipfile_serialization=False)
+        portable = any.load_weights(str(tmp_path / "ckpt.pt"))
+        assert portable.step == 7
+        assert portable.weights["transformer.ln_f.weight"].equal(saved["model"]["transformer.ln_f.weight"])
+
+    @pytest.mark.parametrize("narrow", ["lm_head.weight", "transformer.wte.weight"])
+    def test_a_head_that_is_a_bf16_copy_of_the_embedding_is_tied_to_it(self, tmp_path, narrow):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        whole = saved["model"]["lm_head.weight"].clone()
+        saved["model"][narrow] = whole.to(torch.bfloat16)
+        torch.save(saved, tmp_path / "ckpt.pt")
+        assert any.load_weights(str(tmp_path / "ckpt.pt")).weights["transformer.wte.weight"].equal(whole)
+
+    def test_a_model_of_characters_is_loaded_with_its_letters(self, tmp_path, monkeypatch):
+        letters_checkpoint(tmp_path / "out" / "ckpt.pt")
+        tokenizer = load_model(str(tmp_path / "out" / "ckpt.pt"), "eager", torch.device("cpu"))[1]
+        assert tokenizer.decode([17, 39, 18]) == "A\nB"
+        (tmp_path / "data" / "trains" / "meta.pkl").rename(tmp_path / "out" / "meta.pkl")
+        assert any.load_weights(str(tmp_path / "out" / "ckpt.pt")).letters == LETTERS
+        (tmp_path / "out" / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))  # of another vocabulary
+        assert any.load_weights(str(tmp_path / "out" / "ckpt.pt")).letters is None
+
+    def test_weights_that_are_not_finite_are_found(self, tmp_path, capsys):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        saved["model"]["transformer.h.1.attn.c_attn.weight"][0, 0] = math.nan
+        saved["model"]["transformer.ln_f.bias"][0] = -math.inf
+        torch.save(saved, tmp_path / "ckpt.pt")
+        run(tmp_path / "ckpt.pt", tmp_path / "run", "--to", "fastgpt")
+        assert (
+            "2 of 28 weights hold NaN or infinity, transformer.h.1.attn.c_attn.weight first" in capsys.readouterr().out
+        )
+        with pytest.raises(UserError, match="NaN or infinity in 2 of 28 weights"):
+            any.load_weights(str(tmp_path / "run"))
+
     def test_mask_buffers_of_old_checkpoints_are_dropped(self, tmp_path):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
         saved["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
@@ -301,6 +382,48 @@ class TestWriting:
         tokenizer = GPT2Tokenizer.from_pretrained(tmp_path / "hf")
         assert tokenizer("Hello world").input_ids == [15496, 995]
         assert tokenizer.eos_token_id == 50256
+
+    @pytest.mark.parametrize("kind", ["bytes", "letters"])
+    def test_transformers_reads_the_tokenizer_of_bytes_and_of_letters(self, tmp_path, kind):
+        if kind == "letters":
+            letters_checkpoint(tmp_path / "out" / "ckpt.pt")
+        else:
+            fastgpt_run(tmp_path / "out")
+        source = tmp_path / "out" / "ckpt.pt" if kind == "letters" else tmp_path / "out"
+        run(source, tmp_path / "hf", "--to", "hf")
+        theirs, text = (
+            AutoTokenizer.from_pretrained(tmp_path / "hf"),
+            "AB\n0" if kind == "letters" else "naïve\n 日本\0x",
+        )
+        ours = CharTokenizer(LETTERS) if kind == "letters" else get_tokenizer("bytes")
+        assert theirs(text).input_ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+
+    def test_a_folder_to_publish_is_whole_and_readable_by_all(self, tmp_path):
+        fastgpt_run(tmp_path / "run")
+        run(tmp_path / "run", tmp_path / "hf")
+        names = {path.name for path in (tmp_path / "hf").iterdir()}
+        assert {"README.md", "generation_config.json", "tokenizer.json", "model.safetensors"} <= names
+        assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
+        assert GPT2LMHeadModel.from_pretrained(tmp_path / "hf").generation_config.eos_token_id == 0
+
+    def test_the_model_card_has_the_runs_figures(self, tmp_path):
+        fastgpt_run(tmp_path / "run")
+        run(tmp_path / "run", tmp_path / "my-gpt2")
+        card = (tmp_path / "my-gpt2" / "README.md").read_text()
+        for line in (
+            "# my-gpt2",
+            "| layers, heads, width | 2, 2, 16 |",
+            "| vocabulary | 40 (bytes) |",
+            "| optimizer steps | 2 |",
+            "| tokens trained on | 256, 128 per step |",
+            "| learning rate | 0.0006 at its peak, cosine |",
+            "| best validation loss | 2.5000 nats per token |",
+        ):
+            assert line in card.splitlines(), card
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        run(tmp_path / "ckpt.pt", tmp_path / "theirs", "--to", "hf")
+        assert "| best validation loss | 3.2500 nats per token |" in (tmp_path / "theirs" / "README.md").read_text()
 
     def test_what_was_done_is_said(self, tmp_path, capsys):
         nanogpt_checkpoint(tmp_path / "ckpt.pt")
@@ -378,9 +501,64 @@ class TestRefused:
         (tmp_path / "ckpt.pt").write_bytes(content[: len(content) // 2])
         fails(tmp_path / "ckpt.pt", "is not a checkpoint that torch.load reads")
 
-    def test_another_torch_file(self, tmp_path, fails):
-        torch.save([1, 2], tmp_path / "other.pt")
-        fails(tmp_path / "other.pt", "is not nanoGPT's")
+    @pytest.mark.parametrize(
+        "content, what",
+        [
+            ([1, 2], "is not nanoGPT's, which has 'model' and 'model_args': it is a list"),
+            (torch.ones(2, 3), "it is one tensor (2, 3)"),
+            ({"lm_head.weight": torch.ones(2)}, "it is a bare state_dict of 1 tensors (lm_head.weight)"),
+            ({"state_dict": {}, "epoch": 3}, "it is a table of state_dict, epoch"),
+            ({"model": {}, "model_args": 3}, "'model' and 'model_args' are dictionaries there"),
+        ],
+    )
+    def test_another_torch_file(self, tmp_path, fails, content, what):
+        torch.save(content, tmp_path / "other.pt")
+        fails(tmp_path / "other.pt", what)
+
+    @pytest.mark.parametrize(
+        "content, what",
+        [
+            (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
+            (b"<!DOCTYPE html><html>", "it is a web page"),
+            (b"GGUF\3\0\0\0", "it is a model of llama.cpp"),
+            (b'\x10\0\0\0\0\0\0\0{"a": 1}', "it is a safetensors file: name the folder that it lies in"),
+            (b"nothing of the kind", "is not a checkpoint that torch.load reads"),
+        ],
+    )
+    def test_another_file_is_named(self, tmp_path, fails, content, what):
+        (tmp_path / "other.pt").write_bytes(content)
+        fails(tmp_path / "other.pt", what)
+
+    def test_a_folder_of_tokens_is_named(self, tmp_path, fails):
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "train.bin").write_bytes(b"ab")
+        fails(tmp_path / "data", "holds tokens (train.bin), no checkpoint: it is what --data takes")
+
+    @pytest.mark.parametrize(
+        "edit, unknown",
+        [
+            (lambda s: s["model_args"].update(n_kv_head=1, window=256), "n_kv_head = 1, window = 256, which"),
+            (lambda s: s["model_args"].update(logit_cap=30.0), "logit_cap = 30.0, which"),
+            (
+                lambda s: (
+                    s["model_args"].update(norm="rms"),
+                    s["model"].update({"transformer.h.0.rms.g": torch.ones(16)}),
+                ),
+                "norm = 'rms', transformer.h.N.rms.g, which",
+            ),
+            (lambda s: s.update(model_args={"dim": 16, "n_layers": 2}), "dim = 16, n_layers = 2, which"),
+        ],
+    )
+    @pytest.mark.parametrize("to", ["fastgpt", "hf"])
+    def test_another_model_is_refused_with_what_is_unknown(self, tmp_path, fails, edit, unknown, to):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        edit(saved)
+        torch.save(saved, tmp_path / "ckpt.pt")
+        fails(
+            tmp_path / "ckpt.pt",
+            f"is a fork's, with another model than GPT-2: its model_args and weights have {unknown}",
+            to=to,
+        )
 
     @pytest.mark.parametrize(
         "edit, message",

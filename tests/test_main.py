@@ -17,7 +17,7 @@ from fastgpt.common import UserError
 
 ROOT = Path(__file__).parents[1]
 ENTRIES = [name for name in command.COMMANDS if name != "bench"]
-ASKED = ("train", "sample", "doctor", "plan", "prepare", "convert", "plot", "bench", "env")
+ASKED = ("train", "sample", "doctor", "plan", "prepare", "data", "convert", "plot", "bench", "env")
 
 
 def ends(args):

@@ -15,6 +15,7 @@ from fastgpt.command import Arg
 from fastgpt.common import UserError, at_least, duration
 from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, check_complete, read_manifest
 from fastgpt.data.preparation import prepare
+from fastgpt.data.shards import shards_in
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.data.verification import verify_files
 
@@ -35,7 +36,8 @@ class Prepare:
     """
 
     source: Annotated[str, Arg("SOURCE", positional=True)]
-    """A text, .jsonl(.gz, .zst) or .parquet file, or a folder of them; stdlib; or a Hugging Face dataset (hf:NAME)."""
+    """A text, .jsonl(.gz, .zst) or .parquet file, or a folder of them; a .json, .csv or .tsv file; stdlib; or a Hugging Face
+    dataset (hf:NAME)."""
     out: Annotated[Path, Arg("FOLDER")]
     """The folder to make. It appears when it is complete; until then the work is in FOLDER.partial."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
@@ -67,7 +69,7 @@ class Check:
     """
 
     folder: Annotated[Path, Arg("FOLDER", positional=True)]
-    """A folder made by prepare, llm.c shards, or nanoGPT's train.bin and val.bin."""
+    """A folder made by prepare, llm.c's shards, nanoGPT's train.bin and val.bin, or build-nanogpt's .npy files."""
     vocab_size: int | None = None
     """Every id must be below it (default: the manifest's, or GPT-2's 50257)."""
 
@@ -96,13 +98,15 @@ def _prepare(options: Prepare) -> int:
     if skipped := manifest["skipped_files"]:
         some = ", ".join(skipped[:5])
         print(f"{len(skipped)} files were not UTF-8 text and passed over: {some}")
+    if rows := manifest.get("skipped_rows"):
+        print(f"{rows:,} rows were passed over: their {manifest['text_column']} is null or not UTF-8")
     return 0
 
 
 def _check(options: Check) -> int:
-    files = sorted(options.folder.glob("*.bin"))
+    files = shards_in(options.folder)
     if not files:
-        raise UserError(f"folder {str(options.folder)!r} holds no .bin files: name one that holds token shards")
+        raise UserError(f"folder {str(options.folder)!r} holds no .bin or .npy files: name one that holds token shards")
     manifest = read_manifest(options.folder) or {"shards": []}
     vocab_size = options.vocab_size or manifest.get("vocab_size", 50257)
     check_complete(options.folder)

@@ -19,7 +19,15 @@ from typing import Any
 
 from fastgpt.common import UserError, first_line
 from fastgpt.data.hub import HUB, HubCorpus, HubReading
-from fastgpt.data.readers import ALL_SUFFIXES, TABLE_SUFFIXES, Document, cut_position, read_file
+from fastgpt.data.readers import (
+    ALL_SUFFIXES,
+    MARKUP,
+    NAMED_SUFFIXES,
+    TABLE_SUFFIXES,
+    Document,
+    cut_position,
+    read_file,
+)
 
 STDLIB = "stdlib"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -62,7 +70,7 @@ class FileCorpus:
     def split_by_position(self, val_fraction: float) -> int | None:
         """The byte at which a corpus of one single text is split in two; None for a corpus of documents."""
         only = self.files[0]
-        if len(self.files) > 1 or only.name.endswith(TABLE_SUFFIXES):
+        if len(self.files) > 1 or only.name.endswith((*TABLE_SUFFIXES, *NAMED_SUFFIXES)):
             return None
         self.cut = cut_position(only, val_fraction)
         return self.cut
@@ -80,6 +88,8 @@ class FileReading:
     row: int = 0
     undecoded: list[str] = field(default_factory=list)
     """Files that could not be decoded."""
+    nulls: int = 0
+    """Rows of tables that hold no text: null, or bytes that are not UTF-8."""
     _offset: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +106,7 @@ class FileReading:
                     self._offset = document.offset
                     if document.text:
                         yield document
+                    self.nulls += document.missing
             except (UnicodeDecodeError, OSError) as error:
                 if corpus.strict:
                     raise UserError(f"data {str(path)!r} cannot be read as UTF-8 text: {first_line(error)}") from error
@@ -104,7 +115,7 @@ class FileReading:
 
     def position(self) -> dict[str, Any]:
         """The position after the last document, as JSON; ``corpus.read(position)`` continues there."""
-        return {"file": self.file, "row": self.row, "undecoded": self.undecoded}
+        return {"file": self.file, "row": self.row, "undecoded": self.undecoded, "nulls": self.nulls}
 
     def done(self) -> float:
         """The share of the corpus that has been read, 0..1, for a progress bar."""
@@ -127,8 +138,9 @@ def open_corpus(
     """The corpus that ``source`` names.
 
     Args:
-        source: ``"stdlib"``; a text, ``.jsonl`` (also ``.gz``, ``.zst``) or ``.parquet`` file, or a folder of those; if there
-            is no such file, a dataset of the Hugging Face hub. ``hf:NAME`` is always opened by the datasets library.
+        source: ``"stdlib"``; a text, ``.jsonl`` (also ``.gz``, ``.zst``) or ``.parquet`` file, or a folder of those; a
+            ``.json``, ``.csv`` or ``.tsv`` file; if there is no such file, a dataset of the Hugging Face hub. ``hf:NAME`` is
+            always opened by the datasets library.
         text_column: the field of a JSON line, or the column of a table, that holds the text.
         config_name, split, revision: of a Hugging Face dataset.
 
@@ -144,6 +156,11 @@ def open_corpus(
     elif path.is_dir():
         corpus = FileCorpus(str(source), path, _walk(path, ALL_SUFFIXES), text_column)
     elif path.is_file():
+        if path.name.lower().endswith(MARKUP):
+            raise UserError(
+                f"data {str(source)!r} holds its text among other things ({path.suffix}): take the text out of it first, as "
+                ".txt or .jsonl"
+            )
         corpus = FileCorpus(str(source), path.parent, [path], text_column, strict=True)
     else:
         raise UserError(f"data {str(source)!r} does not exist: it must be 'stdlib', or a file or folder of text")
@@ -151,7 +168,8 @@ def open_corpus(
         raise UserError(f"config_name is {config_name!r}, and data {str(source)!r} is no hub dataset: leave it out")
     if not corpus.files:
         raise UserError(
-            f"data {str(source)!r} is a folder without text: it must hold files that end in {' '.join(ALL_SUFFIXES)}"
+            f"data {str(source)!r} is a folder without text: it must hold files that end in {' '.join(ALL_SUFFIXES)} "
+            f"(a {' '.join(NAMED_SUFFIXES)} file is read where it is named itself)"
         )
     if corpus.size == 0:
         raise UserError(f"data {str(source)!r} is empty: it must hold text")
@@ -164,7 +182,7 @@ def is_hub_name(source: str | os.PathLike[str]) -> bool:
         return False
     if source.startswith(HUB):
         return True
-    looks_so = HUB_NAME.fullmatch(source) and not source.endswith((*ALL_SUFFIXES, ".bin", ".json"))
+    looks_so = HUB_NAME.fullmatch(source) and not source.endswith((*ALL_SUFFIXES, *NAMED_SUFFIXES, *MARKUP, ".bin"))
     return bool(looks_so) and not Path(source).exists()
 
 

@@ -87,9 +87,12 @@ class HubReading:
         self.corpus, self.stream = corpus, stream
         self.count = 0
         """Rows read so far, including those before an interruption."""
+        self.nulls = 0
+        """Rows among them whose text is null."""
         self._state: dict[str, Any] | None = None
         if position is not None:
             self.count, self._state = position["row"], position["state"]
+            self.nulls = position.get("nulls", 0)
             stream.load_state_dict(self._state)
         splits = stream.info.splits
         self._total = splits[corpus.split].num_examples if splits and corpus.split in splits else None
@@ -113,6 +116,7 @@ class HubReading:
                     )
                 if text:
                     yield Document(text)
+                self.nulls += text is None
         except UserError:
             raise
         except Exception as error:
@@ -124,7 +128,7 @@ class HubReading:
             rows.close()
 
     def position(self) -> dict[str, Any]:
-        return {"row": self.count, "state": self._state or self.stream.state_dict()}
+        return {"row": self.count, "nulls": self.nulls, "state": self._state or self.stream.state_dict()}
 
     def done(self) -> float | None:
         return min(1.0, self.count / self._total) if self._total else None

@@ -72,6 +72,8 @@ class TokenLoader:
             verify_files(paths, vocab_size)
         self.windows = self._windows.count
         """Windows per epoch."""
+        self.tokens = self._windows.tokens
+        """Tokens in all files."""
         self._eot = eot
         self._step = world_size * batch_size
         # At most one epoch, since each epoch's order has to be drawn.

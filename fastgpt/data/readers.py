@@ -1,4 +1,4 @@
-"""Read the documents of each kind of file: text in pieces, JSON lines (plain, gzip, zstd), parquet.
+"""Read the documents of each kind of file: text in pieces, JSON lines (plain, gzip, zstd), JSON arrays, CSV, parquet.
 
 A reader skips as many rows as it is told: so an interrupted preparation continues, at a much lower cost than reading (no
 decoding, whole row groups at once).
@@ -6,18 +6,20 @@ decoding, whole row groups at once).
 
 from __future__ import annotations
 
+import codecs
+import csv
 import gzip
 import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fastgpt.common import UserError, first_line
+from fastgpt.common import LARGEST_TEXT, UserError, first_line, kind_of_file, load_json, shortened
 
 PIECE = 1 << 20
 """Bytes after which a long text file continues as another document, at the end of a line. So no file is ever in memory
@@ -29,6 +31,11 @@ TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 TABLE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 ALL_SUFFIXES = TEXT_SUFFIXES + TABLE_SUFFIXES
+"""What is taken from a folder."""
+NAMED_SUFFIXES = (".json", ".csv", ".tsv")
+"""Tables that are read only when they are named: beside texts they are often something else."""
+MARKUP = (".html", ".htm", ".xml", ".ipynb", ".pdf", ".docx", ".epub", ".rtf")
+"""Files whose text is among other things."""
 
 
 class Document(NamedTuple):
@@ -38,10 +45,22 @@ class Document(NamedTuple):
     """About how many bytes of its file have been read, for a progress bar."""
     side: str | None = None
     """``"train"`` or ``"val"`` where the corpus is split by position; None where the text's hash decides."""
+    missing: bool = False
+    """The row holds null instead of a text, or bytes that are not UTF-8."""
+
+
+def _row(text: str | None, offset: int) -> Document:
+    return Document(text or "", offset, missing=text is None)
 
 
 def read_file(path: Path, column: str, skip: int = 0, cut: int | None = None) -> Iterator[Document]:
     """The rows of a file after the first ``skip``. ``column`` of a table holds the text; ``cut`` is ``read_text``'s."""
+    if "Git LFS" in (kind := kind_of_file(path) or ""):
+        raise UserError(f"data {str(path)!r} is {kind}")
+    if path.name.endswith(".json"):
+        return _read_json(path, column, skip)
+    if path.name.endswith((".csv", ".tsv")):
+        return _read_csv(path, column, skip)
     if path.name.endswith(JSON_SUFFIXES):
         return _read_jsonl(path, column, skip)
     if path.name.endswith(".parquet"):
@@ -57,6 +76,8 @@ def read_text(path: Path, skip: int = 0, cut: int | None = None) -> Iterator[Doc
     for side, start, stop in parts:
         for piece in _pieces(path, start, stop):
             offset += len(piece)
+            if offset == len(piece):
+                piece = piece.removeprefix(codecs.BOM_UTF8)
             if skip > 0:
                 skip -= 1
             else:
@@ -109,7 +130,9 @@ def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[Document]:
                     raise UserError(
                         f"data {str(path)!r} line {number} is longer than {LONGEST_LINE >> 20} MiB: put one document on a line"
                     )
-                yield Document(_text_of(line, path, number, column) if line.strip() else "", raw.tell())
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                where = f"data {str(path)!r} line {number}"
+                yield _row(_text_of(line, where, column) if line.strip() else "", raw.tell())
         except (EOFError, zlib.error, OSError) as error:
             raise UserError(f"data {str(path)!r} cannot be decompressed: {first_line(error)}") from error
 
@@ -123,15 +146,73 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
     return raw
 
 
-def _text_of(line: bytes, path: Path, number: int, column: str) -> str:
-    decoded = line.decode("utf-8")
+def _text_of(line: bytes, where: str, column: str) -> str | None:
+    """The text of a line of JSON; None if it is missing. Raises UserError, which begins with ``where``."""
     try:
-        text = json.loads(decoded)[column]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise UserError(f"data {str(path)!r} line {number}: each line must be a JSON object with a string {column!r}")
+        row = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return None
+    except (ValueError, RecursionError):
+        row = None
+    return _field(row, where, column)
+
+
+def _field(row: Any, where: str, column: str) -> str | None:
+    """The text in a row of JSON. Raises UserError, which begins with ``where``."""
+    if isinstance(row, dict) and column not in row:
+        raise UserError(_no_column(f"{where}: there is", "field", column, row))
+    text = row[column] if isinstance(row, dict) else row
+    if not isinstance(row, dict) or not (text is None or isinstance(text, str)):
+        raise UserError(f"{where}: each line must be a JSON object with a string {column!r}")
     return text
+
+
+def _no_column(begin: str, kind: str, column: str, there: Iterable[str]) -> str:
+    names = shortened(", ".join(map(str, there)) or "none", 200)
+    return f"{begin} no {kind} {column!r}, only {names}: name the one that holds the text with --text-column"
+
+
+def _read_json(path: Path, column: str, skip: int) -> Iterator[Document]:
+    """An array of objects, or JSON lines, as many a .json file is."""
+    with path.open("rb") as file:
+        array = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    if not array:
+        yield from _read_jsonl(path, column, skip)
+        return
+    if (size := path.stat().st_size) > LARGEST_TEXT:
+        raise UserError(
+            f"data {str(path)!r} is a JSON array of more than {LARGEST_TEXT >> 20} MiB, which would be read as a whole: "
+            "write one object on a line (jq -c '.[]') into a .jsonl file"
+        )
+    rows = load_json(path, "data")
+    for number, row in enumerate(rows[skip:], skip + 1):
+        yield _row(_field(row, f"data {str(path)!r} item {number}", column), size * number // len(rows))
+
+
+def _read_csv(path: Path, column: str, skip: int) -> Iterator[Document]:
+    """The cells of one column, under a header line; separated by commas, semicolons or tabs, whichever the header has most."""
+    csv.field_size_limit(LONGEST_LINE)
+    try:
+        with path.open("rb") as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as file:
+            header = file.readline(LONG_LINE)
+            separator = max(",;\t", key=header.count)
+            names = next(csv.reader([header], delimiter=separator), [])
+            if column not in names:
+                raise UserError(_no_column(f"data {str(path)!r} has", "column", column, names))
+            at, lines = names.index(column), iter(lambda: file.readline(LONGEST_LINE), "")
+            for row in islice(csv.reader(lines, delimiter=separator), skip, None):
+                text = row[at] if at < len(row) else None  # an empty cell is what null is written as
+                yield _row(text if text and _is_utf8(text) else None, raw.tell())
+    except csv.Error as error:
+        raise UserError(f"data {str(path)!r} cannot be read as CSV: {first_line(error)}") from error
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether no byte was escaped when it was decoded."""
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _read_parquet(path: Path, column: str, skip: int) -> Iterator[Document]:
@@ -143,7 +224,7 @@ def _read_parquet(path: Path, column: str, skip: int) -> Iterator[Document]:
         with pq.ParquetFile(path) as table:
             names = table.schema_arrow.names
             if column not in names:
-                raise UserError(f"data {str(path)!r} has no column {column!r}, only {', '.join(names) or 'none'}")
+                raise UserError(_no_column(f"data {str(path)!r} has", "column", column, names))
             kind = table.schema_arrow.field(column).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if str(kind) not in ("string", "large_string", "string_view", "null"):
@@ -158,7 +239,7 @@ def _read_parquet(path: Path, column: str, skip: int) -> Iterator[Document]:
                 for text in batch.column(0).to_pylist():
                     row += 1
                     if row > skip:
-                        yield Document(text or "", size * row // total)
+                        yield _row(text, size * row // total)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data {str(path)!r} cannot be read as parquet: {first_line(error)}") from error
 

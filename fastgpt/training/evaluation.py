@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastgpt.common import UserError, first_line, read_text, shortened
-from fastgpt.data.tokenizer import Tokenizer, get_tokenizer
+from fastgpt.data.tokenizer import CharTokenizer, Tokenizer, get_tokenizer
 from fastgpt.model import GPT
 from fastgpt.ops import autocast
 from fastgpt.ops import get as get_ops
@@ -35,14 +35,19 @@ def load_model(source: str, kernels: str, where: torch.device) -> tuple[GPT, Tok
     from fastgpt.checkpoints.formats.any import load_weights  # the formats of others: training has no use for them
 
     portable = load_weights(source)
-    tokenizer = get_tokenizer(portable.tokenizer)
+    letters = portable.letters
+    tokenizer = get_tokenizer(portable.tokenizer) if letters is None else CharTokenizer(letters, source)
     if "fastgpt" not in portable.extras and portable.config.vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"{source} has a vocabulary of {portable.config.vocab_size}, and does not say of which tokenizer: name one "
-            "with GPT-2's tokens, or a fastgpt run"
+            f"{source} has a vocabulary of {portable.config.vocab_size}, and does not say of which tokenizer: the letters of "
+            "nanoGPT's character models are in data/NAME/meta.pkl, so be where that is, or put meta.pkl beside it"
         )
     model = GPT.from_weights(portable.config, portable.weights, get_ops(kernels))
     return model.to(where).eval(), tokenizer
+
+
+def _tokenizer_of(run: Run) -> Tokenizer:
+    return run.corpus.tokenizer if run.corpus else get_tokenizer(run.config.data.tokenizer)
 
 
 def _never() -> bool:
@@ -69,7 +74,7 @@ def evaluate(run: Run, stopping: Callable[[], bool] = _never) -> float | None:
 def sample(run: Run, tokens: int = 40) -> str:
     """Text that continues ``sample_prompt``, from generators of its own: training's are left alone. Called by all ranks
     (sharded parameters are gathered by all)."""
-    tokenizer = get_tokenizer(run.config.data.tokenizer)
+    tokenizer = _tokenizer_of(run)
     ids = list(tokenizer.encode(run.config.train.sample_prompt)) or [0]
     prompt = torch.as_tensor([ids], dtype=torch.int64, device=run.device)
     generator = torch.Generator(run.device).manual_seed(run.config.train.seed)
@@ -197,6 +202,6 @@ def score_hellaswag(
     run: Run, examples: Sequence[HellaSwagExample], stopping: Callable[[], bool] = _never
 ) -> HellaSwagScore | None:
     """HellaSwag with the model as it is now. None as in ``evaluate``. Called by all ranks."""
-    tokenizer = get_tokenizer(run.config.data.tokenizer)
+    tokenizer = _tokenizer_of(run)
     with evaluating(run.model), autocast(run.device, run.stepper.precision):
         return hellaswag_score(run.model, tokenizer, examples, run.device, min(16, run.eval_batch), stopping)

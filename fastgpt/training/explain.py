@@ -27,6 +27,8 @@ from fastgpt.training.dry_run import Record
 HERE = "here"
 """The value of a bare ``--explain-kernels``: the GPU that is present."""
 
+WIDE = 130
+"""Columns from which on a kernel takes one line."""
 KINDS = {
     "none": "linear, or its input gradient",
     "bias": "linear + bias",
@@ -97,21 +99,25 @@ def show(config: Config, card: Card, precision: str, one: Record, two: Record, c
     console.print(
         f"[bold]{escape(card.name)}[/] (sm_{card.arch}, {card.sms} SMs), {precision}, micro-batches of "
         f"{data.batch_size} x {model.block_size} tokens: what a step launches. Nothing was run.",
-        soft_wrap=True,
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("what", "shape (m x n x k)", "engine", "config", "chosen by"):
-        table.add_column(name, overflow="fold", no_wrap=name in ("engine", "what", "shape (m x n x k)"))
-    table.add_column("launches", justify="right")
-    for row in rows(one, two, model.vocab_size):
-        table.add_row(*(escape(cell.replace(f" ({card.name})", "")) for cell in row))
+    narrow = console.width < WIDE
+    for name in ("what, shape", "engine") if narrow else ("what", "shape (m x n x k)", "engine"):
+        table.add_column(
+            name, overflow="fold", no_wrap=not narrow, min_width=17 if narrow else None
+        )  # programs_per_sm=2
+    for name in ("chosen by",) if narrow else ("config", "chosen by"):
+        table.add_column(name, overflow="fold")
+    table.add_column("launches", justify="right", no_wrap=True, min_width=8)
+    for what, shape, engine, chosen, *others in rows(one, two, model.vocab_size):
+        cells = (f"{what}\n{shape}", f"{engine} {chosen.strip('-')}") if narrow else (what, shape, engine, chosen)
+        table.add_row(*(escape(cell.replace(f" ({card.name})", "")) for cell in (*cells, *others)))
     console.print(table)
     console.print(
         "launches: in a micro-batch, or 'once' in a step. Chosen by: a config measured on such a card, or ranked by a model "
         "of what the compiler says, or the default of the kernel's file; a matmul is cuBLAS's until Triton was measured to "
         "be quicker (python -m bench.tune).",
         style="dim",
-        soft_wrap=True,
     )
     tuned = {space.function.__name__ for space in tuning.spaces().values()}
     fixed = [
@@ -120,10 +126,10 @@ def show(config: Config, card: Card, precision: str, one: Record, two: Record, c
         if name not in tuned
     ]
     if fixed:
-        console.print(f"Triton kernels with one config, in their file: {', '.join(fixed)}.", soft_wrap=True)
+        console.print(f"Triton kernels with one config, in their file: {', '.join(fixed)}.")
     passes = [f"{_PASSES.get(name, name)} {count}" for name, count in (two.sweeps - one.sweeps).items()]
     if passes:
-        console.print(f"Passes over memory by PyTorch, in a micro-batch: {', '.join(passes)}.", soft_wrap=True)
+        console.print(f"Passes over memory by PyTorch, in a micro-batch: {', '.join(passes)}.")
 
 
 def rows(one: Record, two: Record, vocab_size: int) -> Iterator[tuple[str, ...]]:

@@ -14,6 +14,7 @@ import torch
 from fastgpt import anatomy
 from fastgpt.common import UserError, duration, gigabytes, millions, rounded, teraflops
 from fastgpt.config import EXPERIMENTAL
+from fastgpt.data.tokenizer import CHARS
 from fastgpt.hardware import cards, requirements
 from fastgpt.hardware.device import device_name
 from fastgpt.hardware.telemetry import telemetry
@@ -70,7 +71,7 @@ def banner(console: Console, run: Run) -> None:
         "device": device_name(run.device),
         "memory": f"{gigabytes(needed, 2)} predicted for weights, optimizer, gradients and activations{room}",
         "mfu": f"{flops.PALM}, of {of_peak}",
-        "data": f"{config.data.data} ({config.data.tokenizer})",
+        "data": _data(run),
         "out": str(config.train.out),
     }
     if projection is not None and run.stepper.graphs is None:
@@ -98,6 +99,18 @@ def banner(console: Console, run: Run) -> None:
             "they compute the right thing, not how fast they are. On a CUDA GPU the same command compiles them and trains "
             "the larger demo: GPT-2's tokens, 6 layers of 384, bf16. --kernels eager trains this model in plain PyTorch."
         )
+
+
+def _data(run: Run) -> str:
+    """The corpus: how large it is, how often the run reads it, and what was left out of it."""
+    config, total = run.config, run.train_loader.tokens
+    epochs = config.train.max_iters * config.tokens_per_step / total
+    vocabulary = f", {config.model.vocab_size} letters" if config.data.tokenizer == CHARS else ""
+    text = (
+        f"{config.data.data} ({config.data.tokenizer}{vocabulary}): {rounded(total)} tokens, of which the run reads "
+        f"{f'{epochs:.0%}' if epochs < 1 else f'{epochs:.3g} epochs'}; {rounded(run.val_loader.tokens)} to validate"
+    )
+    return f"{text}; left out: {run.corpus.skipped}" if run.corpus and run.corpus.skipped else text
 
 
 def _projected(run: Run) -> Projection | None:

@@ -19,7 +19,8 @@ from fastgpt.common import LARGEST, UserError, file_sha256, shortened
 from fastgpt.config import SECTIONS, Config, differences
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.manifest import fingerprint
-from fastgpt.data.resolution import resolve
+from fastgpt.data.resolution import ResolvedData, resolve
+from fastgpt.data.tokenizer import CharTokenizer
 from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
 from fastgpt.ops import scales_loss, usable_precision
@@ -73,6 +74,8 @@ class Run:
     eval_due: bool = True
     """Whether the model as it is now still has to be evaluated: at the start, and after an evaluation that was cut short."""
     last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
+    corpus: ResolvedData | None = None
+    """What the loaders read."""
     refused: str | None = None
     """Why the precision that was asked for is not the one in force; None if it is."""
 
@@ -83,9 +86,11 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: plain values, and tensors that training goes on to change. Called by all ranks."""
         data = self.config.data
+        tokenizer = self.corpus.tokenizer if self.corpus else None
         return {
             "run": self.id,
             "config": self.config.to_dict(),
+            **({"letters": tokenizer.letters} if isinstance(tokenizer, CharTokenizer) else {}),
             **checkpoint.state_of(self.model, self.stepper.optimizer),
             "scaler": self.stepper.scaler.state_dict(),
             "loader": self.train_loader.state_dict(),
@@ -119,7 +124,7 @@ class Run:
         self.close()
         self.micro_batch, self.grad_accum = micro_batch, grad_accum // self.world.size
         self.eval_batch = min(self.eval_batch, micro_batch)
-        self.train_loader, self.val_loader = build_loaders(self.config, self.world, micro_batch)
+        self.train_loader, self.val_loader = build_loaders(self.config, self.world, micro_batch, self.corpus)
         self.train_loader.load_state_dict(position)
 
     def close(self) -> None:
@@ -156,10 +161,10 @@ def initial_weights(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
 
     portable = load_weights(config.train.init_from)
     shape = portable.config
-    if config.data.tokenizer == "bytes" and shape.vocab_size > 256:
+    if config.data.tokenizer != "gpt2" and shape.vocab_size > 256 and portable.tokenizer != config.data.tokenizer:
         raise UserError(
-            f"tokenizer is 'bytes' but init_from {config.train.init_from} has a vocabulary of {shape.vocab_size}: "
-            "use --tokenizer gpt2"
+            f"tokenizer is {config.data.tokenizer!r} but init_from {config.train.init_from} has a vocabulary of "
+            f"{shape.vocab_size}: use --tokenizer gpt2"
         )
     return replace(config, model=replace(shape, dropout=config.model.dropout)), portable.weights
 
@@ -194,7 +199,8 @@ def build(
             f"grad_accum is {config.data.grad_accum}, which {world.size} GPUs do not divide: the micro-batches of a step are "
             f"shared between them, so make it a multiple of {world.size}"
         )
-    loaders = build_loaders(config, world, config.data.batch_size)
+    corpus = find_data(config)
+    loaders = build_loaders(config, world, config.data.batch_size, corpus)
     torch.manual_seed(seed)
     precision, refused = usable_precision(settings.precision, device, settings.kernels)
     model = GPT(shape, get_ops(settings.kernels, precision))
@@ -225,13 +231,30 @@ def build(
 
         stepper.graphs = Graphs(stepper, CudaRecorder(device))
     geometry = config.data.batch_size, config.data.grad_accum // world.size
-    return Run(config, device, world, model, stepper, *loaders, *geometry, refused=refused)
+    return Run(config, device, world, model, stepper, *loaders, *geometry, corpus=corpus, refused=refused)
 
 
-def build_loaders(config: Config, world: World, micro_batch: int) -> tuple[TokenLoader, TokenLoader]:
-    """Training and validation batches of this rank."""
+def find_data(config: Config) -> ResolvedData:
+    """The token files of ``--data``, and their tokenizer. Raises UserError, also for what a vocabulary of letters cannot do."""
+    data, settings = config.data, config.train
+    corpus = resolve(data.data, data.tokenizer, config.model.vocab_size, data.text_column)
+    if isinstance(corpus.tokenizer, CharTokenizer):
+        if data.mask_documents or settings.hellaswag:
+            which = "mask_documents" if data.mask_documents else "hellaswag"
+            raise UserError(
+                f"{which} is on, and data {data.data!r} has {corpus.tokenizer.vocab_size} letters: leave it out"
+            )
+        if settings.sample_interval:
+            corpus.tokenizer.encode(settings.sample_prompt)
+    return corpus
+
+
+def build_loaders(
+    config: Config, world: World, micro_batch: int, corpus: ResolvedData | None = None
+) -> tuple[TokenLoader, TokenLoader]:
+    """Training and validation batches of this rank, from ``corpus`` or what ``find_data`` finds."""
     shape, data = config.model, config.data
-    train_paths, val_paths, tokenizer = resolve(data.data, data.tokenizer, shape.vocab_size)
+    train_paths, val_paths, tokenizer = corpus or find_data(config)
     world.agree({"training data": fingerprint(train_paths), "validation data": fingerprint(val_paths)})
     loader = partial(
         TokenLoader,

@@ -1,6 +1,8 @@
 """Documents from every kind of source, in a fixed order; what cannot be read is said or counted."""
 
+import csv
 import gzip
+import io
 import json
 import sys
 
@@ -91,14 +93,26 @@ def _parquet(column):
         ("c.jsonl", lambda p: p.write_text('{"text": 5}\n'), "line 1"),
         ("d.jsonl", lambda p: p.write_text("[1]\n"), "line 1"),
         ("a.parquet", lambda p: p.write_text("not parquet"), "cannot be read as parquet"),
-        ("b.parquet", _parquet({"body": ["x"], "n": [1]}), "no column 'text', only body, n"),
+        ("b.parquet", _parquet({"body": ["x"], "n": [1]}), "no column 'text', only body, n: name .* --text-column"),
+        ("h.jsonl", lambda p: p.write_text('{"body": "x"}\n'), "line 1: .*no field 'text', only body: .*--text-column"),
+        ("a.json", lambda p: p.write_text('[{"body": "x"}]'), "item 1: .*no field 'text', only body"),
+        ("b.json", lambda p: p.write_text('["x"]'), "item 1: each line must be a JSON object"),
+        ("c.json", lambda p: p.write_text('[{"text": "x"}'), "is damaged: it is not JSON"),
+        ("d.json", lambda p: p.write_text('{\n"a": 1}'), "line 1: each line must be a JSON object"),
+        ("a.csv", lambda p: p.write_text("body;n\nx;1\n"), "no column 'text', only body, n"),
+        ("b.csv", lambda p: p.write_text('text\n"' + "x" * 500 + "\n"), "cannot be read as CSV"),
+        ("a.html", lambda p: p.write_text("<p>x"), "text among other things"),
+        ("a.ipynb", lambda p: p.write_text("{}"), "text among other things"),
+        ("lfs.txt", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
+        ("lfs.parquet", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a Git LFS pointer"),
         ("c.parquet", _parquet({"text": [1]}), "must hold strings, not int64"),
         ("e.jsonl.gz", lambda p: p.write_bytes(b"not gzip"), "cannot be decompressed"),
         ("f.jsonl.gz", lambda p: p.write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-9]), "cannot be decompressed"),
         ("g.jsonl.zst", lambda p: p.write_bytes(b"not zstd"), "cannot be decompressed"),
     ],
 )
-def test_bad_sources_are_one_sentence(tmp_path, name, write, message):
+def test_bad_sources_are_one_sentence(tmp_path, monkeypatch, name, write, message):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 300)
     path = tmp_path / name
     if write is not None:
         write(path)
@@ -118,6 +132,52 @@ def test_compressed_json_lines(tmp_path, kind):
     found = texts(tmp_path / f"x.jsonl.{kind}", text_column="body")
     assert found == [f"té {i}" for i in range(1000)]
     assert texts(tmp_path, text_column="body") == found, "found in a folder too"
+
+
+ROWS = ["one\r\ntwo", None, 'thrée, "four"', None, "five"]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "BOM"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "y.json", "x.csv", "y.csv", "x.tsv", "x.parquet"])
+def test_every_format_gives_the_same_rows_and_counts_those_without_text(tmp_path, name, mark):
+    path, rows = tmp_path / name, [{"body": text, "n": i} for i, text in enumerate(ROWS)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif name in ("x.jsonl", "y.json"):
+        path.write_bytes(mark + "".join(json.dumps(row) + "\n" for row in rows).encode())
+    elif name == "x.json":
+        path.write_bytes(mark + json.dumps(rows, indent=1).encode())
+    else:
+        out = io.StringIO(newline="")
+        table = csv.DictWriter(out, ["n", "body"], delimiter={"x.csv": ",", "y.csv": ";", "x.tsv": "\t"}[name])
+        table.writeheader()
+        table.writerows(rows)
+        path.write_bytes(mark + out.getvalue().encode())
+    reading = open_corpus(path, text_column="body").read()
+    assert [document.text for document in reading] == [text for text in ROWS if text]
+    assert reading.position() == {"file": 1, "row": 0, "undecoded": [], "nulls": 2}
+    assert open_corpus(path).split_by_position(0.1) is None
+    assert next(iter(open_corpus(path, text_column="body").read({"file": 0, "row": 2}))).text == ROWS[2]
+
+
+def test_a_byte_order_mark_is_no_text_and_line_ends_stay(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    assert texts(tmp_path / "x.txt") == ["one\r\ntwo"]
+
+
+@pytest.mark.parametrize("name, line", [("x.jsonl", b'{"text": "\xff"}\n'), ("x.csv", b"\xff\n")])
+def test_a_row_that_is_not_utf_8_is_counted_and_the_others_are_read(tmp_path, name, line):
+    good = b'{"text": "good"}\n' if name == "x.jsonl" else b"good\n"
+    (tmp_path / name).write_bytes((b"" if name == "x.jsonl" else b"text\n") + good + line + good)
+    reading = open_corpus(tmp_path / name).read()
+    assert [document.text for document in reading] == ["good", "good"] and reading.nulls == 1
+
+
+def test_a_large_json_array_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "x.json").write_text('[{"text": "x"}]')
+    monkeypatch.setattr(readers, "LARGEST_TEXT", 8)
+    with pytest.raises(UserError, match=r"is a JSON array of more than .*jq -c '\.\[\]'"):
+        texts(tmp_path / "x.json")
 
 
 def test_every_position_can_be_gone_on_from(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import fastgpt
 from fastgpt.common import UserError, duration
 from fastgpt.data import __main__ as command
 from fastgpt.data import progress
+from fastgpt.data.loader import TokenLoader
 from fastgpt.data.progress import ProgressReport
 from fastgpt.data.resolution import resolve
 
@@ -51,8 +53,46 @@ def test_check_of_nanogpts_files(tmp_path, capsys):
     assert command.main(["check", str(tmp_path)]) == 0
     assert "2 files are whole (no manifest here" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no \.bin files"):
+    with pytest.raises(UserError, match=r"holds no \.bin or \.npy files"):
         command.main(["check", str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 20000\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html><title>404</title>" * 30, "a web page"),
+        (np.arange(1, 5000, dtype=np.uint32).tobytes(), "wider integers are read as uint16"),
+    ],
+)
+def test_check_says_what_is_not_tokens_and_training_refuses_it(tmp_path, content, what):
+    (tmp_path / "train.bin").write_bytes(content)
+    np.arange(3000, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    with pytest.raises(UserError, match=f"train.bin' .*{what}"):
+        command.main(["check", str(tmp_path)])
+    data = resolve(str(tmp_path), "gpt2", 50304)
+    with pytest.raises(UserError, match=f"train.bin' .*{what}"):
+        TokenLoader(data.train_paths, 8, 1, vocab_size=50304)
+
+
+def test_build_nanogpts_arrays_are_checked_and_trained_on(tmp_path, capsys):
+    for side in ("train", "val"):
+        np.save(tmp_path / f"edufineweb_{side}_000000.npy", np.arange(2000, dtype=np.uint16))
+    assert command.main(["check", str(tmp_path)]) == 0
+    assert "2 files are whole" in capsys.readouterr().out
+    data = resolve(str(tmp_path), "gpt2", 50304)
+    with closing(TokenLoader(data.train_paths, 8, 1, vocab_size=50304)) as loader:
+        x, y = loader.next_batch()
+        assert (y - x == 1).all()
+
+
+def test_rows_without_text_are_counted(tmp_path, capsys):
+    rows = [json.dumps({"text": f"row {i}"}).encode() for i in range(9)] + [b'{"text": null}', b'{"text": "\xff"}']
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(rows))
+    command.main(["prepare", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
+    assert "2 rows were passed over: their text is null or not UTF-8" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["skipped_rows"] == 2 and sum(manifest["documents"].values()) == 9
 
 
 def test_skipped_files_are_said(tmp_path, capsys):

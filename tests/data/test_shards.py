@@ -61,6 +61,57 @@ def test_damaged_files_are_refused(tmp_path, change, message):
     assert "bad.bin" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, content, what",
+    [
+        ("a.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n", "a Git LFS pointer"),
+        ("b.bin", b"  <!doctype HTML><html><body>Not found</body></html>", "a web page"),
+        ("c.bin", b"<?xml version='1.0'?><Error>AccessDenied</Error>", "a web page"),
+        ("d.bin", b"\x93NUMPY\1\0" + bytes(122), r"a NumPy array: let its name end in \.npy"),
+        ("e.bin", b"PAR1" + bytes(60), "a parquet table"),
+        ("f.bin", b"\x1f\x8b\x08" + bytes(61), "compressed with gzip"),
+        ("g.bin", b"PK\3\4" + bytes(60), "a zip archive"),
+        ("h.bin", "Ein Märchen für alle, die noch nicht schlafen können.\r\n".encode() * 4, "text: run"),
+        ("i.bin", b'\x40\0\0\0\0\0\0\0{"__metadata__":{}}', "a safetensors file"),
+        ("j.npy", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+    ],
+)
+def test_what_is_not_tokens_is_named(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name[0]}.{name[2:]}' holds no tokens, it is {what}"):
+        open_shard(tmp_path / name)
+
+
+def test_numpy_arrays_of_uint16_are_read_in_place(tmp_path):
+    np.save(tmp_path / "x_train_000001.npy", np.arange(3000, dtype=np.uint16))
+    tokens = open_shard(tmp_path / "x_train_000001.npy")
+    assert isinstance(tokens, np.memmap) and tokens.tolist() == list(range(3000))
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.arange(9), r"holds int64 of shape \(9,\): it must be one row of uint16"),
+        (np.zeros((2, 3), np.uint16), r"shape \(2, 3\)"),
+        (np.arange(9, dtype=">u2"), "holds >u2"),
+        (np.array([], np.uint16), "holds no tokens"),
+        (np.array([{}], object), "cannot be read as a NumPy array"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "x.npy", array)
+    with pytest.raises(UserError, match=message):
+        open_shard(tmp_path / "x.npy")
+
+
+def test_a_cut_array_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(900, dtype=np.uint16))
+    raw = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "x.npy").write_bytes(raw[:-2])
+    with pytest.raises(UserError, match="cannot be read as a NumPy array"):
+        open_shard(tmp_path / "x.npy")
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"none\.bin' does not exist"):
         open_shard(tmp_path / "none.bin")

@@ -83,6 +83,38 @@ def test_a_shard_that_is_not_its_manifests_is_refused(tmp_path):
         verify_files(paths, 256)
 
 
+TOKENS = np.random.default_rng(0).integers(1, 50257, 3000)
+
+
+@pytest.mark.parametrize(
+    "ids, what",
+    [
+        (TOKENS.astype(np.uint32).view(np.uint16), "every second id is 0, as where wider integers are read"),
+        (TOKENS.astype(np.int64).view(np.uint16), "every second id is 0"),
+        (TOKENS.astype(np.int32).view(np.uint16)[1::2], "all of its 3,000 ids are 0"),
+        (np.full(1024, 198), "all of its 1,024 ids are 198"),
+        (np.append(TOKENS, np.zeros(3000)), "all ids from 3,000 on are 0, more than half"),
+        (np.append(TOKENS % 90, np.zeros(4000)), "all ids from 3,000 on are 0"),
+        (np.concatenate([TOKENS[:1000], np.zeros(2500), TOKENS[:500]]), "62% of its ids are 0: part of it"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path, monkeypatch, ids, what):
+    monkeypatch.setattr(module, "CHUNK", 512)
+    write_shard(tmp_path / "a.bin", ids)
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(UserError, match=f"a.bin' does not hold tokens of a text: {what}"):
+            verify_files([tmp_path / "a.bin"], 50257)
+
+
+@pytest.mark.parametrize(
+    "ids", [TOKENS, TOKENS % 2, TOKENS % 97 // 60, np.zeros(1023), np.append(TOKENS, np.zeros(2999))]
+)
+def test_a_file_that_may_be_a_text_passes(tmp_path, ids):
+    """Also one in an alphabet of two letters, of which one is common."""
+    write_shard(tmp_path / "a.bin", ids)
+    verify_files([tmp_path / "a.bin"], 50257)
+
+
 def test_the_sha256_is_the_files(tmp_path):
     sha = write_shard(tmp_path / "a.bin", np.arange(1000))
     assert module.examine(tmp_path / "a.bin") == module.FileFacts(sha, 999)

@@ -248,6 +248,18 @@ def test_without_a_name_and_a_known_card_it_is_refused_as_plan_refuses_it(capsys
     assert "RTX 9999 is not in the table" in refused(capsys, monkeypatch)
 
 
+def test_the_list_names_every_card_with_memory_and_peak(capsys, monkeypatch):
+    assert __main__.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(GPUS) and max(map(len, lines)) <= 80
+    line = {line.split("  ")[0]: line.split() for line in lines}
+    assert line["NVIDIA GeForce RTX 4070"][-6:] == ["sm_89", "12", "GB", "58.3", "TFLOP/s", "bf16"]
+    assert line["Tesla T4"][-6:] == ["sm_75", "16", "GB", "65.1", "TFLOP/s", "fp16"]
+    assert __main__.main(["--list", "--json"]) == 0
+    assert [card["name"] for card in json.loads(capsys.readouterr().out)] == [gpu.name for gpu in GPUS]
+    assert "list is for the whole table" in refused(capsys, monkeypatch, "--list", "rtx4070")
+
+
 def test_entry_point_does_not_import_torch():
     code = "import sys, fastgpt.hardware.__main__ as h; h.main(['rtx4070']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

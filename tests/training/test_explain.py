@@ -39,8 +39,8 @@ def records(*choices, launches=(), products=()):
     return found
 
 
-def shown(one, two, preset="gpt2-124m"):
-    console = Console(width=160, record=True, file=io.StringIO())
+def shown(one, two, preset="gpt2-124m", width=160):
+    console = Console(width=width, record=True, file=io.StringIO())
     explain.show(load_preset(preset, "cuda"), CARD, "bf16", one, two, console)
     return console.export_text()
 
@@ -58,6 +58,24 @@ def test_a_matmul_of_each_engine_with_its_shape_config_and_origin():
     )
     assert "linear + GELU, bf16 8192 x 3072 x 768 Triton 128x64x32 w4 s3 measured" in line_with(text, "linear + GELU")
     assert line_with(text, "input gradient x GELU'").endswith("cuBLAS - default: never measured 1")
+
+
+def test_at_80_columns_no_word_is_broken():
+    tiles = {"BLOCK_M": 128, "BLOCK_N": 32, "programs_per_sm": 2, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    text = shown(*records(linear("linear.none", tuple(tiles.items()), "default: never measured")), width=80)
+    words = text.split()
+    assert max(map(len, text.splitlines())) <= 80
+    for word in (
+        "8192",
+        "Triton",
+        "BLOCK_M=128",
+        "programs_per_sm=2",
+        "maxnreg=128",
+        "default:",
+        "measured",
+        "launches",
+    ):
+        assert word in words, text
 
 
 def test_a_ranked_entry_of_this_card_needs_no_name_one_of_another_has_it():

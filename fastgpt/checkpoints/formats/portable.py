@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgpt import anatomy
 from fastgpt.common import UserError, shortened
 from fastgpt.config import MODERN, ModelConfig, typed_fields
+from fastgpt.data.tokenizer import CHARS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -28,6 +29,8 @@ class Portable:
     """{"state": {name: {step, exp_avg, exp_avg_sq}}, "param_groups": [{..., "params": [names]}]}."""
     exact_gelu: bool = False
     """Trained with the exact GELU (erf); False: with its tanh form, as GPT-2 was and fastgpt computes."""
+    letters: list[str] | None = None
+    """Of a model of characters, by id."""
     extras: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{format: what only that format knows}, kept so that the way back restores it."""
     notes: list[str] = field(default_factory=list)
@@ -36,16 +39,27 @@ class Portable:
     @property
     def tokenizer(self) -> str:
         """The name of the tokenizer, as ``--tokenizer`` has it: GPT-2's unless the checkpoint says otherwise."""
+        if self.letters is not None:
+            return CHARS
         return self.extras.get("fastgpt", {}).get("config", {}).get("data", {}).get("tokenizer", "gpt2")
+
+    def not_finite(self) -> list[str]:
+        """Names of the weights that hold NaN or infinity."""
+        return [name for name, weight in self.weights.items() if not weight.isfinite().all()]
 
 
 def tied(source: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without lm_head.weight. Raises UserError if that is another tensor than the token embedding."""
+    """The weights without lm_head.weight, which is the token embedding again, or a copy of it in a narrower dtype. Raises
+    UserError if it is another tensor."""
     kept = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     head, embedding = weights.get("lm_head.weight"), kept.get("transformer.wte.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
+    if head is None or embedding is None:
+        return kept
+    narrow, wide = sorted((head, embedding), key=lambda tensor: tensor.itemsize)
+    rounded = wide.to(narrow.dtype)
+    if rounded.shape != narrow.shape or not torch.allclose(rounded, narrow, rtol=0, atol=0, equal_nan=True):
         raise UserError(f"{source} has a head that is not tied to its token embedding, which GPT-2's is")
-    return kept
+    return {**kept, "transformer.wte.weight": wide}
 
 
 def check(source: str, weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
