@@ -16,10 +16,12 @@ from typing import Annotated, Any, Literal
 from rich.table import Table
 
 from fastgpt import anatomy, command, common
+from fastgpt.anatomy import Shape
 from fastgpt.command import Arg
 from fastgpt.common import UserError, gigabytes, millions, rounded
 from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
 from fastgpt.hardware import cards
+from fastgpt.performance import recipes
 from fastgpt.performance.fitting import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
 from fastgpt.performance.memory import KERNELS
 
@@ -118,7 +120,7 @@ def main(args: list[str]) -> int:
     console = common.console(highlight=False, soft_wrap=True)
     console.print(_head(best, card, vram_gb), markup=False)
     console.print(_table(plans))
-    for note in _notes(fitting, refused):
+    for note in _notes(fitting, refused, recipes.comparison(Shape.of(best.model), card)):
         console.print(note, markup=False)
     if "nanogpt-compile" in fitting:
         console.print("\n[bold]nanoGPT config[/]\n")
@@ -213,8 +215,8 @@ def _number(value: float | None, digits: int = 0) -> str:
     return "n/a" if value is None else f"{value:,.{digits}f}"
 
 
-def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> list[str]:
-    """What a reader has to know about the table's figures."""
+def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError], recipe: str | None) -> list[str]:
+    """What a reader has to know about the table's figures. ``recipe``: how the other recipe compares."""
     some = next(iter(plans.values()))
     per_parameter = some.tokens / anatomy.n_params(some.model, positions=False)
     notes = []
@@ -236,7 +238,7 @@ def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError]) -> list[str
         )
     notes += [f"{kernels}: {p.hint}." for kernels, p in plans.items() if p.hint]
     notes += [f"{kernels}: {error}." for kernels, error in refused.items()]
-    return notes
+    return notes + ([f"{recipe}."] if recipe else [])
 
 
 def nanogpt_lines(p: RunPlan) -> str:

@@ -334,6 +334,12 @@ def test_the_table_compares_all_and_says_what_its_figures_are(capsys):
     assert re.search(r"calibrated on real runs *│ *no *│", out)
 
 
+@pytest.mark.parametrize(("model", "compared"), [("gpt2-124m", 1), ("gpt2-40m", 0), ("modern-124m", 0)])
+def test_the_owner_of_a_gpt2_hears_of_the_other_recipe(capsys, model, compared):
+    out = run(capsys, "--gpu", "rtx4070", "--model", model, "--kernels", "triton")
+    assert out.count("with --preset modern-124m (projected") == compared
+
+
 def test_the_table_says_na_where_speed_is_unknown(capsys, no_speed):
     out = run(capsys, "--gpu", "rtx4070")
     assert "n/a" in out and "there is no projection" in out and "at worst" not in out

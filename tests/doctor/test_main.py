@@ -59,6 +59,7 @@ def test_a_log_alone_with_its_config_in_it(capsys):
     code, data = as_json(capsys, REAL / "nanogpt-124m-fineweb.log", "--gpu", "rtx4070")
     assert code == 1 and data["figures"]["parameters"] == 123_587_328
     assert data["figures"]["mfu_nominal"] == pytest.approx(0.822, abs=0.001)
+    assert "with --preset modern-124m (projected" in data["recipe"]
 
 
 def test_html_is_written_beside_the_report(capsys, tmp_path):

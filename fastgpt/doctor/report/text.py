@@ -16,6 +16,7 @@ from fastgpt.doctor.evidence import seen_as_json
 from fastgpt.doctor.figures import UNITS, Figures
 from fastgpt.doctor.findings import Finding
 from fastgpt.hardware.cards import Gpu
+from fastgpt.performance import recipes
 
 COLOURS = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
 
@@ -28,6 +29,7 @@ def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
         "units": UNITS,
         "gpu": gpu.name if gpu else None,
         "precision": report.figures.precision,
+        "recipe": report.figures.shape and recipes.comparison(report.figures.shape, gpu),
         "not_checked": report.not_checked,
         "unread": seen_as_json(report.unread),
     }
@@ -65,6 +67,7 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
         ),
         ("evaluations", "{:.1%} of the time, {:.0f} minutes per day", f.evaluation_share, f.evaluation_minutes_per_day),
         ("val loss", "{:.4f} last, {:.4f} lowest (step {:,})", f.last_val, f.best_val, f.best_val_step),
+        ("recipe", "{}", f.shape and recipes.comparison(f.shape, gpu)),
     ]
     return [(name, form.format(*values)) for name, form, *values in rows if None not in values]
 
