@@ -1,6 +1,8 @@
 """Pictures of runs: what is read from a run's folder and from other programs' logs, and the PNG itself."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,21 @@ def test_a_nanogpt_log_gives_a_rate_once_the_tokens_of_a_step_are_known():
     assert run.val_loss[0] == 10.8727 and np.isnan(run.grad_norm).all()
 
 
+def test_the_config_beside_a_log_gives_its_rate_and_evaluations_are_no_slowness(tmp_path):
+    log = tmp_path / "old.log"
+    lines = [f"iter {i}: loss 5.0, time {900 if i % 50 == 0 else 100:.2f}ms, mfu 10.00%" for i in range(0, 200, 10)]
+    lines += [f"step {i}: train loss 5.0000, val loss 5.1000" for i in range(0, 200, 50)]
+    log.write_text("\n".join(sorted(lines, key=lambda line: int(line.split()[1][:-1]))))
+    assert np.isnan(plot.read(log).tokens_per_second).all()
+    config = "batch_size = 4\nblock_size = 25\ngradient_accumulation_steps = 2\n"
+    (tmp_path / "train.py").write_text(config)
+    rates = plot.read(log).tokens_per_second
+    assert set(rates[~np.isnan(rates)]) == {2000.0} and np.isnan(rates).sum() == 4
+    (tmp_path / "other.py").write_text(config.replace("4", "8"))
+    assert np.isnan(plot.read(log).tokens_per_second).all()  # which of the two?
+    assert np.nanmax(plot.read(log, config=tmp_path / "other.py").tokens_per_second) == 4000
+
+
 def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
 
@@ -71,6 +88,52 @@ def test_what_is_drawn_is_what_was_read(folder, monkeypatch, tmp_path):
     assert np.allclose(smooth, 1.0) and len(smooth) == 300 - 6 + 1
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    return figures
+
+
+def test_no_panel_is_empty(drawn, tmp_path):
+    steps = np.arange(10)
+    nothing = np.full(10, np.nan)
+    loss = plot.Curves("a", steps, steps + 1.0, nothing, nothing, nothing, steps[:0], steps[:0])
+    for runs, panels in (
+        ([loss], 1),
+        ([loss, replace(loss, lr=steps + 1.0)], 2),
+        ([replace(loss, lr=steps, grad_norm=steps)], 3),
+    ):
+        plot.draw(runs, tmp_path / "x.png")
+        assert len(drawn[-1].axes) == panels and all(axes.lines for axes in drawn[-1].axes)
+
+
+def test_an_axis_of_tokens(drawn, folder, capsys):
+    record = {"run": "a", "config": {"data": {"batch_size": 4, "grad_accum": 2}, "model": {"block_size": 128}}}
+    path = folder / "metrics.jsonl"
+    plain = path.read_text()
+    path.write_text("\n".join([json.dumps(record), *plain.splitlines()[1:]]))
+    assert plot.main([str(folder), "--x", "tokens"]) == 0
+    loss = drawn[0].axes[0]
+    assert loss.get_xlabel() == "tokens" and loss.lines[0].get_xdata()[-1] == 300 * 1024
+    assert loss.lines[2].get_xdata()[0] == 100 * 1024 and loss.xaxis.get_major_formatter()(250_000) == "250k"
+    path.write_text(plain)
+    with pytest.raises(UserError, match="mine does not say how many tokens a step has"):
+        plot.main([str(folder), "--x", "tokens"])
+
+
+def test_without_a_name_the_newest_run_is_drawn(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    older = tmp_path / "runs" / "older"
+    older.mkdir(parents=True)
+    (older / "metrics.jsonl").write_text((folder / "metrics.jsonl").read_text())
+    os.utime(older / "metrics.jsonl", (1, 1))
+    assert plot.main([]) == 0
+    assert capsys.readouterr().out == "mine/curves.png\n"
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -87,10 +150,14 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(tmp_path, make, words):
     assert "\n" not in str(error.value)
 
 
-def test_an_output_that_cannot_be_written_and_no_runs_are_refused(folder, tmp_path):
+def test_an_output_that_cannot_be_written_and_no_runs_are_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="out is"):
         plot.main([str(folder), "--out", str(tmp_path / "none" / "x.png")])
-    with pytest.raises(UserError, match="RUN is missing"):
+    with pytest.raises(UserError, match="name the log that it belongs to before it"):
+        plot.main(["train.py", str(folder)])
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="RUN is missing, and no run lies in runs/ or here"):
         plot.main([])
 
 
