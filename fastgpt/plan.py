@@ -19,7 +19,7 @@ from fastgpt import anatomy, command, common
 from fastgpt.anatomy import Shape
 from fastgpt.command import Arg
 from fastgpt.common import UserError, gigabytes, millions, rounded
-from fastgpt.config import EXPERIMENTAL, Config, ModelConfig, load_preset, load_toml
+from fastgpt.config import EXPERIMENTAL, MODERN, Config, ModelConfig, OptimConfig, load_preset, load_toml
 from fastgpt.hardware import cards
 from fastgpt.performance import recipes
 from fastgpt.performance.fitting import CUDA_CONTEXT, MARGIN, RunPlan, plan, usable_vram
@@ -107,6 +107,7 @@ def main(args: list[str]) -> int:
                 vram_gb=vram_gb,
                 tokens=asked.tokens,
                 world_size=asked.world_size,
+                optimizer=base.optim.optimizer,
             )
         except UserError as error:
             plans[kernels], refused[kernels] = None, error
@@ -218,7 +219,7 @@ def _number(value: float | None, digits: int = 0) -> str:
 def _notes(plans: dict[str, RunPlan], refused: dict[str, UserError], recipe: str | None) -> list[str]:
     """What a reader has to know about the table's figures. ``recipe``: how the other recipe compares."""
     some = next(iter(plans.values()))
-    per_parameter = some.tokens / anatomy.n_params(some.model, positions=False)
+    per_parameter = some.tokens / anatomy.multiplied_params(some.model)
     notes = []
     if some.precision in EXPERIMENTAL:
         notes.append(f"{some.precision} is experimental: no GPU has confirmed it yet.")
@@ -262,10 +263,11 @@ def nanogpt_lines(p: RunPlan) -> str:
 
 def preset(p: RunPlan, base: Config) -> str:
     """The plan as a fastgpt TOML file, grad_accum over all GPUs; what the plan does not decide is ``base``'s."""
+    masked = {"mask_documents": True} if base.data.mask_documents else {}
     sections: dict[str, dict[str, object]] = {
-        "model": {field.name: getattr(p.model, field.name) for field in fields(ModelConfig)},
-        "data": {"batch_size": p.micro_batch, "grad_accum": p.grad_accum * p.world_size},
-        "optim": {"lr": base.optim.lr, "warmup_iters": base.optim.warmup_iters},
+        "model": _written(p.model, *(name for name in vars(p.model) if name not in ("family", *MODERN))),
+        "data": {"batch_size": p.micro_batch, "grad_accum": p.grad_accum * p.world_size, **masked},
+        "optim": _written(base.optim, "lr", "warmup_iters"),
         "train": {
             "kernels": "triton" if p.kernels == "triton" else "eager",
             "compile": p.kernels == "compile",
@@ -277,6 +279,12 @@ def preset(p: RunPlan, base: Config) -> str:
     for name, values in sections.items():
         lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
     return "\n".join(lines).rstrip()
+
+
+def _written(section: ModelConfig | OptimConfig, *always: str) -> dict[str, object]:
+    """The fields of a section that are not at their defaults, and those named."""
+    values = {each.name: (getattr(section, each.name), each.default) for each in fields(section)}
+    return {name: value for name, (value, default) in values.items() if name in always or value != default}
 
 
 def _toml(value: object) -> str:

@@ -29,7 +29,7 @@ MARGIN = 0.05
 section 7)."""
 
 CHINCHILLA = 20
-"""Compute-optimal tokens per parameter (Hoffmann et al. 2022, table 3), excluding position embeddings."""
+"""Compute-optimal tokens per parameter (Hoffmann et al. 2022, table 3), excluding tables that are only looked up."""
 
 CPU_SHARE = 0.25
 """Share of a computer's free memory that ``--batch-size auto`` takes on the CPU: other programs need some of it."""
@@ -47,13 +47,14 @@ class Job:
     precision: str
     world_size: int
     workspace: int = CUBLAS_WORKSPACE
+    optimizer: str = "adamw"
 
     @classmethod
     def of(cls, config: Config, world_size: int, device: str) -> Job:
         kernels = config.train.implementation
         auto = "bf16" if device == "cuda" else "fp32"
         precision = auto if config.train.precision == "auto" else config.train.precision
-        return cls(config.model, kernels, precision, world_size)
+        return cls(config.model, kernels, precision, world_size, optimizer=config.optim.optimizer)
 
     def needs(self, micro_batch: int) -> Memory:
         return memory(
@@ -63,6 +64,7 @@ class Job:
             precision=self.precision,
             world_size=self.world_size,
             workspace=self.workspace,
+            optimizer=self.optimizer,
         )
 
     def fits(self, micro_batch: int, usable: int) -> bool:
@@ -218,6 +220,7 @@ def plan(
     vram_gb: float | None = None,
     tokens: int | None = None,
     world_size: int = 1,
+    optimizer: str = "adamw",
 ) -> RunPlan:
     """The largest micro-batch that fits ``gpu`` and divides ``tokens_per_step`` (of all ``world_size`` GPUs) exactly.
 
@@ -226,12 +229,12 @@ def plan(
     divide, naming the nearest that work, and when not even one sequence fits, naming what would.
     """
     if tokens is None:
-        tokens = CHINCHILLA * anatomy.n_params(model, positions=False)
+        tokens = CHINCHILLA * anatomy.multiplied_params(model)
     at_least(1, tokens=tokens)
     usable = usable_vram(gpu, vram_gb)
     hopper = gpu is not None and int(gpu.arch.removeprefix("sm_")) >= 90
     workspace = CUBLAS_WORKSPACE_HOPPER if hopper else CUBLAS_WORKSPACE
-    job = Job(model, kernels, precision, world_size, workspace)
+    job = Job(model, kernels, precision, world_size, workspace, optimizer)
     name = gpu.name if gpu else f"a card with {vram_gb:g} GB"
     micro_batch, grad_accum, hint = job.geometry(tokens_per_step, usable, name)
     return RunPlan(

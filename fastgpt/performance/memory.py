@@ -1,11 +1,12 @@
 """GPU memory of one training step, as a sum of named parts. Derived in docs/memory.md; nothing is fitted.
 
 A step holds its state (fp32 weights, 16-bit working copies, gradients, two moments) all the time, and on top of it whatever
-the worst moment of a micro-batch needs. ``memory`` writes the three candidates down and takes the largest:
+the worst moment of a micro-batch needs. ``memory`` writes the candidates down and takes the largest:
 
 * ``loss``: every activation is saved, and the loss is at its peak;
 * ``backward starts``: the loss is gone, the head's gradient and the temporaries of the last block are there;
-* ``backward ends``: the activations are gone, gradients that autograd has not yet added to ``.grad`` are there.
+* ``backward ends``: the activations are gone, gradients that autograd has not yet added to ``.grad`` are there;
+* ``update``: the optimizer is at work, of which only Muon needs memory for that.
 
 Letters as in flops.py, N = micro_batch x T tokens, s = bytes of the compute dtype. All sizes are bytes. Torch-free.
 """
@@ -28,6 +29,9 @@ SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp16-fast": 2, "fp8": 2}
 
 LOGITS_BUDGET = 256 * 2**20
 """Most bytes that the logits of one chunk take: fused_cross_entropy.LOGITS_BUDGET, repeated so that no kernel is imported."""
+
+MUON_BATCH = 64 * 2**20
+"""Most elements of the matrices that Muon orthogonalizes at a time: muon.SCRATCH, repeated for the same reason."""
 
 CUBLAS_WORKSPACE = 8_519_680
 """PyTorch's cuBLAS workspace before Hopper: 2 x 4096 KiB + 8 x 16 KiB per handle and stream (CUDABlas, seen as such in
@@ -63,7 +67,7 @@ class Memory:
     backward: int
     workspace: int
     peak: str
-    """Which moment this is: "loss", "backward starts" or "backward ends"."""
+    """Which moment this is: "loss", "backward starts", "backward ends" or "update"."""
 
     @property
     def allocated(self) -> int:
@@ -145,11 +149,13 @@ def memory(
     precision: str = "bf16",
     world_size: int = 1,
     workspace: int = CUBLAS_WORKSPACE,
+    optimizer: str = "adamw",
 ) -> Memory:
     """Peak memory of a training step with gradient accumulation, at ``micro_batch`` sequences of T = block_size.
 
-    ``kernels`` is one of KERNELS, ``precision`` one of SIZES; ``workspace``: cuBLAS's per handle. Counts
-    DistributedDataParallel's buckets for world_size > 1. Raises UserError for values that do not exist.
+    ``kernels`` is one of KERNELS, ``precision`` one of SIZES; ``workspace``: cuBLAS's per handle. ``optimizer`` "muon" keeps
+    one moment of the blocks' matrices, AdamW two of everything. Counts DistributedDataParallel's buckets for world_size > 1.
+    Raises UserError for values that do not exist.
     """
     kept = saved(model, micro_batch=micro_batch, kernels=kernels, precision=precision)
     s, parts = SIZES[precision], anatomy.of(model)
@@ -181,10 +187,13 @@ def memory(
     # Gradients of the residual stream, of a branch, and of the GELU's output and input.
     temporaries = N * (4 * C + s * (C + 2 * parts.hidden))
 
+    # One batch of matrices in 16 bits at a time, three times, while nothing of a micro-batch is left.
+    update = 6 * min(MUON_BATCH, parts.block_weights) if optimizer == "muon" else 0
     moments = {
         "loss": (kept.activations, loss, 0),
         "backward starts": (kept.activations, 0, head + temporaries),
         "backward ends": (0, 0, last),
+        "update": (0, 0, update),
     }
     peak = max(moments, key=lambda moment: sum(moments[moment]))
     activations, loss, in_flight = moments[peak]
@@ -192,7 +201,7 @@ def memory(
         weights=4 * params,
         working_copies=copies,
         gradients=4 * params * (2 if world_size > 1 else 1),
-        optimizer=8 * params,
+        optimizer=8 * params - (4 * parts.block_weights if optimizer == "muon" else 0),
         activations=activations,
         loss=loss,
         backward=in_flight,

@@ -1,4 +1,4 @@
-"""What one optimizer step of a GPT-2 launches, operation by operation: FLOPs, bytes and kernels, for each way to run it.
+"""What one optimizer step launches, operation by operation: FLOPs, bytes and kernels, for each way to run it.
 
 Four variants of the same mathematics move very different numbers of bytes:
 
@@ -29,7 +29,7 @@ from fastgpt.anatomy import Linear, Shape
 from fastgpt.common import UserError, at_least
 from fastgpt.performance import flops
 from fastgpt.performance.flops import cdiv
-from fastgpt.performance.memory import LOGITS_BUDGET, SIZES, check_step
+from fastgpt.performance.memory import LOGITS_BUDGET, SIZES, check_family, check_step
 
 PRECISIONS = tuple(name for name, size in SIZES.items() if size <= 2)
 """Those that a step's operations are known for: fp32 is left out."""
@@ -164,6 +164,7 @@ def operations(
     at_least(1, T=T)
     if T > shape.block_size:
         raise UserError(f"T is {T}: the model's block_size is {shape.block_size}, so give at most that")
+    check_family(shape, kernels)
     on = fusions if kernels == "triton" else NONE
     s = StepSizes(shape, kernels, precision, micro_batch, T, dropout, sm_count, on)
     ops = [*_embedding(s), *_norms(s), *_attention(s), *_linears(s), *_head_and_loss(s), *_update(s)]
@@ -175,6 +176,8 @@ def operations(
 
 def _embedding(s: StepSizes) -> list[Operation]:
     """Token and position embedding in fp32, and their gradients."""
+    if s.shape.family == "modern":
+        return _lookups(s)
     rows, C, V, T = s.rows, s.shape.n_embd, s.shape.vocab_size, s.T
     distinct = min(V, rows)  # at most: text repeats itself, which the L2 would gain from
     forward = flops.embedding_forward(rows, distinct, C, 4).bytes
@@ -218,10 +221,31 @@ def _fused_embedding_backward(s: StepSizes) -> list[Operation]:
     return found
 
 
+def _lookups(s: StepSizes) -> list[Operation]:
+    """A modern model's tables, whose rows are only copied: of tokens in fp32, of value embeddings in 16 bits. Gradients as in
+    ``_fused_embedding_backward``; without the fusion a dense one in every micro-batch."""
+    found = []
+    for table in s.model.embeddings:
+        rows, W, size = s.rows, table.width, 2 if table.in_blocks else 4
+        distinct = min(table.rows, rows)
+        rest: dict[str, Any] = {"count": table.count, "own": s.fusions.embedding}
+        found.append(sweep("embedding forward", "embedding", rows * (8 + size * W) + 4 * distinct * W, **rest))
+        summed, in_place = (24 + size * W) * rows + 4 * distinct * W, s.fusions.embedding and s.fusions.in_place
+        dense = summed + 4 * table.rows * W
+        when: Per = "step" if in_place else "micro-batch"
+        found.append(sweep("embedding backward", "embedding", dense, SORT_LAUNCHES + 3, per=when, **rest))
+        if in_place:
+            moved = summed + 4 * distinct * W
+            found.append(sweep("embedding backward", "embedding", moved, SORT_LAUNCHES + 2, per="accumulation", **rest))
+        if s.model.head.tied and not table.in_blocks:
+            found.append(sweep("tied gradients added", "embedding", 12 * table.n_params, per=when))
+    return found
+
+
 def _norms(s: StepSizes) -> list[Operation]:
     """All norms follow a residual add but the first. Bytes per element: the residual stream is fp32, branches 16 bits."""
     norms = s.model.norms
-    n, elements = sum(norm.count for norm in norms) - 1, s.rows * norms[0].width
+    n, elements = 2 * s.shape.n_layer, s.rows * norms[0].width
 
     def op(name: str, group: str, per_element: int, launches: int = 1, count: int = n, fresh: int = 0) -> Operation:
         own = s.fusions.norms and group != "pointwise"
@@ -234,6 +258,19 @@ def _norms(s: StepSizes) -> list[Operation]:
         op("first norm backward", backward, 2 + 4 + 4, 2, count=1),
         op("first norm, gradients added", extra, 12, count=1),
     ]
+    if len([norm for norm in norms if not norm.in_blocks]) > 1:  # the embedding's, which nothing is added to
+        first.append(op("embedding norm forward", forward, 4 + 4, count=1))
+        first.append(op("embedding norm backward", backward, 4 + 4 + 4, count=1))
+    if s.model.mixes:
+        # In the norm's pass: reads x0 4 in forward, x0 4 and for the two sums of products the branch 2 and the residual 4 in
+        # backward, and writes x0's gradient 4, which autograd then adds to those of the blocks behind. Else passes of their
+        # own: a x (8), b x0 (8), their sum (12), and in backward two products and two sums of products.
+        L, fused = s.shape.n_layer, s.fusions.norms or s.compiled
+        first += [
+            op("residual mix forward", forward if fused else extra, 4 if fused else 28, 0 if fused else 3, L),
+            op("residual mix backward", backward if fused else extra, 14 if fused else 40, 0 if fused else 6, L),
+            op("embedding gradients added", extra, 12, count=L),
+        ]
     if s.fusions.norms:  # Philox again in backward: no mask
         return [
             *first,
@@ -282,18 +319,48 @@ rows that a warp owns, and the tile's loads."""
 
 
 def _attention(s: StepSizes) -> list[Operation]:
+    found = [op for window, blocks in s.model.attention.reach.items() for op in _attention_within(s, window, blocks)]
+    return [*_prepared(s), *found]
+
+
+def _prepared(s: StepSizes) -> list[Operation]:
+    """Rotary positions, QK-norm and value embeddings: a pass over the packed projection, forward and backward. Plain PyTorch
+    moves 12 times as much: 74 bytes for each element of queries and keys (casts 12, products 16, sums 12, two concatenations
+    12, norm 8, factor 8, cast 6), taken to be as many times in backward. Inductor's passes are taken to be as few as ours."""
     attention = s.model.attention
-    B, T, H, L, C, rows = s.B, s.T, attention.heads, attention.count, attention.width, s.rows
+    if not attention.prepared:
+        return []
+    found, tables = [], [table for table in s.model.embeddings if table.in_blocks]
+    valued = sum(table.count for table in tables)
+    for embedded, blocks in ((False, attention.count - valued), (True, valued)):
+        sizes = (s.rows, attention.heads, attention.head_dim)
+        options: dict[str, Any] = {"kv_heads": attention.kv_heads, "value_embedding": embedded}
+        works = flops.qk_norm_rope_forward(*sizes, **options), flops.qk_norm_rope_backward(*sizes, **options)
+        for way, work in zip(("forward", "backward"), works):
+            passes = 12 if s.kernels == "eager" else 1
+            own = s.kernels == "triton"
+            found.append(sweep(f"rotary {way}", f"rotary {way}", passes * work.bytes, passes, count=blocks, own=own))
+    # A matmul of few columns, sigmoid and factor, and their gradients.
+    gates = [sweep("value gate", "pointwise", 12 * s.rows * attention.kv_heads, 10, count=valued)]
+    return [*found, *gates]
+
+
+def _attention_within(s: StepSizes, window: int, L: int) -> list[Operation]:
+    """Attention of ``L`` blocks in which a query sees ``window`` keys at most; 0: all before it."""
+    attention = s.model.attention
+    B, T, H, C, rows = s.B, s.T, attention.heads, attention.width, s.rows
     D = _padded_head(attention.head_dim, power_of_two=s.fusions.attention)
     instructions = SOFTMAX_INSTRUCTIONS + (DROPOUT_INSTRUCTIONS if s.dropout else 0)
 
     def op(name: str, group: str, work: flops.Work, moved: int, tile: int, shared: tuple[float, float]) -> Operation:
-        scores = round(B * H * T * flops.attended_keys(T, tile=min(tile, T)))
+        tile = min(tile, T)
+        scores = round(B * H * T * flops.attended_keys(T, tile=tile, window=window))
         rest: dict[str, Any] = {"count": L, "scores": scores, "instructions": instructions, "own": s.fusions.attention}
-        rest |= {"shared": shared[0] + D * shared[1], "longest": min(tile, T) * T}
+        longest = min(T, tile * (cdiv(window - 1, tile) + 1)) if window else T
+        rest |= {"shared": shared[0] + D * shared[1], "longest": tile * longest}
         return Operation(name, group, "attention", work.flops, moved, 1, **rest)
 
-    forward = flops.attention_forward(B, T, H, D, tile=min(128, T))
+    forward = flops.attention_forward(B, T, H, D, tile=min(128, T), window=window)
     # The padding of heads is in registers, not in memory.
     least = flops.attention_forward(B, T, H, attention.head_dim, kv_heads=attention.kv_heads).bytes
     kv_width, columns = attention.kv_heads * attention.head_dim, fp8_group(s)
@@ -304,8 +371,8 @@ def _attention(s: StepSizes) -> list[Operation]:
     group, vector, kv_vector, log_sums = "attention backward", 2 * rows * C, 2 * rows * kv_width, 4 * rows * H
     if s.fusions.attention:
         # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
-        query = flops.attention_backward(B, T, H, D, tile=min(128, T), matmuls=3)
-        key = flops.attention_backward(B, T, H, D, tile=min(64, T), matmuls=4)
+        query = flops.attention_backward(B, T, H, D, tile=min(128, T), window=window, matmuls=3)
+        key = flops.attention_backward(B, T, H, D, tile=min(64, T), window=window, matmuls=4)
         query_bytes = 4 * vector + 2 * kv_vector + 2 * log_sums + extra
         key_bytes = 2 * vector + 4 * kv_vector + 2 * log_sums + 2 * kv_extra
         found += [
@@ -317,7 +384,7 @@ def _attention(s: StepSizes) -> list[Operation]:
             found = [replace(each, summed_in_fp16=share) for each, share in zip(found, shares)]
         return found
     # FlashAttention-2: delta, and zeros into an fp32 dQ; the loop, which adds to that dQ; dQ rounded to 16 bits.
-    loop = flops.attention_backward(B, T, H, D, tile=min(128, T))
+    loop = flops.attention_backward(B, T, H, D, tile=min(128, T), window=window)
     moved, packed = 2 * vector + 4 * kv_vector + 2 * log_sums + 8 * rows * C, vector + 2 * kv_vector
     return [
         *found,
@@ -405,10 +472,10 @@ def _linears(s: StepSizes) -> list[Operation]:
                 added, launches = more[op.name]
                 ops[i] = replace(op, bytes=op.bytes + added, launches=op.launches + launches, own=True)
     else:
-        moved = (2 + 2 + 2) * elements + sums
+        moved, name = (2 + 2 + 2) * elements + sums, model.activation
         ops += [
-            sweep("GELU forward", "GELU forward", (2 + 2) * elements, count=L, fresh=2 * elements),
-            sweep("GELU backward", "GELU backward", moved, 1 + int(summed), count=L, fresh=2 * elements),
+            sweep(f"{name} forward", f"{name} forward", (2 + 2) * elements, count=L, fresh=2 * elements),
+            sweep(f"{name} backward", f"{name} backward", moved, 1 + int(summed), count=L, fresh=2 * elements),
         ]
     if s.shape.bias:
         ops += _bias_gradients(s)
@@ -506,7 +573,9 @@ def _update(s: StepSizes) -> list[Operation]:
     if s.kernels == "triton":
         return [*_casts(s), _accumulation(s), _optimizer(s)]
     P, matrices = anatomy.matmul_params(s.shape), sum(linear.count for linear in s.model.linears)
-    tied = 4 * s.model.head.weights if s.compiled else 0  # Inductor adds the embedding's gradient in the same pass
+    tied = (
+        4 * s.model.head.weights if s.compiled and s.model.head.tied else 0
+    )  # Inductor adds the embedding's gradient in the same pass
     return [
         sweep("weights cast", "pointwise", 6 * P, matrices),
         sweep("weight gradients cast", "pointwise", 6 * P + tied, matrices, fresh=2 * P),
@@ -539,9 +608,10 @@ def _accumulation(s: StepSizes) -> Operation:
     if s.fusions.in_place and s.fusions.weight_gradients:
         elements -= s.model.block_weights
         tensors -= sum(linear.count for linear in s.model.block_linears)
-        if s.fusions.embedding:  # the token embedding is tied to the LM head, so autograd still adds its gradient
-            positions = [table for table in s.model.embeddings if table.positions]
-            elements, tensors = elements - sum(table.n_params for table in positions), tensors - len(positions)
+        if s.fusions.embedding:  # of a token embedding that is tied to the LM head autograd still adds the gradient
+            tables = s.model.lookups
+            elements -= sum(table.n_params for table in tables)
+            tensors -= sum(table.count for table in tables)
     return sweep("gradients added", "gradient accumulation", 12 * elements, tensors, per="accumulation")
 
 

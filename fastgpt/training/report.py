@@ -54,6 +54,7 @@ def banner(console: Console, run: Run) -> None:
         kernels=config.train.implementation,
         precision=precision,
         world_size=run.world.size,
+        optimizer=config.optim.optimizer,
     ).total
     room = ""
     if run.device.type == "cuda":

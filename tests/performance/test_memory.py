@@ -107,6 +107,20 @@ def test_saved_bytes_are_those_that_autograd_saves(shape, kernels, precision, de
     assert predicted == pytest.approx(counted(config, micro_batch, kernels, precision, device), rel=0.03)
 
 
+@pytest.mark.parametrize("T, micro_batch", [(1024, 8), (4096, 2)])
+def test_modern_124m_fits_12_gb_with_muon(T, micro_batch):
+    preset = load_preset("modern-124m", "cuda")
+    config = replace(preset.model, block_size=T)
+    needed = memory_module.memory(config, micro_batch=micro_batch, kernels="triton", optimizer=preset.optim.optimizer)
+    # Fp32 masters and gradients, one moment of the blocks' 84.9M weights, two of the rest: value embeddings, embedding, head.
+    tables = 50304 * 768 * (1 + 1 + 6)
+    blocks = 12 * 12 * 768**2
+    gates_and_scalars = 6 * 6 * 12 + 24
+    assert needed.optimizer == 4 * blocks + 8 * (tables + gates_and_scalars)
+    assert needed.weights == needed.gradients == 4 * (blocks + tables + gates_and_scalars)
+    assert 9.5e9 < needed.total < fitting.usable_vram(cards.card("rtx4070"))
+
+
 class NanoGpt(nn.Module):
     """nanoGPT's forward pass: it returns the logits too."""
 

@@ -75,6 +75,40 @@ def test_tritons_attention_recomputes_scores_in_each_of_its_backward_loops():
     assert total(step("triton"), "flops", accum=1, group="attention backward") == SHAPE.n_layer * per_block
 
 
+MODERN = Shape(
+    n_layer=6, n_head=4, n_embd=128, block_size=256, vocab_size=1024, family="modern", n_kv_head=2, rotary_base=1e4,
+    qk_norm=True, activation="relu2", tied_head=False, embedding_norm=True, residual_scalars=True, value_embeddings=True,
+    window_pattern="SSL",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kernels", ["eager", "compile", "triton"])
+def test_a_modern_step_has_its_own_operations_and_counts_its_windows(kernels):
+    ops = step(kernels, MODERN)
+    rows, D, matmuls = B * 256, 32, 5 if kernels != "triton" else None
+    weights = 6 * (128 * (128 + 2 * 64) + 128 * 128 + 8 * 128 * 128) + 1024 * 128
+    assert total(ops, "flops", accum=1, kind="matmul") == 6 * weights * rows
+    assert {op.group for op in ops} - GROUPS == {
+        f"{name} {way}" for name in ("rotary", "ReLU2") for way in ("forward", "backward")
+    }
+    # Blocks 0, 1, 3 and 4 see 65 keys at most: tiles of 128 x 128 on the diagonal and one before it. Blocks 2 and 5 see all.
+    squares = {0: 1 + 2, 65: 1 + 2}  # in two rows of tiles both see as much
+    forward = [op for op in ops if op.name == "attention forward"]
+    assert sorted(op.count for op in forward) == [2, 4]
+    assert sum(op.flops * op.count for op in forward) == 6 * 4 * D * B * 4 * 128 * 128 * squares[65]
+    if matmuls is None:  # tiles of 64: four rows of them, of which a window visits 1 + 2 + 2 + 2, not 1 + 2 + 3 + 4
+        keys = {op.count: op.flops for op in ops if op.name == "attention backward dK dV"}
+        assert keys == {n: 2 * 4 * D * B * 4 * 64 * 64 * tiles for n, tiles in ((4, 7), (2, 10))}
+    gradients = total(ops, "bytes", accum=2, per="accumulation", group="gradient accumulation")
+    in_place = kernels == "triton"
+    assert gradients == 12 * (1024 * 128 + 12 + 3 * 2 * 12 if in_place else anatomy.n_params(MODERN))
+
+
+def test_nanogpts_own_program_has_no_modern_model():
+    with pytest.raises(UserError, match=r"nanogpt-compile.*no modern model"):
+        step("nanogpt-compile", MODERN)
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_every_operation_is_well_formed_and_no_group_is_left_out(kernels):
     ops = step(kernels, dropout=0.1)
