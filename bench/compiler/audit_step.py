@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from bench.ops.common import Case
@@ -15,6 +16,12 @@ def training_step(preset: str, precision: str = "bf16") -> None:
     """One optimizer step of a preset as it ships for CUDA: its model, micro-batch and clip; two micro-batches, so that
     gradients are also accumulated."""
     dry_run.step(load_preset(preset, "cuda"), precision)
+
+
+def muon_step() -> None:
+    """GPT-2 124M with Muon for its matrices."""
+    config = load_preset("gpt2-124m", "cuda")
+    dry_run.step(replace(config, optim=replace(config.optim, optimizer="muon")))
 
 
 def fp8_step() -> None:
@@ -35,4 +42,5 @@ def other_steps() -> Iterator[Case]:
     yield "step gpt2-124m fp16", partial(training_step, "gpt2-124m", "fp16")
     yield "step gpt2-124m fp16-fast", partial(training_step, "gpt2-124m", "fp16-fast")
     yield "step gpt2-124m fp8", fp8_step
+    yield "step gpt2-124m muon", muon_step
     yield "step gpt2-124m fp32", partial(training_step, "gpt2-124m", "fp32")

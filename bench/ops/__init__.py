@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, qk_norm_rope
+from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, muon, qk_norm_rope
 from bench.ops.common import Case, Entry, Family, Sizes
 from fastgpt.kernels import tuning
 
@@ -21,6 +21,7 @@ ENTRIES: tuple[Callable[[Sizes, torch.device, bool], Entry], ...] = (
     attention.attention,
     cross_entropy.linear_cross_entropy,
     adamw.adamw,
+    muon.muon,
 )
 
 _ROWS_AND_WIDTHS: list[dict[str, Any]] = [{"C": C} for C in (384, 768, 1024, 1600)] + [{"rows": 1024}, {"rows": 32768}]
@@ -36,6 +37,7 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     ],
     "linear_cross_entropy": [{"C": C} for C in (384, 768, 1024, 1600)] + [{"rows": 2048}, {"rows": 16384}],
     "adamw": [{"C": 384}, {"C": 768}, {"C": 1024, "n_layer": 24}],  # GPT-2 40M, 124M, 350M
+    "muon": [{"C": 384}, {"C": 768}, {"C": 1024, "n_layer": 24}],
 }
 """What differs from the base, by entry."""
 
@@ -47,12 +49,12 @@ def shapes(make: Callable, base: Sizes) -> list[Sizes]:
 
 def cases() -> list[Case]:
     """The launches that training and sampling a GPT make: every kernel, in every shipped launch config."""
-    ops = (embedding, qk_norm_rope, attention, layer_norm, cross_entropy, linear, fp8, adamw)
+    ops = (embedding, qk_norm_rope, attention, layer_norm, cross_entropy, linear, fp8, adamw, muon)
     return [case for op in ops for case in op.cases()]
 
 
 def families() -> list[Family]:
-    ops = (qk_norm_rope, attention, layer_norm, cross_entropy, adamw, linear)
+    ops = (qk_norm_rope, attention, layer_norm, cross_entropy, adamw, linear, muon)
     return [family for op in ops for family in op.families()]
 
 

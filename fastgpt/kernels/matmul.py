@@ -188,7 +188,7 @@ def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def product_tile(
     A, B, rm, rn, M, N, first, last, stride_am, stride_ak, stride_bk, stride_bn,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr, CHUNK: tl.constexpr,
     ROW_SUM: tl.constexpr,
@@ -259,11 +259,11 @@ def linear_kernel(
     """
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BM, BN, GROUP)
     rm, rn = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
-    z, _ = _product(
+    z, _ = product_tile(
         A, B, rm, rn, M, N, tl.zeros((), tl.int32), K, stride_am, stride_ak, stride_bk, stride_bn,
         BM, BN, BK, EVEN_K, CHUNK, False,
     )  # fmt: skip
-    mask = (rm < M)[:, None] & (rn < N)[None, :]  # _product took rows and columns past the edges for zeros
+    mask = (rm < M)[:, None] & (rn < N)[None, :]  # product_tile took rows and columns past the edges for zeros
     out = rm.to(tl.int64)[:, None] * N + rn[None, :]
     if BIAS is not None:
         z += tl.load(BIAS + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
@@ -298,7 +298,7 @@ def weight_grad_kernel(
     split = tl.program_id(1)
     rm, rn = pid_m * BM + tl.arange(0, BM), pid_n * BN + tl.arange(0, BN)
     first = split * per_split
-    acc, row_sum = _product(
+    acc, row_sum = product_tile(
         A, B, rm, rn, M, N, first, tl.minimum(first + per_split, K), stride_am, stride_ak, stride_bk, stride_bn,
         BM, BN, BK, EVEN_K, CHUNK, ROW_SUM is not None,
     )  # fmt: skip

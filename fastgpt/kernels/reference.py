@@ -334,15 +334,20 @@ def polynomials(coefficients: str, steps: int) -> list[tuple[float, float, float
     return [*best, *[(1.875, -1.25, 0.375)] * steps][:steps]
 
 
+def margin(coefficients: str) -> float:
+    """By what the Frobenius norm is multiplied before x is divided by it."""
+    return _MARGIN if coefficients == "polar" else 1.0
+
+
 def orthogonalize(x: Tensor, coefficients: str = "classic", steps: int = 5, eps: float = 1e-7) -> Tensor:
     """About U V^T of each x = U S V^T: all singular values come near 1. x (batch, n, m) of any floating dtype, quickest with
     n <= m; the result has x's shape and dtype, in which all is computed.
 
-    x / max(|x|, eps) with the Frobenius norm, then per step A = x x^T, x <- a x + (b A + c A A) x. A matrix of zeros stays
-    one. Jordan et al. 2024, Muon.
+    x / max(|x|, eps) with the Frobenius norm (times 1.01 for "polar"), then per step A = x x^T, x <- a x + (b A + c A A) x. A
+    matrix of zeros stays one. Jordan et al. 2024, Muon.
     """
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = (x / (norm * (_MARGIN if coefficients == "polar" else 1)).clamp(min=eps)).to(x.dtype)
+    x = (x / (norm * margin(coefficients)).clamp(min=eps)).to(x.dtype)
     for a, b, c in polynomials(coefficients, steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -360,8 +365,8 @@ def muon_momentum(
 ) -> None:
     """m <- m + (1 - mu)(g - m) in place, and into ``out`` the direction: g + mu (m - g) with Nesterov's look-ahead, else m.
 
-    grad, momentum_buffer and out of one shape and any strides, each in its own dtype. hyper (3,): learning rate, mu, weight
-    decay. grad_scale (one element) divides the gradient; a found_inf that is not 0 leaves m as it was."""
+    grad, momentum_buffer and out of one shape and any strides, each in its own dtype. hyper begins with learning rate, mu
+    and weight decay. grad_scale (one element) divides the gradient; a found_inf that is not 0 leaves m as it was."""
     g = grad.to(momentum_buffer.dtype)
     if grad_scale is not None:
         g = g / grad_scale.squeeze()
@@ -386,7 +391,7 @@ def muon_update(
     param and direction o (n, m) of any strides. ``rows`` (n,) multiplies o row by row. ``cautious``: weights decay only where
     o p >= 0, so that decay and update pull the same way (Chen et al. 2025, arXiv 2510.12402). A found_inf that is not 0 leaves
     p as it was."""
-    lr, _, decay = hyper
+    lr, decay = hyper[0], hyper[2]
     o = direction.to(param.dtype)
     if rows is not None:
         o = o * rows[:, None]

@@ -91,6 +91,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, kernels: str) -> torch
             coefficients=optim.muon_coefficients,
             cautious=optim.muon_cautious,
             normuon=optim.muon_normuon,
+            fused=kernels == "triton",
         )
         # torch's takes MuonAdamW's flags only in its fused form, which knows no DTensors on a CPU.
         rest = _adamw(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -18,12 +19,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from fastgpt.kernels import reference
+from fastgpt.kernels import reference, runtime, working_copy
 from fastgpt.optim.device_table import DeviceTable
 from fastgpt.optim.shards import local, sum_of_squares
 
-SCRATCH = 64 * 2**20
-"""Most elements of one batch of matrices: Newton-Schulz needs about 6 bytes of bf16 for each."""
+SCRATCH = 32 * 2**20
+"""Most elements of one batch of matrices. Newton-Schulz needs 4 bytes for each on a GPU, and for square ones 8."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,16 @@ class Muon(Optimizer):
         beta2: float = 0.95,
         eps: float = 1e-7,
         dtype: torch.dtype | None = None,
+        fused: bool | None = None,
     ) -> None:
-        """``dtype``: of the iterations, if not as above."""
+        """``dtype``: of the iterations, if not as above. ``fused``: by the Triton kernels; None: wherever they run."""
         self.dtype = dtype
+        if fused or (fused is None and find_spec("triton") is not None):
+            from fastgpt.kernels import fused_muon
+
+            self._kernels: Any = fused_muon  # which leaves what they cannot do to the reference
+        else:
+            self._kernels = reference
         self._hyper = DeviceTable()
         self._step_supports_amp_scaling = True
         defaults = {
@@ -131,12 +139,16 @@ class Muon(Optimizer):
 
     def graph_tensors(self) -> list[Tensor]:
         """What a captured step reads and writes besides gradients."""
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        return [*self._hyper.tensors(), *params, *(t for p in params for t in self.state.get(p, {}).values())]
+        tensors = self._hyper.tensors()
+        for param in chain.from_iterable(group["params"] for group in self.param_groups):
+            copy = working_copy.existing(param)
+            tensors += [param, *self.state.get(param, {}).values(), *([] if copy is None else [copy])]
+        return tensors
 
     def sync_hyperparameters(self) -> None:
         """Bring what ``param_groups`` say to the table that the kernels read: before each replay of a captured step."""
-        rows = [[group["lr"], group["momentum"], group["weight_decay"]] for group in self.param_groups]
+        # A fourth column, unused, so that every row begins at a multiple of 16 bytes: else triton compiles a second binary.
+        rows = [[group["lr"], group["momentum"], group["weight_decay"], 0.0] for group in self.param_groups]
         self._hyper.sync(rows, self.param_groups[0]["params"][0].device)
 
     @torch.no_grad()
@@ -155,6 +167,12 @@ class Muon(Optimizer):
             for param in group["params"]
             if param.grad is not None and isinstance(param, DTensor)
         }
+        copies = {  # of parameters that are about to change
+            param: copy
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None and (copy := working_copy.existing(param)) is not None
+        }
         for pieces in self._batches():
             x, whole = self._empty(pieces), None
             for i, piece in enumerate(pieces):
@@ -167,10 +185,12 @@ class Muon(Optimizer):
                 assert whole is not None
                 out.copy_(whole[piece.rows])
             group = self.param_groups[pieces[0].group]
-            x = reference.orthogonalize(x, group["coefficients"], group["ns_steps"], group["eps"])
+            x = self._kernels.orthogonalize(x, group["coefficients"], group["ns_steps"], group["eps"])
             factors = self._row_factors(pieces, x, found_inf) if group["normuon"] else [None] * len(pieces)
             for piece, matrix, rows in zip(pieces, x, factors):
-                self._apply(piece, piece.oriented(matrix), rows, found_inf)
+                self._apply(piece, piece.oriented(matrix), rows, found_inf, copies.get(piece.param))
+        for param in copies:
+            working_copy.mark_fresh(param)
         return loss
 
     def _batches(self) -> list[list[Piece]]:
@@ -198,7 +218,8 @@ class Muon(Optimizer):
         return torch.empty(len(pieces), *sides, dtype=self._dtype(pieces[0].param), device=pieces[0].param.device)
 
     def _dtype(self, param: Tensor) -> torch.dtype:
-        return self.dtype or (torch.bfloat16 if param.is_cuda else param.dtype)
+        on_gpu = param.is_cuda or runtime.compile_only is not None
+        return self.dtype or (torch.bfloat16 if on_gpu and param.dtype == torch.float32 else param.dtype)
 
     def _direction(
         self, param: Tensor, group: int, rows: slice, out: Tensor, scale: Tensor | None, found_inf: Tensor | None
@@ -210,7 +231,7 @@ class Muon(Optimizer):
         assert param.grad is not None
         grad, buffer = local(param.grad)[rows], local(state["momentum_buffer"])[rows]
         nesterov = self.param_groups[group]["nesterov"]
-        reference.muon_momentum(grad, buffer, out, self._hyper.tensor[group], nesterov, scale, found_inf)
+        self._kernels.muon_momentum(grad, buffer, out, self._hyper.tensor[group], nesterov, scale, found_inf)
 
     def _sharded_direction(self, param: DTensor, group: int, scale: Tensor | None, found_inf: Tensor | None) -> DTensor:
         out = torch.empty_like(local(param), dtype=self._dtype(param))
@@ -250,14 +271,17 @@ class Muon(Optimizer):
         moment = state["second_moment"]
         return moment, moment.full_tensor() if isinstance(moment, DTensor) else moment
 
-    def _apply(self, piece: Piece, direction: Tensor, factors: Tensor | None, found_inf: Tensor | None) -> None:
+    def _apply(
+        self, piece: Piece, direction: Tensor, factors: Tensor | None, found_inf: Tensor | None, copy: Tensor | None
+    ) -> None:
         group = self.param_groups[piece.group]
         here, there = _overlap(piece)
         param = local(piece.param.detach())[here]
         scale = math.sqrt(max(1, direction.shape[0] / direction.shape[1]))
         factors = None if factors is None else factors[there]
-        reference.muon_update(
-            param, direction[there], self._hyper.tensor[piece.group], scale, group["cautious"], factors, found_inf
+        copy = None if copy is None else copy[here]
+        self._kernels.muon_update(
+            param, direction[there], self._hyper.tensor[piece.group], scale, group["cautious"], factors, found_inf, copy
         )
 
 

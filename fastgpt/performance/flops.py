@@ -165,3 +165,30 @@ def embedding_backward(rows: int, distinct: int, C: int, size: int = 2) -> Work:
 def adamw(params: int) -> Work:
     """All in fp32: read the gradient for its norm; read it again, read and write the parameter and two moments."""
     return Work(0, params * 4 * (2 + 6))
+
+
+def muon_matrices(parts: anatomy.Anatomy) -> list[tuple[int, int, int]]:
+    """(count, smaller side, larger side) of the matrices that Muon orthogonalizes: the blocks' weights, packed q, k and v each
+    alone."""
+    found = []
+    for linear in parts.block_linears:
+        rows = [linear.n_out]
+        if linear.sink == "attention":
+            packed = (linear.n_out - linear.n_in) // 2
+            rows = [linear.n_in, packed, packed]
+        found += [(linear.count, min(n, linear.n_in), max(n, linear.n_in)) for n in rows]
+    return found
+
+
+def muon(parts: anatomy.Anatomy, steps: int = 5) -> Work:
+    """Muon's update of them, weights and momentum in fp32, iterations in 16 bits (kernels/fused_muon.py): of each matrix (n, m)
+    n^2 m + n^3 + 2 n^2 m FLOP per iteration, as of two symmetric products only half is computed.
+
+    Per weight: read the gradient, twice with its norm's; read and write momentum and weight; write and read X, and once for
+    its norm. Per iteration: X X^T reads X; the polynomial reads and writes (n, n), as do those before and after it; the
+    product reads and writes X."""
+    matrices = muon_matrices(parts)
+    products = sum(count * (3 * n * n * m + n**3) for count, n, m in matrices)
+    moved = sum(count * (6 * n * m + 8 * n * n) for count, n, m in matrices)
+    weights = sum(count * n * m for count, n, m in matrices)
+    return Work(steps * products, weights * (4 * 6 + 2 * 3) + steps * moved)
