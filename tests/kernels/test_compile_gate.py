@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SM_89_SHARED_LIMIT = 101_376
 USUAL = (
     r"^step gpt2-124m bf16|^attention bf16 D(64|128)$|^layer_norm C768( all options)?$"
-    r"|^linear_cross_entropy bf16|^adamw (bf16|fp32)"
+    r"|^linear_cross_entropy bf16|^adamw (bf16|fp32)|^muon bf16$"
 )
 ELSEWHERE = ("sm_80", "sm_86", "sm_90", "sm_120")
 FP8 = r"|^fp8 C768|^fp8 attention D64$"
