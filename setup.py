@@ -6,6 +6,7 @@ setup(
     packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.configs"],
     package_dir={"fastgpt.configs": "configs"},
     package_data={
+        "fastgpt": ["py.typed"],
         "fastgpt.configs": ["*.toml"],
         "fastgpt.doctor.reading": ["*.toml"],
         "fastgpt.doctor.report": ["*.jinja"],

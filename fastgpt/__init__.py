@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 def _starts_a_command() -> bool:
@@ -25,6 +25,12 @@ if _starts_a_command() and signal.getsignal(signal.SIGINT) is signal.default_int
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
+    from fastgpt.config import ModelConfig
+    from fastgpt.model import GPT
+    from fastgpt.optim.adamw import FusedAdamW
+    from fastgpt.patching import patch, unpatch
+
 _PUBLIC = {
     "GPT": "fastgpt.model",
     "ModelConfig": "fastgpt.config",
@@ -39,3 +45,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -104,7 +104,8 @@ def test_nothing_imports_a_command():
 
 
 def test_no_circle():
-    arrows = {name: {b for a, b in ARROWS if a == name} for name in MODULES}
+    # The package's own names are found when they are asked for, and imported for type checkers only.
+    arrows = {name: {b for a, b in ARROWS if a == name != "fastgpt"} for name in MODULES}
 
     def reachable(start: str) -> set[str]:
         seen, todo = set(), [start]

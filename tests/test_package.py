@@ -11,6 +11,7 @@ from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -60,7 +61,7 @@ def installed(wheel):
 
 
 def metadata(installed, name):
-    return next(installed.glob(f"fastgpt-*.dist-info/{name}")).read_text(encoding="utf-8")
+    return next(installed.glob(f"fastgpt_triton-*.dist-info/{name}")).read_text(encoding="utf-8")
 
 
 class TestWheel:
@@ -87,6 +88,18 @@ class TestWheel:
         import fastgpt
 
         assert message_from_string(metadata(installed, "METADATA"))["Version"] == fastgpt.__version__
+
+    def test_its_name_is_not_that_of_the_other_project_on_the_index(self, installed):
+        assert message_from_string(metadata(installed, "METADATA"))["Name"] == "fastgpt-triton"
+        with_another = [
+            f"{path.relative_to(ROOT)}: {line.strip()}"
+            for folder in ("fastgpt", "bench", "docs")
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in (".py", ".md", ".jinja")
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if re.search(r"pip install (-\S+ )*['\"]?fastgpt\b(?!-triton)", line)
+        ]
+        assert with_another == []
 
     @pytest.mark.parametrize("system, wanted", [("Linux", "triton"), ("Windows", "triton-windows"), ("Darwin", None)])
     def test_triton_is_what_the_system_has(self, installed, system, wanted):
@@ -127,6 +140,23 @@ def test_the_versions_under_test_are_the_ends_of_the_supported_range():
             major, minor = version.release[:2]
             beyond = f"{major}.{minor + (1 if end == 'newest' else -1)}.0"
             assert beyond not in ranges[name], f"{name} {version} is not the {end}"
+
+
+def test_the_workflow_runs_what_make_and_ci_run():
+    """Each command of the workflow is a target of the Makefile, or names files that exist."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    targets = set(
+        re.findall(r"^\.PHONY: (.*)$|^(test-oldest) (test-newest):", (ROOT / "Makefile").read_text(), re.MULTILINE)[0][
+            0
+        ].split()
+    )
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert {word.split()[1] for word in commands if word.startswith("make")} <= {*targets, "test-${{"}
+    named = [
+        word for command in commands for word in command.split() if word.startswith("tests/") or word.endswith(".py")
+    ]
+    assert named and all((ROOT / name).exists() for name in named)
+    assert (ROOT / ".ci/run").read_text().count("make lint\nmake test\n") == 1
 
 
 class TestWithoutTriton:

@@ -32,3 +32,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(f"fastgpt.kernels.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'fastgpt.kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
