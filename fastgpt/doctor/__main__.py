@@ -84,6 +84,7 @@ def card(name: str | None, evidence: Evidence) -> Gpu | None:
 def main(args: list[str]) -> int:
     options, overrides = parse(args)
     evidence = read(list(options.files), overrides)
+    evidence.data_vocabulary = surroundings.vocabulary(evidence)
     gpu = card(options.gpu, evidence)
     tokens = int(options.corpus_tokens) if options.corpus_tokens else surroundings.corpus_tokens(evidence)
     if evidence.log is None and options.gpu is None:  # the run is to start here
@@ -99,7 +100,7 @@ def main(args: list[str]) -> int:
         if options.html is not None:
             console.print(f"wrote {options.html}", markup=False)
     sys.stdout.flush()
-    return 1 if found.findings else 0
+    return 2 if found.steps_not_read else 1 if found.findings else 0
 
 
 if __name__ == "__main__":

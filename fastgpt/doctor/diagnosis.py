@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fastgpt.doctor import checks
+from fastgpt.doctor.checks import scaling
 from fastgpt.doctor.evidence import Evidence, Seen
-from fastgpt.doctor.figures import Figures, compute
+from fastgpt.doctor.figures import Figures, compute, evaluates_only
 from fastgpt.doctor.findings import Finding, rank, registered_checks
 from fastgpt.doctor.reading.configs_fastgpt import in_fastgpts_names
 from fastgpt.hardware.cards import Gpu
 
 checks.load()
+
+
+OF_TRAINING = ("tokens_per_parameter", "dropout_on_large_corpus", "resume_schedule", "schedule", "curve")
+"""Findings that mean nothing where eval_only trains nothing."""
 
 
 @dataclass
@@ -24,15 +29,21 @@ class Diagnosis:
     """What could not be checked, and which file would allow it."""
     unread: Seen
     """What was given and could not be read, and why."""
+    steps_not_read: bool = False
+    """The log has more lines that look like steps and could not be read than steps."""
 
 
 def diagnose(evidence: Evidence, gpu: Gpu | None = None, corpus_tokens: int | None = None) -> Diagnosis:
     """Run every check. ``gpu``: the card of the run, None if it is not known. ``corpus_tokens``: of the training data."""
     figures = compute(evidence, gpu, corpus_tokens)
     found = [finding for check in registered_checks() for finding in check(evidence, figures, gpu)]
+    if evaluates_only(figures.config):
+        found = [finding for finding in found if finding.id not in OF_TRAINING]
     if figures.config.kind == "fastgpt":
         found = [replace(finding, advice=in_fastgpts_names(finding.advice)) for finding in found]
-    return Diagnosis(rank(found), figures, _not_checked(evidence, figures, gpu), _unread(evidence))
+    log = evidence.log
+    not_read = log is not None and bool(log.step_like) and log.step_like > len(log.steps)
+    return Diagnosis(rank(found), figures, _not_checked(evidence, figures, gpu), _unread(evidence), not_read)
 
 
 def _not_checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> list[str]:
@@ -43,8 +54,13 @@ def _not_checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> list[
         out.append(
             "Size, schedule and optimizer: give the run's config (or its log from the first line, which repeats it)."
         )
-    elif figures.shape is None and (log is None or not log.all("parameters")):
+    elif figures.shape is None and not figures.config.foreign_model and (log is None or not log.all("parameters")):
         out.append("Size: n_layer, n_head, n_embd and block_size could not all be read from the config.")
+    if figures.tokens_per_parameter is not None and not scaling.in_range(figures.shape, figures.parameters or 0):
+        out.append(
+            "Tokens per parameter: Chinchilla's 20, and the fits behind it, are of models of 10M parameters and more with "
+            "vocabularies of words; this one is outside of their range."
+        )
     if log is None:
         out.append(
             "Speed, MFU, val against train and the curve: give the run's log (python train.py ... | tee run.log)."
@@ -52,7 +68,7 @@ def _not_checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> list[
     else:
         if figures.steady_ms_per_iter is None:
             out.append("Speed and MFU: the log has no times of iterations without an evaluation.")
-        elif figures.mfu_nanogpt is None:
+        elif figures.mfu_nanogpt is None and not figures.config.foreign_model:
             out.append("MFU: the model's shape and tokens per step are not in the log: give the config.")
         if figures.val_minus_train is None:
             out.append(

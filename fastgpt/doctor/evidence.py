@@ -28,6 +28,11 @@ def seen_as_json(seen: Seen) -> list[dict[str, Any]]:
     return [{"file": place.file, "line": place.line, "text": text} for place, text in seen]
 
 
+Source = Literal["log", "override", "config", "checkpoint", "known", "default", "assumption"]
+"""Where a value comes from. known: what its name settles, as a data set's size (nanoGPT's own scripts) or a published model's
+shape. default: what the program takes for a setting that is not there. assumption: nothing that was given says it."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One value of a config. ``text`` is its line as written, ``comment`` what follows the # on it."""
@@ -36,6 +41,7 @@ class Setting:
     place: Place
     text: str = ""
     comment: str = ""
+    source: Source = "config"
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,26 @@ class ConfigFacts:
     comments: list[Setting] = field(default_factory=list)
     """Every other comment line, its text in ``comment``: claims ("~125M parameters") are made in prose."""
     unread: list[Unread] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    """Names set that the program does not have: a fork's, whose other defaults may differ, too."""
+    foreign_model: list[str] = field(default_factory=list)
+    """Those of them that may change the model."""
+    asked: set[str] = field(default_factory=set, compare=False, repr=False)
+    """Every name that ``get`` was asked for: what a finding rests on (figures.Figures.weighed)."""
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value set, else the program's default, else ``default``."""
+        self.asked.add(name)
         found = self.settings.get(name)
         return found.value if found else self.defaults.get(name, default)
 
     def is_set(self, name: str) -> bool:
         return name in self.settings
+
+    def source(self, name: str) -> Source | None:
+        """Where ``get(name)`` is from; None for a name that has no value."""
+        found = self.settings.get(name)
+        return found.source if found else "default" if name in self.defaults else None
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop names whose line could not be read: neither an earlier value nor the default holds for them."""
@@ -110,8 +128,9 @@ class Note:
 
     ``kind``: "parameters" (value: count), "tokens_per_step" (value), "no_decay" (tensors without weight decay),
     "sm_gate", "oom", "nan", "resume", "checkpoint", "device" (value: name), "precision" (value: fastgpt's, as it is in
-    force), "traceback", "no_cuda", "no_triton", "no_compiler",
-    "no_bf16", "vocab" (value), "override" (value: (name, value)).
+    force), "traceback", "exception" (the line that ends one), "no_cuda", "no_triton", "no_compiler", "no_bf16",
+    "vocab" (value), "override" (value: (name, value)), "bits_per_byte" (value), "flops_per_token" (value), "gpus" (value:
+    how many), "micro_batch" and "micro_batch_of_rank" (value: tokens).
     """
 
     kind: str
@@ -133,6 +152,8 @@ class LogFacts:
     unread: list[Unread] = field(default_factory=list)
     config: ConfigFacts | None = None
     """The config that the log repeats (nanoGPT prints it, metrics.jsonl begins with it)."""
+    step_like: int = 0
+    """Lines that look like steps and could not be read."""
 
     def place(self, line: int) -> Place:
         return Place(self.file, int(line))
@@ -154,6 +175,8 @@ class CheckpointFacts:
     """Counted from the tensors, excluding position embeddings; a tied head counts once."""
     config: ConfigFacts | None = None
     """The config stored in it."""
+    not_finite: list[str] = field(default_factory=list)
+    """Tensors of the model that hold NaN or infinity."""
     unread: list[Unread] = field(default_factory=list)
 
 
@@ -183,6 +206,8 @@ class Evidence:
     """Files that lay in a folder that was given, and were not read."""
     machine: Machine | None = None
     """The machine that the run is to start on."""
+    data_vocabulary: int | None = None
+    """As the meta.pkl beside the run's data says it."""
 
     def said(self, kind: str) -> Any:
         """The last value that the log's notes of a kind give; None if there is none."""

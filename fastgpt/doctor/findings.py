@@ -41,9 +41,27 @@ class Finding:
     """The same for people: "21.8 h of training"."""
     id: str = ""
     """The group of checks that it belongs to: "schedule"."""
+    regardless_of: tuple[str, ...] = ()
+    """What may be assumed without making it less certain: it holds for every value that this could have."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"id": self.id} | vars(self) | {"evidence": seen_as_json(self.evidence), "cost": round(self.cost, 4)}
+        shown = {name: value for name, value in vars(self).items() if name != "regardless_of"}
+        return {"id": self.id} | shown | {"evidence": seen_as_json(self.evidence), "cost": round(self.cost, 4)}
+
+
+def weighed(finding: Finding, figures: Figures) -> Finding:
+    """A finding with the confidence of its weakest source, of all that was read for it. What rests on an assumption is no more
+    than possible, is never critical, and names the assumption; of a fork no default is certain."""
+    leaves = figures.leaves(figures.asked | figures.config.asked)
+    assumed = sorted(leaves & set(figures.assumed))
+    if notes := "".join(f" Note: {figures.assumed[name]}." for name in assumed):
+        finding = replace(finding, explanation=finding.explanation + notes)
+    if set(assumed) - set(finding.regardless_of):
+        severity: Severity = "warning" if finding.severity == "critical" else finding.severity
+        return replace(finding, confidence="possible", severity=severity)
+    default = "default" in map(figures.source, leaves)
+    doubtful = default and figures.config.foreign and finding.confidence == "certain"
+    return replace(finding, confidence="likely") if doubtful else finding
 
 
 def rank(findings: list[Finding]) -> list[Finding]:
@@ -64,7 +82,10 @@ def check(id: str, *, section: int) -> Callable[[Check], Check]:
     def register(function: Check) -> Check:
         @wraps(function)
         def checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
-            return (replace(finding, id=id) for finding in function(evidence, figures, gpu))
+            figures.asked.clear()
+            figures.config.asked.clear()
+            for finding in function(evidence, figures, gpu):
+                yield replace(weighed(finding, figures), id=id)
 
         REGISTRY.append((section, checked))
         return checked

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from fastgpt import anatomy
 from fastgpt.common import rounded
@@ -19,7 +19,11 @@ SIZE_IN_PROSE = re.compile(NUMBER + r"[- ]?(?:parameters?|params?|model)\b", re.
 SIZE_IN_NAME = re.compile(r"(?:^|[-_ /.])(\d+(?:\.\d+)?)([mb])(?=$|[-_ /.])", re.IGNORECASE)
 NOT_A_SIZE = re.compile(r"tok|data|fineweb|owt|openweb|pile|sample|corpus|edu", re.IGNORECASE)
 """What stands before a number of tokens in a run's name: fineweb-10B."""
-TOKENS_IN_PROSE = re.compile(NUMBER + r"\s*tokens?\b(?!\s*(?:/|per)\s*s)", re.IGNORECASE)
+TOKENS_IN_PROSE = re.compile(
+    NUMBER
+    + r"\s*tokens?\b(?!\s*(?:/|per)\s*s)|tokens?\s+(?:be|is|of|to|=|:)\s*~?\s*(\d[\d,_]*(?:\.\d+)?)\s*([kmbt])\b",
+    re.IGNORECASE,
+)
 PRODUCT = re.compile(r"\d[\d_,]*(?:\s*[*x×]\s*\d[\d_,]*)+[^=\d]*=\s*~?(\d[\d_,.]*)\s*([kmb])?\b\s*(\w*)", re.IGNORECASE)
 PER_STEP = re.compile(
     NUMBER + r"\s*tokens?\s*(?:/|per)\s*(?:optimi[sz]er\s+)?(?:step|iter|update|batch)", re.IGNORECASE
@@ -64,23 +68,32 @@ def claimed_sizes(figures: Figures) -> list[Claim]:
         named = figures.config.settings.get(name)
         if named is None or not isinstance(named.value, str):
             continue
+        sizes = []
         for match in SIZE_IN_NAME.finditer(named.value):
             before, after = named.value[: match.start()], named.value[match.end() + 1 :]
             if NOT_A_SIZE.search(before[-12:]) or re.match("tok|data|sample", after, re.IGNORECASE):
                 continue  # "fineweb-10B": tokens, not parameters
-            claims.append((amount(match[1], match[2]), named))
+            sizes.append(amount(match[1], match[2]) or 0.0)
+        planned = figures.tokens_planned or 0
+        if sizes and abs(min(sizes) - planned) > 0.25 * planned:  # "small-14B" of a run over 14B tokens
+            claims.append((min(sizes), named))  # of "124m-14B" the second is the tokens
     return [Claim(value, setting.place, _line(setting)) for value, setting in claims if value]
 
 
-def agrees(claim: float, shape: anatomy.Shape) -> bool:
-    """Whether any usual way of counting gives the claimed size, within 12% (GPT-2 was published as 117M)."""
-    counts = (
+def agrees(claim: float, shape: anatomy.Shape, vocabularies: Sequence[int] = ()) -> bool:
+    """Whether any usual way of counting gives the claimed size, within 12% (GPT-2 was published as 117M). ``vocabularies``: the
+    least and the largest, where the shape's is not known."""
+    low, high = (_counts(replace(shape, vocab_size=size)) for size in vocabularies or 2 * [shape.vocab_size])
+    return any(0.88 * least <= claim <= 1.12 * most for least, most in zip(low, high))
+
+
+def _counts(shape: anatomy.Shape) -> tuple[int, ...]:
+    return (
         anatomy.n_params(shape, positions=False),
         anatomy.n_params(shape),
         anatomy.n_params(shape) + anatomy.of(shape).head.weights,  # an untied head
         anatomy.of(shape).block_weights,  # without embeddings
     )
-    return any(abs(claim / count - 1) <= 0.12 for count in counts)
 
 
 @check("schedule", section=9)
@@ -89,12 +102,14 @@ def tokens_per_step(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
     tokens, block = figures.tokens_per_step, figures.config.get("block_size")
     if tokens is None or block is None:
         return
-    sequences = tokens // block
+    sequences, micro = tokens // block, figures.config.get("batch_size") or 0
     for name, setting in remarks(figures):
-        unit, value = _batch_claim(name, setting)
-        right = {"sequences": (sequences,), "tokens": (tokens,), "": (sequences, tokens)}[unit]
-        if value is None or any(abs(value / number - 1) <= 0.1 for number in right):
+        of_a_micro_step = (micro, micro * block) if re.search("micro", setting.comment, re.IGNORECASE) else ()
+        right = {"sequences": (sequences,), "tokens": (tokens,), "": (sequences, tokens)}
+        claims = _batch_claims(name, setting)
+        if not claims or any(abs(v - n) <= 0.1 * n for unit, v in claims for n in (*right[unit], *of_a_micro_step)):
             continue
+        unit, value = claims[0]
         yield Finding(
             check="tokens_per_step_comment",
             severity="warning",
@@ -112,19 +127,20 @@ def tokens_per_step(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
         )
 
 
-def _batch_claim(name: str, setting: Setting) -> tuple[str, float | None]:
-    """("sequences" | "tokens" | "", number) that a remark says one step has; ("", None) if it says nothing of it."""
+def _batch_claims(name: str, setting: Setting) -> list[tuple[str, float]]:
+    """("sequences" | "tokens" | "", number) for each number that a remark gives as a step's: where one of them is right, the
+    others may be parts of it."""
     text = setting.comment
-    product = PRODUCT.search(text)
-    about_batch = name in ("batch_size", "gradient_accumulation_steps") or re.search("batch", text, re.IGNORECASE)
-    if product and about_batch:
-        word = product[3].lower()
-        unit = "tokens" if word.startswith("tok") else "sequences" if re.match("seq|sample|example", word) else ""
-        return unit, amount(product[1], product[2])
-    if per_step := PER_STEP.search(text):
-        return "tokens", amount(per_step[1], per_step[2])
-    effective = EFFECTIVE_BATCH.search(text)
-    return "", amount(effective[1], "") if effective else None
+    claims: list[tuple[str, float | None]] = []
+    if name in ("batch_size", "gradient_accumulation_steps") or re.search("batch", text, re.IGNORECASE):
+        for product in PRODUCT.finditer(text):
+            word = product[3].lower()
+            unit = "tokens" if word.startswith("tok") else "sequences" if re.match("seq|sample|example", word) else ""
+            claims.append((unit, amount(product[1], product[2])))
+    claims += [("tokens", amount(match[1], match[2])) for match in PER_STEP.finditer(text)]
+    if not claims:
+        claims = [("", amount(match[1], "")) for match in EFFECTIVE_BATCH.finditer(text)]
+    return [(unit, value) for unit, value in claims if value]
 
 
 def _geometry(figures: Figures, sequences: float) -> str:
@@ -143,9 +159,9 @@ def token_budget(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
     for name, setting in remarks(figures):
         about_run = name == "max_iters" or re.search(r"\b(seen|total|train(ing)? (for|on)|budget)\b", setting.comment)
         match = TOKENS_IN_PROSE.search(setting.comment)
-        if not about_run or not match or PER_STEP.search(setting.comment) or not match[2]:
+        if not about_run or not match or PER_STEP.search(setting.comment) or not (match[2] or match[4]):
             continue
-        claimed = amount(match[1], match[2])
+        claimed = amount(match[1] or match[3], match[2] or match[4])
         if claimed is None or abs(claimed / planned - 1) <= 0.25:
             continue
         steps = round(claimed / per_step)

@@ -11,6 +11,7 @@ from functools import wraps
 
 import numpy as np
 
+from fastgpt.common import rounded
 from fastgpt.config import EXPERIMENTAL
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
 from fastgpt.doctor.figures import Figures, evaluation_interval, learning_rate, steady
@@ -48,11 +49,12 @@ def _at(log: LogFacts, line: int, step: int, loss: float) -> tuple[Place, str]:
     return log.place(line), f"step {step}: loss {loss:.4f}"
 
 
-@of_log
-def not_a_number(log: LogFacts, figures: Figures) -> Iterator[Finding]:
+@check("curve", section=10)
+def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """NaN or infinity in the loss."""
-    notes = log.all("nan")
-    if not notes:
+    log = evidence.log
+    notes = log.all("nan") if log is not None else []
+    if log is None or not notes:
         return
     step, loss, line = _losses(log)
     before = line < (notes[0].place.line or 0)
@@ -62,6 +64,9 @@ def not_a_number(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     lost = 1 - float(step[before][-1]) / figures.steps_seen if before.any() and figures.steps_seen else 1.0
     lost = max(0.0, lost)
     experimental = figures.precision in EXPERIMENTAL
+    doubtful = experimental or figures.precision == "fp16"
+    has_bf16 = gpu is None or gpu.peak_flops("bf16") is not None
+    warms_up = figures.config.get("warmup_iters") and figures.config.get("decay_lr", True)
     yield Finding(
         "nan",
         "critical",
@@ -70,8 +75,20 @@ def not_a_number(log: LogFacts, figures: Figures) -> Iterator[Finding]:
         "A NaN in the weights stays there. Usual causes: a learning rate too high for the warmup, fp16 without loss "
         "scaling, token ids beyond vocab_size, a damaged shard."
         + (f" {figures.precision} is experimental: no GPU has confirmed it yet." if experimental else ""),
-        ("dtype = 'bfloat16'\n" if experimental or figures.precision == "fp16" else "")
-        + "Go back to the last checkpoint before it, with half the learning_rate or twice the warmup_iters.",
+        (
+            ""
+            if not doubtful or not has_bf16
+            else "dtype = 'bfloat16'\n"
+            if gpu or experimental
+            else "dtype = 'bfloat16'    # if the card has it\n"
+        )
+        + "Go back to the last checkpoint before it, with half the learning_rate"
+        + (" or twice the warmup_iters." if warms_up else ".")
+        + (
+            f" In fp16, the only 16 bits that the {gpu.name} has: with loss scaling."
+            if doubtful and gpu and not has_bf16
+            else ""
+        ),
         cost=lost,
         cost_text=figures.hours(lost),
     )
@@ -82,6 +99,8 @@ def start(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """An untrained model guesses among V tokens: its loss is ln V."""
     step, loss, line = _losses(log)
     if figures.shape is None or not len(step) or step[0] > 1 or log.all("resume"):
+        return
+    if "vocab_size" in figures.assumed:  # nothing to start at
         return
     if figures.config.get("init_from", "scratch") != "scratch":
         return
@@ -204,11 +223,11 @@ def plateau(log: LogFacts, figures: Figures) -> Iterator[Finding]:
 def overfitting(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """Validation rises while train falls."""
     good = np.isfinite(log.evals.val) & np.isfinite(log.evals.train)
-    if good.sum() < 8:
-        return
     step, train, val, line = (a[good] for a in (log.evals.step, log.evals.train, log.evals.val, log.evals.line))
-    best = int(np.argmin(val))
-    if len(val) - best < 4 or val[-3:].mean() - val[best] < 0.05 or train[-3:].mean() > train[best] - 0.02:
+    best = int(np.argmin(val)) if len(val) else 0
+    few = len(val) < 8 or len(val) - best < 4
+    if few or val[-3:].mean() - val[best] < 0.05 or train[-3:].mean() > train[best] - 0.02:
+        yield from _memorised(log, figures)
         return
     lost = 1 - float(step[best]) / max(1.0, float(step[-1]))
     yield Finding(
@@ -224,6 +243,28 @@ def overfitting(log: LogFacts, figures: Figures) -> Iterator[Finding]:
         "likely",
         lost,
         figures.hours(lost),
+    )
+
+
+def _memorised(log: LogFacts, figures: Figures) -> Iterator[Finding]:
+    """Validation far above train after many epochs, without a rise that the evaluations would show."""
+    both = np.flatnonzero(np.isfinite(log.evals.val) & np.isfinite(log.evals.train))
+    if not len(both) or figures.epochs is None or figures.epochs < 3:
+        return
+    row = both[-1]
+    train, val = float(log.evals.train[row]), float(log.evals.val[row])
+    if val - train < 0.3:
+        return
+    yield Finding(
+        "memorised",
+        "warning",
+        f"val lies {val - train:.2f} nat above train after {figures.epochs:,.0f} epochs: the training text is memorised",
+        [(log.place(log.evals.line[row]), f"step {log.evals.step[row]}: train {train:.4f}, val {val:.4f}")],
+        f"The run has read its {rounded(figures.corpus_tokens or 0)} tokens {figures.epochs:,.0f} times. "
+        "What it still gains on them is text learned by heart, which new text does not share.",
+        "Take the checkpoint of the lowest val loss, and stop earlier; more data, a smaller model or more dropout put it off.",
+        "likely",
+        0.5,
     )
 
 
@@ -267,7 +308,7 @@ def throughput_drift(log: LogFacts, figures: Figures) -> Iterator[Finding]:
             [seen(int(row)) for row in outliers[:4]],
             "Steps of one run do the same work. Something else took the time now and then: a slow disk under the "
             "data (np.memmap reads from it inside the step), another program, a garbage collection.",
-            "Keep train.bin on a local SSD, or in memory; look at 'data wait' in fastgpt's log.",
+            "Keep the training data on a local disk, or in memory. fastgpt's log has the wait for data ('data wait').",
             "possible",
             extra,
             figures.hours(extra),
@@ -285,18 +326,31 @@ def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
     if share is None or share <= MUCH_EVALUATION:
         return
     interval = evaluation_interval(figures.config, evidence.log)
-    longer = math.ceil(share / MUCH_EVALUATION) * 2 * (interval or 1)
+    batches, total = figures.config.get("eval_iters"), figures.config.get("max_iters")
+    fewer = (
+        (1 / MUCH_EVALUATION - 1) * share / (1 - share) if share < 1 else math.inf
+    )  # by which evaluations have to shrink
+    longer = _round_up((interval or 1) * fewer) if fewer < 1e9 else 0
+    advice = f"eval_interval = {longer}"
+    if not longer or (total and longer > total / 2):  # too few would be left of them
+        advice = f"eval_iters = {max(1, int(batches / fewer))}" if batches else "Fewer batches per evaluation."
     yield Finding(
         "evaluation_time",
         "warning",
         f"{share:.0%} of the time goes into evaluations ({share * 24 * 60:.0f} minutes per day)",
         figures.place("eval_interval", "eval_iters"),
-        f"One every {interval} steps, {figures.config.get('eval_iters')} batches a split ({how}).",
-        f"eval_interval = {longer}",
+        f"One every {interval} steps" + (f", {batches} batches a split" if batches else "") + f" ({how}).",
+        advice,
         confidence,
         share,
         figures.hours(share),
     )
+
+
+def _round_up(number: float) -> int:
+    """The next number of two digits and zeros."""
+    unit = 10 ** max(0, int(math.log10(max(number, 1.0))) - 1)
+    return math.ceil(number / unit) * unit
 
 
 def counted_share(figures: Figures, log: LogFacts | None) -> float | None:

@@ -62,8 +62,9 @@ def machine(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[F
     it, get = evidence.machine, figures.config.get
     if it is None:
         return
-    asked = figures.config.is_set("device") and str(get("device")).startswith("cuda")
-    if not it.cuda and (asked or it.nvidia_driver):
+    device = str(get("device")) if figures.config.is_set("device") else ""
+    asked, cpu = device.startswith("cuda"), device.startswith("cpu")  # which is a choice
+    if not it.cuda and not cpu and (asked or it.nvidia_driver):
         driver = "an NVIDIA driver is installed" if it.nvidia_driver else "the run asks for CUDA"
         seen = f"torch {it.torch}: torch.cuda.is_available() is False, and {driver}"
         yield _no_cuda([(HERE, seen)], f"torch {it.torch}")
@@ -116,7 +117,10 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
             "twice the accumulation is the same optimizer step.",
             vram.lines(next(vram.geometries(figures, batch // 2)))
             if batch and batch > 1
-            else "A shorter block_size, or a smaller model.",
+            else "A shorter block_size, or a smaller model."
+            if batch
+            else "Half the batch_size at twice the gradient_accumulation_steps, again until it fits; at batch_size 1 a shorter "
+            "block_size, or a smaller model. python -m fastgpt.plan says what fits a card.",
             cost=1.0,
         )
 

@@ -10,9 +10,10 @@ import numpy as np
 from fastgpt.anatomy import SHAPE
 from fastgpt.common import millions
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Seen
-from fastgpt.doctor.figures import Figures, learning_rate
+from fastgpt.doctor.figures import GEOMETRY, Figures, learning_rate
 from fastgpt.doctor.findings import Finding, Severity, check
 from fastgpt.hardware.cards import Gpu
+from fastgpt.performance import flops
 
 
 @check("resume_shape_mismatch", section=7)
@@ -54,6 +55,24 @@ def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         + ("\nto go on with the old model and say so." if nanogpt else ""),
         cost=1.0 if config.get("init_from") == "resume" else 0.9,
         cost_text="everything that is trained after resuming" if nanogpt else "",
+    )
+
+
+@check("not_finite", section=7)
+def not_finite(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """NaN or infinity among the checkpoint's weights."""
+    kept = evidence.checkpoint
+    if kept is None or not kept.not_finite:
+        return
+    names = kept.not_finite
+    yield Finding(
+        check="weights_not_finite",
+        severity="critical",
+        title=f"{len(names)} of the checkpoint's tensors hold NaN or infinity",
+        evidence=[(Place(kept.file), ", ".join(names[:4]) + (", ..." if len(names) > 4 else ""))],
+        explanation="Every loss that is computed with them is NaN, and no further step repairs them.",
+        advice="Take an earlier checkpoint.",
+        cost=1.0,
     )
 
 
@@ -185,16 +204,30 @@ def _differences(config: ConfigFacts, log: LogFacts, figures: Figures) -> list[D
         if config.is_set(name) and config.get(name) != value:
             lines = [(note.place, note.text), *figures.place(name)]
             found.append((f"{name} {value!r} in the log, {config.get(name)!r} in the config", lines, name in SHAPE))
-    logged, expected = figures.flops_per_token_logged, figures.flops_per_token
-    if logged and expected and figures.gpus == 1 and abs(logged / expected - 1) > 0.05:
+    parts = [config.get(name) for name in GEOMETRY]
+    tokens = None if None in parts else math.prod(parts)
+    logged, expected = figures.flops_per_token_logged, figures.shape_written and flops.palm(figures.shape_written)
+    if logged and expected and abs(logged / expected - 1) > 0.05 and (figures.gpus or 1) == 1:
         row = int(np.flatnonzero(log.steps.mfu > 0)[0])
-        what = f"mfu and time say {logged / 1e6:.0f} MFLOP per token, the config {expected / 1e6:.0f}"
-        found.append((what, [(log.place(log.steps.line[row]), f"mfu {log.steps.mfu[row]:.2f}%")], True))
+        seen = [(log.place(log.steps.line[row]), f"mfu {log.steps.mfu[row]:.2f}% at {log.steps.ms[row]:,.0f} ms")]
+        ran = figures.tokens_per_step
+        if figures.shape is not None and ran and tokens and ran != tokens and not log.all("tokens_per_step"):
+            shorter = figures.config.get("gradient_accumulation_steps") * ran / tokens
+            what = f"mfu and time say {ran:,} tokens per step (accumulation {shorter:g}), the config {tokens:,}"
+            if tokens % ran == 0:
+                what += f" (or {tokens // ran} GPUs shared them)"
+        else:
+            what = f"mfu and time say {logged / 1e6:.0f} MFLOP per token, the config {expected / 1e6:.0f}"
+        found.append((what, seen, True))
     for note in log.all("tokens_per_step"):
-        parts = [config.get(name) for name in ("batch_size", "gradient_accumulation_steps", "block_size")]
-        if note.value and None not in parts and math.prod(parts) != note.value:
-            what = f"{note.value:,} tokens per step in the log, {math.prod(parts):,} in the config"
+        if note.value and tokens and tokens != note.value:
+            what = f"{note.value:,} tokens per step in the log, {tokens:,} in the config"
             found.append((what, [(note.place, note.text)], True))
+    stop, last = config.get("max_iters"), figures.steps_seen
+    if config.is_set("max_iters") and stop is not None and last is not None and last > stop + 1:
+        found.append(
+            (f"{last:,} steps in the log, max_iters {stop:,} in the config", figures.place("max_iters"), False)
+        )
     if log.kind == "nanogpt":
         for name, steps in (("log_interval", log.steps.step), ("eval_interval", log.evals.step)):
             wanted, gaps = config.get(name), np.diff(steps)

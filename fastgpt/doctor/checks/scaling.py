@@ -18,6 +18,11 @@ TOKENS_PER_PARAMETER = 20.0
 """Hoffmann et al. 2022, table 3, for models of this size: how to split compute, not when to stop."""
 
 
+def in_range(shape: Shape | None, parameters: int) -> bool:
+    """Whether the fits speak of such a model: not of bytes and characters, nor of models below 10M parameters."""
+    return parameters >= 10_000_000 and (shape is None or shape.vocab_size >= 1024)
+
+
 @dataclass(frozen=True)
 class Fit:
     """L(N, D) = E + A / N^alpha + B / D^beta."""

@@ -19,7 +19,9 @@ from fastgpt.performance import flops
 def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A warmup that takes most of the run, or never ends."""
     warm, total = figures.config.get("warmup_iters"), figures.config.get("max_iters")
-    if not warm or not total or warm <= total / 2:
+    if (
+        not warm or not total or warm <= total / 2 or not figures.config.get("decay_lr", True)
+    ):  # without it nothing warms up
         return
     never = warm >= total
     yield Finding(
@@ -222,9 +224,10 @@ def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
 @check("schedule", section=8)
 def heads_divide_the_width(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Heads that do not divide the width."""
-    if figures.shape is None or figures.shape.n_embd % figures.shape.n_head == 0:
+    shape = figures.shape_written  # the vocabulary, which may be assumed, has no part in this
+    if shape is None or shape.n_embd % shape.n_head == 0:
         return
-    width, heads = figures.shape.n_embd, figures.shape.n_head
+    width, heads = shape.n_embd, shape.n_head
     near = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - heads), h))
     yield Finding(
         "heads_do_not_divide",

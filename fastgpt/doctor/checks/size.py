@@ -15,7 +15,7 @@ from fastgpt.common import gigabytes, millions, rounded
 from fastgpt.doctor.checks import scaling, vram
 from fastgpt.doctor.checks.comments import agrees, claimed_sizes
 from fastgpt.doctor.evidence import Evidence, LogFacts, Place
-from fastgpt.doctor.figures import Figures
+from fastgpt.doctor.figures import LARGEST_VOCABULARY, PRETRAINED, Figures
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance import flops
@@ -52,11 +52,15 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     shape = figures.shape
     if shape is None or figures.parameters is None:
         return
-    wrong = [claim for claim in claimed_sizes(figures) if not agrees(claim.value, shape)]
+    any_vocabulary = (2, LARGEST_VOCABULARY) if "vocab_size" in figures.assumed else ()
+    wrong = [claim for claim in claimed_sizes(figures) if not agrees(claim.value, shape, any_vocabulary)]
     if not wrong:
         return
     claimed, size = wrong[0].value, figures.parameters
-    change = single_change(shape, claimed)
+    pretrained = figures.config.get("init_from") in PRETRAINED  # whose shape is not to be changed
+    change = None if pretrained else single_change(shape, claimed)
+    if change is not None and not _fits(change[1], figures, gpu):
+        change = None
     lines = figures.place("n_layer", "n_embd")
     if (logged := _log_says(evidence, figures)) is not None:
         lines.append(logged)
@@ -65,14 +69,39 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         severity="critical",
         title=f"{millions(size)} parameters, not the {rounded(claimed)} that the {_source(wrong[0].line)} claims",
         evidence=[(claim.place, claim.line) for claim in wrong] + lines,
-        explanation=f"L (12 C^2 + 2C) + C + V C with n_layer {shape.n_layer}, n_embd {shape.n_embd}, "
-        f"vocabulary {shape.vocab_size:,} is {size:,} parameters (head tied, excluding position embeddings): "
+        explanation=("L (12 C^2 + 2C) + C + V C" if shape.family == "gpt2" else f"A {shape.family} model")
+        + f" with n_layer {shape.n_layer}, n_embd {shape.n_embd}, vocabulary {shape.vocab_size:,} is {size:,} parameters "
+        f"({'head tied, ' if shape.tied_head else ''}excluding position embeddings): "
         f"{size / claimed:.0%} of what was meant. "
         f"{_consequences(figures, shape, change[1], gpu) if change else ''}".strip(),
-        advice=_advice(change, _geometry(figures, change[1], gpu) if change else ""),
+        advice=_advice(change, _geometry(figures, change[1], gpu) if change else "", gpu),
         cost=1.0,
         cost_text=figures.hours() + " on another model than was meant",
+        regardless_of=("vocab_size",),  # none gives the size that is claimed
     )
+
+
+@check("unknown_settings", section=1)
+def unknown_settings(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """Settings that nanoGPT does not have and that may change the model: its size and FLOPs are then unknown."""
+    names = figures.config.foreign_model
+    if not names:
+        return
+    yield Finding(
+        check="unknown_settings",
+        severity="info",
+        title=f"nanoGPT has no setting {', '.join(names[:6])}: the model is a fork's, its size is not known",
+        evidence=figures.place(*names[:6]),
+        explanation="What they do to the model is not in these files. So the doctor judges neither its size nor its FLOPs, "
+        "memory and tokens per parameter"
+        + (", and takes the number of parameters from the log or checkpoint." if figures.parameters else "."),
+        advice="Nothing, if train.py reads them. The first lines of the run's log count the parameters: give it, too.",
+    )
+
+
+def _fits(shape: Shape, figures: Figures, gpu: Gpu | None) -> bool:
+    """Whether a shape fits the card in some micro-batch of the run's; True where that cannot be told."""
+    return gpu is None or not figures.config.get("batch_size") or vram.fitting(shape, figures, gpu) is not None
 
 
 def _source(line: str) -> str:
@@ -127,9 +156,10 @@ def _geometry(figures: Figures, shape: Shape, gpu: Gpu | None) -> str:
     return "" if geometry is None or geometry[0] == figures.config.get("batch_size") else vram.lines(geometry) + "\n"
 
 
-def _advice(change: tuple[str, Shape] | None, batch: str) -> str:
+def _advice(change: tuple[str, Shape] | None, batch: str, gpu: Gpu | None) -> str:
     if change is None:
-        return "Correct the comment or the name: no single change of n_embd or n_layer gives the size it claims."
+        card = f" and fits the {gpu.name}" if gpu else ""
+        return f"Correct the comment or the name: no single change of n_embd or n_layer gives the size it claims{card}."
     name, shape = change
     gives = millions(anatomy.n_params(shape, positions=False))
     return (
@@ -143,7 +173,7 @@ def _advice(change: tuple[str, Shape] | None, batch: str) -> str:
 def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """Far more, or far fewer, tokens than Chinchilla's 20 per parameter."""
     ratio, size, tokens = figures.tokens_per_parameter, figures.parameters, figures.seen()
-    if ratio is None or size is None or tokens is None:
+    if ratio is None or size is None or tokens is None or not scaling.in_range(figures.shape, size):
         return
     many = ratio > MANY
     if not many:  # a run that is not over yet is judged by what it will see
@@ -155,7 +185,7 @@ def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     if many:
         steps = figures.steps_seen if figures.tokens_seen is not None else figures.config.get("max_iters")
         explanation = (
-            f"{steps:,} steps x {figures.tokens_per_step:,} = {tokens / 1e9:.2f}B tokens for {millions(size)} parameters: "
+            f"{steps:,} steps x {figures.tokens_per_step:,} = {_billions(tokens)} tokens for {millions(size)} parameters: "
             f"{ratio:.0f} per parameter, {ratio / scaling.TOKENS_PER_PARAMETER:.1f} times Chinchilla's 20. "
             "20 says how to split compute between size and tokens, not where to stop: a small model goes on improving, "
             "and is cheaper to use. "
@@ -167,11 +197,11 @@ def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     else:
         explanation = (
             f"The run is planned for {shown:.1f} tokens per parameter; Chinchilla's compute-optimal split is about 20. "
-            "At this compute a smaller model on more tokens would end lower. "
+            "A model that is smaller for its tokens, or more tokens, would end lower. "
         )
     best = None
     if figures.shape is not None:
-        table, best = _same_compute(figures, figures.shape, tokens)
+        table, best = _same_compute(figures, figures.shape, tokens, gpu)
         explanation += table
     times = f"{shown / 20:.1f} times" if shown >= 20 else f"a {20 / shown:.0f}th of"
     waste = _waste(figures, best, tokens)
@@ -181,11 +211,15 @@ def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         title=f"{_ratio(shown)} tokens per parameter: {times} Chinchilla's 20",
         evidence=seen,
         explanation=explanation.strip(),
-        advice=_size_advice(figures, best, gpu),
+        advice=_size_advice(figures, best, gpu, many),
         confidence="likely",
         cost=waste,
         cost_text=figures.hours(waste) + " could have been saved for the same loss (fit)" if best else "",
     )
+
+
+def _billions(tokens: float) -> str:
+    return f"{tokens / 1e9:.2f}B" if 1e9 <= tokens < 1e12 else rounded(tokens)
 
 
 def _ratio(value: float) -> str:
@@ -214,11 +248,19 @@ def _where_it_pays(log: LogFacts) -> str:
     )
 
 
-def _same_compute(figures: Figures, shape: Shape, tokens: float) -> tuple[str, scaling.Offer | None]:
-    """The table of what the same compute buys, and the offer with the lowest loss of Hoffmann's fit."""
+def _same_compute(figures: Figures, shape: Shape, tokens: float, gpu: Gpu | None) -> tuple[str, scaling.Offer | None]:
+    """The table of what the same compute buys, and of what fits the card the offer with the lowest loss of Hoffmann's fit."""
     compute = tokens * flops.palm(shape)
-    offers = scaling.offers(shape, compute)
-    best = min(offers, key=lambda offer: offer.hoffmann)
+    offers = [
+        offer
+        for offer in scaling.offers(shape, compute)
+        if offer.parameters == figures.parameters
+        or (
+            scaling.in_range(offer.shape, offer.parameters) and offer.tokens > offer.parameters / 2
+        )  # where the fits know something
+    ]
+    fitting = [o for o in offers if o.parameters == figures.parameters or _fits(o.shape, figures, gpu)]
+    best = min(fitting, key=lambda offer: offer.hoffmann)
     rows = [
         f"  {millions(o.parameters):>8} on {rounded(o.tokens):>5} ({_ratio(o.tokens / o.parameters):>6} each)  "
         f"{o.hoffmann:.3f}  {o.besiroglu:.3f}" + ("  <- this" if o.parameters == figures.parameters else "")
@@ -259,9 +301,11 @@ def _waste(figures: Figures, best: scaling.Offer | None, tokens: float) -> float
     return max(0.0, 1 - needed * flops.palm(best.shape) / (tokens * flops.palm(figures.shape)))
 
 
-def _size_advice(figures: Figures, best: scaling.Offer | None, gpu: Gpu | None) -> str:
+def _size_advice(figures: Figures, best: scaling.Offer | None, gpu: Gpu | None, many: bool) -> str:
+    if not many and (best is None or figures.tokens_per_step is None or best.parameters > (figures.parameters or 0)):
+        return "More tokens (a larger max_iters), or a smaller model."
     if best is None or figures.tokens_per_step is None:
-        return "Nothing, if the model has to be this small; otherwise a larger one, on fewer tokens."
+        return "Nothing, if the model has to be this small; otherwise a larger one that fits the card, on fewer tokens."
     s, steps = best.shape, round(best.tokens / figures.tokens_per_step)
     return (
         f"n_layer = {s.n_layer}\nn_head = {s.n_head}\nn_embd = {s.n_embd}\n{_geometry(figures, s, gpu)}max_iters = "

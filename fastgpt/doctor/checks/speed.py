@@ -96,6 +96,34 @@ def _of_an_a100(figures: Figures, seen: Seen) -> Finding:
 
 
 @check("mfu_denominator", section=5)
+def mfu_not_measured(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+    """llm.c's -100% and nanochat's 0.00: figures that stand for "this card is not in my table"."""
+    log = evidence.log
+    if (
+        log is None
+        or log.kind not in ("llm.c", "nanochat")
+        or not np.isfinite(log.steps.ms).any()
+        or np.nanmax(log.steps.mfu, initial=0) > 0
+    ):
+        return
+    printed = "-100%" if log.kind == "llm.c" else "0.00"
+    real = (
+        f"Of the {gpu.name}'s nominal {figures.precision} peak the run reaches {percent(figures.mfu_nominal)} "
+        f"({figures.model_tflops:.1f} TFLOP/s per GPU)."
+        if gpu is not None and figures.mfu_nominal is not None
+        else "With --gpu, and the FLOPs per token that nanochat prints, the doctor computes it; of llm.c also with a config."
+    )
+    yield Finding(
+        check="mfu_not_measured",
+        severity="info",
+        title=f"MFU {printed} is no measurement: {log.kind} does not know this card's peak",
+        evidence=[(log.place(log.steps.line[-1]), f"step {log.steps.step[-1]}: MFU {printed}")],
+        explanation=f"{log.kind} looks the card up in a table of its own and prints {printed} where it is not there. {real}",
+        advice="Nothing: speed and loss are as printed.",
+    )
+
+
+@check("mfu_denominator", section=5)
 def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A figure that the named card, or an A100, cannot reach: the log is of a faster card."""
     log = evidence.log
@@ -117,7 +145,11 @@ def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         explanation="nanoGPT divides by an A100's 312 TFLOP/s on every card, so it prints more than 100% on faster "
         f"ones. {percent(printed)} is {printed * 312:.0f} TFLOP/s per GPU: {named}"
         + (f"Cards with a higher dense peak: {', '.join(able[:6])}." if able else "No card in the table is that fast."),
-        advice="Name the log's own card: --gpu h100, for example.",
+        advice=f"Name the log's own card in place of the {gpu.name}; if that is its card, give the config of this very run."
+        if gpu and named
+        else "Nothing."
+        if gpu
+        else "Name the log's own card: --gpu h100, for example.",
     )
 
 
@@ -129,7 +161,7 @@ def mfu_includes_eval(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> 
         return
     slow = np.flatnonzero(np.isfinite(log.steps.ms) & holds_evaluation(log) & (log.steps.step > 0))
     last, usual = figures.mfu_printed_last, figures.mfu_nanogpt
-    if last is None or usual is None or not len(slow) or last > 0.97 * usual:
+    if last is None or usual is None or not len(slow) or last > 0.97 * usual or percent(last) == percent(usual):
         return
     assert figures.evaluation_share is not None and figures.evaluation_minutes_per_day is not None
     every = round(len(log.steps.step[1:]) / len(slow))

@@ -49,7 +49,8 @@ def read_checkpoint(path: Path) -> CheckpointFacts:
         config = state.get("config")
         facts = _facts("nanogpt", path, state.get("model_args"), shapes)
         facts.step = _whole(state.get("iter_num"))
-        facts.config = configs.of_values(config, Place(str(path))) if isinstance(config, Mapping) else None
+        facts.config = configs.of_values(config, Place(str(path))) if isinstance(config, Mapping) and config else None
+        facts.not_finite = _not_finite(state.get("model", state))
     facts.best_val_loss = _number(state.get("best_val_loss"))
     return facts
 
@@ -120,6 +121,24 @@ def _shapes(tensors: Mapping[Any, Any]) -> Shapes:
         seen.add(memory)
         shapes[re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", str(name))] = tuple(tensor.shape)
     return shapes
+
+
+def _not_finite(tensors: Any) -> list[str]:
+    """Names of the model's floating-point tensors that hold NaN or infinity; read in parts, from the mapped file."""
+    import torch
+
+    part, found = 1 << 24, []
+    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else ():
+        if (
+            isinstance(tensor, torch.Tensor)
+            and tensor.device.type == "cpu"
+            and tensor.is_floating_point()
+            and not tensor.is_sparse
+        ):
+            flat = tensor.reshape(-1)
+            if not all(bool(torch.isfinite(flat[at : at + part]).all()) for at in range(0, flat.numel(), part)):
+                found.append(str(name))
+    return found
 
 
 def _facts(kind: Literal["nanogpt", "fastgpt"], path: Path, said: Any, shapes: Shapes) -> CheckpointFacts:

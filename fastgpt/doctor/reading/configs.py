@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastgpt.common import UserError, nearest
-from fastgpt.doctor.evidence import ConfigFacts, Note, Place, Setting, Unread
+from fastgpt.doctor.evidence import ConfigFacts, Note, Place, Setting, Source, Unread
 from fastgpt.doctor.reading import configs_fastgpt
 from fastgpt.doctor.reading.literals import (
     PARSE_ERRORS,
@@ -26,18 +27,31 @@ from fastgpt.doctor.reading.literals import (
 from fastgpt.doctor.reading.values import DEFAULTS, Refused, checked, store
 
 COMMAND_LINE = Place("command line")
+HARMLESS = re.compile(
+    r"(?:adamw?|backend|batch|betas?\d?|checkpoints?|ckpt|clip|compile|cooldown|data|dataset|date|ddp|debug|decay|eval|exp|experiment"
+    r"|gpus?|grad|keep|learning|log|logging|lr|momentum|muon|notes?|nproc|optimizer|patience|profile|project|ranks?|resume|run|sample"
+    r"|save|schedule|seed|tags?|tokens|train|val|verbose|wandb|warmup|world)(?:_.*)?"
+    r"|.*_(?:accum|decay|dir|epochs|folder|iters|log|lr|notes|optimizer|rate|samples|schedule|scheduler|seed|steps|tag|tokens|workers)"
+)
+"""A setting that nanoGPT does not have leaves the model alone if its name begins or ends like this. Any other may change it."""
 
 
-def parse_nanogpt(text: str, file: str, first_line: int = 1) -> ConfigFacts:
+def parse_nanogpt(text: str, file: str, first_line: int = 1, source: Source = "config") -> ConfigFacts:
     """A nanoGPT config as facts; never raises, whatever the text. ``first_line`` is the line of ``file`` on which the text
-    begins (a log may repeat the config)."""
+    begins (a log may repeat the config: ``source``)."""
     facts = ConfigFacts("nanogpt", defaults=dict(DEFAULTS))
     known = dict(DEFAULTS)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     lines = text.split("\n")
     comments = [comment_of(line) for line in lines]
     used: set[int] = set()  # lines whose comment belongs to a setting
+    helpers: set[str] = set()  # names that other lines compute with: no settings of their own
     for i, node in _statements(text, lines):
+        helpers |= (
+            {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} - names_set_by(node)
+            if node
+            else set()
+        )
         written, place = lines[i].strip()[:200], Place(file, i + first_line)
         spanned = range(i, i + (node.end_lineno or node.lineno) - node.lineno + 1) if node else range(i, i + 1)
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -56,7 +70,7 @@ def parse_nanogpt(text: str, file: str, first_line: int = 1) -> ConfigFacts:
         known.update(assigned)
         comment = next((comments[j] for j in spanned if j < len(lines) and comments[j]), "")
         for name, value in assigned.items():
-            facts.settings[name] = Setting(value, place, written, comment)
+            facts.settings[name] = Setting(value, place, written, comment, source)
             meant = nearest(name, DEFAULTS, likeness=0.85)  # nanoGPT takes any name without a word
             if meant and name not in DEFAULTS and not name.startswith("_"):
                 why = f"nanoGPT has no setting {name}{meant}, so this line changes nothing"
@@ -67,7 +81,24 @@ def parse_nanogpt(text: str, file: str, first_line: int = 1) -> ConfigFacts:
         if comment and i not in used:
             facts.comments.append(Setting(None, Place(file, i + first_line), lines[i].strip(), comment))
     facts.comments.sort(key=lambda found: found.place.line or 0)
+    _note_foreign(facts, helpers)
     return facts
+
+
+def _note_foreign(facts: ConfigFacts, helpers: Collection[str] = ()) -> None:
+    """List what nanoGPT has no setting for, apart from misspellings and names that only other lines use."""
+    misspelt = {unread.text for unread in facts.unread}
+    facts.foreign = [
+        name
+        for name, setting in facts.settings.items()
+        if name not in DEFAULTS and name not in helpers and not name.startswith("_") and setting.text not in misspelt
+    ]
+    facts.foreign_model = [
+        name
+        for name in facts.foreign
+        if facts.settings[name].value not in (None, False)  # a part that is switched off
+        if not HARMLESS.fullmatch(name.lower())
+    ]
 
 
 def is_nanogpt(text: str) -> bool:
@@ -80,10 +111,16 @@ def is_nanogpt(text: str) -> bool:
 
 
 def of_values(values: Mapping[Any, Any], place: Place) -> ConfigFacts:
-    """nanoGPT's settings as its checkpoints hold them."""
-    facts = ConfigFacts("nanogpt", defaults=dict(DEFAULTS))
+    """nanoGPT's settings as its checkpoints hold them: all of them, so that no default stands in for one that is not there."""
+    facts = ConfigFacts("nanogpt")
     for name, value in values.items():
-        store(facts, str(name), Setting(value, place, f"{name} = {value!r}"[:200]))
+        store(
+            facts,
+            str(name),
+            Setting(value, place, f"{name} = {value!r}"[:200], source="checkpoint"),
+            DEFAULTS.get(str(name)),
+        )
+    _note_foreign(facts)
     return facts
 
 
@@ -105,7 +142,7 @@ def apply_overrides(facts: ConfigFacts, overrides: Sequence[str]) -> None:
             field = form[1].replace("-", "_").split(".")[-1]
             configs_fastgpt.set_field(facts, field, Setting(value, COMMAND_LINE, argument))
         else:
-            _override(facts, form[1], value, COMMAND_LINE, argument)
+            _override(facts, form[1], Setting(value, COMMAND_LINE, argument, source="override"))
 
 
 def apply_logged(facts: ConfigFacts, notes: Sequence[Note]) -> None:
@@ -113,21 +150,25 @@ def apply_logged(facts: ConfigFacts, notes: Sequence[Note]) -> None:
     for note in notes:
         if note.kind == "override" and facts.kind == "nanogpt":
             name, value = note.value
-            _override(facts, name, value, note.place, note.text)
+            _override(facts, name, Setting(value, note.place, note.text, source="log"))
 
 
-def _override(facts: ConfigFacts, name: str, value: bool | int | float | str, place: Place, text: str) -> None:
+def _override(facts: ConfigFacts, name: str, setting: Setting) -> None:
     """One override as nanoGPT takes it: a setting that exists, a value of the very type that it has."""
+    value, place, text = setting.value, setting.place, setting.text
     if name not in facts.settings and name not in DEFAULTS:
         why = f"nanoGPT's train.py has no setting {name}{nearest(name, DEFAULTS)} and stops at it"
         facts.unread.append(Unread(place, text, why))
+        if setting.source == "log":  # which did not stop at it: a fork's
+            facts.settings[name] = setting
+            _note_foreign(facts)
         return
     present = facts.get(name, DEFAULTS.get(name))
     if present is not None and type(present) is not type(value):
         why = f"nanoGPT stops at it: {name} takes a value of type {type(present).__name__}"
         facts.unread.append(Unread(place, text, why))
     try:
-        facts.settings[name] = Setting(checked(name, value, present), place, text)
+        facts.settings[name] = replace(setting, value=checked(name, value, present))
     except Refused as error:
         facts.unread.append(Unread(place, text, str(error)))
 

@@ -37,12 +37,24 @@ NOTES = [
 ]
 """Lines that say something else: kind, whose log it shows ("any"), pattern with the value in its first group."""
 
-START = _pattern(r"(?:iter|step)\s+\d{1,12}\s*[:/]")
+START = _pattern(r"(?:iter|step)\s+\d{1,12}\s*[:/|]")
 """Where a step or evaluation line begins."""
 STEP_LINE = _pattern(r"^(?:iter|step)\s+\d{1,12}\s*[:/]|^\{")
-STEP_WORDS = ("iter ", "step ", "{")
+STEP_WORDS = ("iter ", "step ", "step:", "Epoch ", "{")
 """How a line begins that may be a step and nothing else; ``NOT_PLAIN``: what shows that there is more to it."""
-NOT_PLAIN = re.compile(r"val|nan|inf|event|config|Error|Traceback|memory")
+NOT_PLAIN = ("val", "nan", "inf", "event", "config", "Error", "Traceback", "memory")
+PLAIN_STEP = r"^(?:iter |step |step:|Epoch |\{|\d+ \| loss )[^\nv]*\n"
+"""Such a line, where none of these words but val and event are about."""
+STEP_LIKE = re.compile(
+    r"(?:\b(?:step|iter|iteration|it|batch|update|global_step)s?['\"]?\s*[:=#\[(]?\s*\d|^\W*\d+\s*[|:,]).{0,200}?"
+    r"loss\w*['\"]?\s*(?:[:=(]|\bis\b)?\s*(?:[\d.]|nan)|^\W*\{.{0,300}?['\"](?:\w+_)?loss['\"]\s*:\s*[\d\"']",
+    re.ASCII | re.IGNORECASE,
+)
+"""A line that counts steps and has a loss: where no form reads it, that is said."""
+DOCKER = re.compile(r'^\{"log":("(?:[^"\\\n]|\\.)*"),"stream":"\w*".*\}[ \t]*$', re.ASCII | re.MULTILINE)
+"""A line as Docker keeps it: the text in the first group."""
+DECIMAL_COMMAS = re.compile(r"^.*loss:?\s+\d{1,2},\d{4,}\b.*$", re.ASCII | re.MULTILINE)
+"""A line of a machine that writes 3,1234 for 3.1234."""
 JSON = _pattern(r"^\{.*$")
 """What may be a line of metrics.jsonl."""
 ECHO = re.compile(

@@ -17,6 +17,7 @@ from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,17 @@ from fastgpt.doctor.reading import configs, configs_fastgpt, literals
 from fastgpt.doctor.reading import log_formats as forms
 from fastgpt.doctor.reading.encoding import encoding_of
 
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 """Characters read at a time."""
 MOST_STEPS, MOST_NOTES = 1 << 17, 1000
 """Steps kept before every second one is dropped; notes of one kind, past which the last replaces the one before."""
+COUNTS = (
+    *("parameters", "tokens_per_step", "vocab", "gpus", "micro_batch", "micro_batch_of_rank", "flops_per_token"),
+    "bits_per_byte",
+)
+"""Notes whose value is a number."""
+OF_ITS_RUN = ("nan", "oom", "exception", "traceback", "checkpoint", "bits_per_byte")
+"""Notes that are of no later run in the same file."""
 _WRAPPED, _PIECES = 600, 4  # a wrapped line: characters and pieces at most
 Take = Callable[[str, re.Match[str]], int]
 
@@ -74,12 +82,20 @@ class LogReader:
         self.kinds: Counter[str] = Counter()
         self.config: ConfigFacts | None = None
         self.step = 0.0  # the last one seen
+        self.step_like = 0  # lines that look like steps and are of no known form
+        self.first_step_like: Unread | None = None
 
     def take(self, block: str) -> None:
         """Take all that the next block holds, from top to bottom."""
         text = block.replace("\r\n", "\n")
-        text = forms.ANSI.sub("", self._thinned(text) if self.stride > 1 else text)
-        self.newlines = [match.start() for match in re.finditer("\n", text)]
+        if '{"log":"' in text:
+            text = forms.DOCKER.sub(_out_of_docker, text)
+        text = self._thinned(text) if self.stride > 1 else text
+        if "\x1b" in text:
+            text = forms.ANSI.sub("", text)
+        if forms.DECIMAL_COMMAS.search(text):
+            text = forms.DECIMAL_COMMAS.sub(lambda line: re.sub(r"(?<=\d),(?=\d)", ".", line[0]), text)
+        self.newlines = list(itertools.accumulate(map(len, text.split("\n")), lambda at, length: at + 1 + length))[:-1]
         self.text = text.replace("\r", "\n")  # a progress bar's, which ends no line as grep -n counts them
         self.text = forms.ECHO.sub(self._echo, self.text)
         # Of two that begin at one place the first counts: fastgpt's form before nanoGPT's, which fits its lines too, and
@@ -99,13 +115,21 @@ class LogReader:
 
     def _thinned(self, text: str) -> str:
         """The block with most of the lines that are steps and nothing else left empty; the last ones stay."""
+        *_, near_the_end = itertools.islice(_backwards(text), 10)
+        text, rest = text[:near_the_end], text[near_the_end:]
+        words = [word for word in forms.NOT_PLAIN if word in text]
+        if not set(words) - {"val", "event"}:  # the usual block: a line without a v is plain
+            run = re.compile(
+                rf"(?:{forms.PLAIN_STEP}){{0,{self.stride - 1}}}({forms.PLAIN_STEP})", re.ASCII | re.MULTILINE
+            )
+            return run.sub(lambda lines: "\n" * (lines[0].count("\n") - 1) + lines[1], text) + rest
         lines, plain = text.split("\n"), 0
-        for i, line in enumerate(lines[:-10]):
-            if line.startswith(forms.STEP_WORDS) and not forms.NOT_PLAIN.search(line):
+        for i, line in enumerate(lines):
+            if line.startswith(forms.STEP_WORDS) and not any([word in line for word in words]):
                 plain += 1
                 if plain % self.stride:
                     lines[i] = ""
-        return "\n".join(lines)
+        return "\n".join(lines) + rest
 
     def _matches(
         self, take: Take, kind: str, pattern: re.Pattern[str]
@@ -136,6 +160,8 @@ class LogReader:
             self.evals.extend((step, _float(said.get("train")), _float(said["val"]), self._line(at)))
         else:
             self._take_step(at, *(_float(said.get(name)) for name in ("step", "loss", "ms", "mfu", "rate", "lr")))
+            if said.get("loss") and not math.isfinite(self.steps[-6]):
+                self._note("nan", at, self._text_at(at), self.steps[-6])
         self.kinds[kind] += 1
         return True
 
@@ -143,8 +169,6 @@ class LogReader:
         self.step = step
         # nanoGPT prints a negative mfu until it has measured one, llm.c for a card that it does not know.
         self.steps.extend((step, loss, ms, math.nan if mfu < 0 else mfu, rate, lr, self._line(at)))
-        if not math.isfinite(loss):
-            self._note("nan", at, self._text_at(at), loss)
 
     def _json(self, kind: str, match: re.Match[str]) -> int:
         """A line of metrics.jsonl."""
@@ -166,6 +190,8 @@ class LogReader:
             self.kinds[kind] += 1
             loss, ms, mfu, *rest = (_number(record.get(k)) for k in ("loss", "ms", "mfu", "tokens_per_second", "lr"))
             self._take_step(at, step, loss, ms, 100 * mfu, *rest)
+            if not math.isfinite(loss):
+                self._note("nan", at, self._text_at(at), loss)
         if record.get("val_loss") is not None:
             self.kinds[kind] += 1
             losses = _number(record.get("train_loss")), _number(record["val_loss"])
@@ -194,7 +220,7 @@ class LogReader:
 
     def _echo(self, match: re.Match[str]) -> str:
         """Take a config that nanoGPT repeats, and blank it: numbers in its comments are claims."""
-        config = configs.parse_nanogpt(match["config"], self.file, self._line(match.start("config")))
+        config = configs.parse_nanogpt(match["config"], self.file, self._line(match.start("config")), "log")
         self.kinds["nanogpt"] += 1
         if config.settings:
             self.config = config
@@ -202,12 +228,23 @@ class LogReader:
 
     def _notes_between(self, start: int, end: int) -> None:
         """Take the notes of the lines, and parts of lines, between two records."""
+        if end - start < 3:  # a line's end, as nearly always
+            return
         for line in self.text[start:end].split("\n"):
+            if not line:  # most of them, once a block was thinned
+                start += 1
+                continue
+            said = False
             for kind, program, pattern in forms.NOTES if line.strip() else ():
-                if match := pattern.search(line):
+                if (match := pattern.search(line)) and not (said and kind == "exception"):
+                    said = True
                     if program != "any":
                         self.kinds[program] += 1
                     self._note(kind, start, line, _note_value(kind, match[1]))
+            if not said and "loss" in line.lower() and forms.STEP_LIKE.search(line):
+                self.step_like += 1
+                if self.first_step_like is None:
+                    self.first_step_like = Unread(Place(self.file, self._line(start)), line.strip()[:200], "")
             start += len(line) + 1
 
     def _note(self, kind: str, at: int, text: str, value: Any = None) -> None:
@@ -225,6 +262,20 @@ class LogReader:
             text = f"the log goes back from step {top} to {step}: the later run counts"
             self._add(Note("resume", Place(self.file, line), text, step))
         notes = sorted(itertools.chain(*self.notes.values()), key=lambda note: note.place.line or 0)
+        lines, begun = np.array(self.steps)[6::7], self.steps[0] if back else 0
+        if again := [line for line, _, step in back if step <= begun]:  # from its first step: another run
+            why = f"the log holds {len(again) + 1} runs, one after the other: the last one counts, from this line on"
+            self.unread.append(Unread(Place(self.file, again[-1]), "", why))
+            before = lines[lines < again[-1]].max()
+            notes = [note for note in notes if note.kind not in OF_ITS_RUN or (note.place.line or 0) > before]
+        if self.step_like > 1 or (self.first_step_like and not (self.steps or self.unread)):
+            assert self.first_step_like is not None
+            why = (
+                f"{self.step_like} lines look like steps and could not be read"
+                if self.step_like > 1
+                else "this line looks like a step and could not be read"
+            )
+            self.unread.append(replace(self.first_step_like, why=why))
         if self.config is not None:
             configs.apply_logged(self.config, notes)
         return LogFacts(
@@ -235,6 +286,7 @@ class LogReader:
             notes=notes,
             unread=self.unread,
             config=self.config,
+            step_like=self.step_like,
         )
 
 
@@ -249,15 +301,37 @@ def _note_value(kind: str, text: str) -> Any:
     if kind == "override":
         name, _, value = text.partition(" = ")
         return name, literals.literal_or_text(value.strip())
-    if kind in ("parameters", "tokens_per_step", "vocab"):
+    if kind in COUNTS:
         number = text.replace(",", "")
         try:
-            return round(float(number[:-1]) * 1e6) if number.endswith("M") else int(number)
+            return (
+                round(float(number[:-1]) * 1e6)
+                if number.endswith("M")
+                else float(number)
+                if "." in number
+                else int(number)
+            )
         except ValueError:
             return None
     if kind == "resume":
         return int(text.split()[-1]) if text[-1].isdigit() else None
-    return text if kind in ("device", "precision") else None
+    return text if kind in ("device", "precision", "exception") else None
+
+
+def _backwards(text: str) -> Iterator[int]:
+    """Where the lines of a text begin, from the last one back to 0."""
+    at = len(text)
+    while (at := text.rfind("\n", 0, at)) >= 0:
+        yield at + 1
+    yield 0
+
+
+def _out_of_docker(match: re.Match[str]) -> str:
+    """The text of one of Docker's lines."""
+    try:
+        return str(json.loads(match[1])).rstrip("\n").replace("\n", " ")
+    except ValueError:
+        return match[0]
 
 
 def _is_whole(said: dict[str, str]) -> bool:
@@ -267,7 +341,9 @@ def _is_whole(said: dict[str, str]) -> bool:
 
 def _float(text: str | None) -> float:
     """A number as logs write it (1,234.5); NaN for none, or n/a."""
-    return math.nan if text is None or text == "n/a" else float(text.replace(",", ""))
+    if text is None or text == "n/a":
+        return math.nan
+    return float(text.replace(",", "") if "," in text else text)
 
 
 def _number(value: Any) -> float:

@@ -102,7 +102,7 @@ def _text_file(path: Path, data: bytes) -> ConfigFacts | LogFacts:
     if text and configs.is_nanogpt(text):
         return configs.parse_nanogpt(text, str(path))
     log = read_log(path)
-    if len(log.steps) or len(log.evals) or log.notes or log.config is not None:
+    if len(log.steps) or len(log.evals) or log.notes or log.config is not None or log.step_like:
         return log
     config = configs.parse_nanogpt(text, str(path))  # damaged, or of names that nanoGPT does not have
     if any(name in DEFAULTS for name in config.settings) or (config.settings and path.suffix == ".py"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickletools
 import shutil
 import sys
 from importlib.util import find_spec
@@ -18,17 +19,36 @@ def this_machine() -> Machine:
     return Machine(sys.platform, torch.__version__, torch.cuda.is_available(), find_spec("triton") is not None, driver)
 
 
-def corpus_tokens(evidence: Evidence) -> int | None:
-    """Tokens of the config's dataset: a folder of .bin shards, or nanoGPT's data/NAME beside the working directory or the
-    config. None if no such folder is found."""
+def _folders(evidence: Evidence) -> list[Path]:
+    """Where the config's dataset may be: the folder of that name, or nanoGPT's data/NAME here or beside the config."""
     config = evidence.config
     dataset = config.settings.get("dataset") if config else None
     if dataset is None or not isinstance(dataset.value, str) or not dataset.value:
-        return None
+        return []
     name, beside = Path(dataset.value), Path(dataset.place.file).parent
-    for folder in (name, Path("data") / name, beside / "data" / name, beside.parent / "data" / name):
-        if found := tokens_in(folder):
-            return found
+    return [name, Path("data") / name, beside / "data" / name, beside.parent / "data" / name]
+
+
+def corpus_tokens(evidence: Evidence) -> int | None:
+    """Tokens of the config's dataset, from its .bin shards. None if no such folder is found."""
+    return next((found for folder in _folders(evidence) if (found := tokens_in(folder))), None)
+
+
+def vocabulary(evidence: Evidence) -> int | None:
+    """The vocabulary that the meta.pkl of the config's dataset says. Its pickle is looked through, never run."""
+    for folder in _folders(evidence):
+        try:
+            with open(folder / "meta.pkl", "rb") as file:
+                data = file.read(1 << 24)
+            named = False
+            for code, value, _ in pickletools.genops(data):
+                if "PUT" in code.name or code.name == "MEMOIZE":  # between the key and its value
+                    continue
+                if named and isinstance(value, int) and 2 <= value <= 1 << 24:
+                    return value
+                named = value == "vocab_size"
+        except (OSError, ValueError):
+            continue
     return None
 
 

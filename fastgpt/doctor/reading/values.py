@@ -54,11 +54,13 @@ def checked(name: str, value: Any, like: Any) -> Any:
     return value
 
 
-def store(facts: ConfigFacts, name: str, setting: Setting) -> None:
-    """Add a setting whose value its program can have. Any other is listed, and neither an earlier value nor the default
-    holds."""
+def store(facts: ConfigFacts, name: str, setting: Setting, like: Any = None) -> None:
+    """Add a setting whose value its program can have, like its default or ``like``. Any other is listed, and neither an earlier
+    value nor the default holds. None is no value: as if the setting were not there."""
+    if setting.value is None:
+        return
     try:
-        value = checked(name, setting.value, facts.defaults.get(name))
+        value = checked(name, setting.value, facts.defaults.get(name, like))
     except Refused as error:
         facts.unread.append(Unread(setting.place, setting.text or name, str(error)))
         facts.forget([name])

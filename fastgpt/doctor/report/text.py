@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastgpt.common import millions, rounded
+from fastgpt.doctor.checks import scaling
 from fastgpt.doctor.diagnosis import Diagnosis
 from fastgpt.doctor.evidence import seen_as_json
 from fastgpt.doctor.figures import UNITS, Figures
@@ -26,6 +27,8 @@ def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
     return {
         "findings": [finding.to_json() for finding in report.findings],
         "figures": report.figures.to_json(),
+        "sources": {name: sorted(report.figures.sources(name)) for name in UNITS if name in report.figures.origin},
+        "assumed": list(report.figures.assumed.values()),
         "units": UNITS,
         "gpu": gpu.name if gpu else None,
         "precision": report.figures.precision,
@@ -40,23 +43,23 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
     f, tokens = figures, figures.seen()
     unit = "{:.1%} in nanoGPT's unit (of an A100)"
     ratio = ",.0f" if (f.tokens_per_parameter or 0) >= 100 else ".3g"
+    twenty = "Chinchilla: 20" if scaling.in_range(f.shape, f.parameters or 0) else "outside of Chinchilla's range"
+    counted = (
+        "excluding position embeddings" if "log" not in f.sources("parameters") or f.shape else "as the log counts them"
+    )
+    speed = ["{:,.0f} ms per step", "{:,.0f} tokens/s", "{:.1f} TFLOP/s"]
+    speeds = [value for value in (f.steady_ms_per_iter, f.tokens_per_second, f.model_tflops) if value is not None]
     card = gpu.name.removeprefix("NVIDIA ") if gpu else ""
     rows: list[tuple[Any, ...]] = [
-        ("model", "{} parameters (excluding position embeddings)", f.parameters and millions(f.parameters)),
+        ("model", f"{{}} parameters ({counted})", f.parameters and millions(f.parameters)),
         (
             "tokens",
             "{:,} per step, {} " + ("seen" if f.tokens_seen is not None else "planned"),
             f.tokens_per_step,
             tokens and rounded(tokens),
         ),
-        ("", f"{{:{ratio}}} per parameter (Chinchilla: 20)", f.tokens_per_parameter),
-        (
-            "speed",
-            "{:,.0f} ms per step, {:,.0f} tokens/s, {:.1f} TFLOP/s",
-            f.steady_ms_per_iter,
-            f.tokens_per_second,
-            f.model_tflops,
-        ),
+        ("", f"{{:{ratio}}} per parameter ({twenty})", f.tokens_per_parameter),
+        *([("speed", ", ".join(speed[: len(speeds)]), *speeds)] if speeds else []),
         ("MFU", "{:.1%} of the " + card + " ({:.1f} TFLOP/s {})", f.mfu_nominal, f.nominal_tflops, f.precision),
         ("", "{}", f.out_of_reach if f.mfu_nominal is not None and f.out_of_reach else None),
         (
@@ -67,7 +70,9 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
         ),
         ("evaluations", "{:.1%} of the time, {:.0f} minutes per day", f.evaluation_share, f.evaluation_minutes_per_day),
         ("val loss", "{:.4f} last, {:.4f} lowest (step {:,})", f.last_val, f.best_val, f.best_val_step),
+        ("val", "{:.4f} bits per byte last, {:.4f} lowest", f.last_bpb, f.best_bpb),
         ("recipe", "{}", f.shape and recipes.comparison(f.shape, gpu)),
+        *(("note", "{}", sentence) for sentence in f.assumed.values()),
     ]
     return [(name, form.format(*values)) for name, form, *values in rows if None not in values]
 
@@ -89,7 +94,9 @@ def print_report(report: Diagnosis, gpu: Gpu | None, console: Console) -> None:
         console.print("[bold]Not checked")
         for sentence in report.not_checked:
             console.print(Padding(Text(sentence), (0, 0, 0, 2)))
-    console.print(f"[bold]{counts(report)}" if report.findings else "[bold green]nothing found")
+    nothing = "steps of the log could not be read" if report.steps_not_read else "nothing found"
+    colour = "red" if report.steps_not_read else "green"
+    console.print(f"[bold]{counts(report)}" if report.findings else f"[bold {colour}]{nothing}")
 
 
 def _finding(number: int, finding: Finding) -> RenderableType:

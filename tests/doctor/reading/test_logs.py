@@ -112,6 +112,7 @@ def test_nanochat(log):
         "vocab": 65536,
         "parameters": 135266304,
         "tokens_per_step": 524288,
+        "bits_per_byte": 3.301234,
     }
 
 
