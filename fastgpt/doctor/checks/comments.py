@@ -88,6 +88,9 @@ def agrees(claim: float, shape: anatomy.Shape, vocabularies: Sequence[int] = ())
 
 
 def _counts(shape: anatomy.Shape) -> tuple[int, ...]:
+    if shape.family != "gpt2":  # and by the size of the GPT-2 of its proportions, after which modern-124m is called
+        named_after = anatomy.Shape(**{name: getattr(shape, name) for name in anatomy.SHAPE})
+        return anatomy.n_params(shape, positions=False), anatomy.of(shape).block_weights, *_counts(named_after)
     return (
         anatomy.n_params(shape, positions=False),
         anatomy.n_params(shape),
