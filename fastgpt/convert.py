@@ -1,4 +1,4 @@
-"""Checkpoints of nanoGPT, fastgpt and Hugging Face into each other: ``python -m fastgpt.convert ckpt.pt runs/mine``."""
+"""Checkpoints of nanoGPT, fastgpt, Hugging Face and nanochat into each other: ``python -m fastgpt.convert IN OUT``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Annotated
 
 from fastgpt import command, common
 from fastgpt.checkpoints import lock
-from fastgpt.checkpoints.formats import huggingface, nanogpt, own
+from fastgpt.checkpoints.formats import huggingface, nanochat, nanogpt, own
 from fastgpt.checkpoints.formats.any import Format, read
 from fastgpt.command import Arg
 from fastgpt.common import UserError, millions
 
-_NAMES = {"nanogpt": "nanoGPT checkpoint", "fastgpt": "fastgpt run", "hf": "Hugging Face folder"}
+_NAMES = {
+    **{"nanogpt": "nanoGPT checkpoint", "fastgpt": "fastgpt run", "hf": "Hugging Face folder"},
+    "nanochat": "nanochat checkpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,15 @@ class ConvertConfig:
     """Convert a GPT-2 checkpoint: nanoGPT's ckpt.pt, a fastgpt run or checkpoint, a Hugging Face folder, any into any.
 
     What comes in is recognised. What goes out is nanoGPT's if OUT ends in .pt, else what --to says. Weights arrive bit for
-    bit, and so does the optimizer's state between nanoGPT and fastgpt. Nothing is written unless everything fits.
+    bit, and so does the optimizer's state between nanoGPT and fastgpt. Nothing is written unless everything fits. A model of
+    --family modern goes to and from nanochat's folders (model_....pt, meta_....json) instead.
 
     Examples:
       python -m fastgpt.convert out/ckpt.pt runs/mine --to fastgpt    then: python train.py --init-from runs/mine
       python -m fastgpt.convert runs/mine my-gpt2 --to hf             then: GPT2LMHeadModel.from_pretrained("my-gpt2")
       python -m fastgpt.convert runs/mine out/ckpt.pt                 then: nanoGPT's sample.py or --init_from=resume
       python -m fastgpt.convert gpt2 runs/gpt2                        OpenAI's weights, from the hub
+      python -m fastgpt.convert runs/modern-124m d12 --to nanochat    then: nanochat's own scripts
     """
 
     source: Annotated[str, Arg("IN", positional=True)]
@@ -36,7 +41,8 @@ class ConvertConfig:
     out: Annotated[Path, Arg("OUT", positional=True)]
     """A file that ends in .pt, or a folder; it must not exist yet."""
     to: Format | None = None
-    """What OUT is to be. Left out: nanogpt for .pt, fastgpt for what came from Hugging Face, hf for what came from fastgpt."""
+    """What OUT is to be. Left out: nanogpt for .pt, fastgpt for what came from Hugging Face or nanochat, hf for what came from
+    fastgpt, or nanochat if it is of the modern family."""
 
 
 def main(args: list[str]) -> int:
@@ -45,14 +51,14 @@ def main(args: list[str]) -> int:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists: name another output, or remove it")
     kind, portable = read(config.source)
-    to = config.to or _target(kind, out)
+    to = config.to or _target(kind, out, portable.config.family)
     if to == "nanogpt" and out.suffix != ".pt":
         raise UserError(f"out is {out}: nanoGPT's checkpoint is a file that ends in .pt")
     if to != "nanogpt" and out.suffix == ".pt":
         raise UserError(f"out is {out}: a {_NAMES[to]} is a folder, so leave .pt out")
     try:
         with lock.held(out) if to == "fastgpt" else nullcontext():  # a run may have been started there meanwhile
-            {"nanogpt": nanogpt, "fastgpt": own, "hf": huggingface}[to].write(out, portable)
+            {"nanogpt": nanogpt, "fastgpt": own, "hf": huggingface, "nanochat": nanochat}[to].write(out, portable)
     except OSError as error:
         raise UserError(f"{error.filename or out} cannot be written: {error.strerror or error}") from error
     notes, shape = list(portable.notes), portable.config
@@ -68,7 +74,7 @@ def main(args: list[str]) -> int:
             "nothing, so take an earlier checkpoint"
         )
     moved = f"{millions(sum(tensor.numel() for tensor in portable.weights.values()))} parameters"
-    if portable.optimizer is not None and portable.optimizer["state"] and to != "hf":
+    if portable.optimizer is not None and portable.optimizer["state"] and to not in ("hf", "nanochat"):
         moved += ", optimizer state"
     print(f"{_NAMES[kind]} {config.source} -> {_NAMES[to]} {out}")
     print(f"  {moved}, step {portable.step}, L{shape.n_layer} H{shape.n_head} C{shape.n_embd} "
@@ -78,12 +84,14 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _target(kind: Format, out: Path) -> Format:
+def _target(kind: Format, out: Path, family: str) -> Format:
     if out.suffix == ".pt":
         return "nanogpt"
     if kind == "nanogpt":
         raise UserError(f"out is {out}: say --to fastgpt or --to hf")
-    return "fastgpt" if kind == "hf" else "hf"
+    if kind in ("hf", "nanochat"):
+        return "fastgpt"
+    return "hf" if family == "gpt2" else "nanochat"
 
 
 if __name__ == "__main__":

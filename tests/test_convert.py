@@ -20,7 +20,7 @@ from fastgpt import convert
 from fastgpt.checkpoints import checkpoint, folder, lock, rng, saver
 from fastgpt.checkpoints.formats import any, huggingface
 from fastgpt.common import UserError
-from fastgpt.config import Config, ModelConfig
+from fastgpt.config import Config, DataConfig, ModelConfig, load_preset
 from fastgpt.data.tokenizer import CharTokenizer, get_tokenizer
 from fastgpt.model import GPT
 from fastgpt.training.evaluation import load_model
@@ -709,3 +709,101 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left on device"):
         run(tmp_path / "ckpt.pt", tmp_path / "hf", "--to", "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+# ---------------------------------------------------------------- nanochat
+
+
+def nanochat_logits(w, config, idx):
+    """What nanochat's GPT computes from its own state_dict and model_config, in its order of operations."""
+    T, H, H_kv, L = idx.shape[1], config["n_head"], config["n_kv_head"], config["n_layer"]
+    D = config["n_embd"] // H
+    angles = torch.outer(torch.arange(T), 100_000 ** (-torch.arange(0, D, 2) / D))[:, None]
+
+    def norm(x):
+        return torch.nn.functional.rms_norm(x, (x.shape[-1],), eps=1e-6)
+
+    def rotary(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * angles.cos() + b * angles.sin(), b * angles.cos() - a * angles.sin()), -1)
+
+    x = x0 = norm(w["transformer.wte.weight"][idx])
+    for i in range(L):
+        block = f"transformer.h.{i}."
+        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
+        h = norm(x)
+        q, k, v = (
+            (h @ w[f"{block}attn.c_{name}.weight"].T).unflatten(-1, (heads, D))
+            for name, heads in (("q", H), ("k", H_kv), ("v", H_kv))
+        )
+        if i % 2 == (L - 1) % 2:
+            gate = 3 * torch.sigmoid(h[..., :12] @ w[f"{block}attn.ve_gate.weight"].T)
+            v = v + gate[..., None] * w[f"value_embeds.{i}.weight"][idx].unflatten(-1, (H_kv, D))
+        q, k = (1.2 * norm(rotary(part)) for part in (q, k))
+        k, v = (part.repeat_interleave(H // H_kv, 2).transpose(1, 2) for part in (k, v))
+        left = 128 if config["window_pattern"][i % 4] == "S" and i < L - 1 else T
+        apart = torch.arange(T)[:, None] - torch.arange(T)
+        sees = (apart >= 0) & (apart <= left)
+        y = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=sees)
+        x = x + y.transpose(1, 2).flatten(2) @ w[f"{block}attn.c_proj.weight"].T
+        x = x + (norm(x) @ w[f"{block}mlp.c_fc.weight"].T).relu().square() @ w[f"{block}mlp.c_proj.weight"].T
+    logits = (norm(x) @ w["lm_head.weight"].T)[..., : config["vocab_size"]]
+    return 15 * torch.tanh(logits / 15)
+
+
+def modern_run(out, **changes):
+    """A fastgpt run's folder with a modern model whose every weight is drawn, and the model."""
+    shape = {"n_layer": 3, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "block_size": 512, "vocab_size": 40}
+    config = ModelConfig(**{**vars(load_preset("modern-demo").model), **shape, **changes})
+    model = GPT(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    optimizer = {"state": {}, "param_groups": []}
+    run = {"config": Config(model=config, data=DataConfig(tokenizer="bytes")).to_dict(), "best_val_loss": 1.5}
+    saver.save(out, 7, {**run, "model": model.state_dict(), "optimizer": optimizer})
+    return model.eval()
+
+
+def test_a_modern_model_becomes_nanochats_and_comes_back_bit_for_bit(tmp_path, capsys):
+    model = modern_run(tmp_path / "run")
+    convert.main([str(tmp_path / "run"), str(tmp_path / "d3")])
+    assert "nanochat checkpoint" in capsys.readouterr().out
+    meta = json.loads((tmp_path / "d3" / "meta_000007.json").read_text())
+    weights = torch.load(tmp_path / "d3" / "model_000007.pt", weights_only=True)
+    assert weights["lm_head.weight"].shape == weights["value_embeds.2.weight"].shape[:1] + (32,) == (64, 32)
+    idx = torch.randint(0, 40, (2, 140))  # longer than the short window
+    with torch.no_grad():
+        torch.testing.assert_close(
+            nanochat_logits(weights, meta["model_config"], idx), model(idx)[0], rtol=1e-4, atol=1e-4
+        )
+    convert.main([str(tmp_path / "d3" / "model_000007.pt"), str(tmp_path / "back"), "--to", "fastgpt"])
+    for source in (tmp_path / "back", tmp_path / "d3"):  # as sample, hellaswag and --init-from read it
+        again, tokenizer = load_model(str(source), "eager", torch.device("cpu"))
+        assert again.config == model.config and tokenizer.vocab_size == 256
+        assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"softcap": 0.0}, "softcap is 0.0: nanochat's model has 15.0"),
+        ({"block_size": 300}, "only contexts that are a multiple of 512 are the same"),
+    ],
+)
+def test_what_nanochat_has_not_is_refused(tmp_path, change, words):
+    modern_run(tmp_path / "run", **change)
+    with pytest.raises(UserError, match=words):
+        convert.main([str(tmp_path / "run"), str(tmp_path / "d3"), "--to", "nanochat"])
+    assert not (tmp_path / "d3").exists()
+
+
+def test_what_of_nanochat_is_not_here_is_refused(tmp_path):
+    modern_run(tmp_path / "run")
+    convert.main([str(tmp_path / "run"), str(tmp_path / "d3")])
+    weights = torch.load(tmp_path / "d3" / "model_000007.pt", weights_only=True)
+    torch.save({**weights, "backout_lambda": torch.tensor([0.2])}, tmp_path / "d3" / "model_000007.pt")
+    with pytest.raises(UserError, match=r"backout_lambda is not zero, and fastgpt's model has no such part"):
+        convert.main([str(tmp_path / "d3"), str(tmp_path / "back")])
+    for out in (["out.pt"], ["hf", "--to", "hf"]):
+        with pytest.raises(UserError, match=r"family is .modern., which .* does not have"):
+            convert.main([str(tmp_path / "run"), str(tmp_path / out[0]), *out[1:]])

@@ -123,6 +123,55 @@ def test_decoding_from_the_cache_is_the_full_forward_pass(name):
         assert torch.equal(logits[:, -1].argmax(-1), sequence[:, i])
 
 
+def gradients(model, idx, targets, doc_ids=None):
+    """The loss and every parameter's gradient, by name."""
+    loss = model(idx, targets, doc_ids)[1]
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("name", ["full", "bare", "no n_kv_head", "no residual_scalars"])
+def test_the_kernels_compute_what_plain_pytorch_does(name, device):
+    idx, targets = torch.randint(0, 64, (2, 2, 12), device=device)
+    doc_ids = torch.tensor([[0] * 5 + [1] * 7, [3] * 12], dtype=torch.int32, device=device)
+    eager, fused = (
+        gradients(made(CONFIGS[name], table).to(device), idx, targets, doc_ids) for table in ("eager", "triton")
+    )
+    for key, expected in eager.items():
+        bound = 1e-4 * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(fused[key], expected, rtol=1e-3, atol=bound, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_the_kernels_decode_from_the_cache_what_plain_pytorch_does(device):
+    prompt = torch.randint(0, 64, (2, 3), device=device)
+    eager, fused = (
+        torch.cat(list(made(FULL, table).to(device).eval().generate(prompt, 4, temperature=0)), 1)
+        for table in ("eager", "triton")
+    )
+    assert torch.equal(eager, fused)
+
+
+@pytest.mark.parametrize("table", ["eager", "triton"])
+def test_torch_compile_makes_one_graph_of_it(table, device):
+    torch._dynamo.reset()
+    model = made(FULL, table).to(device)
+    idx, targets = torch.randint(0, 64, (2, 2, 16), device=device)
+    expected = gradients(model, idx, targets)
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(idx, targets)[1]
+    loss.backward()
+    got = {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_an_experimental_precision_is_gpt2s_alone():
+    for precision in ("fp8", "fp16-fast"):
+        used, why = ops.usable_precision(precision, torch.device("cuda"), "triton", "modern")
+        assert used == "bf16" and why == f"precision is '{precision}', which only GPT-2 has yet: bf16 is used instead"
+
+
 def test_begins_with_equal_chances_and_blocks_that_do_nothing():
     model = GPT(FULL)
     idx, targets = torch.randint(0, 64, (2, 2, 16))

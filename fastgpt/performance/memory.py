@@ -136,8 +136,9 @@ def _modern_extras(parts: anatomy.Anatomy, N: int, T: int, kernels: str, s: int)
             per_token += heads.count * 4 * (heads.heads + heads.kv_heads) * (1 + columns)
         each += 0 if triton else heads.count * 4 * T * heads.head_dim  # the rows of cos and sin
     if parts.mixes:
-        # The gradient of the first scalar: the branch, as the residual is kept anyway; in plain PyTorch their sum in fp32.
-        per_token += heads.count * (s if triton else 4) * heads.width
+        # The gradients of the scalars. The kernel keeps a branch in the place of each sum but the first, as it forms the sum
+        # again from what is kept anyway; plain PyTorch also keeps branch + residual, in fp32.
+        per_token += (heads.count - 1) * (s - 4) * heads.width if triton else heads.count * 4 * heads.width
     return N * per_token + each
 
 

@@ -262,13 +262,13 @@ def _norms(s: StepSizes) -> list[Operation]:
         first.append(op("embedding norm forward", forward, 4 + 4, count=1))
         first.append(op("embedding norm backward", backward, 4 + 4 + 4, count=1))
     if s.model.mixes:
-        # In the norm's pass: reads x0 4 in forward, x0 4 and for the two sums of products the branch 2 and the residual 4 in
-        # backward, and writes x0's gradient 4, which autograd then adds to those of the blocks behind. Else passes of their
-        # own: a x (8), b x0 (8), their sum (12), and in backward two products and two sums of products.
+        # In the norm's pass: forward reads x0 4; backward reads the branch 2, the residual in the place of the sum, and x0 4,
+        # and writes x0's gradient 4, which autograd then adds to those of the blocks behind. Else passes of their own: a x (8),
+        # b x0 (8), their sum (12), and in backward two products and two sums of products.
         L, fused = s.shape.n_layer, s.fusions.norms or s.compiled
         first += [
             op("residual mix forward", forward if fused else extra, 4 if fused else 28, 0 if fused else 3, L),
-            op("residual mix backward", backward if fused else extra, 14 if fused else 40, 0 if fused else 6, L),
+            op("residual mix backward", backward if fused else extra, 10 if fused else 40, 0 if fused else 6, L),
             op("embedding gradients added", extra, 12, count=L),
         ]
     if s.fusions.norms:  # Philox again in backward: no mask

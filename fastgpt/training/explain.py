@@ -73,6 +73,8 @@ def explain(config: Config, console: Console) -> int:
     card = card_of(asked)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     gpu = cards.lookup(card.name)
+    if precision in EXPERIMENTAL and config.model.family != "gpt2":
+        raise UserError(f"precision is {precision!r}, which only GPT-2 has yet: use --precision bf16")
     if precision in EXPERIMENTAL and gpu is not None and not cards.gains(precision, gpu):
         console.print(f"{card.name} is no faster in {precision}: a run would use bf16 instead.")
         precision = "bf16"

@@ -202,7 +202,7 @@ def build(
     corpus = find_data(config)
     loaders = build_loaders(config, world, config.data.batch_size, corpus)
     torch.manual_seed(seed)
-    precision, refused = usable_precision(settings.precision, device, settings.kernels)
+    precision, refused = usable_precision(settings.precision, device, settings.kernels, shape.family)
     model = GPT(shape, get_ops(settings.kernels, precision))
     if weights is not None:
         model.load_state_dict(weights)

@@ -22,7 +22,7 @@ from rich.console import Console
 from fastgpt.checkpoints import checkpoint, lock, saver
 from fastgpt.checkpoints.folder import best, existing, resolve
 from fastgpt.common import UserError
-from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, load_preset
 from fastgpt.data.loader import TokenLoader
 from fastgpt.model import GPT
 from fastgpt.training.evaluation import evaluate
@@ -106,13 +106,13 @@ def test_logged_loss_is_the_mean_over_all_micro_batches(config, device, monkeypa
     seen = []
     real = Stepper.__call__
 
-    def record(self, batches, grad_accum, lr):
+    def record(self, batches, grad_accum, *rates):
         batches = list(batches)
         self.model.eval()
         with torch.no_grad():
             seen.append(torch.stack([self.model(x, y)[1] for x, y in batches]).mean().item())
         self.model.train()
-        return real(self, batches, grad_accum, lr)
+        return real(self, batches, grad_accum, *rates)
 
     monkeypatch.setattr(Stepper, "__call__", record)
     config = with_train(config, precision="fp32")  # as ``record`` computes; auto is bf16 on a GPU
@@ -157,6 +157,29 @@ def test_2n_steps_equal_n_resume_n(config, device, kernels, tmp_path, monkeypatc
     assert whole_log == halves_log
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_modern_model_with_muon_goes_on_bit_for_bit(config, device, tmp_path):
+    config = replace(
+        with_train(config, eval_interval=0, checkpoint_interval=0, max_iters=6),
+        model=replace(load_preset("modern-demo").model, n_layer=2, n_embd=32, block_size=16, dropout=0.1),
+        optim=replace(load_preset("modern-demo").optim, muon_momentum_warmup=4),
+    )
+    whole, _ = train(with_train(config, out=tmp_path / "whole"), device, quiet())
+    halves = with_train(config, out=tmp_path / "halves")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(3, patch)
+        train(halves, device, quiet())
+    resumed, _ = train(with_train(halves, resume="newest"), device, quiet())
+    assert resumed.step == 6
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    checkpoints = [checkpoint.load(resolve(path)) for path in (tmp_path / "whole", tmp_path / "halves")]
+    states = [saved["optimizer"]["state"] for saved in checkpoints]
+    assert "momentum_buffer" in states[0]["transformer.h.0.attn.c_attn.weight"]
+    assert "exp_avg" in states[0]["transformer.value_embeds.1.weight"]
+    for name, state in states[0].items():
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(states[1][name][key])) for key, v in state.items())
 
 
 def interrupt_at(step, monkeypatch, signals=(signal.SIGINT,), micro_batch=0):
@@ -294,10 +317,10 @@ def test_documents_are_masked_where_asked(config, device, monkeypatch):
     seen = []
     real = Stepper.__call__
 
-    def record(self, batches, grad_accum, lr):
+    def record(self, batches, grad_accum, *rates):
         batches = list(batches)
         seen.extend(batches)
-        return real(self, batches, grad_accum, lr)
+        return real(self, batches, grad_accum, *rates)
 
     monkeypatch.setattr(Stepper, "__call__", record)
     plain, _ = train(with_train(config, out=config.train.out / "plain"), device, quiet())
@@ -623,13 +646,13 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_checkpoint(config, device
 def test_an_out_that_is_deleted_on_the_way_is_said_and_the_run_is_saved(config, device, monkeypatch, capsys):
     real = Stepper.__call__
 
-    def step(self, batches, grad_accum, lr):
+    def step(self, batches, grad_accum, lr, *rates):
         if lr == learning_rate(5, config.optim, 8):
             for thread in threading.enumerate():
                 if thread.name == "checkpoint-4":  # it would write into the folder meanwhile
                     thread.join()
             shutil.rmtree(config.train.out)
-        return real(self, batches, grad_accum, lr)
+        return real(self, batches, grad_accum, lr, *rates)
 
     monkeypatch.setattr(Stepper, "__call__", step)
     run, code = train(config, device)

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 from fastgpt.checkpoints import folder
-from fastgpt.checkpoints.formats import huggingface, nanogpt, own
+from fastgpt.checkpoints.formats import huggingface, nanochat, nanogpt, own
 from fastgpt.checkpoints.formats.portable import Portable
 from fastgpt.common import UserError
 from fastgpt.data.letters import check_letters
 from fastgpt.data.shards import shards_in
 
-Format = Literal["nanogpt", "fastgpt", "hf"]
+Format = Literal["nanogpt", "fastgpt", "hf", "nanochat"]
 
 
 def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
@@ -32,6 +32,8 @@ def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
 
 def _read(source: str, optimizer: bool) -> tuple[Format, Portable]:
     path = Path(source)
+    if (file := nanochat.newest(path)) is not None:
+        return "nanochat", nanochat.read(file)
     if path.is_file():
         return "nanogpt", nanogpt.read(path)
     if path.is_dir():
@@ -43,7 +45,7 @@ def _read(source: str, optimizer: bool) -> tuple[Format, Portable]:
             raise UserError(f"{path} holds tokens ({shards[0].name}), no checkpoint: it is what --data takes")
         raise UserError(
             f"{path} is no checkpoint: a Hugging Face folder has a config.json, a fastgpt run has step-... folders, "
-            "and of nanoGPT name the ckpt.pt itself"
+            "nanochat's has model_....pt and meta_....json, and of nanoGPT name the ckpt.pt itself"
         )
     if huggingface.looks_like_hub_name(source):
         return "hf", huggingface.read(huggingface.download(source))

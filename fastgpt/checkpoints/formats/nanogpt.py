@@ -19,9 +19,17 @@ import torch
 from torch import Tensor
 
 from fastgpt import anatomy
-from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, in_fp32, model_config, tied
+from fastgpt.checkpoints.formats.portable import (
+    Portable,
+    check,
+    check_optimizer,
+    in_fp32,
+    model_config,
+    needs_gpt2,
+    tied,
+)
 from fastgpt.common import UserError, atomic_file, first_line, kind_of_file, shortened
-from fastgpt.config import MODERN, ModelConfig
+from fastgpt.config import ModelConfig
 from fastgpt.data.letters import META, read_letters
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask of attention without SDPA
@@ -99,8 +107,7 @@ def _what(saved: Any) -> str:
 
 def _refuse_forks(source: str, args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Raise UserError, listing what is unknown, for a model that is not GPT-2: it would compute something else here."""
-    known = (*_ARGS, "family", *MODERN) if "family" in args else _ARGS  # those of a checkpoint that fastgpt wrote
-    unknown = [f"{name} = {shortened(repr(value), 40)}" for name, value in args.items() if name not in known]
+    unknown = [f"{name} = {shortened(repr(value), 40)}" for name, value in args.items() if name not in _ARGS]
     if unknown:
         shapes = [re.sub(r"\.\d+\.", ".N.", name) for name in anatomy.parameters(ModelConfig(1, bias=True))]
         names = dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in weights)
@@ -133,12 +140,12 @@ def _letters(path: Path, saved: Mapping[str, Any], config: ModelConfig) -> list[
 def write(path: Path, portable: Portable) -> None:
     """Write ckpt.pt, whole or not at all. Raises OSError."""
     weights = portable.weights
-    known = _ARGS if portable.config.family == "gpt2" else (*_ARGS, "family", *MODERN)
+    needs_gpt2(portable.config, "nanoGPT")
     own = portable.extras.get("nanogpt", {})
     best = portable.extras.get("fastgpt", {}).get("best_val_loss")
     saved: dict[str, Any] = {
         "model": {**weights, "lm_head.weight": weights["transformer.wte.weight"]},
-        "model_args": {name: value for name, value in asdict(portable.config).items() if name in known},
+        "model_args": {name: value for name, value in asdict(portable.config).items() if name in _ARGS},
         "iter_num": portable.step,
         "best_val_loss": 1e9 if best is None else best,
         "config": {},

@@ -23,7 +23,7 @@ class Portable:
 
     config: ModelConfig
     weights: dict[str, Tensor]
-    """By fastgpt's names, which are nanoGPT's; the head is transformer.wte.weight."""
+    """By fastgpt's names, which are nanoGPT's; a GPT-2's head is transformer.wte.weight."""
     step: int = 0
     optimizer: dict[str, Any] | None = None
     """{"state": {name: {step, exp_avg, exp_avg_sq}}, "param_groups": [{..., "params": [names]}]}."""
@@ -48,6 +48,12 @@ class Portable:
         return [name for name, weight in self.weights.items() if not weight.isfinite().all()]
 
 
+def needs_gpt2(config: ModelConfig, format: str) -> None:
+    """Raise UserError for a modern model in a format that has GPT-2 alone."""
+    if config.family != "gpt2":
+        raise UserError(f"family is {config.family!r}, which {format} does not have: use --to fastgpt or --to nanochat")
+
+
 def tied(source: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights without lm_head.weight, which is the token embedding again, or a copy of it in a narrower dtype. Raises
     UserError if it is another tensor."""
@@ -67,7 +73,8 @@ def check(source: str, weights: Mapping[str, Tensor], config: ModelConfig) -> di
     few, none too many, every shape right."""
     shapes = anatomy.parameters(config)
     wrong = [f"{name} is missing" for name in shapes if name not in weights]
-    wrong += [f"{name} is not GPT-2's" for name in weights if name not in shapes]
+    kind = "GPT-2" if config.family == "gpt2" else "model"
+    wrong += [f"{name} is not {kind}'s" for name in weights if name not in shapes]
     for name in shapes.keys() & weights.keys():
         if weights[name].shape != shapes[name]:
             wrong.append(f"{name} is {tuple(weights[name].shape)} instead of {tuple(shapes[name])}")
@@ -75,7 +82,7 @@ def check(source: str, weights: Mapping[str, Tensor], config: ModelConfig) -> di
             wrong.append(f"{name} is {str(weights[name].dtype)[6:]}")
     if wrong:
         shown = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-        raise UserError(f"{source} does not hold the GPT-2 that its configuration describes ({shown})")
+        raise UserError(f"{source} does not hold the {kind} that its configuration describes ({shown})")
     return {name: weights[name] for name in shapes}
 
 
