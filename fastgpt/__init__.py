@@ -35,10 +35,12 @@ _PUBLIC = {
     "GPT": "fastgpt.model",
     "ModelConfig": "fastgpt.config",
     "FusedAdamW": "fastgpt.optim.adamw",
+    "Muon": "fastgpt.optim.muon",
+    "MuonAdamW": "fastgpt.optim.muon",
     "patch": "fastgpt.patching",
     "unpatch": "fastgpt.patching",
 }
-__all__ = ["GPT", "FusedAdamW", "ModelConfig", "__version__", "patch", "unpatch"]
+__all__ = ["GPT", "FusedAdamW", "ModelConfig", "Muon", "MuonAdamW", "__version__", "patch", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:

@@ -302,6 +302,7 @@ def _projected(job: Job, gpu: cards.Gpu | None, micro_batch: int, grad_accum: in
             micro_batch=micro_batch,
             tokens_per_step=micro_batch * grad_accum * job.model.block_size,
             dropout=job.model.dropout,
+            optimizer=job.optimizer,
         )
     except UserError:  # a card or an arithmetic that it has no figures for
         return {}

@@ -30,7 +30,7 @@ SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp16-fast": 2, "fp8": 2}
 LOGITS_BUDGET = 256 * 2**20
 """Most bytes that the logits of one chunk take: fused_cross_entropy.LOGITS_BUDGET, repeated so that no kernel is imported."""
 
-MUON_BATCH = 64 * 2**20
+MUON_BATCH = 32 * 2**20
 """Most elements of the matrices that Muon orthogonalizes at a time: muon.SCRATCH, repeated for the same reason."""
 
 CUBLAS_WORKSPACE = 8_519_680
@@ -188,8 +188,9 @@ def memory(
     # Gradients of the residual stream, of a branch, and of the GELU's output and input.
     temporaries = N * (4 * C + s * (C + 2 * parts.hidden))
 
-    # One batch of matrices in 16 bits at a time, three times, while nothing of a micro-batch is left.
-    update = 6 * min(MUON_BATCH, parts.block_weights) if optimizer == "muon" else 0
+    # One batch of matrices in 16 bits at a time, while nothing of a micro-batch is left: X, the next one, and, which for square
+    # matrices are as large, X X^T and its polynomial.
+    update = 8 * min(MUON_BATCH, parts.block_weights) if optimizer == "muon" else 0
     moments = {
         "loss": (kept.activations, loss, 0),
         "backward starts": (kept.activations, 0, head + temporaries),

@@ -37,6 +37,8 @@ PRECISIONS = tuple(name for name, size in SIZES.items() if size <= 2)
 # ---------------------------------------------------------------- what is listed
 
 GAPS = "gaps (nothing running)"
+NEWTON_SCHULZ = 5
+"""Steps of Muon's iteration: OptimConfig has no other number."""
 
 LINEARS = tuple(linear.name for linear in anatomy.of(anatomy.GPT2_124M).linears)
 PASSES = ("forward", "dX", "dW")
@@ -115,6 +117,7 @@ class StepSizes:
     dropout: float
     sm_count: int
     fusions: Fusions
+    optimizer: str = "adamw"
 
     @property
     def model(self) -> anatomy.Anatomy:
@@ -152,12 +155,13 @@ def operations(
     dropout: float = 0.0,
     sm_count: int = 46,
     fusions: Fusions = AS_SHIPPED,
+    optimizer: str = "adamw",
 ) -> list[Operation]:
     """Every operation of one optimizer step, grouped by part of the model.
 
     ``micro_batch`` sequences of ``T`` tokens (default: the block size). ``sm_count`` matters to triton's loss, which cuts its
-    chunks to fill the SMs; ``fusions`` are those of triton that are on. Raises UserError for a name that is not in KERNELS or
-    PRECISIONS, and for sizes below 1.
+    chunks to fill the SMs; ``fusions`` are those of triton that are on. ``optimizer``: "adamw", or "muon" for the blocks'
+    matrices. Raises UserError for a name that is not in KERNELS or PRECISIONS, and for sizes below 1.
     """
     T = shape.block_size if T is None else T
     check_step(kernels, precision, micro_batch, PRECISIONS)
@@ -166,7 +170,7 @@ def operations(
         raise UserError(f"T is {T}: the model's block_size is {shape.block_size}, so give at most that")
     check_family(shape, kernels)
     on = fusions if kernels == "triton" else NONE
-    s = StepSizes(shape, kernels, precision, micro_batch, T, dropout, sm_count, on)
+    s = StepSizes(shape, kernels, precision, micro_batch, T, dropout, sm_count, on, optimizer)
     ops = [*_embedding(s), *_norms(s), *_attention(s), *_linears(s), *_head_and_loss(s), *_update(s)]
     return [op for op in ops if op.count]
 
@@ -571,7 +575,7 @@ def _head_and_loss(s: StepSizes) -> list[Operation]:
 def _update(s: StepSizes) -> list[Operation]:
     """Weight and gradient casts per micro-batch, accumulation, clip and AdamW."""
     if s.kernels == "triton":
-        return [*_casts(s), _accumulation(s), _optimizer(s)]
+        return [*_casts(s), _accumulation(s), *_optimizer(s)]
     P, matrices = anatomy.matmul_params(s.shape), sum(linear.count for linear in s.model.linears)
     tied = (
         4 * s.model.head.weights if s.compiled and s.model.head.tied else 0
@@ -580,7 +584,7 @@ def _update(s: StepSizes) -> list[Operation]:
         sweep("weights cast", "pointwise", 6 * P, matrices),
         sweep("weight gradients cast", "pointwise", 6 * P + tied, matrices, fresh=2 * P),
         _accumulation(s),
-        _optimizer(s),
+        *_optimizer(s),
     ]
 
 
@@ -615,12 +619,45 @@ def _accumulation(s: StepSizes) -> Operation:
     return sweep("gradients added", "gradient accumulation", 12 * elements, tensors, per="accumulation")
 
 
-def _optimizer(s: StepSizes) -> Operation:
-    N = anatomy.n_params(s.shape)
+def _optimizer(s: StepSizes) -> list[Operation]:
+    N, muon = anatomy.n_params(s.shape), _muon(s) if s.optimizer == "muon" else []
+    copied = anatomy.matmul_params(s.shape)
+    if muon:
+        N, copied = N - s.model.block_weights, copied - s.model.block_weights
     update = flops.adamw(N).bytes
     if s.fusions.optimizer:
-        copies = 2 * anatomy.matmul_params(s.shape) if s.fusions.working_copy and not s.own_fp8 else 0
-        return sweep("clip and AdamW", "optimizer", update + copies, 3, per="step", own=True)
+        copies = 2 * copied if s.fusions.working_copy and not s.own_fp8 else 0
+        return [sweep("clip and AdamW", "optimizer", update + copies, 3, per="step", own=True), *muon]
     # torch: one pass for the norm (4), one that scales (8), then the fused update.
     unscale = 8 * N if s.precision.startswith("fp16") else 0
-    return sweep("clip and AdamW", "optimizer", update + 8 * N + unscale, 12, per="step")
+    return [sweep("clip and AdamW", "optimizer", update + 8 * N + unscale, 12, per="step"), *muon]
+
+
+def _muon(s: StepSizes) -> list[Operation]:
+    """Muon's passes, and the products of its Newton-Schulz steps, each over all matrices of one shape. Of the symmetric ones
+    this repository's kernels compute about half: as many tiles as lie on and below the diagonal."""
+    own, weights = s.fusions.optimizer, s.model.block_weights
+    copies = 2 * weights if own and s.fusions.working_copy and not s.own_fp8 else 0
+    matrices = flops.muon_matrices(s.model)
+    passes = sweep(
+        "Muon's passes", "optimizer", 30 * weights + copies, 2 * sum(m[0] for m in matrices), per="step", own=own
+    )
+    together: dict[tuple[int, int], int] = {}
+    for count, n, m in matrices:
+        together[n, m] = together.get((n, m), 0) + count
+    found = [passes]
+    for (n, m), count in together.items():
+        tiles = cdiv(n, 128)
+        rows = cdiv(count * n * (tiles + 1), 2 * tiles) if own else count * n
+        # (batch and rows, columns, k), bytes: X X^T, then P of it, then P X.
+        for name, mnk, moved in (
+            ("X X^T", (rows, n, m), 2 * (n * m + n * n)),
+            ("polynomial", (rows, n, n), 4 * n * n),
+            ("P X", (count * n, m, n), 2 * (n * n + 2 * n * m)),
+        ):
+            product = Operation(
+                f"Muon's {name}, {n} x {m}", "optimizer", "matmul", 2 * mnk[0] * mnk[1] * mnk[2], count * moved, 1,
+                count=NEWTON_SCHULZ, per="step", mnk=mnk, fast=False, own=own,
+            )  # fmt: skip
+            found.append(product)
+    return found

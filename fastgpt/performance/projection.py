@@ -137,13 +137,14 @@ def alternatives(clocks: Clocks = REFITTED_CLOCKS) -> Iterator[tuple[str, Consta
         yield name, low, high
 
 
-def sensitivities(*step: Any) -> list[Sensitivity]:
+def sensitivities(*step: Any, optimizer: str = "adamw") -> list[Sensitivity]:
     """One for every fixed constant, largest effect first. ``step``: the arguments of step_time.step_ms before ``constants``."""
-    central = step_ms(*step, CONSTANTS)
-    found = [
-        Sensitivity(name, step_ms(*step, low) / central - 1, step_ms(*step, high) / central - 1)
-        for name, low, high in alternatives()
-    ]
+
+    def ms(constants: Constants) -> float:
+        return step_ms(*step, constants, optimizer)
+
+    central = ms(CONSTANTS)
+    found = [Sensitivity(name, ms(low) / central - 1, ms(high) / central - 1) for name, low, high in alternatives()]
     return sorted(found, key=lambda s: -max(abs(s.at_low), abs(s.at_high)))
 
 
@@ -250,6 +251,7 @@ def project(
     tokens_per_step: int,
     T: int | None = None,
     dropout: float = 0.0,
+    optimizer: str = "adamw",
 ) -> Projection:
     """Predict one optimizer step of ``tokens_per_step`` tokens, in micro-batches of ``micro_batch`` sequences of ``T``.
 
@@ -258,7 +260,9 @@ def project(
     Raises UserError for other names, for sizes that do not fit together, and where ``gpu`` lacks the arithmetic.
     """
     T = shape.block_size if T is None else T
-    ops = operations(shape, kernels, micro_batch, T, precision, dropout=dropout, sm_count=gpu.sm_count)
+    ops = operations(
+        shape, kernels, micro_batch, T, precision, dropout=dropout, sm_count=gpu.sm_count, optimizer=optimizer
+    )
     tokens = micro_batch * T
     if tokens_per_step < tokens or tokens_per_step % tokens:
         nearest = max(1, round(tokens_per_step / tokens)) * tokens
@@ -270,7 +274,7 @@ def project(
     times = step_times(ops, accum, gpu, precision, CONSTANTS)
     ms = sum(op.ms for op in times)
     calibrated = is_calibrated(shape, gpu, kernels, precision, T)
-    varied = sensitivities(*step)
+    varied = sensitivities(*step, optimizer=optimizer)
     faster, slower = _interval(varied, *_residual(gpu, calibrated))
     ms_low, ms_high = ms * (1 - faster), ms * (1 + slower)
     arithmetic = cards.arithmetic_of(precision)

@@ -95,6 +95,7 @@ def tokens_per_second(recipe: Recipe, gpu: Gpu, precision: str = "bf16") -> tupl
         micro_batch=config.data.batch_size,
         tokens_per_step=config.tokens_per_step,
         dropout=config.model.dropout,
+        optimizer=config.optim.optimizer,
     )
     return speed.tokens_per_second_low, speed.tokens_per_second, speed.tokens_per_second_high
 

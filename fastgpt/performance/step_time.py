@@ -250,7 +250,10 @@ def step_ms(
     T: int,
     dropout: float,
     constants: Constants,
+    optimizer: str = "adamw",
 ) -> float:
     """Milliseconds of one step: the sum of ``step_times``."""
-    ops = operations(shape, kernels, micro_batch, T, precision, dropout=dropout, sm_count=gpu.sm_count)
+    ops = operations(
+        shape, kernels, micro_batch, T, precision, dropout=dropout, sm_count=gpu.sm_count, optimizer=optimizer
+    )
     return sum(op.ms for op in step_times(ops, grad_accum, gpu, precision, constants))

@@ -130,6 +130,7 @@ def _projected(run: Run) -> Projection | None:
             micro_batch=run.micro_batch,
             tokens_per_step=config.tokens_per_step,
             dropout=config.model.dropout,
+            optimizer=config.optim.optimizer,
         )
     except UserError:  # no projection for this precision
         return None

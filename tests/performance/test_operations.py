@@ -16,9 +16,11 @@ import torch
 from fastgpt import anatomy
 from fastgpt.anatomy import GPT2_124M, Shape
 from fastgpt.common import UserError
+from fastgpt.hardware import cards
 from fastgpt.performance import flops, operations
 from fastgpt.performance.memory import KERNELS
 from fastgpt.performance.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, StepSizes, fp8_group
+from fastgpt.performance.projection import project
 from tests.performance import formulas
 
 ROOT = Path(__file__).parents[2]
@@ -432,3 +434,25 @@ def test_the_loss_is_cut_into_the_chunks_that_its_kernel_takes(rows, V, C, sm_co
 def test_bad_input_is_refused_in_one_sentence(options, message):
     with pytest.raises(UserError, match=message):
         operations.operations(SHAPE, **options)
+
+
+def test_muon_takes_less_than_a_hundredth_of_a_step_on_an_rtx_4070():
+    """Of GPT-2 124M, 524,288 tokens: counted twice, by matrix (flops.muon) and by launch in tiles of 128, and projected."""
+    matrices = flops.muon_matrices(anatomy.of(GPT2_124M))
+    assert sum(count * n * m for count, n, m in matrices) == anatomy.of(GPT2_124M).block_weights
+    ops = {
+        optimizer: operations.operations(GPT2_124M, "triton", 8, optimizer=optimizer) for optimizer in ("adamw", "muon")
+    }
+    muon = [op for op in ops["muon"] if op.name.startswith("Muon")]
+    counted = flops.muon(anatomy.of(GPT2_124M))
+    assert 1 < sum(op.flops * op.count for op in muon) / counted.flops < 1.1  # tiles on the diagonal are computed whole
+    copies = 2 * anatomy.of(GPT2_124M).block_weights
+    assert sum(op.bytes * op.count for op in muon) == pytest.approx(counted.bytes + copies, rel=0.01)
+    adamw = {name: next(op for op in found if op.name == "clip and AdamW").bytes for name, found in ops.items()}
+    assert adamw["adamw"] - adamw["muon"] == (32 + 2) * anatomy.of(GPT2_124M).block_weights
+    card = cards.card("rtx4070")
+    step = project(GPT2_124M, card, micro_batch=8, tokens_per_step=524_288, optimizer="muon")
+    share = sum(op.ms for op in step.operations if op.name.startswith("Muon")) / step.ms_per_step
+    assert share < 0.01
+    more = step.ms_per_step / project(GPT2_124M, card, micro_batch=8, tokens_per_step=524_288).ms_per_step
+    assert 1 < more < 1 + share  # AdamW has less to do

@@ -1,5 +1,5 @@
-"""A program for torchrun: six clipped steps of FusedAdamW on a tiny GPT, sharded with FSDP2 (uneven shards) or whole; rank 0
-prints loss and gradient norm of each, then a checksum of weights and moments."""
+"""A program for torchrun: six clipped steps on a tiny GPT, with FusedAdamW and with Muon, sharded with FSDP2 (uneven shards) or
+whole, and with Muon under DDP; rank 0 prints loss and gradient norm of each, then a checksum of weights and states."""
 
 from __future__ import annotations
 
@@ -14,43 +14,50 @@ from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.hardware import device
 
 
-def main() -> None:
-    where = device.pick("cpu", "triton")  # the kernels themselves, in the interpreter
+def run(world, optim, parallel):
     from fastgpt.model import GPT
     from fastgpt.optim.build import build_optimizer
     from fastgpt.training import distributed
     from fastgpt.training.step import Stepper
 
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=17, block_size=8, vocab_size=33), ops.EAGER)
+    forward, synchronize = distributed.parallelize(model, model.transformer.h, parallel, world)
+    optimizer = build_optimizer(model, optim, "triton")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    stepper = Stepper(model, forward, optimizer, scaler, "fp32", 0.5, world, synchronize)
+    generator = torch.Generator().manual_seed(1)
+    steps = []
+    for step in range(6):
+        batches = torch.randint(0, 33, (2, 2, 9), generator=generator)[world.rank :: world.size]
+        poison = float("nan") if step == 4 and world.rank == 0 else 1.0  # not finite on one rank: all must skip
+        stepper.forward = lambda x, y, poison=poison: (None, forward(x, y)[1] * poison)
+        loss, norm = stepper([(x[:, :-1], x[:, 1:]) for x in batches], len(batches), 1e-2)
+        steps.append([loss.item(), norm.item()])
+
+    def total(tensor):
+        return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).double().abs().sum().item()
+
+    return {
+        "steps": steps,
+        "skipped": stepper.skipped_steps(),
+        "sharded": any(hasattr(p, "full_tensor") for p in model.parameters()),
+        "moments": sum(total(m) for state in optimizer.state.values() for name, m in state.items() if name != "step"),
+        "weights": [total(tensor) for tensor in model.state_dict().values()],
+    }
+
+
+def main() -> None:
+    where = device.pick("cpu", "triton")  # the kernels themselves, in the interpreter
+    from fastgpt.training import distributed
+
+    adamw, muon = OptimConfig(grad_clip=0.5), OptimConfig(grad_clip=0.5, optimizer="muon", muon_normuon=True)
     torch.set_num_threads(1)
     with distributed.connect(where) as (world, where):
-        torch.manual_seed(0)
-        model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=17, block_size=8, vocab_size=33), ops.EAGER)
-        forward, synchronize = distributed.parallelize(model, model.transformer.h, "fsdp", world)
-        optimizer = build_optimizer(model, OptimConfig(), "triton")
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        stepper = Stepper(model, forward, optimizer, scaler, "fp32", 0.5, world, synchronize)
-        optimizer.max_grad_norm = 0.5
-        generator = torch.Generator().manual_seed(1)
-        steps = []
-        for step in range(6):
-            batches = torch.randint(0, 33, (2, 2, 9), generator=generator)[world.rank :: world.size]
-            poison = float("nan") if step == 4 and world.rank == 0 else 1.0  # not finite on one rank: all must skip
-            stepper.forward = lambda x, y, poison=poison: (None, forward(x, y)[1] * poison)
-            loss, norm = stepper([(x[:, :-1], x[:, 1:]) for x in batches], len(batches), 1e-2)
-            steps.append([loss.item(), norm.item()])
-        full = [
-            tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in model.state_dict().values()
-        ]
         result = {
-            "steps": steps,
-            "skipped": stepper.skipped_steps(),
-            "sharded": any(hasattr(p, "full_tensor") for p in model.parameters()),
-            "moments": sum(
-                (m.full_tensor() if hasattr(m, "full_tensor") else m).double().abs().sum().item()
-                for state in optimizer.state.values()
-                for m in (state["exp_avg"], state["exp_avg_sq"])
-            ),
-            "weights": [tensor.double().abs().sum().item() for tensor in full],
+            "adamw fsdp": run(world, adamw, "fsdp"),
+            "muon fsdp": run(world, muon, "fsdp"),
+            "muon ddp": run(world, muon, "ddp"),
         }
         if world.is_main:
             print("RESULT " + json.dumps(result), flush=True)

@@ -51,11 +51,11 @@ def recorder(device, monkeypatch):
     return CudaRecorder(device) if device.type == "cuda" else TapeRecorder(monkeypatch)
 
 
-def make(device, recorder=None, precision="bf16", dropout=0.0, table=COPIES):
+def make(device, recorder=None, precision="bf16", dropout=0.0, table=COPIES, optimizer="adamw"):
     torch.manual_seed(0)
     shape = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, bias=True, dropout=dropout)
     model = GPT(shape, table).to(device)
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "triton")
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3, optimizer=optimizer), "triton")
     scaler = LossScaler(device.type, enabled=precision == "fp16", init_scale=2.0**12, growth_interval=2)
     stepper = Stepper(model, model, optimizer, scaler, precision, 1.0, adds_in_place=table.name == "triton")
     if recorder is not None:
@@ -106,10 +106,17 @@ def both(device, recorder, course, **options):
 # ---------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize(("precision", "grad_accum"), [("fp32", 1), ("bf16", 2), ("fp16", 3), ("bf16", 1)])
-def test_replayed_steps_have_the_bits_of_steps_run_directly(device, recorder, precision, grad_accum):
+@pytest.mark.parametrize(
+    ("precision", "grad_accum", "optimizer"),
+    [("fp32", 1, "adamw"), ("bf16", 2, "adamw"), ("fp16", 3, "adamw"), ("bf16", 1, "adamw"), ("fp16", 2, "muon")],
+)
+def test_replayed_steps_have_the_bits_of_steps_run_directly(device, recorder, precision, grad_accum, optimizer):
     """The learning rate changes with every step; the loss scale (fp16) grows on the device."""
-    stepper = both(device, recorder, lambda s: steps(s, device, range(4), grad_accum), precision=precision)
+
+    def course(stepper):
+        return steps(stepper, device, range(4), grad_accum)
+
+    stepper = both(device, recorder, course, precision=precision, optimizer=optimizer)
     assert stepper.told.startswith(USED) and stepper.graphs.active
 
 

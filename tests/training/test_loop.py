@@ -28,7 +28,7 @@ from fastgpt.model import GPT
 from fastgpt.training.evaluation import evaluate
 from fastgpt.training.loop import StopRequest, train
 from fastgpt.training.run import build, smaller
-from fastgpt.training.schedule import learning_rate
+from fastgpt.training.schedule import learning_rate, muon_momentum
 from fastgpt.training.step import Stepper
 from tests.shards import write_shard
 
@@ -122,9 +122,9 @@ def test_logged_loss_is_the_mean_over_all_micro_batches(config, device, monkeypa
     assert records[4]["interval_loss"] == pytest.approx((seen[2] + seen[3]) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("kernels", ["eager", "triton"])
-def test_2n_steps_equal_n_resume_n(config, device, kernels, tmp_path, monkeypatch):
-    """Same batches, same losses, same weights, bit for bit, with dropout on."""
+@pytest.mark.parametrize(("kernels", "optimizer"), [("eager", "adamw"), ("triton", "adamw"), ("eager", "muon")])
+def test_2n_steps_equal_n_resume_n(config, device, kernels, optimizer, tmp_path, monkeypatch):
+    """Same batches, same losses, same weights, bit for bit, with dropout on, and with Muon's momentum on its way up."""
     hashes = []
     real = TokenLoader.next_batch
 
@@ -135,6 +135,8 @@ def test_2n_steps_equal_n_resume_n(config, device, kernels, tmp_path, monkeypatc
 
     monkeypatch.setattr(TokenLoader, "next_batch", record)
     config = with_train(config, kernels=kernels, log_interval=1)
+    muon = {"optimizer": optimizer, "muon_momentum_warmup": 6, "muon_normuon": True, "embedding_lr": 0.1}
+    config = replace(config, optim=replace(config.optim, **muon if optimizer == "muon" else {}))
     whole, _ = train(with_train(config, out=tmp_path / "whole"), device, quiet())
     hashes_whole = hashes.copy()
     hashes.clear()
@@ -157,6 +159,21 @@ def test_2n_steps_equal_n_resume_n(config, device, kernels, tmp_path, monkeypatc
     assert whole_log == halves_log
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+    if optimizer == "muon":
+        group = resumed.stepper.optimizer.param_groups[0]
+        assert group["momentum"] == 0.95 and group["lr"] == pytest.approx(
+            2 * resumed.stepper.optimizer.param_groups[-1]["lr"]
+        )
+        assert muon_momentum(3, config.optim) == pytest.approx(0.9)
+
+
+def test_a_run_is_not_resumed_with_another_optimizer(config, device):
+    train(with_train(config, max_iters=2), device, quiet())
+    other = replace(config, optim=replace(config.optim, optimizer="muon"))
+    with pytest.raises(
+        UserError, match=r"optimizer is 'muon' but checkpoint .* holds the state of 'adamw': resume with"
+    ):
+        train(with_train(other, resume="newest"), device, quiet())
 
 
 def test_a_modern_model_with_muon_goes_on_bit_for_bit(config, device, tmp_path):

@@ -14,7 +14,8 @@ from fastgpt.common import UserError, shortened
 from fastgpt.config import MODERN, ModelConfig, typed_fields
 from fastgpt.data.tokenizer import CHARS
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = (("exp_avg", "exp_avg_sq"), ("momentum_buffer",))
+"""Tensors of a parameter's shape in its state: of AdamW, or of Muon."""
 
 
 @dataclass
@@ -89,7 +90,8 @@ def check(source: str, weights: Mapping[str, Tensor], config: ModelConfig) -> di
 def check_optimizer(source: str, optimizer: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     """Raise UserError unless every moment has its weight's shape."""
     for name, state in optimizer["state"].items():
-        for key in MOMENTS:
+        muon = isinstance(state, dict) and "momentum_buffer" in state
+        for key in MOMENTS[muon]:
             moment = state.get(key) if isinstance(state, dict) else None
             if name not in weights or not isinstance(moment, Tensor) or moment.shape != weights[name].shape:
                 raise UserError(f"{source} has an optimizer state that does not fit its weights ({key} of {name})")
