@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what __getattr__ finds, for editors and type checkers
     from fastgpt.config import ModelConfig
     from fastgpt.model import GPT
     from fastgpt.optim.adamw import FusedAdamW
+    from fastgpt.optim.muon import Muon, MuonAdamW
     from fastgpt.patching import patch, unpatch
 
 _PUBLIC = {
