@@ -75,7 +75,9 @@ def main(args: list[str]) -> int:
         return 0
     known = {name: f"{c.summary}\n$ fastgpt {name} {c.example}".rstrip() for name, c in COMMANDS.items()}
     usage = "fastgpt COMMAND ...\n\nTrain GPT-2 on hand-written Triton kernels."
-    name, rest = command.subcommand(args, known, usage, _FOOTER)
+    name, rest = command.subcommand(
+        args, known, usage, _FOOTER, foremost=("train", "sample", "plan", "doctor", "prepare")
+    )
     if name == "bench":
         return bench(rest)
     if name == "prepare":

@@ -231,16 +231,24 @@ def refuse(words: Sequence[str], cls: type) -> None:
 
 
 def subcommand(
-    args: Sequence[str], known: Mapping[str, str], usage: str, footer: str = "", kind: str = "command"
+    args: Sequence[str],
+    known: Mapping[str, str],
+    usage: str,
+    footer: str = "",
+    kind: str = "command",
+    foremost: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
     """The first word, which has to be one of ``known`` (name: what it does), and those behind it. Without a word and for
-    --help, prints what there is and exits. Raises UserError for another word."""
+    --help, prints what there is, without a word only the ``foremost`` if any are named, and exits. Raises UserError for
+    another word."""
     if not args or args[0] in ("-h", "--help", "help"):
         width = max(map(len, known))
         print(f"usage: {usage}\n")
-        for each, text in known.items():
-            first, *others = text.splitlines()
+        for each in (not args and foremost) or known:
+            first, *others = known[each].splitlines()
             print(f"  {each:<{width}}  {first}", *(f"  {'':<{width}}  {line}" for line in others), sep="\n")
+        if not args and foremost:
+            print(f"\n{len(known) - len(foremost)} more: --help lists all.")
         if footer:
             print(f"\n{footer}")
         sys.exit(0 if args else 2)

@@ -14,7 +14,7 @@ import torch
 from fastgpt import command, common
 from fastgpt.hardware.device import present
 from fastgpt.hardware.environment import environment
-from fastgpt.hardware.requirements import unused_gpu
+from fastgpt.hardware.requirements import no_triton, unused_gpu
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,17 @@ class EnvConfig:
     """Print one JSON object."""
 
 
+def _train_uses(kind: str) -> str:
+    """What computes a run here, if no flag says otherwise."""
+    if (missing := no_triton(kind)) is not None:
+        return f"plain PyTorch on the {kind} ({missing.partition(': ')[0]})"
+    return "Triton kernels on the GPU" if kind == "cuda" else "Triton kernels in the interpreter, on the CPU: slow"
+
+
 def main(args: list[str]) -> int:
     asked = command.parse(EnvConfig, args, "fastgpt.env")
-    found = environment(torch.device(present())) | {"unused GPU": unused_gpu()}
+    kind = present()
+    found = environment(torch.device(kind)) | {"unused GPU": unused_gpu(), "train uses": _train_uses(kind)}
     if asked.json:
         print(json.dumps(found))
     else:

@@ -40,7 +40,11 @@ def test_help_lists_every_command_with_a_line_and_an_example(capsys):
 
 def test_without_a_command_help_is_shown_and_the_exit_code_is_2(capsys):
     assert ends([]) == 2
-    assert "usage: fastgpt COMMAND" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert "usage: fastgpt COMMAND" in page
+    shown = [name for name in command.COMMANDS if f"\n  {name} " in page]
+    assert sorted(shown) == ["doctor", "plan", "prepare", "sample", "train"]
+    assert f"{len(command.COMMANDS) - 5} more: --help lists all." in page and max(map(len, page.splitlines())) <= 80
 
 
 def test_help_imports_neither_torch_nor_triton():

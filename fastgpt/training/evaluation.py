@@ -75,7 +75,12 @@ def sample(run: Run, tokens: int = 40) -> str:
     """Text that continues ``sample_prompt``, from generators of its own: training's are left alone. Called by all ranks
     (sharded parameters are gathered by all)."""
     tokenizer = _tokenizer_of(run)
-    ids = list(tokenizer.encode(run.config.train.sample_prompt)) or [0]
+    try:
+        ids = list(tokenizer.encode(run.config.train.sample_prompt)) or [0]
+    except (
+        UserError
+    ):  # a vocabulary of letters without the default's line end; a prompt that was given has been checked
+        ids = [0]
     prompt = torch.as_tensor([ids], dtype=torch.int64, device=run.device)
     generator = torch.Generator(run.device).manual_seed(run.config.train.seed)
     with evaluating(run.model), autocast(run.device, run.stepper.precision):

@@ -31,7 +31,7 @@ from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
 from fastgpt.training.metrics import Metrics, connect_wandb
 from fastgpt.training.outlets import Terminal
-from fastgpt.training.report import banner, compiling_shown, interval, log_line, progress_bar
+from fastgpt.training.report import banner, compiling_shown, ending, interval, log_line, progress_bar
 from fastgpt.training.run import (
     Run,
     agree,
@@ -155,6 +155,7 @@ class _Loop:
         self.pending: list[tuple[dict[str, Any], _Figures]] = []
         self.kept = saved.values.get("metrics") if saved is not None else None
         self.skipped_in_a_row = 0
+        self.val_loss: float | None = None  # the newest
         self.rollbacks = 0
         self.spiked = False  # whether the losses read last had a spike
 
@@ -193,6 +194,11 @@ class _Loop:
             self.say(self._farewell())
         if self.saver.last_error:
             raise UserError(self.saver.last_error)
+        if self.val_loss is not None and not self.stop.asked and self.world.is_main:  # the last step evaluates
+            # In the interpreter a token takes a second; shards are on all ranks.
+            slow = run.device.type == "cpu" and self.settings.kernels == "triton"
+            for line in ending(run, self.val_loss, None if slow or self.world.size > 1 else sample(run, 64)):
+                self.say(line)
         return run, 130 if self.stop.asked == "Ctrl-C" else 0
 
     def _train(self) -> None:
@@ -368,6 +374,7 @@ class _Loop:
         run.eval_due = False
         is_best = loss < run.best_val_loss
         run.best_val_loss = min(run.best_val_loss, loss)
+        self.val_loss = loss
         self.say(f"step {run.step}: val loss {loss:.4f}, best {run.best_val_loss:.4f}")
         self._write({"step": run.step, "val_loss": loss, "eval_seconds": time.monotonic() - began})
         return is_best

@@ -20,6 +20,7 @@ from fastgpt.hardware.device import device_name
 from fastgpt.hardware.telemetry import telemetry
 from fastgpt.mfu import StepReport
 from fastgpt.performance import flops
+from fastgpt.performance.fitting import free_bytes
 from fastgpt.performance.memory import memory
 from fastgpt.performance.step_time import WAITING
 from fastgpt.training.run import Run
@@ -45,9 +46,6 @@ def banner(console: Console, run: Run) -> None:
     graphs = " + CUDA graphs" if run.stepper.graphs is not None else ""
     unconfirmed = " (experimental: no GPU has confirmed it yet)" if precision in EXPERIMENTAL else ""
     arithmetic, peak = cards.arithmetic_of(precision), cards.peak_flops(run.device, precision)
-    of_peak = (
-        f"{teraflops(peak)}, its dense {arithmetic} peak" if peak else f"n/a (no {arithmetic} peak is known for it)"
-    )
     needed = memory(
         shape,
         micro_batch=run.micro_batch,
@@ -56,22 +54,24 @@ def banner(console: Console, run: Run) -> None:
         world_size=run.world.size,
         optimizer=config.optim.optimizer,
     ).total
-    room = ""
     if run.device.type == "cuda":
-        room = f", of {gigabytes(torch.cuda.get_device_properties(run.device).total_memory)}"
+        room = f"of the GPU's {gigabytes(torch.cuda.get_device_properties(run.device).total_memory)}"
+    else:
+        room = f"of {gigabytes(free_bytes(run.device.type))} free main memory"
     projection = _projected(run)
     rows = {
         "model": f"{millions(anatomy.n_params(shape, positions=False))} parameters (excluding position embeddings): "
         f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}, "
         f"vocabulary {shape.vocab_size}",
-        "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}, "
-        f"{run.grad_accum} per rank and step{ranks}",
+        "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}"
+        + (f", {run.grad_accum} in a step" if run.grad_accum > 1 else "")
+        + ranks,
         "run": f"{config.train.max_iters:,} steps, {rounded(config.train.max_iters * config.tokens_per_step)} tokens"
         + _hours(run, projection),
         "kernels": f"{config.train.kernels}{compiled}{graphs}, {precision}{unconfirmed}",
         "device": device_name(run.device),
-        "memory": f"{gigabytes(needed, 2)} predicted for weights, optimizer, gradients and activations{room}",
-        "mfu": f"{flops.PALM}, of {of_peak}",
+        "memory": f"{gigabytes(needed, 2)} predicted for weights, optimizer, gradients and activations, {room}",
+        **({"mfu": f"{flops.PALM}, of {teraflops(peak)}, its dense {arithmetic} peak"} if peak else {}),
         "data": _data(run),
         "out": str(config.train.out),
     }
@@ -100,6 +100,23 @@ def banner(console: Console, run: Run) -> None:
             "they compute the right thing, not how fast they are. On a CUDA GPU the same command compiles them and trains "
             "the larger demo: GPT-2's tokens, 6 layers of 384, bf16. --kernels eager trains this model in plain PyTorch."
         )
+
+
+def ending(run: Run, loss: float | None, text: str | None) -> Iterator[str]:
+    """What is said when all steps are done: the validation loss, some of the model's text, where all is, what to do next."""
+    config, out = run.config, run.config.train.out
+    done = f"{run.step:,} steps, {rounded(run.step * config.tokens_per_step)} tokens"
+    if loss is not None:
+        done += f"; validation loss {loss:.4f}, best {run.best_val_loss:.4f}"
+    rows = {
+        "done": [done],
+        "text": [line[:91] for line in (text or "").strip().splitlines()[:6]],
+        "out": [f"{out}: checkpoints, metrics.jsonl, config.json"],
+        "next": [f"python -m fastgpt.sample {out}", f"python -m fastgpt.plot {out}"],
+    }
+    for name, lines in rows.items():
+        for i, line in enumerate(lines):
+            yield f"{'' if i else name:<8} {line}"
 
 
 def _data(run: Run) -> str:
