@@ -18,7 +18,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokeniz
 from bench.steps import nanogpt as nanogpt_model
 from fastgpt import convert
 from fastgpt.checkpoints import checkpoint, folder, lock, rng, saver
-from fastgpt.checkpoints.formats import any, huggingface
+from fastgpt.checkpoints.formats import any, huggingface, own
+from fastgpt.checkpoints.formats.portable import Portable
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, load_preset
 from fastgpt.data.tokenizer import CharTokenizer, get_tokenizer
@@ -318,6 +319,8 @@ class TestReading:
         assert any.load_weights(str(tmp_path / "out" / "ckpt.pt")).letters == LETTERS
         (tmp_path / "out" / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))  # of another vocabulary
         assert any.load_weights(str(tmp_path / "out" / "ckpt.pt")).letters is None
+        (tmp_path / "out" / "meta.pkl").write_bytes(b"nothing")
+        assert "meta.pkl is not read" in any.load_weights(str(tmp_path / "out" / "ckpt.pt")).notes[0]
 
     def test_weights_that_are_not_finite_are_found(self, tmp_path, capsys):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
@@ -528,6 +531,12 @@ class TestRefused:
     def test_another_file_is_named(self, tmp_path, fails, content, what):
         (tmp_path / "other.pt").write_bytes(content)
         fails(tmp_path / "other.pt", what)
+
+    @pytest.mark.parametrize("to, out", [("hf", "out"), ("nanogpt", "out.pt")])
+    def test_a_modern_model_is_no_gpt2(self, tmp_path, fails, to, out):
+        shape = ModelConfig(**{**SHAPE, "n_embd": 32}, family="modern")
+        own.write(tmp_path / "run", Portable(shape, GPT(shape).state_dict()))
+        fails(tmp_path / "run", "is a modern model, which a", out=out, to=to)
 
     def test_a_folder_of_tokens_is_named(self, tmp_path, fails):
         (tmp_path / "data").mkdir()

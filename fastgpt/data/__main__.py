@@ -15,8 +15,9 @@ from fastgpt.command import Arg
 from fastgpt.common import UserError, at_least, duration
 from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, check_complete, read_manifest
 from fastgpt.data.preparation import prepare
-from fastgpt.data.shards import shards_in
-from fastgpt.data.tokenizer import get_tokenizer
+from fastgpt.data.resolution import told
+from fastgpt.data.shards import open_shard, shards_in
+from fastgpt.data.tokenizer import SIZES, get_tokenizer
 from fastgpt.data.verification import verify_files
 
 
@@ -71,7 +72,7 @@ class Check:
     folder: Annotated[Path, Arg("FOLDER", positional=True)]
     """A folder made by prepare, llm.c's shards, nanoGPT's train.bin and val.bin, or build-nanogpt's .npy files."""
     vocab_size: int | None = None
-    """Every id must be below it (default: the manifest's, or GPT-2's 50257)."""
+    """Every id must be below it (default: the manifest's, that of nanoGPT's letters, or GPT-2's 50257)."""
 
     def __post_init__(self) -> None:
         at_least(1, vocab_size=self.vocab_size)
@@ -108,11 +109,14 @@ def _check(options: Check) -> int:
     if not files:
         raise UserError(f"folder {str(options.folder)!r} holds no .bin or .npy files: name one that holds token shards")
     manifest = read_manifest(options.folder) or {"shards": []}
-    vocab_size = options.vocab_size or manifest.get("vocab_size", 50257)
+    said = told(str(options.folder))
+    vocab_size = options.vocab_size or (said.vocab_size if said else SIZES["gpt2"])
     check_complete(options.folder)
     verify_files(files, vocab_size)
     against = "the manifest's sha256" if manifest["shards"] else "no manifest here: sha256 not compared"
     print(f"{len(files)} files are whole ({against}), every id is below {vocab_size}")
+    tokens = sum(len(open_shard(path)) for path in files)
+    print(f"{tokens:,} tokens{f' of the {said.tokenizer} tokenizer' if said else ''}")
     return 0
 
 

@@ -197,7 +197,8 @@ class _Loop:
         if self.val_loss is not None and not self.stop.asked and self.world.is_main:  # the last step evaluates
             # In the interpreter a token takes a second; shards are on all ranks.
             slow = run.device.type == "cpu" and self.settings.kernels == "triton"
-            for line in ending(run, self.val_loss, None if slow or self.world.size > 1 else sample(run, 64)):
+            text = None if slow or self.world.size > 1 else self._beside_training("the sample", sample, 64)
+            for line in ending(run, self.val_loss, text):
                 self.say(line)
         return run, 130 if self.stop.asked == "Ctrl-C" else 0
 

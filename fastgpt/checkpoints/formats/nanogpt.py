@@ -89,7 +89,10 @@ def read(path: Path) -> Portable:
     if isinstance(saved.get("fastgpt"), dict):
         portable.extras["fastgpt"] = saved["fastgpt"]
         portable.exact_gelu = bool(saved["fastgpt"].get("exact_gelu", False))
-    portable.letters = _letters(path, saved, config)
+    try:
+        portable.letters = _letters(path, saved, config)
+    except UserError as error:
+        notes.append(str(error))
     return portable
 
 
@@ -120,7 +123,8 @@ def _refuse_forks(source: str, args: Mapping[str, Any], weights: Mapping[str, Te
 
 def _letters(path: Path, saved: Mapping[str, Any], config: ModelConfig) -> list[str] | None:
     """The letters of a model of characters: in the file, where fastgpt wrote it, else in its dataset's meta.pkl, looked for as
-    nanoGPT does, and beside the checkpoint. None if there is none, or it is of another vocabulary."""
+    nanoGPT does, and beside the checkpoint. None if there is none, or it is of another vocabulary. Raises UserError for a
+    meta.pkl that cannot be read."""
     own = saved.get("fastgpt")
     if isinstance(own, dict) and own.get("letters") is not None:
         return own["letters"]
