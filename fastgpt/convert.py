@@ -56,9 +56,10 @@ def main(args: list[str]) -> int:
         raise UserError(f"out is {out}: nanoGPT's checkpoint is a file that ends in .pt")
     if to != "nanogpt" and out.suffix == ".pt":
         raise UserError(f"out is {out}: a {_NAMES[to]} is a folder, so leave .pt out")
-    if to != "fastgpt" and portable.config.family != "gpt2":
+    if to in ("nanogpt", "hf") and portable.config.family != "gpt2":
         raise UserError(
-            f"{config.source} is a {portable.config.family} model, which a {_NAMES[to]} cannot hold: use --to fastgpt"
+            f"{config.source} is a {portable.config.family} model, which a {_NAMES[to]} cannot hold: use --to fastgpt or "
+            "--to nanochat"
         )
     try:
         with lock.held(out) if to == "fastgpt" else nullcontext():  # a run may have been started there meanwhile

@@ -814,5 +814,7 @@ def test_what_of_nanochat_is_not_here_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"backout_lambda is not zero, and fastgpt's model has no such part"):
         convert.main([str(tmp_path / "d3"), str(tmp_path / "back")])
     for out in (["out.pt"], ["hf", "--to", "hf"]):
-        with pytest.raises(UserError, match=r"family is .modern., which .* does not have"):
+        with pytest.raises(
+            UserError, match=r"is a modern model, which a .* cannot hold: use --to fastgpt or --to nanochat"
+        ):
             convert.main([str(tmp_path / "run"), str(tmp_path / out[0]), *out[1:]])

@@ -105,8 +105,11 @@ def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str 
     )
     # The input of every linear: norm output, attention output, norm output, GELU output. The outputs that attention (q, k and
     # v) and the GELU read; the norms' residual sum is kept instead of a branch. Attention's log-sum-exp.
+    # Of a squared ReLU the kernels form the gradient from its output alone.
+    squared = kernels == "triton" and parts.activation == "ReLU2"
+    read_again = ("attention",) if squared else ("attention", "activation")
     linears = sum(
-        linear.count * (linear.n_in + (linear.n_out if linear.sink in ("attention", "activation") else 0))
+        linear.count * (linear.n_in + (linear.n_out if linear.sink in read_again else 0))
         for linear in parts.block_linears
     )
     activations = N * (norms + s * linears + 4 * parts.attention.count * parts.attention.heads)
@@ -129,12 +132,14 @@ def _modern_extras(parts: anatomy.Anatomy, N: int, T: int, kernels: str, s: int)
     per_token = each = 0
     if heads.prepared:
         valued = sum(table.count for table in parts.embeddings if table.in_blocks)
-        # Value embeddings; their gates before and after the factor, the latter in fp32 in plain PyTorch.
-        per_token += valued * heads.kv_heads * (s * heads.head_dim + s + (s if triton else 4))
+        # Value embeddings; their gates before and after the factor, the latter in fp32.
+        per_token += valued * heads.kv_heads * (s * heads.head_dim + s + 4)
         if heads.normed:  # 1/rms of each head; the kernel goes by attention's input, plain PyTorch by its own in fp32
             columns = 0 if triton else heads.head_dim
             per_token += heads.count * 4 * (heads.heads + heads.kv_heads) * (1 + columns)
-        each += 0 if triton else heads.count * 4 * T * heads.head_dim  # the rows of cos and sin
+        each += (
+            (1 if triton else heads.count) * 4 * T * heads.head_dim
+        )  # cos and sin; in plain PyTorch a copy per block
     if parts.mixes:
         # The gradients of the scalars. The kernel keeps a branch in the place of each sum but the first, as it forms the sum
         # again from what is kept anyway; plain PyTorch also keeps branch + residual, in fp32.

@@ -118,7 +118,7 @@ def test_modern_124m_fits_12_gb_with_muon(T, micro_batch):
     gates_and_scalars = 6 * 6 * 12 + 24
     assert needed.optimizer == 4 * blocks + 8 * (tables + gates_and_scalars)
     assert needed.weights == needed.gradients == 4 * (blocks + tables + gates_and_scalars)
-    assert 9e9 < needed.total < fitting.usable_vram(cards.card("rtx4070"))
+    assert 8.5e9 < needed.total < fitting.usable_vram(cards.card("rtx4070"))
 
 
 class NanoGpt(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgpt import __version__, anatomy
 from fastgpt.checkpoints.formats.nanogpt import load_file
-from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, needs_gpt2, tied
+from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, tied
 from fastgpt.common import (
     UserError,
     atomic_folder,
@@ -129,7 +129,6 @@ def write(folder: Path, portable: Portable) -> None:
     from safetensors.torch import save_file
 
     config = portable.config
-    needs_gpt2(config, "a Hugging Face folder")
     with_bias = anatomy.parameters(ModelConfig(**{**vars(config), "bias": True}))
     tensors = {}
     for name, shape in with_bias.items():

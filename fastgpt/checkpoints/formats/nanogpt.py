@@ -19,15 +19,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import anatomy
-from fastgpt.checkpoints.formats.portable import (
-    Portable,
-    check,
-    check_optimizer,
-    in_fp32,
-    model_config,
-    needs_gpt2,
-    tied,
-)
+from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, in_fp32, model_config, tied
 from fastgpt.common import UserError, atomic_file, first_line, kind_of_file, shortened
 from fastgpt.config import ModelConfig
 from fastgpt.data.letters import META, read_letters
@@ -144,7 +136,6 @@ def _letters(path: Path, saved: Mapping[str, Any], config: ModelConfig) -> list[
 def write(path: Path, portable: Portable) -> None:
     """Write ckpt.pt, whole or not at all. Raises OSError."""
     weights = portable.weights
-    needs_gpt2(portable.config, "nanoGPT")
     own = portable.extras.get("nanogpt", {})
     best = portable.extras.get("fastgpt", {}).get("best_val_loss")
     saved: dict[str, Any] = {

@@ -49,12 +49,6 @@ class Portable:
         return [name for name, weight in self.weights.items() if not weight.isfinite().all()]
 
 
-def needs_gpt2(config: ModelConfig, format: str) -> None:
-    """Raise UserError for a modern model in a format that has GPT-2 alone."""
-    if config.family != "gpt2":
-        raise UserError(f"family is {config.family!r}, which {format} does not have: use --to fastgpt or --to nanochat")
-
-
 def tied(source: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights without lm_head.weight, which is the token embedding again, or a copy of it in a narrower dtype. Raises
     UserError if it is another tensor."""
