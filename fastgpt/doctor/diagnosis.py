@@ -54,12 +54,16 @@ def _not_checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> list[
         out.append(
             "Size, schedule and optimizer: give the run's config (or its log from the first line, which repeats it)."
         )
-    elif figures.shape is None and not figures.config.foreign_model and (log is None or not log.all("parameters")):
+    elif (
+        figures.shape_written is None
+        and not figures.config.foreign_model
+        and (log is None or not log.all("parameters"))
+    ):
         out.append("Size: n_layer, n_head, n_embd and block_size could not all be read from the config.")
     if figures.tokens_per_parameter is not None and not scaling.in_range(figures.shape, figures.parameters or 0):
         out.append(
-            "Tokens per parameter: Chinchilla's 20, and the fits behind it, are of models of 10M parameters and more with "
-            "vocabularies of words; this one is outside of their range."
+            "Tokens per parameter: Chinchilla's 20, and the fits behind it, are of GPT-like models of 10M parameters and more "
+            "over vocabularies of word pieces; this one is outside of their range."
         )
     if log is None:
         out.append(

@@ -28,9 +28,10 @@ def seen_as_json(seen: Seen) -> list[dict[str, Any]]:
     return [{"file": place.file, "line": place.line, "text": text} for place, text in seen]
 
 
-Source = Literal["log", "override", "config", "checkpoint", "known", "default", "assumption"]
-"""Where a value comes from. known: what its name settles, as a data set's size (nanoGPT's own scripts) or a published model's
-shape. default: what the program takes for a setting that is not there. assumption: nothing that was given says it."""
+Source = Literal["log", "override", "config", "checkpoint", "data", "known", "default", "assumption"]
+"""Where a value comes from. data: files of the run's data set, or --corpus-tokens. known: what its name settles, as the size of
+nanoGPT's own data sets or the shape of published weights. default: what the program takes for a setting that is not there.
+assumption: nothing that was given says it."""
 
 
 @dataclass(frozen=True)

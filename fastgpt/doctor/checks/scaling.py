@@ -19,8 +19,9 @@ TOKENS_PER_PARAMETER = 20.0
 
 
 def in_range(shape: Shape | None, parameters: int) -> bool:
-    """Whether the fits speak of such a model: not of bytes and characters, nor of models below 10M parameters."""
-    return parameters >= 10_000_000 and (shape is None or shape.vocab_size >= 1024)
+    """Whether the fits speak of such a model: not of bytes and characters, nor of models below 10M parameters, nor of those in
+    which much of the parameters is looked up (value embeddings)."""
+    return parameters >= 10_000_000 and (shape is None or (shape.vocab_size >= 1024 and shape.family == "gpt2"))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fastgpt.common import rounded
 from fastgpt.doctor.checks.comments import remarks
 from fastgpt.doctor.evidence import Evidence
-from fastgpt.doctor.figures import Figures, learning_rate
+from fastgpt.doctor.figures import PRETRAINED, Figures, learning_rate
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance import flops
@@ -178,6 +178,8 @@ def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
     """A large vocabulary that is not a multiple of 64."""
     shape = figures.shape
     if shape is None or shape.vocab_size % 64 == 0 or shape.vocab_size < 1024:
+        return
+    if figures.config.get("init_from") in PRETRAINED:  # it is that of the weights
         return
     size, padded = shape.vocab_size, 64 * math.ceil(shape.vocab_size / 64)
     head = 6 * size * shape.n_embd / flops.palm(shape)

@@ -61,6 +61,7 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     change = None if pretrained else single_change(shape, claimed)
     if change is not None and not _fits(change[1], figures, gpu):
         change = None
+    formula = "L (12 C^2 + 2C) + C + V C" if shape.family == "gpt2" else f"A {shape.family} model"
     lines = figures.place("n_layer", "n_embd")
     if (logged := _log_says(evidence, figures)) is not None:
         lines.append(logged)
@@ -69,8 +70,8 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         severity="critical",
         title=f"{millions(size)} parameters, not the {rounded(claimed)} that the {_source(wrong[0].line)} claims",
         evidence=[(claim.place, claim.line) for claim in wrong] + lines,
-        explanation=("L (12 C^2 + 2C) + C + V C" if shape.family == "gpt2" else f"A {shape.family} model")
-        + f" with n_layer {shape.n_layer}, n_embd {shape.n_embd}, vocabulary {shape.vocab_size:,} is {size:,} parameters "
+        explanation=f"{formula} with n_layer {shape.n_layer}, n_embd {shape.n_embd}, "
+        f"vocabulary {shape.vocab_size:,} is {size:,} parameters "
         f"({'head tied, ' if shape.tied_head else ''}excluding position embeddings): "
         f"{size / claimed:.0%} of what was meant. "
         f"{_consequences(figures, shape, change[1], gpu) if change else ''}".strip(),
@@ -196,14 +197,14 @@ def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
             explanation += _where_it_pays(log)
     else:
         explanation = (
-            f"The run is planned for {shown:.1f} tokens per parameter; Chinchilla's compute-optimal split is about 20. "
+            f"The run is planned for {_ratio(shown)} tokens per parameter; Chinchilla's compute-optimal split is about 20. "
             "A model that is smaller for its tokens, or more tokens, would end lower. "
         )
     best = None
     if figures.shape is not None:
         table, best = _same_compute(figures, figures.shape, tokens, gpu)
         explanation += table
-    times = f"{shown / 20:.1f} times" if shown >= 20 else f"a {20 / shown:.0f}th of"
+    times = f"{shown / 20:.1f} times" if shown >= 20 else f"{shown / 20:.0%} of"
     waste = _waste(figures, best, tokens)
     yield Finding(
         check="many" if many else "few",

@@ -131,7 +131,9 @@ def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
         return
     highest = int(np.nanargmax(log.steps.mfu))
     printed = float(log.steps.mfu[highest]) / 100
-    if printed <= 1.0 and not _other_card(figures):
+    if not _other_card(figures) and (
+        printed <= 1.0 or gpu is not None
+    ):  # of a card that is named mfu_denominator speaks
         return
     rate = max(printed, figures.mfu_nanogpt or 0.0) * NANOGPT_PEAK
     able = [card.name for card in cards.GPUS if (card.peak_flops(figures.arithmetic) or 0) > rate]
