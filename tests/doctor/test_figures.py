@@ -69,6 +69,9 @@ def test_the_banner_of_a_run_tells(precision, compiled, graphs):
         micro_batch=1,
         grad_accum=1,
         refused=None,
+        train_loader=SimpleNamespace(tokens=10**6),
+        val_loader=SimpleNamespace(tokens=10**5),
+        corpus=None,
         step=0,
     )
     console = Console(file=io.StringIO(), width=80)
