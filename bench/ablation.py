@@ -31,7 +31,7 @@ from fastgpt.common import UserError, at_least, write_json
 from fastgpt.config import Config, load_preset, preset_names
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
-from fastgpt.hardware.requirements import no_gpu
+from fastgpt.hardware.requirements import check_kernels, no_gpu
 from fastgpt.performance.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, operations
 from fastgpt.performance.step_time import CONSTANTS, OperationTime, step_times
 
@@ -213,6 +213,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"models has {model!r}: each can be {', '.join(preset_names())}")
     if args.measure and not torch.cuda.is_available():
         raise UserError(f"measure needs a CUDA GPU, but {no_gpu()}: leave it out to see projected figures")
+    if args.measure:
+        check_kernels("bench.ablation --measure")
     gpu = _card(args.gpu, args.measure)
     at_least(1, batch_size=args.batch_size)
     measured: Measured = {}

@@ -121,7 +121,7 @@ def main(argv: list[str]) -> int:
         print(f"gate: {failure}", file=sys.stderr)
     if not found.failures and not args.json:
         part = "" if args.all or args.only else f" (shipped steps and part {shard[0]} of {shard[1]} of the rest)"
-        print(f"gate: passed, {len(found.cases)} cases{part}")
+        print(f"gate: passed with triton {found.triton}, {len(found.cases)} cases{part}")
     return 1 if found.failures else 0
 
 

@@ -41,7 +41,7 @@ from fastgpt.command import Arg
 from fastgpt.common import UserError, duration, file_sha256, read_json
 from fastgpt.config import EXPERIMENTAL, load_preset
 from fastgpt.hardware import cards
-from fastgpt.hardware.requirements import no_gpu, no_kernels
+from fastgpt.hardware.requirements import check_kernels, no_gpu
 from fastgpt.performance.memory import memory
 
 CAP_GB = 12.0
@@ -553,8 +553,7 @@ def main(argv: list[str]) -> int:
                 f"{out / 'results.json'} is damaged: stages and environment are not both there; name another --out"
             )
         found["stages"].pop("device", None)
-    if (missing := no_kernels("cuda", plain="")) is not None:
-        raise UserError(f"bench.gpu measures Triton's kernels, but {missing}")
+    check_kernels("bench.gpu")
     session = Session(out, time.monotonic() + budget, found or verdicts.empty())
     try:
         run_stages(session, STAGES, budget)

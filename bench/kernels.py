@@ -37,7 +37,7 @@ from fastgpt.common import UserError, write_json
 from fastgpt.config import Device
 from fastgpt.hardware.device import present
 from fastgpt.hardware.environment import environment
-from fastgpt.hardware.requirements import no_gpu, unused_gpu
+from fastgpt.hardware.requirements import check_kernels, no_gpu, unused_gpu
 from fastgpt.performance import flops
 
 if TYPE_CHECKING:
@@ -179,7 +179,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"device is 'cuda' but {no_gpu()}: use --device cpu")
     if args.out:
         results_module.check_writable(args.out)
-    if where == "cpu":
+    if where == "cuda":
+        check_kernels("bench.kernels")
+    else:
         os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(1)
 

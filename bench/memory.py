@@ -26,7 +26,7 @@ from fastgpt.common import UserError, write_json
 from fastgpt.config import load_preset
 from fastgpt.hardware.device import device_name
 from fastgpt.hardware.environment import ROOT, environment
-from fastgpt.hardware.requirements import no_gpu
+from fastgpt.hardware.requirements import check_kernels, no_gpu
 from fastgpt.performance.memory import CUBLAS_WORKSPACE, CUBLAS_WORKSPACE_HOPPER, memory
 
 
@@ -103,6 +103,8 @@ def main(argv: list[str]) -> int:
     args = command_module.parse(MemoryConfig, argv, "bench.memory", __doc__)
     if not torch.cuda.is_available():
         raise UserError(f"bench.memory needs a CUDA GPU, but {no_gpu()}")
+    if "triton" in args.kernels:
+        check_kernels("bench.memory")
     device = torch.device("cuda")
     major, minor = torch.cuda.get_device_capability(device)
     found: dict[str, Any] = {"environment": environment(device), "rows": []}

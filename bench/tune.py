@@ -37,7 +37,7 @@ from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, at_least
 from fastgpt.hardware import cards
-from fastgpt.hardware.requirements import no_gpu
+from fastgpt.hardware.requirements import check_kernels, no_gpu
 from fastgpt.kernels import tuning
 
 # ---------------------------------------------------------------- ranking
@@ -183,6 +183,7 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         other = "there is no model to check without one" if args.check_model else "use --rank --arch sm_89 --sms 46"
         raise UserError(f"there is no GPU to measure on, as {no_gpu()}: {other}")
+    check_kernels("bench.tune")
     if args.check_model:
         return tune_measure.check_model(chosen, args.sms or 46, deadline, args.out)
     return tune_measure.measure(chosen, folder, deadline, again=args.again)

@@ -18,6 +18,20 @@ def _starts_a_command() -> bool:
     return os.path.basename(program) in ("fastgpt", "fastgpt.exe") or os.path.abspath(program) == ours
 
 
+def _tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """A package that is not installed is one sentence, wherever a command imports it; anything else keeps its traceback."""
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package in ("", "fastgpt", "bench", *sys.stdlib_module_names):
+        return sys.__excepthook__(kind, error, trace)
+    missing = None
+    if package == "triton":
+        missing = import_module("fastgpt.hardware.requirements").no_triton("cpu", plain="")
+    print("error:", missing or f"{package} is not installed: pip install {package}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if _starts_a_command():
+    sys.excepthook = _tell
 if _starts_a_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Ctrl-C in the seconds of imports that follow has nothing to say, and an exception would end in the middle of some module.
     # common.run puts Python's handler back.

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -387,10 +387,35 @@ def printable(text: str) -> str:
     return text.translate(_CONTROL)
 
 
+class PlainConsole:
+    """Prints lines where rich is not installed: what a training run and tables need of a Console, without colours."""
+
+    is_terminal = False
+
+    def __init__(self, file: IO[str] | None = None, quiet: bool = False, **_: Any) -> None:
+        self.file, self.quiet = file, quiet
+
+    def print(self, text: object = "", **_: Any) -> None:
+        if not self.quiet:
+            print(printable(str(text)), file=self.file)
+
+
+def styled(*parts: str | tuple[str, str]) -> Any:
+    """A line for a console: texts, and (text, rich's style) pairs."""
+    try:
+        from rich.text import Text
+    except ImportError:
+        return "".join(part if isinstance(part, str) else part[0] for part in parts)
+    return Text.assemble(*parts)
+
+
 def console(**options: Any) -> Any:
-    """A rich Console that prints the control characters of no text; its own colours stay."""
-    from rich.console import Console  # only what prints to a terminal has it
-    from rich.segment import Segment
+    """A rich Console that prints the control characters of no text; its own colours stay. A PlainConsole without rich."""
+    try:
+        from rich.console import Console
+        from rich.segment import Segment
+    except ImportError:
+        return PlainConsole(**options)
 
     class Safe(Console):
         def render(self, *args: Any, **kwargs: Any) -> Iterator[Segment]:

@@ -15,6 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import fastgpt
 from fastgpt.common import tomllib
 
 ROOT = Path(__file__).parents[1]
@@ -221,3 +222,20 @@ class TestImport:
             "sys.exit(any(name.startswith('fastgpt.kernels.fused') for name in sys.modules))\n"
         )
         assert python("-c", code).returncode == 0
+
+
+class TestMissingPackages:
+    @pytest.mark.parametrize("package", ["rich", "triton"])
+    def test_of_a_command_are_one_sentence(self, package, tmp_path):
+        (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
+        command = "bench.audit" if package == "rich" else "bench.tune"
+        result = python("-m", command, path=f"{tmp_path}{os.pathsep}{ROOT}", cwd=tmp_path)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert result.stderr.startswith(f"error: {package} is not installed: pip install {package}")
+
+    @pytest.mark.parametrize(
+        "error", [ModuleNotFoundError("x", name="fastgpt.gone"), ImportError("x", name="rich"), KeyError(1)]
+    )
+    def test_anything_else_keeps_its_traceback(self, error, capsys):
+        fastgpt._tell(type(error), error, None)
+        assert capsys.readouterr().err.startswith(f"{type(error).__name__}: ")

@@ -37,6 +37,8 @@ def advice(name: str) -> str:
     return next((text for start, text in ADVICE.items() if name.startswith(start)), "find out what it is")
 
 
+KEPT_BUSY = 0.95
+"""From this share of a step's time on, what the GPU waits for is not worth a word."""
 DOUBLED = frozenset(arithmetics(precision)[0] for precision in EXPERIMENTAL)
 
 INTERPRETED = (
@@ -220,6 +222,21 @@ def overhead(backend: dict[str, Any]) -> str:
     return f"profiled step: {milliseconds(wall)} ms, {slower} beside the median without profiler"
 
 
+def host_notes(result: dict[str, Any]) -> list[str]:
+    """A sentence for each backend that was timed and profiled on a GPU: does the host bind? The time that the device is busy
+    comes from the profiled step, the step's from those without profiler, whose cost is the host's."""
+    found = []
+    for name, backend in result["backends"].items():
+        busy = backend.get("profile", {}).get("device_ms")
+        if busy is None or "ms" not in backend:
+            continue
+        share = min(1.0, busy / backend["ms"])
+        said = f"{name}: measured, the GPU computes for {milliseconds(busy)} of {milliseconds(backend['ms'])} ms"
+        waits = "otherwise it waits for the host; a larger micro-batch hides that, and in training --cuda-graphs on"
+        found.append(f"{said} ({percent(share, 0)}): {waits if share < KEPT_BUSY else 'the host keeps up'}")
+    return found
+
+
 def projected_in(found: dict[str, Any]) -> str:
     """The precisions of a projection, for its title: ", bf16"."""
     used = dict.fromkeys(v["precision"] for v in found["variants"].values() if "error" not in v)
@@ -237,7 +254,7 @@ def show(result: dict[str, Any]) -> None:
         console.print(f"[yellow]{escape(note)}[/]", soft_wrap=True)
     if result["backends"]:
         print_table(console, "Training step, backends in turns", speed_cells(result))
-    for note in mfu_notes(result):
+    for note in [*mfu_notes(result), *host_notes(result)]:
         console.print(escape(note), soft_wrap=True)
     for failure in failures(result):
         console.print(f"[yellow]failed[/] {escape(failure)}", soft_wrap=True)

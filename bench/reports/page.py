@@ -41,7 +41,7 @@ def render(result: dict[str, Any], images: dict[str, bytes]) -> str:
         cards=_cards(result),
         speed=tables.speed_cells(result) if result["backends"] else None,
         failures=tables.failures(result),
-        mfu_notes=tables.mfu_notes(result),
+        mfu_notes=[*tables.mfu_notes(result), *tables.host_notes(result)],
         backends=[_backend(name, backend) for name, backend in result["backends"].items() if backend.get("rows")],
         interpreted=result.get("interpreted") and _interpreted(result["interpreted"]),
         projection=result.get("projection") and _projection(result["projection"]),

@@ -19,19 +19,9 @@ def is_figures(cells: Cells, column: int) -> bool:
     return all(row[column][:1] in "-+0123456789" or row[column] in ("n/a", "failed") for row in cells[1:])
 
 
-class PlainConsole:
-    """Prints where rich is not installed."""
-
-    def print(self, text: object = "", **style: object) -> None:
-        print(common.printable(str(text)))
-
-
 def terminal(width: int) -> Console:
     """A console as wide as the terminal, or of ``width`` columns where the output goes to a file or another program."""
-    try:
-        return common.console(width=None if sys.stdout.isatty() else width, highlight=False)
-    except ImportError:
-        return PlainConsole()  # type: ignore[return-value]  # what commands print goes through ``print``
+    return common.console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def print_table(
@@ -44,7 +34,7 @@ def print_table(
 ) -> None:
     """Print a table under its title. Figures are never cut; text wraps where the terminal is narrow. ``style``: of a row.
     ``narrow``: less space between the columns, and none around them."""
-    if isinstance(console, PlainConsole):
+    if isinstance(console, common.PlainConsole):
         print(title, markdown(cells), sep="\n")
         return
     from rich import box

@@ -24,7 +24,7 @@ from bench.steps.variants import BACKENDS
 from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.hardware import cards
-from fastgpt.hardware.device import device_name
+from fastgpt.hardware.device import device_name, is_out_of_memory
 from fastgpt.performance import flops
 
 NO_CUPTI = (
@@ -94,7 +94,9 @@ def _fitting(setup: Setup) -> Iterator[None]:
     """Running out of memory inside is one sentence."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"batch is {setup.batch_size}: a step that fitted this GPU a moment ago no longer does; give a smaller --batch, or "
             "close what else uses the GPU"
@@ -133,6 +135,7 @@ def profiled(runner: Runner, ceilings: Ceilings, trace: Path, *, repeats: int) -
             "accounted": found.accounted,
             "unaccounted_ms": found.unaccounted,
             "overlap_ms": found.overlap_ms,
+            "device_ms": found.device_ms,
             "kernels": {op.name: op.kernels for op in found.operations},
             "trace": trace.name,
         },

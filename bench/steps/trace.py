@@ -283,6 +283,8 @@ class StepProfile:
     """Kernels that the device ran; None on a CPU."""
     overlap_ms: float
     """Kernel time that ran beside other kernels, counted once."""
+    device_ms: float | None = None
+    """Time in which the device ran something; None on a CPU."""
 
     @property
     def accounted(self) -> float:
@@ -309,9 +311,9 @@ def attribute(events: Iterable[Event], shape: Shape, rows: int) -> StepProfile:
     stacks = _Stacks([e for e in inside if e.kind in (HOST, LAUNCH)])
     device = sorted((e for e in inside if e.kind in (KERNEL, COPY)), key=lambda e: (e.start, e.end))
     tally = _Tally(Namer(shape, rows))
-    overlap = 0.0
+    busy = overlap = 0.0
     if device:
-        overlap = _by_device(tally, step, device, stacks)
+        busy, overlap = _by_device(tally, step, device, stacks)
     else:
         for index, frame in enumerate(stacks.events):
             if frame.thread == step.thread and (stack := stacks.of(index))[0] is step:
@@ -322,13 +324,15 @@ def attribute(events: Iterable[Event], shape: Shape, rows: int) -> StepProfile:
         unaccounted=tally.unaccounted(),
         launches=sum(e.kind == KERNEL for e in device) if device else None,
         overlap_ms=overlap / 1e3,
+        device_ms=busy / 1e3 if device else None,
     )
 
 
-def _by_device(tally: _Tally, step: Event, device: list[Event], stacks: _Stacks) -> float:
-    """Kernels by the stacks that launched them, and the gaps between them. Returns the microseconds of overlap."""
+def _by_device(tally: _Tally, step: Event, device: list[Event], stacks: _Stacks) -> tuple[float, float]:
+    """Kernels by the stacks that launched them, and the gaps between them. Returns the microseconds in which anything ran, and
+    those of overlap."""
     loading = [e for e in stacks.events if e.name == DATA]
-    covered, overlap = step.start, 0.0
+    covered, busy, overlap = step.start, 0.0, 0.0
 
     def idle(start: float, end: float) -> None:
         waited = sum(max(0.0, min(end, e.end) - max(start, e.start)) for e in loading)
@@ -340,12 +344,12 @@ def _by_device(tally: _Tally, step: Event, device: list[Event], stacks: _Stacks)
         if start > covered:
             idle(covered, start)
         own = max(0.0, end - max(start, covered))
-        overlap += end - start - own
+        busy, overlap = busy + own, overlap + end - start - own
         tally.add([*stacks.around_launch(kernel), kernel], own)
         covered = max(covered, end)
     if step.end > covered:
         idle(covered, step.end)
-    return overlap
+    return busy, overlap
 
 
 class _Stacks:

@@ -35,25 +35,14 @@ def held(out: Path) -> Iterator[None]:
 
     Raises UserError if another process holds it, naming that process, and where no lock can be written.
     """
-    from filelock import FileLock, Timeout  # what only reads checkpoints works without it
-
     with ExitStack() as undo:
         try:
             path = _lock_file(out)
             undo.callback(_remove, *(folder for folder in path.parents if not folder.exists()))
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock, record = FileLock(path), path.with_name(f"{path.name}.json")
-            try:
-                lock.acquire(timeout=1)  # a killed process's threads end one by one, and its lock with the last
-            except Timeout:
-                path.stat()  # raises where no lock can be made at all, as in /proc, which filelock reports alike
-                raise UserError(_in_use(out, read_json(record) or {})) from None
-            except (NotImplementedError, OSError) as error:
-                if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                    raise
-                print(f"{out} is on a file system without locks: only {record} keeps others out", file=sys.stderr)
-            undo.callback(_remove, path)
-            undo.callback(lock.release)
+            record = path.with_name(f"{path.name}.json")
+            if why := _locked(path, record, out, undo):
+                print(f"{why}: only {record} keeps others out", file=sys.stderr)
             if (holder := read_json(record)) is not None and _is_alive(holder, record):
                 raise UserError(_in_use(out, holder))
             undo.callback(_remove, record)
@@ -67,6 +56,27 @@ def held(out: Path) -> Iterator[None]:
         undo.callback(pulse.join)
         undo.callback(end.set)
         yield
+
+
+def _locked(path: Path, record: Path, out: Path, undo: ExitStack) -> str | None:
+    """Take the system's lock, which ``undo`` gives back; why there is none. Raises UserError if another process has it."""
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError:
+        return "filelock is not installed"
+    lock, why = FileLock(path), None
+    try:
+        lock.acquire(timeout=1)  # a killed process's threads end one by one, and its lock with the last
+    except Timeout:
+        path.stat()  # raises where no lock can be made at all, as in /proc, which filelock reports alike
+        raise UserError(_in_use(out, read_json(record) or {})) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        why = f"{out} is on a file system without locks"
+    undo.callback(_remove, path)
+    undo.callback(lock.release)
+    return why
 
 
 def _lock_file(out: Path) -> Path:

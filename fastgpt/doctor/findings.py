@@ -14,6 +14,8 @@ from fastgpt.hardware.cards import Gpu
 Severity = Literal["critical", "warning", "info"]
 """critical: the run is not what was meant, or will not survive. warning: it costs compute or quality. info: a number
 is easily misread, or a detail could be better."""
+COLOURS: dict[Severity, str] = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
+"""rich's styles."""
 Confidence = Literal["certain", "likely", "possible"]
 """certain: arithmetic on what was read. likely: measured with its noise, or true of nearly every run. possible: the
 files fit it, and the explanation says what else would."""
@@ -62,6 +64,11 @@ def weighed(finding: Finding, figures: Figures) -> Finding:
     default = "default" in map(figures.source, leaves)
     doubtful = default and figures.config.foreign and finding.confidence == "certain"
     return replace(finding, confidence="likely") if doubtful else finding
+
+
+def is_code(line: str) -> bool:
+    """Whether a line of advice is a config line."""
+    return " = " in line and not line.endswith((".", ":", ";"))
 
 
 def rank(findings: list[Finding]) -> list[Finding]:

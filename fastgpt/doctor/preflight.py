@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgpt.common import styled
 from fastgpt.config import Config
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence, Machine, Place
-from fastgpt.doctor.findings import Finding
+from fastgpt.doctor.findings import COLOURS, Finding, is_code
 from fastgpt.doctor.reading.configs_fastgpt import of_sections
 from fastgpt.doctor.reading.surroundings import this_machine, tokens_in
 from fastgpt.hardware import cards
@@ -34,16 +35,11 @@ def preflight(config: Config, device: torch.device, on: Machine | None = None) -
 
 def announce(findings: list[Finding], console: Console) -> None:
     """One line when clean, else one per finding and its config line."""
-    from rich.markup import escape
-
-    from fastgpt.doctor.report.text import COLOURS, is_code
-
     if not findings:
-        console.print("[dim]preflight: nothing found (python -m fastgpt.doctor says more once there is a log)")
+        clean = "preflight: nothing found (python -m fastgpt.doctor says more once there is a log)"
+        console.print(styled((clean, "dim")))
         return
     for finding in findings:
         line = next((line for line in finding.advice.split("\n") if is_code(line)), "")
-        console.print(
-            f"[{COLOURS[finding.severity]}]preflight {finding.severity}[/]: {escape(finding.title)}"
-            + (f" [dim]-> {escape(line)}[/]" if line else "")
-        )
+        head = (f"preflight {finding.severity}", COLOURS[finding.severity])
+        console.print(styled(head, f": {finding.title}", (f" -> {line}" if line else "", "dim")))

@@ -33,6 +33,8 @@ def pick(device: str, kernels: str, plain: str = "--kernels eager", compiled: bo
             raise UserError(f"kernels is 'triton' but {missing}")
     elif compiled and device == "cuda" and (missing := requirements.no_compiler("leave out --compile")) is not None:
         raise UserError(f"compile is on but {missing}")
+    if compiled and device == "cpu" and (missing := requirements.no_cpp_compiler()) is not None:
+        raise UserError(f"compile is on but {missing}")
     if device == "cpu" and kernels == "triton" and not interprets():
         # fastgpt.kernels looks at the environment once, when it is imported; later, PyTorch would compute in silence.
         if "triton" in sys.modules or "fastgpt.kernels.runtime" in sys.modules:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt.common import first_line
+from fastgpt.common import UserError, first_line
 
 OLDEST = (8, 0)
 """Compute capability that the kernels need: bf16, and more than 64 KB of shared memory for their tiles."""
@@ -65,6 +65,12 @@ def no_kernels(device: str, plain: str = "--kernels eager") -> str | None:
     return no_triton(device, plain) or (no_compiler(plain) if device == "cuda" else None)
 
 
+def check_kernels(command: str) -> None:
+    """Raise UserError if ``command``, which measures Triton's kernels on the GPU that is here, cannot run them."""
+    if (missing := no_kernels("cuda", plain="")) is not None:
+        raise UserError(f"{command} measures Triton's kernels, but {missing}")
+
+
 def no_triton(device: str, plain: str = "--kernels eager") -> str | None:
     """The same, but for the launcher."""
     if find_spec("triton") is None:
@@ -96,3 +102,14 @@ def no_compiler(plain: str = "--kernels eager") -> str | None:
     what = " and ".join("no C compiler" if package == "gcc" else "no Python.h" for package in missing)
     without = f", or {plain}" if plain else ""
     return f"Triton finds {what} to build its kernels' launcher with: sudo apt install {' '.join(missing)}{without}"
+
+
+def no_cpp_compiler() -> str | None:
+    """What torch.compile lacks to compile for a CPU; None if nothing. Where it looks: torch/_inductor/cpp_builder.py."""
+    usual = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", usual)
+    if shutil.which(compiler):
+        return None
+    remedy = {"win32": "install Microsoft's C++ build tools", "darwin": "xcode-select --install"}
+    install = "set CXX to one" if "CXX" in os.environ else remedy.get(sys.platform, "sudo apt install g++")
+    return f"torch.compile finds no C++ compiler {compiler!r} to compile for the CPU with: {install}, or leave out --compile"

@@ -277,13 +277,15 @@ def check_fits(config: Config, free: int, world_size: int = 1, *, device: str = 
 
 
 def free_bytes(device: str) -> int:
-    """Free memory: that of the current CUDA device, or the computer's, swap included."""
+    """Free memory: that of the current CUDA device, or the computer's, swap included: no end of it where psutil is missing."""
     if device == "cuda":
         import torch
 
         return torch.cuda.mem_get_info()[0]
-    import psutil  # not for those who only ask what fits a card
-
+    try:
+        import psutil  # not for those who only ask what fits a card
+    except ImportError:
+        return 2**62
     return psutil.virtual_memory().available + psutil.swap_memory().free
 
 

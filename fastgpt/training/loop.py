@@ -88,17 +88,16 @@ def train(config: Config, device: torch.device, console: Console | None = None) 
     Raises UserError for what cannot work, for a folder that another process writes in, and when the run cannot go on (its last
     good checkpoint is named). Nothing of an earlier run has been moved then.
     """
-    from rich.console import Console
-
     folder.check_free(config.train.out)
     with (
         distributed.connect(device, config.train.rank_timeout) as (world, device),
         lock.held(config.train.out) if world.is_main else nullcontext(),
     ):
         terminal = Terminal(sys.stdout, [])
-        if console is None:
-            console = common.console(file=cast(IO[str], terminal), soft_wrap=True, highlight=False)
-        return _Loop(config, device, world, console if world.is_main else Console(quiet=True), terminal).run()
+        if console is None or not world.is_main:
+            file = cast(IO[str], terminal)
+            console = common.console(file=file, soft_wrap=True, highlight=False, quiet=not world.is_main)
+        return _Loop(config, device, world, console, terminal).run()
 
 
 class _Figures:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastgpt import anatomy
-from fastgpt.common import UserError, duration, gigabytes, millions, rounded, teraflops
+from fastgpt.common import UserError, duration, gigabytes, millions, rounded, styled, teraflops
 from fastgpt.config import EXPERIMENTAL
 from fastgpt.data.tokenizer import CHARS
 from fastgpt.hardware import cards, requirements
@@ -27,19 +27,21 @@ from fastgpt.training.run import Run
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from fastgpt.performance.projection import Projection
 
 # GPT-2 124M: 21 kernels, 9 s of one core with triton 3.7 where nothing else runs.
 COMPILE = "Triton compiles about 25 kernels until the first step is done, 10 s to 1 min; ~/.triton/cache keeps them"
 SAY_SECONDS = 5.0
+INTERPRETED = (
+    "No GPU: the Triton kernels run in Triton's interpreter, one program at a time in NumPy. It shows that they compute the "
+    "right thing, not how fast they are. On a CUDA GPU the same command compiles them and trains the larger demo: GPT-2's "
+    "tokens, 6 layers of 384, bf16. --kernels eager trains this model in plain PyTorch."
+)
 
 
 def banner(console: Console, run: Run) -> None:
     """Say what will run, on what, and, without a GPU, what one would change."""
-    from rich.markup import escape
-
     config, shape, precision = run.config, run.config.model, run.stepper.precision
     ranks = f" on {run.world.size} ranks ({config.train.parallel})" if run.world.size > 1 else ""
     compiled = " + torch.compile" if config.train.compile else ""
@@ -84,22 +86,17 @@ def banner(console: Console, run: Run) -> None:
             )
     if run.device.type == "cuda" and config.train.kernels == "triton":
         rows["compile"] = COMPILE
-    console.print("[bold]fastgpt")
+    console.print(styled(("fastgpt", "bold")))
     for name, text in rows.items():
-        console.print(f"[bold]{name:<8}[/] {escape(text)}")
+        console.print(styled((f"{name:<8}", "bold"), f" {text}"))
     if run.refused:
-        console.print(f"[yellow]{escape(run.refused)}")
+        console.print(styled((run.refused, "yellow")))
     unable = requirements.no_triton(run.device.type)
     if config.train.kernels == "eager" and unable:
-        console.print(
-            f"[yellow]{escape(unable.partition(': ')[0])}: the model trains in plain PyTorch, --kernels eager"
-        )
+        why = unable.partition(": ")[0]
+        console.print(styled((f"{why}: the model trains in plain PyTorch, --kernels eager", "yellow")))
     if run.device.type == "cpu" and config.train.kernels == "triton":
-        console.print(
-            "[yellow]No GPU: the Triton kernels run in Triton's interpreter, one program at a time in NumPy. It shows that "
-            "they compute the right thing, not how fast they are. On a CUDA GPU the same command compiles them and trains "
-            "the larger demo: GPT-2's tokens, 6 layers of 384, bf16. --kernels eager trains this model in plain PyTorch."
-        )
+        console.print(styled((INTERPRETED, "yellow")))
 
 
 def ending(run: Run, loss: float | None, text: str | None) -> Iterator[str]:
@@ -163,7 +160,7 @@ def _hours(run: Run, step: Projection | None) -> str:
 
 
 @contextmanager
-def compiling_shown(run: Run, console: Console, bar: Progress) -> Iterator[None]:
+def compiling_shown(run: Run, console: Console, bar: Any) -> Iterator[None]:
     """Inside, say what Triton compiles for the GPU: each kernel on the bar, and a line every few seconds."""
     if run.device.type != "cuda" or run.config.train.kernels != "triton":
         yield
@@ -249,10 +246,26 @@ def log_line(record: Mapping[str, Any]) -> str:
     return line
 
 
-def progress_bar(console: Console, step: int, max_iters: int) -> Progress:
+class NoBar(nullcontext):
+    """Stands in for ``progress_bar``'s where rich is not installed: nothing is shown, and the time left is not known."""
+
+    task_ids, time_remaining = (0,), None
+
+    @property
+    def tasks(self) -> list[NoBar]:
+        return [self]
+
+    def update(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def progress_bar(console: Console, step: int, max_iters: int) -> Any:
     """How far the run is: a bar at the foot of a terminal, nothing where output goes to a file. Its one task knows the time
     left, evaluation and checkpoints included."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return NoBar()
 
     bar = Progress(
         TextColumn("{task.description}"),

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import gpu, kernels
+from bench import ablation, gpu, kernels, memory, tune
 from bench.compiler import tune_measure, tune_table
 from bench.reports import markdown, page, results, session, timing, verdicts
 from bench.reports.session import Child, Ended, Session
@@ -588,7 +588,7 @@ def test_bad_input_is_one_sentence(monkeypatch, tmp_path, arguments, sentence):
 )
 def test_results_of_another_card_or_commit_are_not_gone_on_with(monkeypatch, tmp_path, output, sentence):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "no_kernels", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "check_kernels", lambda command: None)
     monkeypatch.setattr(Session, "child", lambda *_, **__: Ended(output, True))
     write_json(tmp_path / "results.json", found())
     with pytest.raises(UserError, match=sentence):
@@ -604,7 +604,7 @@ def test_damaged_results_are_one_sentence(monkeypatch, tmp_path):
 
 def test_a_gpu_that_cannot_be_used_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "no_kernels", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "check_kernels", lambda command: None)
     monkeypatch.setattr(Session, "child", lambda *_, **__: Ended("Traceback", True))
     with pytest.raises(UserError, match=r"the GPU cannot be used: crashed: see device\.log"):
         gpu.main(["--out", str(tmp_path), "--no-store"])
@@ -617,14 +617,21 @@ def test_the_page_has_the_stages_and_their_shares():
     assert all(f"`{name}`" in text for name in ALL_FILES)
 
 
-def test_a_card_that_the_kernels_cannot_run_on_is_one_sentence_before_the_first_stage(monkeypatch, tmp_path):
+@pytest.mark.parametrize("module, flags, command", [
+    (gpu, ["--out", "{}/out", "--no-store"], "gpu"), (kernels, ["--out", "{}/out"], "kernels"),
+    (memory, [], "memory"), (ablation, ["--measure"], "ablation --measure"), (tune, ["--out", "{}/out"], "tune"),
+])  # fmt: skip
+def test_a_card_that_the_kernels_cannot_run_on_is_one_sentence_before_anything_begins(
+    monkeypatch, tmp_path, module, flags, command
+):
+    flags = [flag.format(tmp_path) for flag in flags]
     for name, value in {"is_available": True, "get_device_capability": (7, 5), "get_device_name": "Tesla T4"}.items():
         monkeypatch.setattr(torch.cuda, name, lambda device=None, value=value: value)
     with pytest.raises(
-        UserError, match=r"^bench\.gpu measures Triton's kernels, but the Tesla T4 has .* shared memory$"
+        UserError, match=rf"^bench\.{command} measures Triton's kernels, but the Tesla T4 has .* shared memory$"
     ):
-        gpu.main(["--out", str(tmp_path / "out"), "--no-store"])
+        module.main(flags)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     monkeypatch.setattr(requirements, "no_compiler", lambda plain: "Triton finds no C compiler")
     with pytest.raises(UserError, match=r"but Triton finds no C compiler$"):
-        gpu.main(["--out", str(tmp_path / "out"), "--no-store"])
+        module.main(flags)

@@ -227,9 +227,12 @@ def test_json_on_standard_output_is_json_and_nothing_else(quick, tmp_path, capsy
     assert calls["data"] == 2 and calls["qkv forward"] == 2
 
 
-def test_a_step_that_does_not_fit_ends_in_one_sentence(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
+)
+def test_a_step_that_does_not_fit_ends_in_one_sentence(monkeypatch, tmp_path, error):
     def no_memory(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(timing, "interleave", no_memory)
     setup = Setup(TINY, ModelConfig(1, 2, 32, 32, 160), 2, 1, "fp32")

@@ -157,3 +157,30 @@ def test_without_triton_plain_pytorch_is_the_default_and_triton_an_error(seen, m
     file.write_text('[train]\nkernels = "triton"\n')
     assert parse([str(file)], "cpu", default).train.kernels == "triton"
     assert refused().startswith("kernels is 'triton' but triton is not installed: use --kernels eager")
+
+
+@pytest.mark.parametrize(
+    "system, variable, usual, remedy",
+    [
+        ("linux", None, "g++", "sudo apt install g++"),
+        ("darwin", None, "clang++", "xcode-select --install"),
+        ("win32", None, "cl", "install Microsoft's C++ build tools"),
+        ("linux", "/opt/gone", "/opt/gone", "set CXX to one"),
+    ],
+)
+def test_torch_compile_on_a_cpu_without_a_cpp_compiler_is_refused(seen, monkeypatch, system, variable, usual, remedy):
+    seen()
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.delenv("CXX", raising=False)
+    if variable:
+        monkeypatch.setenv("CXX", variable)
+    monkeypatch.setattr(requirements.shutil, "which", lambda name: None)
+    with pytest.raises(UserError) as error:
+        device.pick("cpu", "eager", compiled=True)
+    assert str(error.value) == (
+        f"compile is on but torch.compile finds no C++ compiler {usual!r} to compile for the CPU with: {remedy}, or leave "
+        "out --compile"
+    )
+    assert device.pick("cpu", "eager").type == "cpu"
+    monkeypatch.setattr(requirements.shutil, "which", {usual: usual}.get)
+    assert device.pick("cpu", "eager", compiled=True).type == "cpu"

@@ -13,6 +13,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import triton
 
 from bench.compiler import audit
 from fastgpt import anatomy
@@ -31,7 +32,7 @@ FP8 = r"|^fp8 C768|^fp8 attention D64$"
 
 def kernels_in_source():
     """(file, function) of every @triton.jit function that host code launches: ``function[grid](...)``."""
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "fastgpt" / "kernels").glob("*.py")}
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "fastgpt" / "kernels").rglob("*.py")}
     everything = "\n".join(sources.values())
     return [
         (module, name)
@@ -76,7 +77,7 @@ def require(rows, figure, allowed):
         if not allowed(row[figure])
     ]
     if wrong:
-        pytest.fail("\n".join(wrong), pytrace=False)
+        pytest.fail("\n".join([f"with triton {triton.__version__}:", *wrong]), pytrace=False)
 
 
 def test_every_case_compiles(compiled):

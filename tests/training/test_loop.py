@@ -92,6 +92,20 @@ def test_the_loss_falls_and_everything_is_written(config, device, kernels):
     assert list((config.train.out / "tensorboard").iterdir())
 
 
+def test_torch_and_numpy_are_all_that_a_run_needs(config, device, monkeypatch, capsys):
+    """The machine of a benchmark may have no more. What modules import as a whole, tests/test_imports.py sees."""
+    rich = ("rich", *(f"rich.{name}" for name in ("console", "markup", "progress", "segment", "text")))
+    for name in (*rich, "filelock", "psutil", "jinja2", "tiktoken"):
+        monkeypatch.setitem(sys.modules, name, None)
+    config = with_train(config, tensorboard=False)
+    run, code = train(config, device)
+    shown = capsys.readouterr()
+    assert code == 0 and run.step == 8 and "iter 8: loss" in shown.out and "eta n/a" not in shown.out
+    assert shown.out.startswith("fastgpt\nmodel    0.0") and "\npreflight" in shown.out and "[bold]" not in shown.out
+    assert "filelock is not installed: only " in shown.err
+    assert not list(config.train.out.parent.glob(".run.lock*"))
+
+
 def test_the_log_line_has_nanogpts_shape_and_every_figure(config, device, capsys):
     train(with_train(config, max_iters=2), device)
     out = capsys.readouterr().out

@@ -16,8 +16,9 @@ from fastgpt.common import UserError
 from fastgpt.doctor.diagnosis import Diagnosis
 from fastgpt.doctor.evidence import Evidence, LogFacts
 from fastgpt.doctor.figures import Figures
+from fastgpt.doctor.findings import is_code
 from fastgpt.doctor.report.curve_plot import loss_curve
-from fastgpt.doctor.report.text import counts, is_code, is_table, summary
+from fastgpt.doctor.report.text import counts, is_table, summary
 from fastgpt.hardware.cards import NANOGPT_PEAK, Gpu
 
 

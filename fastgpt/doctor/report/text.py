@@ -15,11 +15,9 @@ from fastgpt.doctor.checks import scaling
 from fastgpt.doctor.diagnosis import Diagnosis
 from fastgpt.doctor.evidence import seen_as_json
 from fastgpt.doctor.figures import UNITS, Figures
-from fastgpt.doctor.findings import Finding
+from fastgpt.doctor.findings import COLOURS, Finding, is_code
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance import recipes
-
-COLOURS = {"critical": "bold red", "warning": "yellow", "info": "cyan"}
 
 
 def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
@@ -123,11 +121,6 @@ def _prose(text: str) -> RenderableType:
 def is_table(line: str) -> bool:
     """Whether a line of an explanation belongs to a table, and is not wrapped."""
     return line.startswith("  ")
-
-
-def is_code(line: str) -> bool:
-    """Whether a line of advice is a config line."""
-    return " = " in line and not line.endswith((".", ":", ";"))
 
 
 def _advice(text: str) -> RenderableType:

@@ -72,7 +72,11 @@ def test_self_times_of_the_host_add_up_to_the_wall_time():
         ROWS,
     )
     assert times(profile) == {"GELU forward": 30, "norms backward": 33, GAPS: 10 + 10 + 10 + 7}
-    assert profile.wall_ms == 0.1 and profile.accounted == pytest.approx(1) and profile.launches is None
+    assert (
+        profile.wall_ms == 0.1
+        and profile.accounted == pytest.approx(1)
+        and profile.launches is profile.device_ms is None
+    )
     assert {op.name: op.calls for op in profile.operations} == {"GELU forward": 1, "norms backward": 1, GAPS: 0}
 
 
@@ -139,6 +143,7 @@ def test_kernels_gaps_and_overlaps_of_a_gpu_add_up_to_the_wall_time():
         "data": 10 + 2,  # the device waited for the loader, and the copy itself
         GAPS: 10 + 10 + 3 + 10,
     }
+    assert profile.device_ms == pytest.approx((30 + 10 + 15 + 2) / 1e3)
     assert profile.accounted == pytest.approx(1) and profile.overlap_ms == 0.01 and profile.launches == 3
 
 

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence, Place, Unread
-from fastgpt.doctor.report.text import counts, is_code, print_report, to_json
+from fastgpt.doctor.findings import is_code
+from fastgpt.doctor.report.text import counts, print_report, to_json
 from tests.doctor.runs import RTX4070, config, real_report
 
 FIGURES = {
