@@ -309,7 +309,7 @@ def waves_time(
 
 def layer_norm_time(kernel: str, found: Facts, rows: int, C: int, size: int, gpu: Gpu) -> tuple[float, float]:
     """A norm inside a block under autocast: branch of ``size`` bytes an element, fp32 residual stream."""
-    if kernel == "layer_norm.forward":
+    if kernel.endswith(".forward"):
         return waves_time(-(-rows // found.config["rows"]), found.config["rows"] * C * (8 + 2 * size), 1, found, gpu)
     config = found.config
     programs = gpu.sm_count * config["programs_per_sm"]

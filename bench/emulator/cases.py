@@ -26,7 +26,7 @@ from bench.emulator.launch import Emulation, emulated
 from bench.emulator.memory import Sighting
 from bench.emulator.numbers import recorded
 from bench.emulator.unwritten import virtual
-from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, qk_norm_rope
+from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, qk_norm_rope, rms_norm
 from bench.ops.common import BF16, FP16, FP32, SHORT, backward, leaf
 from fastgpt import ops as model_ops
 from fastgpt.config import ModelConfig, OptimConfig
@@ -36,6 +36,7 @@ from fastgpt.kernels import (
     fused_embedding,
     fused_layernorm,
     fused_linear,
+    fused_rmsnorm,
     fused_qk_rope,
     runtime,
     tuning,
@@ -107,6 +108,7 @@ SMALL: dict[Callable, dict[str, int]] = {
     attention.launch_attention: {"T": 130},
     fp8.launch_fp8_attention: {"T": 130},
     layer_norm.launch_norm: {"rows": 40},
+    rms_norm.launch_rms_norm: {"rows": 40},
     qk_norm_rope.launch_qk: {"T": 20},
     cross_entropy.launch_loss: {"N": 8},
     linear.launch_mlp: {"rows": 1104},  # split in two, like more
@@ -181,6 +183,7 @@ def _more() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"attention bf16 D64 as in the table, {dropout}{choice}", partial(_forced, configs, run)
     for C, rows in ((1, 33), (7, 33), (513, 33), (768, 1), (384, 1000)):
         yield f"layer_norm fp32 C{C} {rows} rows", partial(layer_norm.launch_norm, C, FP32, rows=rows, bias=True)
+        yield f"rms_norm fp32 C{C} {rows} rows", partial(rms_norm.launch_rms_norm, C, FP32, FP32, mixed=True, rows=rows)
     for D, T in ((2, 5), (6, 33), (250, 3)):
         yield f"qk_norm_rope fp32 D{D} T{T}", partial(qk_norm_rope.launch_qk, FP32, D, T=T, position=7)
     yield "qk_norm_rope fp16 scale 0", partial(qk_norm_rope.launch_qk, FP16, 64, T=5, scale=0.0)
@@ -379,6 +382,14 @@ def far_cases(arch: int) -> Iterator[Case]:
         y, total = fused_layernorm.layer_norm(x, weight, residual=residual, dropout_p=0.1, out_dtype=BF16)
         differentiate((y, total), x, weight, residual)
 
+    def mixed_norm() -> None:
+        tensors = far(rows, C), far(rows, C, dtype=FP32), far(rows, C, dtype=FP32)
+        factors = torch.ones(2, requires_grad=True)
+        x, residual, x0 = tensors
+        mix: dict[str, Tensor] = {"residual": residual, "scale": factors[0], "x0": x0, "x0_scale": factors[1]}
+        outputs = fused_rmsnorm.rms_norm(x, dropout_p=0.1, out_dtype=BF16, **mix)
+        differentiate(outputs, *tensors, factors)
+
     def attend() -> None:
         qkv = far(FAR // (1024 * 3 * C) + 1, 1024, 3 * C)
         differentiate((fused_attn.qkv_attention(qkv, 12),), qkv)
@@ -399,8 +410,8 @@ def far_cases(arch: int) -> Iterator[Case]:
 
     def sweep() -> None:
         seed = torch.zeros(1, dtype=torch.int64)
-        torch.ops.fastgpt.pointwise_bwd(far(rows, C), None, seed, 0.1, False, BF16, BF16)
-        torch.ops.fastgpt.pointwise_bwd(far(rows, C), virtual(rows, C, dtype=BF16), None, 0.0, True, BF16, BF16)
+        torch.ops.fastgpt.pointwise_bwd(far(rows, C), None, seed, 0.1, None, BF16, BF16)
+        torch.ops.fastgpt.pointwise_bwd(far(rows, C), virtual(rows, C, dtype=BF16), None, 0.0, "gelu_erf", BF16, BF16)
 
     def product(kind: str, N: int, K: int, tokens: int) -> None:
         linear.product(kind, FP16, True, N, K, tokens)()
@@ -415,7 +426,12 @@ def far_cases(arch: int) -> Iterator[Case]:
         a = fp8_launch.quantise(virtual(rows, C, dtype=BF16), fp8_launch.FORWARD)
         fp8_launch.matmul(a, fp8_launch.quantise(virtual(C, C, dtype=BF16), fp8_launch.FORWARD))
 
-    runs: dict[str, Callable[[], None]] = {"layer_norm": norm, "attention": attend, "attention cache": cache}
+    runs: dict[str, Callable[[], None]] = {
+        "layer_norm": norm,
+        "rms_norm": mixed_norm,
+        "attention": attend,
+        "attention cache": cache,
+    }
     runs |= {"embedding": embed, "sweeps": sweep, "adamw": update, "qk_norm_rope": turn}
     for kind in ("none", "bias", "residual", "gelu", "dgelu"):
         runs[f"linear fp16-fast {kind}"] = partial(product, kind, N=C, K=64, tokens=rows)

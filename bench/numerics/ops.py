@@ -155,7 +155,9 @@ def simulated(mode: Mode, record: Recorder | None = None) -> Ops:
     def mlp(
         x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, **options: Any
     ) -> Tensor:
-        return linear(linear_gelu(x, w_fc, b_fc), w_proj, b_proj, residual=options.get("residual"))
+        relu2 = options.get("activation") == "relu2"
+        hidden = F.relu(linear(x, w_fc, b_fc)).square() if relu2 else linear_gelu(x, w_fc, b_fc)
+        return linear(hidden, w_proj, b_proj, residual=options.get("residual"))
 
     def qkv_attention(qkv: Tensor, n_head: int, **_: Any) -> Tensor:
         B, T, width = qkv.shape

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, muon, qk_norm_rope
+from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, muon, qk_norm_rope, rms_norm
 from bench.ops.common import Case, Entry, Family, Sizes
 from fastgpt.kernels import tuning
 
@@ -17,6 +17,8 @@ ENTRIES: tuple[Callable[[Sizes, torch.device, bool], Entry], ...] = (
     embedding.embedding,
     layer_norm.layer_norm,
     layer_norm.layer_norm_residual,
+    rms_norm.rms_norm,
+    rms_norm.rms_norm_mixed,
     qk_norm_rope.qk_norm_rope,
     attention.attention,
     cross_entropy.linear_cross_entropy,
@@ -29,6 +31,8 @@ SWEEPS: dict[str, list[dict[str, Any]]] = {
     "embedding": _ROWS_AND_WIDTHS,
     "layer_norm": _ROWS_AND_WIDTHS,
     "layer_norm_residual": _ROWS_AND_WIDTHS,
+    "rms_norm": _ROWS_AND_WIDTHS,
+    "rms_norm_mixed": _ROWS_AND_WIDTHS,
     # 16,384 tokens and a width of 768 throughout, as in the next.
     "qk_norm_rope": [{"D": D, "H": 768 // D} for D in (32, 64, 128)],
     "attention": [
@@ -49,12 +53,12 @@ def shapes(make: Callable, base: Sizes) -> list[Sizes]:
 
 def cases() -> list[Case]:
     """The launches that training and sampling a GPT make: every kernel, in every shipped launch config."""
-    ops = (embedding, qk_norm_rope, attention, layer_norm, cross_entropy, linear, fp8, adamw, muon)
+    ops = (embedding, qk_norm_rope, attention, layer_norm, rms_norm, cross_entropy, linear, fp8, adamw, muon)
     return [case for op in ops for case in op.cases()]
 
 
 def families() -> list[Family]:
-    ops = (qk_norm_rope, attention, layer_norm, cross_entropy, adamw, linear, muon)
+    ops = (qk_norm_rope, attention, layer_norm, rms_norm, cross_entropy, adamw, linear, muon)
     return [family for op in ops for family in op.families()]
 
 

@@ -96,7 +96,7 @@ def few_elements_a_thread(kernel: str, C: int, config: tuning.Config) -> bool:
     """Neither so few elements of a tile that loads are narrow, nor so many that they spill; in backward two accumulators take
     registers, too."""
     elements = config["rows"] * max(16, triton.next_power_of_2(C)) / (32 * config["num_warps"])
-    return 8 <= elements <= 32 if kernel == "layer_norm.forward" else 4 <= elements <= 16
+    return 8 <= elements <= 32 if kernel.endswith(".forward") else 4 <= elements <= 16
 
 
 def clocks_layer_norm(

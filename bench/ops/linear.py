@@ -44,9 +44,9 @@ def launch_mlp(
         backward(fused_linear.mlp(leaf(rows, C, dtype=dtype), w_fc, b_fc, w_proj, b_proj, residual=residual, **options))
 
 
-def launch_gelu(dtype: torch.dtype, **options: Any) -> None:
+def launch_activation(op: Callable[..., Tensor], dtype: torch.dtype, **options: Any) -> None:
     x, weight, bias = leaf(256, 128, dtype=dtype), leaf(256, 128, dtype=FP32), leaf(256, dtype=FP32)
-    backward(fused_linear.linear_gelu(x, weight, bias, **options))
+    backward(op(x, weight, bias, **options))
 
 
 def launch_one_column() -> None:
@@ -62,11 +62,17 @@ def cases() -> Iterator[Case]:
         yield f"linear {name} mlp bias", partial(launch_mlp, dtype)
         yield f"linear {name} mlp conv1d all options", partial(launch_mlp, dtype, conv1d=True, **everything)
         yield f"linear {name} mlp odd", partial(launch_mlp, dtype, C=99, rows=1999, **everything)
-        yield f"linear {name} gelu alone", partial(launch_gelu, dtype, approximate="none")
+        yield (
+            f"linear {name} gelu alone",
+            partial(launch_activation, fused_linear.linear_gelu, dtype, approximate="none"),
+        )
+        yield f"linear {name} mlp relu2", partial(launch_mlp, dtype, activation="relu2", stream=FP32)
+        yield f"linear {name} relu2 alone", partial(launch_activation, fused_linear.linear_relu2, dtype)
     yield "linear bf16 mlp in place", partial(launch_mlp, BF16, rows=512, in_place=True)
     fast: dict[str, Any] = {"accumulate": "fp16"}
     yield "linear fp16-fast mlp", partial(launch_mlp, FP16, bias=False, in_place=True, **fast)
     yield "linear fp16-fast mlp bias", partial(launch_mlp, FP16, stream=FP32, **fast)
+    yield "linear fp16-fast mlp relu2", partial(launch_mlp, FP16, activation="relu2", stream=FP32, **fast)
     yield "linear fp16-fast mlp conv1d all options", partial(launch_mlp, FP16, conv1d=True, **everything, **fast)
     yield "linear fp16-fast one column", launch_one_column
     yield "linear fp16-fast mlp odd", partial(launch_mlp, FP16, C=99, rows=1999, in_place=True, **everything, **fast)
@@ -116,7 +122,12 @@ def families() -> Iterator[Family]:
             # Adding takes registers, and so do sums of columns: some tiles spill only then.
             heavy = {"add": True} if grad else {"sums": True} if kind == "dgelu" else None
             cases = (case,) if heavy is None else (case, partial(case, **heavy))
-            rest = {"none": ({"transposed": True},), "gelu": ({"bias": False}, {"save": False})}.get(kind, ())
+            relu2: dict[str, Any] = {"act": "relu2_fp16" if dtype == FP16 else "relu2"}
+            rest = {
+                "none": ({"transposed": True},),
+                "gelu": ({"bias": False}, {"save": False}, {"save": dtype == FP16, **relu2}),
+                "dgelu": ({"sums": True, **relu2},),
+            }.get(kind, ())
             timed, clocks = partial(time_linear, kernel, dtype), partial(clocks_linear, kernel)
             yield Family(
                 kernel, dtype, buckets, cases, timed, clocks, rest=tuple(partial(case, **more) for more in rest)
@@ -146,11 +157,13 @@ def product(
     add: bool = False,
     transposed: bool = False,
     sums: bool = False,
+    act: str = "gelu",
 ) -> Callable[[], Any]:
     """A function that computes the product of a bucket ``N.. K..`` and its epilogue on random operands and returns the results.
 
     Options of one kind only: ``bias`` and ``save`` (the pre-activation) of "gelu"; ``transposed``, an input gradient, of
-    "none"; ``sums``, with a bias gradient, of "dgelu"; ``add``, to a gradient that is already there, of weight gradients."""
+    "none"; ``sums``, with a bias gradient, of "dgelu"; ``add``, to a gradient that is already there, of weight gradients;
+    ``act``, which of matmul.ACTIVATIONS, of "gelu" and "dgelu"."""
 
     def make(*shape: int, like: torch.dtype = dtype) -> Tensor:
         if runtime.compile_only:
@@ -169,10 +182,10 @@ def product(
     x, shift = make(tokens, K), make(N, like=FP32) if bias and kind != "none" else None
     weight = (make(K, N) if transposed or kind == "dgelu" else make(N, K).t()).mul_(K**-0.5)
     if kind == "gelu":
-        return lambda: matmul.matmul_gelu(x, weight, shift, False, fast, save)
+        return lambda: matmul.matmul_gelu(x, weight, shift, act, fast, save)
     if kind == "dgelu":
         pre, totals = make(tokens, N), make(N, like=FP32) if sums else None
-        return lambda: matmul.matmul_dgelu(x, weight, pre, False, fast, totals)
+        return lambda: matmul.matmul_dgelu(x, weight, pre, act, fast, totals)
     residual = make(tokens, N, like=FP32) if kind == "residual" else None
     return lambda: matmul.matmul(x, weight, shift, residual, None, 0.0, fast)
 

@@ -21,9 +21,9 @@ _PUBLIC = {
     "linear": "fused_linear",
     "linear_cross_entropy": "fused_cross_entropy",
     "linear_gelu": "fused_linear",
-    "linear_relu2": "reference",
+    "linear_relu2": "fused_linear",
     "mlp": "fused_linear",
-    "rms_norm": "reference",
+    "rms_norm": "fused_rmsnorm",
 }
 __all__ = list(_PUBLIC)
 

@@ -83,6 +83,12 @@ def dtype(name: str, value: torch.dtype | None) -> None:
         raise ValueError(f"{name} is {value}: use float32, float16 or bfloat16")
 
 
+def width(name: str, x: Tensor) -> None:
+    """A norm's rows: ``x`` (..., C)."""
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{name} is {tuple(x.shape)}: its last dimension must have 1 to {MAX_WIDTH} elements")
+
+
 def probability(name: str, value: float) -> None:
     """``value`` (dropout_p, label_smoothing) must be in [0, 1]. A dropout of 1 leaves nothing, and no gradient."""
     if not 0.0 <= value <= 1.0:

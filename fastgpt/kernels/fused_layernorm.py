@@ -23,7 +23,8 @@ kernel adds up (column_sums.py). Rows wider than MAX_BACKWARD_BLOCK leave too fe
 share a row. Each reads all of it for the two means, but owns one block of its columns.
 
 Dropout (philox.py) is repeated in backward from the seed: no mask is stored. ``quantised`` is the hook for fp8 (quantise.py):
-where y or dx is written in 8 bits too; without, it costs nothing.
+where y or dx is written in 8 bits too; without, it costs nothing. RMS norm (fused_rmsnorm.py) is made of the same kernels: what
+only it has is None here, and not compiled.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels import arguments, column_sums, reference, runtime, tuning
-from fastgpt.kernels.arguments import MAX_WIDTH
 from fastgpt.kernels.operators import operator
 from fastgpt.kernels.philox import dropout
 from fastgpt.kernels.quantise import quantise_rows
@@ -51,7 +51,7 @@ MAX_BACKWARD_BLOCK = 4_096
 
 
 @lru_cache
-def _block(C: int) -> int:
+def block_of(C: int) -> int:
     """Columns of a tile that holds whole rows: tl.arange needs a power of two."""
     return max(16, runtime.next_power_of_2(C))
 
@@ -65,8 +65,8 @@ def _space(**values: tuple[int, ...]) -> list[tuning.Config]:
     return [dict(zip(values, chosen)) for chosen in product(*values.values())]
 
 
-_FORWARD = _space(rows=(1, 2, 4, 8, 16), num_warps=(2, 4, 8))
-_BACKWARD = _space(rows=(1, 2, 4, 8), num_warps=(4, 8, 16), programs_per_sm=(1, 2, 3, 4, 6), num_stages=(1, 2))
+FORWARD = _space(rows=(1, 2, 4, 8, 16), num_warps=(2, 4, 8))
+BACKWARD = _space(rows=(1, 2, 4, 8), num_warps=(4, 8, 16), programs_per_sm=(1, 2, 3, 4, 6), num_stages=(1, 2))
 
 
 def config(kernel: str, C: int) -> tuning.Config:
@@ -75,7 +75,7 @@ def config(kernel: str, C: int) -> tuning.Config:
     A thread holds 16 or 32 elements of a tile in forward, 8 in backward, where s, dy, weight and two accumulators are
     alive at once: no spills, enough bytes in flight, 128-bit loads of bf16.
     """
-    block = _block(C)
+    block = block_of(C)
     if kernel == "forward":
         # 2 rows of 2048 in 4 warps spill on sm_90 with bf16 in, fp32 out and a bias.
         rows = 1 if block == 2048 else min(64, max(1, 4096 // block))
@@ -90,52 +90,80 @@ def config(kernel: str, C: int) -> tuning.Config:
 
 
 @tuning.cached
-def _choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tuning.Choice:
-    """``dtype``: of what the kernel reads first, x in forward and dy in backward."""
-    return tuning.choose(f"layer_norm.{kernel}", dtype, layer_norm_bucket(C), device, config(kernel, C))
+def choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tuning.Choice:
+    """``kernel``: such as "layer_norm.forward". ``dtype``: of what it reads first, x in forward and dy in backward."""
+    return tuning.choose(kernel, dtype, layer_norm_bucket(C), device, config(kernel.partition(".")[2], C))
 
 
 # ---------------------------------------------------------------- kernels
 
 
-@tuning.space("layer_norm.forward", _FORWARD)
+@triton.jit
+def mixed(
+    x, residual, x0, FACTOR, X0_FACTOR, SEED, mask, rows, first_col, dropout_p, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One tile of what is normed, fp32: (s, u, x0) with u = dropout(x) + residual and s = FACTOR u + X0_FACTOR x0, rounded to
+    the residual's dtype, or without one to x's: the norm reads s as backward will. x, residual, x0: pointers (ROWS, BLOCK).
+    All but x may be None."""
+    s = tl.load(x, mask=mask, other=0.0).to(tl.float32)
+    if SEED is not None:
+        s = dropout(s, SEED, rows, first_col, dropout_p, ROWS, BLOCK)
+    if residual is not None:
+        s += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    u, added = s, s
+    if FACTOR is not None:
+        s *= tl.load(FACTOR).to(tl.float32)
+    if x0 is not None:
+        added = tl.load(x0, mask=mask, other=0.0).to(tl.float32)
+        s += added * tl.load(X0_FACTOR).to(tl.float32)
+    if residual is not None:
+        s = s.to(residual.dtype.element_ty).to(tl.float32)
+    elif SEED is not None or FACTOR is not None or x0 is not None:
+        s = s.to(x.dtype.element_ty).to(tl.float32)
+    return s, u, added
+
+
+@tuning.space("layer_norm.forward", FORWARD)
 @triton.jit(do_not_specialize=["n_rows"])
 def layer_norm_forward_kernel(
     X, RESIDUAL, WEIGHT, BIAS, SEED, Y, SUM, MEAN, RSTD, Q, SCALE, NORM,
     n_rows, x_stride, residual_stride, eps, dropout_p,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    X0=None, FACTOR=None, X0_FACTOR=None, x0_stride=None,
 ):  # fmt: skip
-    """One program: ROWS whole rows. RESIDUAL and SUM, BIAS, SEED, and Q, SCALE and NORM (y in fp8) may be None."""
+    """One program: ROWS whole rows. RESIDUAL and SUM, BIAS, SEED, and Q, SCALE and NORM (y in fp8) may be None.
+
+    RMS norm: MEAN is None; WEIGHT may be; and X0, FACTOR and X0_FACTOR as in ``mixed``."""
     # 64 bits: row x stride passes 2^31 elements at a batch that still fits the card.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)
     row_mask = rows < n_rows
     mask = row_mask[:, None] & (cols < C)[None, :]
     out = (rows * C)[:, None] + cols[None, :]
-    s = tl.load(X + (rows * x_stride)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    if SEED is not None:
-        s = dropout(s, SEED, rows, 0, dropout_p, ROWS, BLOCK)
-        if RESIDUAL is None:
-            # Rounded, as backward forms it again from x.
-            s = s.to(X.dtype.element_ty).to(tl.float32)
-    if RESIDUAL is not None:
-        residual = RESIDUAL + (rows * residual_stride)[:, None] + cols[None, :]
-        s += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-        # The norm reads the sum as backward will: rounded.
-        rounded = s.to(SUM.dtype.element_ty)
-        tl.store(SUM + out, rounded, mask=mask)
-        s = rounded.to(tl.float32)
+    x = X + (rows * x_stride)[:, None] + cols[None, :]
+    residual = None if RESIDUAL is None else RESIDUAL + (rows * residual_stride)[:, None] + cols[None, :]
+    x0 = None if X0 is None else X0 + (rows * x0_stride)[:, None] + cols[None, :]
+    s, _, _ = mixed(x, residual, x0, FACTOR, X0_FACTOR, SEED, mask, rows, 0, dropout_p, ROWS, BLOCK)
+    if SUM is not None:
+        tl.store(SUM + out, s.to(SUM.dtype.element_ty), mask=mask)
 
-    # The variance around the mean, not E[s^2] - mean^2: that cancels where the mean is large. Lanes past C are 0 in the sum,
-    # but would be -mean once centred.
-    # div_rn, as / may be 2 ulp off: a mean that is off leaves a row of equal numbers with a spread, which rstd then blows up.
-    mean = tl.div_rn(tl.sum(s, axis=1), C)
-    centred = tl.where((cols < C)[None, :], s - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
-    tl.store(MEAN + rows, mean, mask=row_mask)
+    if MEAN is not None:
+        # The variance around the mean, not E[s^2] - mean^2: that cancels where the mean is large. Lanes past C are 0 in the
+        # sum, but would be -mean once centred.
+        # div_rn, as / may be 2 ulp off: a mean that is off leaves a row of equal numbers with a spread, which rstd then blows
+        # up.
+        mean = tl.div_rn(tl.sum(s, axis=1), C)
+        s = tl.where((cols < C)[None, :], s - mean[:, None], 0.0)
+        tl.store(MEAN + rows, mean, mask=row_mask)
+        rstd = tl.rsqrt(tl.sum(s * s, axis=1) / C + eps)
+    else:
+        # Rounded: ds is at right angles to s, and little is left of the sum of ds u, FACTOR's gradient, but errors of xhat.
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(s * s, axis=1), C) + eps))
     tl.store(RSTD + rows, rstd, mask=row_mask)
 
-    y = centred * rstd[:, None] * tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    y = s * rstd[:, None]
+    if WEIGHT is not None:
+        y *= tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     if BIAS is not None:
         y += tl.load(BIAS + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     y = y.to(Y.dtype.element_ty)
@@ -147,73 +175,100 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def _xhat_and_dy(
-    s_row, dy_row, S_SEED, mean, rstd, rows, row_mask, first_col, dropout_p,
+    s_row, dy_row, residual_row, x0_row, FACTOR, X0_FACTOR, S_SEED, mean, rstd, rows, row_mask, first_col, dropout_p,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """xhat and dy of one tile, fp32; dy is 0 past the edges. s_row, dy_row: pointers to column 0, (ROWS,)."""
+    """xhat and dy of one tile, fp32, dy being 0 past the edges; then u and x0 as in ``mixed``. The rows: pointers to column 0,
+    (ROWS,)."""
     cols = first_col + tl.arange(0, BLOCK)
     mask = row_mask[:, None] & (cols < C)[None, :]
-    s = tl.load(s_row[:, None] + cols[None, :], mask=mask, other=0.0)
+    residual = None if residual_row is None else residual_row[:, None] + cols[None, :]
+    x0 = None if x0_row is None else x0_row[:, None] + cols[None, :]
+    s_ptr = s_row[:, None] + cols[None, :]
+    s, u, added = mixed(s_ptr, residual, x0, FACTOR, X0_FACTOR, S_SEED, mask, rows, first_col, dropout_p, ROWS, BLOCK)
     dy = tl.load(dy_row[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    if S_SEED is not None:
-        dropped = dropout(s.to(tl.float32), S_SEED, rows, first_col, dropout_p, ROWS, BLOCK)
-        s = dropped.to(s.dtype)
-    return (s.to(tl.float32) - mean[:, None]) * rstd[:, None], dy
+    if mean is not None:
+        s -= mean[:, None]
+    return s * rstd[:, None], dy, u, added
 
 
-@tuning.space("layer_norm.backward", _BACKWARD)
+@tuning.space("layer_norm.backward", BACKWARD)
 @triton.jit(do_not_specialize=["n_rows"])
 def layer_norm_backward_kernel(
     DY, DSUM, S, WEIGHT, MEAN, RSTD, SEED, S_SEED, DX, DRESIDUAL, DW_PARTIAL, DB_PARTIAL, Q, SCALE, NORM,
     n_rows, dy_stride, dsum_stride, s_stride, dropout_p,
     C: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    RESIDUAL=None, X0=None, FACTOR=None, X0_FACTOR=None, DX0=None, DF_PARTIAL=None, DX0F_PARTIAL=None,
+    residual_stride=None, x0_stride=None,
 ):  # fmt: skip
     """Program (i, j): tiles i, i + programs, ... of ROWS rows; columns [j BLOCK, (j + 1) BLOCK) of CHUNKS such.
 
     S_SEED is SEED where S holds x before its dropout (no residual). May be None: DSUM (s got no gradient), DRESIDUAL
     (it equals DX), the seeds (no dropout), DW_PARTIAL and DB_PARTIAL (no such gradient is wanted), Q, SCALE and NORM (dx in
     fp8; with CHUNKS = 1 only).
+
+    RMS norm: MEAN is None, WEIGHT may be. Where FACTOR or X0 is given S holds x, and s is formed again as in forward.
+    DF_PARTIAL and DX0F_PARTIAL: a sum for each program, of FACTOR's and X0_FACTOR's gradient.
     """
-    # Weight and the two sums stay in registers for all tiles of this program. The sums are added up over a tile's rows only
+    # Weight and the sums stay in registers for all tiles of this program. The sums are added up over a tile's rows only
     # at the end: in the loop that would be a reduction across threads per tile.
     chunk = tl.program_id(1)
     first_col = chunk * BLOCK
     cols = first_col + tl.arange(0, BLOCK)
-    weight = tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    if WEIGHT is not None:
+        weight = tl.load(WEIGHT + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros((ROWS, BLOCK), tl.float32)
     db = tl.zeros((ROWS, BLOCK), tl.float32)
+    dfactor = tl.zeros((ROWS, BLOCK), tl.float32)
+    dx0_factor = tl.zeros((ROWS, BLOCK), tl.float32)
     first_tile = tl.program_id(0).to(tl.int64)  # 64 bits for all that is formed from it
     for tile in tl.range(first_tile, tl.cdiv(n_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         row_mask = rows < n_rows
         mask = row_mask[:, None] & (cols < C)[None, :]
         out = (rows * C)[:, None] + cols[None, :]
-        mean = tl.load(MEAN + rows, mask=row_mask, other=0.0)
+        mean = None if MEAN is None else tl.load(MEAN + rows, mask=row_mask, other=0.0)
         rstd = tl.load(RSTD + rows, mask=row_mask, other=0.0)
         s_row, dy_row = S + rows * s_stride, DY + rows * dy_stride
-        xhat, dy = _xhat_and_dy(s_row, dy_row, S_SEED, mean, rstd, rows, row_mask, first_col, dropout_p, C, ROWS, BLOCK)
+        residual_row = None if RESIDUAL is None else RESIDUAL + rows * residual_stride
+        x0_row = None if X0 is None else X0 + rows * x0_stride
+        xhat, dy, u, x0 = _xhat_and_dy(
+            s_row, dy_row, residual_row, x0_row, FACTOR, X0_FACTOR, S_SEED, mean, rstd, rows, row_mask, first_col,
+            dropout_p, C, ROWS, BLOCK,
+        )  # fmt: skip
         if DW_PARTIAL is not None:
             dw += dy * xhat
         if DB_PARTIAL is not None:
             db += dy
-        g = dy * weight
+        g = dy if WEIGHT is None else dy * weight
         sum_g = tl.sum(g, axis=1)
         sum_g_xhat = tl.sum(g * xhat, axis=1)
         for step in range(1, CHUNKS):  # what other programs own of these rows, from the neighbour's part on
             other_first = (chunk + step) % CHUNKS * BLOCK
-            other_cols = other_first + tl.arange(0, BLOCK)
-            other_weight = tl.load(WEIGHT + other_cols, mask=other_cols < C, other=0.0).to(tl.float32)[None, :]
-            other_xhat, other_dy = _xhat_and_dy(
-                s_row, dy_row, S_SEED, mean, rstd, rows, row_mask, other_first, dropout_p, C, ROWS, BLOCK
-            )
-            sum_g += tl.sum(other_dy * other_weight, axis=1)
-            sum_g_xhat += tl.sum(other_dy * other_weight * other_xhat, axis=1)
-        mean_g, mean_g_xhat = tl.div_rn(sum_g, C), tl.div_rn(sum_g_xhat, C)
+            other_xhat, other_g, _, _ = _xhat_and_dy(
+                s_row, dy_row, residual_row, x0_row, FACTOR, X0_FACTOR, S_SEED, mean, rstd, rows, row_mask, other_first,
+                dropout_p, C, ROWS, BLOCK,
+            )  # fmt: skip
+            if WEIGHT is not None:
+                other_cols = other_first + tl.arange(0, BLOCK)
+                other_g *= tl.load(WEIGHT + other_cols, mask=other_cols < C, other=0.0).to(tl.float32)[None, :]
+            sum_g += tl.sum(other_g, axis=1)
+            sum_g_xhat += tl.sum(other_g * other_xhat, axis=1)
+        if MEAN is not None:
+            g -= tl.div_rn(sum_g, C)[:, None]
         # Past C, where dy and g are 0, xhat is -mean * rstd and ds not 0: the stores are masked.
-        ds = (g - mean_g[:, None] - xhat * mean_g_xhat[:, None]) * rstd[:, None]
+        ds = (g - xhat * tl.div_rn(sum_g_xhat, C)[:, None]) * rstd[:, None]
         if DSUM is not None:
             dsum = DSUM + (rows * dsum_stride)[:, None] + cols[None, :]
             ds += tl.load(dsum, mask=mask, other=0.0).to(tl.float32)
+        if DF_PARTIAL is not None:
+            dfactor += ds * u
+        if DX0F_PARTIAL is not None:
+            dx0_factor += ds * x0
+        if DX0 is not None:
+            tl.store(DX0 + out, (ds * tl.load(X0_FACTOR).to(tl.float32)).to(DX0.dtype.element_ty), mask=mask)
+        if FACTOR is not None:
+            ds *= tl.load(FACTOR).to(tl.float32)
         # The residual's gradient is ds before dropout's mask, in its own dtype.
         if DRESIDUAL is not None:
             tl.store(DRESIDUAL + out, ds.to(DRESIDUAL.dtype.element_ty), mask=mask)
@@ -229,12 +284,16 @@ def layer_norm_backward_kernel(
         tl.store(DW_PARTIAL + partial, tl.sum(dw, axis=0), mask=cols < C)
     if DB_PARTIAL is not None:
         tl.store(DB_PARTIAL + partial, tl.sum(db, axis=0), mask=cols < C)
+    if DF_PARTIAL is not None:
+        tl.store(DF_PARTIAL + tl.program_id(0) * CHUNKS + chunk, tl.sum(dfactor))
+    if DX0F_PARTIAL is not None:
+        tl.store(DX0F_PARTIAL + tl.program_id(0) * CHUNKS + chunk, tl.sum(dx0_factor))
 
 
 # ---------------------------------------------------------------- launchers and ops
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """x as (rows, C) with neighbouring columns adjacent: a view if its strides allow one, else a contiguous copy. The
     kernels take any stride between rows."""
     x = x.reshape(-1, x.shape[-1])
@@ -275,7 +334,7 @@ def launch_forward(
     arguments.alike("x's last dimension", x.shape[-1:], weight=weight, bias=bias)
     if x.numel() == 0:
         return
-    x, residual = _rows(x), None if residual is None else _rows(residual)
+    x, residual = as_rows(x), None if residual is None else as_rows(residual)
     n_rows, C = x.shape
 
     def run(options: tuning.Config) -> None:
@@ -286,15 +345,21 @@ def launch_forward(
             x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
             y, None if residual is None else s, mean, rstd, *(quantised or (None, None, None)),
             n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
-            C=C, ROWS=rows, BLOCK=_block(C), num_warps=num_warps, enable_fp_fusion=True,
+            C=C, ROWS=rows, BLOCK=block_of(C), num_warps=num_warps, enable_fp_fusion=True,
         )  # fmt: skip
 
-    tuning.launch(_choice("forward", x.dtype, C, x.device), run)
+    tuning.launch(choice("layer_norm.forward", x.dtype, C, x.device), run)
 
 
 @layer_norm_fwd.register_fake
 def _(x, weight, bias, residual, seed, dropout_p, eps, out_dtype):
     return forward_outputs(x, residual, out_dtype)
+
+
+def backward_geometry(C: int) -> tuple[int, int]:
+    """Columns that a program owns, and programs that share a row."""
+    block = min(block_of(C), MAX_BACKWARD_BLOCK)
+    return block, runtime.cdiv(C, block)
 
 
 def backward_outputs(
@@ -342,10 +407,9 @@ def launch_backward(
         dweight.zero_()
         dbias.zero_()
         return
-    s, dy, dsum = _rows(s), _rows(dy), None if dsum is None else _rows(dsum)
+    s, dy, dsum = as_rows(s), as_rows(dy), None if dsum is None else as_rows(dsum)
     n_rows, C = s.shape
-    block = min(_block(C), MAX_BACKWARD_BLOCK)
-    chunks = runtime.cdiv(C, block)
+    block, chunks = backward_geometry(C)
 
     def run(options: tuning.Config) -> None:
         programs = min(runtime.sm_count(s.device) * options["programs_per_sm"], runtime.cdiv(n_rows, options["rows"]))
@@ -360,7 +424,7 @@ def launch_backward(
         )  # fmt: skip
         column_sums.add_up((dw_partial, dweight), (db_partial, dbias))
 
-    tuning.launch(_choice("backward", dy.dtype, C, s.device), run)
+    tuning.launch(choice("layer_norm.backward", dy.dtype, C, s.device), run)
 
 
 @layer_norm_bwd.register_fake
@@ -404,8 +468,7 @@ layer_norm_fwd.register_autograd(partial(backward, layer_norm_bwd), setup_contex
 def validate(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, p: float, out_dtype: torch.dtype | None
 ) -> None:
-    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"x is {tuple(x.shape)}: its last dimension must have 1 to {MAX_WIDTH} elements")
+    arguments.width("x", x)
     arguments.probability("dropout_p", p)
     arguments.dtype("out_dtype", out_dtype)
     C = x.shape[-1:]

@@ -1,22 +1,26 @@
-"""Linear layers whose bias, GELU, dropout and residual cost no pass over memory of their own.
+"""Linear layers whose bias, activation, dropout and residual cost no pass over memory of their own.
 
 For x (M, K), weight W (N, K) and bias b (N,), with sums in fp32 and one rounding when a result is written::
 
     linear        y = dropout(x W^T + b) + residual
     linear_gelu   z = x W^T + b,  a = gelu(z)          one kernel writes both
+    linear_relu2  a = relu(x W^T + b)^2                z is not kept (in fp16 it is: matmul.ACTIVATIONS)
     mlp           y = dropout(gelu(x W1^T + b1) W2^T + b2) + residual
 
     backward      dz = dy, or dy through the same dropout
                   dx = dz W,   dW = dz^T x,   db = column sums of dz
     of mlp        dz1 = (dz2 W2) gelu'(z1)             in the epilogue of that product: gelu(z1)'s gradient is never stored
+                  or with relu^2, dz1 = (dz2 W2) 2 sqrt(a)
 
-Saved for backward: x and z in the dtype of the operands, and in mlp also a, since dW2 = dz2^T a.
+Saved for backward: x and z in the dtype of the operands, and in mlp also a, since dW2 = dz2^T a. With relu^2 x and a alone:
+one tensor of 4C less than with GELU.
 
 Bytes per MLP in units of e, one (M, 4C) tensor (50.3 MB at 8192 x 768 in bf16). Its six matmuls write or read one such
 tensor each, 6e, whatever is done about the GELU. On top of that:
 
     PyTorch         5e   forward reads z and writes a; backward reads da and z, writes dz
     mlp             2e   forward writes z beside a; backward reads z in the product that gives da, and writes dz for da
+    with relu^2     1e   no z: backward reads a there
     prologues       3e   gelu' where dz is read: both of these matmuls read z beside da, and evaluate it in every column of
                          tiles, 6 times at C = 768
     no a            1e   gelu where a is read: evaluated 6 times in forward, 24 times in dW2
@@ -44,6 +48,8 @@ from torch import Tensor
 from fastgpt.kernels import arguments, matmul, reference, runtime
 from fastgpt.kernels.operators import operator
 from fastgpt.kernels.working_copy import adds_to, working_copy
+
+MLP_ACTIVATIONS = ("gelu", "relu2")
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -76,16 +82,16 @@ def _(dz, weight, fp16):
 
 @operator("linear_bwd_input_gelu")
 def _bwd_input_gelu(
-    dz: Tensor, weight: Tensor, pre: Tensor, erf: bool, fp16: bool, bias_dtype: torch.dtype | None
+    dz: Tensor, weight: Tensor, pre: Tensor, act: str, fp16: bool, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    """(dz @ weight) gelu'(pre), and its column sums: the gradient of the bias in ``pre``."""
+    """(dz @ weight) activation'(z), and its column sums: the gradient of z's bias. ``pre``: z, or of "relu2" the result."""
     sums = new_sums(pre, pre.shape[-1], bias_dtype)
-    dpre = matmul.matmul_dgelu(rows_of(dz), weight, rows_of(pre), erf, fp16, sums if bias_dtype else None)
+    dpre = matmul.matmul_dgelu(rows_of(dz), weight, rows_of(pre), act, fp16, sums if bias_dtype else None)
     return dpre.view(pre.shape), sums
 
 
 @_bwd_input_gelu.register_fake
-def _(dz, weight, pre, erf, fp16, bias_dtype):
+def _(dz, weight, pre, act, fp16, bias_dtype):
     return pre.new_empty(pre.shape), new_sums(pre, pre.shape[-1], bias_dtype)
 
 
@@ -120,19 +126,19 @@ def _(grad, dz, x, bias_dtype, fp16):
 
 @operator("pointwise_bwd")
 def _pointwise_bwd(
-    dy: Tensor, pre: Tensor | None, seed: Tensor | None, dropout_p: float, erf: bool, dtype: torch.dtype,
+    dy: Tensor, pre: Tensor | None, seed: Tensor | None, dropout_p: float, act: str | None, dtype: torch.dtype,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dz in ``dtype``, and its column sums: dy gelu'(pre), for a GELU whose next matmul is not ours, or dy through the dropout
+    """dz in ``dtype``, and its column sums: dy activation'(z), for one whose next matmul is not ours, or dy through the dropout
     of ``seed``."""
     sums = new_sums(dy, dy.shape[-1], bias_dtype)
     pre = None if pre is None else rows_of(pre)
-    dz = matmul.pointwise_grad(rows_of(dy), dtype, pre, seed, dropout_p, erf, sums if bias_dtype else None)
+    dz = matmul.pointwise(rows_of(dy), dtype, pre, seed, dropout_p, act, sums if bias_dtype else None)
     return dz.view(dy.shape), sums
 
 
 @_pointwise_bwd.register_fake
-def _(dy, pre, seed, dropout_p, erf, dtype, bias_dtype):
+def _(dy, pre, seed, dropout_p, act, dtype, bias_dtype):
     return dy.new_empty(dy.shape, dtype=dtype), new_sums(dy, dy.shape[-1], bias_dtype)
 
 
@@ -144,9 +150,9 @@ def _(dy, pre, seed, dropout_p, erf, dtype, bias_dtype):
 @operator("linear_fwd")
 def _linear_fwd(
     x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, residual: Tensor | None, seed: Tensor | None,
-    pre: Tensor | None, pre_bias: Tensor | None, dropout_p: float, erf: bool, fp16: bool, in_place: bool,
+    pre: Tensor | None, pre_bias: Tensor | None, dropout_p: float, act: str | None, fp16: bool, in_place: bool,
 ) -> Tensor:  # fmt: skip
-    """y (..., N) in the residual's dtype, else x's. With ``pre``, x is gelu(pre), and pre gets the gradient instead; and
+    """y (..., N) in the residual's dtype, else x's. With ``pre``, x is activation(pre), and pre gets the gradient instead; and
     ``pre_bias``, the bias in pre, its column sums."""
     residual = None if residual is None else rows_of(residual)
     y = matmul.matmul(rows_of(x), (weight if copy is None else copy).t(), bias, residual, seed, dropout_p, fp16)
@@ -160,19 +166,22 @@ def _(x, weight, copy, bias, residual, *_):
 
 @operator("linear_gelu_fwd")
 def _linear_gelu_fwd(
-    x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, erf: bool, fp16: bool, save: bool,
+    x: Tensor, weight: Tensor, copy: Tensor | None, bias: Tensor | None, act: str, fp16: bool, save: bool,
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """gelu(z) and z (empty if not ``save``), (..., N) in x's dtype."""
-    a, z = matmul.matmul_gelu(rows_of(x), (weight if copy is None else copy).t(), bias, erf, fp16, save)
+    """activation(z) and z (empty if not ``save``), (..., N) in x's dtype. "relu2" keeps no z: it is a single 0 then, expanded
+    to z's shape, by which the gradient of z finds its way back."""
+    keeps = save and act != "relu2"
+    a, z = matmul.matmul_gelu(rows_of(x), (weight if copy is None else copy).t(), bias, act, fp16, keeps)
     shape = *x.shape[:-1], weight.shape[0]
-    return a.view(shape), z.view(shape) if save else z
+    return a.view(shape), z.view(shape) if keeps else a.new_zeros(()).expand(shape) if save else z
 
 
 @_linear_gelu_fwd.register_fake
-def _(x, weight, copy, bias, erf, fp16, save, in_place):
+def _(x, weight, copy, bias, act, fp16, save, in_place):
     shape = *x.shape[:-1], weight.shape[0]
-    return x.new_empty(shape), x.new_empty(shape if save else 0)
+    z = x.new_zeros(()).expand(shape) if save and act == "relu2" else x.new_empty(shape if save else 0)
+    return x.new_empty(shape), z
 
 
 # ---------------------------------------------------------------- autograd
@@ -195,11 +204,12 @@ def weight_and_bias(
 
 
 def _save_linear(ctx, inputs, output):
-    x, weight, copy, bias, residual, seed, pre, pre_bias, ctx.dropout_p, ctx.erf, ctx.fp16, ctx.in_place = inputs
+    x, weight, copy, bias, residual, seed, pre, pre_bias, ctx.dropout_p, ctx.act, ctx.fp16, ctx.in_place = inputs
     wants = ctx.needs_input_grad
     ctx.dtype, ctx.bias_dtype = x.dtype, bias.dtype if bias is not None and wants[3] else None
     ctx.pre_bias_dtype = pre_bias.dtype if pre_bias is not None and wants[7] else None
     ctx.set_materialize_grads(False)
+    pre = x if pre is not None and ctx.act == "relu2" else pre
     ctx.save_for_backward(
         x if wants[1] else None, weight if wants[1] else None, weight if copy is None else copy, seed, pre
     )
@@ -211,12 +221,12 @@ def _linear_backward(ctx, dy):
     x, weight, operand, seed, pre = ctx.saved_tensors
     wants, db, dx, dpre, dpre_bias = ctx.needs_input_grad, None, None, None, None
     if seed is not None:
-        dz, sums = _pointwise_bwd(dy, None, seed, ctx.dropout_p, False, ctx.dtype, ctx.bias_dtype)
+        dz, sums = _pointwise_bwd(dy, None, seed, ctx.dropout_p, None, ctx.dtype, ctx.bias_dtype)
         db = sums if ctx.bias_dtype else None
     else:
         dz = dy.to(ctx.dtype)
     if pre is not None and (wants[0] or wants[6] or wants[7]):
-        dpre, sums = _bwd_input_gelu(dz, operand, pre, ctx.erf, ctx.fp16, ctx.pre_bias_dtype)
+        dpre, sums = _bwd_input_gelu(dz, operand, pre, ctx.act, ctx.fp16, ctx.pre_bias_dtype)
         dpre_bias = sums if ctx.pre_bias_dtype else None
     elif wants[0]:
         dx = _bwd_input(dz, operand, ctx.fp16)
@@ -225,21 +235,20 @@ def _linear_backward(ctx, dy):
 
 
 def _save_gelu(ctx, inputs, output):
-    x, weight, copy, bias, ctx.erf, ctx.fp16, _, ctx.in_place = inputs
+    x, weight, copy, bias, ctx.act, ctx.fp16, _, ctx.in_place = inputs
     wants = ctx.needs_input_grad
     ctx.bias_dtype = bias.dtype if bias is not None and wants[3] else None
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x if wants[1] else None, weight if wants[1] else None, weight if copy is None else copy, output[1]
-    )
+    pre = output[0 if ctx.act == "relu2" else 1]
+    ctx.save_for_backward(x if wants[1] else None, weight if wants[1] else None, weight if copy is None else copy, pre)
 
 
 def _gelu_backward(ctx, da, dpre):
-    """``dpre``: from mlp's second matmul, which has applied gelu' already; ``da``: from any other use of gelu(z)."""
+    """``dpre``: from mlp's second matmul, which has applied activation' already; ``da``: from any other use of the result."""
     x, weight, operand, pre = ctx.saved_tensors
     wants, db = ctx.needs_input_grad, None
     if da is not None:
-        dz, sums = _pointwise_bwd(da, pre, None, 0.0, ctx.erf, pre.dtype, ctx.bias_dtype)
+        dz, sums = _pointwise_bwd(da, pre, None, 0.0, ctx.act, pre.dtype, ctx.bias_dtype)
         db = sums if ctx.bias_dtype else None
         if dpre is not None:
             dz, db = dz + dpre, None
@@ -284,7 +293,7 @@ def linear(
     dtype = check(x, weight, bias, accumulate, residual, dropout_p)
     if not runtime.runs_in_triton(x):
         return reference.linear(x, weight, bias, residual=residual, dropout_p=dropout_p, accumulate=accumulate)
-    return _linear(x.to(dtype), None, None, weight, bias, residual, dropout_p, False, accumulate, keep_copy)
+    return _linear(x.to(dtype), None, None, weight, bias, residual, dropout_p, None, accumulate, keep_copy)
 
 
 def linear_gelu(
@@ -302,7 +311,19 @@ def linear_gelu(
     arguments.approximate(approximate)
     if not runtime.runs_in_triton(x):
         return reference.linear_gelu(x, weight, bias, approximate=approximate, accumulate=accumulate)
-    return _gelu(x.to(dtype), weight, bias, approximate, accumulate, keep_copy, _wanted(x, weight, bias))[0]
+    act = _act("gelu", approximate, dtype)
+    return _activated(x.to(dtype), weight, bias, act, accumulate, keep_copy, _wanted(x, weight, bias))[0]
+
+
+def linear_relu2(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, accumulate: str = "fp32", keep_copy: bool = True
+) -> Tensor:
+    """relu(x @ weight.T + bias)^2. The rest is as in ``linear_gelu``."""
+    dtype = check(x, weight, bias, accumulate)
+    if not runtime.runs_in_triton(x):
+        return reference.linear_relu2(x, weight, bias, accumulate=accumulate)
+    act = _act("relu2", "tanh", dtype)
+    return _activated(x.to(dtype), weight, bias, act, accumulate, keep_copy, _wanted(x, weight, bias))[0]
 
 
 def mlp(
@@ -320,20 +341,21 @@ def mlp(
     keep_copy: bool = True,
 ) -> Tensor:
     """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual: ``linear`` of ``linear_gelu``, whose backward has
-    no pass for the GELU. x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in those two."""
+    no pass for the GELU; or, with ``activation="relu2"``, of ``linear_relu2``, which also keeps a tensor less for backward.
+    x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in those. ``approximate`` concerns GELU alone."""
     arguments.approximate(approximate)
-    arguments.choice("activation", activation, ("gelu", "relu2"))
+    arguments.choice("activation", activation, MLP_ACTIVATIONS)
     dtype = check_mlp(x, w_fc, b_fc, w_proj, b_proj, accumulate, residual, dropout_p)
-    if not runtime.runs_in_triton(x) or activation != "gelu":
+    if not runtime.runs_in_triton(x):
         return reference.mlp(
             x, w_fc, b_fc, w_proj, b_proj, residual=residual, dropout_p=dropout_p,
             activation=activation, approximate=approximate, accumulate=accumulate,
         )  # fmt: skip
     pre_bias = b_fc if _wanted(b_fc) else None  # whose gradient comes with that of z, from the second matmul
     bias = b_fc if pre_bias is None or b_fc is None else b_fc.detach()
-    a, pre = _gelu(x.to(dtype), w_fc, bias, approximate, accumulate, keep_copy, _wanted(x, w_fc, b_fc))
-    erf = approximate == "none"
-    return _linear(a, pre, pre_bias, w_proj, b_proj, residual, dropout_p, erf, accumulate, keep_copy)
+    act = _act(activation, approximate, dtype)
+    a, pre = _activated(x.to(dtype), w_fc, bias, act, accumulate, keep_copy, _wanted(x, w_fc, b_fc))
+    return _linear(a, pre, pre_bias, w_proj, b_proj, residual, dropout_p, act, accumulate, keep_copy)
 
 
 def check_mlp(
@@ -343,7 +365,9 @@ def check_mlp(
     """``check`` of both layers."""
     dtype = check(x, w_fc, b_fc, accumulate, names=("x", "w_fc", "b_fc"))
     hidden = x.new_empty(()).expand(*x.shape[:-1], w_fc.shape[0])
-    check(hidden, w_proj, b_proj, accumulate, residual, dropout_p, names=("gelu's output", "w_proj", "b_proj"))
+    check(
+        hidden, w_proj, b_proj, accumulate, residual, dropout_p, names=("the activation's output", "w_proj", "b_proj")
+    )
     return dtype
 
 
@@ -356,25 +380,32 @@ def _wanted(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _gelu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, accumulate: str, keep_copy: bool, save: bool
+def _act(activation: str, approximate: str, dtype: torch.dtype) -> str:
+    """Which of matmul.ACTIVATIONS it is, for operands of this dtype."""
+    if activation == "relu2":
+        return "relu2_fp16" if dtype == torch.float16 else "relu2"
+    return "gelu_erf" if approximate == "none" else "gelu"
+
+
+def _activated(
+    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, accumulate: str, keep_copy: bool, save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """gelu(z), and with ``save`` z, else None."""
-    copy, erf, fp16 = _copy(weight, x.dtype, keep_copy), approximate == "none", accumulate == "fp16"
-    a, pre = _linear_gelu_fwd(x, weight, copy, bias, erf, fp16, save, adds_to(weight))
+    """activation(z), and with ``save`` z or what stands for it, else None."""
+    copy, fp16 = _copy(weight, x.dtype, keep_copy), accumulate == "fp16"
+    a, pre = _linear_gelu_fwd(x, weight, copy, bias, act, fp16, save, adds_to(weight))
     return a, pre if save else None
 
 
 def _linear(
     x: Tensor, pre: Tensor | None, pre_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
-    residual: Tensor | None, dropout_p: float, erf: bool, accumulate: str, keep_copy: bool,
+    residual: Tensor | None, dropout_p: float, act: str | None, accumulate: str, keep_copy: bool,
 ) -> Tensor:  # fmt: skip
     copy = _copy(weight, x.dtype, keep_copy)
     if not _wanted(x, weight, bias, pre_bias) and residual is None and dropout_p == 0 and accumulate == "fp32":
         # Plain PyTorch, which is cuBLAS as well: an op costs the host more, which sampling feels.
         return F.linear(x, weight if copy is None else copy, None if bias is None else bias.to(x.dtype))
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
-    options = dropout_p, erf, accumulate == "fp16", adds_to(weight)
+    options = dropout_p, act, accumulate == "fp16", adds_to(weight)
     return _linear_fwd(x, weight, copy, bias, residual, seed, pre, pre_bias, *options)
 
 

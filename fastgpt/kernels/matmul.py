@@ -30,7 +30,10 @@ from fastgpt.kernels.philox import dropout
 
 LINEAR_KINDS = ("none", "bias", "residual", "gelu", "dgelu", "weight_grad", "weight_grad_bias")
 """What follows a matmul (in "dgelu": precedes the next), or which gradient of a weight it is. "none" and "bias" stay with
-cuBLAS, which adds a bias itself, unless sums are in fp16."""
+cuBLAS, which adds a bias itself, unless sums are in fp16. relu^2 goes by the configs of GELU, beside which it is cheap."""
+ACTIVATIONS = ("gelu", "gelu_erf", "relu2", "relu2_fp16")
+"""Between an MLP's matmuls: GELU by its tanh approximation and without, and relu^2 (So et al. 2021). Backward of "relu2" reads
+the result a alone, as relu'^2(z) = 2 relu(z) = 2 sqrt(a), and z is not kept. Not in fp16, where a of a z below 2^-12 is 0."""
 FEWEST_TOKENS = 2048
 """Tokens of the smallest matmul in the tuning tables: a micro-batch of GPT-2 350M on 12 GB has as many."""
 CHUNK_LIMITS = {"linear": 128, "weight_grad": 64}
@@ -178,6 +181,25 @@ def gelu_grad(x, ERF: tl.constexpr):
 
 
 @triton.jit
+def activation(z, KIND: tl.constexpr):
+    """What follows the first matmul of an MLP, of fp32 z. KIND: one of ACTIVATIONS."""
+    if KIND == "relu2" or KIND == "relu2_fp16":
+        z = tl.where(z < 0, 0.0, z)  # tl.maximum would turn NaN into 0, and hide it from the loss
+        return z * z
+    return gelu(z, KIND == "gelu_erf")
+
+
+@triton.jit
+def activation_grad(saved, KIND: tl.constexpr):
+    """Its derivative at z, from what is saved for backward, in fp32: z or, of "relu2", the result a = relu(z)^2."""
+    if KIND == "relu2":
+        return 2.0 * tl.sqrt(saved)
+    if KIND == "relu2_fp16":
+        return 2.0 * tl.where(saved < 0, 0.0, saved)
+    return gelu_grad(saved, KIND == "gelu_erf")
+
+
+@triton.jit
 def tile_of(pid, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
     """(row, column) of the tile that program ``pid`` computes: column by column within GROUP rows of tiles."""
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
@@ -246,14 +268,14 @@ def store_column_sums(tile, mask, COLUMN_SUM, row, rn, N):
 def linear_kernel(
     A, B, BIAS, PRE, RESIDUAL, SEED, C, COLUMN_SUM, M, N, K,
     stride_am, stride_ak, stride_bk, stride_bn, stride_residual, dropout_p,
-    EPILOGUE: tl.constexpr, ERF: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EPILOGUE: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, EVEN_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """C = epilogue(A B), C and PRE (M, N) contiguous. EPILOGUE, on the fp32 tile z of A B (+ BIAS):
 
     "none": z, then dropout with SEED, then + RESIDUAL, each if given
-    "gelu": PRE = z (if PRE is given), C = gelu(z), from z in fp32
-    "dgelu": C = z gelu'(PRE)
+    "gelu": PRE = z (if PRE is given), C = activation(z), from z in fp32
+    "dgelu": C = z activation'(PRE)
 
     COLUMN_SUM (rows of tiles, N), fp32, may be None: the sums of C's columns in each tile, as C holds them.
     """
@@ -270,9 +292,9 @@ def linear_kernel(
     if EPILOGUE == "gelu":
         if PRE is not None:
             tl.store(PRE + out, z.to(PRE.dtype.element_ty), mask=mask)
-        z = gelu(z, ERF)
+        z = activation(z, ACTIVATION)
     elif EPILOGUE == "dgelu":
-        z *= gelu_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ERF)
+        z *= activation_grad(tl.load(PRE + out, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
     if SEED is not None:
         z = dropout(z, SEED, rm, pid_n * BN, dropout_p, BM, BN)
     if RESIDUAL is not None:
@@ -326,12 +348,13 @@ def sum_splits_kernel(PARTIAL, OUT, size, splits, ADD: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def pointwise_grad_kernel(
+def pointwise_kernel(
     DY, PRE, SEED, DZ, COLUMN_SUM, M, N, stride_m, stride_n, dropout_p,
-    ERF: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): DZ = DY gelu'(PRE), or DY through the dropout of SEED, for ROWS rows and BN columns; and
-    COLUMN_SUM[i] = the sums of these columns as DZ holds them (may be None). PRE and DZ (M, N) contiguous."""
+    """Program (i, j): DZ = DY activation'(PRE), or DY through the dropout of SEED, for ROWS rows and BN columns; and
+    COLUMN_SUM[i] = the sums of these columns as DZ holds them (may be None). PRE and DZ (M, N) contiguous. Without DY it is
+    the forward pass, DZ = activation(PRE)."""
     rn = tl.program_id(1) * BN + tl.arange(0, BN)
     total = tl.zeros((BN,), tl.float32)
     # ROWS rows in pieces of BM: a program then writes one row of sums for many rows of dz.
@@ -339,10 +362,13 @@ def pointwise_grad_kernel(
         rm = tl.program_id(0).to(tl.int64) * ROWS + start + tl.arange(0, BM)
         mask = (rm < M)[:, None] & (rn < N)[None, :]
         at = rm[:, None] * N + rn[None, :]
-        dz = tl.load(DY + rm[:, None] * stride_m + rn.to(tl.int64)[None, :] * stride_n, mask=mask, other=0.0)
-        dz = dz.to(tl.float32)
-        if PRE is not None:
-            dz *= gelu_grad(tl.load(PRE + at, mask=mask, other=0.0).to(tl.float32), ERF)
+        if DY is None:
+            dz = activation(tl.load(PRE + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+        else:
+            dz = tl.load(DY + rm[:, None] * stride_m + rn.to(tl.int64)[None, :] * stride_n, mask=mask, other=0.0)
+            dz = dz.to(tl.float32)
+        if DY is not None and PRE is not None:
+            dz *= activation_grad(tl.load(PRE + at, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
         if SEED is not None:
             dz = dropout(dz, SEED, rm, tl.program_id(1) * BN, dropout_p, BM, BN)
         rounded = dz.to(DZ.dtype.element_ty)
@@ -422,9 +448,9 @@ def _run(
 def _launch(
     config: tuning.Config, a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None,
     pre: Tensor | None = None, residual: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
-    erf: bool = False, sums: Tensor | None = None,
+    act: str | None = None, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """``sums`` (N,): of out's columns."""
+    """``act``: one of ACTIVATIONS. ``sums`` (N,): of out's columns."""
     (M, K), N = a.shape, b.shape[1]
     arguments.alike("the product", (M, N), pre=pre, residual=residual)
     arguments.alike("the product's columns", (N,), bias=bias)
@@ -438,7 +464,7 @@ def _launch(
     linear_kernel[(rows * runtime.cdiv(N, config["block_n"]),)](
         a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, partial, M, N, K,
         *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0), dropout_p,
-        EPILOGUE=epilogue, ERF=erf, **_options(config, K),
+        EPILOGUE=epilogue, ACTIVATION=act, **_options(config, K),
     )  # fmt: skip
     column_sums.add_up((partial, sums))
 
@@ -453,7 +479,7 @@ def matmul(
         if config == tuning.CUBLAS:
             y = _cublas(a, b, bias)
             if seed is not None:
-                y = pointwise_grad(y, y.dtype, None, seed, dropout_p, False, None)  # dropout is its own gradient
+                y = pointwise(y, y.dtype, None, seed, dropout_p, None, None)  # dropout is its own gradient
             return y if residual is None else (y + residual).to(residual.dtype)
         out = a.new_empty(a.shape[0], b.shape[1], dtype=a.dtype if residual is None else residual.dtype)
         _launch(config, a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p)
@@ -464,33 +490,37 @@ def matmul(
     return _run(kind, a, b, fp16, usual, run)
 
 
-def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, erf: bool, fp16: bool, save: bool) -> tuple[Tensor, Tensor]:
-    """(gelu(z), z) of z = a @ b + bias, both (M, N) in a's dtype; z is empty if not ``save``."""
+def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, act: str, fp16: bool, save: bool) -> tuple[Tensor, Tensor]:
+    """(activation(z), z) of z = a @ b + bias, both (M, N) in a's dtype; z is empty if not ``save``."""
 
     def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
         if config == tuning.CUBLAS:
             pre = _cublas(a, b, bias)
-            out = torch.nn.functional.gelu(pre, approximate="none" if erf else "tanh")
+            if act.startswith("relu2"):
+                out = pointwise(None, a.dtype, pre, None, 0.0, act, None)
+            else:
+                out = torch.nn.functional.gelu(pre, approximate="none" if act == "gelu_erf" else "tanh")
             return out, pre if save else a.new_empty(0)
         M, N = a.shape[0], b.shape[1]
         out, pre = a.new_empty(M, N), a.new_empty((M, N) if save else 0)
-        _launch(config, a, b, out, "gelu", bias=bias, pre=pre if save else None, erf=erf)
+        _launch(config, a, b, out, "gelu", bias=bias, pre=pre if save else None, act=act)
         return out, pre
 
-    return _run("gelu", a, b, fp16, not erf and a.stride(1) == 1 and b.stride(0) == 1, run)
+    return _run("gelu", a, b, fp16, act != "gelu_erf" and a.stride(1) == 1 and b.stride(0) == 1, run)
 
 
-def matmul_dgelu(a: Tensor, b: Tensor, pre: Tensor, erf: bool, fp16: bool, sums: Tensor | None = None) -> Tensor:
-    """(a @ b) * gelu'(pre), in a's dtype, and in ``sums`` (N,) its column sums, from the kernel that forms it."""
+def matmul_dgelu(a: Tensor, b: Tensor, pre: Tensor, act: str, fp16: bool, sums: Tensor | None = None) -> Tensor:
+    """(a @ b) * activation'(z), in a's dtype, and in ``sums`` (N,) its column sums, from the kernel that forms it. ``pre``: z,
+    or what else is saved."""
 
     def run(config: tuning.Config) -> Tensor:
         if config == tuning.CUBLAS:
-            return pointwise_grad(_cublas(a, b), a.dtype, pre, None, 0.0, erf, sums)
+            return pointwise(_cublas(a, b), a.dtype, pre, None, 0.0, act, sums)
         out = a.new_empty(a.shape[0], b.shape[1])
-        _launch(config, a, b, out, "dgelu", pre=pre, erf=erf, sums=sums)
+        _launch(config, a, b, out, "dgelu", pre=pre, act=act, sums=sums)
         return out
 
-    return _run("dgelu", a, b, fp16, not erf and a.stride(1) == 1 and b.stride(1) == 1, run)
+    return _run("dgelu", a, b, fp16, act != "gelu_erf" and a.stride(1) == 1 and b.stride(1) == 1, run)
 
 
 def adds_in_place(grad: Tensor | None, weight: Tensor) -> bool:
@@ -553,14 +583,17 @@ def _sum_splits(partial: Tensor, out: Tensor, ways: int, add: bool) -> None:
     )
 
 
-def pointwise_grad(
-    dy: Tensor, dtype: torch.dtype, pre: Tensor | None, seed: Tensor | None, dropout_p: float, erf: bool,
+def pointwise(
+    dy: Tensor | None, dtype: torch.dtype, pre: Tensor | None, seed: Tensor | None, dropout_p: float, act: str | None,
     sums: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """dz = dy * gelu'(pre), or dy through dropout, in ``dtype``; and in ``sums`` (N,) those of dz over its rows."""
-    M, N = dy.shape
-    arguments.alike("dy", dy.shape, pre=pre)
-    dz = dy.new_empty(M, N, dtype=dtype)
+    """dz = dy * activation'(z), or dy through dropout, in ``dtype``; and in ``sums`` (N,) those of dz over its rows. Without
+    ``dy``: activation(pre)."""
+    given = pre if dy is None else dy
+    assert given is not None
+    M, N = given.shape
+    arguments.alike("dy", given.shape, pre=pre)
+    dz = given.new_empty(M, N, dtype=dtype)
     if M == 0 or N == 0:
         if sums is not None:
             sums.zero_()
@@ -568,11 +601,11 @@ def pointwise_grad(
     rows, block_m, block_n = (256, 256, 256) if runtime.INTERPRET else (64, 16, 128)
     blocks = runtime.cdiv(M, rows)
     partial = column_sums.partial(blocks, sums)
-    op = "dropout_grad" if pre is None else "gelu_grad"
-    with runtime.record(op, (M, N), dy.dtype, "triton"), runtime.device_guard(dy):
-        pointwise_grad_kernel[(blocks, runtime.cdiv(N, block_n))](
-            dy, pre, seed, dz, partial, M, N, *dy.stride(), dropout_p,
-            ERF=erf, ROWS=rows, BM=block_m, BN=block_n, num_warps=4, enable_fp_fusion=True,
+    op = "dropout_grad" if pre is None else "gelu" if dy is None else "gelu_grad"
+    with runtime.record(op, (M, N), given.dtype, "triton"), runtime.device_guard(given):
+        pointwise_kernel[(blocks, runtime.cdiv(N, block_n))](
+            dy, pre, seed, dz, partial, M, N, *given.stride(), dropout_p,
+            ACTIVATION=act, ROWS=rows, BM=block_m, BN=block_n, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         column_sums.add_up((partial, sums))
     return dz

@@ -124,6 +124,26 @@ def layer_norm_backward(rows: int, C: int, size: int = 2, *, residual: bool = Fa
     return Work(0, rows * C * size * (4 if residual else 3) + 8 * rows + 4 * C * (3 if bias else 2))
 
 
+def rms_norm_forward(
+    rows: int, C: int, size: int = 2, *, stream: int | None = None, residual: bool = False, mixed: bool = False
+) -> Work:
+    """Without a weight: read x; write y, and 1/rms in fp32. With ``residual`` also read it and write the sum, ``stream`` bytes
+    an element (default ``size``); ``mixed``: read x0, too."""
+    stream = stream or size
+    return Work(0, rows * C * (2 * size + stream * (2 * residual + mixed)) + 4 * rows)
+
+
+def rms_norm_backward(
+    rows: int, C: int, size: int = 2, *, stream: int | None = None, residual: bool = False, mixed: bool = False
+) -> Work:
+    """Read dy, x and 1/rms; write dx. With ``residual`` read the sum for x, and the sum's gradient, and write the residual's if
+    dx does not serve as that; ``mixed``: read x, residual and x0 for the sum, and write dx0."""
+    stream = stream or size
+    moved = 2 * size + (size if mixed or not residual else 0) + 2 * stream * mixed
+    moved += stream * (2 + (stream != size)) if residual else 0
+    return Work(0, rows * C * moved + 4 * rows)
+
+
 def linear_forward(M: int, N: int, K: int, size: int = 2, *, bias: bool = False) -> Work:
     """y (M, N) = x (M, K) w^T (N, K): read x and w (and bias), write y. 2MNK FLOP, as the next two."""
     return Work(2 * M * N * K, size * (M * K + N * K + M * N + (N if bias else 0)))

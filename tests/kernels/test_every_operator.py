@@ -64,12 +64,15 @@ def calls(device):
             working_copy(w, BF16)
             FusedAdamW([w, c]).step()
         train(layer_norm(x, c, c, residual=residual, dropout_p=0.1))
+        factors = {"scale": leaf(), "x0_scale": leaf(1)}
+        train(kernels.rms_norm(x, c, residual=residual, x0=leaf(2, 16, 32), dropout_p=0.1, **factors))
         train(kernels.attention(*heads))
         train(kernels.qkv_attention(leaf(2, 16, 3 * 32, dtype=BF16), 2))
         cos, sin, position = torch.rand(20, 8, device=device), torch.rand(20, 8, device=device), ids[:, 0] * 0
         values = {"ve": leaf(2, 16, 32), "gate": leaf(2, 16, 2)}
         train(kernels.qk_norm_rope(leaf(2, 16, 3 * 32, dtype=BF16), 2, 2, cos, sin, position=position, **values))
         train(mlp(x, w, b, v, c, residual=residual))
+        train(kernels.linear_relu2(x, w, b))
         for reduction in ("mean", "none"):
             train(linear_cross_entropy(x, w, ids, bias=b, reduction=reduction))
         if launch.refusal(device) is None:
@@ -114,6 +117,8 @@ def test_fakes_are_true(calls, layout):
 MATCHING = {
     "layer_norm_fwd": ("weight", "bias", "residual"),
     "layer_norm_bwd": ("dy", "s", "weight", "mean", "rstd"),
+    "rms_norm_fwd": ("weight", "residual", "x0"),
+    "rms_norm_bwd": ("dy", "s", "weight", "residual", "x0", "rstd"),
     "attention_fwd": ("k", "v"),
     "attention_bwd": ("grad_out", "k", "v", "out", "lse"),
     "qkv_attention_bwd": ("grad_out", "out", "lse"),

@@ -82,6 +82,18 @@ def test_parity(device, dtype, options, reduction):
     check(inputs, target, reduction=reduction, vocab_size=201, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "ignore_index": 7}], ids=["plain", "smoothing"])
+@pytest.mark.parametrize("cap", [15.0, 30.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softcap_of_an_untied_head(device, dtype, cap, options):
+    """Logits on both sides of the cap, of a weight of the head's own, an fp32 master."""
+    inputs, target = make(device, dtype, bias=False)
+    inputs["weight"] = 10 * inputs["weight"].float()
+    assert ((inputs["x"].float() @ inputs["weight"].t()).abs() > cap).float().mean() > 0.05
+    target = target.where(target != -100, options.get("ignore_index", -100))
+    check(inputs, target, logit_softcap=cap, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [1, 2, 64, 4096, 4097, 9001])
 def test_parity_at_block_edges_of_the_vocabulary(device, V, dtype):

@@ -189,7 +189,7 @@ def test_parity_for_strided_inputs(device, name, residual):
 def test_rows_a_constant_stride_apart_are_read_in_place(device):
     views = strided_views(device)
     for name in ("columns of a wider tensor", "rows expanded", "unaligned", "single column of a wider tensor"):
-        assert fused_layernorm._rows(views[name]).data_ptr() == views[name].data_ptr(), name
+        assert fused_layernorm.as_rows(views[name]).data_ptr() == views[name].data_ptr(), name
 
 
 # bug 5: an upstream gradient with stride 0, as .sum() makes it, and transposed ones

@@ -13,7 +13,7 @@ from bench import parity
 from fastgpt.kernels import fused_linear as module
 from fastgpt.kernels import matmul as launch
 from fastgpt.kernels import reference, runtime, tuning, working_copy
-from fastgpt.kernels.fused_linear import linear, linear_gelu, mlp
+from fastgpt.kernels.fused_linear import linear, linear_gelu, linear_relu2, mlp
 from fastgpt.kernels.working_copy import gradients_in_place
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -130,6 +130,52 @@ def test_mlp_without_biases_and_with_a_residual(device):
     check_mlp({**make_mlp(device, torch.bfloat16, bias=False), "residual": residual})
 
 
+RELU2 = partial(mlp, activation="relu2")
+
+
+@pytest.mark.adversarial
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relu2(device, dtype, name, monkeypatch):
+    run_by(monkeypatch, name)
+    check(linear_relu2, make(device, dtype))
+    check_mlp(make_mlp(device, dtype), activation="relu2")
+    residual = torch.randn(3, 7, 33, device=device)
+    check_mlp({**make_mlp(device, dtype, bias=False), "residual": residual}, activation="relu2")
+
+
+def test_relu2_of_a_small_scale(device):
+    """Where fp16 loses a = relu(z)^2: its derivative, from z, stays."""
+    for dtype in DTYPES:
+        inputs = make_mlp(device, dtype, bias=False)
+        check_mlp({**inputs, "x": 2e-3 * inputs["x"]}, activation="relu2")
+
+
+@pytest.mark.parametrize("name", ["triton", "cublas"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relu2_hides_no_nan(device, dtype, name, monkeypatch):
+    run_by(monkeypatch, name)
+    x = torch.tensor([float("nan"), float("-inf"), float("inf"), -2.0, 0.0, 3.0], device=device, dtype=dtype)[:, None]
+    one = torch.ones(1, 1, device=device, dtype=dtype)
+    out, dx = gradients(lambda x: linear_relu2(x, one), {"x": x})
+    assert torch.equal(out.nan_to_num(7, 8).flatten(), torch.tensor([7, 0, 8, 0, 0, 9], device=device).to(dtype))
+    assert torch.equal(dx.isnan().flatten(), out.isnan().flatten()) and not dx[[1, 3, 4]].any()
+
+
+@pytest.mark.parametrize("dtype, fewer", [(torch.float16, 0), (torch.bfloat16, 1), (torch.float32, 1)], ids=str)
+def test_relu2_saves_no_pre_activation(device, dtype, fewer):
+    """But in fp16; memory that backward waits with, in tensors of 21 x 50."""
+
+    def saved(activation):
+        found = {}
+        inputs = {key: t.requires_grad_() for key, t in make_mlp(device, dtype).items()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t):
+            mlp(**inputs, activation=activation)
+        return sum(t.untyped_storage().nbytes() for t in found.values())
+
+    assert saved("gelu") - saved("relu2") == fewer * 21 * 50 * dtype.itemsize
+
+
 @pytest.mark.adversarial
 @pytest.mark.parametrize("values", [[-1e4, -50.0, -12.0, -5.5, -0.5, -1e-6, 0.0, 1e-6, 0.5, 5.5, 50.0, 1e4]])
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -142,7 +188,8 @@ def test_gelu_in_its_tails(device, values, approximate):
 def test_fp16_accumulation(device, op):
     # The interpreter rounds once per block, not per 16 of K as tensor cores do: this shows the sums, not their error.
     if op is mlp:
-        check_mlp(make_mlp(device, torch.float16, C=72, H=100), accumulate="fp16")
+        for activation in ("gelu", "relu2"):
+            check_mlp(make_mlp(device, torch.float16, C=72, H=100), accumulate="fp16", activation=activation)
     else:
         check(op, make(device, torch.float16, K=72), accumulate="fp16")
 
@@ -178,8 +225,8 @@ def test_any_rank(device, shape):
 
 @pytest.mark.parametrize("N", [1, 2, 31, 33, 64])
 def test_any_number_of_columns(device, N):
-    check(linear, make(device, N=N))
-    check(linear_gelu, make(device, N=N))
+    for op in (linear, linear_gelu, linear_relu2):
+        check(op, make(device, N=N))
 
 
 @pytest.mark.parametrize("name", ["triton", "cublas"])
@@ -189,8 +236,10 @@ def test_empty(device, shape, K, N, name, monkeypatch):
     inputs = make(device, shape=shape, K=K, N=N)
     check(linear, {**inputs, "residual": torch.randn(*shape, N, device=device)})
     check(linear_gelu, inputs)
+    check(linear_relu2, inputs)
     if K and N:
         check_mlp(make_mlp(device, shape=shape))
+        check_mlp(make_mlp(device, shape=shape), activation="relu2")
 
 
 def test_more_rows_than_a_program_of_each_kernel_takes(device, monkeypatch):
@@ -390,8 +439,8 @@ def test_only_wanted_gradients_are_formed(device, wanted, monkeypatch):
 def test_the_first_biass_gradient_is_the_sum_of_what_the_gelu_passes_on(device, dtype, engine, monkeypatch):
     """Behind cuBLAS it comes from the sweep that forms dz, so that no other pass reads dz."""
     run_by(monkeypatch, engine)
-    sweeps, original = [], launch.pointwise_grad
-    monkeypatch.setattr(launch, "pointwise_grad", lambda *a: (sweeps.append(a[-1].dtype), original(*a))[1])
+    sweeps, original = [], launch.pointwise
+    monkeypatch.setattr(launch, "pointwise", lambda *a: (sweeps.append(a[-1].dtype), original(*a))[1])
     check(mlp, make_mlp(device, dtype))
     assert sweeps == ([dtype] if engine == "cublas" else [])
 
@@ -407,14 +456,15 @@ def test_no_gradient_wanted_saves_no_pre_activation(device, monkeypatch):
     assert saved == [False, False]
 
 
-def test_gelu_used_twice_sums_both_gradients(device):
+@pytest.mark.parametrize("op", [linear_gelu, linear_relu2], ids=lambda op: op.__name__)
+def test_an_activation_used_twice_sums_both_gradients(device, op):
     inputs = make(device)
 
     def twice(op, **kwargs):
         a = op(**kwargs)
         return a * a.sin()
 
-    parity.check(partial(twice, linear_gelu), partial(twice, reference.linear_gelu), inputs)
+    parity.check(partial(twice, op), partial(twice, getattr(reference, op.__name__)), inputs)
 
 
 @pytest.mark.parametrize("name", ["triton", "cublas"])
@@ -478,15 +528,18 @@ def test_opcheck(device, dtype):
     m = {key: value.requires_grad_() for key, value in m.items()}
     residual = torch.randn(2, 3, 18, device=device, requires_grad=True)
     seed = torch.ones(1, dtype=torch.int64, device=device)
-    forward = (m["x"], m["w_fc"], None, m["b_fc"], False, False)
+    torch.library.opcheck(
+        module._linear_gelu_fwd.registered, (m["x"], m["w_fc"], None, m["b_fc"], "relu2", False, True, False)
+    )
+    forward = (m["x"], m["w_fc"], None, m["b_fc"], "gelu", False)
     torch.library.opcheck(module._linear_gelu_fwd.registered, (*forward, True, False))
     a, z = (t.detach() for t in module._linear_gelu_fwd(*forward, True, False))
     w_proj, end = m["w_proj"].detach(), (m["w_proj"], None, m["b_proj"])
     pre = z.clone().requires_grad_()
     torch.library.opcheck(
-        module._linear_fwd.registered, (a, *end, residual, seed, pre, m["b_fc"], 0.5, False, False, False)
+        module._linear_fwd.registered, (a, *end, residual, seed, pre, m["b_fc"], 0.5, "gelu", False, False)
     )
-    torch.library.opcheck(module._linear_fwd.registered, (m["x"], m["w_fc"], *[None] * 6, 0.0, False, False, False))
+    torch.library.opcheck(module._linear_fwd.registered, (m["x"], m["w_fc"], *[None] * 6, 0.0, None, False, False))
     dz = torch.randn(2, 3, 18, device=device).to(dtype)
     torch.library.opcheck(module._bwd_input.registered, (dz, w_proj, False))
     for bias_dtype in (None, torch.float32):
@@ -496,14 +549,16 @@ def test_opcheck(device, dtype):
         torch.library.opcheck(
             module._bwd_weight_add.registered, (torch.zeros(18, 20, device=device), dz, a, bias_dtype, False)
         )
-        torch.library.opcheck(module._bwd_input_gelu.registered, (dz, w_proj, z, False, False, bias_dtype))
-        torch.library.opcheck(module._pointwise_bwd.registered, (a, z, None, 0.0, True, dtype, bias_dtype))
-        torch.library.opcheck(module._pointwise_bwd.registered, (dz, None, seed, 0.5, False, dtype, bias_dtype))
+        torch.library.opcheck(module._bwd_input_gelu.registered, (dz, w_proj, z, "gelu", False, bias_dtype))
+        torch.library.opcheck(module._pointwise_bwd.registered, (a, z, None, 0.0, "gelu_erf", dtype, bias_dtype))
+        torch.library.opcheck(module._pointwise_bwd.registered, (dz, None, seed, 0.5, None, dtype, bias_dtype))
 
 
-@pytest.mark.parametrize("op", [linear, linear_gelu, mlp], ids=lambda op: op.__name__)
+@pytest.mark.parametrize(
+    "op", [linear, linear_gelu, linear_relu2, mlp, RELU2], ids=["none", "gelu", "relu2", "mlp", "mlp relu2"]
+)
 def test_compiled_equals_eager(device, op):
-    inputs = make_mlp(device) if op is mlp else make(device)
+    inputs = make_mlp(device) if op in (mlp, RELU2) else make(device)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(gradients(op, inputs), gradients(compiled, inputs)))
     with torch.no_grad():
@@ -586,9 +641,14 @@ def test_arguments_that_do_not_fit(device, change, message):
         linear(**arguments)
 
 
+def test_an_unknown_activation_is_refused(device):
+    with pytest.raises(ValueError, match="activation is 'relu': use 'gelu' or 'relu2'"):
+        mlp(**make_mlp(device), activation="relu")
+
+
 def test_mlps_second_matrix_has_to_fit_the_first(device):
     inputs = make_mlp(device)
-    with pytest.raises(ValueError, match=r"gelu's output is \(3, 7, 50\) and w_proj \(33, 49\)"):
+    with pytest.raises(ValueError, match=r"the activation's output is \(3, 7, 50\) and w_proj \(33, 49\)"):
         mlp(**{**inputs, "w_proj": inputs["w_proj"][:, 1:]})
     with pytest.raises(ValueError, match=r"b_fc is \(49,\)"):
         mlp(**{**inputs, "b_fc": inputs["b_fc"][1:]})

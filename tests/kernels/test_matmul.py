@@ -108,7 +108,7 @@ def test_a_config_that_does_not_fit_gives_the_matmul_back_to_cublas(tables, monk
     monkeypatch.setattr(launch, "_launch", full)
     x, weight = torch.ones(2048, 768, dtype=torch.float16), torch.ones(3072, 768, dtype=torch.float16) / 768
     with pytest.warns(UserWarning, match="does not fit this GPU"):
-        out, _ = launch.matmul_gelu(x, weight.t(), None, False, False, False)
+        out, _ = launch.matmul_gelu(x, weight.t(), None, "gelu", False, False)
     assert torch.allclose(out.float(), torch.nn.functional.gelu(torch.ones(())), atol=0.02)
     assert of_mlp("gelu").config == tuning.CUBLAS
 
@@ -127,12 +127,12 @@ def test_tables_are_asked_about_the_layouts_of_a_linear_only(device, tables, kin
         launch.weight_grad(dz, x, torch.empty_like(weight), None, False)
         launch.weight_grad(dz, x, torch.empty_like(weight.t().contiguous()).t(), None, False)
     elif kind == "dgelu":
-        launch.matmul_dgelu(dz, weight, x, False, False)
-        launch.matmul_dgelu(dz, weight.t().contiguous().t(), x, False, False)
+        launch.matmul_dgelu(dz, weight, x, "gelu", False)
+        launch.matmul_dgelu(dz, weight.t().contiguous().t(), x, "gelu", False)
     elif kind == "gelu":
-        launch.matmul_gelu(x, weight.t(), None, False, False, False)
-        launch.matmul_gelu(x, weight.t().contiguous(), None, False, False, False)
-        launch.matmul_gelu(x, weight.t(), None, True, False, False)
+        launch.matmul_gelu(x, weight.t(), None, "gelu", False, False)
+        launch.matmul_gelu(x, weight.t().contiguous(), None, "gelu", False, False)
+        launch.matmul_gelu(x, weight.t(), None, "gelu_erf", False, False)
     else:
         launch.matmul(x, weight.t(), None, None, None, 0.0, False)
         launch.matmul(x.t().contiguous().t(), weight.t(), None, None, None, 0.0, False)
@@ -172,7 +172,7 @@ def test_matmuls_and_the_sweeps_behind_them_are_recorded_while_somebody_listens(
     def run():
         x, weight, dz = (torch.ones(*size, device=device) for size in ((64, 32), (48, 32), (64, 48)))
         launch.matmul(x, weight.t(), None, None, None, 0.0, False)
-        launch.matmul_dgelu(dz, weight, x, False, False)
+        launch.matmul_dgelu(dz, weight, x, "gelu", False)
         launch.weight_grad(dz, x, torch.empty_like(weight), None, False)
 
     seen, inside = [], []

@@ -372,7 +372,7 @@ def test_the_kernels_listed_are_those_of_a_step(recorded):
     assert launches["backward_q_kernel"] == executed(listed, "attention backward dQ")
     assert launches["backward_kv_kernel"] == executed(listed, "attention backward dK dV")
     assert launches["rows_kernel"] == executed(listed, "loss rows")
-    assert launches["pointwise_grad_kernel"] == executed(listed, "GELU backward")
+    assert launches["pointwise_kernel"] == executed(listed, "GELU backward")
     assert launches["embedding_forward_kernel"] == executed(listed, "embedding forward") == 3
     assert launches["token_grad_kernel"] == launches["position_grad_kernel"] == executed(listed, "embedding backward")
     quantised = executed(listed, "fp8 quantisation") * 2 + executed(listed, "fp8 weights") * 8

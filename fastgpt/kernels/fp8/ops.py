@@ -335,12 +335,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def mlp(
-    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, *, approximate: str = "tanh"
-) -> Tensor:
-    """gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj. x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in ``linear``."""
+    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, *,
+    activation: str = "gelu", approximate: str = "tanh",
+) -> Tensor:  # fmt: skip
+    """gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj. x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in ``linear``.
+
+    ``activation="relu2"`` has relu(z)^2 for gelu(z), by passes of its own: a bound on a row of z, which the epilogues here go
+    by, says little of its squares."""
     arguments.approximate(approximate)
     if not (_in_fp8(x, w_fc) and _in_fp8(x, w_proj)):
-        return fused_linear.mlp(x, w_fc, b_fc, w_proj, b_proj, approximate=approximate, keep_copy=False)
+        options: dict[str, Any] = {"activation": activation, "approximate": approximate, "keep_copy": False}
+        return fused_linear.mlp(x, w_fc, b_fc, w_proj, b_proj, **options)
+    arguments.choice("activation", activation, fused_linear.MLP_ACTIVATIONS)
+    if activation == "relu2":
+        return linear(torch.relu(linear(x, w_fc, b_fc)).square(), w_proj, b_proj)
     x = x.to(_bf16(fused_linear.check_mlp(x, w_fc, b_fc, w_proj, b_proj)))
     y, _, _ = _mlp_fwd(
         x, *_form(x, FORWARD), w_fc, *launch.of_weight(w_fc), b_fc, w_proj, *launch.of_weight(w_proj), b_proj,
