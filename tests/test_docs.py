@@ -232,7 +232,7 @@ def after_the_recipe(words, request, tmp_path, **_):
         [sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert "relu2" in result.stdout or words[2] == "pytest", result.stdout
+    assert "silu" in result.stdout or words[2] == "pytest", result.stdout
 
 
 def nothing(words, **_):
@@ -240,7 +240,7 @@ def nothing(words, **_):
 
 
 CHECKS = [
-    (r".*relu2", after_the_recipe),
+    (r".*silu", after_the_recipe),
     (r"(\w+=\S* )*make ", make),
     (r"(python -m )?pip ", pip),
     (r"(python -m )?pytest ", pytest_accepts),

@@ -36,8 +36,8 @@ from fastgpt.kernels import (
     fused_embedding,
     fused_layernorm,
     fused_linear,
-    fused_rmsnorm,
     fused_qk_rope,
+    fused_rmsnorm,
     runtime,
     tuning,
 )

@@ -23,7 +23,7 @@ from tests.kernels.test_tuning import in_child
 ROOT = Path(__file__).parents[2]
 SM_89_SHARED_LIMIT = 101_376
 USUAL = (
-    r"^step gpt2-124m bf16|^attention bf16 D(64|128)$|^layer_norm C768( all options)?$"
+    r"^step gpt2-124m bf16|^attention bf16 D(64|128)$|^(layer|rms)_norm C768( all options)?$"
     r"|^linear_cross_entropy bf16|^adamw (bf16|fp32)|^muon bf16$"
 )
 ELSEWHERE = ("sm_80", "sm_86", "sm_90", "sm_120")
@@ -136,7 +136,7 @@ def test_a_training_step_launches_it(compiled, module, kernel):
     """In one of the precisions: of the linear matmuls those with sums in fp16, as the others are cuBLAS's until measured. Not
     the sweep behind torch._scaled_mm, which stands for an epilogue on Hopper alone, nor what no step of GPT-2 has."""
     steps = [row for row in compiled[0] if row["case"].startswith("step ")]
-    without = kernel == "fp8_sweep_kernel" or module == "fused_qk_rope"
+    without = kernel == "fp8_sweep_kernel" or module in ("fused_qk_rope", "fused_rmsnorm")
     assert of_kernel(steps, module, kernel) or without, "no step launches it"
 
 
