@@ -386,7 +386,7 @@ def far_cases(arch: int) -> Iterator[Case]:
         tensors = far(rows, C), far(rows, C, dtype=FP32), far(rows, C, dtype=FP32)
         factors = torch.ones(2, requires_grad=True)
         x, residual, x0 = tensors
-        mix: dict[str, Tensor] = {"residual": residual, "scale": factors[0], "x0": x0, "x0_scale": factors[1]}
+        mix: dict[str, Any] = {"residual": residual, "scale": factors[0], "x0": x0, "x0_scale": factors[1]}
         outputs = fused_rmsnorm.rms_norm(x, dropout_p=0.1, out_dtype=BF16, **mix)
         differentiate(outputs, *tensors, factors)
 

@@ -45,7 +45,7 @@ def launch_rms_norm(
 ) -> None:
     """``mixed``: with scale, x0 and x0_scale."""
     rows = min(rows, 2**23 // C)  # the host code may touch its outputs
-    given: dict[str, Tensor] = {}
+    given: dict[str, Any] = {}
     if residual is not None:
         given["residual"] = leaf(rows, C, dtype=residual)
     if mixed:
@@ -99,7 +99,7 @@ def time_rms_norm(kernel: str, dtype: torch.dtype, bucket: str, device: torch.de
     scale, x0_scale = torch.rand(2, device=device)
 
     def op(x: Tensor, residual: Tensor, scale: Tensor, x0: Tensor, x0_scale: Tensor) -> Any:
-        mixed = {"residual": residual, "scale": scale, "x0": x0, "x0_scale": x0_scale}
+        mixed: dict[str, Any] = {"residual": residual, "scale": scale, "x0": x0, "x0_scale": x0_scale}
         return fused_rmsnorm.rms_norm(x, **mixed, out_dtype=dtype)
 
     return pass_of(kernel, op, [x.to(dtype), residual, scale, x0, x0_scale])
@@ -131,7 +131,7 @@ def rms_norm_mixed(size: Sizes, device: torch.device, compiled: bool) -> Entry:
         scale, x0_scale = torch.rand(2, 1, device=device)
         return {"x": x.to(size.dtype), "residual": residual, "scale": scale, "x0": x0, "x0_scale": x0_scale}
 
-    options = {"stream": 4, "residual": True, "mixed": True}
+    options: dict[str, Any] = {"stream": 4, "residual": True, "mixed": True}
     forward, backward = flops.rms_norm_forward, flops.rms_norm_backward
     return Entry(
         "rms_norm + residual + x0",

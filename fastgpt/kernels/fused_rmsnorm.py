@@ -86,7 +86,9 @@ def rms_norm_backward_kernel(
 # ---------------------------------------------------------------- launchers and ops
 
 
-def _forward_outputs(x: Tensor, residual: Tensor | None, returns_s: bool, out_dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _forward_outputs(
+    x: Tensor, residual: Tensor | None, returns_s: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Unwritten y, s (empty unless it is returned) and rstd."""
     size, dtype = x.shape if returns_s else 0, (x if residual is None else residual).dtype
     return (
@@ -135,7 +137,7 @@ def _(x, weight, residual, x0, scale, x0_scale, seed, dropout_p, eps, out_dtype)
 def _backward_outputs(
     s: Tensor, weight: Tensor | None, residual: Tensor | None, x0: Tensor | None, scale: Tensor | None,
     x0_scale: Tensor | None, x_dtype: torch.dtype, wanted: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Unwritten dx, then those wanted (else empty) of dresidual, dx0, dweight, dscale and dx0_scale."""
 
     def new(i: int, like: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
