@@ -102,6 +102,12 @@ def _stride(x: Tensor | None) -> int:
     return 0 if x is None else x.stride(0)
 
 
+def _single(**factors: Tensor | None) -> None:
+    for name, factor in factors.items():
+        if factor is not None and factor.numel() != 1:
+            raise ValueError(f"{name} is {tuple(factor.shape)}: use a tensor of one element")
+
+
 @operator("rms_norm_fwd")
 def rms_norm_fwd(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, x0: Tensor | None, scale: Tensor | None,
@@ -111,6 +117,7 @@ def rms_norm_fwd(
     returns_s = residual is not None or scale is not None or x0 is not None
     y, s, rstd = outputs = _forward_outputs(x, residual, returns_s, out_dtype)
     arguments.alike("x", x.shape, residual=residual, x0=x0)
+    _single(scale=scale, x0_scale=x0_scale)
     arguments.alike("x's last dimension", x.shape[-1:], weight=weight)
     if x.numel() == 0:
         return outputs
@@ -160,6 +167,7 @@ def rms_norm_bwd(
     outputs = _backward_outputs(s, weight, residual, x0, scale, x0_scale, x_dtype, wanted)
     dx, dresidual, dx0, dweight, dscale, dx0_scale = outputs
     arguments.alike("s", s.shape, dy=dy, dsum=dsum, residual=residual, x0=x0)
+    _single(scale=scale, x0_scale=x0_scale)
     arguments.alike("s without its last dimension", s.shape[:-1], rstd=rstd)
     arguments.alike("s's last dimension", s.shape[-1:], weight=weight)
     sums = [out for out in (dweight, dscale, dx0_scale) if out.numel()]
@@ -268,9 +276,6 @@ def rms_norm(
     arguments.dtype("out_dtype", out_dtype)
     rest = ("residual", residual, x.shape), ("x0", x0, x.shape), ("scale", scale, None), ("x0_scale", x0_scale, None)
     arguments.tensors("x", x.shape, ("x", x, None), ("weight", weight, x.shape[-1:]), *rest)
-    for name, factor in (("scale", scale), ("x0_scale", x0_scale)):
-        if factor is not None and factor.numel() != 1:
-            raise ValueError(f"{name} is {tuple(factor.shape)}: use a tensor of one element")
     seed = runtime.draw_seed(x.device) if dropout_p > 0 else None
     y, s, _ = rms_norm_fwd(x, weight, residual, x0, scale, x0_scale, seed, dropout_p, eps, out_dtype or x.dtype)
     return y if residual is None and scale is None and x0 is None else (y, s)

@@ -181,6 +181,19 @@ def test_attention_work():
     assert flops.attention_backward(B, T, H, D, kv_heads=1) == (5 * 2 * D * pairs, 4 * tensor + 4 * shared + lse)
 
 
+def test_rms_norm_work():
+    n, stats = 10 * 16, 4 * 10
+    assert flops.rms_norm_forward(10, 16) == (0, 2 * 2 * n + stats)  # x, y
+    assert flops.rms_norm_backward(10, 16) == (0, 3 * 2 * n + stats)  # dy, x, dx
+    assert flops.rms_norm_forward(10, 16, residual=True).bytes == 4 * 2 * n + stats
+    assert flops.rms_norm_backward(10, 16, residual=True).bytes == 4 * 2 * n + stats  # dy, dsum, s, dx for both
+    fp32 = {"stream": 4, "residual": True}
+    assert flops.rms_norm_backward(10, 16, **fp32).bytes == (2 * 2 + 3 * 4) * n + stats  # and a gradient of its own
+    assert flops.rms_norm_forward(10, 16, **fp32, mixed=True).bytes == (2 * 2 + 3 * 4) * n + stats  # and x0
+    # dy, x, dx; residual, dsum, dresidual; x0 and dx0
+    assert flops.rms_norm_backward(10, 16, **fp32, mixed=True).bytes == (3 * 2 + 5 * 4) * n + stats
+
+
 def test_layer_norm_work():
     row, stats, vector = 10 * 16 * 2, 10 * 2 * 4, 16 * 4
     assert flops.layer_norm_forward(10, 16) == (0, 2 * row + stats + vector)  # x, y
