@@ -224,6 +224,16 @@ CASES = {
         "step 0, loss: 10.9, dt: 96.11ms, tok/sec: 5435.71\nstep 1, loss: nan, dt: 96.11ms, tok/sec: 5435.71\n",
         dict(critical={"nan"}),
     ),
+    "build-nanogpt's log.txt": (
+        None,
+        "0 val 10.9505\n0 hella 0.2463\n" + "".join(f"{i} train {10.9 - i:.6f}\n" for i in range(5)) + "5 val 5.4321\n",
+        dict(code=0, figures={"steps_seen": 5, "best_val": 5.4321}),
+    ),
+    "nanoGPT without mfu": (
+        None,
+        "".join(f"iter {i}: loss {9 - i / 10:.4f}, time 250.00ms\n" for i in range(9)),
+        dict(code=0, figures={"steps_seen": 8, "steady_ms_per_iter": 250}),
+    ),
     "llama2.c": (
         None,
         "".join(f"{i} | loss {9 - i / 100:.4f} | lr 4.900000e-05 | 8060.78ms | mfu 0.21%\n" for i in range(0, 50, 10)),

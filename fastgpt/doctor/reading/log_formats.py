@@ -46,7 +46,7 @@ NOT_PLAIN = ("val", "nan", "inf", "event", "config", "Error", "Traceback", "memo
 PLAIN_STEP = r"^(?:iter |step |step:|Epoch |\{|\d+ \| loss )[^\nv]*\n"
 """Such a line, where none of these words but val and event are about."""
 STEP_LIKE = re.compile(
-    r"(?:\b(?:step|iter|iteration|it|batch|update|global_step)s?['\"]?\s*[:=#\[(]?\s*\d|^\W*\d+\s*[|:,]).{0,200}?"
+    r"(?:\b(?:step|iter|iteration|it|batch|epoch|update|global_step)s?['\"]?\s*[:=#\[(]?\s*\d|^\W*\d+\s*[|:,]).{0,200}?"
     r"loss\w*['\"]?\s*(?:[:=(]|\bis\b)?\s*(?:[\d.]|nan)|^\W*\{.{0,300}?['\"](?:\w+_)?loss['\"]\s*:\s*[\d\"']",
     re.ASCII | re.IGNORECASE,
 )

@@ -30,6 +30,12 @@ def test_a_cpu_build_of_torch_beside_a_driver():
     assert "2.11.0+cpu" in finding.title and "driver" in finding.evidence[0][1]
 
 
+@pytest.mark.parametrize("device, found", [("cpu", []), ("cuda", ["no_cuda"]), ("auto", ["no_cuda"])])
+def test_a_cpu_that_was_chosen_beside_a_card_is_no_fault(device, found):
+    unused = Machine("linux", "2.11.0+cpu", triton=True, nvidia_driver=True)
+    assert [f.check for f in examine(f"device = '{device}'", machine=unused)] == found
+
+
 def test_cuda_asked_for_and_absent():
     assert [f.check for f in lacks(Machine("linux", "2.11.0", triton=True))] == ["no_cuda"]
 

@@ -122,6 +122,15 @@ def test_a_log_whose_mean_does_not_sag_stays_silent():
     assert "mfu_includes_eval" not in names(examine(gpu=RTX4070, log=quiet))
 
 
+def test_a_sag_that_its_digits_do_not_show_is_no_finding():
+    ms, mfu = np.full(100, 15_950.0), np.full(100, 0.215)
+    ms[::10], mfu[0], mfu[-1] = 40_000, np.nan, 0.205
+    tiny = "n_layer = 1\nn_head = 1\nn_embd = 64\nbatch_size = 8\ngradient_accumulation_steps = 64"
+    assert "mfu_includes_eval" not in names(
+        examine(tiny, log=log(curve(100), ms=ms, mfu=mfu, val=curve(10), eval_every=100))
+    )
+
+
 def test_compilation_in_the_first_iteration_is_not_an_evaluation():
     ms = np.full(100, 100.0)
     ms[0] = 60_000

@@ -537,6 +537,14 @@ words = st.sampled_from(
         ),
         *(b"Traceback (most recent call last)", b"Overriding config with x:", b"Overriding: a = ", b"Error: "),
         *(b"number of parameters: 1.1.1M", b"999999999999", b"Step 1 | Validation bpb: 1.12345"),
+        *(
+            b"step:1/9 ",
+            b"train_time:1ms step_avg:",
+            b"Epoch 1 | iter 2 step 3 | ",
+            b"loss train: 3.1",
+            b"3 train 1.2345",
+        ),
+        *(b'{"log":"', b'\\n","stream":"stdout","time":""}', b"3,1234", b" | lr 1e-4 | ", b"KeyError: 1", b"dt: 1.5ms"),
     ]
 )
 
