@@ -30,6 +30,11 @@ def fp8_step() -> None:
         training_step("gpt2-124m", "fp8")
 
 
+def documents_step() -> None:
+    config = load_preset("demo", "cuda")
+    dry_run.step(replace(config, data=replace(config.data, mask_documents=True)))
+
+
 def shipped_steps() -> Iterator[Case]:
     """What the RTX 4070's two real runs would launch."""
     for preset in ("gpt2-124m", "gpt2-40m"):
@@ -39,6 +44,7 @@ def shipped_steps() -> Iterator[Case]:
 def other_steps() -> Iterator[Case]:
     yield "step gpt2-350m bf16", partial(training_step, "gpt2-350m")
     yield "step demo bf16", partial(training_step, "demo")
+    yield "step demo documents", documents_step
     yield "step gpt2-124m fp16", partial(training_step, "gpt2-124m", "fp16")
     yield "step gpt2-124m fp16-fast", partial(training_step, "gpt2-124m", "fp16-fast")
     yield "step gpt2-124m fp8", fp8_step

@@ -72,6 +72,8 @@ def cases() -> Iterator[Case]:
     yield "attention bf16 D64 not causal", partial(launch_attention, BF16, 64, causal=False)
     yield "attention bf16 D64 dropout", partial(launch_attention, BF16, 64, dropout_p=0.1)
     yield "attention bf16 D64 documents", partial(launch_attention, BF16, 64, docs=True)
+    for D in (64, 128):  # the modern recipe's
+        yield f"attention bf16 D{D} documents, window", partial(launch_attention, BF16, D, H=4, docs=True, window=256)
     yield "attention bf16 D64 window", partial(launch_attention, BF16, 64, window=256)
     yield "attention bf16 D64 grouped queries", partial(launch_attention, BF16, 64, H=4)
     yield "attention bf16 D64 prefill", partial(launch_decode, BF16, 64, 256)

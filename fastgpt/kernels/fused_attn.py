@@ -56,6 +56,9 @@ DECODING = 16
 HIDDEN = tl.constexpr(-1e30)
 """Score of a key that a query does not see: finite, so that no inf - inf is formed where a tile shows a query no key."""
 
+SPAN = tl.constexpr(32)
+"""Positions for which documents' extents are noted together: the shortest block of keys, or of queries, that owns something."""
+
 CHUNK = tl.constexpr(64)
 """Most products that are summed in fp16: docs/precision-modes.md has the errors."""
 
@@ -199,14 +202,18 @@ def _choice(
 #
 # * q, k, v, out, grad_*: tensors of which (T, D) matrices are addressed through ``strides = (batch, row, head)``; columns
 #   are adjacent. ``lse`` and ``delta`` are (B, H, T_q) fp32, contiguous.
-# * kv_len (B,), docs (B, T_k), seed (1,), window: None when unused; the code for them is then not compiled.
+# * kv_len (B,), docs (B, T_k) and extents (of document_extents_kernel), seed (1,), window: None when unused; the code for them
+#   is then not compiled.
+# * INNER: blocks that need no mask have a loop of their own. Where documents come with dropout, fp32 or heads wider than 64,
+#   three loops take too many registers, and one masks every block.
 # * CAUSAL, and ALIGNED: queries stand at positions counted from the end of the keys (anything but plain attention to all).
 # * FP16_SUMS (fp16 operands): products are summed in fp16 over CHUNK keys, queries or columns at most. Scores never are.
 # * quantised: None, or where the result goes in fp8 too, as (values, with the strides of the 16-bit result; scales, one for
 #   every group of columns of a row, (groups, B T) from this tensor's first group on; B T).
 #
-# Query i stands at position i + offset. A loop over blocks has three parts (0: leading edge, which among keys only a window
-# has; 1: blocks that need no mask; 2: trailing edge), unrolled by static_range so that part 1 compiles without any masking.
+# Query i stands at position i + offset. A loop over blocks has three parts (0: leading edge, which among keys only windows and
+# documents have; 1: blocks that need no mask; 2: trailing edge), unrolled by static_range so that part 1 compiles without any
+# masking.
 
 
 @triton.jit
@@ -241,43 +248,71 @@ def _visible(position, key, docs, n_keys, T_k, window, CAUSAL: tl.constexpr, ALI
     return seen
 
 
+@triton.jit(do_not_specialize=["T"])
+def document_extents_kernel(docs, extents, T, SPAN: tl.constexpr, WIDTH: tl.constexpr):
+    """Where the documents of SPAN positions of one sequence lie: extents (B, 4, spans) gets the first position, and the one
+    behind the last, of ids between the least and the greatest of the span; then the ends of the run of one id around the span
+    (none if it has several). Right for ids in any order, exact for packed documents, whose ids come in runs.
+
+    Grid: spans x batch. WIDTH positions are looked at at a time."""
+    n_spans = tl.num_programs(0)
+    batch = tl.program_id(1).to(tl.int64)
+    docs += batch * T
+    start = tl.program_id(0) * SPAN
+    ids = tl.load(docs + tl.minimum(start + tl.arange(0, SPAN), T - 1))
+    least, greatest = tl.min(ids), tl.max(ids)
+    first, end, run_first, run_end = T, 0, 0, T
+    for n in range(0, T, WIDTH):
+        position = n + tl.arange(0, WIDTH)
+        inside = position < T
+        other = tl.load(docs + position, mask=inside, other=0)
+        met = inside & (other >= least) & (other <= greatest)
+        first = tl.minimum(first, tl.min(tl.where(met, position, T)))
+        end = tl.maximum(end, tl.max(tl.where(met, position + 1, 0)))
+        differs = inside & ((other != least) | (least != greatest))
+        run_first = tl.maximum(run_first, tl.max(tl.where(differs & (position < start), position + 1, 0)))
+        run_end = tl.minimum(run_end, tl.min(tl.where(differs & (position >= start), position, T)))
+    extents += batch * 4 * n_spans + tl.program_id(0)
+    tl.store(extents, first)
+    tl.store(extents + n_spans, end)
+    tl.store(extents + 2 * n_spans, run_first)
+    tl.store(extents + 3 * n_spans, run_end)
+
+
 @triton.jit
-def _narrow(docs, own, others, lo, hi, T_k, BLOCK: tl.constexpr):
-    """Shorten lo..hi by the blocks at its ends whose ids all lie outside the range of ids at the positions ``own``.
-
-    ``others`` is where position lo + arange(BLOCK) would be if lo were 0. Right for ids in any order, useful for packed
-    documents, whose ids come in runs."""
-    inside = (own >= 0) & (own < T_k)
-    ids = _documents(docs, own, T_k)
-    first = tl.min(tl.where(inside, ids, 2147483647))
-    last = tl.max(tl.where(inside, ids, -2147483648))
-    start = hi
-    stop = lo
-    for n in range(lo, hi, BLOCK):
-        position = n + others
-        other = _documents(docs, position, T_k)
-        match = (position >= 0) & (position < T_k) & (other >= first) & (other <= last)
-        found = tl.max(match.to(tl.int32)) > 0
-        start = tl.minimum(start, tl.where(found, n, hi))
-        stop = tl.maximum(stop, tl.where(found, n + BLOCK, lo))
-    return start, tl.minimum(stop, hi)
+def _extent(extents, first, last, T_k, ROWS: tl.constexpr):
+    """What document_extents_kernel found for the ROWS positions first..last: ends of what some of them may see, and of what
+    all of them see."""
+    n_spans = tl.cdiv(T_k, SPAN)
+    span = tl.maximum(first, 0) // SPAN + tl.arange(0, triton.next_power_of_2(ROWS // SPAN + 2))
+    met = (span < n_spans) & (span * SPAN <= last)
+    at = extents + span
+    # Runs around different ids have no position in common: together they are empty.
+    return (
+        tl.min(tl.load(at, mask=met, other=T_k)),
+        tl.max(tl.load(at + n_spans, mask=met, other=0)),
+        tl.max(tl.load(at + 2 * n_spans, mask=met, other=0)),
+        tl.min(tl.load(at + 3 * n_spans, mask=met, other=T_k)),
+    )
 
 
 @triton.jit
-def _blocks(lo, hi, full_lo, full_hi, BLOCK: tl.constexpr):
+def _blocks(lo, hi, full_lo, full_hi, INNER: tl.constexpr, BLOCK: tl.constexpr):
     """Ends of the three parts, in whole blocks: lo..full_lo, full_lo..full_hi, full_hi..hi."""
     lo = tl.maximum(lo, 0) // BLOCK * BLOCK
     full_lo = (tl.maximum(full_lo, 0) + BLOCK - 1) // BLOCK * BLOCK
     full_hi = tl.maximum(full_hi, 0) // BLOCK * BLOCK
     # With no block that needs no mask, parts 0 and 1 are empty and part 2 walks over everything.
     no_full = full_hi <= full_lo
+    if not INNER:
+        return lo, lo, lo, hi
     return lo, tl.where(no_full, lo, full_lo), tl.where(no_full, lo, full_hi), hi
 
 
 @triton.jit
 def _key_blocks(
-    m, offset, T_q, n_keys, T_k, docs, window,
-    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    m, offset, T_q, n_keys, T_k, extents, window,
+    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Ends of the three parts of the keys for the queries m..m+BLOCK_M-1: some query sees lo..hi, all see full_lo..full_hi."""
     first = m + offset
@@ -298,17 +333,17 @@ def _key_blocks(
     if ALIGNED:  # queries at negative positions, before the first key, see nothing
         hi = tl.where(last < 0, 0, hi)
         full_hi = tl.where(first < 0, 0, full_hi)
-    lo, full_lo, full_hi, hi = _blocks(lo, hi, full_lo, full_hi, BLOCK_N)
-    if docs is not None:  # every block is masked
-        lo, hi = _narrow(docs, first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), lo, hi, T_k, BLOCK_N)
-        return lo, lo, lo, hi
-    return lo, full_lo, full_hi, hi
+    if extents is not None:
+        seen_first, seen_end, run_first, run_end = _extent(extents, first, last, T_k, BLOCK_M)
+        lo, hi = tl.maximum(lo, seen_first), tl.minimum(hi, seen_end)
+        full_lo, full_hi = tl.maximum(full_lo, run_first), tl.minimum(full_hi, run_end)
+    return _blocks(lo, hi, full_lo, full_hi, INNER, BLOCK_N)
 
 
 @triton.jit
 def _query_blocks(
-    n, offset, T_q, n_keys, T_k, docs, window,
-    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    n, offset, T_q, n_keys, T_k, extents, window,
+    CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Ends of the three parts of the queries for the keys n..n+BLOCK_N-1: lo..hi see some key, full_lo..full_hi see all."""
     last = n + BLOCK_N - 1
@@ -328,11 +363,11 @@ def _query_blocks(
         if not CAUSAL:
             lo = tl.maximum(lo, n - window + 1 - offset)
             full_lo = tl.maximum(full_lo, last - window + 1 - offset)
-    lo, full_lo, full_hi, hi = _blocks(lo, hi, full_lo, full_hi, BLOCK_M)
-    if docs is not None:  # every block is masked
-        lo, hi = _narrow(docs, n + tl.arange(0, BLOCK_N), offset + tl.arange(0, BLOCK_M), lo, hi, T_k, BLOCK_M)
-        return lo, lo, lo, hi
-    return lo, full_lo, full_hi, hi
+    if extents is not None:
+        seen_first, seen_end, run_first, run_end = _extent(extents, n, last, T_k, BLOCK_N)
+        lo, hi = tl.maximum(lo, seen_first - offset), tl.minimum(hi, seen_end - offset)
+        full_lo, full_hi = tl.maximum(full_lo, run_first - offset), tl.minimum(full_hi, run_end - offset)
+    return _blocks(lo, hi, full_lo, full_hi, INNER, BLOCK_M)
 
 
 @triton.jit
@@ -409,10 +444,10 @@ def _add_dot(acc, a, b, FP16_SUMS: tl.constexpr):
 @tuning.space("attention.forward", _space("BLOCK_M", "BLOCK_N", _QUERIES, (2, 3)))
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def forward_kernel(
-    q, k, v, out, quantised, lse, kv_len, docs, seed, q_strides, k_strides, v_strides, out_strides,
+    q, k, v, out, quantised, lse, kv_len, docs, extents, seed, q_strides, k_strides, v_strides, out_strides,
     H, T_q, T_k, window, c, threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-    ALIGNED: tl.constexpr, FLIP: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr, INNER: tl.constexpr, FLIP: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK_M queries of one head. ``c`` is |scale| log2(e); FLIP: scale is negative.
 
@@ -425,8 +460,9 @@ def forward_kernel(
     head = head_row % H
     if docs is not None:
         docs += batch.to(tl.int64) * T_k
+        extents += batch.to(tl.int64) * 4 * tl.cdiv(T_k, SPAN)
     offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
-    ends = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
+    ends = _key_blocks(m, offset, T_q, n_keys, T_k, extents, window, CAUSAL, ALIGNED, INNER, BLOCK_M, BLOCK_N)
     q_base, q_stride = _matrix(q, q_strides, batch, head)
     k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
     v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
@@ -440,7 +476,7 @@ def forward_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], HIDDEN, tl.float32)
     for part in tl.static_range(3):
-        if part > 0 or window is not None:
+        if part > 0 or window is not None or docs is not None:
             for n in range(ends[part], ends[part + 1], BLOCK_N):
                 k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
@@ -475,10 +511,10 @@ def forward_kernel(
 @tuning.space("attention.backward_q", _space("BLOCK_M", "BLOCK_N", _QUERIES, (1, 2)))
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def backward_q_kernel(
-    q, k, v, out, grad_out, lse, delta, grad_q, quantised, kv_len, docs, seed, q_strides, k_strides,
+    q, k, v, out, grad_out, lse, delta, grad_q, quantised, kv_len, docs, extents, seed, q_strides, k_strides,
     v_strides, out_strides, grad_out_strides, grad_q_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep,
-    D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, FP16_SUMS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, INNER: tl.constexpr,
+    FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad_q, and delta for ``backward_kv_kernel``, of BLOCK_M queries of one head. Grid as of ``forward_kernel``."""
     n_blocks = tl.cdiv(T_q, BLOCK_M)
@@ -488,8 +524,9 @@ def backward_q_kernel(
     head = head_row % H
     if docs is not None:
         docs += batch.to(tl.int64) * T_k
+        extents += batch.to(tl.int64) * 4 * tl.cdiv(T_k, SPAN)
     offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
-    ends = _key_blocks(m, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
+    ends = _key_blocks(m, offset, T_q, n_keys, T_k, extents, window, CAUSAL, ALIGNED, INNER, BLOCK_M, BLOCK_N)
     q_base, q_stride = _matrix(q, q_strides, batch, head)
     k_base, k_stride = _matrix(k, k_strides, batch, head // GROUP)
     v_base, v_stride = _matrix(v, v_strides, batch, head // GROUP)
@@ -508,7 +545,7 @@ def backward_q_kernel(
     q_tile = _load(q_base, q_stride, m, T_q, D, BLOCK_M, BLOCK_D, True)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for part in tl.static_range(3):
-        if part > 0 or window is not None:
+        if part > 0 or window is not None or docs is not None:
             for n in range(ends[part], ends[part + 1], BLOCK_N):
                 k_tile = _load(k_base, k_stride, n, n_keys, D, BLOCK_N, BLOCK_D, part != 1)
                 if q_tile.dtype == tl.float32:  # or q is read before a barrier and kept in registers across it: spills
@@ -536,10 +573,10 @@ def backward_q_kernel(
 @tuning.space("attention.backward_kv", _space("BLOCK_N", "BLOCK_M", _KEYS, (2, 3)))
 @triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
 def backward_kv_kernel(
-    q, k, v, grad_out, lse, delta, grad_k, grad_v, quantised_k, quantised_v, kv_len, docs, seed,
+    q, k, v, grad_out, lse, delta, grad_k, grad_v, quantised_k, quantised_v, kv_len, docs, extents, seed,
     q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, window, c, scale,
     threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
-    FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    INNER: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of BLOCK_N keys of one key/value head, summed over its GROUP of query heads.
 
@@ -552,8 +589,9 @@ def backward_kv_kernel(
     kv_head = kv_row % (H // GROUP)
     if docs is not None:
         docs += batch.to(tl.int64) * T_k
+        extents += batch.to(tl.int64) * 4 * tl.cdiv(T_k, SPAN)
     offset, n_keys = _alignment(kv_len, batch, T_q, T_k)
-    ends = _query_blocks(n, offset, T_q, n_keys, T_k, docs, window, CAUSAL, ALIGNED, BLOCK_M, BLOCK_N)
+    ends = _query_blocks(n, offset, T_q, n_keys, T_k, extents, window, CAUSAL, ALIGNED, INNER, BLOCK_M, BLOCK_N)
     k_base, k_stride = _matrix(k, k_strides, batch, kv_head)
     v_base, v_stride = _matrix(v, v_strides, batch, kv_head)
     dk_base, dk_stride = _matrix(grad_k, grad_k_strides, batch, kv_head)
@@ -607,6 +645,22 @@ def backward_kv_kernel(
 # q (B, T_q, H, D), k and v (B, T_k, H_kv, D), out and gradients alike: any strides, columns adjacent.
 
 
+def document_extents(docs: Tensor | None) -> Tensor | None:
+    """(B, 4, spans) int32, as document_extents_kernel says, of docs (B, T), contiguous. One launch for all heads: a program
+    that looked for its own document would walk over all ids before it: in a long context for longer than its attention."""
+    if docs is None:
+        return None
+    B, T = docs.shape
+    n_spans = runtime.cdiv(T, SPAN.value)
+    extents = torch.empty((B, 4, n_spans), dtype=torch.int32, device=docs.device)
+    with runtime.device_guard(docs):
+        width = runtime.next_power_of_2(T) if runtime.INTERPRET else 1024
+        document_extents_kernel[(n_spans, B)](
+            docs, extents, T, SPAN=SPAN.value, WIDTH=width, num_warps=4, enable_fp_fusion=True
+        )
+    return extents
+
+
 def _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16) -> tuple[dict[str, Any], bool]:
     """Arguments that all three kernels take alike, and whether this is causal attention with no option but dropout."""
     B, T_q, H, D = q.shape
@@ -618,14 +672,15 @@ def _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16) -> tuple[
     arguments.alike("k's batch and tokens", (B, T_k), doc_ids=docs)
     arguments.alike("k's batch", (B,), kv_len=kv_len)
     options = window is not None or docs is not None or kv_len is not None
+    docs = None if docs is None else docs.contiguous()
     common = {
-        "kv_len": None if kv_len is None else kv_len.contiguous(),
-        "docs": None if docs is None else docs.contiguous(),
+        "kv_len": None if kv_len is None else kv_len.contiguous(), "docs": docs, "extents": document_extents(docs),
         "seed": seed, "H": H, "T_q": T_q, "T_k": T_k, "window": window,
         # Philox keeps what its 31 random bits put at or above the threshold; with dropout_p = 1 nothing.
         "threshold": min(int(dropout_p * 2**31), 2**31 - 1),
         "inv_keep": 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
         "D": D, "GROUP": H // H_kv, "CAUSAL": causal, "ALIGNED": causal or options, "FP16_SUMS": fp16,
+        "INNER": docs is None or (seed is None and D <= 64 and q.dtype != torch.float32),
         "BLOCK_D": _block_d(D),
     }  # fmt: skip
     return common, causal and not options

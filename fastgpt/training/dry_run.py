@@ -82,7 +82,8 @@ def step(config: Config, precision: str = "bf16", micro_batches: int = 2, on_ope
         stepper = Stepper(model, model, optimizer, scaler, precision, config.optim.grad_clip)
         stepper.adds_in_place = not config.train.compile
         tokens = torch.zeros(B, T, dtype=torch.int64)
-        stepper([(tokens, tokens)] * micro_batches, micro_batches, 1e-4)
+        documents = (torch.zeros(B, T, dtype=torch.int32),) if config.data.mask_documents else ()
+        stepper([(tokens, tokens, *documents)] * micro_batches, micro_batches, 1e-4)
 
 
 # ---------------------------------------------------------------- written down

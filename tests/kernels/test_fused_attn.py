@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch.utils.checkpoint import checkpoint
 
 from bench import parity
@@ -150,10 +152,120 @@ def test_documents(device, ids, options):
     check_packed(packed(device, 150, n_head=1), 1, doc_ids=docs, **options)
 
 
+@pytest.mark.parametrize("options", ({}, {"causal": False}, {"window": 90}), ids=str)
+def test_documents_of_16_bits(device, options):
+    """Blocks within one document then go without a mask."""
+    docs = torch.tensor([[0] * 10 + [1] * 200, [2] * 210], dtype=torch.int32, device=device)
+    check_packed(packed(device, 210, n_kv_head=1, dtype=torch.float16), 2, n_kv_head=1, doc_ids=docs, **options)
+
+
 def test_left_padding_as_a_document(device):
     docs = torch.tensor([[-1] * 80 + [0] * 50], device=device)
     check(*inputs(device, 60, 130), doc_ids=docs)
     check(*inputs(device, 60, 130), doc_ids=docs, kv_len=torch.tensor([110], device=device))
+
+
+# ---- Blocks that are visited ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def ends_kernel(
+    out, starts, extents, offset, T_q, n_keys, T_k, window, KEYS: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Ends of the three parts that a program walks over: of forward and dQ (KEYS), or of dK and dV."""
+    start = tl.load(starts + tl.program_id(0))
+    if KEYS:
+        ends = fused_attn._key_blocks(
+            start, offset, T_q, n_keys, T_k, extents, window, CAUSAL, True, True, BLOCK_M, BLOCK_N
+        )
+    else:
+        ends = fused_attn._query_blocks(
+            start, offset, T_q, n_keys, T_k, extents, window, CAUSAL, True, True, BLOCK_M, BLOCK_N
+        )
+    for part in tl.static_range(4):
+        tl.store(out + tl.program_id(0) * 4 + part, ends[part])
+
+
+@cache
+def extents_of_equal_documents(T, length, device):
+    return fused_attn.document_extents((torch.arange(T, dtype=torch.int32, device=device) // length)[None])
+
+
+def walked(device, T, keys, starts, *, block, extents, window, causal):
+    """(first blocks, unmasked blocks, last blocks) of each program that owns block[0] positions from one of ``starts``."""
+    out = torch.empty(len(starts), 4, dtype=torch.int32, device=device)
+    at = torch.tensor(starts, dtype=torch.int32, device=device)
+    M, N = block if keys else block[::-1]
+    ends_kernel[(len(starts),)](out, at, extents, 0, T, T, T, window, KEYS=keys, CAUSAL=causal, BLOCK_M=M, BLOCK_N=N)
+    return [tuple(range(a, b, block[1]) for a, b in itertools.pairwise(row)) for row in out.tolist()]
+
+
+@pytest.mark.parametrize("keys, block", [(True, (128, 32)), (True, (64, 32)), (False, (32, 64)), (False, (64, 32))])
+@pytest.mark.parametrize(
+    "T, length, window, causal",
+    [(65536, None, 1024, True), (65536, None, 700, False), (8192, 3000, None, True), (8192, 3000, 1000, True),
+     (8192, 90, None, False)],
+)  # fmt: skip
+def test_no_block_outside_of_window_and_document_is_walked_over(device, keys, block, T, length, window, causal):
+    """For some programs: what is walked over are the blocks that have a visible pair; those of which every pair is visible
+    go without a mask."""
+    own = block[0]
+    starts = [start // own * own for start in (0, own, 3000, 5000, 7000, T - own)]
+    extents = None if length is None else extents_of_equal_documents(T, length, device)
+    found = walked(device, T, keys, starts, block=block, extents=extents, window=window, causal=causal)
+    for start, parts in zip(starts, found):
+        ranges = []
+        for p in range(start, start + own):  # what a query sees, or which queries see a key
+            first, last = (
+                (0, T - 1) if length is None else (p // length * length, min(T, (p // length + 1) * length) - 1)
+            )
+            if window is not None:
+                first, last = max(first, p - window + 1), min(last, p + window - 1)
+            ranges.append((first if keys or not causal else p, p if keys and causal else last))
+        lowest, highest = min(a for a, _ in ranges) // block[1] * block[1], max(b for _, b in ranges)
+        visited = [n for part in parts for n in part]
+        assert visited == list(range(lowest, highest + 1, block[1])), start
+        whole = max(a for a, _ in ranges), min(b for _, b in ranges)
+        assert list(parts[1]) == [n for n in visited if whole[0] <= n and n + block[1] - 1 <= whole[1]], start
+
+
+def test_ids_in_any_order_leave_no_block_out(device):
+    """Ids that come back later, and fall: extents are of ids between the least and the greatest of a span."""
+    torch.manual_seed(3)
+    docs = torch.randint(-3, 3, (2, 40), device=device).repeat_interleave(25, 1).to(torch.int32)
+    docs[1] = docs[1].sort(descending=True).values
+    first, end, run_first, run_end = fused_attn.document_extents(docs).cpu().unbind(1)
+    for b, span in itertools.product(range(2), range(first.shape[1])):
+        ids = docs[b].cpu()
+        mine = ids[span * 32 : span * 32 + 32]
+        met = ((ids >= mine.min()) & (ids <= mine.max())).nonzero()
+        assert (first[b, span], end[b, span]) == (met[0], met[-1] + 1)
+        if mine.unique().numel() > 1:
+            assert run_first[b, span] >= run_end[b, span]
+        else:
+            a, z = int(run_first[b, span]), int(run_end[b, span])
+            assert a <= span * 32 and z >= min(span * 32 + 32, 1000) and ids[a:z].unique().numel() == 1
+            assert (a == 0 or ids[a - 1] != mine[0]) and (z == 1000 or ids[z] != mine[0])
+
+
+def test_a_long_context_of_documents_is_each_of_them_alone(device):
+    """Sliding window, grouped queries: outputs, lse and gradients of every document are those of it alone."""
+    T, lengths = 600, (200, 33, 100, 67, 200)
+    docs = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths)).to(device, torch.int32)[None]
+    qkv, upstream = packed(device, T, n_head=2, n_kv_head=1, B=1), torch.randn(1, T, 32, device=device)
+
+    def results(qkv, upstream, docs):
+        out, lse = fused_attn._qkv_attention_fwd(qkv, docs, None, 2, 1, True, 0.25, 150, 0.0, False)
+        return out, lse.mT, fused_attn._qkv_attention_bwd(
+            upstream, qkv, out, lse, docs, None, 2, 1, True, 0.25, 150, 0.0, False
+        )  # fmt: skip
+
+    together = results(qkv, upstream, docs)
+    for begin, length in zip(itertools.accumulate((0, *lengths)), lengths):
+        alone = results(*(x[:, begin : begin + length].contiguous() for x in (qkv, upstream)), None)
+        for whole, part in zip(together, alone):
+            torch.testing.assert_close(whole[:, begin : begin + length], part, rtol=1e-4, atol=1e-5)
 
 
 # ---- Sums in fp16 ---------------------------------------------------------------------------------------------------
