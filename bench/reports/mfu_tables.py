@@ -20,6 +20,8 @@ ADVICE = {
     "pointwise": "fuse residual adds, casts and copies into the kernels beside them",
     "gradient accumulation": "add the weight gradient inside the matmul that forms it",
     "GELU": "fuse it into the matmul before it",
+    "ReLU2": "fuse it into the matmul before it",
+    "rotary": "one pass over the packed projection, forward and backward",
     "norms": "one pass over the residual stream, forward and backward",
     "attention forward": "tiles and occupancy of the attention kernel",
     "attention backward": "tiles and occupancy of the attention kernels; one pass for dQ, dK and dV",

@@ -37,13 +37,13 @@ NAMES = {
 @contextmanager
 def marked(shape: Shape) -> Iterator[None]:
     """Inside, steps of a model of this shape carry the ranges that bench/steps/trace.py reads."""
-    hidden = anatomy.of(shape).hidden
+    hidden, activation = anatomy.of(shape).hidden, anatomy.of(shape).activation
 
     def mark(op: str, sizes: tuple[int, ...], dtype: torch.dtype, engine: str) -> record_function | None:
         # fp8's MLP is one operation of two matmuls; backward has an operation for each matmul.
         second_of_mlp = op == "fp8.forward" and sizes[1:] == (shape.n_embd, hidden)
         name = "mlp down forward" if second_of_mlp else NAMES.get(op)
-        return None if name is None else record_function(IS + name)
+        return None if name is None else record_function(IS + name.replace("GELU", activation))
 
     update = Stepper.update
 

@@ -65,20 +65,32 @@ def step_work(
         add(f"{linear.name} dX", flops.linear_input_grad(rows, N, K, size), linear.count)
         add(f"{linear.name} dW", flops.linear_weight_grad(rows, N, K, size, grad_size=grad_size), linear.count)
     heads = (B, T, attention.heads, attention.head_dim, size)
-    add("attention forward", flops.attention_forward(*heads, kv_heads=attention.kv_heads), attention.count)
-    add("attention backward", flops.attention_backward(*heads, kv_heads=attention.kv_heads), attention.count)
+    for window, blocks in attention.reach.items():
+        within: dict[str, Any] = {"kv_heads": attention.kv_heads, "window": window}
+        add("attention forward", flops.attention_forward(*heads, **within), blocks)
+        add("attention backward", flops.attention_backward(*heads, **within), blocks)
+    valued = sum(table.count for table in model.embeddings if table.in_blocks)
+    for embedded, blocks in ((False, attention.count - valued), (True, valued)) if attention.prepared else ():
+        per_head = (rows, attention.heads, attention.head_dim, size)
+        mixed: dict[str, Any] = {"kv_heads": attention.kv_heads, "value_embedding": embedded}
+        add("rotary forward", flops.qk_norm_rope_forward(*per_head, **mixed), blocks)
+        add("rotary backward", flops.qk_norm_rope_backward(*per_head, **mixed), blocks)
     bias = shape.bias
-    # The first norm has no residual yet.
-    add("norms forward", flops.layer_norm_forward(rows, C, stream, bias=bias))
-    add("norms backward", flops.layer_norm_backward(rows, C, stream, bias=bias))
-    behind_a_branch = sum(norm.count for norm in model.norms) - 1
+    # The first norm, and one of the embedding, have no residual yet.
+    alone = sum(not norm.in_blocks for norm in model.norms)
+    add("norms forward", flops.layer_norm_forward(rows, C, stream, bias=bias), alone)
+    add("norms backward", flops.layer_norm_backward(rows, C, stream, bias=bias), alone)
+    behind_a_branch = sum(norm.count for norm in model.norms) - alone
+    if model.mixes:  # the embedded tokens, read in both passes, and their gradient; the branch in backward
+        add("norms forward", Work(0, 4 * rows * C), L)
+        add("norms backward", Work(0, (4 + 4 + size) * rows * C), L)
     add("norms forward", flops.layer_norm_forward(rows, C, stream, residual=fused, bias=bias), behind_a_branch)
     add("norms backward", flops.layer_norm_backward(rows, C, stream, residual=fused, bias=bias), behind_a_branch)
     add("pointwise", Work(0, 0))
     if not fused:  # x + branch, and the sum of its two gradients
         add("pointwise", Work(0, rows * C * ((size + 8) + 12)), behind_a_branch)
-    add("GELU forward", Work(0, 2 * rows * model.hidden * size), L)
-    add("GELU backward", Work(0, 3 * rows * model.hidden * size), L)
+    add(f"{model.activation} forward", Work(0, 2 * rows * model.hidden * size), L)
+    add(f"{model.activation} backward", Work(0, 3 * rows * model.hidden * size), L)
     if one_pass_loss:
         forward = flops.cross_entropy(rows, V, size, grad=False)
         add("loss", Work(0, forward.bytes + rows * V * size))
@@ -86,11 +98,13 @@ def step_work(
         add("loss", flops.cross_entropy(rows, V, size))
     for table in model.embeddings:
         table_rows, different = (T, T) if table.positions else (rows, distinct)
-        add("embedding", flops.embedding_forward(table_rows, different, C, 4))
-        add("embedding", flops.embedding_backward(table_rows, different, C, 4))
+        of_row = size if table.in_blocks else 4
+        add("embedding", flops.embedding_forward(table_rows, different, table.width, of_row), table.count)
+        add("embedding", flops.embedding_backward(table_rows, different, table.width, of_row), table.count)
     work = {name: Work(w.flops * grad_accum, w.bytes * grad_accum) for name, w in work.items()}
     params = anatomy.n_params(shape)
-    work["gradient accumulation"] = Work(0, 12 * params * (grad_accum - 1))
+    looked_up = sum(table.n_params for table in model.lookups if not table.positions)  # only rows that occur
+    work["gradient accumulation"] = Work(0, 12 * (params - looked_up) * (grad_accum - 1))
     # Our optimizer writes the working copy of the matrices, too.
     copied = anatomy.matmul_params(shape) if fused and one_pass_loss and size < 4 else 0
     work["optimizer"] = Work(0, flops.adamw(params).bytes + copied * size)
@@ -125,7 +139,7 @@ def needed(
     )
     if not triton or precision == "fp32":
         return work
-    own_pass = any(op.name == "GELU forward" for op in profile.operations)
+    own_pass = any(op.name == f"{anatomy.of(shape).activation} forward" for op in profile.operations)
     in_matmuls = replace(AS_SHIPPED, epilogues=True)
     plain = PLAIN.get(precision, precision)
     before = _bytes(shape, B, T, grad_accum, plain, in_matmuls if own_pass and precision != plain else AS_SHIPPED)

@@ -124,9 +124,11 @@ _POINTWISE = re.compile(
 )
 
 _RULES = (
+    ("rotary", re.compile(r"qk_norm_rope")),
     ("attention", re.compile(r"attention|flash|fmha|mem_?eff|scaled_?dot_?product|^aten::(baddbmm|bmm|_?softmax)")),
     ("norms", re.compile(r"layer_?norm|rms_?norm")),
     ("GELU", re.compile(r"gelu")),
+    ("ReLU2", re.compile(r"relu2")),
     ("embedding", re.compile(r"embedding")),
 )
 _LOSS = re.compile(r"cross_?entropy|log_?softmax|nll_?loss|logsumexp")

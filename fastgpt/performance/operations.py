@@ -249,7 +249,8 @@ def _lookups(s: StepSizes) -> list[Operation]:
 def _norms(s: StepSizes) -> list[Operation]:
     """All norms follow a residual add but the first. Bytes per element: the residual stream is fp32, branches 16 bits."""
     norms = s.model.norms
-    n, elements = 2 * s.shape.n_layer, s.rows * norms[0].width
+    outside = [norm for norm in norms if not norm.in_blocks]  # the last, and the embedding's where there is one
+    n, elements = sum(norm.count for norm in norms) - len(outside), s.rows * norms[0].width
 
     def op(name: str, group: str, per_element: int, launches: int = 1, count: int = n, fresh: int = 0) -> Operation:
         own = s.fusions.norms and group != "pointwise"
@@ -262,7 +263,7 @@ def _norms(s: StepSizes) -> list[Operation]:
         op("first norm backward", backward, 2 + 4 + 4, 2, count=1),
         op("first norm, gradients added", extra, 12, count=1),
     ]
-    if len([norm for norm in norms if not norm.in_blocks]) > 1:  # the embedding's, which nothing is added to
+    if len(outside) > 1:  # nothing is added to the embedding's
         first.append(op("embedding norm forward", forward, 4 + 4, count=1))
         first.append(op("embedding norm backward", backward, 4 + 4 + 4, count=1))
     if s.model.mixes:

@@ -30,6 +30,27 @@ def test_the_flops_of_all_operations_are_those_of_the_formula(shape, fused):
     assert sum(w.flops for w in work.values()) == pytest.approx(formulas.hardware(shape, split_backward=False) * tokens)
 
 
+MODERN = Shape(
+    n_layer=6, n_head=4, n_embd=128, block_size=256, vocab_size=1024, family="modern", n_kv_head=2, rotary_base=1e4,
+    qk_norm=True, activation="relu2", tied_head=False, embedding_norm=True, residual_scalars=True, value_embeddings=True,
+    window_pattern="SSL",
+)  # fmt: skip
+
+
+def test_a_modern_step_has_windows_and_passes_of_its_own():
+    work, rows, kv = step_work(MODERN, 2, 256, one_pass_loss=True), 512, 2 * 32
+    pairs = 2 * (256 * 257 / 2) + 4 * (
+        65 * 66 / 2 + (256 - 65) * 65
+    )  # of two blocks that see all, and of four that see 65
+    attention = work["attention forward"].flops + work["attention backward"].flops
+    assert attention == 14 * 128 * 2 * pairs
+    assert sum(w.flops for w in work.values()) == attention + 6 * anatomy.matmul_params(MODERN) * rows
+    assert {"rotary forward", "rotary backward", "ReLU2 forward", "ReLU2 backward"} < set(work)
+    assert "GELU forward" not in work
+    # Every block reads and writes q, k and v; three read a value embedding and its gate; each head of q and k has its 1/rms.
+    assert work["rotary forward"].bytes == rows * (6 * (2 * 2 * (128 + 2 * kv) + 4 * 6) + 3 * 2 * (kv + 2))
+
+
 def test_every_micro_batch_counts_and_the_update_once():
     one, four = (step_work(GPT2_124M, 8, 1024, grad_accum=n) for n in (1, 4))
     for name in one:
@@ -107,7 +128,9 @@ def test_without_a_matmul_rate_a_matmul_has_no_roof_but_a_norm_has():
     assert matmul.roof_ms is None and matmul.achieved is None and norm.roof_ms == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", [*step_work(GPT2_124M, 1, 64), GAPS, "data", "matmul (unknown which)"])
+@pytest.mark.parametrize(
+    "name", [*step_work(GPT2_124M, 1, 64), *step_work(MODERN, 1, 64), GAPS, "data", "matmul (unknown which)"]
+)
 def test_there_is_advice_for_every_operation(name):
     assert mfu_tables.advice(name) != mfu_tables.advice("unaccounted")
 
