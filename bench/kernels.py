@@ -158,7 +158,7 @@ class KernelsConfig:
     """--sweep: many shapes of each kernel; --no-sweep: GPT-2 124M's only. Without either, a sweep on a GPU without --quick."""
     only: Annotated[str, Arg("ENTRY,ENTRY")] = ""
     """Only the entries of these names: embedding, layer_norm, layer_norm_residual, rms_norm, rms_norm_mixed, qk_norm_rope,
-    attention, linear_cross_entropy, adamw."""
+    attention, linear_cross_entropy, adamw, muon."""
     keep_roofs: bool = False
     """Do not measure copy and matmul rates again."""
     out: Annotated[Path | None, Arg("FOLDER")] = None

@@ -78,6 +78,9 @@ def test_flat_flags_and_bare_resume():
         (["--n-embd", "1000000007"], ["n_embd is 1000000007", "[1, 100000]"]),
         (["--grad-accum", "1e18"], ["grad_accum", "[1, 1000000000]"]),
         (["--seed", "-1"], ["seed is -1"]),
+        (["--muon-lr", "0.1"], ["muon_lr is 0.1 but optimizer is 'adamw'", "--optimizer muon"]),
+        (["--optimizer", "muon", "--lr", "0"], ["lr is 0, and the other rates follow it"]),
+        (["--optimizer", "muon", "--muon-momentum", "1"], ["muon_momentum is 1.0", "[0, 1)"]),
         (["--min-lr-ratio", "1e400"], ["--min-lr-ratio is '1e400'", "finite"]),
     ],
 )

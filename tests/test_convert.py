@@ -19,7 +19,7 @@ from bench.steps import nanogpt as nanogpt_model
 from fastgpt import convert
 from fastgpt.checkpoints import checkpoint, folder, lock, rng, saver
 from fastgpt.checkpoints.formats import any, huggingface, own
-from fastgpt.checkpoints.formats.portable import Portable
+from fastgpt.checkpoints.formats.portable import Portable, check_optimizer
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, load_preset
 from fastgpt.data.tokenizer import CharTokenizer, get_tokenizer
@@ -214,6 +214,13 @@ class TestRoundTrips:
         optimizer.step()
         theirs.step()
         assert same(dict(ours.named_parameters()), theirs_by_name)
+
+
+def test_the_state_of_muon_has_to_fit_its_weights_too():
+    weights = {"w": torch.zeros(3, 2)}
+    check_optimizer("it", {"state": {"w": {"momentum_buffer": torch.zeros(3, 2)}}}, weights)
+    with pytest.raises(UserError, match=r"does not fit its weights \(momentum_buffer of w\)"):
+        check_optimizer("it", {"state": {"w": {"momentum_buffer": torch.zeros(2, 2)}}}, weights)
 
 
 class TestSameFunction:

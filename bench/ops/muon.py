@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,7 +58,6 @@ def families() -> Iterator[Family]:
 
 def clocks_muon(kernel: str, bucket: str, found: ranking.Facts, gpu: Gpu) -> list[tuple[float, float]]:
     """By the model of a matmul: a batch is one of as many rows, and of a symmetric product about half of them are computed."""
-    found = replace(found, config={**found.config, "block_m": found.config["block"], "block_n": found.config["block"]})
     sizes = [(384, 384, 48), (768, 768, 48), (768, 3072, 14)]
     if kernel == "muon.symmetric":
         return [ranking.linear_time(kernel, found, n, m, n * b * 5 // 8, gpu) for n, m, b in sizes]

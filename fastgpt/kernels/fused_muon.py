@@ -30,20 +30,27 @@ from fastgpt.kernels.matmul import product_tile, tile_of
 
 BUCKET = "any"
 _TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)]
-_CONFIGS = [{"block": b, "block_k": k, "num_warps": warps, "num_stages": stages} for b, k, warps, stages in _TILES]
-BLOCK = 64
-"""Side of the tiles of the elementwise kernels, whose transposed accesses then fill whole lines of memory."""
+_CONFIGS = [
+    {"block_m": m, "block_n": m, "block_k": k, "num_warps": warps, "num_stages": stages}
+    for m, k, warps, stages in _TILES
+]
+BLOCK = 256 if runtime.INTERPRET else 32
+"""Side of the tiles of the elementwise kernels: transposed accesses in 16 bits then fill whole sectors of memory, and a thread
+has 8 elements, with which it spills nothing. The interpreter's cost is per program."""
 
 
 @tuning.cached
-def _choice(kernel: str, dtype: torch.dtype, n: int, device: torch.device) -> tuning.Choice:
-    """The config of a table for this card, or the default. fp32 has no tensor cores to feed: smaller tiles spill nothing."""
-    default = {"block": 128, "block_k": 64, "num_warps": 8, "num_stages": 3}
+def _choice(kernel: str, dtype: torch.dtype, n: int, m: int, device: torch.device) -> tuning.Choice:
+    """The config of a table for this card, or the default. fp32 has no tensor cores to feed, and rows that do not begin at
+    multiples of 16 bytes take an address per element, hence registers: smaller tiles spill nothing."""
+    wide = dtype != torch.float32 and n % 8 == 0 and m % 8 == 0
+    default = {"block_m": 128, "block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 3}
     if runtime.INTERPRET:  # the cost is per program and operation, hardly per element
-        default |= {"block": min(max(runtime.next_power_of_2(n), 16), 128), "num_stages": 1}
-    elif dtype == torch.float32:
-        default = {"block": 64, "block_k": 32, "num_warps": 8, "num_stages": 2}
-    return tuning.choose(kernel, dtype, BUCKET if dtype != torch.float32 else None, device, default)
+        block = min(max(runtime.next_power_of_2(n), 16), 128)
+        default |= {"block_m": block, "block_n": block, "num_stages": 1}
+    elif not wide:
+        default = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 8, "num_stages": 2}
+    return tuning.choose(kernel, dtype, BUCKET if wide else None, device, default)
 
 
 @triton.jit
@@ -183,7 +190,7 @@ def muon_momentum(
         with runtime.device_guard(grad):
             muon_momentum_kernel[grid](
                 grad, momentum_buffer, out, hyper, grad_scale, found_inf, *size, out.stride(int(tall)),
-                NESTEROV=nesterov, TALL=tall, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
+                NESTEROV=nesterov, TALL=tall, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -215,7 +222,7 @@ def muon_update(
         with runtime.device_guard(param):
             muon_update_kernel[grid](
                 param, direction, copy, rows, hyper, found_inf, *size, direction.stride(int(tall)), scale,
-                CAUTIOUS=cautious, TALL=tall, BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True,
+                CAUTIOUS=cautious, TALL=tall, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
         torch.autograd.graph.increment_version(param)
 
@@ -257,25 +264,25 @@ def _symmetric(x: Tensor, out: Tensor, scale: Tensor | None, polynomial: tuple[f
     batch, n, m = x.shape
 
     def run(config: tuning.Config) -> None:
-        block = config["block"]
+        block = config["block_m"]
         muon_symmetric_kernel[(runtime.cdiv(n, block) ** 2, batch)](
             x, out, scale, n, m, *(polynomial or (0.0, 1.0)), POLYNOMIAL=polynomial is not None,
             BLOCK=block, BK=config["block_k"], EVEN_K=m % config["block_k"] == 0,
             num_warps=config["num_warps"], num_stages=config["num_stages"], enable_fp_fusion=True,
         )  # fmt: skip
 
-    tuning.launch(_choice("muon.symmetric", x.dtype, n, x.device), run)
+    tuning.launch(_choice("muon.symmetric", x.dtype, n, m, x.device), run)
 
 
 def _product(polynomial: Tensor, x: Tensor, out: Tensor, scale: Tensor | None, a: float) -> None:
     batch, n, m = x.shape
 
     def run(config: tuning.Config) -> None:
-        block = config["block"]
+        block = config["block_m"]
         muon_product_kernel[(runtime.cdiv(n, block) * runtime.cdiv(m, block), batch)](
             polynomial, x, out, scale, n, m, a,
             BLOCK=block, BK=config["block_k"], GROUP=8, EVEN_K=n % config["block_k"] == 0,
             num_warps=config["num_warps"], num_stages=config["num_stages"], enable_fp_fusion=True,
         )  # fmt: skip
 
-    tuning.launch(_choice("muon.product", x.dtype, n, x.device), run)
+    tuning.launch(_choice("muon.product", x.dtype, n, m, x.device), run)

@@ -8,6 +8,7 @@ import torch
 
 from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.kernels.reference import orthogonalize, polynomials
+from fastgpt.kernels.working_copy import copies_kept, existing, working_copy
 from fastgpt.model import GPT
 from fastgpt.optim.build import build_optimizer
 from fastgpt.optim.muon import Muon, MuonAdamW
@@ -178,6 +179,19 @@ def test_clip_norm_and_skip_are_of_all_gradients(kernels):
     assert optimizer.skipped_steps == 1 and not torch.isfinite(optimizer.grad_norm)
     assert all(torch.equal(p, old) for p, old in zip(params, before))
     assert all(torch.equal(t, s) for t, s in zip((t for st in optimizer.state.values() for t in st.values()), states))
+
+
+def test_working_copies_are_written_with_their_parameters():
+    """Packed with grouped heads: queries and keys are then in different batches."""
+    param = parameter(24, 16)
+    optimizer = Muon([{"params": [param], "split": (16, 4, 4)}], 0.1)
+    with copies_kept():
+        copy = working_copy(param, torch.bfloat16)
+        before = copy.clone()
+        optimizer.step()
+        assert existing(param) is not None and existing(param).data_ptr() == copy.data_ptr()
+        assert torch.equal(copy, param.bfloat16()) and not torch.equal(copy, before)
+    assert copy.data_ptr() in [tensor.data_ptr() for tensor in optimizer.graph_tensors()]
 
 
 @pytest.mark.parametrize("kernels", ["eager", "triton"])
