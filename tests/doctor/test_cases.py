@@ -337,6 +337,17 @@ CASES = {
         COUNTED + "RuntimeError: Windows not yet supported for torch.compile\n",
         dict(critical={"no_compile_here"}, text=["triton-windows"]),
     ),
+    "a fork that ran out of memory, by its log": (
+        None,
+        "Overriding config with a.py:\nn_layer = 6\nn_exp = 8\nbatch_size = 4\n\nOverriding: top_k = 2\n"
+        "tokens per iteration will be: 40,960\nnumber of parameters: 220.10M\nCUDA out of memory.\n",
+        dict(
+            critical={"out_of_memory"},
+            absent={"config_log_mismatch"},
+            text=["setting n_exp, top_k", "batch_size = 2\\ngradient_accumulation_steps = 20"],
+            absent_text=["stops at it"],
+        ),
+    ),
     "out of memory before the first step": (
         None,
         COUNTED + "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.30 GiB\n",

@@ -130,14 +130,14 @@ def precision(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator
     """bf16 on a card that has none (Turing, Volta and older)."""
     if gpu is None or gpu.peak_flops("bf16") is not None or not figures.config.settings or figures.precision != "bf16":
         return
-    dtype, asked = figures.config.get("dtype"), figures.place("dtype")
+    asked = figures.place("dtype")
     yield Finding(
         "no_bf16",
         "warning",
         f"{gpu.name} ({gpu.arch}) has no bf16 tensor cores",
         asked or [(Place("--gpu"), gpu.name)],
         "bf16 came with Ampere (sm_80). "
-        f"{'The config asks for it' if dtype else 'Programs that ask torch.cuda.is_bf16_supported() choose it here'}: "
+        f"{'The config asks for it' if asked else 'Programs that ask torch.cuda.is_bf16_supported() choose it here'}: "
         f"torch emulates it, far slower than fp16, which this card does at "
         f"{(gpu.peak_flops('fp16') or 0) / 1e12:.0f} TFLOP/s.",
         FP16,

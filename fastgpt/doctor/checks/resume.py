@@ -175,7 +175,7 @@ def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iter
 def config_is_not_the_logs(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """The log was not made with this config: what is read from one may not hold for the other."""
     config, log = evidence.config, evidence.log
-    if config is None or log is None:
+    if config is None or log is None or config is log.config:
         return
     differing = _differences(config, log, figures)
     if not differing:

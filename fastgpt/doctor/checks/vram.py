@@ -37,6 +37,9 @@ def needed(shape: Shape, micro_batch: int, figures: Figures) -> int | None:
 def geometries(figures: Figures, largest: int) -> Iterator[tuple[int, int]]:
     """Micro-batches from ``largest`` down, each with the accumulation that keeps the tokens per step."""
     batch, accumulate = figures.config.get("batch_size"), figures.config.get("gradient_accumulation_steps") or 1
+    sequence_tokens = (batch or 0) * (figures.config.get("block_size") or 0)
+    if figures.tokens_per_step and sequence_tokens and figures.tokens_per_step % sequence_tokens == 0:
+        accumulate = figures.tokens_per_step // sequence_tokens  # the log's, where it says another
     return ((size, batch * accumulate // size) for size in range(largest, 0, -1) if batch * accumulate % size == 0)
 
 

@@ -157,11 +157,12 @@ def _override(facts: ConfigFacts, name: str, setting: Setting) -> None:
     """One override as nanoGPT takes it: a setting that exists, a value of the very type that it has."""
     value, place, text = setting.value, setting.place, setting.text
     if name not in facts.settings and name not in DEFAULTS:
-        why = f"nanoGPT's train.py has no setting {name}{nearest(name, DEFAULTS)} and stops at it"
-        facts.unread.append(Unread(place, text, why))
-        if setting.source == "log":  # which did not stop at it: a fork's
+        if setting.source == "log":  # the program did not stop at it: a fork
             facts.settings[name] = setting
             _note_foreign(facts)
+        else:
+            why = f"nanoGPT's train.py has no setting {name}{nearest(name, DEFAULTS)} and stops at it"
+            facts.unread.append(Unread(place, text, why))
         return
     present = facts.get(name, DEFAULTS.get(name))
     if present is not None and type(present) is not type(value):

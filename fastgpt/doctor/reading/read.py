@@ -109,7 +109,7 @@ def _text_file(path: Path, data: bytes) -> ConfigFacts | LogFacts:
         return config
     raise UserError(
         f"{path} says nothing that the doctor knows: it is no config (nanoGPT's, or fastgpt's TOML), no log of nanoGPT, "
-        "nanochat, llm.c or fastgpt, and no checkpoint"
+        "its relatives, llm.c, litgpt or fastgpt (docs/doctor.md lists them), and no checkpoint"
     )
 
 
