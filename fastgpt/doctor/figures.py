@@ -30,6 +30,8 @@ GEOMETRY = ("batch_size", "gradient_accumulation_steps", "block_size")
 """Their product is the tokens of a step."""
 OF_AN_A100 = ("nanogpt", "llama2.c")
 """Whose logs give mfu as a running mean of an A100's peak, and time evaluations with their steps."""
+COARSE = 0.25
+"""Percent: nanoGPT prints mfu in hundredths of a percent, which below this are too few to tell a model by."""
 LARGEST_VOCABULARY = 65_536
 """nanoGPT's data are numbers of 16 bits."""
 
@@ -153,14 +155,12 @@ class Figures:
 
     def leaves(self, names: Iterable[str]) -> set[str]:
         """What these figures and settings rest on in the end: settings, Sources, assumed names."""
-        leaves, open_ = set(), set(names)
-        while open_:
-            name = open_.pop()
-            if name in self.assumed or name not in self.origin:
-                leaves.add(name)
-            else:
-                open_ |= set(self.origin[name]) - leaves
-        return leaves
+        seen, left = set(), set(names)
+        while left:
+            name = left.pop()
+            seen.add(name)
+            left |= set(() if name in self.assumed else self.origin.get(name, ())) - seen
+        return {name for name in seen if name in self.assumed or name not in self.origin}
 
     def sources(self, *names: str) -> set[Source]:
         """Where these figures and settings come from."""
@@ -542,8 +542,8 @@ def _is_excerpt(log: LogFacts) -> bool:
 def _told_by_mfu(log: LogFacts) -> int | None:
     """The row whose mfu belongs to its time; None if there is none."""
     mfu, ms = log.steps.mfu, log.steps.ms
-    rows = np.flatnonzero(np.isfinite(mfu * ms) & (mfu > 0))
-    if log.kind not in OF_AN_A100 or not len(rows):
+    rows = np.flatnonzero(np.isfinite(mfu * ms) & (mfu > 0) & (ms > 0))
+    if log.kind not in OF_AN_A100 or not len(rows) or mfu[rows[0]] < COARSE:
         return None
     if not _is_excerpt(log):
         return int(rows[0])

@@ -204,6 +204,11 @@ CASES = {
         "".join(f"iter {i}00: loss 4.0000, time 9000.00ms, mfu {10 + i % 5 * 0.4:.2f}%\n" for i in range(1, 30)),
         dict(gpu="rtx4070", absent={"config_log_mismatch", "other_card"}, figures={"mfu_nanogpt": 0.1595}),
     ),
+    "an mfu of one digit": (
+        SMALL + "dataset = 'shakespeare_char'\n",
+        steps(ms=3000, mfu="0.04", loss=4.2),
+        dict(absent={"config_log_mismatch"}, figures={"parameters": 10_646_784, "flops_per_step_logged": None}),
+    ),
     "longer than the config": (
         BIG + "max_iters = 100\nlr_decay_iters = 100\nwarmup_iters = 5\n",
         steps(),
