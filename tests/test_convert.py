@@ -188,6 +188,7 @@ class TestRoundTrips:
         run(tmp_path / "run", tmp_path / "hf")
         run(tmp_path / "hf", tmp_path / "again")
         run(tmp_path / "again", tmp_path / "back.pt")
+        assert 'tokenizer("A", return_tensors="pt")' in (tmp_path / "hf" / "README.md").read_text()
         for name in ("run", "hf", "again", "back.pt"):
             portable = any.load_weights(str(tmp_path / name))
             assert (portable.letters, portable.tokenizer) == (LETTERS, "chars")

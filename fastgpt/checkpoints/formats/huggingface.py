@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,7 @@ def _card(name: str, portable: Portable) -> str:
     if isinstance(best, (int, float, Tensor)) and float(best) < 1e9:
         figures["best validation loss"] = f"{float(best):.4f} nats per token"
     rows = "\n".join(f"| {what} | {value} |" for what, value in figures.items())
+    prompt = "Once" if portable.letters is None else next(filter(str.isalpha, portable.letters), portable.letters[0])
     trained = f"trained with fastgpt {__version__}" if settings else f"converted by fastgpt {__version__}"
     return f"""---
 library_name: transformers
@@ -202,7 +204,7 @@ A GPT-2 of {millions(anatomy.n_params(config))} parameters, {trained}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = (auto.from_pretrained("{name}") for auto in (AutoModelForCausalLM, AutoTokenizer))
-ids = tokenizer("Once", return_tensors="pt").input_ids
+ids = tokenizer({json.dumps(prompt)}, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True)[0]))
 ```
 """
