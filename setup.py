@@ -8,6 +8,7 @@ setup(
     package_data={
         "fastgpt": ["py.typed"],
         "fastgpt.configs": ["*.toml"],
+        "fastgpt.doctor.checks": ["*.toml"],
         "fastgpt.doctor.reading": ["*.toml"],
         "fastgpt.doctor.report": ["*.jinja"],
         "fastgpt.hardware": ["*.toml"],
