@@ -1,8 +1,8 @@
 """Muon for the matrices of a model, and MuonAdamW, which is one optimizer made of Muon and an AdamW for everything else.
 
 Muon (Jordan et al. 2024) moves a matrix by its momentum after all singular values of it have been brought near 1 with a few
-steps of Newton-Schulz (``kernels/reference.py`` has the equations). Momentum as torch.optim.Muon keeps it, so that states go to
-and fro.
+steps of Newton-Schulz (``kernels/reference.py`` has the equations). The momentum is kept as torch.optim.Muon keeps it, so that
+a state of either loads into the other.
 """
 
 from __future__ import annotations
@@ -196,14 +196,17 @@ class Muon(Optimizer):
     def _batches(self) -> list[list[Piece]]:
         """The matrices that have a gradient, those of one shape and kind together, as many as SCRATCH allows."""
         alike: dict[tuple, list[Piece]] = {}
+        device = self.param_groups[0]["params"][0].device
         for i, group in enumerate(self.param_groups):
             same = *(group[name] for name in _ALIKE), *((group["beta2"],) if group["normuon"] else ())
             for param in group["params"]:
                 if param.grad is None:
                     continue
+                if param.device != device:
+                    raise ValueError(f"parameters lie on {device} and {param.device}: use one Muon per device")
                 first = 0
                 for n in group["split"] or (param.shape[0],):
-                    kind = (*sorted((n, param.shape[1])), param.device, param.dtype, *same)
+                    kind = (*sorted((n, param.shape[1])), param.dtype, *same)
                     alike.setdefault(kind, []).append(Piece(param, i, first, first + n))
                     first += n
         batches = []
@@ -249,7 +252,9 @@ class Muon(Optimizer):
             if not members:
                 continue
             side, dtype = (1 if tall else 2), torch.promote_types(x.dtype, torch.float32)
-            square = torch.linalg.vector_norm(x, dim=side, dtype=dtype)[members].square() / x.shape[side]
+            norms = torch.linalg.vector_norm(x, dim=side, dtype=dtype)
+            # Not norms[members]: indices would come from the host, which a CUDA graph cannot capture.
+            square = torch.stack([norms[i] for i in members]).square() / x.shape[side]
             states = [self._second_moment(pieces[i].param) for i in members]
             before = torch.stack([whole[pieces[i].rows, 0] for i, (_, whole) in zip(members, states)])
             moment = before + (square - before) * (1 - beta2)
