@@ -18,6 +18,8 @@ from fastgpt.data.tokenizer import CHARS, SIZES, CharTokenizer, Tokenizer, get_t
 
 SAMPLE = 1 << 16
 """Tokens of a file without a description that are looked at."""
+NO_BYTE = 4096
+"""An id from which on it is GPT-2's: far above bytes and what a wrong file may have just past them."""
 
 
 class ResolvedData(NamedTuple):
@@ -45,8 +47,8 @@ class Told(NamedTuple):
 
 
 def told(data: str) -> Told | None:
-    """What a folder of tokens says of itself: in its manifest; in nanoGPT's meta.pkl; by an id that is no byte, which only
-    GPT-2's tokens have here. None for text, and where nothing tells.
+    """What a folder of tokens says of itself: in its manifest; in nanoGPT's meta.pkl; by a large id, which only GPT-2's
+    tokens have here. None for text, and where nothing tells.
 
     Raises:
         UserError: the folder's manifest, meta.pkl or first file is damaged, or of another kind.
@@ -59,7 +61,7 @@ def told(data: str) -> Told | None:
         return Told(name, SIZES[name]) if name in SIZES else None
     if (folder / META).is_file():
         return Told(CHARS, len(read_letters(folder / META)))
-    return Told("gpt2", SIZES["gpt2"]) if open_shard(shards[0])[:SAMPLE].max() > 255 else None
+    return Told("gpt2", SIZES["gpt2"]) if open_shard(shards[0])[:SAMPLE].max() >= NO_BYTE else None
 
 
 def resolve(data: str, tokenizer: str, vocab_size: int, text_column: str = "text") -> ResolvedData:

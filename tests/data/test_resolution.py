@@ -63,7 +63,7 @@ def test_train_takes_tokenizer_and_vocabulary_of_the_folder(tmp_path, make, said
     assert (config.data.tokenizer, config.model.vocab_size) == (said, size)
 
 
-@pytest.mark.parametrize("make", [lambda folder: "stdlib", lambda folder: folder, ids(top=256)])
+@pytest.mark.parametrize("make", [lambda folder: "stdlib", lambda folder: folder, ids(top=256), ids(top=300)])
 def test_what_says_nothing_leaves_the_presets(tmp_path, make):
     config = parse(["--data", str(make(tmp_path / "data"))], "cpu", told=told)
     assert (config.data.tokenizer, config.model.vocab_size) == ("bytes", 256)
