@@ -100,27 +100,30 @@ def choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tun
 
 @triton.jit
 def mixed(
-    x, residual, x0, FACTOR, X0_FACTOR, SEED, mask, rows, first_col, dropout_p, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x, RESIDUAL, X0, FACTOR, X0_FACTOR, SEED, residual_stride, x0_stride, rows, mask, first_col, dropout_p,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of what is normed, fp32: (s, u, x0) with u = dropout(x) + residual and s = FACTOR u + X0_FACTOR x0, rounded to
-    the residual's dtype, or without one to x's: the norm reads s as backward will. x, residual, x0: pointers (ROWS, BLOCK).
-    All but x may be None."""
-    s = tl.load(x, mask=mask, other=0.0).to(tl.float32)
+    """What is normed of one tile x (ROWS, BLOCK), as loaded: s = FACTOR u + X0_FACTOR x0 with u = dropout(x) + residual,
+    rounded to the residual's dtype, or without one to x's, as backward will read it; then u and x0 in fp32. All but x may be
+    None."""
+    cols = first_col + tl.arange(0, BLOCK)
+    u = x.to(tl.float32)
     if SEED is not None:
-        s = dropout(s, SEED, rows, first_col, dropout_p, ROWS, BLOCK)
-    if residual is not None:
-        s += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
-    u, added = s, s
+        u = dropout(u, SEED, rows, first_col, dropout_p, ROWS, BLOCK)
+    if RESIDUAL is not None:
+        residual = RESIDUAL + (rows * residual_stride)[:, None] + cols[None, :]
+        u += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
+    s, x0 = u, u
     if FACTOR is not None:
         s *= tl.load(FACTOR).to(tl.float32)
-    if x0 is not None:
-        added = tl.load(x0, mask=mask, other=0.0).to(tl.float32)
-        s += added * tl.load(X0_FACTOR).to(tl.float32)
-    if residual is not None:
-        s = s.to(residual.dtype.element_ty).to(tl.float32)
-    elif SEED is not None or FACTOR is not None or x0 is not None:
-        s = s.to(x.dtype.element_ty).to(tl.float32)
-    return s, u, added
+    if X0 is not None:
+        x0 = tl.load(X0 + (rows * x0_stride)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        s += x0 * tl.load(X0_FACTOR).to(tl.float32)
+    if RESIDUAL is not None:
+        x = s.to(RESIDUAL.dtype.element_ty)
+    elif SEED is not None or FACTOR is not None or X0 is not None:
+        x = s.to(x.dtype)
+    return x, u, x0
 
 
 @tuning.space("layer_norm.forward", FORWARD)
@@ -140,12 +143,13 @@ def layer_norm_forward_kernel(
     row_mask = rows < n_rows
     mask = row_mask[:, None] & (cols < C)[None, :]
     out = (rows * C)[:, None] + cols[None, :]
-    x = X + (rows * x_stride)[:, None] + cols[None, :]
-    residual = None if RESIDUAL is None else RESIDUAL + (rows * residual_stride)[:, None] + cols[None, :]
-    x0 = None if X0 is None else X0 + (rows * x0_stride)[:, None] + cols[None, :]
-    s, _, _ = mixed(x, residual, x0, FACTOR, X0_FACTOR, SEED, mask, rows, 0, dropout_p, ROWS, BLOCK)
+    x = tl.load(X + (rows * x_stride)[:, None] + cols[None, :], mask=mask, other=0.0)
+    rounded, _, _ = mixed(
+        x, RESIDUAL, X0, FACTOR, X0_FACTOR, SEED, residual_stride, x0_stride, rows, mask, 0, dropout_p, ROWS, BLOCK
+    )
     if SUM is not None:
-        tl.store(SUM + out, s.to(SUM.dtype.element_ty), mask=mask)
+        tl.store(SUM + out, rounded, mask=mask)
+    s = rounded.to(tl.float32)
 
     if MEAN is not None:
         # The variance around the mean, not E[s^2] - mean^2: that cancels where the mean is large. Lanes past C are 0 in the
@@ -154,8 +158,8 @@ def layer_norm_forward_kernel(
         # up.
         mean = tl.div_rn(tl.sum(s, axis=1), C)
         s = tl.where((cols < C)[None, :], s - mean[:, None], 0.0)
-        tl.store(MEAN + rows, mean, mask=row_mask)
         rstd = tl.rsqrt(tl.sum(s * s, axis=1) / C + eps)
+        tl.store(MEAN + rows, mean, mask=row_mask)
     else:
         # Rounded: ds is at right angles to s, and little is left of the sum of ds u, FACTOR's gradient, but errors of xhat.
         rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(s * s, axis=1), C) + eps))
@@ -175,21 +179,23 @@ def layer_norm_forward_kernel(
 
 @triton.jit
 def _xhat_and_dy(
-    s_row, dy_row, residual_row, x0_row, FACTOR, X0_FACTOR, S_SEED, mean, rstd, rows, row_mask, first_col, dropout_p,
-    C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    s_row, dy_row, RESIDUAL, X0, FACTOR, X0_FACTOR, S_SEED, mean, rstd, residual_stride, x0_stride,
+    rows, row_mask, first_col, dropout_p, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """xhat and dy of one tile, fp32, dy being 0 past the edges; then u and x0 as in ``mixed``. The rows: pointers to column 0,
-    (ROWS,)."""
+    """xhat and dy of one tile, fp32, dy being 0 past the edges; then u and x0 as in ``mixed``. s_row, dy_row: pointers to
+    column 0, (ROWS,)."""
     cols = first_col + tl.arange(0, BLOCK)
     mask = row_mask[:, None] & (cols < C)[None, :]
-    residual = None if residual_row is None else residual_row[:, None] + cols[None, :]
-    x0 = None if x0_row is None else x0_row[:, None] + cols[None, :]
-    s_ptr = s_row[:, None] + cols[None, :]
-    s, u, added = mixed(s_ptr, residual, x0, FACTOR, X0_FACTOR, S_SEED, mask, rows, first_col, dropout_p, ROWS, BLOCK)
+    s = tl.load(s_row[:, None] + cols[None, :], mask=mask, other=0.0)
     dy = tl.load(dy_row[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    s, u, x0 = mixed(
+        s, RESIDUAL, X0, FACTOR, X0_FACTOR, S_SEED, residual_stride, x0_stride, rows, mask, first_col, dropout_p,
+        ROWS, BLOCK,
+    )  # fmt: skip
+    xhat = s.to(tl.float32)
     if mean is not None:
-        s -= mean[:, None]
-    return s * rstd[:, None], dy, u, added
+        xhat -= mean[:, None]
+    return xhat * rstd[:, None], dy, u, x0
 
 
 @tuning.space("layer_norm.backward", BACKWARD)
@@ -230,11 +236,9 @@ def layer_norm_backward_kernel(
         mean = None if MEAN is None else tl.load(MEAN + rows, mask=row_mask, other=0.0)
         rstd = tl.load(RSTD + rows, mask=row_mask, other=0.0)
         s_row, dy_row = S + rows * s_stride, DY + rows * dy_stride
-        residual_row = None if RESIDUAL is None else RESIDUAL + rows * residual_stride
-        x0_row = None if X0 is None else X0 + rows * x0_stride
         xhat, dy, u, x0 = _xhat_and_dy(
-            s_row, dy_row, residual_row, x0_row, FACTOR, X0_FACTOR, S_SEED, mean, rstd, rows, row_mask, first_col,
-            dropout_p, C, ROWS, BLOCK,
+            s_row, dy_row, RESIDUAL, X0, FACTOR, X0_FACTOR, S_SEED, mean, rstd, residual_stride, x0_stride,
+            rows, row_mask, first_col, dropout_p, C, ROWS, BLOCK,
         )  # fmt: skip
         if DW_PARTIAL is not None:
             dw += dy * xhat
@@ -245,19 +249,19 @@ def layer_norm_backward_kernel(
         sum_g_xhat = tl.sum(g * xhat, axis=1)
         for step in range(1, CHUNKS):  # what other programs own of these rows, from the neighbour's part on
             other_first = (chunk + step) % CHUNKS * BLOCK
-            other_xhat, other_g, _, _ = _xhat_and_dy(
-                s_row, dy_row, residual_row, x0_row, FACTOR, X0_FACTOR, S_SEED, mean, rstd, rows, row_mask, other_first,
-                dropout_p, C, ROWS, BLOCK,
-            )  # fmt: skip
+            other_cols = other_first + tl.arange(0, BLOCK)
             if WEIGHT is not None:
-                other_cols = other_first + tl.arange(0, BLOCK)
-                other_g *= tl.load(WEIGHT + other_cols, mask=other_cols < C, other=0.0).to(tl.float32)[None, :]
+                other_weight = tl.load(WEIGHT + other_cols, mask=other_cols < C, other=0.0).to(tl.float32)[None, :]
+            other_xhat, other_dy, _, _ = _xhat_and_dy(
+                s_row, dy_row, RESIDUAL, X0, FACTOR, X0_FACTOR, S_SEED, mean, rstd, residual_stride, x0_stride,
+                rows, row_mask, other_first, dropout_p, C, ROWS, BLOCK,
+            )  # fmt: skip
+            other_g = other_dy if WEIGHT is None else other_dy * other_weight
             sum_g += tl.sum(other_g, axis=1)
             sum_g_xhat += tl.sum(other_g * other_xhat, axis=1)
-        if MEAN is not None:
-            g -= tl.div_rn(sum_g, C)[:, None]
+        mean_g, mean_g_xhat = tl.div_rn(sum_g, C), tl.div_rn(sum_g_xhat, C)
         # Past C, where dy and g are 0, xhat is -mean * rstd and ds not 0: the stores are masked.
-        ds = (g - xhat * tl.div_rn(sum_g_xhat, C)[:, None]) * rstd[:, None]
+        ds = ((g if MEAN is None else g - mean_g[:, None]) - xhat * mean_g_xhat[:, None]) * rstd[:, None]
         if DSUM is not None:
             dsum = DSUM + (rows * dsum_stride)[:, None] + cols[None, :]
             ds += tl.load(dsum, mask=mask, other=0.0).to(tl.float32)
