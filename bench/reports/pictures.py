@@ -211,3 +211,39 @@ def _memory_panel(ax: Any, movers: list[tuple[str, float]], gbs: float) -> None:
     ax.set_xlim(0, 1.35 * max([*rates, gbs]))
     ax.set_xlabel("achieved GB/s")
     ax.set_title(f"operations without matmuls\n(line: copy, measured here, {gbs:.3g} GB/s)", loc="left", fontsize=10)
+
+
+# ---------------------------------------------------------------- the modern recipe (bench.recipe)
+
+
+def two_recipes(curves: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> Path:
+    """Validation loss over tokens of both recipes, left; what the loss rises by without a part of the modern one, right."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12, 4.6), layout="constrained", gridspec_kw={"width_ratios": [1.2, 1]}
+    )
+    per_step = summary["gpt2_tokens"] / max(run["steps"] for run in curves) / 1e6
+    kinds = {"gpt2": ("GPT-2 + AdamW", "#c55a11"), "modern": ("modern + Muon", "#1f4e79")}
+    for recipe, (kind, colour) in kinds.items():
+        runs = [run for run in curves if run["recipe"] == recipe]
+        for i, run in enumerate(runs):
+            points = [(step * per_step, loss) for step, loss in run["evals"] if step]
+            label = "_" if i else f"{kind}, {len(runs)} seeds"
+            left.plot(*zip(*points), color=colour, label=label, linewidth=1.4)
+    left.axhline(max(summary["gpt2_losses"].values()), color="grey", linewidth=0.8, linestyle="--")
+    left.set_xlabel("million tokens")
+    left.set_ylabel("validation loss, nats per byte")
+    left.set_ylim(top=2.6)
+    left.grid(alpha=0.25)
+    left.legend(frameon=False, fontsize=9)
+    left.set_title("dashed: the last loss of GPT-2's recipe, of its worst seed", loc="left", fontsize=10)
+    changed = {part: figures["more"] for part, figures in summary["parts"].items() if figures["recipe"] == "modern"}
+    parts = sorted((more, part) for part, more in changed.items())
+    right.barh([part for _, part in parts], [more for more, _ in parts], color="#1f4e79", height=0.62)
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set_xlabel(f"rise of the loss after {summary['parts_tokens'] / 1e6:.2f}M tokens, one seed")
+    right.set_title("the modern recipe with one part changed", loc="left", fontsize=10)
+    figure.suptitle("Tokens to a loss, measured on a CPU at 4 layers of 128", x=0.01, ha="left", fontweight="bold")
+    figure.savefig(path)
+    plt.close(figure)
+    return path

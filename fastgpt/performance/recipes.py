@@ -44,7 +44,7 @@ FACTORS = (
         "yes, with value embeddings for the value residual",
     ),
     Factor("U-net skips, learning rates doubled", 1.57, "record 11", "the rates"),
-    Factor("one long sequence of 65,536, documents masked, window of 1,024", 0.98, "record 12", "4,096, same window"),
+    Factor("one long sequence (64K), documents masked, window of 1,024", 0.98, "record 12", "4,096, same window"),
     Factor("value embeddings", 0.80, "record 14", "yes, on every other block"),
 )
 """Models of 124M parameters, 524,288 tokens per step, each on top of the one before: modded-nanogpt (Jordan et al. 2024)."""
