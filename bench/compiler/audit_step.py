@@ -45,6 +45,7 @@ def other_steps() -> Iterator[Case]:
     yield "step gpt2-350m bf16", partial(training_step, "gpt2-350m")
     yield "step demo bf16", partial(training_step, "demo")
     yield "step demo documents", documents_step
+    yield "step modern-demo bf16", partial(training_step, "modern-demo")
     yield "step gpt2-124m fp16", partial(training_step, "gpt2-124m", "fp16")
     yield "step gpt2-124m fp16-fast", partial(training_step, "gpt2-124m", "fp16-fast")
     yield "step gpt2-124m fp8", fp8_step
