@@ -431,14 +431,14 @@ def test_the_loop_captures_says_so_and_trains_the_same(graphed, device, tmp_path
     """With an evaluation, a checkpoint and memory that runs out on the way."""
     real = Stepper.__call__
 
-    def step(self, given, grad_accum, lr):
+    def step(self, given, grad_accum, lr, *momentum):
         def limited():
             for x, y in given:
                 if len(x) > 1 and int(self.optimizer.state[self.model.head].get("step", 0)) == 4:
                     raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB. GPU 0 has ...")
                 yield x, y
 
-        return real(self, limited(), grad_accum, lr)
+        return real(self, limited(), grad_accum, lr, *momentum)
 
     monkeypatch.setattr(Stepper, "__call__", step)
     ends = {}

@@ -464,7 +464,7 @@ def test_a_step_that_is_not_finite_changes_nothing_is_counted_and_repeated_ones_
         def poison(first, last, weights=weights, real=Stepper.__call__):
             steps = []
 
-            def step(self, batches, grad_accum, lr):
+            def step(self, batches, grad_accum, lr, *momentum):
                 steps.append(lr)
                 bad = first <= len(steps) <= last
                 forward = self.forward
@@ -472,7 +472,7 @@ def test_a_step_that_is_not_finite_changes_nothing_is_counted_and_repeated_ones_
                     weights["before"] = [p.detach().clone() for p in self.model.parameters()]
                     self.forward = lambda x, y: (None, forward(x, y)[1] * float("nan"))
                 try:
-                    return real(self, batches, grad_accum, lr)
+                    return real(self, batches, grad_accum, lr, *momentum)
                 finally:
                     self.forward = forward
                     if bad:
@@ -499,7 +499,7 @@ def spiky(monkeypatch, at):
     monkeypatch.setattr(Stepper, "__call__", None)
     calls = []
 
-    def step(self, batches, grad_accum, lr):
+    def step(self, batches, grad_accum, lr, *momentum):
         for _ in batches:
             pass
         calls.append(lr)
@@ -562,7 +562,7 @@ def test_out_of_memory_halves_the_micro_batch_at_the_same_tokens_per_step(
     shapes = []
     real = Stepper.__call__
 
-    def step(self, batches, grad_accum, lr):
+    def step(self, batches, grad_accum, lr, *momentum):
         def limited():
             for x, y in batches:
                 if len(x) > 1 and len(shapes) >= 6:
@@ -570,7 +570,7 @@ def test_out_of_memory_halves_the_micro_batch_at_the_same_tokens_per_step(
                 shapes.append(tuple(x.shape))
                 yield x, y
 
-        return real(self, limited(), grad_accum, lr)
+        return real(self, limited(), grad_accum, lr, *momentum)
 
     monkeypatch.setattr(Stepper, "__call__", step)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -590,7 +590,7 @@ def test_out_of_memory_halves_the_micro_batch_at_the_same_tokens_per_step(
 
 
 def test_a_single_sequence_that_does_not_fit_is_refused_with_what_would(config, device, monkeypatch):
-    def step(self, batches, grad_accum, lr):
+    def step(self, batches, grad_accum, lr, *momentum):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried")
 
     monkeypatch.setattr(Stepper, "__call__", step)
@@ -772,8 +772,8 @@ def test_the_host_waits_for_a_step_when_the_next_one_is_launched(config, device,
     monkeypatch.setattr(OnDevice, "waits", [])
     real = Stepper.__call__
 
-    def step(self, batches, grad_accum, lr):
-        loss, norm = real(self, batches, grad_accum, lr)
+    def step(self, batches, grad_accum, lr, *momentum):
+        loss, norm = real(self, batches, grad_accum, lr, *momentum)
         return OnDevice(loss), OnDevice(norm)
 
     config = with_train(config, eval_interval=0, log_interval=100, checkpoint_interval=0)
