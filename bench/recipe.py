@@ -251,8 +251,8 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-ROWS = ((recipes.GPT2, "bf16"), (recipes.MODERN, "bf16"), (recipes.MODERN, "fp16-fast"))
-"""What is projected. fp16-fast is experimental."""
+ROWS = ((recipes.GPT2, "bf16"), (recipes.MODERN, "bf16"))
+"""What is projected."""
 
 
 def hours_of(name: str = "rtx4070") -> list[dict[str, Any]]:
@@ -276,14 +276,14 @@ def hours_of(name: str = "rtx4070") -> list[dict[str, Any]]:
 
 def to_json(found: dict[str, Any]) -> dict[str, Any]:
     """What --json prints."""
-    experiment, (gpt2, modern, *others) = summary(found), hours_of()
+    experiment, (gpt2, modern) = summary(found), hours_of()
     commits = sorted({run["commit"] for run in found["runs"]})
     return {
         "tokens_ratio": experiment["tokens_ratio"],
         "experiment": {"measured": True, "environment": found["environment"], "commits": commits, **experiment},
         "hours_to_3.28_rtx4070": modern["hours"],
         "gpt2_hours": gpt2["hours"],
-        "projection": [gpt2, modern, *others],
+        "projection": [gpt2, modern],
         "sources": [asdict(factor) for factor in recipes.FACTORS],
     }
 
@@ -367,7 +367,7 @@ def show(found: dict[str, Any]) -> None:
     print_table(console, "Validation loss, and the tokens that it took", loss_cells(found))
     print_table(console, f"Without a part, after {common.rounded(seen['parts_tokens'])} tokens", part_cells(found))
     print_table(console, f"Hours to {recipes.TARGET} on an RTX 4070: projected", hour_cells())
-    console.print("Tokens are those of public runs: docs/recipe.md. fp16-fast is experimental.", soft_wrap=True)
+    console.print("Tokens are those of public runs: docs/recipe.md.", soft_wrap=True)
 
 
 def curves(found: dict[str, Any]) -> list[dict[str, Any]]:

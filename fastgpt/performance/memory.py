@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from fastgpt import anatomy
 from fastgpt.common import UserError, at_least, unknown
-from fastgpt.config import ModelConfig
+from fastgpt.config import EXPERIMENTAL, ModelConfig
 
 KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
 """nanoGPT under torch.compile; fastgpt's model in plain PyTorch, under torch.compile, and on the Triton kernels."""
@@ -93,7 +93,7 @@ def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str 
     Raises UserError for kernels, precision or micro_batch that do not exist.
     """
     check_step(kernels, precision, micro_batch)
-    check_family(model, kernels)
+    check_family(model, kernels, precision)
     s, parts = SIZES[precision], anatomy.of(model)
     C, T, V = model.n_embd, model.block_size, model.vocab_size
     N = micro_batch * T
@@ -217,10 +217,14 @@ def memory(
     )
 
 
-def check_family(model: object, kernels: str) -> None:
-    """Raise UserError for a modern model in nanoGPT's own program, which has GPT-2 alone."""
-    if kernels == "nanogpt-compile" and getattr(model, "family", "gpt2") != "gpt2":
+def check_family(model: object, kernels: str, precision: str) -> None:
+    """Raise UserError for a modern model in nanoGPT's own program or in an experimental precision, which have GPT-2 alone."""
+    if getattr(model, "family", "gpt2") == "gpt2":
+        return
+    if kernels == "nanogpt-compile":
         raise UserError("kernels is 'nanogpt-compile', which has no modern model: use compile, eager or triton")
+    if precision in EXPERIMENTAL:
+        raise UserError(f"precision is {precision!r}, which only GPT-2 has yet: use bf16")
 
 
 def check_step(kernels: str, precision: str, micro_batch: int, precisions: Iterable[str] = tuple(SIZES)) -> None:

@@ -168,7 +168,7 @@ def operations(
     at_least(1, T=T)
     if T > shape.block_size:
         raise UserError(f"T is {T}: the model's block_size is {shape.block_size}, so give at most that")
-    check_family(shape, kernels)
+    check_family(shape, kernels, precision)
     on = fusions if kernels == "triton" else NONE
     s = StepSizes(shape, kernels, precision, micro_batch, T, dropout, sm_count, on, optimizer)
     ops = [*_embedding(s), *_norms(s), *_attention(s), *_linears(s), *_head_and_loss(s), *_update(s)]
