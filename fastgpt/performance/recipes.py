@@ -109,15 +109,21 @@ def hours(recipe: Recipe, gpu: Gpu, precision: str = "bf16") -> Hours:
 
 
 def comparison(shape: Shape, gpu: Gpu | None) -> str | None:
-    """One sentence for the owner of a GPT-2 of about 124M parameters: what the same card would need with the other recipe.
-    None for other models, and for a card without a projection."""
+    """One sentence for the owner of a GPT-2 of about 124M parameters, or of the modern preset: what the same card needs with
+    either recipe. None for other models, and for a card without a projection."""
     size, wanted = (anatomy.n_params(each, positions=False) for each in (shape, GPT2_124M))
-    if gpu is None or shape.family != "gpt2" or abs(size / wanted - 1) > 0.12:
+    modern = shape == Shape.of(load_preset(MODERN.preset, "cuda").model)
+    if gpu is None or not (modern or (shape.family == "gpt2" and abs(size / wanted - 1) <= 0.12)):
         return None
     try:
         old, new = hours(GPT2, gpu), hours(MODERN, gpu)
     except UserError:  # no bf16, or an arithmetic that it has no figures for
         return None
+    if modern:
+        return (
+            f"{TARGET} takes --preset {MODERN.preset} {rounded(MODERN.tokens[1])} tokens, {new} on this card; GPT-2's recipe "
+            f"takes {rounded(GPT2.tokens[1])} tokens, {old} (projected: docs/recipe.md)"
+        )
     return (
         f"{TARGET} takes GPT-2's recipe {rounded(GPT2.tokens[1])} tokens, {old} on this card; the same card reaches it in "
         f"{new} with --preset {MODERN.preset} (projected: docs/recipe.md)"

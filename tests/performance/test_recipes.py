@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from fastgpt.anatomy import GPT2_40M, GPT2_124M
+from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
+from fastgpt.config import load_preset
 from fastgpt.hardware import cards
 from fastgpt.performance import recipes
 
 RTX4070 = cards.card("rtx4070")
+MODERN_124M = Shape.of(load_preset(recipes.MODERN.preset, "cuda").model)
 
 
 @pytest.mark.parametrize("recipe", [recipes.GPT2, recipes.MODERN])
@@ -28,8 +30,9 @@ def test_every_factor_needs_fewer_tokens_than_the_one_before():
     assert tokens == sorted(tokens, reverse=True) and 1e9 * tokens[0] == recipes.GPT2.tokens[1]
 
 
-def test_the_sentence_compares_both_recipes_on_the_same_card():
-    said = recipes.comparison(GPT2_124M, RTX4070)
+@pytest.mark.parametrize("shape", [GPT2_124M, MODERN_124M])
+def test_the_sentence_compares_both_recipes_on_the_same_card(shape):
+    said = recipes.comparison(shape, RTX4070)
     for recipe in (recipes.GPT2, recipes.MODERN):
         assert str(recipes.hours(recipe, RTX4070)) in said
     assert f"--preset {recipes.MODERN.preset}" in said and "projected" in said
@@ -42,6 +45,7 @@ def test_the_sentence_compares_both_recipes_on_the_same_card():
         (GPT2_40M, RTX4070),  # never reaches that loss
         (replace(GPT2_124M, n_layer=24, n_embd=1024), RTX4070),
         (replace(GPT2_124M, family="modern"), RTX4070),
+        (replace(MODERN_124M, block_size=1024), RTX4070),  # another context, another loss
         (GPT2_124M, cards.card("t4")),  # no bf16
     ],
 )

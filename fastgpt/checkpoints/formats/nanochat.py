@@ -83,7 +83,7 @@ def read(file: Path) -> Portable:
             },
         },
     )
-    _check_windows(source, config)
+    _check_windows(config)
     notes: list[str] = []
     weights = in_fp32(check(source, _ours(found, config), config), notes)
     step = meta.get("step", 0)
@@ -117,12 +117,12 @@ def _ours(found: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     return weights
 
 
-def _check_windows(source: str, config: Any) -> None:
+def _check_windows(config: Any) -> None:
     """nanochat rounds the short window up to a multiple of 128 tokens; fastgpt takes a quarter of the context."""
     T, short = config.block_size, anatomy.window(config, config.window_pattern.find("S"))
     if short and short - 1 != min(T, -(-T // 4 // 128) * 128):
         raise UserError(
-            f"{source} has windows in a context of {T} tokens: nanochat's short window is a multiple of 128 there, so only "
+            f"the model has windows in a context of {T} tokens: nanochat's short window is a multiple of 128 tokens, so only "
             "contexts that are a multiple of 512 are the same"
         )
 
@@ -134,7 +134,7 @@ def write(folder: Path, portable: Portable) -> None:
     for name, value in _ALWAYS.items():
         if getattr(config, name) != value:
             raise UserError(f"{name} is {getattr(config, name)!r}: nanochat's model has {value!r}")
-    _check_windows(str(folder), config)
+    _check_windows(config)
     H, H_kv, D, V = config.n_head, config.kv_heads, config.head_size, config.vocab_size
     found: dict[str, Tensor] = {
         "resid_lambdas": torch.ones(config.n_layer),
