@@ -337,6 +337,10 @@ class RecipeConfig:
 def main(args: list[str]) -> int:
     config = command.parse(RecipeConfig, args, "bench.recipe", __doc__)
     path = config.results
+    if config.out != RecipeConfig.out and not config.run:
+        raise UserError(f"out is {config.out}, which is for --run: give --run, or read results with --results FILE")
+    if config.run and path != COMMITTED:
+        raise UserError(f"results is {path}, but --run makes its own: leave one out")
     if config.plot:
         results.check_writable(config.plot.parent, "plot")
     if config.run:

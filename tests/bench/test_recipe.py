@@ -56,6 +56,12 @@ def test_results_of_half_an_experiment_are_refused(tmp_path):
         recipe.collect(tmp_path)
 
 
+@pytest.mark.parametrize("flags", [["--out", "elsewhere"], ["--run", "--results", "old.json"]])
+def test_a_flag_that_would_not_count_is_refused(flags):
+    with pytest.raises(UserError, match="--run"):
+        main(flags)
+
+
 def test_the_ratio_is_of_the_shortest_run_that_reached_the_loss():
     found = json.loads(recipe.COMMITTED.read_text())
     seen = recipe.summary(found)
