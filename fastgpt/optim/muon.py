@@ -415,8 +415,13 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {group[name]}: it must be in [0, 1)")
     if group["coefficients"] not in ("classic", "polar"):
         raise ValueError(f"coefficients is {group['coefficients']!r}: use 'classic' or 'polar'")
-    if not 1 <= group["ns_steps"] <= 100:
+    if not isinstance(group["ns_steps"], int) or not 1 <= group["ns_steps"] <= 100:
         raise ValueError(f"ns_steps is {group['ns_steps']}: give 1 to 100 steps")
+    split = group["split"]
+    if split is not None and not (
+        isinstance(split, (tuple, list)) and all(isinstance(rows, int) and rows > 0 for rows in split)
+    ):
+        raise ValueError(f"split is {split}: give the rows of each matrix, such as (768, 768, 768)")
     for param in group["params"]:
         if param.dim() != 2:
             raise ValueError(

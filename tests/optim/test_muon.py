@@ -235,6 +235,7 @@ def test_a_state_goes_to_another_optimizer_and_no_further(kernels):
         ((4, 4), {"momentum": 1.0}, r"momentum is 1.0: it must be in \[0, 1\)"),
         ((4, 4), {"coefficients": "best"}, "coefficients is 'best': use 'classic' or 'polar'"),
         ((4, 4), {"ns_steps": 0}, "ns_steps is 0: give 1 to 100 steps"),
+        ((4, 4), {"ns_steps": 2.5}, "ns_steps is 2.5: give 1 to 100 steps"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(shape, options, sentence):
@@ -245,6 +246,9 @@ def test_bad_input_is_refused_in_one_sentence(shape, options, sentence):
 def test_other_dtypes_splits_and_norms_are_refused():
     with pytest.raises(ValueError, match="bfloat16: Muon updates dense fp32 masters"):
         Muon([torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.bfloat16))])
+    for split in ((8, -2), (2.5, 3.5), 6):
+        with pytest.raises(ValueError, match="give the rows of each matrix"):
+            Muon([{"params": [torch.randn(6, 3)], "split": split}])
     with pytest.raises(ValueError, match=r"split is \(2, 3\): its rows must add up to the 6"):
         Muon([{"params": [torch.nn.Parameter(torch.zeros(6, 2))], "split": (2, 3)}])
     parts = Muon([parameter(2, 2)]), torch.optim.AdamW([parameter(2)])
