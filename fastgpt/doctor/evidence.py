@@ -66,6 +66,8 @@ class ConfigFacts:
     comments: list[Setting] = field(default_factory=list)
     """Every other comment line, its text in ``comment``: claims ("~125M parameters") are made in prose."""
     unread: list[Unread] = field(default_factory=list)
+    unread_shapes: list[str] = field(default_factory=list)
+    """Names that the program does not have, set to something that describes a model and could not be read."""
     foreign: list[str] = field(default_factory=list)
     """Names set that the program does not have: a fork's, whose other defaults may differ, too."""
     foreign_model: list[str] = field(default_factory=list)

@@ -282,6 +282,16 @@ def _shape(figures: Figures, evidence: Evidence) -> Shape | None:
     if None in found.values():
         return None
     figures.origin |= {name: ("checkpoint",) for name in SHAPE if config.source(name) is None and name in kept}
+    if (
+        config.kind == "nanogpt"
+        and config.get("init_from") == "resume"
+        and not kept
+        and not evidence.said("parameters")
+    ):
+        figures.assumed["n_layer"] = (
+            f"shape L{found['n_layer']} H{found['n_head']} C{found['n_embd']} assumed: init_from = 'resume' takes it from "
+            "the checkpoint, which was not given"
+        )
     vocab = _vocabulary(figures, evidence, kept)
     if config.get("family", "gpt2") != "gpt2":
         more = {f.name: config.get(f.name, f.default) for f in fields(Shape) if f.name not in SHAPE}

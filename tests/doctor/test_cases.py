@@ -424,6 +424,32 @@ CASES = {
         steps(mfu=mfu(GPT2, 500), ms=500),
         dict(gpu="h200", absent={"other_card"}, absent_text=["--gpu h100"]),
     ),
+    # --- claims of a size that rest on less than the config ---
+    "a resumed run without its checkpoint": (
+        "# the 350M model goes on\ninit_from = 'resume'\nmax_iters = 50000\nlr_decay_iters = 50000\n",
+        None,
+        dict(sure={"param_count_mismatch": "possible"}, text=["init_from = 'resume' takes it from the checkpoint"]),
+    ),
+    "a shape in a dict that is not read": (
+        "# 1.3B parameters\nmodel_config = {'n_layer': 24, 'd_model': 2048}\nmax_iters = 9000\nlr_decay_iters = 9000\n",
+        None,
+        dict(found={"unknown_settings"}, absent={"param_count_mismatch", "many"}, figures={"parameters": None}),
+    ),
+    "a shape in a call that is not read": (
+        "# 1.3B parameters\nargs = ModelArgs(n_layer=24, n_embd=2048)\nmax_iters = 9000\nlr_decay_iters = 9000\n",
+        None,
+        dict(found={"unknown_settings"}, absent={"param_count_mismatch", "many"}, figures={"parameters": None}),
+    ),
+    "two names, one of them right": (
+        "wandb_run_name = 'gpt2-124M-distilled'\nout_dir = 'out-350M-teacher'\n" + BIG,
+        None,
+        dict(sure={"param_count_mismatch": "possible"}),
+    ),
+    "a rate that does not decay needs no end of its decay": (
+        "decay_lr = False\nmax_iters = 1000\n",
+        None,
+        dict(found={"few"}, absent_text=["lr_decay_iters"]),
+    ),
     # --- its own runs ---
     "metrics of its own": (
         None,

@@ -53,9 +53,11 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     if shape is None or figures.parameters is None:
         return
     any_vocabulary = (2, LARGEST_VOCABULARY) if "vocab_size" in figures.assumed else ()
-    wrong = [claim for claim in claimed_sizes(figures) if not agrees(claim.value, shape, any_vocabulary)]
+    claims = claimed_sizes(figures)
+    wrong = [claim for claim in claims if not agrees(claim.value, shape, any_vocabulary)]
     if not wrong:
         return
+    contradicted = len(wrong) < len(claims)  # one comment or name has it right: the other may speak of another model
     claimed, size = wrong[0].value, figures.parameters
     pretrained = figures.config.get("init_from") in PRETRAINED  # whose shape is not to be changed
     change = None if pretrained else single_change(shape, claimed)
@@ -67,7 +69,7 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         lines.append(logged)
     yield Finding(
         check="param_count_mismatch",
-        severity="critical",
+        severity="warning" if contradicted else "critical",
         title=f"{millions(size)} parameters, not the {rounded(claimed)} that the {_source(wrong[0].line)} claims",
         evidence=[(claim.place, claim.line) for claim in wrong] + lines,
         explanation=f"{formula} with n_layer {shape.n_layer}, n_embd {shape.n_embd}, "
@@ -78,6 +80,7 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         advice=_advice(change, _geometry(figures, change[1], gpu) if change else "", gpu),
         cost=1.0,
         cost_text=figures.hours() + " on another model than was meant",
+        confidence="possible" if contradicted else "certain",
         regardless_of=("vocab_size",),  # none gives the size that is claimed
     )
 
@@ -308,8 +311,9 @@ def _size_advice(figures: Figures, best: scaling.Offer | None, gpu: Gpu | None, 
     if best is None or figures.tokens_per_step is None:
         return "Nothing, if the model has to be this small; otherwise a larger one that fits the card, on fewer tokens."
     s, steps = best.shape, round(best.tokens / figures.tokens_per_step)
+    decay = "" if figures.config.get("decay_lr") is False else f"lr_decay_iters = {steps}\n"
     return (
         f"n_layer = {s.n_layer}\nn_head = {s.n_head}\nn_embd = {s.n_embd}\n{_geometry(figures, s, gpu)}max_iters = "
-        f"{steps}\nlr_decay_iters = {steps}\n"
+        f"{steps}\n{decay}"
         "for the same compute, unless the model has to be small where it is used."
     )

@@ -35,6 +35,19 @@ HARMLESS = re.compile(
 )
 """A setting that nanoGPT does not have leaves the model alone if its name begins or ends like this. Any other may change it."""
 
+OF_A_SHAPE = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "num_layers",
+    "num_hidden_layers",
+    "hidden_size",
+    "d_model",
+    "dim",
+    "depth",
+)
+"""What dicts and calls that describe a model name in it, here and elsewhere."""
+
 
 def parse_nanogpt(text: str, file: str, first_line: int = 1, source: Source = "config") -> ConfigFacts:
     """A nanoGPT config as facts; never raises, whatever the text. ``first_line`` is the line of ``file`` on which the text
@@ -64,6 +77,7 @@ def parse_nanogpt(text: str, file: str, first_line: int = 1, source: Source = "c
         except Refused as error:
             facts.unread.append(Unread(place, written, str(error)))
             names = names_set_by(node) if node else set(re.findall(r"^\s*(\w+)\b[^=\w]*=(?!=)", lines[i]))
+            facts.unread_shapes += [name for name in names if node and name not in DEFAULTS and _describes(node)]
             facts.forget(names)
             known = {name: value for name, value in known.items() if name not in names}
             continue
@@ -99,6 +113,19 @@ def _note_foreign(facts: ConfigFacts, helpers: Collection[str] = ()) -> None:
         if facts.settings[name].value not in (None, False)  # a part that is switched off
         if not HARMLESS.fullmatch(name.lower())
     ]
+    facts.foreign += facts.unread_shapes
+    facts.foreign_model += facts.unread_shapes
+
+
+def _describes(node: ast.stmt) -> bool:
+    """Whether a statement sets a name to a dict or a call with numbers for the shape: ``model = {"n_layer": 24}``."""
+    value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+    names: list[tuple[Any, ast.expr]] = []
+    if isinstance(value, ast.Dict):
+        names = [(getattr(key, "value", None), number) for key, number in zip(value.keys, value.values)]
+    elif isinstance(value, ast.Call):
+        names = [(keyword.arg, keyword.value) for keyword in value.keywords]
+    return any(name in OF_A_SHAPE and isinstance(number, ast.Constant) for name, number in names)
 
 
 def is_nanogpt(text: str) -> bool:
