@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -182,7 +182,7 @@ def build(config: Config, device: torch.device, precision: str, compile: str) ->
     torch.manual_seed(0)
     shape, optim = config.model, config.optim
     weights = fastgpt.GPT(shape).state_dict()
-    model = GPT(GPTConfig(**asdict(shape)))
+    model = GPT(GPTConfig(**{field.name: getattr(shape, field.name) for field in fields(GPTConfig)}))
     model.load_state_dict({**weights, "lm_head.weight": weights["transformer.wte.weight"]})
     model.to(device)
     betas = (optim.beta1, optim.beta2)
