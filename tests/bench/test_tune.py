@@ -198,7 +198,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said wher
     [
         ("--budget soon", "budget is 'soon': it must be a time such as 90s, 10m or 1h"),
         ("--budget 0m", "budget is '0m'"),
-        ("--kernel softmax", "no kernel has that in its name: there are attention.forward"),
+        ("--kernel softmax", "no kernel has that in its name: there are qk_norm_rope.forward"),
         ("--kernel (", "not a regular expression"),
         ("--rank --arch sm_70", "arch is 'sm_70': it must be one of sm_80, sm_86, sm_89, sm_90, sm_120"),
         ("--rank --arch ampere", "arch is 'ampere'"),
