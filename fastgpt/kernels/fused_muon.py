@@ -49,7 +49,8 @@ def _choice(kernel: str, dtype: torch.dtype, n: int, m: int, device: torch.devic
         block = min(max(runtime.next_power_of_2(n), 16), 128)
         default |= {"block_m": block, "block_n": block, "num_stages": 1}
     elif not wide:
-        default = {"block_m": 64, "block_n": 64, "block_k": 32, "num_warps": 8, "num_stages": 2}
+        depth = 16 if dtype == torch.float32 else 32
+        default = {"block_m": 64, "block_n": 64, "block_k": depth, "num_warps": 8, "num_stages": 2}
     return tuning.choose(kernel, dtype, BUCKET if wide else None, device, default)
 
 
