@@ -498,7 +498,7 @@ class TestRefused:
 
     def test_a_bare_pickle(self, tmp_path, fails):
         (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(Hostile()))
-        fails(tmp_path / "ckpt.pt", "is not a checkpoint that torch.load reads")
+        fails(tmp_path / "ckpt.pt", "is not a checkpoint that torch.load reads: torch.save did not write it")
 
     def test_a_hostile_pytorch_model_bin(self, tmp_path, fails):
         huggingface_folder(tmp_path / "hf")

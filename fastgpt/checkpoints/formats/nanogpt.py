@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastgpt import anatomy
 from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, in_fp32, model_config, tied
-from fastgpt.common import UserError, atomic_file, first_line, kind_of_file, shortened
+from fastgpt.common import UserError, atomic_file, kind_of_file, shortened
 from fastgpt.config import ModelConfig
 from fastgpt.data.letters import META, read_letters
 
@@ -45,7 +45,8 @@ def load_file(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         what = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
         if not (what or zipped):
-            raise UserError(f"{path} is not a checkpoint that torch.load reads ({first_line(error)})") from error
+            # torch's own words advise weights_only=False, which would run the pickle
+            raise UserError(f"{path} is not a checkpoint that torch.load reads: torch.save did not write it") from error
         raise UserError(
             f"{path} holds more than tensors and plain values, and a pickle can run code: it is refused"
             + (f" ({what[:120]})" if what else "")
