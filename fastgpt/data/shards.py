@@ -31,7 +31,7 @@ def shards_in(folder: Path, side: str = "") -> list[Path]:
     """The token files of a folder, sorted: all of them, or those of the side "train" or "val". [] if it is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if side in path.name and path.suffix in SUFFIXES and path.is_file())
+    return sorted(path for path in folder.iterdir() if side in path.name and path.suffix in SUFFIXES and not path.is_dir())
 
 
 def header(count: int) -> bytes:
@@ -49,7 +49,7 @@ def open_shard(path: str | os.PathLike[str]) -> np.memmap:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"data file {str(path)!r} does not exist")
+        raise UserError(f"data file {str(path)!r} {'is not a regular file' if path.exists() else 'does not exist'}")
     size = path.stat().st_size
     if size == 0:
         raise UserError(f"data file {str(path)!r} is empty: it must hold uint16 tokens")
