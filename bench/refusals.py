@@ -578,7 +578,7 @@ bench kernels --only x | only
 prepare | SOURCE is missing
 sample | CHECKPOINT is missing
 convert run | OUT is missing
-plot | RUN is missing
+plot no-such-run | no-such-run
 doctor | no file is given
 bench compare a | B is missing
 nanogpt | train.py is missing
