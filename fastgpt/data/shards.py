@@ -31,7 +31,9 @@ def shards_in(folder: Path, side: str = "") -> list[Path]:
     """The token files of a folder, sorted: all of them, or those of the side "train" or "val". [] if it is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if side in path.name and path.suffix in SUFFIXES and not path.is_dir())
+    return sorted(
+        path for path in folder.iterdir() if side in path.name and path.suffix in SUFFIXES and not path.is_dir()
+    )
 
 
 def header(count: int) -> bytes:
