@@ -55,7 +55,7 @@ RECIPES = {
     "modern": "--preset modern-demo --schedule wsd --decay-share 0.6 --min-lr-ratio 0 --warmup-iters 0 --weight-decay 0 "
     "--grad-clip 0 --beta1 0.8 --beta2 0.95 --embedding-lr 0.1 --head-lr 0.01 --scalar-lr 0.02",
 }
-"""Of "modern" the rates of AdamW, the decay and the betas were chosen in short trials of one seed, then left alone."""
+"""For "modern", the rates of AdamW, the decay and the betas were chosen in short trials of one seed, then left alone."""
 MUON = "--muon-momentum-warmup 300 --lr 2e-3"
 """What Muon needs besides its rate; --lr is only what the schedule multiplies, where the rates of embeddings and the like are
 given."""
@@ -78,9 +78,9 @@ WITHOUT = {
 }
 """The modern recipe less one part. A tied head is not among them: it would need a learning rate of its own."""
 ADAMW_RATES = (2e-3, 4e-3, 8e-3)
-"""Of the modern model trained with AdamW alone."""
+"""Learning rates of the modern model trained with AdamW alone."""
 GPT2_MUON_RATES = (0.02,)
-"""Of the GPT-2 model's matrices under Muon."""
+"""Learning rates of the GPT-2 model's matrices under Muon."""
 
 
 @dataclass(frozen=True)

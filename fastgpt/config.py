@@ -192,11 +192,11 @@ class OptimConfig:
     muon_momentum_warmup: int = 300
     """Steps that this takes."""
     muon_weight_decay: float = 0.0
-    """Of the matrices that Muon updates, times their rate."""
+    """Weight decay of the matrices that Muon updates, times their rate."""
     muon_cautious: bool = False
     """Decay those weights only where decay and update pull the same way."""
     muon_coefficients: Literal["classic", "polar"] = "classic"
-    """Of Muon's five Newton-Schulz steps: the first ones published, or Polar Express, which comes closer to orthogonal."""
+    """Coefficients of Muon's Newton-Schulz steps: those first published, or Polar Express, which comes closer to orthogonal."""
     muon_normuon: bool = False
     """Divide each row of Muon's updates by a running mean of its size."""
     schedule: Schedule = "cosine"

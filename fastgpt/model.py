@@ -165,7 +165,7 @@ class GPT(nn.Module):
         return h
 
     def logits(self, h: Tensor) -> Tensor:
-        """Of ``hidden``'s output (..., C): (..., vocab_size), in its dtype, or in fp32 with a softcap."""
+        """Logits (..., vocab_size) of ``hidden``'s output (..., C), in its dtype, or in fp32 with a softcap."""
         z, cap = self.ops.linear(h, self.head), self.config.softcap
         return cap * torch.tanh(z.float() / cap) if cap else z
 

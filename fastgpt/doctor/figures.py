@@ -93,7 +93,7 @@ class Figures:
     config: ConfigFacts
     """The run's settings: its config, else what its log or checkpoint says of them. Never None, perhaps empty."""
     shape: Shape | None = None
-    """Of the model that was trained; None where that is not known, or not GPT-2."""
+    """Shape of the model that was trained; None where that is not known, or not GPT-2."""
     shape_written: Shape | None = None
     """The same as the config has it, also where the log shows that another model ran."""
     precision: str = "bf16"

@@ -13,7 +13,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def sum_of_squares(grads: list[Tensor], grad_scale: Tensor | None) -> Tensor:
-    """Of all unscaled gradients, one fp32, the same on every rank. Raises ValueError if they are sharded in different ways."""
+    """Sum over all unscaled gradients, one fp32, the same on every rank. Raises ValueError if their shards differ in kind."""
     layouts = {(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None for grad in grads}
     if len(layouts) > 1:
         raise ValueError(

@@ -74,7 +74,7 @@ class Watch:
                 self._wait(pulses, partial(self._store.check, [f"{step}/{rank}" for rank in range(self.size)]))
 
     def _go_last(self) -> None:
-        """Of ranks that end early. One that still asks the store when rank 0 goes with it prints a page of C++ trace."""
+        """Wait, as rank 0, until the others have ended: one that still asks the store by then prints a page of C++ trace."""
         if self.rank == 0:
             self._wait(5, lambda: not any(self._runs(rank) for rank in range(1, self.size)))
 

@@ -31,7 +31,7 @@ class Portable:
     exact_gelu: bool = False
     """Trained with the exact GELU (erf); False: with its tanh form, as GPT-2 was and fastgpt computes."""
     letters: list[str] | None = None
-    """Of a model of characters, by id."""
+    """The letters of a model of characters, by id."""
     extras: dict[str, dict[str, Any]] = field(default_factory=dict)
     """{format: what only that format knows}, kept so that the way back restores it."""
     notes: list[str] = field(default_factory=list)
