@@ -444,7 +444,7 @@ def test_bad_input_is_refused_in_one_sentence(options, message):
 
 
 def test_muon_takes_less_than_a_hundredth_of_a_step_on_an_rtx_4070():
-    """Of GPT-2 124M, 524,288 tokens: counted twice, by matrix (flops.muon) and by launch in tiles of 128, and projected."""
+    """GPT-2 124M, 524,288 tokens: counted twice, by matrix (flops.muon) and by launch in tiles of 128, and projected."""
     matrices = flops.muon_matrices(anatomy.of(GPT2_124M))
     assert sum(count * n * m for count, n, m in matrices) == anatomy.of(GPT2_124M).block_weights
     ops = {
