@@ -378,12 +378,13 @@ def report(error: UserError) -> None:
         print("\033[1;31merror:\033[0m" if coloured else "error:", text, file=sys.stderr)
 
 
-_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_CONTROL = dict.fromkeys({*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {*b"\t\n"})
 
 
 def printable(text: str) -> str:
     """A text of somebody else's without the characters that a terminal obeys: escapes that move the cursor, set the title or
-    hide what was said. What was behind them stays, as letters."""
+    hide what was said, and those that turn the direction of writing, so that a name reads as another one. What was behind them
+    stays, as letters."""
     return text.translate(_CONTROL)
 
 

@@ -157,6 +157,14 @@ def test_control_characters_are_left_out_and_the_rest_stays():
     assert common.printable(ESCAPES) == "a[31mb]0;titlec2Jde\tf\ng\u00e9"
 
 
+def test_what_turns_the_direction_of_writing_is_left_out():
+    """ "gnp.exe" between U+202E and U+202C reads "exe.png"; letters that are written from the right stay."""
+    assert (
+        common.printable("\u202egnp.exe\u202c \u2066\u2067\u2068\u2069\u202a\u202b\u202d \u05e9\u05dc")
+        == "gnp.exe  \u05e9\u05dc"
+    )
+
+
 def test_a_console_has_its_own_colours_and_nobody_elses():
     from rich.table import Table
     from rich.text import Text

@@ -2,12 +2,14 @@
 beside the code that fills them.
 
 A page is one file that needs nothing else: no script, no font, no request to anywhere. Values are escaped where a template
-inserts them, unless they are ``markupsafe.Markup``.
+inserts them, unless they are ``markupsafe.Markup``, and control characters are left out of the whole page.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from fastgpt.common import printable
 
 MARK = b'<meta name="generator" content="fastgpt">'
 """Which every page has in its first lines."""
@@ -26,4 +28,4 @@ def render(package: str, template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(template).render(values)
+    return printable(environment.get_template(template).render(values))

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgpt.common import UserError, first_line, report
-from fastgpt.training.watch import START, Watch, restart
+from fastgpt.training.watch import Watch, restart
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def connect(device: torch.device, patience: float = 60.0) -> Iterator[tuple[Worl
     if size == 1:
         yield World(), device
         return
-    store = _store(rank, size, max(patience, START))
+    store = _store(rank, size, patience)
     watch = Watch(store, rank, size, patience, end=partial(_end, size))
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

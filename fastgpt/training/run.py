@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import uuid
 from collections import deque
@@ -199,6 +200,8 @@ def build(
             f"grad_accum is {config.data.grad_accum}, which {world.size} GPUs do not divide: the micro-batches of a step are "
             f"shared between them, so make it a multiple of {world.size}"
         )
+    if weights is not None and world.size > 1:  # each rank has read its own file, and FSDP takes a part of each
+        world.agree({"weights of init_from": _sha256(weights)})
     corpus = find_data(config)
     loaders = build_loaders(config, world, config.data.batch_size, corpus)
     torch.manual_seed(seed)
@@ -232,6 +235,15 @@ def build(
         stepper.graphs = Graphs(stepper, CudaRecorder(device))
     geometry = config.data.batch_size, config.data.grad_accum // world.size
     return Run(config, device, world, model, stepper, *loaders, *geometry, corpus=corpus, refused=refused)
+
+
+def _sha256(weights: dict[str, Tensor]) -> str:
+    """Of names and values, short enough for a sentence."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(name.encode())
+        digest.update(weight.contiguous().numpy().data)
+    return f"sha256 {digest.hexdigest()[:12]}"
 
 
 def find_data(config: Config) -> ResolvedData:

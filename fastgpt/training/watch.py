@@ -18,9 +18,6 @@ from typing import Any
 
 from fastgpt.checkpoints.lock import is_running, this_process
 
-START = 300.0
-"""Seconds that a rank has for its first sign of life at least: machines do not start alike."""
-
 
 def restart(rank: int) -> str:
     """The end of a sentence about a rank that is gone: what becomes of ``rank``, and what to do."""
@@ -31,8 +28,9 @@ def restart(rank: int) -> str:
 
 
 class Watch:
-    """The thread of rank ``rank`` of ``size``. ``patience``: seconds without a sign of life after which a rank is given up.
-    ``end(sentence)`` is called from the thread when the run cannot go on: it has to end the process."""
+    """The thread of rank ``rank`` of ``size``. ``patience``: seconds without a sign of life after which one is given up, also
+    one that never came: where it ended with exit code 0 torchrun says nothing. ``end(sentence)`` is called from the thread when
+    the run cannot go on: it has to end the process."""
 
     def __init__(
         self, store: Any, rank: int, size: int, patience: float, end: Callable[[str], None], pulse: float | None = None
@@ -116,7 +114,7 @@ class Watch:
         seconds = silent[rank] * self._pulse
         if self._runs(rank) is False:
             return f"rank {rank} of this run is gone (its process has ended)"
-        if seconds >= (self.patience if count else max(self.patience, START)):
+        if seconds >= self.patience:
             return f"rank {rank} of this run is gone (no sign of life for {seconds:.0f} s, --rank-timeout)"
         return None
 

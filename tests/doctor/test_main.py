@@ -69,7 +69,7 @@ def test_html_is_written_beside_the_report(capsys, tmp_path):
 
 
 def test_a_strangers_files_write_neither_escapes_to_the_terminal_nor_markup_to_the_page(capsys, tmp_path):
-    hostile = "\x1b]0;owned\x07\x1b[2J<script>alert(1)</script>[bold red]"
+    hostile = "\x1b]0;owned\x07\x1b[2J\u202e<script>alert(1)</script>[bold red]"
     config, log = tmp_path / "config.py", tmp_path / "run<b>.log"
     config.write_text(
         f"learning_rate = 10.0 # {hostile}\n# {hostile}\nnonsense = {hostile!r}\nbatch_size = f'{{x}}' # {hostile}\n"
@@ -77,7 +77,7 @@ def test_a_strangers_files_write_neither_escapes_to_the_terminal_nor_markup_to_t
     log.write_text("".join(f"iter {i}: loss {9 - i:.4f}, time 10.00ms, mfu 1.00% {hostile}\n" for i in range(5)))
     code, out = run(capsys, config, log, "--html", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert code == 1 and "owned" in out and "\x1b" not in out and "\x07" not in out
+    assert code == 1 and "owned" in out and not set("\x1b\x07\u202e") & set(out + page)
     assert "alert(1)" in page and "<script" not in page and "run<b>" not in page
 
 
