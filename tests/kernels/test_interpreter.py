@@ -7,9 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import gelu
 
 from bench.parity import assert_parity
-from fastgpt.kernels import interpreter, runtime
+from fastgpt.kernels import interpreter, matmul, runtime
 
 # bug 24: the stock interpreter computes bfloat16 on its raw bits.
 BF16 = torch.bfloat16
@@ -218,7 +219,7 @@ def nested_kernel(x_ptr, n, FAIL: tl.constexpr, BLOCK: tl.constexpr):
 @pytest.mark.skipif(not runtime.INTERPRET, reason="compiled kernels do not rebind triton.language")
 def test_a_launch_leaves_triton_as_it_was_and_works_after_one_that_failed():
     def language():
-        return {(each, name): getattr(each, name) for each in (tl, tl.math, tl.tensor) for name in dir(each)}
+        return {(each, name): getattr(each, name) for each in (tl, tl.core, tl.math, tl.tensor) for name in dir(each)}
 
     before = language()
     for fail in (False, True, False):
@@ -230,3 +231,31 @@ def test_a_launch_leaves_triton_as_it_was_and_works_after_one_that_failed():
             nested_kernel[(1,)](x, 5, FAIL=False, BLOCK=8)
             assert x.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
             assert language() == before
+
+
+@triton.jit
+def zeros_kernel(y_ptr, SHAPE: tl.constexpr, COLUMN: tl.constexpr):
+    tl.store(y_ptr + tl.arange(0, 4) + tl.zeros((SHAPE,), tl.int32), tl.zeros((COLUMN, 1), tl.float32).shape[0])
+
+
+@pytest.mark.skipif(not runtime.INTERPRET, reason="compiled kernels know a shape when they are compiled")
+@pytest.mark.parametrize(("shape", "column"), [(4.0, 8), (3, 8), (8, 8), (4, 6), (4, 2**21)])
+def test_a_shape_is_refused_as_before_though_one_like_it_is_known(shape, column):
+    y = torch.zeros(4)
+    zeros_kernel[(1,)](y, SHAPE=4, COLUMN=8)
+    assert y.tolist() == [8.0] * 4
+    with pytest.raises(Exception, match=r"power of 2|must have type|incompatible dimensions|exceeds triton maximum"):
+        zeros_kernel[(1,)](y, SHAPE=shape, COLUMN=column)
+
+
+@triton.jit
+def gelu_kernel(y_ptr):
+    tl.store(y_ptr, matmul.gelu(tl.load(y_ptr), True))
+
+
+def test_a_module_launches_its_own_kernels_after_another_has_called_its_functions(device):
+    y = torch.ones(1, device=device)
+    gelu_kernel[(1,)](y)
+    assert_parity("gelu", y, gelu(torch.ones(1, device=device).double()), gelu(torch.ones(1, device=device)))
+    x = torch.randn(2, 16, device=device)
+    assert_parity("gelu", matmul.pointwise(None, x.dtype, x, None, 0.0, "gelu_erf", None), gelu(x.double()), gelu(x))
