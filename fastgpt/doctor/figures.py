@@ -162,6 +162,12 @@ class Figures:
             left |= set(() if name in self.assumed else self.origin.get(name, ())) - seen
         return {name for name in seen if name in self.assumed or name not in self.origin}
 
+    def assumptions(self) -> list[str]:
+        """Sentences that name what the figures rest on and nothing given says."""
+        known = (name for name in UNITS if getattr(self, name) is not None)
+        leaves = self.leaves(known)
+        return list(dict.fromkeys(sentence for name, sentence in self.assumed.items() if name in leaves))
+
     def sources(self, *names: str) -> set[Source]:
         """Where these figures and settings come from."""
         found = {self.source(leaf) for leaf in self.leaves(names)}
@@ -228,6 +234,10 @@ def compute(evidence: Evidence, gpu: Gpu | None, corpus_tokens: int | None = Non
     stored = evidence.checkpoint.config if evidence.checkpoint else None
     config = evidence.config or stored or ConfigFacts("nanogpt")
     figures = Figures(config, precision=evidence.said("precision") or _precision(config, gpu))
+    if config.foreign and (left := [name for name in config.defaults if not config.is_set(name)]):
+        figures.assumed = dict.fromkeys(
+            left, f"{', '.join(left)} assumed: nanoGPT's default, in the config of a fork, which may have others"
+        )
     _model(figures, evidence)
     _tokens(figures, evidence)
     if log is not None:

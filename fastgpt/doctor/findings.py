@@ -53,17 +53,15 @@ class Finding:
 
 def weighed(finding: Finding, figures: Figures) -> Finding:
     """A finding with the confidence of its weakest source, of all that was read for it. What rests on an assumption is no more
-    than possible, is never critical, and names the assumption; of a fork no default is certain."""
+    than possible, is never critical, and names the assumption."""
     leaves = figures.leaves(figures.asked | figures.config.asked)
     assumed = sorted(leaves & set(figures.assumed))
-    if notes := "".join(f" Note: {figures.assumed[name]}." for name in assumed):
+    if notes := "".join(f" Note: {sentence}." for sentence in dict.fromkeys(figures.assumed[name] for name in assumed)):
         finding = replace(finding, explanation=finding.explanation + notes)
     if set(assumed) - set(finding.regardless_of):
         severity: Severity = "warning" if finding.severity == "critical" else finding.severity
         return replace(finding, confidence="possible", severity=severity)
-    default = "default" in map(figures.source, leaves)
-    doubtful = default and figures.config.foreign and finding.confidence == "certain"
-    return replace(finding, confidence="likely") if doubtful else finding
+    return finding
 
 
 def is_code(line: str) -> bool:

@@ -60,7 +60,7 @@ CASES = {
     "weights of gpt2, called 350M": (
         "init_from = 'gpt2'\nwandb_run_name = 'tune-350M'\n" + BIG,
         None,
-        dict(critical={"param_count_mismatch"}, absent_text=["n_embd ="]),
+        dict(sure={"param_count_mismatch": "possible"}, absent_text=["n_embd ="]),
     ),
     "nothing is trained": (
         BIG + "eval_only = True\nwarmup_iters = 9000\nmin_lr = 1\neval_interval = 1\n",
@@ -103,10 +103,23 @@ CASES = {
         None,
         dict(code=0, figures={"parameters": 123_587_328}),
     ),
-    "a fork's defaults are not certain": (
-        "seed = 3\n" + BIG + "min_lr = 1e-3\n",
+    "what a fork leaves out is its own": (
+        "seed = 3\nbatch_size = 8\ngradient_accumulation_steps = 64\nmax_iters = 1000\nmin_lr = 1e-3\n",
         None,
-        dict(critical={"min_lr_above_lr"}, sure={"min_lr_above_lr": "likely"}),
+        dict(
+            absent={"min_lr_above_lr", "warmup_too_long", "decay_cut_off"},
+            sure={"few": "possible"},
+            text=["n_layer, n_head, n_embd, bias assumed: nanoGPT's default, in the config of a fork"],
+        ),
+    ),
+    "what a fork says is its own, too": (
+        "seed = 3\n" + BIG + "warmup_iters = 6000\nlearning_rate = 1e-4\nmin_lr = 1e-3\n",
+        None,
+        dict(
+            critical={"min_lr_above_lr", "warmup_too_long"},
+            sure={"min_lr_above_lr": "certain"},
+            text=["warmup_iters 6,000 takes the whole run: max_iters is 6,000"],
+        ),
     ),
     "a name that other lines compute with": (
         "wide = 12\nn_embd = wide * 64\n" + BIG,
@@ -119,7 +132,17 @@ CASES = {
     "another size, and tokens": (
         "out_dir = 'out-350M-3B'\n" + BIG,
         None,
-        dict(critical={"param_count_mismatch"}, text=["350M"]),
+        dict(sure={"param_count_mismatch": "possible"}, text=["350M", "Nothing, if it speaks of another model."]),
+    ),
+    "the name of a project": (
+        "wandb_project = '7B-distill'\n" + BIG,
+        None,
+        dict(sure={"param_count_mismatch": "possible"}),
+    ),
+    "a comment on another model": (
+        "# half the layers of the 350M model\n" + BIG + "bias = False  # as in the paper's 1.3B model\n",
+        None,
+        dict(sure={"param_count_mismatch": "possible"}),
     ),
     "a micro-step in a comment": (
         "# micro-step: 8 x 1024 = 8,192 tokens/step (micro-step); all in all 524,288 tokens/step\n" + BIG,

@@ -30,6 +30,17 @@ PER_STEP = re.compile(
 )
 EFFECTIVE_BATCH = re.compile(r"effective batch(?: size)?\s*[:=]?\s*~?(\d[\d,_]*)(?![\d,_.]*\s*[*x×kmb])", re.IGNORECASE)
 NAMES = ("wandb_run_name", "run_name", "out_dir", "out", "wandb_project")
+OF_THIS_MODEL = re.compile(
+    r"\W*(?:(?:an?|the|this|our|is|has|of|with|model|size|total|number|about|around|roughly|approx|ca|gpt-?2?|small|medium"
+    r"|large)\b\W*)*",
+    re.IGNORECASE,
+)
+"""All that may stand before a size in a comment that gives it as the config's own: "Model (~125M parameters)"."""
+ANOTHER_MODEL = re.compile(
+    r"teacher|distil|compar|baseline|reference|paper|\b(?:if|instead|like|than|then|vs|would|could|can|needs?|was|were)\b",
+    re.IGNORECASE,
+)
+"""Words of one that speaks of another model, or of what could be."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,8 @@ class Claim:
     value: float
     place: Place
     line: str
+    hint: bool
+    """A name, which may be that of a project or a teacher, or a comment that speaks of another model: never certain."""
 
 
 def amount(digits: str, unit: str | None) -> float | None:
@@ -59,11 +72,13 @@ def _line(setting: Setting) -> str:
 
 def claimed_sizes(figures: Figures) -> list[Claim]:
     """Model sizes that comments and run names claim, in parameters."""
-    claims: list[tuple[float | None, Setting]] = []
+    claims: list[tuple[float | None, Setting, bool]] = []
     for _, setting in remarks(figures):
         for match in SIZE_IN_PROSE.finditer(setting.comment):
             if match[2] and match[2].lower() in "mb":
-                claims.append((amount(match[1], match[2]), setting))
+                own = OF_THIS_MODEL.fullmatch(setting.comment[: match.start()])
+                hint = own is None or ANOTHER_MODEL.search(setting.comment) is not None
+                claims.append((amount(match[1], match[2]), setting, hint))
     for name in NAMES:
         named = figures.config.settings.get(name)
         if named is None or not isinstance(named.value, str):
@@ -76,8 +91,8 @@ def claimed_sizes(figures: Figures) -> list[Claim]:
             sizes.append(amount(match[1], match[2]) or 0.0)
         planned = figures.tokens_planned or 0
         if sizes and abs(min(sizes) - planned) > 0.25 * planned:  # "small-14B" of a run over 14B tokens
-            claims.append((min(sizes), named))  # of "124m-14B" the second is the tokens
-    return [Claim(value, setting.place, _line(setting)) for value, setting in claims if value]
+            claims.append((min(sizes), named, True))  # of "124m-14B" the second is the tokens
+    return [Claim(value, setting.place, _line(setting), hint) for value, setting, hint in claims if value]
 
 
 def agrees(claim: float, shape: anatomy.Shape, vocabularies: Sequence[int] = ()) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fastgpt.common import gigabytes
 from fastgpt.doctor.checks import vram
 from fastgpt.doctor.evidence import Evidence, Place, Seen
-from fastgpt.doctor.figures import Figures
+from fastgpt.doctor.figures import GEOMETRY, Figures
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance.fitting import usable_vram
@@ -122,6 +122,7 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
             else "Half the batch_size at twice the gradient_accumulation_steps, again until it fits; at batch_size 1 a shorter "
             "block_size, or a smaller model. python -m fastgpt.plan says what fits a card.",
             cost=1.0,
+            regardless_of=GEOMETRY,
         )
 
 

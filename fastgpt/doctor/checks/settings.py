@@ -27,11 +27,11 @@ def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
     yield Finding(
         "warmup_too_long",
         "critical" if never else "warning",
-        f"warmup_iters {warm:,} " + ("never ends" if never else "takes most of the run") + f": max_iters is {total:,}",
+        f"warmup_iters {warm:,} takes {'the whole' if never else 'most of the'} run: max_iters is {total:,}",
         figures.place("warmup_iters", "max_iters"),
         f"The rate rises until step {warm:,}"
         + (
-            f"; the run ends at {total / warm:.0%} of it and never trains at the learning rate that was chosen."
+            f"; the run ends at step {total:,} and never trains at the learning rate that was chosen."
             if never
             else ", and decays in what is left. Warmup is for the first few percent."
         ),

@@ -57,7 +57,9 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     wrong = [claim for claim in claims if not agrees(claim.value, shape, any_vocabulary)]
     if not wrong:
         return
-    contradicted = len(wrong) < len(claims)  # one comment or name has it right: the other may speak of another model
+    # A name, or a comment beside one that has it right, may speak of another model.
+    doubtful = len(wrong) < len(claims) or all(claim.hint for claim in wrong)
+    wrong.sort(key=lambda claim: claim.hint)
     claimed, size = wrong[0].value, figures.parameters
     pretrained = figures.config.get("init_from") in PRETRAINED  # whose shape is not to be changed
     change = None if pretrained else single_change(shape, claimed)
@@ -69,7 +71,7 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         lines.append(logged)
     yield Finding(
         check="param_count_mismatch",
-        severity="warning" if contradicted else "critical",
+        severity="warning" if doubtful else "critical",
         title=f"{millions(size)} parameters, not the {rounded(claimed)} that the {_source(wrong[0].line)} claims",
         evidence=[(claim.place, claim.line) for claim in wrong] + lines,
         explanation=f"{formula} with n_layer {shape.n_layer}, n_embd {shape.n_embd}, "
@@ -77,10 +79,11 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
         f"({'head tied, ' if shape.tied_head else ''}excluding position embeddings): "
         f"{size / claimed:.0%} of what was meant. "
         f"{_consequences(figures, shape, change[1], gpu) if change else ''}".strip(),
-        advice=_advice(change, _geometry(figures, change[1], gpu) if change else "", gpu),
-        cost=1.0,
-        cost_text=figures.hours() + " on another model than was meant",
-        confidence="possible" if contradicted else "certain",
+        advice=_advice(change, _geometry(figures, change[1], gpu) if change else "", gpu)
+        + (" Nothing, if it speaks of another model." if doubtful else ""),
+        cost=0.0 if doubtful else 1.0,
+        cost_text="" if doubtful else figures.hours() + " on another model than was meant",
+        confidence="possible" if doubtful else "certain",
         regardless_of=("vocab_size",),  # none gives the size that is claimed
     )
 
@@ -109,7 +112,7 @@ def _fits(shape: Shape, figures: Figures, gpu: Gpu | None) -> bool:
 
 
 def _source(line: str) -> str:
-    return "comment" if "#" in line and line.lstrip().startswith("#") else "config"
+    return "comment" if line.lstrip().startswith("#") else "config"
 
 
 def _log_says(evidence: Evidence, figures: Figures) -> tuple[Place, str] | None:
@@ -207,7 +210,11 @@ def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     if figures.shape is not None:
         table, best = _same_compute(figures, figures.shape, tokens, gpu)
         explanation += table
-    times = f"{shown / 20:.1f} times" if shown >= 20 else f"{shown / 20:.0%} of"
+    times = (
+        f"{shown / 20:.1f} times"
+        if shown >= 20
+        else f"{np.format_float_positional(5 * shown, 2, fractional=False, trim='-')}% of"
+    )
     waste = _waste(figures, best, tokens)
     yield Finding(
         check="many" if many else "few",
@@ -227,7 +234,7 @@ def _billions(tokens: float) -> str:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else np.format_float_positional(value, 3, fractional=False, trim="-")
 
 
 def _last_line(log: LogFacts) -> Place:

@@ -49,6 +49,9 @@ OF_A_SHAPE = (
 """What dicts and calls that describe a model name in it, here and elsewhere."""
 
 
+ASSUMED_OF_A_FORK = ("n_layer", "n_head", "n_embd", "block_size", "bias", "batch_size", "gradient_accumulation_steps")
+
+
 def parse_nanogpt(text: str, file: str, first_line: int = 1, source: Source = "config") -> ConfigFacts:
     """A nanoGPT config as facts; never raises, whatever the text. ``first_line`` is the line of ``file`` on which the text
     begins (a log may repeat the config: ``source``)."""
@@ -115,6 +118,8 @@ def _note_foreign(facts: ConfigFacts, helpers: Collection[str] = ()) -> None:
     ]
     facts.foreign += facts.unread_shapes
     facts.foreign_model += facts.unread_shapes
+    if facts.foreign:  # what a fork's config leaves out is the fork's own; of model and batch nanoGPT's is assumed
+        facts.defaults = {name: value for name, value in facts.defaults.items() if name in ASSUMED_OF_A_FORK}
 
 
 def _describes(node: ast.stmt) -> bool:

@@ -26,7 +26,7 @@ def to_json(report: Diagnosis, gpu: Gpu | None) -> dict[str, Any]:
         "findings": [finding.to_json() for finding in report.findings],
         "figures": report.figures.to_json(),
         "sources": {name: sorted(report.figures.sources(name)) for name in UNITS if name in report.figures.origin},
-        "assumed": list(report.figures.assumed.values()),
+        "assumed": report.figures.assumptions(),
         "units": UNITS,
         "gpu": gpu.name if gpu else None,
         "precision": report.figures.precision,
@@ -70,7 +70,7 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
         ("val loss", "{:.4f} last, {:.4f} lowest (step {:,})", f.last_val, f.best_val, f.best_val_step),
         ("val", "{:.4f} bits per byte last, {:.4f} lowest", f.last_bpb, f.best_bpb),
         ("recipe", "{}", f.shape and recipes.comparison(f.shape, gpu)),
-        *(("note", "{}", sentence) for sentence in f.assumed.values()),
+        *(("note", "{}", sentence) for sentence in f.assumptions()),
     ]
     return [(name, form.format(*values)) for name, form, *values in rows if None not in values]
 
