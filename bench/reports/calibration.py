@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from bench.reports.tables import print_table
+from fastgpt.hardware import cards
+from fastgpt.performance.operations import SHARED_BYTES, SOFTMAX_INSTRUCTIONS, Operation
 from fastgpt.performance.projection import (
     ANCHORS,
     FITTED_CLOCKS,
@@ -25,7 +27,7 @@ from fastgpt.performance.projection import (
     alternatives,
     holds_without,
 )
-from fastgpt.performance.step_time import CONSTANTS, DESCRIBED, RANGES, Constants
+from fastgpt.performance.step_time import CONSTANTS, DESCRIBED, RANGES, Chip, Constants
 
 
 def report(as_json: bool, console: Console) -> int:
@@ -111,6 +113,55 @@ def outdated_constants(clocks: dict[str, float], at_ends: Clocks) -> str:
     return "\n".join([*lines, ""])
 
 
+# ---------------------------------------------------------------- attention
+
+LENGTHS = (1024, 2048, 4096, 16384)
+FLASH_ATTENTION_2 = {
+    ("forward", 64, False): (306, 318, 321, 324),
+    ("forward", 64, True): (229, 262, 284, 299),
+    ("forward", 128, False): (350, 362, 368, 370),
+    ("forward", 128, True): (260, 298, 319, 335),
+    ("backward", 64, False): (238, 264, 279, 291),
+    ("backward", 128, False): (260, 291, 310, 322),
+}
+"""Way, columns of a head, causal -> TFLOP/s at ``LENGTHS`` tokens on an H100 SXM: 16,384 tokens in all, width 2,048, a causal
+mask halves the FLOPs. Figures 5 and 6 of Shah et al., FlashAttention-3, arXiv 2407.08608."""
+
+
+def attention_speed(way: str, D: int, causal: bool, T: int, constants: Constants = CONSTANTS) -> float:
+    """What the model says of a figure of ``FLASH_ATTENTION_2``, TFLOP/s; backward with its two passes over dQ."""
+    tokens, width, tile = 16384, 2048, 128
+    heads, products = tokens // T * (width // D), 5 if way == "backward" else 2
+    scores, multiply_add = heads * T * T, 2 * D
+    computed = heads * T * (T + tile) // 2 if causal else scores
+    op = Operation(
+        name=way,
+        group="",
+        kind="attention",
+        flops=products * multiply_add * computed,
+        bytes=0,
+        launches=1,
+        scores=computed,
+        instructions=SOFTMAX_INSTRUCTIONS,
+        shared=SHARED_BYTES[way][0] + D * SHARED_BYTES[way][1],
+        longest=tile * T if causal else 0,
+        blocks=heads * T // tile,
+    )
+    chip = Chip(cards.card("h100"), "bf16", constants)
+    passes = 14 * tokens * width / chip.bandwidth if way == "backward" else 0.0  # 8 bytes in delta, 6 in dQ's cast
+    return products * multiply_add * (scores / 2 if causal else scores) / (chip.times(op)["compute"] + passes) / 1e12
+
+
+def solve_exposed(way: str) -> float:
+    """``exposed_forward`` or ``exposed_backward`` that gives the speed of 64 columns, 16,384 tokens (bisection)."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        value = (low + high) / 2
+        speed = attention_speed(way, 64, False, 16384, replace(CONSTANTS, **{f"exposed_{way}": value}))
+        low, high = (value, high) if speed > FLASH_ATTENTION_2[way, 64, False][-1] else (low, value)
+    return (low + high) / 2
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -147,6 +198,18 @@ def figures(clocks: dict[str, float], at_ends: Clocks) -> dict[str, Any]:
                 "note": run.note,
             }
             for run in ANCHORS
+        ],
+        "flash_attention_2": [
+            {
+                "way": way,
+                "columns": D,
+                "causal": causal,
+                "tokens": T,
+                "measured_tflops": speed,
+                "projected_tflops": said,
+            }
+            for (way, D, causal), speeds in FLASH_ATTENTION_2.items()
+            for T, speed, said in zip(LENGTHS, speeds, (attention_speed(way, D, causal, T) for T in LENGTHS))
         ],
         "constants": [
             {"name": name, **{key: about[key] for key in ("value", "low", "high", "meaning", "source")}}
@@ -188,6 +251,17 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"{inside} of {known} measured cases, the two runs among them, lie inside.\n",
         soft_wrap=True,
     )
+    rows = [["attention", *(f"T = {T:,}" for T in LENGTHS)]]
+    for way, D, causal in FLASH_ATTENTION_2:
+        same = [
+            each
+            for each in found["flash_attention_2"]
+            if (each["way"], each["columns"], each["causal"]) == (way, D, causal)
+        ]
+        speeds = [f"{each['measured_tflops']} / {each['projected_tflops']:.0f}" for each in same]
+        rows.append([f"{way}, {D} columns{', causal' if causal else ''}", *speeds])
+    title = "FlashAttention-2 on an H100, TFLOP/s, measured / projected; the exposures are solved for 64 columns at T = 16,384"
+    print_table(console, title, rows)
     rows = [["constant", "value", "range", "meaning", "source"]]
     for each in found["constants"]:
         span = f"{each['low']:g} to {each['high']:g}"

@@ -164,7 +164,7 @@ class Chip:
         products = op.flops * (1 - op.summed_in_fp16 + op.summed_in_fp16 / faster) / base
         # The last blocks end one by one: on average half of the longest runs beyond an even share.
         tail = 1 + op.longest * self.gpu.sm_count / 2 / op.scores
-        clocks = (products + op.scores * exposed) * tail
+        clocks = (products + op.scores * exposed + op.blocks * c.tile_overhead_clocks) * tail
         return {"compute": clocks / (self.gpu.sm_count * self.hz), "L2": through_l2, "memory": memory}
 
     def _matmul(self, op: Operation) -> tuple[float, float, float]:

@@ -130,7 +130,7 @@ def test_every_status_says_projected_and_the_error():
         assert (
             p.status.startswith("projected") and f"calibration error {projection.calibration_error():.1%}" in p.status
         )
-    assert "11% off in a known case" in projected(gpu=cards.lookup("h100")).status
+    assert "13% off in a known case" in projected(gpu=cards.lookup("h100")).status
 
 
 def test_intervals_widen_with_what_is_not_known():
