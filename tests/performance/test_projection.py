@@ -133,6 +133,17 @@ def test_every_status_says_projected_and_the_error():
     assert "13% off in a known case" in projected(gpu=cards.lookup("h100")).status
 
 
+@pytest.mark.parametrize(
+    "gpu, T, B, measured", [("rtx4090", 1024, 16, (130_000, 140_000)), ("a100", 2048, 32, (195_000,))]
+)
+def test_public_runs_of_models_like_modern_124m_are_near_its_projection(gpu, T, B, measured):
+    shape = anatomy.Shape.of(replace(load_preset("modern-124m").model, block_size=T))
+    options = {"kernels": "compile", "precision": "bf16", "micro_batch": B, "tokens_per_step": 2**19}
+    p = projection.project(shape, cards.lookup(gpu), **options)
+    assert 0.9 * measured[0] < p.tokens_per_second < 1.1 * measured[-1]
+    assert f"| {p.tokens_per_second:,.0f} |" in (ROOT / "docs" / "projection.md").read_text(encoding="utf-8")
+
+
 def test_intervals_widen_with_what_is_not_known():
     def width(**options):
         p = projected(**options)
