@@ -296,8 +296,8 @@ def rounded(number: float, letters: str = "kMBT", gap: str = "") -> str:
 
 
 def millions(parameters: float) -> str:
-    """Parameters as nanoGPT prints them: 123.59M."""
-    return f"{parameters / 1e6:.2f}M"
+    """Parameters as nanoGPT prints them: 123.59M; of a tiny model 0.0035M, not 0.00M."""
+    return f"{parameters / 1e6:{'.2f' if parameters >= 1e5 else '.2g'}}M"
 
 
 def gigabytes(size: float, digits: int = 1) -> str:
@@ -391,7 +391,7 @@ def printable(text: str) -> str:
 class PlainConsole:
     """Prints lines where rich is not installed: what a training run and tables need of a Console, without colours."""
 
-    is_terminal = False
+    is_terminal, width = False, 80
 
     def __init__(self, file: IO[str] | None = None, quiet: bool = False, **_: Any) -> None:
         self.file, self.quiet = file, quiet

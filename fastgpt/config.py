@@ -265,6 +265,8 @@ class TrainConfig:
     """How many of the newest checkpoints stay in --out; the one with the best validation loss stays as well."""
     log_interval: int = 10
     """Steps between log lines; metrics.jsonl has a line for every step."""
+    verbose: bool = False
+    """Log lines of more than 100 columns: also the share of waiting for data, memory, clock, power, temperature."""
     sample_interval: int = 0
     """Steps between samples of text on the terminal; 0 prints none."""
     sample_prompt: str = "\n"

@@ -61,11 +61,12 @@ def run_on_letters(tmp_path, capsys):
 
 def test_a_model_of_letters_trains_by_its_folder_and_samples_in_its_letters(run_on_letters, capsys):
     out, letters, printed = run_on_letters
-    assert "vocabulary 11" in printed and "(chars, 11 letters): 4.6k tokens, of which the run reads 6%" in printed
+    assert "vocabulary 11" in printed and "(chars, 11 letters): 4.6k tokens, and 2k to validate" in printed
+    assert "run 2 steps, 256 tokens: 5.6% of the data" in printed
     assert "sample at step 1: 'cat" in printed
     assert "done 2 steps, 256 tokens; validation loss " in printed and " text cat" in printed
     assert printed.endswith(f"next python -m fastgpt.sample {out} python -m fastgpt.plot {out}")
-    assert "per rank" not in printed and "mfu palm" not in printed and "free main memory" in printed
+    assert "rank" not in printed and "mfu" not in printed and "GB of main memory are free" in printed
     words = [str(out), "--tokens", "40", "--device", "cpu"]
     assert sample.main([*words, "--prompt", "the "]) == 0
     text = capsys.readouterr().out

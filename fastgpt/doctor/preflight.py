@@ -36,10 +36,11 @@ def preflight(config: Config, device: torch.device, on: Machine | None = None) -
 def announce(findings: list[Finding], console: Console) -> None:
     """One line when clean, else one per finding and its config line."""
     if not findings:
-        clean = "preflight: nothing found (python -m fastgpt.doctor says more once there is a log)"
+        clean = "preflight: nothing found (python -m fastgpt.doctor can read the log, too)"
         console.print(styled((clean, "dim")))
         return
     for finding in findings:
         line = next((line for line in finding.advice.split("\n") if is_code(line)), "")
         head = (f"preflight {finding.severity}", COLOURS[finding.severity])
-        console.print(styled(head, f": {finding.title}", (f" -> {line}" if line else "", "dim")))
+        text = styled(head, f": {finding.title}", (f" -> {line}" if line else "", "dim"))
+        console.print(text, soft_wrap=False)

@@ -83,8 +83,12 @@ def sample(run: Run, tokens: int = 40) -> str:
         ids = [0]
     prompt = torch.as_tensor([ids], dtype=torch.int64, device=run.device)
     generator = torch.Generator(run.device).manual_seed(run.config.train.seed)
-    with evaluating(run.model), autocast(run.device, run.stepper.precision):
-        new = run.model.generate(
+    model = run.model
+    if run.device.type == "cpu" and run.config.train.kernels == "triton" and run.world.size == 1:
+        # In the interpreter a token takes a second. The weights are the same tensors.
+        model = GPT.from_weights(run.config.model, run.model.state_dict(), get_ops("eager"))
+    with evaluating(model), autocast(run.device, run.stepper.precision):
+        new = model.generate(
             prompt, tokens, temperature=0.8, top_k=50, vocab_size=tokenizer.vocab_size, generator=generator
         )
         return tokenizer.decode(ids + [int(token) for token in new])

@@ -194,9 +194,8 @@ class _Loop:
         if self.saver.last_error:
             raise UserError(self.saver.last_error)
         if self.val_loss is not None and not self.stop.asked and self.world.is_main:  # the last step evaluates
-            # In the interpreter a token takes a second; shards are on all ranks.
-            slow = run.device.type == "cpu" and self.settings.kernels == "triton"
-            text = None if slow or self.world.size > 1 else self._beside_training("the sample", sample, 64)
+            # Shards are on all ranks, which are not all here.
+            text = None if self.world.size > 1 else self._beside_training("the sample", sample, 64)
             for line in ending(run, self.val_loss, text):
                 self.say(line)
         return run, 130 if self.stop.asked == "Ctrl-C" else 0
@@ -324,7 +323,7 @@ class _Loop:
                 self.progress.update(self.progress.task_ids[0], completed=record["step"])
                 record |= interval(run, report, run.interval_losses, self.progress.tasks[0].time_remaining)
                 run.interval_losses.clear()
-                self.say(log_line(record))
+                self.say(log_line(record, self.settings.verbose))
             self._write(record)
             if finite:
                 self._watch_for_spikes(record["step"], loss)

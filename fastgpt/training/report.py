@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,6 @@ from fastgpt.hardware import cards, requirements
 from fastgpt.hardware.device import device_name
 from fastgpt.hardware.telemetry import telemetry
 from fastgpt.mfu import StepReport
-from fastgpt.performance import flops
 from fastgpt.performance.fitting import free_bytes
 from fastgpt.performance.memory import memory
 from fastgpt.performance.step_time import WAITING
@@ -31,19 +30,20 @@ if TYPE_CHECKING:
     from fastgpt.performance.projection import Projection
 
 # GPT-2 124M: 21 kernels, 9 s of one core with triton 3.7 where nothing else runs.
-COMPILE = "Triton compiles about 25 kernels until the first step is done, 10 s to 1 min; ~/.triton/cache keeps them"
+COMPILE = "about 25 kernels in the first step: 10 s to 1 min, kept in ~/.triton/cache"
 SAY_SECONDS = 5.0
 INTERPRETED = (
-    "No GPU: the Triton kernels run in Triton's interpreter, one program at a time in NumPy. It shows that they compute the "
-    "right thing, not how fast they are. On a CUDA GPU the same command compiles them and trains the larger demo: GPT-2's "
-    "tokens, 6 layers of 384, bf16. --kernels eager trains this model in plain PyTorch."
+    "No GPU: the Triton kernels run in Triton's interpreter, which shows that they compute the right thing, not how fast they "
+    "are. On a CUDA GPU the same command compiles them and trains the larger demo: GPT-2's tokens, 6 layers of 384, bf16. "
+    "--kernels eager trains this model in plain PyTorch."
 )
+LABEL = 9
+"""Columns before the text of a row at the start and at the end."""
 
 
 def banner(console: Console, run: Run) -> None:
     """Say what will run, on what, and, without a GPU, what one would change."""
     config, shape, precision = run.config, run.config.model, run.stepper.precision
-    ranks = f" on {run.world.size} ranks ({config.train.parallel})" if run.world.size > 1 else ""
     compiled = " + torch.compile" if config.train.compile else ""
     graphs = " + CUDA graphs" if run.stepper.graphs is not None else ""
     unconfirmed = " (experimental: no GPU has confirmed it yet)" if precision in EXPERIMENTAL else ""
@@ -57,24 +57,25 @@ def banner(console: Console, run: Run) -> None:
         optimizer=config.optim.optimizer,
     ).total
     if run.device.type == "cuda":
-        room = f"of the GPU's {gigabytes(torch.cuda.get_device_properties(run.device).total_memory)}"
+        room = f", of the GPU's {gigabytes(torch.cuda.get_device_properties(run.device).total_memory)}"
     else:
-        room = f"of {gigabytes(free_bytes(run.device.type))} free main memory"
+        room = f"; {gigabytes(free_bytes(run.device.type))} of main memory are free"
     projection = _projected(run)
+    # The doctor finds in a log what stands at the beginning of a row (doctor/reading/log_formats.toml).
     rows = {
         "model": f"{millions(anatomy.n_params(shape, positions=False))} parameters (excluding position embeddings): "
-        f"{shape.n_layer} layers, {shape.n_head} heads, width {shape.n_embd}, context {shape.block_size}, "
+        f"layers {shape.n_layer}, heads {shape.n_head}, width {shape.n_embd}, context {shape.block_size}, "
         f"vocabulary {shape.vocab_size}",
+        "data": _data(run),
         "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}"
-        + (f", {run.grad_accum} in a step" if run.grad_accum > 1 else "")
-        + ranks,
-        "run": f"{config.train.max_iters:,} steps, {rounded(config.train.max_iters * config.tokens_per_step)} tokens"
-        + _hours(run, projection),
+        + (f", {run.grad_accum} in a step" if run.grad_accum > 1 else ""),
+        **({"ranks": f"{run.world.size} ({config.train.parallel})"} if run.world.size > 1 else {}),
+        "run": _steps(run),
+        "time": _hours(run, projection),
         "kernels": f"{config.train.kernels}{compiled}{graphs}, {precision}{unconfirmed}",
         "device": device_name(run.device),
-        "memory": f"{gigabytes(needed, 2)} predicted for weights, optimizer, gradients and activations, {room}",
-        **({"mfu": f"{flops.PALM}, of {teraflops(peak)}, its dense {arithmetic} peak"} if peak else {}),
-        "data": _data(run),
+        "memory": f"{gigabytes(needed, 2)} predicted{room}",
+        **({"mfu": f"of {teraflops(peak)}, its dense {arithmetic} peak, by PaLM's 6N + 12LCT"} if peak else {}),
         "out": str(config.train.out),
     }
     if projection is not None and run.stepper.graphs is None:
@@ -88,15 +89,22 @@ def banner(console: Console, run: Run) -> None:
         rows["compile"] = COMPILE
     console.print(styled(("fastgpt", "bold")))
     for name, text in rows.items():
-        console.print(styled((f"{name:<8}", "bold"), f" {text}"))
-    if run.refused:
-        console.print(styled((run.refused, "yellow")))
+        for i, line in enumerate(textwrap.wrap(text, console.width - LABEL, **_WHOLE_WORDS)):
+            console.print(
+                styled(("" if i else name).ljust(LABEL), line) if i else styled((name.ljust(LABEL), "bold"), line)
+            )
+    notes = [run.refused] if run.refused else []
     unable = requirements.no_triton(run.device.type)
     if config.train.kernels == "eager" and unable:
         why = unable.partition(": ")[0]
-        console.print(styled((f"{why}: the model trains in plain PyTorch, --kernels eager", "yellow")))
+        notes.append(f"{why}: the model trains in plain PyTorch, --kernels eager")
     if run.device.type == "cpu" and config.train.kernels == "triton":
-        console.print(styled((INTERPRETED, "yellow")))
+        notes.append(INTERPRETED)
+    for note in notes:
+        console.print(styled((textwrap.fill(note, console.width, **_WHOLE_WORDS), "yellow")))
+
+
+_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # flags and paths among them
 
 
 def ending(run: Run, loss: float | None, text: str | None) -> Iterator[str]:
@@ -107,25 +115,34 @@ def ending(run: Run, loss: float | None, text: str | None) -> Iterator[str]:
         done += f"; validation loss {loss:.4f}, best {run.best_val_loss:.4f}"
     rows = {
         "done": [done],
-        "text": [line[:91] for line in (text or "").strip().splitlines()[:6]],
+        "text": [line[: 80 - LABEL] for line in (text or "").strip().splitlines()[:6]],
         "out": [f"{out}: checkpoints, metrics.jsonl, config.json"],
         "next": [f"python -m fastgpt.sample {out}", f"python -m fastgpt.plot {out}"],
     }
     for name, lines in rows.items():
         for i, line in enumerate(lines):
-            yield f"{'' if i else name:<8} {line}"
+            yield f"{'' if i else name:<{LABEL}}{line}"
 
 
 def _data(run: Run) -> str:
-    """The corpus: how large it is, how often the run reads it, and what was left out of it."""
-    config, total = run.config, run.train_loader.tokens
-    epochs = config.train.max_iters * config.tokens_per_step / total
+    """The corpus: how large it is, and what was left out of it."""
+    config = run.config
     vocabulary = f", {config.model.vocab_size} letters" if config.data.tokenizer == CHARS else ""
     text = (
-        f"{config.data.data} ({config.data.tokenizer}{vocabulary}): {rounded(total)} tokens, of which the run reads "
-        f"{f'{epochs:.0%}' if epochs < 1 else f'{epochs:.3g} epochs'}; {rounded(run.val_loader.tokens)} to validate"
+        f"{config.data.data} ({config.data.tokenizer}{vocabulary}): {rounded(run.train_loader.tokens)} tokens, and "
+        f"{rounded(run.val_loader.tokens)} to validate"
     )
     return f"{text}; left out: {run.corpus.skipped}" if run.corpus and run.corpus.skipped else text
+
+
+def _steps(run: Run) -> str:
+    """How much the run reads, and how often it reads the corpus."""
+    steps, read = run.config.train.max_iters, run.config.train.max_iters * run.config.tokens_per_step
+    epochs = read / run.train_loader.tokens
+    share = f"{100 * epochs:.2g}%" if epochs < 0.1 else f"{epochs:.0%}"
+    return (
+        f"{steps:,} steps, {rounded(read)} tokens: {f'{epochs:.3g} epochs' if epochs > 1 else f'{share} of the data'}"
+    )
 
 
 def _projected(run: Run) -> Projection | None:
@@ -151,12 +168,12 @@ def _projected(run: Run) -> Projection | None:
 
 
 def _hours(run: Run, step: Projection | None) -> str:
-    """How long the rest of the run may take, where that can be projected."""
+    """How long the rest of the run may take."""
     if step is None:
-        return ""
+        return "the log lines say how much is left"
     left = run.config.train.max_iters - run.step
     ends = [duration(1e-3 * left * ms) for ms in (step.ms_per_step_low, step.ms_per_step_high)]
-    return f"; projected {' to '.join(dict.fromkeys(ends))}, {step.tokens_per_second:,.0f} tok/s"
+    return f"projected {' to '.join(dict.fromkeys(ends))}, {step.tokens_per_second:,.0f} tok/s"
 
 
 @contextmanager
@@ -223,27 +240,37 @@ def _resident() -> int | None:
     return psutil.Process().memory_info().rss
 
 
-def log_line(record: Mapping[str, Any]) -> str:
-    """The record of an interval's last step, in the shape of nanoGPT's lines."""
+LEAST_WAIT = 0.05
+"""The share of the time spent waiting for data from which on every log line says it."""
 
-    def shown(name: str, form: str) -> str:
-        return "n/a" if record.get(name) is None else form.format(record[name])
 
-    line = (
-        f"iter {record['step']}: loss {record['interval_loss']:.4f}, time {shown('ms', '{:.2f}ms')}, "
-        f"mfu {shown('mfu', '{:.2%}')}, {shown('tokens_per_second', '{:,.0f}')} tok/s, lr {record['lr']:.2e}, "
-        f"norm {record['grad_norm']:.3f}, data {shown('data_wait', '{:.1%}')}, mem {shown('memory_gb', '{:.2f} GB')}"
-    )
-    if record.get("clock_mhz") is not None:
-        line += f", {record['clock_mhz']} MHz {shown('power_w', '{:.0f}')} W {shown('temperature_c', '{}')} C"
-    if record.get("throttle"):
-        line += f", held back by {record['throttle']}"
-    if record.get("skipped_steps"):
-        line += f", skipped {record['skipped_steps']}"
-    eta = record.get("eta_s")
-    if eta is not None and eta < timedelta.max.total_seconds():  # 2^63 steps are a run that goes on until it is stopped
-        line += f", eta {timedelta(seconds=round(eta))}"
-    return line
+def log_line(record: Mapping[str, Any], verbose: bool = False) -> str:
+    """The record of an interval's last step, in the shape of nanoGPT's lines: at most 100 columns, all that is known where
+    ``verbose``. What is not known is left out."""
+
+    def shown(name: str, form: str) -> list[str]:
+        return [] if record.get(name) is None else [form.format(record[name])]
+
+    ms, eta, wait = record.get("ms"), record.get("eta_s"), record.get("data_wait")
+    parts = [
+        f"iter {record['step']}: loss {record['interval_loss']:.4f}",
+        *shown("ms", "time {:.2f}ms" if ms is not None and ms < 1000 else "time {:.0f}ms"),
+        *shown("mfu", "mfu {:.1%}"),
+        *shown("tokens_per_second", "{:,.0f} tok/s"),
+        f"lr {record['lr']:.2e}",
+        f"norm {record['grad_norm']:.3g}",
+    ]
+    if eta is not None and eta < 1e10:  # 2^63 steps are a run that goes on until it is stopped
+        parts.append(f"eta {duration(eta) if eta < 7200 else f'{eta / 3600:.3g} h'}")
+    if wait is not None and (verbose or wait >= LEAST_WAIT):
+        parts.append(f"data {wait:.1%}" if verbose else f"data {wait:.0%}")
+    if verbose:
+        parts += shown("memory_gb", "mem {:.2f} GB")
+        card = [*shown("clock_mhz", "{} MHz"), *shown("power_w", "{:.0f} W"), *shown("temperature_c", "{} C")]
+        parts += [" ".join(card)] if card else []
+        parts += shown("throttle", "held back by {}")
+        parts += [f"skipped {record['skipped_steps']}"] if record.get("skipped_steps") else []
+    return ", ".join(parts)
 
 
 class NoBar(nullcontext):

@@ -11,11 +11,12 @@ from rich.console import Console
 from triton import knobs
 
 from fastgpt.config import load_preset
+from fastgpt.doctor.reading.logs import LogReader
 from fastgpt.hardware import cards
 from fastgpt.training import report
 from fastgpt.training.distributed import World
 
-CUDA = torch.device("cuda")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def run_on(device=CUDA, kernels="triton", graphs=None, preset="demo", **data):
@@ -51,8 +52,8 @@ def present(monkeypatch, name):
     monkeypatch.setattr(report, "device_name", lambda device: card.name)
 
 
-def printed(run):
-    console = Console(width=200, highlight=False)
+def printed(run, width=200):
+    console = Console(width=width, highlight=False)
     with console.capture() as captured:
         report.banner(console, run)
     return captured.get()
@@ -60,19 +61,22 @@ def printed(run):
 
 def test_the_demo_on_a_gpu_has_a_duration_in_minutes_and_says_what_is_compiled(rtx4070):
     text = printed(run_on())
-    assert "1,000 steps, 16.4M tokens; projected 1 min, " in text
-    assert "\ncompile  Triton compiles about 25 kernels until the first step is done, 10 s to 1 min" in text
+    assert "\nrun      1,000 steps, 16.4M tokens: 50% of the data\ntime     projected 1 min, " in text
+    assert "\ncompile  about 25 kernels in the first step: 10 s to 1 min" in text
+    assert "\nmemory   1.64 GB predicted, of the GPU's 12.9 GB\n" in text
+    assert "\nmfu      of 58.3 TFLOP/s, its dense bf16 peak, by PaLM's 6N + 12LCT\n" in text and "\nranks" not in text
 
 
 def test_the_corpus_its_epochs_and_what_was_left_out_are_said(rtx4070):
-    said = "data     stdlib (gpt2): 32.8M tokens, of which the run reads 50%; 5k to validate; left out: 1 files that are not"
+    said = "data     stdlib (gpt2): 32.8M tokens, and 5k to validate; left out: 1 files that are not"
     assert said in printed(run_on())
-    assert "the run reads 2.5 epochs; 5k" in printed(run_on(grad_accum=10))
+    assert "81.9M tokens: 2.5 epochs\n" in printed(run_on(grad_accum=10))
+    assert "205k tokens: 0.62% of the data\n" in printed(run_on(CPU, batch_size=64))
 
 
 def test_a_run_of_days_has_a_duration_in_hours(rtx4070):
     run = run_on(preset="gpt2-124m")
-    assert " h " in printed(run).split("; projected ")[1].split(" tok/s")[0]
+    assert " h " in printed(run).split("time     projected ")[1].split(" tok/s")[0]
 
 
 def test_the_banner_says_when_the_gpu_waits_for_the_host_unless_graphs_launch(rtx4070, monkeypatch):
@@ -119,14 +123,47 @@ def test_compiling_is_shown_kernel_by_kernel_and_the_hooks_are_put_back(monkeypa
     assert before == (knobs.runtime.jit_cache_hook, knobs.runtime.jit_post_compile_hook)
 
 
+@pytest.mark.parametrize("device, preset", [(CPU, "demo"), (CUDA, "gpt2-124m"), (CUDA, "modern-124m")])
+def test_the_first_screen_fits_80_columns_and_the_doctor_reads_it(rtx4070, device, preset):
+    run = run_on(device, preset=preset)
+    run.world = SimpleNamespace(size=2)
+    screen = printed(run, width=80)
+    assert max(map(len, screen.splitlines())) <= 80
+    reader = LogReader("train.log")
+    reader.take(screen)
+    found = {note.kind: note.value for note in reader.facts().notes}
+    assert (found["gpus"], found["tokens_per_step"]) == (2, run.config.tokens_per_step)
+    assert {"parameters", "device", "precision"} <= set(found)
+
+
+FULL = dict(step=600_000, interval_loss=3.28414, lr=6e-4, grad_norm=0.34512, ms=1234.5, mfu=None, memory_gb=9.871)
+FULL |= dict(
+    tokens_per_second=105_000.4, data_wait=0.012, eta_s=216_400, clock_mhz=2500, power_w=199.6, temperature_c=71
+)
+
+
+@pytest.mark.parametrize(
+    "changed, verbose, line",
+    [
+        ({"mfu": 0.51234}, False, "time 1234ms, mfu 51.2%, 105,000 tok/s, lr 6.00e-04, norm 0.345, eta 60.1 h"),
+        ({"ms": 87.654, "eta_s": 61}, False, "time 87.65ms, 105,000 tok/s, lr 6.00e-04, norm 0.345, eta 1 min"),
+        (dict.fromkeys(("ms", "tokens_per_second", "eta_s")), False, "lr 6.00e-04, norm 0.345"),
+        ({"data_wait": 0.07, "eta_s": 1e17}, False, "time 1234ms, 105,000 tok/s, lr 6.00e-04, norm 0.345, data 7%"),
+        (
+            {"throttle": "sw_power_cap", "skipped_steps": 2, "eta_s": 0.0},
+            True,
+            "time 1234ms, 105,000 tok/s, lr 6.00e-04, norm 0.345, eta 0 s, data 1.2%, mem 9.87 GB, 2500 MHz 200 W 71 C, "
+            "held back by sw_power_cap, skipped 2",
+        ),
+    ],
+)
+def test_a_log_line_says_what_is_known_in_100_columns_and_all_of_it_where_asked(changed, verbose, line):
+    said = report.log_line(FULL | changed, verbose)
+    assert said == f"iter 600000: loss 3.2841, {line}"
+    assert verbose or len(said) <= 100
+
+
 def test_a_machine_without_psutil_leaves_its_memory_out(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "psutil", None)
     assert report._resident() is None
-    record = {"step": 1, "interval_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0, "memory_gb": None}
-    assert report.log_line(record).endswith("mem n/a")
-
-
-def test_the_log_line_of_a_run_without_an_end_has_no_eta():
-    record = {"step": 1, "interval_loss": 1.0, "lr": 1e-3, "grad_norm": 1.0}
-    assert report.log_line(record | {"eta_s": 0.0}).endswith(", eta 0:00:00")
-    assert "eta" not in report.log_line(record | {"eta_s": 0.1 * 2**63})  # of --max-iters 9223372036854775807
+    assert "mem" not in report.log_line(FULL | {"memory_gb": None}, verbose=True)

@@ -174,6 +174,28 @@ def test_fastgpts_lines_as_its_report_prints_them(log):
     }
 
 
+@pytest.mark.parametrize(
+    "figures",
+    [
+        # As they were printed before 0.1.0, and since.
+        "time n/a, mfu n/a, n/a tok/s, lr 6.00e-04, norm 1.907, data n/a, mem 0.46 GB",
+        "time 2036.73ms, mfu n/a, 251 tok/s, lr 6.00e-04, norm 2.661, data 0.0%, mem 0.47 GB, eta 0:00:31",
+        "time 2036.73ms, mfu 12.34%, 251 tok/s, lr 6.00e-04, norm 2.661, data 0.0%, mem 0.47 GB, 25 MHz 19 W 65 C",
+        "lr 6.00e-04, norm 1.91",
+        "time 2037ms, 251 tok/s, lr 6.00e-04, norm 2.66, eta 31 s",
+        "time 2037ms, mfu 12.3%, 251 tok/s, lr 6.00e-04, norm 2.66, eta 60.1 h, data 7%",
+    ],
+)
+def test_fastgpts_lines_of_every_time(log, figures):
+    facts = log(f"iter 20: loss 4.5000, {figures}\n")
+    assert (facts.kind, steps(facts), facts.steps.lr[0], facts.unread) == ("fastgpt", [20], 6e-4, [])
+    assert np.isnan(facts.steps.mfu).all() == ("mfu 1" not in figures)
+    if "time 2" in figures:
+        assert round(facts.steps.ms[0]) == 2037 and facts.steps.tokens_per_second[0] == 251
+    else:
+        assert np.isnan(facts.steps.ms).all()
+
+
 def test_metrics_jsonl(log):
     records = [
         {"run": "a", "config": {"model": {"n_layer": 2}, "data": {"grad_accum": 4}, "optim": {}, "train": {}}},
