@@ -322,7 +322,8 @@ def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> It
     confidence: Confidence = "certain"
     if share is None:
         share, confidence = counted_share(figures, evidence.log), "likely"
-        how = "forward passes of both splits at a third of a training step's FLOPs"
+        each = "both splits" if figures.config.kind == "nanogpt" else "the validation split"
+        how = f"forward passes of {each} at a third of a training step's FLOPs"
     if share is None or share <= MUCH_EVALUATION:
         return
     interval = evaluation_interval(figures.config, evidence.log)

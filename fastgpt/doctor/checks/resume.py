@@ -91,8 +91,8 @@ def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None)
         return Finding(check, severity, title, seen, why, advice, cost=cost)
 
     resumes = config.get("init_from") == "resume"
-    if evidence.config is kept.config and not resumes:
-        return  # only the checkpoint was given, and it does not ask to be resumed
+    if evidence.config is kept.config and config.source("init_from") != "override":
+        return  # only the checkpoint was given: how its run began says nothing of how it goes on
     if stop is not None and step >= stop:
         title = f"The checkpoint has done {step:,} steps and max_iters is {stop:,}: there is nothing left to train"
         why = "nanoGPT resumes, evaluates once more and ends." if kept.kind == "nanogpt" else "fastgpt refuses this."

@@ -1,4 +1,4 @@
-"""Checkpoints: nanoGPT's ckpt.pt and fastgpt's. Shapes and plain values only; tensors are not read, code is never run."""
+"""Checkpoints: nanoGPT's ckpt.pt and fastgpt's: shapes, plain values, and whether the weights are finite. Code is never run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastgpt.anatomy import SHAPE, Shapes, shape_told_by
-from fastgpt.common import UserError, read_json
+from fastgpt.common import UserError, first_line
 from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Place, Setting, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt
 from fastgpt.doctor.reading.values import DEFAULTS, store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastgpt.checkpoints.read import Source
 
 FILE_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _NAME = re.compile(r"step-(\d{8,})(?:\.\d+)?")
@@ -37,12 +43,14 @@ def newest(folder: Path) -> Path | None:
 
 def read_checkpoint(path: Path) -> CheckpointFacts:
     """What a checkpoint holds. Raises UserError for one that is damaged, of another program, or that would run code."""
+    state: Mapping[str, Any]
     if path.is_dir():  # fastgpt's: {config: {model, data, optim, train}, step, best_val_loss, ...}
-        state, shapes = _from_folder(path)
+        source, shapes, not_finite = _from_folder(path)
+        state = source.state
         config = state.get("config")
         sections = config if isinstance(config, Mapping) else {}
         facts = _facts("fastgpt", path, sections.get("model"), shapes)
-        facts.step = _whole(state.get("step"))
+        facts.step, facts.not_finite = source.step, not_finite
         facts.config = configs_fastgpt.of_sections(sections, Place(str(path)))
     else:  # nanoGPT's: {model, optimizer, model_args, iter_num, best_val_loss, config}, or a bare state dict
         state, shapes = _from_file(path)
@@ -50,7 +58,8 @@ def read_checkpoint(path: Path) -> CheckpointFacts:
         facts = _facts("nanogpt", path, state.get("model_args"), shapes)
         facts.step = _whole(state.get("iter_num"))
         facts.config = configs.of_values(config, Place(str(path))) if isinstance(config, Mapping) and config else None
-        facts.not_finite = _not_finite(state.get("model", state))
+        model = state.get("model", state)
+        facts.not_finite = _not_finite(model.items() if isinstance(model, Mapping) else ())
     facts.best_val_loss = _number(state.get("best_val_loss"))
     return facts
 
@@ -69,18 +78,30 @@ def _from_file(path: Path) -> tuple[Mapping[str, Any], Shapes]:
     return state, shapes
 
 
-def _from_folder(path: Path) -> tuple[Mapping[str, Any], Shapes]:
-    """A checkpoint that is a folder: its plain values, and the shapes of its model's tensors."""
-    state, table = read_json(path / "state.json"), read_json(path / "tensors.json")
+def _from_folder(path: Path) -> tuple[Source, Shapes, list[str]]:
+    """A checkpoint that is a folder: its plain values, the shapes of its model's tensors, and those that are not finite."""
+    from safetensors import SafetensorError
+
+    from fastgpt.checkpoints.read import Damaged, open_directory
+
     try:
-        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in (table or {}).items()}
-    except (ValueError, TypeError, KeyError, OverflowError):
-        table = None
-    if state is None or table is None:
-        raise UserError(
-            f"checkpoint {path} is damaged or cannot be read: state.json or tensors.json is not what was written"
-        )
-    return state, {name.removeprefix("model."): shape for name, shape in shapes.items() if name.startswith("model.")}
+        source = open_directory(path, verify_all=False)
+        shapes = {name: tuple(found.size) for name, found in source.reader.tensors.items()}
+        not_finite = _not_finite(_parts(source))
+    except (Damaged, SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {path} is damaged or cannot be read: {first_line(error)}") from error
+    weights = {name.removeprefix("model."): shape for name, shape in shapes.items() if name.startswith("model.")}
+    return source, weights, list(dict.fromkeys(not_finite))
+
+
+def _parts(source: Source) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model, in the parts in which its ranks saved them."""
+    from safetensors import safe_open
+
+    for index, stored in source.reader.chunks.items():
+        if index.fqn.startswith("model."):
+            with safe_open(source.reader.path / stored["file"], framework="pt") as file:
+                yield index.fqn.removeprefix("model."), file.get_tensor(stored["key"])
 
 
 def _load(path: Path) -> Any:
@@ -107,9 +128,15 @@ def _load(path: Path) -> Any:
 
 
 def _shapes(tensors: Mapping[Any, Any]) -> Shapes:
-    """Shapes by name without torch.compile's and DDP's prefixes; of tensors over the same memory (a tied head) the first."""
+    """Shapes by name without torch.compile's and DDP's prefixes; of tensors over the same memory, and of a head that is a copy
+    of the embedding, the first."""
     import torch
 
+    from fastgpt.checkpoints.formats.portable import tied
+
+    tensors = {re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", str(name)): tensor for name, tensor in tensors.items()}
+    with suppress(UserError, RuntimeError, AttributeError):  # another head, or one that cannot be compared
+        tensors = tied("", tensors)
     shapes: Shapes = {}
     seen: set[tuple[Any, ...]] = set()
     for name, tensor in tensors.items():
@@ -119,22 +146,18 @@ def _shapes(tensors: Mapping[Any, Any]) -> Shapes:
         if tensor.device.type == "cpu" and tensor.numel() and memory in seen:
             continue
         seen.add(memory)
-        shapes[re.sub(r"^(?:(?:_orig_mod|module)\.)+", "", str(name))] = tuple(tensor.shape)
+        shapes[name] = tuple(tensor.shape)
     return shapes
 
 
-def _not_finite(tensors: Any) -> list[str]:
+def _not_finite(tensors: Iterable[tuple[Any, Any]]) -> list[str]:
     """Names of the model's floating-point tensors that hold NaN or infinity; read in parts, from the mapped file."""
     import torch
 
     part, found = 1 << 24, []
-    for name, tensor in tensors.items() if isinstance(tensors, Mapping) else ():
-        if (
-            isinstance(tensor, torch.Tensor)
-            and tensor.device.type == "cpu"
-            and tensor.is_floating_point()
-            and not tensor.is_sparse
-        ):
+    for name, tensor in tensors:
+        dense = isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" and tensor.layout is torch.strided
+        if dense and tensor.is_floating_point() and tensor.itemsize > 1:  # torch cannot say it of fp8
             flat = tensor.reshape(-1)
             if not all(bool(torch.isfinite(flat[at : at + part]).all()) for at in range(0, flat.numel(), part)):
                 found.append(str(name))

@@ -52,7 +52,9 @@ def _settle_config(evidence: Evidence, overrides: Sequence[str]) -> None:
     log, checkpoint = evidence.log, evidence.checkpoint
     logged = log.all("override") if log is not None else []
     if evidence.config is None:
-        stored = (log and log.config, checkpoint and checkpoint.config)
+        stored = [log and log.config, checkpoint and checkpoint.config]
+        if checkpoint and checkpoint.kind == "fastgpt":  # of the last start; metrics.jsonl has that of the first
+            stored.reverse()
         evidence.config = next((config for config in stored if config), None)
         logged = [] if evidence.config else logged  # the log's config has them
     if evidence.config is None and (logged or overrides):

@@ -1,8 +1,8 @@
-"""Checkpoints: shapes and plain values out of nanoGPT's and fastgpt's files, without reading tensors or running code."""
+"""Checkpoints: what nanoGPT's and fastgpt's files say, without running code."""
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import pickle
 import re
@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from fastgpt.checkpoints import saver
 from fastgpt.common import UserError
 from fastgpt.config import ModelConfig, load_preset
+from fastgpt.doctor.diagnosis import diagnose
+from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.reading.checkpoints import is_checkpoint, newest, read_checkpoint
 from fastgpt.model import GPT
 
@@ -56,6 +59,19 @@ def test_a_nanogpt_checkpoint(prefix, zipped, saved):
     assert facts.parameters == PARAMETERS, "the tied head counted once, excluding position embeddings"
     assert facts.config.get("n_embd") == 768 and facts.config.get("dataset") == "fineweb"
     assert not facts.unread and not facts.config.unread
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_is_a_copy_of_the_embedding_counts_once(dtype, saved):
+    state = nanogpt()
+    state["model"]["lm_head.weight"] = state["model"]["lm_head.weight"].clone().to(dtype)
+    assert read_checkpoint(saved(state)).parameters == PARAMETERS
+
+
+def test_weights_in_fp8_are_passed_over(saved):
+    state = nanogpt()
+    state["model"]["extra"] = torch.zeros(4).to(torch.float8_e5m2)
+    assert read_checkpoint(saved(state)).not_finite == []
 
 
 def test_an_untied_head_counts(saved):
@@ -111,19 +127,11 @@ def sections() -> dict:
     return config
 
 
-def folder(path: Path, step: int = 250) -> Path:
-    """A checkpoint that is a folder, as far as the doctor looks into it."""
-    where = path / f"step-{step:08d}"
-    where.mkdir(parents=True)
-    weights = GPT(ModelConfig(**SHAPE)).state_dict()
-    table = {
-        f"model.{name}": {"dtype": "F32", "shape": list(tensor.shape), "chunks": []} for name, tensor in weights.items()
-    }
-    table["optimizer.state.0.exp_avg"] = {"dtype": "F32", "shape": [9, 9], "chunks": []}
-    (where / "state.json").write_text(json.dumps({"step": step, "config": sections(), "best_val_loss": 4.5}))
-    (where / "tensors.json").write_text(json.dumps(table))
-    (where / "manifest.json").write_text(json.dumps({"format": 2, "files": {}}))
-    return where
+def folder(path: Path, step: int = 250, **weights: torch.Tensor) -> Path:
+    """A checkpoint that is a folder, as a run writes it."""
+    model = {**GPT(ModelConfig(**SHAPE)).state_dict(), **weights}
+    state = {"config": sections(), "model": model, "optimizer": {"exp_avg": torch.ones(9, 9)}, "best_val_loss": 4.5}
+    return Path(saver.save(path, step, state))
 
 
 def test_a_fastgpt_folder(tmp_path):
@@ -138,11 +146,32 @@ def test_a_fastgpt_folder(tmp_path):
 def test_a_damaged_fastgpt_folder_is_refused_in_one_sentence(name, content, tmp_path):
     path = folder(tmp_path)
     (path / name).unlink() if content is None else (path / name).write_bytes(content)
-    if name == "state.json" and content == b'{"a": 1}':
-        assert read_checkpoint(path).step is None
-        return
     with pytest.raises(UserError, match=r"checkpoint .* (is damaged|cannot be read)"):
         read_checkpoint(path)
+
+
+def test_weights_of_a_fastgpt_folder_that_are_not_finite_are_found(tmp_path):
+    broken = {"transformer.ln_f.weight": torch.full((32,), math.nan), "transformer.wpe.weight": torch.ones(16, 32)}
+    broken["transformer.wpe.weight"][3, 4] = math.inf
+    assert read_checkpoint(folder(tmp_path, **broken)).not_finite == [
+        "transformer.wpe.weight",
+        "transformer.ln_f.weight",
+    ]
+
+
+def test_a_fastgpt_folder_whose_tensors_are_cut_is_refused(tmp_path):
+    path = folder(tmp_path)
+    tensors = path / "tensors-00000.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-50])
+    with pytest.raises(UserError, match="is damaged or cannot be read"):
+        read_checkpoint(path)
+
+
+def test_a_fastgpt_folder_alone_is_held_against_nothing_but_itself(tmp_path):
+    """Seen: the presets' defaults were taken for its config, and a small model was "another shape than the config"."""
+    report = diagnose(Evidence(checkpoint=read_checkpoint(folder(tmp_path))))
+    assert report.figures.parameters == PARAMETERS and report.figures.config.get("learning_rate") == 2e-3
+    assert [finding.check for finding in report.findings if finding.severity == "critical"] == []
 
 
 def test_the_newest_of_a_folder(tmp_path, saved):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -144,7 +145,8 @@ def test_a_fastgpt_run_folder(tmp_path):
     folder(run, 100)
     newest = folder(run, 250)
     (run / "step-00000300").mkdir()
-    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5}\n{"step": 2, "loss": 3.4}\n')
+    begun = json.dumps({"config": {"model": {"n_embd": 768}}})
+    (run / "metrics.jsonl").write_text(f'{begun}\n{{"step": 1, "loss": 3.5}}\n{{"step": 2, "loss": 3.4}}\n')
     (run / "console.txt").write_text(STEP)
     (run / "environment.json").write_text("{}")
     evidence = read([run])
