@@ -251,7 +251,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-ROWS = ((recipes.GPT2, "bf16"), (recipes.MODERN, "bf16"))
+ROWS = ((recipes.GPT2, "bf16"), (recipes.MODERN, "bf16"), (recipes.MODERN, "fp16-fast"))
 """What is projected."""
 
 
@@ -276,14 +276,16 @@ def hours_of(name: str = "rtx4070") -> list[dict[str, Any]]:
 
 def to_json(found: dict[str, Any]) -> dict[str, Any]:
     """What --json prints."""
-    experiment, (gpt2, modern) = summary(found), hours_of()
+    experiment, (gpt2, modern, fast) = summary(found), hours_of()
     commits = sorted({run["commit"] for run in found["runs"]})
     return {
         "tokens_ratio": experiment["tokens_ratio"],
         "experiment": {"measured": True, "environment": found["environment"], "commits": commits, **experiment},
         "hours_to_3.28_rtx4070": modern["hours"],
+        "hours_to_3.28_rtx4070_fp16_fast": fast["hours"],
         "gpt2_hours": gpt2["hours"],
-        "projection": [gpt2, modern],
+        "projection": [gpt2, modern, fast],
+        "factors": factors(),
         "sources": [asdict(factor) for factor in recipes.FACTORS],
     }
 
@@ -307,6 +309,28 @@ def part_cells(found: dict[str, Any]) -> Cells:
     for part, figures in sorted(parts.items(), key=lambda item: -item[1]["more"]):
         rows.append([part, f"{figures['loss']:.4f}", f"{figures['more']:+.4f}"])
     return rows
+
+
+def factors() -> list[dict[str, Any]]:
+    """What takes the hours of the first of ROWS to those of the last: the change, its factor, and the hours after it."""
+    gpt2, modern, fast = hours_of()
+    tokens, speed = ([row[key]["central"] for row in (gpt2, modern, fast)] for key in ("tokens", "tokens_per_second"))
+    changes = (
+        (f"{gpt2['preset']}, {gpt2['precision']}", 1.0),
+        (f"tokens: {common.rounded(tokens[0])} to {common.rounded(tokens[1])}", tokens[1] / tokens[0]),
+        ("its step, at longer contexts, is slower", speed[0] / speed[1]),
+        ("sums in fp16: fp16-fast, experimental", speed[1] / speed[2]),
+    )
+    found, hours = [], tokens[0] / speed[0] / 3600
+    for change, factor in changes:
+        hours *= factor
+        found.append({"change": change, "factor": round(factor, 3), "hours": round(hours, 2)})
+    return found
+
+
+def factor_cells() -> Cells:
+    rows = [["factor", "", "hours"]]
+    return rows + [[row["change"], f"x {row['factor']:.3g}", f"{row['hours']:.1f}"] for row in factors()]
 
 
 def hour_cells() -> Cells:
@@ -371,7 +395,11 @@ def show(found: dict[str, Any]) -> None:
     print_table(console, "Validation loss, and the tokens that it took", loss_cells(found))
     print_table(console, f"Without a part, after {common.rounded(seen['parts_tokens'])} tokens", part_cells(found))
     print_table(console, f"Hours to {recipes.TARGET} on an RTX 4070: projected", hour_cells())
-    console.print("Tokens are those of public runs: docs/recipe.md.", soft_wrap=True)
+    print_table(console, "The same hours, factor by factor", factor_cells())
+    console.print(
+        "Tokens are those of public runs (docs/recipe.md). fp16-fast is experimental: no GPU has measured it yet.",
+        soft_wrap=True,
+    )
 
 
 def curves(found: dict[str, Any]) -> list[dict[str, Any]]:

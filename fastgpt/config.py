@@ -20,6 +20,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16", "fp16-fast", "fp8"]
 EXPERIMENTAL = ("fp16-fast", "fp8")
 """Precisions that no GPU has confirmed yet: auto never picks them, every report of a run marks them, and only --kernels triton
 has them."""
+GPT2_ALONE = ("fp8",)
+"""Precisions that a modern model does not have."""
 PLAIN = {"fp16-fast": "fp16", "fp8": "bf16"}
 """The precision of the operations that an experimental one does not change."""
 Device = Literal["auto", "cpu", "cuda"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import kernels
-from fastgpt.config import EXPERIMENTAL
+from fastgpt.config import EXPERIMENTAL, GPT2_ALONE
 from fastgpt.hardware import cards, requirements
 from fastgpt.kernels import reference, runtime
 from fastgpt.kernels.runtime import compute_dtype
@@ -121,12 +121,13 @@ def precision_for(name: str, device: torch.device) -> str:
 def usable_precision(name: str, device: torch.device, kernels: str, family: str = "gpt2") -> tuple[str, str | None]:
     """What a run with ``--precision name`` computes in, and, if that is not what was asked for, a sentence that says why.
 
-    An experimental mode needs ``--kernels triton``, a GPT-2, and a card that is faster in it: anywhere else, for example when
-    a run is resumed on another card, auto's choice takes its place. On a card that cards.GPUS does not list, what was asked is
-    used."""
+    An experimental mode needs ``--kernels triton``, for fp8 a GPT-2, and a card that is faster in it: anywhere else, for
+    example when a run is resumed on another card, auto's choice takes its place. On a card that cards.GPUS does not list, what
+    was asked is used."""
     if name not in EXPERIMENTAL:
         return precision_for(name, device), None
-    why = _why_not(name, device, kernels) if family == "gpt2" else "which only GPT-2 has yet"
+    alone = name in GPT2_ALONE and family != "gpt2"
+    why = "which only GPT-2 has yet" if alone else _why_not(name, device, kernels)
     if why is None:
         return name, None
     safe = precision_for("auto", device)

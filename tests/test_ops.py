@@ -30,11 +30,18 @@ from tests.shards import write_shard
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TINY = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=72, bias=True, dropout=0.1)
+MODERN = ModelConfig(
+    n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=72, dropout=0.1, family="modern", n_kv_head=1,
+    rotary_base=100.0, qk_norm=True, activation="relu2", tied_head=False, embedding_norm=True, residual_scalars=True,
+    value_embeddings=True, softcap=15.0,
+)  # fmt: skip
+FAMILIES = pytest.mark.parametrize("shape", [TINY, MODERN], ids=["gpt2", "modern"])
 
 
 def stepper(precision, device, kernels="triton", init_scale=2.0**16, shape=TINY):
     torch.manual_seed(0)
-    model, optim = GPT(shape, ops.get(kernels, precision)).to(device), OptimConfig(lr=1e-2)
+    optimizer = "muon" if shape.family == "modern" else "adamw"
+    model, optim = GPT(shape, ops.get(kernels, precision)).to(device), OptimConfig(optimizer, lr=1e-2)
     scaler = LossScaler(device.type, init_scale=init_scale, enabled=scales_loss(precision))
     return Stepper(model, model, build_optimizer(model, optim, kernels), scaler, precision, optim.grad_clip)
 
@@ -63,6 +70,22 @@ def test_fp16_fast_trains_as_fp32_does(device):
     assert runs[1].skipped_steps() == 0 and runs[1].scaler.get_scale() == 2.0**16
 
 
+def test_a_modern_model_trains_in_fp16_fast_as_in_fp32(device):
+    """Beside plain PyTorch: a step of Muon, and the loss after it."""
+    still = replace(MODERN, dropout=0.0)
+    runs = stepper("fp32", device, "eager", shape=still), stepper("fp16-fast", device, shape=still)
+    (loss, norm), (loss_fast, norm_fast) = (run([batch(device)], 1, 1e-2) for run in runs)
+    torch.testing.assert_close(loss_fast, loss, rtol=3e-3, atol=0)
+    torch.testing.assert_close(norm_fast.reshape(()), norm.reshape(()), rtol=2e-2, atol=0)
+    with torch.no_grad():
+        after = []
+        for run in runs:
+            with ops.autocast(device, run.precision):
+                after.append(run.model(*batch(device))[1])
+    torch.testing.assert_close(after[1], after[0], rtol=3e-3, atol=0)
+    assert after[1] < loss_fast and runs[1].skipped_steps() == 0
+
+
 def test_an_overflow_skips_the_step_counts_it_and_halves_the_scale(device):
     run = stepper("fp16-fast", device, init_scale=2.0**40)
     before = [p.detach().clone() for p in run.model.parameters()]
@@ -75,7 +98,8 @@ def test_an_overflow_skips_the_step_counts_it_and_halves_the_scale(device):
     assert not torch.equal(run.model.head, before[0])
 
 
-def test_every_product_of_a_step_but_the_scores_is_summed_in_fp16(device, monkeypatch):
+@FAMILIES
+def test_every_product_of_a_step_but_the_scores_is_summed_in_fp16(device, monkeypatch, shape):
     """No library is called, and each of the kernels is told."""
     from fastgpt.kernels import fused_attn, fused_cross_entropy, matmul
 
@@ -101,7 +125,7 @@ def test_every_product_of_a_step_but_the_scores_is_summed_in_fp16(device, monkey
         monkeypatch.setattr(matmul, name, Watched(getattr(matmul, name)))
     for module, name in ((matmul, "_cublas"), (fused_cross_entropy, "matmul_fp32")):
         monkeypatch.setattr(module, name, refuse)
-    stepper("fp16-fast", device)([batch(device)], 1, 1e-2)
+    stepper("fp16-fast", device, shape=shape)([batch(device)], 1, 1e-2)
     # Of four linears and the head forward, dX and dW each, and attention's three kernels.
     assert flags == [True] * (3 * 5 + 3)
 
@@ -179,8 +203,9 @@ def test_auto_is_never_experimental_on_any_card(monkeypatch):
     assert usable_precision("auto", CPU, "triton") == ("fp32", None)
 
 
-def test_it_needs_the_memory_of_fp16():
-    model = ModelConfig()
+@FAMILIES
+def test_it_needs_the_memory_of_fp16(shape):
+    model = shape
     assert memory.memory(model, micro_batch=8, kernels="triton", precision="fp16-fast") == memory.memory(
         model, micro_batch=8, kernels="triton", precision="fp16"
     )

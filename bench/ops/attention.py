@@ -85,6 +85,10 @@ def cases() -> Iterator[Case]:
         yield f"attention fp16-fast D{D} all options", partial(launch_attention, FP16, D, H=4, **everything, **fast)
     yield "attention fp16-fast D64 dropout", partial(launch_attention, FP16, 64, dropout_p=0.1, **fast)
     yield "attention fp16-fast D64 documents", partial(launch_attention, FP16, 64, docs=True, **fast)
+    yield (
+        "attention fp16-fast D128 documents, window",
+        partial(launch_attention, FP16, 128, docs=True, window=256, **fast),
+    )
     yield "attention fp16-fast D64 window", partial(launch_attention, FP16, 64, window=256, **fast)
     yield "attention fp16-fast D64 grouped queries", partial(launch_attention, FP16, 64, H=4, **fast)
     yield "attention fp16-fast D64 decode", partial(launch_decode, FP16, 64, 1, **fast)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from fastgpt import anatomy
 from fastgpt.common import UserError, at_least, unknown
-from fastgpt.config import EXPERIMENTAL, ModelConfig
+from fastgpt.config import GPT2_ALONE, ModelConfig
 
 KERNELS = ("nanogpt-compile", "eager", "compile", "triton")
 """nanoGPT under torch.compile; fastgpt's model in plain PyTorch, under torch.compile, and on the Triton kernels."""
@@ -105,8 +105,8 @@ def saved(model: ModelConfig, *, micro_batch: int, kernels: str, precision: str 
     )
     # The input of every linear: norm output, attention output, norm output, GELU output. The outputs that attention (q, k and
     # v) and the GELU read; the norms' residual sum is kept instead of a branch. Attention's log-sum-exp.
-    # Of a squared ReLU the kernels form the gradient from its output alone.
-    squared = kernels == "triton" and parts.activation == "ReLU2"
+    # Of a squared ReLU the kernels form the gradient from its output alone, but in fp16, where small squares are 0.
+    squared = kernels == "triton" and parts.activation == "ReLU2" and precision not in ("fp16", "fp16-fast")
     read_again = ("attention",) if squared else ("attention", "activation")
     linears = sum(
         linear.count * (linear.n_in + (linear.n_out if linear.sink in read_again else 0))
@@ -218,12 +218,12 @@ def memory(
 
 
 def check_family(model: object, kernels: str, precision: str) -> None:
-    """Raise UserError for a modern model in nanoGPT's own program or in an experimental precision, which have GPT-2 alone."""
+    """Raise UserError for a modern model in nanoGPT's own program or in fp8, which have GPT-2 alone."""
     if getattr(model, "family", "gpt2") == "gpt2":
         return
     if kernels == "nanogpt-compile":
         raise UserError("kernels is 'nanogpt-compile', which has no modern model: use compile, eager or triton")
-    if precision in EXPERIMENTAL:
+    if precision in GPT2_ALONE:
         raise UserError(f"precision is {precision!r}, which only GPT-2 has yet: use bf16")
 
 

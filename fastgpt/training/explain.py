@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastgpt.common import UserError
-from fastgpt.config import EXPERIMENTAL, Config
+from fastgpt.config import EXPERIMENTAL, GPT2_ALONE, Config
 from fastgpt.hardware import cards, requirements
 from fastgpt.kernels import runtime, tuning
 from fastgpt.training import dry_run
@@ -73,7 +73,7 @@ def explain(config: Config, console: Console) -> int:
     card = card_of(asked)
     precision = "bf16" if config.train.precision == "auto" else config.train.precision
     gpu = cards.lookup(card.name)
-    if precision in EXPERIMENTAL and config.model.family != "gpt2":
+    if precision in GPT2_ALONE and config.model.family != "gpt2":
         raise UserError(f"precision is {precision!r}, which only GPT-2 has yet: use --precision bf16")
     if precision in EXPERIMENTAL and gpu is not None and not cards.gains(precision, gpu):
         console.print(f"{card.name} is no faster in {precision}: a run would use bf16 instead.")

@@ -78,9 +78,12 @@ def test_json_has_what_was_measured_and_what_is_projected(capsys):
     found = json.loads(capsys.readouterr().out)
     assert 0 < found["tokens_ratio"] < 1 and found["experiment"]["measured"]
     assert all(row["projected"] for row in found["projection"])
-    for key in ("hours_to_3.28_rtx4070", "gpt2_hours"):
+    for key in ("hours_to_3.28_rtx4070", "hours_to_3.28_rtx4070_fp16_fast", "gpt2_hours"):
         assert found[key]["low"] < found[key]["central"] < found[key]["high"]
     assert len(found["sources"]) > 5
+    hours = [found["gpt2_hours"], found["hours_to_3.28_rtx4070"], found["hours_to_3.28_rtx4070_fp16_fast"]]
+    ends = [found["factors"][i]["hours"] for i in (0, 2, 3)]
+    assert ends == pytest.approx([each["central"] for each in hours], abs=0.02)
 
 
 def test_the_page_has_the_figures_that_the_command_prints():
@@ -91,6 +94,8 @@ def test_the_page_has_the_figures_that_the_command_prints():
     rows = [line.split(" | ") for line in page.splitlines()]
     for preset, precision, *_, hours, _, _ in recipe.hour_cells()[1:]:
         assert any(row[0] == f"| {preset}" and row[1] == precision and row[4:5] == [hours] for row in rows)
+    for change, _, hours in recipe.factor_cells()[1:]:
+        assert any(row[0] == f"| {change}" and row[2:3] == [f"{hours} |"] for row in rows)
 
 
 def test_it_prints_and_draws(capsys, tmp_path):
