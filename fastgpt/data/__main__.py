@@ -100,7 +100,9 @@ def _prepare(options: Prepare) -> int:
         some = ", ".join(skipped[:5])
         print(f"{len(skipped)} files were not UTF-8 text and passed over: {some}")
     if rows := manifest.get("skipped_rows"):
-        print(f"{rows:,} rows were passed over: their {manifest['text_column']} is null or not UTF-8")
+        print(f"{rows:,} rows were passed over: their {manifest['text_column']} is null, a number or not UTF-8")
+    if places := manifest.get("replaced"):
+        print(f"{places:,} places were not UTF-8: each is U+FFFD now")
     return 0
 
 

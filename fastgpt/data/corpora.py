@@ -25,6 +25,7 @@ from fastgpt.data.readers import (
     NAMED_SUFFIXES,
     TABLE_SUFFIXES,
     Document,
+    NotText,
     cut_position,
     read_file,
 )
@@ -87,9 +88,11 @@ class FileReading:
     file: int = 0
     row: int = 0
     undecoded: list[str] = field(default_factory=list)
-    """Files that could not be decoded."""
+    """Files that are no UTF-8 text."""
     nulls: int = 0
-    """Rows of tables that hold no text: null, or bytes that are not UTF-8."""
+    """Rows of tables that hold no text."""
+    replaced: int = 0
+    """Places that are not UTF-8."""
     _offset: int = 0
 
     def __post_init__(self) -> None:
@@ -107,7 +110,8 @@ class FileReading:
                     if document.text:
                         yield document
                     self.nulls += document.missing
-            except (UnicodeDecodeError, OSError) as error:
+                    self.replaced += document.replaced
+            except (NotText, OSError) as error:
                 if corpus.strict:
                     raise UserError(f"data {str(path)!r} cannot be read as UTF-8 text: {first_line(error)}") from error
                 self.undecoded = [*self.undecoded, path.relative_to(corpus.root).as_posix()]
@@ -115,7 +119,7 @@ class FileReading:
 
     def position(self) -> dict[str, Any]:
         """The position after the last document, as JSON; ``corpus.read(position)`` continues there."""
-        return {"file": self.file, "row": self.row, "undecoded": self.undecoded, "nulls": self.nulls}
+        return {name: getattr(self, name) for name in ("file", "row", "undecoded", "nulls", "replaced")}
 
     def done(self) -> float:
         """The share of the corpus that has been read, 0..1, for a progress bar."""

@@ -167,6 +167,7 @@ class _Preparation:
             "eot_is": "the first token of every document",
             "skipped_files": self._skipped(),
             "skipped_rows": (self.position or {}).get("nulls", 0),
+            "replaced": (self.position or {}).get("replaced", 0),
             "documents": {side: w.documents for side, w in self.writers.items()},
             "tokens": {side: w.tokens for side, w in self.writers.items()},
             "shards": [shard for w in self.writers.values() for shard in w.close()],

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fastgpt.common import LARGEST_TEXT, UserError, first_line, kind_of_file, load_json, shortened
+from fastgpt.common import LARGEST_TEXT, UserError, first_line, kind_of_file, shortened
 
 PIECE = 1 << 20
 """Bytes after which a long text file continues as another document, at the end of a line. So no file is ever in memory
@@ -46,11 +46,32 @@ class Document(NamedTuple):
     side: str | None = None
     """``"train"`` or ``"val"`` where the corpus is split by position; None where the text's hash decides."""
     missing: bool = False
-    """The row holds null instead of a text, or bytes that are not UTF-8."""
+    """The row holds no text: null, a number, or bytes of which more than ``MOST_REPLACED`` are not UTF-8."""
+    replaced: int = 0
+    """Places that are not UTF-8, each of them U+FFFD now."""
 
 
-def _row(text: str | None, offset: int) -> Document:
-    return Document(text or "", offset, missing=text is None)
+MOST_REPLACED = 0.1
+"""The share of a text that may have to be replaced: of German in Latin-1 it is 2%, of French 5%. What has more is no text."""
+
+
+class NotText(Exception):
+    """A file that is no UTF-8 text; the message says what it is."""
+
+
+def _decoded(data: bytes) -> tuple[str, int]:
+    """Bytes as UTF-8, with U+FFFD where they are not, and in how many places that is."""
+    try:
+        return data.decode(), 0
+    except UnicodeDecodeError:
+        text = data.decode(errors="replace")
+        return text, text.count("\ufffd") - data.count("\ufffd".encode())
+
+
+def _row(text: str | None, offset: int, replaced: int = 0) -> Document:
+    if text is None or replaced > MOST_REPLACED * len(text):
+        return Document("", offset, missing=True)
+    return Document(text, offset, replaced=replaced)
 
 
 def read_file(path: Path, column: str, skip: int = 0, cut: int | None = None) -> Iterator[Document]:
@@ -69,19 +90,26 @@ def read_file(path: Path, column: str, skip: int = 0, cut: int | None = None) ->
 
 
 def read_text(path: Path, skip: int = 0, cut: int | None = None) -> Iterator[Document]:
-    """A text file in pieces. With ``cut``, those up to that byte are for training, and those after it for validation."""
+    """A text file in pieces. With ``cut``, those up to that byte are for training, and those after it for validation. Raises
+    NotText for a file that begins as no text does."""
     size = path.stat().st_size
     parts = [(None, 0, size)] if cut is None else [("train", 0, cut), ("val", cut, size)]
     offset = 0
     for side, start, stop in parts:
         for piece in _pieces(path, start, stop):
             offset += len(piece)
-            if offset == len(piece):
+            if begins := offset == len(piece):
                 piece = piece.removeprefix(codecs.BOM_UTF8)
             if skip > 0:
                 skip -= 1
-            else:
-                yield Document(piece.decode("utf-8"), offset, side)
+                continue
+            text, replaced = _decoded(piece)
+            if begins:
+                if piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise NotText("it is UTF-16: save it as UTF-8")
+                if (strange := replaced + text.count("\0")) > MOST_REPLACED * len(text):
+                    raise NotText(f"{strange / len(text):.0%} of its characters are no UTF-8, or zero bytes")
+            yield Document(text, offset, side, replaced=replaced)
 
 
 def cut_position(path: Path, fraction: float) -> int:
@@ -125,14 +153,24 @@ def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[Document]:
         lines = stack.enter_context(_decompressed(path, raw))
         try:
             whole_lines = iter(lambda: lines.readline(LONGEST_LINE + 1), b"")
+            fields = _Fields(column, skip)
             for number, line in enumerate(islice(whole_lines, skip, None), skip + 1):
                 if len(line) > LONGEST_LINE:
                     raise UserError(
                         f"data {str(path)!r} line {number} is longer than {LONGEST_LINE >> 20} MiB: put one document on a line"
                     )
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                where = f"data {str(path)!r} line {number}"
-                yield _row(_text_of(line, where, column) if line.strip() else "", raw.tell())
+                text, replaced = _decoded(line)
+                if not text.strip():
+                    yield Document("", raw.tell())
+                    continue
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError):
+                    row = None
+                found = fields.text_of(row, f"data {str(path)!r} line {number}")
+                yield _row(found, raw.tell(), min(replaced, (found or "").count("\ufffd")))
+            fields.check()
         except (EOFError, zlib.error, OSError) as error:
             raise UserError(f"data {str(path)!r} cannot be decompressed: {first_line(error)}") from error
 
@@ -146,25 +184,34 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
     return raw
 
 
-def _text_of(line: bytes, where: str, column: str) -> str | None:
-    """The text of a line of JSON; None if it is missing. Raises UserError, which begins with ``where``."""
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError:
+class _Fields:
+    """The field ``column`` of rows of JSON, of which the first ``skip`` were read before."""
+
+    def __init__(self, column: str, skip: int) -> None:
+        self.column = column
+        self._has_text = skip > 0
+        self._first_without: str | None = None
+
+    def text_of(self, row: Any, where: str) -> str | None:
+        """The text in a row; None for null and what else is no text. Raises UserError, which begins with ``where``."""
+        if isinstance(row, dict) and self.column not in row:
+            raise UserError(_no_column(f"{where}: there is", "field", self.column, row))
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: each line must be a JSON object with a string {self.column!r}")
+        text = row[self.column]
+        if isinstance(text, str):
+            self._has_text = True
+            return text
+        if text is not None:
+            self._first_without = self._first_without or where
         return None
-    except (ValueError, RecursionError):
-        row = None
-    return _field(row, where, column)
 
-
-def _field(row: Any, where: str, column: str) -> str | None:
-    """The text in a row of JSON. Raises UserError, which begins with ``where``."""
-    if isinstance(row, dict) and column not in row:
-        raise UserError(_no_column(f"{where}: there is", "field", column, row))
-    text = row[column] if isinstance(row, dict) else row
-    if not isinstance(row, dict) or not (text is None or isinstance(text, str)):
-        raise UserError(f"{where}: each line must be a JSON object with a string {column!r}")
-    return text
+    def check(self) -> None:
+        """Raise UserError where all rows hold something else than a text: it is another field that does."""
+        if self._first_without and not self._has_text:
+            raise UserError(
+                f"{self._first_without}: each line must be a JSON object with a string {self.column!r}, as none is"
+            )
 
 
 def _no_column(begin: str, kind: str, column: str, there: Iterable[str]) -> str:
@@ -184,9 +231,15 @@ def _read_json(path: Path, column: str, skip: int) -> Iterator[Document]:
             f"data {str(path)!r} is a JSON array of more than {LARGEST_TEXT >> 20} MiB, which would be read as a whole: "
             "write one object on a line (jq -c '.[]') into a .jsonl file"
         )
-    rows = load_json(path, "data")
+    content, replaced = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    try:
+        rows, fields = json.loads(content), _Fields(column, skip)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data {str(path)!r} is damaged: it is not JSON") from error
     for number, row in enumerate(rows[skip:], skip + 1):
-        yield _row(_field(row, f"data {str(path)!r} item {number}", column), size * number // len(rows))
+        found = fields.text_of(row, f"data {str(path)!r} item {number}")
+        yield _row(found, size * number // len(rows), min(replaced, (found or "").count("\ufffd")))
+    fields.check()
 
 
 def _read_csv(path: Path, column: str, skip: int) -> Iterator[Document]:
@@ -201,18 +254,11 @@ def _read_csv(path: Path, column: str, skip: int) -> Iterator[Document]:
                 raise UserError(_no_column(f"data {str(path)!r} has", "column", column, names))
             at, lines = names.index(column), iter(lambda: file.readline(LONGEST_LINE), "")
             for row in islice(csv.reader(lines, delimiter=separator), skip, None):
-                text = row[at] if at < len(row) else None  # an empty cell is what null is written as
-                yield _row(text if text and _is_utf8(text) else None, raw.tell())
+                cell = row[at].encode("utf-8", "surrogateescape") if at < len(row) else b""
+                text, replaced = _decoded(cell)
+                yield _row(text or None, raw.tell(), replaced)  # an empty cell is what null is written as
     except csv.Error as error:
         raise UserError(f"data {str(path)!r} cannot be read as CSV: {first_line(error)}") from error
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether no byte was escaped when it was decoded."""
-    try:
-        return bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _read_parquet(path: Path, column: str, skip: int) -> Iterator[Document]:
@@ -236,12 +282,21 @@ def _read_parquet(path: Path, column: str, skip: int) -> Iterator[Document]:
                 group += 1
             groups = list(range(group, table.num_row_groups))
             for batch in table.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
-                for text in batch.column(0).to_pylist():
+                for text, replaced in _texts(batch.column(0)):
                     row += 1
                     if row > skip:
-                        yield _row(text, size * row // total)
+                        yield _row(text, size * row // total, replaced)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data {str(path)!r} cannot be read as parquet: {first_line(error)}") from error
+
+
+def _texts(column: Any) -> Iterator[tuple[str | None, int]]:
+    """The strings of one of pyarrow's arrays, each with the number of places that had to be replaced."""
+    try:
+        yield from ((text, 0) for text in column.to_pylist())
+    except UnicodeDecodeError:
+        column = column.dictionary_decode() if hasattr(column, "dictionary") else column
+        yield from ((None, 0) if data is None else _decoded(data) for data in column.cast("large_binary").to_pylist())
 
 
 def _pyarrow(path: Path, kind: str) -> Any:

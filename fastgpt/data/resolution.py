@@ -31,11 +31,14 @@ class ResolvedData(NamedTuple):
     def skipped(self) -> str:
         """What was left out when the data was prepared, in words."""
         manifest = read_manifest(self.train_paths[0].parent) or {}
-        files, rows = manifest.get("skipped_files") or [], manifest.get("skipped_rows")
+        files, rows, places = (
+            manifest.get("skipped_files") or [],
+            manifest.get("skipped_rows"),
+            manifest.get("replaced"),
+        )
         names = ", ".join(map(str, files[:3])) + ", ..." * (len(files) > 3)
-        said = [f"{len(files)} files that are not UTF-8 ({names})"] * bool(files) + [
-            f"{rows} rows without text"
-        ] * bool(rows)
+        said = [f"{len(files)} files that are not UTF-8 ({names})"] * bool(files)
+        said += [f"{rows} rows without text"] * bool(rows) + [f"{places} places that are not UTF-8"] * bool(places)
         return " and ".join(said)
 
 

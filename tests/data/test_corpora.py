@@ -155,7 +155,7 @@ def test_every_format_gives_the_same_rows_and_counts_those_without_text(tmp_path
         path.write_bytes(mark + out.getvalue().encode())
     reading = open_corpus(path, text_column="body").read()
     assert [document.text for document in reading] == [text for text in ROWS if text]
-    assert reading.position() == {"file": 1, "row": 0, "undecoded": [], "nulls": 2}
+    assert reading.position() == {"file": 1, "row": 0, "undecoded": [], "nulls": 2, "replaced": 0}
     assert open_corpus(path).split_by_position(0.1) is None
     assert next(iter(open_corpus(path, text_column="body").read({"file": 0, "row": 2}))).text == ROWS[2]
 
@@ -171,6 +171,42 @@ def test_a_row_that_is_not_utf_8_is_counted_and_the_others_are_read(tmp_path, na
     (tmp_path / name).write_bytes((b"" if name == "x.jsonl" else b"text\n") + good + line + good)
     reading = open_corpus(tmp_path / name).read()
     assert [document.text for document in reading] == ["good", "good"] and reading.nulls == 1
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.json", "x.csv", "x.parquet", "y.parquet"])
+def test_bytes_that_are_not_utf_8_are_replaced_and_counted_in_every_format(tmp_path, name):
+    text, path = b"caf\xe9 cr\xe8me and U+FFFD \xef\xbf\xbd of its own", tmp_path / name
+    if name.endswith("parquet"):
+        column = pa.array([text], pa.large_binary()).view(pa.large_string())
+        if name == "y.parquet":
+            column = column.dictionary_encode()
+        pq.write_table(pa.table({"text": column}), path)
+    else:
+        row = b'{"text": "%s"}' % text
+        path.write_bytes({"x.txt": text, "x.jsonl": row, "x.json": b"[%s]" % row, "x.csv": b"text\n" + text}[name])
+    reading = open_corpus(path).read()
+    assert [document.text for document in reading] == [text.decode(errors="replace")]
+    assert (reading.replaced, reading.nulls) == (2, 0)
+
+
+def test_utf_16_is_named_and_zero_bytes_are_no_text(tmp_path):
+    for content, what in (
+        ("Привет".encode("utf-16"), "it is UTF-16: save it as UTF-8"),
+        (b"a\0b\0", "50% of its char"),
+    ):
+        (tmp_path / "x.txt").write_bytes(content)
+        with pytest.raises(UserError, match=f"x.txt' cannot be read as UTF-8 text: {what}"):
+            texts(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("value", ["5", "true", '["a"]', '{"a": "b"}', "null"])
+@pytest.mark.parametrize("form", ["%s\n%s\n", "[%s, %s]"])
+def test_a_field_that_holds_no_text_is_counted_where_others_do(tmp_path, value, form):
+    path, good, other = tmp_path / "x.json", '{"text": "x"}', f'{{"text": {value}}}'
+    for rows in ((good, other), (other, good)):
+        path.write_text(form % rows)
+        reading = open_corpus(path).read()
+        assert [document.text for document in reading] == ["x"] and reading.nulls == 1
 
 
 def test_a_large_json_array_is_refused_before_it_is_read(tmp_path, monkeypatch):

@@ -92,12 +92,16 @@ def test_build_nanogpts_arrays_are_checked_and_trained_on(tmp_path, capsys):
 
 
 def test_rows_without_text_are_counted(tmp_path, capsys):
-    rows = [json.dumps({"text": f"row {i}"}).encode() for i in range(9)] + [b'{"text": null}', b'{"text": "\xff"}']
+    rows = [json.dumps({"text": f"row {i}"}).encode() for i in range(9)]
+    rows += [b'{"text": null}', b'{"text": "\xff"}', b'{"text": 5}', b'{"text": "a caf\xe9 au lait"}']
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(rows))
     command.main(["prepare", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
-    assert "2 rows were passed over: their text is null or not UTF-8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3 rows were passed over: their text is null, a number or not UTF-8" in out
+    assert "1 places were not UTF-8: each is U+FFFD now" in out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["skipped_rows"] == 2 and sum(manifest["documents"].values()) == 9
+    assert manifest["skipped_rows"] == 3 and manifest["replaced"] == 1 and sum(manifest["documents"].values()) == 10
+    assert resolve(str(tmp_path / "out"), "bytes", 256).skipped == "3 rows without text and 1 places that are not UTF-8"
 
 
 def test_skipped_files_are_said(tmp_path, capsys):
