@@ -27,7 +27,7 @@ from typing import Annotated, Any
 from bench.reports import results
 from bench.reports.tables import Cells, print_table, terminal
 from fastgpt import command, common
-from fastgpt.checkpoints.folder import METRICS
+from fastgpt.checkpoints import METRICS
 from fastgpt.command import Arg
 from fastgpt.common import UserError, load_json, write_json
 from fastgpt.config import parse

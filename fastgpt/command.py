@@ -103,10 +103,11 @@ class Option(NamedTuple):
         """What stands behind its help."""
         if self.default is MISSING:
             return "(required)"
-        if self.default in (None, False, "", ()):
+        if self.default is None or self.default is False or self.default in ("", ()):
             return ""
-        values = self.default if self.many else [self.default]
-        shown = (repr(value) if re.search(r"\s", str(value)) else str(value) for value in values)
+        values = self.default if self.many else ["on" if self.default is True else self.default]
+        words = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+        shown = (repr(word) if re.search(r"\s", word) else word for word in words)
         return f"(default: {' '.join(shown)})"
 
     def value(self, words: Sequence[str]) -> Any:
@@ -171,10 +172,20 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
-def show_help(cls: type, module: str, description: str | None = None, default: Any = None) -> NoReturn:
-    """Print the help page and exit. ``default``: an instance of ``cls`` whose values the page shows."""
+def show_help(
+    cls: type,
+    module: str,
+    description: str | None = None,
+    default: Any = None,
+    groups: Mapping[str, tuple[str, Sequence[str]]] | None = None,
+) -> NoReturn:
+    """Print the help page and exit. ``default``: an instance of ``cls`` whose values the page shows. ``groups``: titles with a
+    text and the fields that stand there instead of in their section; the first group comes first, in its order."""
     width = min(WIDTH, shutil.get_terminal_size().columns)
-    known, hints = options(cls, default), get_type_hints(cls)
+    groups, hints = groups or {}, get_type_hints(cls)
+    group_of = {name: title for title, (_, names) in groups.items() for name in names}
+    first = next((list(names) for _, names in groups.values()), [])
+    known = sorted(options(cls, default), key=lambda o: first.index(o.name) if o.name in first else len(first))
     usage = [program(module), "[-h] [OPTIONS]"]
     for option in known:
         if option.arg.positional:
@@ -187,11 +198,11 @@ def show_help(cls: type, module: str, description: str | None = None, default: A
     )
     sections: dict[str, Any] = {"": parser}
     for option in known:
-        name = option.section
+        name = group_of.get(option.name, option.section)
         about: dict[str, Any] = {"help": f"{option.help} {option.note}".replace("%", "%%").strip()}
         if name not in sections:
-            text = _filled(inspect.cleandoc(hints[name].__doc__), width - 2)
-            sections[name] = parser.add_argument_group(f"{name} options", text)
+            text = groups[name][0] if name in groups else inspect.cleandoc(hints[name].__doc__)
+            sections[name] = parser.add_argument_group(f"{name} options", _filled(text, width - 2))
         if option.type is bool and not option.optional:
             about["action"] = argparse.BooleanOptionalAction if name else "store_true"
         else:

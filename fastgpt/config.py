@@ -6,6 +6,7 @@ Precedence, lowest first: the defaults below, the preset, a TOML file, flags. Ev
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -189,6 +190,7 @@ class OptimConfig:
     muon_lr: float = 0.02
     """Peak rate of Muon, for an update whose singular values are 1, times sqrt(rows / columns) of a tall matrix."""
     muon_momentum: float = 0.95
+    """Share of the running mean of the gradients that each step keeps."""
     muon_momentum_start: float = 0.85
     """Muon's momentum at step 0; it rises to --muon-momentum in a straight line."""
     muon_momentum_warmup: int = 300
@@ -210,8 +212,11 @@ class OptimConfig:
     warmup_iters: int = 100
     """Steps of linear warmup; step 0 already learns."""
     weight_decay: float = 0.1
+    """AdamW's, of matrices and embeddings."""
     beta1: float = 0.9
+    """AdamW's memory of the gradient."""
     beta2: float = 0.95
+    """AdamW's memory of its square."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
 
@@ -271,7 +276,7 @@ class TrainConfig:
     """Log lines of more than 100 columns: also the share of waiting for data, memory, clock, power, temperature."""
     sample_interval: int = 0
     """Steps between samples of text on the terminal; 0 prints none."""
-    sample_prompt: str = "\n"
+    sample_prompt: Annotated[str, Arg("TEXT")] = "\n"
     """What the samples continue."""
     hellaswag: Annotated[str | None, Arg("FILE")] = None
     """Score HellaSwag at the end: a local jsonl or parquet file, or 'hub'."""
@@ -295,6 +300,7 @@ class TrainConfig:
     doctor: bool = True
     """Look for what is known to go wrong before the first step."""
     seed: int = 1337
+    """Of the initial weights, the order of the data and dropout."""
     out: Annotated[Path, Arg("FOLDER")] = Path("runs/default")
     """The run's folder: config, checkpoints, metrics.jsonl, TensorBoard events, environment."""
     resume: Annotated[str | None, Arg("[PATH]", bare="newest")] = None
@@ -325,8 +331,8 @@ class Config:
 
     config: Annotated[Path | None, Arg("FILE", positional=True)] = None
     """A TOML file with any of the sections [model], [data], [optim], [train]."""
-    preset: str | None = None
-    """demo (default), gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl; with the modern recipe modern-demo, modern-40m, modern-124m."""
+    preset: Annotated[str | None, Arg("NAME")] = None
+    """demo, gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl; with the modern recipe modern-demo, modern-40m, modern-124m."""
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -344,6 +350,15 @@ class Config:
         return plain
 
 
+HELP = {
+    "most used": (
+        "The ten to know first.",
+        ("preset", "data", "out", "resume", "init_from", "batch_size", "max_iters", "lr", "precision", "kernels"),
+    ),
+    "Muon": ("For --optimizer muon.", [each.name for each in fields(OptimConfig) if each.name.startswith("muon_")]),
+    "modern model": ("For --family modern: docs/recipe.md says what each part is and bought.", MODERN),
+}
+"""Groups of train's help page beside its sections."""
 SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "train": TrainConfig}
 
 
@@ -421,7 +436,11 @@ def parse(
     if file is not None:
         base = replace(load_toml(file, base if preset else defaults, device_type), config=file)
     if len(words) < len(args):
-        command.show_help(Config, "fastgpt.train", default=base)
+        whose = (
+            f"of {file}" if file else f"of --preset {preset or 'demo'} on a {'GPU' if device_type == 'cuda' else 'CPU'}"
+        )
+        about = f"{inspect.cleandoc(Config.__doc__ or '')}\n\nDefaults below are those {whose}."
+        command.show_help(Config, "fastgpt.train", about, base, HELP)
     if asked.get("batch_size") == "auto":
         asked |= {"batch_size": base.data.batch_size, "auto_batch": True}
     for section, kind in SECTIONS.items():

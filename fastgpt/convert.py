@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from fastgpt import command, common
-from fastgpt.checkpoints import lock
-from fastgpt.checkpoints.formats import huggingface, nanochat, nanogpt, own
-from fastgpt.checkpoints.formats.any import Format, read
+from fastgpt.checkpoints.formats import Format
 from fastgpt.command import Arg
 from fastgpt.common import UserError, millions
 
@@ -47,6 +45,10 @@ class ConvertConfig:
 
 def main(args: list[str]) -> int:
     config = command.parse(ConvertConfig, args, "fastgpt.convert")
+    from fastgpt.checkpoints import lock  # which import torch: no help page needs it
+    from fastgpt.checkpoints.formats import huggingface, nanochat, nanogpt, own
+    from fastgpt.checkpoints.formats.any import read
+
     out = config.out
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists: name another output, or remove it")

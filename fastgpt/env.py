@@ -9,12 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-import torch
-
 from fastgpt import command, common
-from fastgpt.hardware.device import present
-from fastgpt.hardware.environment import environment
-from fastgpt.hardware.requirements import no_triton, unused_gpu
 
 
 @dataclass(frozen=True)
@@ -27,6 +22,8 @@ class EnvConfig:
 
 def _train_uses(kind: str) -> str:
     """What computes a run here, if no flag says otherwise."""
+    from fastgpt.hardware.requirements import no_triton
+
     if (missing := no_triton(kind)) is not None:
         return f"plain PyTorch on the {kind} ({missing.partition(': ')[0]})"
     return "Triton kernels on the GPU" if kind == "cuda" else "Triton kernels in the interpreter, on the CPU: slow"
@@ -34,6 +31,12 @@ def _train_uses(kind: str) -> str:
 
 def main(args: list[str]) -> int:
     asked = command.parse(EnvConfig, args, "fastgpt.env")
+    import torch  # which takes seconds: no help page needs it
+
+    from fastgpt.hardware.device import present
+    from fastgpt.hardware.environment import environment
+    from fastgpt.hardware.requirements import unused_gpu
+
     kind = present()
     found = environment(torch.device(kind)) | {"unused GPU": unused_gpu(), "train uses": _train_uses(kind)}
     if asked.json:

@@ -9,7 +9,6 @@ from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import at_least
 from fastgpt.config import Device, Kernels
-from fastgpt.hardware.device import pick
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,9 @@ class HellaSwagConfig:
     examples: int | None = None
     """Only the first so many."""
     kernels: Kernels = "eager"
+    """Plain PyTorch, or the Triton kernels."""
     device: Device = "auto"
+    """auto takes a CUDA GPU if there is one."""
 
     def __post_init__(self) -> None:
         at_least(1, examples=self.examples)
@@ -36,6 +37,8 @@ class HellaSwagConfig:
 
 def main(args: list[str]) -> int:
     config = command.parse(HellaSwagConfig, args, "fastgpt.hellaswag")
+    from fastgpt.hardware.device import pick  # which imports torch: no help page needs it
+
     where = pick(config.device, config.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training.evaluation import hellaswag_score, load_hellaswag, load_model

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from fastgpt import command, common
-from fastgpt.checkpoints.folder import METRICS
+from fastgpt.checkpoints import METRICS
 from fastgpt.command import Arg
 from fastgpt.common import UserError, at_least, rounded
 from fastgpt.doctor.evidence import LogFacts

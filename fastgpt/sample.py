@@ -6,13 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
-
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, at_least
 from fastgpt.config import Device, Kernels
-from fastgpt.hardware.device import pick
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,11 @@ class SampleConfig:
     top_p: float | None = None
     """Sample among the fewest tokens whose probabilities reach p (nucleus sampling)."""
     seed: int = 1337
+    """The same seed, prompt and settings give the same text."""
     kernels: Kernels = "eager"
+    """Plain PyTorch, which is the faster one for a token at a time, or the Triton kernels."""
     device: Device = "auto"
+    """auto takes a CUDA GPU if there is one."""
 
     def __post_init__(self) -> None:
         at_least(1, tokens=self.tokens, samples=self.samples, top_k=self.top_k)
@@ -67,6 +67,10 @@ def pieces(tokenizer: Any, ids: list[int], new: Iterable[int]) -> Iterator[str]:
 
 def main(args: list[str]) -> int:
     config = command.parse(SampleConfig, args, "fastgpt.sample")
+    import torch  # which takes seconds: no help page needs it
+
+    from fastgpt.hardware.device import pick
+
     where = pick(config.device, config.kernels)
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training.evaluation import load_model

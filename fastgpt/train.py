@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from importlib.util import find_spec
 
 from fastgpt import common
 from fastgpt.config import parse
-from fastgpt.hardware import device, requirements
 
 
 def _told(data: str) -> tuple[str, int] | None:
@@ -17,6 +18,10 @@ def _told(data: str) -> tuple[str, int] | None:
 
 
 def main(args: list[str]) -> int:
+    if {"-h", "--help"} & set(args):  # no torch, whose import takes seconds: the driver's tool is sign enough of a GPU
+        parse(args, "cuda" if shutil.which("nvidia-smi") else "cpu", "triton" if find_spec("triton") else "eager")
+    with common.importing():
+        from fastgpt.hardware import device, requirements
     kind = device.present()
     config = parse(args, kind, "eager" if requirements.no_triton(kind) else "triton", _told)
     if config.train.explain_kernels is not None:

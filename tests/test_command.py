@@ -160,6 +160,16 @@ def test_help_fits_80_columns(capsys, monkeypatch):
     assert "--no-sure" not in page and "None" not in page and "(required)" in page
 
 
+def test_a_group_of_options_comes_first_in_its_own_order(capsys):
+    groups = {"most used": ("Begin here.", ("rate", "top_k")), "rare": ("Hardly ever.", ("saved",))}
+    with pytest.raises(SystemExit):
+        command.show_help(Options, "x", default=Options(Path("f"), rate=0.0, sweep=True), groups=groups)
+    page = " ".join(capsys.readouterr().out.split())
+    assert page.index("most used options: Begin here.") < page.index("--rate") < page.index("--top-k")
+    assert page.index("rare options: Hardly ever.") < page.index("--from")
+    assert page.count("--from") == 1 and "How fast. (default: 0)" in page and "Sweep or not. (default: on)" in page
+
+
 @pytest.mark.parametrize(
     ("argv", "shown"),
     [

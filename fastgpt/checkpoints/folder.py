@@ -15,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from fastgpt.checkpoints import METRICS
 from fastgpt.checkpoints.read import Damaged, read_member, verify
 from fastgpt.common import UserError, write_whole
 
@@ -23,7 +24,6 @@ _LEFTOVER = re.compile(
     r"(step-\d{8,}(\.\d+)?\.(partial|deleted)|best\.json\.partial|\.(best\.json|metrics\.jsonl)\.\d+\.tmp)"
 )
 BEST = "best.json"
-METRICS = "metrics.jsonl"
 
 
 def partial_path(folder: Path, step: int) -> Path:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastgpt.checkpoints.folder import METRICS
+from fastgpt.checkpoints import METRICS
 from fastgpt.common import UserError, first_line, open_file, shortened, write_whole
 from fastgpt.config import Config
 from fastgpt.training.outlets import Appended, Outlet

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from fastgpt.checkpoints import folder
-from fastgpt.checkpoints.formats import huggingface, nanochat, nanogpt, own
+from fastgpt.checkpoints.formats import Format, huggingface, nanochat, nanogpt, own
 from fastgpt.checkpoints.formats.portable import Portable
 from fastgpt.common import UserError
 from fastgpt.data.letters import check_letters
 from fastgpt.data.shards import shards_in
-
-Format = Literal["nanogpt", "fastgpt", "hf", "nanochat"]
 
 
 def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
