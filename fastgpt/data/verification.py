@@ -6,7 +6,8 @@ that of the manifest beside it, if there is one. For a large file both are remem
 its size, inode and times, and it is read again if any of these has changed. (No program can set back the inode's change
 time, which is one of them.)
 
-The same reading tells tokens from what has no header to tell it by: wider integers, a file that was never filled.
+The same reading tells tokens from what has no header to tell it by: wider integers, floating-point numbers, a file that was
+never filled.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 
 from fastgpt.common import UserError, cache_dir, gigabytes, read_json, write_json
 from fastgpt.data.manifest import read_manifest
-from fastgpt.data.shards import CHUNK, check_ids, open_shard
+from fastgpt.data.shards import check_ids, open_shard
 
 CACHED_FROM = 32 << 20
 """Bytes from which on the result is remembered: a smaller file is read in less than 20 ms."""
@@ -33,6 +34,11 @@ SAID_FROM = 1 << 30
 THREADS = 8
 LEAST = 1024
 """Tokens from which on a file is judged by what its ids look like."""
+SELDOM, MUCH = 0.01, 0.2
+"""In a text the commonest token (a blank, a comma) is more than SELDOM of it. Of floating-point numbers none is, but more than
+MUCH have the same exponent."""
+PART = 1 << 21
+"""Tokens counted at a time: counting widens them to 64 bits."""
 
 
 class FileFacts(NamedTuple):
@@ -82,21 +88,22 @@ def examine(path: Path) -> FileFacts:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         digest.update(file.read(path.stat().st_size - 2 * len(tokens)))
-    largest = zeros = filled = 0
-    equal = odd_are_zero = True
-    for start in range(0, len(tokens), CHUNK):
-        chunk = np.asarray(tokens[start : start + CHUNK])
+    counts, filled, odd_are_zero = np.zeros(1 << 16, np.int64), 0, True
+    for start in range(0, len(tokens), PART):
+        chunk = np.asarray(tokens[start : start + PART])
         digest.update(chunk.data)
-        largest = max(largest, int(chunk.max()))
-        equal = equal and bool((chunk == tokens[0]).all())
+        counts += np.bincount(chunk, minlength=1 << 16)
         nonzero = chunk != 0
-        zeros += len(chunk) - int(np.count_nonzero(nonzero))
         odd_are_zero = odd_are_zero and not nonzero[1::2].any()
         if nonzero.any():
             filled = start + len(chunk) - int(nonzero[::-1].argmax())
+    largest, zeros, commonest = int(np.flatnonzero(counts)[-1]), int(counts[0]), int(counts.max())
+    # Without the sign, the first 5 bits of a floating-point number are its exponent's.
+    exponents = counts.reshape(2, 32, 1024).sum((0, 2))
+    usual = int(exponents.argmax())
     strange = None
     if len(tokens) >= LEAST:
-        if equal:
+        if commonest == len(tokens):
             strange = f"all of its {len(tokens):,} ids are {tokens[0]}"
         elif odd_are_zero:
             strange = "every second id is 0, as where wider integers are read as uint16: save it as uint16"
@@ -104,6 +111,11 @@ def examine(path: Path) -> FileFacts:
             strange = f"all ids from {filled:,} on are 0, more than half: the program that wrote it did not finish"
         elif 2 * zeros > len(tokens) and largest >= 256:
             strange = f"{zeros / len(tokens):.0%} of its ids are 0: part of it was never written"
+        elif commonest < SELDOM * len(tokens) and usual >= 4 and exponents[usual] > MUCH * len(tokens):
+            strange = (
+                f"no id is {SELDOM:.0%} of it, and {exponents[usual] / len(tokens):.0%} lie from {1024 * usual:,} to "
+                f"{1024 * usual + 1023:,} or as far above 32,768, as where floating-point numbers are read as uint16"
+            )
     facts = FileFacts(digest.hexdigest(), largest, strange)
     if path.stat().st_size >= CACHED_FROM and _state_of(path) == state:
         with suppress(OSError):  # in a read-only home the file is read again next time

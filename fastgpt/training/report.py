@@ -127,7 +127,7 @@ def ending(run: Run, loss: float | None, text: str | None) -> Iterator[str]:
 def _data(run: Run) -> str:
     """The corpus: how large it is, and what was left out of it."""
     config = run.config
-    vocabulary = f", {config.model.vocab_size} letters" if config.data.tokenizer == CHARS else ""
+    vocabulary = f", {run.corpus.tokenizer.vocab_size} letters" if run.corpus and config.data.tokenizer == CHARS else ""
     text = (
         f"{config.data.data} ({config.data.tokenizer}{vocabulary}): {rounded(run.train_loader.tokens)} tokens, and "
         f"{rounded(run.val_loader.tokens)} to validate"

@@ -62,12 +62,21 @@ def test_check_of_nanogpts_files(tmp_path, capsys):
         command.main(["check", str(tmp_path / "empty")])
 
 
+_random = np.random.default_rng(0)
+_normal, _uniform = _random.standard_normal(3000), _random.random(3000)
+NOISE = [
+    *((a * scale).astype(np.float16).tobytes() for a in (_normal, _uniform) for scale in (0.02, 1.0, 30.0)),
+    *((a.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).tobytes() for a in (_normal, _uniform)),  # bf16
+]
+
+
 @pytest.mark.parametrize(
     "content, what",
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 20000\n", "a Git LFS pointer"),
         (b"<!DOCTYPE html><title>404</title>" * 30, "a web page"),
         (np.arange(1, 5000, dtype=np.uint32).tobytes(), "wider integers are read as uint16"),
+        *((noise, "floating-point numbers are read as uint16") for noise in NOISE),
     ],
 )
 def test_check_says_what_is_not_tokens_and_training_refuses_it(tmp_path, content, what):
@@ -78,6 +87,22 @@ def test_check_says_what_is_not_tokens_and_training_refuses_it(tmp_path, content
     data = resolve(str(tmp_path), "gpt2", 50304)
     with pytest.raises(UserError, match=f"train.bin' .*{what}"):
         TokenLoader(data.train_paths, 8, 1, vocab_size=50304)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        np.random.default_rng(0).integers(0, 8192, 3000),  # codes of pictures: none is common
+        np.random.default_rng(0).integers(0, 50257, 3000),
+        np.minimum(np.random.default_rng(0).zipf(1.2, 3000), 50256),
+        29_871
+        + np.minimum(np.random.default_rng(0).zipf(1.2, 3000), 2000),  # a vocabulary that ends with the common ones
+    ],
+)
+def test_tokens_without_a_description_pass(tmp_path, tokens):
+    for side in ("train", "val"):
+        tokens.astype(np.uint16).tofile(tmp_path / f"{side}.bin")
+    assert command.main(["check", str(tmp_path)]) == 0
 
 
 def test_build_nanogpts_arrays_are_checked_and_trained_on(tmp_path, capsys):

@@ -99,7 +99,7 @@ TOKENS = np.random.default_rng(0).integers(1, 50257, 3000)
     ],
 )
 def test_a_file_that_is_no_text_is_refused(tmp_path, monkeypatch, ids, what):
-    monkeypatch.setattr(module, "CHUNK", 512)
+    monkeypatch.setattr(module, "PART", 512)
     write_shard(tmp_path / "a.bin", ids)
     for _ in range(2):  # the second time from memory
         with pytest.raises(UserError, match=f"a.bin' does not hold tokens of a text: {what}"):

@@ -34,7 +34,7 @@ def run_on(device=CUDA, kernels="triton", graphs=None, preset="demo", **data):
         refused=None,
         train_loader=SimpleNamespace(tokens=32_768_000),
         val_loader=SimpleNamespace(tokens=5000),
-        corpus=SimpleNamespace(skipped="1 files that are not UTF-8 (a.txt)"),
+        corpus=SimpleNamespace(skipped="1 files that are not UTF-8 (a.txt)", tokenizer=SimpleNamespace(vocab_size=22)),
     )
 
 
@@ -72,6 +72,10 @@ def test_the_corpus_its_epochs_and_what_was_left_out_are_said(rtx4070):
     assert said in printed(run_on())
     assert "81.9M tokens: 2.5 epochs\n" in printed(run_on(grad_accum=10))
     assert "205k tokens: 0.62% of the data\n" in printed(run_on(CPU, batch_size=64))
+
+
+def test_the_letters_are_the_datas_whatever_vocabulary_the_model_has(rtx4070):
+    assert "stdlib (chars, 22 letters): " in printed(run_on(tokenizer="chars"))
 
 
 def test_a_run_of_days_has_a_duration_in_hours(rtx4070):
