@@ -75,8 +75,10 @@ WITHOUT = {
     "value embeddings": "--no-value-embeddings",
     "capped logits": "--softcap 0",
     "windows": "--window-pattern L",
+    "ReLU^2 (GELU instead)": "--activation gelu",
+    "a head of its own (tied instead)": "--tied-head --embedding-lr 0.01",
 }
-"""The modern recipe less one part. A tied head is not among them: it would need a learning rate of its own."""
+"""The modern recipe less one part. A tied head has the rate of the head that it replaces, a tenth of the embedding's."""
 ADAMW_RATES = (2e-3, 4e-3, 8e-3)
 """Learning rates of the modern model trained with AdamW alone."""
 GPT2_MUON_RATES = (0.02,)
@@ -125,6 +127,7 @@ def experiment(run: Run) -> None:
     for part, change in WITHOUT.items():
         run(Trial("modern", "muon", muon, SWEEP, 1, change, f"without {part}"))
     best(run, [Trial("modern", "adamw", rate, SWEEP, 1, "", "AdamW alone") for rate in ADAMW_RATES])
+    run(Trial("gpt2", "adamw", adam, SWEEP, 1, "", "GPT-2 with AdamW"))
     for rate in GPT2_MUON_RATES:
         run(Trial("gpt2", "muon", rate, SWEEP, 1, f"--embedding-lr {adam:g} --scalar-lr {adam:g}", "GPT-2 with Muon"))
 
