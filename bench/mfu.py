@@ -168,7 +168,8 @@ def setup_of(args: MfuConfig, where: torch.device, precision: str) -> Setup:
         fitting.check_fits(asked, fitting.free_bytes("cpu"), device="cpu")
     if config.vocab_size > 2**16:
         raise UserError(f"vocab_size is {config.vocab_size}: token files hold 16 bits, so it can be at most {2**16}")
-    return Setup(name, config, batch, accum, precision)
+    optimizer = load_preset(name, where.type).optim.optimizer if name in preset_names() else "adamw"
+    return Setup(name, config, batch, accum, precision, optimizer)
 
 
 # ---------------------------------------------------------------- measuring

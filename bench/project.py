@@ -104,6 +104,7 @@ def projected(args: ProjectConfig, gpu: Gpu) -> Projection:
         tokens_per_step=tokens,
         T=T,
         dropout=dropout,
+        optimizer=preset.optim.optimizer,
     )
 
 

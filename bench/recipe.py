@@ -30,9 +30,10 @@ from fastgpt import command, common
 from fastgpt.checkpoints import METRICS
 from fastgpt.command import Arg
 from fastgpt.common import UserError, load_json, write_json
-from fastgpt.config import parse
+from fastgpt.config import load_preset, parse
 from fastgpt.hardware import cards
 from fastgpt.performance import recipes
+from fastgpt.performance.memory import memory
 from fastgpt.training import metrics
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.recipe", 1
@@ -97,7 +98,7 @@ class Trial:
     steps: int
     seed: int = 1
     change: str = ""
-    """The flags that differ from the recipe."""
+    """The flags that differ from the recipe, with a value if the recipe has them, too."""
     part: str = ""
     """What that is called in tables; "" for the recipe itself."""
 
@@ -110,7 +111,11 @@ class Trial:
     def flags(self) -> list[str]:
         rate = f"--lr {self.lr:g}" if self.optimizer == "adamw" else f"{MUON} --muon-lr {self.lr:g}"
         every = f"--optimizer {self.optimizer} {rate} --max-iters {self.steps} --seed {self.seed}"
-        return shlex.split(f"{RECIPES[self.recipe]} {COMMON} {self.change} {every}")
+        words, changed = shlex.split(f"{RECIPES[self.recipe]} {COMMON}"), shlex.split(self.change)
+        for name in changed:
+            if name in words:  # with its value
+                del words[words.index(name) : words.index(name) + 2]
+        return [*words, *changed, *shlex.split(every)]
 
 
 Run = Callable[[Trial], float]
@@ -289,6 +294,7 @@ def to_json(found: dict[str, Any]) -> dict[str, Any]:
         "gpt2_hours": gpt2["hours"],
         "projection": [gpt2, modern, fast],
         "factors": factors(),
+        "modern_step": costs(),
         "sources": [asdict(factor) for factor in recipes.FACTORS],
     }
 
@@ -329,6 +335,17 @@ def factors() -> list[dict[str, Any]]:
         hours *= factor
         found.append({"change": change, "factor": round(factor, 3), "hours": round(hours, 2)})
     return found
+
+
+def costs(name: str = "rtx4070") -> dict[str, float]:
+    """Of the modern preset's step on a card: the share that Muon's update takes, projected, and GB of memory, counted."""
+    preset = load_preset(recipes.MODERN.preset, "cuda")
+    step = recipes.step(recipes.MODERN, cards.card(name))
+    muon = sum(op.ms for op in step.operations if op.name.startswith("Muon's"))
+    needed = memory(
+        preset.model, micro_batch=preset.data.batch_size, kernels="triton", optimizer=preset.optim.optimizer
+    )
+    return {"muon_share_of_step": round(muon / step.ms_per_step, 4), "memory_gb": round(needed.total / 1e9, 2)}
 
 
 def factor_cells() -> Cells:
@@ -399,6 +416,12 @@ def show(found: dict[str, Any]) -> None:
     print_table(console, f"Without a part, after {common.rounded(seen['parts_tokens'])} tokens", part_cells(found))
     print_table(console, f"Hours to {recipes.TARGET} on an RTX 4070: projected", hour_cells())
     print_table(console, "The same hours, factor by factor", factor_cells())
+    step = costs()
+    console.print(
+        f"Of a step of {recipes.MODERN.preset} Muon's update takes {step['muon_share_of_step']:.2%}, projected; it needs "
+        f"{step['memory_gb']:.2f} GB, counted.",
+        soft_wrap=True,
+    )
     console.print(
         "Tokens are those of public runs (docs/recipe.md). fp16-fast is experimental: no GPU has measured it yet.",
         soft_wrap=True,

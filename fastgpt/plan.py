@@ -54,11 +54,13 @@ class PlanConfig:
     gpu: str | None = None
     """rtx4070, 3090, h100, ... Without it, the card in this machine."""
     model: str = "gpt2-124m"
-    """A preset (gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl, demo) or a fastgpt TOML file; the flags below change it."""
+    """A preset (gpt2-40m, gpt2-124m, gpt2-350m, gpt2-xl, demo, modern-124m, ...) or a fastgpt TOML file; the flags below change
+    it."""
     tokens_per_step: int | None = None
     """Tokens behind one optimizer step, on all GPUs: 524288, 0.5e6, ... Without it, the model file's own."""
     tokens: int | None = None
-    """Token budget of the run: 2.5B, 300M, 1e9. Without it, Chinchilla's 20 per parameter."""
+    """Token budget of the run: 2.5B, 300M, 1e9. Without it, those of the model file's own steps where it has the modern recipe,
+    which needs fewer; else Chinchilla's 20 per parameter."""
     vram: Annotated[float | None, Arg("GB")] = None
     """GB on the card's box, where it is not in the table or part of it is taken."""
     kernels: Literal["nanogpt-compile", "eager", "compile", "triton"] | None = None
@@ -84,6 +86,9 @@ def main(args: list[str]) -> int:
     base = _base(asked)
     card, vram_gb = _card(asked)
     tokens_per_step = base.tokens_per_step if asked.tokens_per_step is None else asked.tokens_per_step
+    tokens = asked.tokens
+    if tokens is None and base.model.family == "modern" and not _changes(asked):
+        tokens = base.train.max_iters * base.tokens_per_step
 
     plans: dict[str, RunPlan | None] = {}
     refused: dict[str, UserError] = {}
@@ -105,7 +110,7 @@ def main(args: list[str]) -> int:
                 kernels=kernels,
                 precision=precision,
                 vram_gb=vram_gb,
-                tokens=asked.tokens,
+                tokens=tokens,
                 world_size=asked.world_size,
                 optimizer=base.optim.optimizer,
             )
@@ -136,9 +141,13 @@ def _base(asked: PlanConfig) -> Config:
     """The model's file or preset, as on a GPU, with the shape flags put in."""
     from_file = asked.model.endswith(".toml")
     base = load_toml(Path(asked.model), Config(), "cuda") if from_file else load_preset(asked.model, "cuda")
+    return replace(base, model=replace(base.model, **_changes(asked)))
+
+
+def _changes(asked: PlanConfig) -> dict[str, Any]:
+    """The shape flags that are given."""
     given = {field.name: getattr(asked, field.name, None) for field in fields(ModelConfig)}
-    changed = {name: value for name, value in given.items() if value is not None}
-    return replace(base, model=replace(base.model, **changed))
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _card(asked: PlanConfig) -> tuple[cards.Gpu | None, float | None]:

@@ -17,7 +17,7 @@ from fastgpt import plan as plan_command
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig, load_preset, load_toml
 from fastgpt.hardware import cards
-from fastgpt.performance import projection
+from fastgpt.performance import projection, recipes
 from fastgpt.performance.fitting import (
     CUDA_CONTEXT,
     DESKTOP,
@@ -338,6 +338,16 @@ def test_the_table_compares_all_and_says_what_its_figures_are(capsys):
 def test_the_owner_of_a_gpt2_hears_of_the_other_recipe(capsys, model, compared):
     out = run(capsys, "--gpu", "rtx4070", "--model", model, "--kernels", "triton")
     assert out.count("with --preset modern-124m (projected") == compared
+
+
+def test_a_modern_preset_is_planned_for_its_own_steps_and_another_shape_is_not(capsys):
+    common = "--gpu", "rtx4070", "--model", "modern-124m", "--kernels", "triton", "--json"
+    preset = load_preset("modern-124m", "cuda")
+    found = json.loads(run(capsys, *common))
+    assert (found["steps"], found["tokens_per_step"]) == (preset.train.max_iters, preset.tokens_per_step)
+    assert 1e9 * 0.9 < found["tokens"] < recipes.MODERN.tokens[1] * 1.05
+    assert json.loads(run(capsys, *common, "--tokens-per-step", "1048576"))["steps"] == preset.train.max_iters / 2
+    assert json.loads(run(capsys, *common, "--n-layer", "10"))["steps"] > 2 * preset.train.max_iters
 
 
 def test_the_table_says_na_where_speed_is_unknown(capsys, no_speed):

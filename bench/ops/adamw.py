@@ -15,6 +15,7 @@ from bench.ops.common import BF16, FP32, OURS, SHORT, Case, Entry, Family, Sizes
 from bench.parity import assert_parity
 from bench.reports.timing import Work
 from fastgpt import anatomy
+from fastgpt.common import millions
 from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels.fused_adamw import ADAMW_BUCKET
 from fastgpt.kernels.working_copy import copies_kept, working_copy
@@ -122,7 +123,7 @@ def adamw(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     count = sum(torch.Size(shape).numel() for shape in shapes)
     return Entry(
         "adamw + clip",
-        f"{count / 1e6:.1f} M parameters",
+        f"{millions(count)} parameters",
         flops.adamw(count),
         parity,
         {OURS: lambda: ours(parameters(shapes)), "torch fused": lambda: torchs(parameters(shapes))},

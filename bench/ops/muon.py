@@ -14,6 +14,7 @@ from bench.ops.common import BF16, FP32, OURS, SHORT, Case, Entry, Family, Sizes
 from bench.parity import assert_parity
 from bench.reports.timing import Work
 from fastgpt import anatomy
+from fastgpt.common import millions
 from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels import fused_muon
 from fastgpt.kernels.working_copy import copies_kept, working_copy
@@ -100,4 +101,4 @@ def muon(size: Sizes, device: torch.device, compiled: bool) -> Entry:
     if hasattr(torch.optim, "Muon"):
         variants["torch"] = lambda: torch.optim.Muon(parameters(), **options).step
     work = flops.muon(anatomy.of(anatomy.Shape(size.n_layer, size.H, C, size.T, size.V)))
-    return Entry("muon", f"{sum(p.numel() for p in start) / 1e6:.1f} M parameters", work, parity, variants)
+    return Entry("muon", f"{millions(sum(p.numel() for p in start))} parameters", work, parity, variants)

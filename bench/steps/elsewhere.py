@@ -27,6 +27,7 @@ def projection(model: str | None, gpu: Gpu, precision: str = "bf16") -> dict[str
     batch, T, tokens = config.data.batch_size, config.model.block_size, config.tokens_per_step
     shape = Shape.of(config.model)
     rest: dict[str, Any] = {"micro_batch": batch, "tokens_per_step": tokens, "dropout": config.model.dropout}
+    rest["optimizer"] = config.optim.optimizer
     steps = {kernels: (kernels, "bf16") for kernels in KERNELS}
     if precision in EXPERIMENTAL:
         steps[f"triton {precision}"] = ("triton", precision)

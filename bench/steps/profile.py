@@ -128,6 +128,7 @@ def profiled(runner: Runner, ceilings: Ceilings, trace: Path, *, repeats: int) -
         kernels=runner.kernels,
         compiled=runner.compiled,
         distinct=int(runner.loader.next_batch("cpu")[0].unique().numel()),
+        optimizer=setup.optimizer,
     )
     return {
         "profile": {

@@ -38,6 +38,7 @@ def step_work(
     fused: bool = True,
     one_pass_loss: bool = False,
     distinct: int | None = None,
+    optimizer: str = "adamw",
 ) -> dict[str, Work]:
     """FLOPs and least bytes of every operation in one optimizer step of ``grad_accum`` micro-batches of (B, T) tokens.
 
@@ -45,7 +46,8 @@ def step_work(
     masters and the optimizer are fp32. ``fused``: a norm adds the residual in the same pass (triton, torch.compile);
     eager does it in a pass of its own, as pointwise work. ``one_pass_loss``: dlogits overwrite logits as they are
     read (triton).
-    ``distinct``: different tokens in a micro-batch, for the embedding's rows; all by default.
+    ``distinct``: different tokens in a micro-batch, for the embedding's rows; all by default. ``optimizer``: "adamw", or "muon"
+    for the blocks' matrices.
     """
     model = anatomy.of(shape)
     attention, rows = model.attention, B * T
@@ -107,7 +109,9 @@ def step_work(
     work["gradient accumulation"] = Work(0, 12 * (params - looked_up) * (grad_accum - 1))
     # Our optimizer writes the working copy of the matrices, too.
     copied = anatomy.matmul_params(shape) if fused and one_pass_loss and size < 4 else 0
-    work["optimizer"] = Work(0, flops.adamw(params).bytes + copied * size)
+    muon = flops.muon(model) if optimizer == "muon" else Work(0, 0)
+    by_adamw = params - (model.block_weights if optimizer == "muon" else 0)
+    work["optimizer"] = Work(muon.flops, flops.adamw(by_adamw).bytes + muon.bytes + copied * size)
     return work
 
 
@@ -122,6 +126,7 @@ def needed(
     kernels: str,
     compiled: bool,
     distinct: int | None = None,
+    optimizer: str = "adamw",
 ) -> dict[str, Work]:
     """``step_work`` of a step on ``kernels`` ("eager" or "triton"), under torch.compile or not, and what our kernels do
     otherwise: operands and copies in fp8, and GELU in the epilogues of the matmuls around it, where ``profile`` has no
@@ -136,6 +141,7 @@ def needed(
         fused=triton or compiled,
         one_pass_loss=triton,
         distinct=distinct,
+        optimizer=optimizer,
     )
     if not triton or precision == "fp32":
         return work

@@ -66,7 +66,8 @@ def measure(args: StepConfig, device: torch.device) -> list[dict[str, Any]]:
     for size in sizes:
         for name in names:
             precision = precision_for(VARIANTS[name].precision, device)
-            setup = Setup(args.preset, config.model, size, args.grad_accum * largest // size, precision)
+            accum, optimizer = args.grad_accum * largest // size, config.optim.optimizer
+            setup = Setup(args.preset, config.model, size, accum, precision, optimizer)
             setups[name if len(sizes) == 1 else f"{name}, batch {size}"] = name, setup
     with random_tokens(Setup(args.preset, config.model, largest, 1, "")) as tokens:
         for key, (name, setup) in setups.items():

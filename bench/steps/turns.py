@@ -34,7 +34,7 @@ from bench.steps.trace import DATA
 from bench.steps.variants import PLAIN_STEPS, VARIANTS, StepVariant
 from fastgpt import anatomy
 from fastgpt.anatomy import Shape
-from fastgpt.config import PLAIN, Config, ModelConfig
+from fastgpt.config import PLAIN, Config, ModelConfig, OptimConfig
 from fastgpt.data.loader import TokenLoader
 from fastgpt.hardware.device import is_out_of_memory
 from fastgpt.kernels import working_copy
@@ -50,13 +50,15 @@ NOT_REACHED = "not reached: the time was up"
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: model, batch geometry, precision."""
+    """What is measured: model, batch geometry, precision, optimizer."""
 
     model: str
     config: ModelConfig
     batch_size: int
     grad_accum: int
     precision: str
+    optimizer: str = "adamw"
+    """Or "muon", as the presets of the modern recipe have it."""
 
     @property
     def shape(self) -> Shape:
@@ -80,6 +82,7 @@ class Setup:
             "grad_accum": self.grad_accum,
             "tokens_per_step": self.tokens_per_step,
             "precision": self.precision,
+            "optimizer": self.optimizer,
         }
 
 
@@ -101,7 +104,8 @@ class Runner:
     ):
         self.setup, self.device, self.conditions = setup, device, conditions
         self.kernels, self.compiled = variant.kernels, variant.compile != "none"
-        self.stepper = stepper or build.of_variant(variant, Config(model=setup.config), device, setup.precision)
+        config = Config(model=setup.config, optim=OptimConfig(setup.optimizer))  # type: ignore[arg-type]
+        self.stepper = stepper or build.of_variant(variant, config, device, setup.precision)
         self.loader = TokenLoader([tokens], setup.seq, setup.batch_size)
 
     def __call__(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -288,11 +289,11 @@ def _check_group(group: dict[str, Any]) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: give one element")
-    elif not lr >= 0:
-        raise ValueError(f"lr is {lr}: give a number >= 0")
+    elif not 0 <= lr < math.inf:
+        raise ValueError(f"lr is {lr}: give a number >= 0 that is finite")
     for beta in betas:
         if not 0 <= beta < 1:
             raise ValueError(f"betas are {tuple(betas)}: each must be in [0, 1)")
     for name in ("eps", "weight_decay"):
-        if not group.get(name, 0.0) >= 0:
-            raise ValueError(f"{name} is {group[name]}: give a number >= 0")
+        if not 0 <= group.get(name, 0.0) < math.inf:
+            raise ValueError(f"{name} is {group[name]}: give a number >= 0 that is finite")

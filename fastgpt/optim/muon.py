@@ -408,8 +408,8 @@ _ALIKE = ("coefficients", "ns_steps", "eps", "normuon")
 
 def _check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps"):
-        if not group[name] >= 0:
-            raise ValueError(f"{name} is {group[name]}: give a number >= 0")
+        if not 0 <= group[name] < math.inf:
+            raise ValueError(f"{name} is {group[name]}: give a number >= 0 that is finite")
     for name in ("momentum", "beta2"):
         if not 0 <= group[name] < 1:
             raise ValueError(f"{name} is {group[name]}: it must be in [0, 1)")

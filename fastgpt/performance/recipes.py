@@ -15,7 +15,7 @@ from fastgpt.anatomy import GPT2_124M, Shape
 from fastgpt.common import UserError, rounded
 from fastgpt.config import load_preset
 from fastgpt.hardware.cards import Gpu
-from fastgpt.performance.projection import project
+from fastgpt.performance.projection import Projection, project
 
 TARGET = "FineWeb loss 3.28"
 
@@ -84,11 +84,11 @@ class Hours:
         return {name: round(value, 2) for name, value in vars(self).items()}
 
 
-def tokens_per_second(recipe: Recipe, gpu: Gpu, precision: str = "bf16") -> tuple[float, float, float]:
-    """Low, central and high, of the preset's own step on this repository's kernels. Raises UserError where ``gpu`` lacks the
-    arithmetic."""
+@lru_cache
+def step(recipe: Recipe, gpu: Gpu, precision: str = "bf16") -> Projection:
+    """The preset's own step on this repository's kernels. Raises UserError where ``gpu`` lacks the arithmetic."""
     config = load_preset(recipe.preset, "cuda")
-    speed = project(
+    return project(
         Shape.of(config.model),
         gpu,
         precision=precision,
@@ -97,10 +97,14 @@ def tokens_per_second(recipe: Recipe, gpu: Gpu, precision: str = "bf16") -> tupl
         dropout=config.model.dropout,
         optimizer=config.optim.optimizer,
     )
+
+
+def tokens_per_second(recipe: Recipe, gpu: Gpu, precision: str = "bf16") -> tuple[float, float, float]:
+    """Low, central and high. Raises UserError as ``step`` does."""
+    speed = step(recipe, gpu, precision)
     return speed.tokens_per_second_low, speed.tokens_per_second, speed.tokens_per_second_high
 
 
-@lru_cache
 def hours(recipe: Recipe, gpu: Gpu, precision: str = "bf16") -> Hours:
     """Raises UserError as ``tokens_per_second`` does."""
     slow, central, fast = tokens_per_second(recipe, gpu, precision)

@@ -225,6 +225,7 @@ def test_memory_that_suffices_for_one_moment_leaves_no_half_of_a_state(device, m
     ("options", "message"),
     [
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": float("inf")}, "lr is inf: give a number >= 0 that is finite"),
         ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
         ({"eps": -1.0}, "eps is -1.0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0"),

@@ -232,6 +232,7 @@ def test_a_state_goes_to_another_optimizer_and_no_further(kernels):
         ((8,), {}, r"shape \(8,\): Muon updates matrices, so give those of other dimensions to AdamW"),
         ((2, 3, 4), {}, r"shape \(2, 3, 4\): Muon updates matrices"),
         ((4, 4), {"lr": -1.0}, "lr is -1.0: give a number >= 0"),
+        ((4, 4), {"lr": math.inf}, "lr is inf: give a number >= 0 that is finite"),
         ((4, 4), {"momentum": 1.0}, r"momentum is 1.0: it must be in \[0, 1\)"),
         ((4, 4), {"coefficients": "best"}, "coefficients is 'best': use 'classic' or 'polar'"),
         ((4, 4), {"ns_steps": 0}, "ns_steps is 0: give 1 to 100 steps"),

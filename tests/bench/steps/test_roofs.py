@@ -13,6 +13,7 @@ from bench.steps.roofs import step_work
 from bench.steps.trace import ProfiledOperation, StepProfile
 from fastgpt import anatomy
 from fastgpt.anatomy import GPT2_40M, GPT2_124M, Shape
+from fastgpt.performance import flops
 from fastgpt.performance.flops import Work
 from fastgpt.performance.operations import GAPS, LINEARS
 from tests.performance import formulas
@@ -49,6 +50,14 @@ def test_a_modern_step_has_windows_and_passes_of_its_own():
     assert "GELU forward" not in work
     # Every block reads and writes q, k and v; three read a value embedding and its gate; each head of q and k has its 1/rms.
     assert work["rotary forward"].bytes == rows * (6 * (2 * 2 * (128 + 2 * kv) + 4 * 6) + 3 * 2 * (kv + 2))
+
+
+def test_muon_updates_the_matrices_of_the_blocks_and_adamw_the_rest():
+    adamw, muon = (step_work(MODERN, 2, 256, optimizer=name) for name in ("adamw", "muon"))
+    parts = anatomy.of(MODERN)
+    own, rest = flops.muon(parts), flops.adamw(anatomy.n_params(MODERN) - parts.block_weights)
+    assert muon.pop("optimizer") == Work(own.flops, own.bytes + rest.bytes)
+    assert adamw.pop("optimizer") == flops.adamw(anatomy.n_params(MODERN)) and adamw == muon
 
 
 def test_every_micro_batch_counts_and_the_update_once():
