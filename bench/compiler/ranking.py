@@ -37,6 +37,7 @@ from typing import Any
 
 from bench.compiler import cubin
 from fastgpt.hardware.cards import Gpu
+from fastgpt.kernels.fused_attn import heads_together
 
 MODEL = 1
 """Raised when figures of the model change: entries ranked by another one are ranked anew."""
@@ -227,6 +228,7 @@ def schedule(costs: list[list[float]], order: list[int], sms: int) -> float:
 
 def attention_time(kernel: str, found: Facts, heads: int, T: int, D: int, gpu: Gpu) -> tuple[float, float]:
     """(clocks, fill) of one launch over ``heads`` = B x heads sequences of T."""
+    together = heads_together(heads, heads * 4 * T * D, gpu.l2_mb * 2**20)  # two tensors of 16 bits
     tiles, read = _causal_tiles(kernel, found.config, T), l2_bytes(kernel, found, D)
     assert found.plain_loop is not None and found.masked_loop is not None
     costs = []
@@ -235,7 +237,9 @@ def attention_time(kernel: str, found: Facts, heads: int, T: int, D: int, gpu: G
         masked = tile_clocks(found, found.masked_loop, read, gpu, resident)
         costs.append([OVERHEAD_CLOCKS / resident + full * plain + edge * masked for full, edge in tiles])
     simulated = min(heads, max(1, 4096 // len(tiles)))
-    end = schedule(costs, list(range(len(tiles))) * simulated, gpu.sm_count)
+    groups = [min(together, simulated - first) for first in range(0, simulated, together)]
+    order = [kind for size in groups for kind in range(len(tiles)) for _ in range(size)]
+    end = schedule(costs, order, gpu.sm_count)
     head = sum(costs[-1]) / gpu.sm_count
     clocks = end + head * (heads - simulated)  # the heads that are not simulated would find every SM busy
     return clocks, head * heads / clocks

@@ -19,7 +19,7 @@ fp32 inputs are multiplied in full fp32.
 Cost, causal, for T tokens of one head (without causal: twice that): forward 2 T^2 D FLOPs in 2 dots, backward 7 T^2 D in
 7 (both backward kernels compute S and dP: the price of no atomics; 5 would be the least). Bytes: forward reads q, k, v
 and writes O (4 T D elements) and lse; backward reads q, k, v, dO twice and O once and writes dq, dk, dv (12 T D), given
-that a head's K and V stay in L2 while its blocks of queries, neighbours in the grid, use them. At T = 1024, D = 64 in
+that the K and V of heads that are launched together stay in L2 while their blocks of queries use them. At T = 1024, D = 64 in
 bf16 the forward does 256 FLOPs per byte: the tensor cores bind. A head dimension between powers of two is padded in
 registers to the next one (80 costs what 128 costs), not in memory.
 
@@ -214,6 +214,16 @@ def _choice(
 # Query i stands at position i + offset. A loop over blocks has three parts (0: leading edge, which among keys only windows and
 # documents have; 1: blocks that need no mask; 2: trailing edge), unrolled by static_range so that part 1 compiles without any
 # masking.
+
+
+@triton.jit
+def _in_turn(n_blocks, together):
+    """(row of heads, block) of this program: ``together`` rows of heads take turns, so that the heaviest blocks of all of them
+    start before any lighter one. A long program that starts late runs alone at the end."""
+    first = tl.program_id(0) // (n_blocks * together) * together
+    within = tl.program_id(0) - first * n_blocks
+    taking_turns = tl.minimum(together, tl.num_programs(0) // n_blocks - first)
+    return first + within % taking_turns, within // taking_turns
 
 
 @triton.jit
@@ -442,20 +452,19 @@ def _add_dot(acc, a, b, FP16_SUMS: tl.constexpr):
 
 
 @tuning.space("attention.forward", _space("BLOCK_M", "BLOCK_N", _QUERIES, (2, 3)))
-@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
+@triton.jit(do_not_specialize=["T_q", "T_k", "together", "window", "threshold"])
 def forward_kernel(
     q, k, v, out, quantised, lse, kv_len, docs, extents, seed, q_strides, k_strides, v_strides, out_strides,
-    H, T_q, T_k, window, c, threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+    H, T_q, T_k, together, window, c, threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     ALIGNED: tl.constexpr, INNER: tl.constexpr, FLIP: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK_M queries of one head. ``c`` is |scale| log2(e); FLIP: scale is negative.
 
-    Grid: blocks of queries x heads x batch, blocks fastest and last (heaviest, when causal) first."""
+    Grid: blocks of queries x heads x batch, in the order of ``_in_turn``, last blocks (heaviest, when causal) first."""
     n_blocks = tl.cdiv(T_q, BLOCK_M)
-    # Last queries first: when causal they see the most keys, and a long program that starts late runs alone at the end.
-    m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
-    head_row = tl.program_id(0) // n_blocks
+    head_row, turn = _in_turn(n_blocks, together)
+    m = (n_blocks - 1 - turn) * BLOCK_M  # the last queries see the most keys when causal
     batch = head_row // H
     head = head_row % H
     if docs is not None:
@@ -509,17 +518,17 @@ def forward_kernel(
 
 
 @tuning.space("attention.backward_q", _space("BLOCK_M", "BLOCK_N", _QUERIES, (1, 2)))
-@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
+@triton.jit(do_not_specialize=["T_q", "T_k", "together", "window", "threshold"])
 def backward_q_kernel(
     q, k, v, out, grad_out, lse, delta, grad_q, quantised, kv_len, docs, extents, seed, q_strides, k_strides,
-    v_strides, out_strides, grad_out_strides, grad_q_strides, H, T_q, T_k, window, c, scale, threshold, inv_keep,
+    v_strides, out_strides, grad_out_strides, grad_q_strides, H, T_q, T_k, together, window, c, scale, threshold, inv_keep,
     D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr, INNER: tl.constexpr,
     FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad_q, and delta for ``backward_kv_kernel``, of BLOCK_M queries of one head. Grid as of ``forward_kernel``."""
     n_blocks = tl.cdiv(T_q, BLOCK_M)
-    m = (n_blocks - 1 - tl.program_id(0) % n_blocks) * BLOCK_M
-    head_row = tl.program_id(0) // n_blocks
+    head_row, turn = _in_turn(n_blocks, together)
+    m = (n_blocks - 1 - turn) * BLOCK_M
     batch = head_row // H
     head = head_row % H
     if docs is not None:
@@ -571,20 +580,20 @@ def backward_q_kernel(
 
 
 @tuning.space("attention.backward_kv", _space("BLOCK_N", "BLOCK_M", _KEYS, (2, 3)))
-@triton.jit(do_not_specialize=["T_q", "T_k", "window", "threshold"])
+@triton.jit(do_not_specialize=["T_q", "T_k", "together", "window", "threshold"])
 def backward_kv_kernel(
     q, k, v, grad_out, lse, delta, grad_k, grad_v, quantised_k, quantised_v, kv_len, docs, extents, seed,
-    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, window, c, scale,
-    threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
+    q_strides, k_strides, v_strides, grad_out_strides, grad_k_strides, grad_v_strides, H, T_q, T_k, together, window, c,
+    scale, threshold, inv_keep, D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
     INNER: tl.constexpr, FP16_SUMS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v of BLOCK_N keys of one key/value head, summed over its GROUP of query heads.
 
-    Grid: blocks of keys x key/value heads x batch, blocks fastest; the first blocks are the heaviest when causal. Tiles
-    are transposed, (keys, queries): P^T and dS^T then are first operands of their dots as they stand."""
+    Grid: blocks of keys x key/value heads x batch, in the order of ``_in_turn``. Tiles are transposed, (keys, queries):
+    P^T and dS^T then are first operands of their dots as they stand."""
     n_blocks = tl.cdiv(T_k, BLOCK_N)
-    n = (tl.program_id(0) % n_blocks) * BLOCK_N  # the first keys are seen by the most queries when causal
-    kv_row = tl.program_id(0) // n_blocks
+    kv_row, turn = _in_turn(n_blocks, together)
+    n = turn * BLOCK_N  # the first keys are seen by the most queries when causal
     batch = kv_row // (H // GROUP)
     kv_head = kv_row % (H // GROUP)
     if docs is not None:
@@ -661,6 +670,19 @@ def document_extents(docs: Tensor | None) -> Tensor | None:
     return extents
 
 
+def heads_together(rows: int, walked_bytes: int, l2_bytes: int) -> int:
+    """How many of ``rows`` (B x heads) take turns at launching their blocks (``_in_turn``). What the blocks of such a group
+    walk over, its share of ``walked_bytes`` (K and V; for dK and dV Q and dO), fits half of L2; the other half is for what
+    passes through once. Groups are as equal as can be: a small last one would end unevenly."""
+    most = max(1, rows * l2_bytes // (2 * walked_bytes))
+    return runtime.cdiv(rows, runtime.cdiv(rows, most))
+
+
+def _together(rows: int, walked: Tensor) -> int:
+    """``walked``: one of the two tensors that the blocks walk over."""
+    return heads_together(rows, 2 * walked.numel() * walked.element_size(), runtime.l2_bytes(walked.device))
+
+
 def _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16) -> tuple[dict[str, Any], bool]:
     """Arguments that all three kernels take alike, and whether this is causal attention with no option but dropout."""
     B, T_q, H, D = q.shape
@@ -700,7 +722,7 @@ def launch_forward(
         forward_kernel[(runtime.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, quantised, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
             q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3], out_strides=out.stride()[:3],
-            enable_fp_fusion=True, **common, **options,
+            together=_together(B * H, k), enable_fp_fusion=True, **common, **options,
         )  # fmt: skip
 
     key = q.dtype, q.device, D, B * H * T_q, T_q, plain, seed is not None, fp16, quantised is not None
@@ -729,14 +751,14 @@ def launch_backward(
         backward_q_kernel[(runtime.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
             q, k, v, out, grad_out, lse, delta, grad_q, quantised[0],
             out_strides=out.stride()[:3], grad_q_strides=grad_q.stride()[:3],
-            enable_fp_fusion=True, **common, **options,
+            together=_together(B * H, k), enable_fp_fusion=True, **common, **options,
         )  # fmt: skip
 
     def run_kv(options: tuning.Config) -> None:
         backward_kv_kernel[(runtime.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
             q, k, v, grad_out, lse, delta, grad_k, grad_v, *quantised[1:],
             grad_k_strides=grad_k.stride()[:3], grad_v_strides=grad_v.stride()[:3],
-            enable_fp_fusion=True, **common, **options,
+            together=_together(B * H_kv, q), enable_fp_fusion=True, **common, **options,
         )  # fmt: skip
 
     key = seed is not None, fp16, quantised[0] is not None

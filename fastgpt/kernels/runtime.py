@@ -29,6 +29,9 @@ to be quick (a program costs 0.06 ms there)."""
 compile_only_sms = 46
 """SM count that launchers see while ``compile_only``: the RTX 4070's."""
 
+ABSENT_L2_BYTES = 36 * 2**20
+"""L2 cache where there is no GPU: the RTX 4070's."""
+
 
 def runs_in_triton(x: Tensor) -> bool:
     """Whether launchers send this tensor to a Triton kernel. False (a CPU tensor and no interpreter): the PyTorch
@@ -69,6 +72,12 @@ def sm_count(device: torch.device) -> int:
     if device.type == "cuda":
         return _cuda_sm_count(device.index if device.index is not None else torch.cuda.current_device())
     return compile_only_sms if compile_only else INTERPRETER_SMS
+
+
+@lru_cache
+def l2_bytes(device: torch.device) -> int:
+    """L2 cache of ``device``, or ABSENT_L2_BYTES."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else ABSENT_L2_BYTES
 
 
 # Plain integers: triton's own cdiv and next_power_of_2 also serve kernels, and cost the host a microsecond per call.

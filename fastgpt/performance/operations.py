@@ -68,6 +68,9 @@ class Operation:
     shared: float = 0.0  # of attention: bytes per score through shared memory
     longest: int = 0  # of attention: scores of the longest block
     blocks: int = 0  # of attention: programs, each a tile of queries or keys of one head
+    turns: tuple[
+        int, ...
+    ] = ()  # of attention whose heads take turns (fused_attn.py): scores of one head's blocks in order
     summed_in_fp16: float = 0.0  # of attention: share of its FLOPs
     fast: bool = True  # of a matmul: in the arithmetic of the --precision; else in plain 16 bits
     own: bool = False  # a kernel of this repository, not of a library or of Inductor
@@ -364,6 +367,8 @@ def _attention_within(s: StepSizes, window: int, L: int) -> list[Operation]:
         rest: dict[str, Any] = {"count": L, "scores": scores, "instructions": instructions, "own": s.fusions.attention}
         longest = min(T, tile * (cdiv(window - 1, tile) + 1)) if window else T
         rest |= {"shared": shared[0] + D * shared[1], "longest": tile * longest, "blocks": B * H * cdiv(T, tile)}
+        if s.fusions.attention:
+            rest["turns"] = tuple(tile * min(tile * n, longest) for n in range(cdiv(T, tile), 0, -1))
         return Operation(name, group, "attention", work.flops, moved, 1, **rest)
 
     forward = flops.attention_forward(B, T, H, D, tile=min(128, T), window=window)

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from heapq import heapreplace
 from typing import Any
 
 from fastgpt.anatomy import Shape
@@ -75,6 +76,18 @@ SHARED_BYTES_PER_CLOCK = 128  # per SM: idem, 32 banks of 4 bytes
 LANES = 128  # per SM: four schedulers, a warp instruction each per clock
 _ON_4N = ("sm_89", "sm_120")  # the process that the fitted card is made in, and whose clock follows power
 _FITTED_ON = cards.card("rtx4070")
+
+
+@lru_cache(maxsize=1024)
+def uneven_end(turns: tuple[int, ...], heads: int, sms: int) -> float:
+    """When the last block ends, over the time of an even share: ``heads`` launch the first of ``turns``, then the second, each
+    on the SM that is the first to be free. (Two blocks that share an SM take as long as one after the other. That L2 limits
+    how many heads take turns is left out.)"""
+    ends = [0] * sms
+    for block in turns:
+        for _ in range(heads):
+            heapreplace(ends, ends[0] + block)
+    return max(ends) * sms / (heads * sum(turns))
 
 
 @dataclass(frozen=True)
@@ -162,8 +175,10 @@ class Chip:
         base = self.attention_per_clock(op)
         faster = self.matmul_per_clock() / self.flops_per_clock(self._base) if op.summed_in_fp16 else 1.0
         products = op.flops * (1 - op.summed_in_fp16 + op.summed_in_fp16 / faster) / base
-        # The last blocks end one by one: on average half of the longest runs beyond an even share.
-        tail = 1 + op.longest * self.gpu.sm_count / 2 / op.scores
+        if op.turns:
+            tail = uneven_end(op.turns, op.blocks // len(op.turns), self.gpu.sm_count)
+        else:  # heads one after another end one by one: on average half of the longest block runs beyond an even share
+            tail = 1 + op.longest * self.gpu.sm_count / 2 / op.scores
         clocks = (products + op.scores * exposed + op.blocks * c.tile_overhead_clocks) * tail
         return {"compute": clocks / (self.gpu.sm_count * self.hz), "L2": through_l2, "memory": memory}
 

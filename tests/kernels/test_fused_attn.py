@@ -268,6 +268,49 @@ def test_a_long_context_of_documents_is_each_of_them_alone(device):
             torch.testing.assert_close(whole[:, begin : begin + length], part, rtol=1e-4, atol=1e-5)
 
 
+# ---- Order of launch ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def turns_kernel(out, n_blocks, together):
+    row, turn = fused_attn._in_turn(n_blocks, together)
+    tl.store(out + 2 * tl.program_id(0), row)
+    tl.store(out + 2 * tl.program_id(0) + 1, turn)
+
+
+@pytest.mark.parametrize("rows, blocks, together", [(1, 4, 1), (5, 1, 2), (7, 3, 1), (7, 3, 3), (6, 4, 3), (6, 4, 6)])
+def test_heads_of_a_group_take_turns(device, rows, blocks, together):
+    out = torch.empty(rows * blocks, 2, dtype=torch.int32, device=device)
+    turns_kernel[(rows * blocks,)](out, blocks, together)
+    every = itertools.product(range(rows), range(blocks))
+    assert list(map(tuple, out.tolist())) == sorted(every, key=lambda at: (at[0] // together, at[1], at[0]))
+
+
+@pytest.mark.parametrize(
+    "rows, T, l2_mb, together",
+    [(96, 1024, 36, 48), (192, 1024, 36, 64), (48, 1024, 36, 48), (48, 4096, 36, 16), (12, 65536, 36, 1), (97, 1024, 6, 11)],
+)  # fmt: skip
+def test_heads_are_grouped_by_what_l2_holds(rows, T, l2_mb, together):
+    """K and V of 64 columns in 16 bits: 256 KB for 1024 tokens of a head."""
+    assert fused_attn.heads_together(rows, rows * T * 256, l2_mb * 2**20) == together
+
+
+def test_the_order_of_launch_changes_no_bit(device, monkeypatch):
+    """Grouped queries, documents, window and dropout's mask, which all go by a program's head and block."""
+    docs = torch.tensor([[0] * 40 + [1] * 30], dtype=torch.int32, device=device)
+    qkv, results = packed(device, 70, n_head=6, n_kv_head=3, B=1), []
+    for l2_bytes, groups in ((1, (1, 1)), (36_000, (3, 1)), (72_000, (6, 2))):
+        monkeypatch.setattr(runtime, "l2_bytes", lambda device, found=l2_bytes: found)
+        q, k, _ = fused_attn.unpack(qkv, 6, 3)
+        assert (fused_attn._together(6, k), fused_attn._together(3, q)) == groups
+        torch.manual_seed(11)
+        leaf = qkv.clone().requires_grad_()
+        out = qkv_attention(leaf, 6, n_kv_head=3, doc_ids=docs, window=50, dropout_p=0.2)
+        results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaf)))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
 # ---- Sums in fp16 ---------------------------------------------------------------------------------------------------
 #
 # The interpreter rounds a block's sum once, where tensor cores round every 8 products: these tests hold the wiring to the

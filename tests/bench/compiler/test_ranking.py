@@ -117,6 +117,19 @@ def test_causal_tiles_are_those_at_or_below_the_diagonal(kernel, m, n):
     assert tiles[0] == max(tiles, key=sum), "the heaviest block starts first"
 
 
+@pytest.mark.parametrize(
+    "kernel, config, gains", [("forward", FORWARD, (0.2, 0.1, 0.05)), ("backward_kv", SMALLER, (0.03, 0.01, 0.005))]
+)
+def test_heads_that_take_turns_end_more_evenly(kernel, config, gains):
+    found = attention(config, 2)
+    for heads, least in zip((24, 48, 96), gains):
+        one_by_one, together = (
+            ranking.attention_time(f"attention.{kernel}", found, heads, 1024, 64, replace(RTX_4070, l2_mb=l2_mb))
+            for l2_mb in (0.01, 36)
+        )
+        assert together[0] < (1 - least) * one_by_one[0] and together[1] > max(0.93, one_by_one[1])
+
+
 def test_gpt2_124m_counts_in_its_bucket_and_no_other():
     bucket = attention_bucket(64, 8 * 12 * 1024, plain=True, dropout=False)
     assert batch_heads(bucket)[-1] == 96
