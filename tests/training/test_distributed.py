@@ -8,12 +8,10 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -31,6 +29,7 @@ from fastgpt.performance import fitting
 from fastgpt.training import distributed
 from fastgpt.training.distributed import World
 from fastgpt.training.run import ResumePoint, agree, build, build_loaders, choose_geometry
+from tests import processes
 from tests.shards import write_shard
 
 ROOT = Path(__file__).parents[2]
@@ -49,25 +48,21 @@ BASE = {
 }
 
 
-def command(ranks, out, *flags):
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def words(out, *flags):
     base = itertools.chain(*(pair for pair in BASE.items() if pair[0] not in flags))
-    return [*start, "train.py", *base, "--no-tensorboard", "--no-doctor", "--out", str(out), *flags]
+    return ["train.py", *base, "--no-tensorboard", "--no-doctor", "--out", str(out), *flags]
 
 
-def environment():
-    # One thread per rank, and a port of the system's choice: other tests run beside this one.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def all_print(commands):
+    """What they print, when they have all ended well."""
+    output = "".join(command.communicate(300) for command in commands)
+    assert {command.returncode for command in commands} == {0}, output
+    return output
 
 
 def train(ranks, out, *flags):
-    result = subprocess.run(
-        command(ranks, out, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    with processes.ranks(*[words(out, *flags)] * ranks) as commands:
+        return all_print(commands)
 
 
 def losses(out):
@@ -114,19 +109,9 @@ def test_the_optimizers_on_two_ranks_are_what_they_are_on_one():
     """Uneven shards, clipping by the global norm, and a gradient that is not finite on one rank: skipped on all."""
     results = []
     for ranks in (1, 2):
-        start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        flags = [] if ranks == 1 else ["--nproc-per-node", "2"]
-        run = subprocess.run(
-            [*start, *flags, "tests/training/sharded_steps.py"],
-            cwd=ROOT,
-            env={**environment(), "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},  # whatever --device is
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        line = next((line for line in run.stdout.splitlines() if line.startswith("RESULT ")), None)
-        assert run.returncode == 0 and line, run.stdout + run.stderr
-        results.append(json.loads(line.removeprefix("RESULT ")))
+        with processes.ranks(*[["-m", "tests.training.sharded_steps"]] * ranks) as commands:
+            output = all_print(commands)
+        results.append(json.loads(re.search("^RESULT (.*)", output, re.MULTILINE)[1]))
     for name in results[0]:
         one, two = (result[name] for result in results)
         assert (one["sharded"], two["sharded"]) == (False, "fsdp" in name)
@@ -137,30 +122,33 @@ def test_the_optimizers_on_two_ranks_are_what_they_are_on_one():
         assert two["weights"] == pytest.approx(one["weights"], rel=2e-5)
 
 
-def interrupted(out, ready, number, *flags):
-    """A run on two ranks without end; rank 1 gets a signal once ``ready()``. Returns its exit code and output."""
+def wait(ready):
+    deadline = time.monotonic() + 120
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(tmp_path):
+    """Under torchrun, which ends with an error of its own."""
+    out = tmp_path / "run"
+    flags = ("--max-iters", "100000", "--eval-interval", "0", "--checkpoint-interval", "5")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command(2, out, "--max-iters", "100000", "--eval-interval", "0", *flags),
+        [*torchrun, *words(out, *flags)],
         cwd=ROOT,
-        env=environment(),
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        deadline = time.monotonic() + 120
-        while not ready() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        os.kill(next(pid for pid in children(process.pid) if rank_of(pid) == "1"), number)
+        wait(lambda: folder.existing(out))
+        os.kill(next(pid for pid in children(process.pid) if rank_of(pid) == "1"), signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
-        return process.returncode, output
     finally:
         process.kill()
-
-
-def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(tmp_path):
-    out = tmp_path / "run"
-    code, output = interrupted(out, lambda: folder.existing(out), signal.SIGKILL, "--checkpoint-interval", "5")
+    code = process.returncode
     assert code != 0
     assert "of this run is gone" in output and "--resume" in output, output
     step = checkpoint.load(folder.newest_valid(out)[0])["step"]
@@ -171,10 +159,11 @@ def test_a_rank_that_dies_ends_the_run_within_a_minute_and_one_rank_resumes_it(t
 def test_a_signal_to_one_rank_stops_and_saves_on_all(tmp_path):
     out = tmp_path / "run"
     metrics = out / "metrics.jsonl"
-    code, output = interrupted(
-        out, lambda: metrics.exists() and len(losses(out)[0]) >= 3, signal.SIGTERM, "--checkpoint-interval", "0"
-    )
-    assert code == 0, output
+    flags = words(out, "--max-iters", "100000", "--eval-interval", "0", "--checkpoint-interval", "0")
+    with processes.ranks(flags, flags) as commands:
+        wait(lambda: metrics.exists() and len(losses(out)[0]) >= 3)
+        os.kill(commands[1].pid, signal.SIGTERM)
+        output = all_print(commands)
     assert "stopped by a signal to another rank" in output
     saved = checkpoint.load(folder.resolve(out))
     assert saved["world_size"] == 2 and saved["step"] == max(losses(out)[0])
@@ -192,17 +181,11 @@ def rank_of(pid):
 
 
 def test_micro_batches_that_do_not_divide_are_refused_in_one_sentence(tmp_path):
-    result = subprocess.run(
-        command(2, tmp_path / "run", "--grad-accum", "3"),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode != 0
-    assert "grad_accum is 3, which 2 GPUs do not divide" in result.stderr
-    assert f"{ROOT}/fastgpt/" not in result.stderr  # torchrun's own traceback is there, ours is not
+    flags = words(tmp_path / "run", "--grad-accum", "3")
+    with processes.ranks(flags, flags) as commands:
+        for command in commands:
+            assert command.communicate().startswith("error: grad_accum is 3, which 2 GPUs do not divide")
+            assert command.returncode == 2
     assert not (tmp_path / "run").exists()
 
 
@@ -318,50 +301,22 @@ def test_the_ranks_plan_with_the_smallest_free_memory(monkeypatch):
     assert one == two and "of the 6.0 GB free" in one
 
 
-@contextmanager
-def by_hand(*flags):
-    """Ranks that nobody started alike, each with flags of its own, and that nobody ends but they."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"WORLD_SIZE": str(len(flags)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            command(1, *own),
-            cwd=ROOT,
-            env={**environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, own in enumerate(flags)
-    ]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-
-
 def test_a_rank_that_was_stopped_ends_the_others(tmp_path):
     out = tmp_path / "run"
     flags = (out, "--max-iters", "100000", "--checkpoint-interval", "5", "--eval-interval", "0", "--rank-timeout", "9")
-    with by_hand(flags, flags) as (own, other):
-        deadline = time.monotonic() + 120
-        while not folder.existing(out) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        other.send_signal(signal.SIGSTOP)
-        output, _ = own.communicate(timeout=60)
+    with processes.ranks(words(*flags), words(*flags)) as (own, other):
+        wait(lambda: folder.existing(out))
+        os.kill(other.pid, signal.SIGSTOP)
+        output = own.communicate(60)
     assert own.returncode == 2
     assert "error: rank 1 of this run is gone (no sign of life for 9 s, --rank-timeout), so rank 0 stops" in output
 
 
 def test_ranks_that_disagree_end_in_one_sentence_each_and_move_nothing(alone):
     before = {path: path.stat().st_mtime_ns for path in alone.rglob("*")}
-    with by_hand((alone, "--lr", "1e-3"), (alone, "--lr", "2e-3")) as processes:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
+    with processes.ranks(words(alone, "--lr", "1e-3"), words(alone, "--lr", "2e-3")) as commands:
+        outputs = [command.communicate() for command in commands]
+    assert [command.returncode for command in commands] == [2, 2]
     for output in outputs:
         assert output.splitlines() == [
             "error: the ranks of this run disagree: lr is 0.001 on rank 0 and 0.002 on rank 1: start every rank with the same "
@@ -371,9 +326,9 @@ def test_ranks_that_disagree_end_in_one_sentence_each_and_move_nothing(alone):
 
 
 def test_all_ranks_are_told_that_the_folder_is_in_use(alone):
-    with lock.held(alone), by_hand((alone,), (alone,)) as processes:
-        [one], [two] = (process.communicate(timeout=120)[0].splitlines() for process in processes)
-    assert [process.returncode for process in processes] == [2, 2]
+    with lock.held(alone), processes.ranks(words(alone), words(alone)) as commands:
+        [one], [two] = (command.communicate().splitlines() for command in commands)
+    assert [command.returncode for command in commands] == [2, 2]
     assert one.startswith(f"error: out is {alone}, where process {os.getpid()} on ")
     assert two == f"error: rank 0 stopped, and with it rank 1: {one.removeprefix('error: ')}"
 
