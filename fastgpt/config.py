@@ -211,6 +211,11 @@ class OptimConfig:
     """Learning rate at the end, as a share of the peak."""
     warmup_iters: int = 100
     """Steps of linear warmup; step 0 already learns."""
+    batch_warmup_iters: int = 0
+    """Steps over which the micro-batches of a step rise in a straight line to --grad-accum; 0: all of them from the start."""
+    window_warmup_iters: int = 0
+    """Modern: steps over which the tokens that any block attends to rise to the context in a straight line, in training alone;
+    0: the model's own windows from the start."""
     weight_decay: float = 0.1
     """AdamW's, of matrices and embeddings."""
     beta1: float = 0.9
@@ -222,6 +227,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, self, "lr", "weight_decay", "grad_clip", "warmup_iters", "min_lr_ratio")
+        _at_least(0, self, "batch_warmup_iters", "window_warmup_iters")
         _at_least(
             0, self, "embedding_lr", "head_lr", "scalar_lr", "muon_lr", "muon_weight_decay", "muon_momentum_warmup"
         )

@@ -75,6 +75,7 @@ class ModernAttention(nn.Module):
         if self.ve_gate is not None:
             nn.init.uniform_(self.ve_gate.weight, 0.0, 0.02)
         self.heads, self.window = (H, H_kv), window(config, layer) or None
+        self.limit: int | None = None
         self.turns, self.norm = config.rotary_base > 0, config.qk_norm
         self.dropout, self.layer, self.ops = config.dropout, layer, ops
 
@@ -93,8 +94,10 @@ class ModernAttention(nn.Module):
                 qkv, H, H_kv, *angles, norm=self.norm, scale=scale, position=position, ve=ve, gate=gate
             )
         if cache is None:
-            dropout_p = self.dropout if self.training else 0.0
-            y = self.ops.qkv_attention(qkv, H, n_kv_head=H_kv, window=self.window, doc_ids=doc_ids, dropout_p=dropout_p)
+            dropout_p, reach = self.dropout if self.training else 0.0, self.window
+            if self.training and self.limit is not None:
+                reach = min(self.limit, reach or self.limit)
+            y = self.ops.qkv_attention(qkv, H, n_kv_head=H_kv, window=reach, doc_ids=doc_ids, dropout_p=dropout_p)
         else:
             q, k, v = qkv.unflatten(-1, (H + 2 * H_kv, -1)).split((H, H_kv, H_kv), dim=2)
             k, v = cache.append(self.layer, k, v)
@@ -169,6 +172,12 @@ class ModernTransformer(nn.Module):
         for name, angles in zip(("cos", "sin"), rotation(config)):
             self.register_buffer(name, angles, persistent=False)
         self.config, self.ops = config, ops
+
+    def limit_windows(self, tokens: int | None) -> None:
+        """Let a token attend to at most so many in training, itself among them; None takes the limit away."""
+        for block in self.h:
+            assert isinstance(block, ModernBlock)
+            block.attn.limit = tokens
 
     def forward(self, idx: Tensor, cache: KVCache | None = None, doc_ids: Tensor | None = None) -> Tensor:
         ops, L, dropout_p = self.ops, len(self.h), self.config.dropout if self.training else 0.0

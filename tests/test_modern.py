@@ -190,6 +190,18 @@ def test_windows_follow_the_pattern_and_the_last_block_sees_all():
     assert [block.attn.window for block in GPT(replace(FULL, window_pattern="S")).transformer.h] == [5, 5, 5, None]
 
 
+def test_a_limit_of_windows_holds_in_training_alone():
+    model, idx = made(FULL), torch.randint(0, 64, (1, 16))
+    changed = idx.clone()
+    changed[0, 0] = (idx[0, 0] + 1) % 64
+    for limit, reached in ((1, 1), (2, 1 + FULL.n_layer), (None, 16)):
+        model.transformer.limit_windows(limit)
+        differs = (model(idx)[0] != model(changed)[0]).any(-1)[0]
+        assert differs.nonzero().max() == reached - 1
+        assert (model.eval()(idx)[0] != model(changed)[0]).any(-1).all()
+        model.train()
+
+
 def test_dropout_falls_everywhere_but_in_eval_mode():
     model = made(replace(FULL, dropout=0.5))
     idx = torch.randint(0, 64, (2, 16))

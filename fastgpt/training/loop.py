@@ -249,10 +249,11 @@ class _Loop:
         run = self.state
         mark = run.mark()
         lr = learning_rate(run.step, run.config.optim, self.settings.max_iters)
+        accum = run.begin_step()
         try:
-            with self.meter.step(run.config.tokens_per_step // self.world.size):
+            with self.meter.step(accum * run.micro_batch * run.config.model.block_size):
                 momentum = muon_momentum(run.step, run.config.optim)
-                loss, norm = run.stepper(self._micro_batches(), run.grad_accum, lr, momentum)
+                loss, norm = run.stepper(self._micro_batches(accum), accum, lr, momentum)
         except _Abandoned:
             run.rewind(mark)
             return False
@@ -271,9 +272,9 @@ class _Loop:
         self._shrink(message)
         return False
 
-    def _micro_batches(self) -> Iterator[tuple[Tensor, ...]]:
+    def _micro_batches(self, number: int) -> Iterator[tuple[Tensor, ...]]:
         run = self.state
-        for i in range(run.grad_accum):
+        for i in range(number):
             # Alone, a rank stops between two micro-batches; several finish the step, to leave it together.
             if i and self.stop.asked and self.world.size == 1:
                 raise _Abandoned

@@ -109,8 +109,8 @@ _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": F
 
 def ending(run: Run, loss: float | None, text: str | None) -> Iterator[str]:
     """What is said when all steps are done: the validation loss, some of the model's text, where all is, what to do next."""
-    config, out = run.config, run.config.train.out
-    done = f"{run.step:,} steps, {rounded(run.step * config.tokens_per_step)} tokens"
+    out = run.config.train.out
+    done = f"{run.step:,} steps, {rounded(run.tokens(run.step))} tokens"
     if loss is not None:
         done += f"; validation loss {loss:.4f}, best {run.best_val_loss:.4f}"
     rows = {
@@ -137,7 +137,7 @@ def _data(run: Run) -> str:
 
 def _steps(run: Run) -> str:
     """How much the run reads, and how often it reads the corpus."""
-    steps, read = run.config.train.max_iters, run.config.train.max_iters * run.config.tokens_per_step
+    steps, read = run.config.train.max_iters, run.tokens(run.config.train.max_iters)
     epochs = read / run.train_loader.tokens
     share = f"{100 * epochs:.2g}%" if epochs < 0.1 else f"{epochs:.0%}"
     return (

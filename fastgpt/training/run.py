@@ -17,7 +17,7 @@ from torch import Tensor
 from fastgpt import __version__
 from fastgpt.checkpoints import checkpoint, folder, rng
 from fastgpt.common import LARGEST, UserError, file_sha256, shortened
-from fastgpt.config import SECTIONS, Config, differences
+from fastgpt.config import SECTIONS, Config, OptimConfig, differences
 from fastgpt.data.loader import TokenLoader
 from fastgpt.data.manifest import fingerprint
 from fastgpt.data.resolution import ResolvedData, resolve
@@ -27,6 +27,7 @@ from fastgpt.ops import get as get_ops
 from fastgpt.ops import scales_loss, usable_precision
 from fastgpt.optim.build import build_optimizer
 from fastgpt.training.distributed import World, parallelize
+from fastgpt.training.schedule import micro_batches, window_limit
 from fastgpt.training.step import LossScaler, Stepper
 
 AUTOMATIC = False
@@ -106,6 +107,21 @@ class Run:
             },
         }
 
+    def begin_step(self) -> int:
+        """Set what a schedule says of the next step's windows. Returns the step's micro-batches on this rank."""
+        optim, asked = self.config.optim, self.config.data.grad_accum // self.world.size
+        if optim.window_warmup_iters:
+            limit = window_limit(self.step, optim, self.config.model.block_size)
+            self.model.transformer.limit_windows(limit)  # type: ignore[operator]
+        return micro_batches(self.step, optim, asked) * self.grad_accum // asked
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of the first ``steps`` steps, on all ranks."""
+        per_step, asked = self.config.tokens_per_step, self.config.data.grad_accum // self.world.size
+        rising = min(steps, self.config.optim.batch_warmup_iters)
+        risen = sum(micro_batches(step, self.config.optim, asked) for step in range(rising))
+        return risen * per_step // asked + (steps - rising) * per_step
+
     def mark(self) -> dict[str, Any]:
         """What a step changes before its update: kept at its start, so that an abandoned step leaves no trace."""
         return {"loader": self.train_loader.state_dict(), "rng": rng.rng_state()}
@@ -170,13 +186,17 @@ def initial_weights(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
     return replace(config, model=replace(shape, dropout=config.model.dropout)), portable.weights
 
 
-def use_graphs(asked: str, device: torch.device, kernels: str, compiled: bool, ranks: int) -> bool:
+def use_graphs(
+    asked: str, device: torch.device, kernels: str, compiled: bool, ranks: int, optim: OptimConfig | None = None
+) -> bool:
     """``--cuda-graphs``: whether to capture. Raises UserError for "on" where it cannot be."""
+    changing = [name for name in ("batch_warmup_iters", "window_warmup_iters") if getattr(optim, name, 0)]
     reasons = {
         f"device is {device.type!r}: use --device cuda": device.type != "cuda",
         f"kernels is {kernels!r}: use --kernels triton": kernels != "triton",
         "compile is on: leave out --compile": compiled,
         f"the run has {ranks} ranks: use one": ranks > 1,
+        f"{' and '.join(changing)} changes steps, which a graph repeats: leave it out": bool(changing),
     }
     reason = next((text for text, holds in reasons.items() if holds), None)
     if asked == "on" and reason is not None:
@@ -194,7 +214,10 @@ def build(
     """
     world = world or World()
     shape, seed, settings = config.model, config.train.seed, config.train
-    graphs = use_graphs(settings.cuda_graphs, device, settings.kernels, settings.compile, world.size)
+    graphs = use_graphs(settings.cuda_graphs, device, settings.kernels, settings.compile, world.size, config.optim)
+    if config.optim.window_warmup_iters and (shape.family == "gpt2" or settings.compile):
+        which = "compile is on, which would compile each window" if settings.compile else "a GPT-2 has no windows"
+        raise UserError(f"window_warmup_iters is {config.optim.window_warmup_iters} but {which}: leave it out")
     if config.data.grad_accum % world.size:
         raise UserError(
             f"grad_accum is {config.data.grad_accum}, which {world.size} GPUs do not divide: the micro-batches of a step are "

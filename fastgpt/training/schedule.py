@@ -1,5 +1,6 @@
-"""Learning rate over a run: linear warmup, then the shape that ``--schedule`` names, continuous and never negative. And the
-momentum of Muon, which has a warmup of its own."""
+"""Learning rate over a run: linear warmup, then the shape that ``--schedule`` names, continuous and never negative. And what
+else may change on the way: Muon's momentum, micro-batches of a step, windows. Each is told from the step alone, so that a
+resumed run goes on with the same."""
 
 from __future__ import annotations
 
@@ -38,3 +39,19 @@ def muon_momentum(step: int, optim: OptimConfig) -> float:
     over ``muon_momentum_warmup`` steps, then constant (modded-nanogpt, record 9)."""
     share = min(1.0, step / optim.muon_momentum_warmup) if optim.muon_momentum_warmup else 1.0
     return (1 - share) * optim.muon_momentum_start + share * optim.muon_momentum
+
+
+def micro_batches(step: int, optim: OptimConfig, grad_accum: int) -> int:
+    """Micro-batches of optimizer step ``step`` (0-based): a straight line to ``grad_accum`` over ``batch_warmup_iters``."""
+    return grad_accum if step >= optim.batch_warmup_iters else _risen(step, optim.batch_warmup_iters, grad_accum)
+
+
+def window_limit(step: int, optim: OptimConfig, block_size: int) -> int | None:
+    """Most tokens that a token attends to, itself among them, in training at optimizer step ``step`` (0-based): a straight line
+    to ``block_size`` over ``window_warmup_iters`` steps, then None, no limit (modded-nanogpt, record 13)."""
+    return None if step >= optim.window_warmup_iters else _risen(step, optim.window_warmup_iters, block_size)
+
+
+def _risen(step: int, steps: int, whole: int) -> int:
+    """The part of ``whole`` at ``step`` of a straight line that has all of it after ``steps``; at least 1."""
+    return -(-whole * (step + 1) // (steps + 1))

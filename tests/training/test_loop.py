@@ -190,19 +190,25 @@ def test_a_run_is_not_resumed_with_another_optimizer(config, device):
         train(with_train(other, resume="newest"), device, quiet())
 
 
-def test_a_modern_model_with_muon_goes_on_bit_for_bit(config, device, tmp_path):
+@pytest.mark.parametrize(
+    ("schedules", "at"), [({}, 3), ({"batch_warmup_iters": 4, "window_warmup_iters": 4}, 1)], ids=["plain", "warmups"]
+)
+def test_a_modern_model_with_muon_goes_on_bit_for_bit(config, device, tmp_path, schedules, at):
+    """With warmups steps have 1, 1 and then 2 micro-batches, and windows of 4, 7, 10, 13 and then 16: stopped at 2 steps."""
     config = replace(
         with_train(config, eval_interval=0, checkpoint_interval=0, max_iters=6),
         model=replace(load_preset("modern-demo").model, n_layer=2, n_embd=32, block_size=16, dropout=0.1),
-        optim=replace(load_preset("modern-demo").optim, muon_momentum_warmup=4),
+        optim=replace(load_preset("modern-demo").optim, muon_momentum_warmup=4, **schedules),
     )
     whole, _ = train(with_train(config, out=tmp_path / "whole"), device, quiet())
     halves = with_train(config, out=tmp_path / "halves")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(3, patch)
-        train(halves, device, quiet())
+        interrupt_at(at, patch)
+        stopped, _ = train(halves, device, quiet())
     resumed, _ = train(with_train(halves, resume="newest"), device, quiet())
-    assert resumed.step == 6
+    assert (stopped.step, resumed.step) == (2 if schedules else 3, 6)
+    assert resumed.tokens(6) == (10 if schedules else 12) * 2 * 16  # micro-batches of 2 x 16
+    assert resumed.train_loader.state_dict() == whole.train_loader.state_dict()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     checkpoints = [checkpoint.load(resolve(path)) for path in (tmp_path / "whole", tmp_path / "halves")]

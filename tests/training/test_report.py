@@ -32,6 +32,7 @@ def run_on(device=CUDA, kernels="triton", graphs=None, preset="demo", **data):
         grad_accum=config.data.grad_accum,
         step=0,
         refused=None,
+        tokens=lambda steps: steps * config.tokens_per_step,
         train_loader=SimpleNamespace(tokens=32_768_000),
         val_loader=SimpleNamespace(tokens=5000),
         corpus=SimpleNamespace(skipped="1 files that are not UTF-8 (a.txt)", tokenizer=SimpleNamespace(vocab_size=22)),

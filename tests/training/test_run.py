@@ -12,7 +12,7 @@ import torch
 
 from fastgpt.checkpoints import rng
 from fastgpt.common import UserError
-from fastgpt.config import load_preset
+from fastgpt.config import OptimConfig, load_preset
 from fastgpt.performance import fitting
 from fastgpt.training import run
 from fastgpt.training.distributed import World
@@ -75,6 +75,11 @@ def test_on_is_refused_where_it_cannot_be():
         with pytest.raises(UserError, match=f"^cuda_graphs is 'on' but {reason}, or --cuda-graphs off$"):
             use_graphs("on", *arguments)
         assert not use_graphs("auto", *arguments) and not use_graphs("off", *arguments)
+    for warmup in ({"batch_warmup_iters": 3}, {"window_warmup_iters": 3}):
+        with pytest.raises(
+            UserError, match="_iters changes steps, which a graph repeats: leave it out, or --cuda-graphs"
+        ):
+            use_graphs("on", CUDA, "triton", False, 1, OptimConfig(**warmup))
     assert use_graphs("on", CUDA, "triton", False, 1)
 
 
@@ -170,3 +175,20 @@ def test_a_value_of_another_kind_is_refused_before_the_run_is_built(name, value)
     with pytest.raises(UserError, match=f"^checkpoint run has {name} .*which no run of fastgpt writes") as error:
         run.check_saved({**saved(), name: value}, Path("run"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "compiled", "why"),
+    [
+        ("demo", False, "a GPT-2 has no windows"),
+        ("modern-demo", True, "compile is on, which would compile each window"),
+    ],
+)
+def test_a_warmup_of_windows_is_refused_where_there_are_none_or_all_would_be_compiled(preset, compiled, why):
+    config = load_preset(preset)
+    optim, settings = (
+        replace(config.optim, window_warmup_iters=5),
+        replace(config.train, kernels="eager", compile=compiled),
+    )
+    with pytest.raises(UserError, match=f"^window_warmup_iters is 5 but {why}: leave it out$"):
+        run.build(replace(config, optim=optim, train=settings), CPU)

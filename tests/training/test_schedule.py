@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.config import OptimConfig
-from fastgpt.training.schedule import learning_rate
+from fastgpt.training.schedule import learning_rate, micro_batches, window_limit
 
 SHAPES = ("cosine", "wsd", "linear", "constant")
 
@@ -63,3 +63,10 @@ def test_positive_at_first_never_negative_never_above_the_peak_and_continuous(
 def test_a_warmup_as_long_as_the_run_never_decays():
     optim = OptimConfig(lr=1.0, warmup_iters=10, schedule="cosine")
     assert rates(optim, 10) == pytest.approx([(i + 1) / 11 for i in range(10)])
+
+
+def test_micro_batches_and_windows_rise_to_the_whole_and_stay():
+    optim = OptimConfig(batch_warmup_iters=6, window_warmup_iters=3)
+    assert [micro_batches(step, optim, 4) for step in range(8)] == [1, 2, 2, 3, 3, 4, 4, 4]
+    assert [window_limit(step, optim, 1024) for step in range(5)] == [256, 512, 768, None, None]
+    assert micro_batches(0, OptimConfig(), 4) == 4 and window_limit(0, OptimConfig(), 1024) is None
