@@ -7,7 +7,7 @@ ARGS   ?=
 JOBS   ?= 2
 BIN     = $(VENV)/bin
 
-.PHONY: train test test-versions test-oldest test-newest lint audit install clean
+.PHONY: train test test-versions test-oldest test-newest lint audit docs install clean
 
 train: install
 	$(BIN)/python train.py $(ARGS)
@@ -33,13 +33,18 @@ lint: install
 audit: install
 	$(BIN)/python -m bench.audit --arch sm_89 $(ARGS)
 
+# README, CONTRIBUTING, docs/ and the docstrings as a site, build/site/index.html; any warning is an error.
+docs: install
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --conf-dir docs --doctree-dir build/doctrees . build/site
+	cp build/site/README.html build/site/index.html
+
 install: $(VENV)/.installed
 
 %/.installed: pyproject.toml
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install $(TORCH)
-	$*/bin/python -m pip install --quiet --editable ".[dev,hf,plot,gpu]"
+	$*/bin/python -m pip install --quiet --editable ".[dev,docs,hf,plot,gpu]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest
+	rm -rf $(VENV) .venv-oldest .venv-newest build

@@ -614,6 +614,7 @@ def of_folders() -> Iterator[Input]:
         "bench kill_campaign --out {}": "",
         "bench training_parity --steps 1 --out {}/x.png": "",
         "bench ablation --json {}/x.json": "",
+        "bench diagrams --out {}": "out",
     }
     for words, says in commands.items():
         yield Input("folder", words.format(long), None, says)

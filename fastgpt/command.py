@@ -235,8 +235,14 @@ def refuse(words: Sequence[str], cls: type) -> None:
     """Raise UserError for one of ``words``, a flag if there is one: nothing on a command line is passed over."""
     for word in words:
         if word.startswith("-"):
-            flag, known = word.split("=")[0], [option.flag for option in options(cls) if not option.arg.positional]
-            raise UserError(f"flag is {flag!r}{nearest(flag, known)}, which is not known: --help lists those there are")
+            flag, known = word.split("=")[0], options(cls)
+            for option in known:  # --config FILE, --config-path FILE
+                if option.arg.positional and flag.strip("-").startswith(option.name):
+                    raise UserError(
+                        f"flag is {flag!r}, which is not known: {option.metavar} stands alone, without a flag"
+                    )
+            flags = [option.flag for option in known if not option.arg.positional]
+            raise UserError(f"flag is {flag!r}{nearest(flag, flags)}, which is not known: --help lists those there are")
     if words:
         raise UserError(f"{words[0]!r} is one word too many: --help says what the command takes")
 

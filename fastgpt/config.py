@@ -42,7 +42,13 @@ may come from a stranger's checkpoint."""
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a GPT-2, or of a modern model (docs/recipe.md). A checkpoint only loads into the very same shape."""
+    """The shape of a GPT-2, or of a modern model (docs/recipe.md). A checkpoint only loads into the very same shape. Raises
+    UserError for one that cannot be.
+
+    >>> ModelConfig(n_head=5)
+    Traceback (most recent call last):
+    fastgpt.common.UserError: n_embd is 768, which n_head 5 does not divide: n_head can be 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48
+    """
 
     n_layer: int = 12
     """Transformer blocks."""
@@ -436,6 +442,9 @@ def parse(
         meant = f"--preset {file}" if str(file) in preset_names() else "a .toml file"
         if file.suffix == ".py":
             meant = "a .toml file; nanoGPT's configs are for python -m fastgpt.nanogpt TRAIN.PY CONFIG.PY"
+        elif "=" in str(file):  # model.n_layer=4, +optim.lr=1e-3
+            flag = str(file).partition("=")[0].rpartition(".")[2].lstrip("+").replace("_", "-")
+            meant += f", or a flag for each value: --{flag} {str(file).partition('=')[2]}"
         raise UserError(f"{str(file)!r} is not TOML, as a config has to be: give {meant}")
     defaults = Config(train=TrainConfig(kernels=kernels))
     base = load_preset(preset or "demo", device_type, defaults)

@@ -31,7 +31,7 @@ from fastgpt.common import tomllib
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = ("python", "python3", "fastgpt", "make", "pytest", "torchrun", "pip", "git", "export", "cd", "source")
+PROGRAMS = ("python", "python3", "fastgpt", "make", "pytest", "torchrun", "pip", "git", "export", "cd", "source", "lm_eval")
 TINY = "--n-embd 32 --n-layer 1 --block-size 16 --vocab-size 256 --tokenizer bytes --batch-size 2 --grad-accum 1"
 TINY += " --max-iters 1 --eval-iters 1 --device cpu --no-tensorboard"
 
@@ -244,7 +244,7 @@ CHECKS = [
     (r"(\w+=\S* )*make ", make),
     (r"(python -m )?pip ", pip),
     (r"(python -m )?pytest ", pytest_accepts),
-    (r"git clone |cd |export |source |python3? -m venv ", nothing),
+    (r"git clone |cd |export |source |lm_eval |python3? -m venv ", nothing),
     (r"torchrun ", torchrun),
     (r"(python -m fastgpt\.|fastgpt )nanogpt (?!--help)", nanogpt),
     (r"(python -m fastgpt\.|fastgpt )(hardware|plan|env)\b(?!.*--help)", run),

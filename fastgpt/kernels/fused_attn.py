@@ -920,8 +920,19 @@ def attention(
     H_kv, D up to 256. ``scale`` defaults to 1/sqrt(D). A query stands at position kv_len - T_q + i (kv_len, (B,)
     integers, defaults to T_k) and sees the keys before kv_len that are not after it (``causal``), fewer than ``window``
     away, and of its own document (``doc_ids``, (B, T_k) integers); one that sees none gets zeros. Keys at or past
-    kv_len are never read. ``accumulate="fp16"``: see above.
+    kv_len are never read. ``accumulate="fp16"`` sums products of fp16 operands in fp16 (docs/precision-modes.md).
     Raises ValueError for shapes, dtypes or options that do not fit.
+
+    >>> q, k, v = torch.randn(3, 2, 16, 4, 32)
+    >>> sdpa = torch.nn.functional.scaled_dot_product_attention
+    >>> expected = sdpa(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
+    >>> torch.allclose(attention(q, k, v), expected, atol=1e-5)
+    True
+
+    One new token, and a cache with room for 16, of which each sequence has filled as much as kv_len says:
+
+    >>> attention(q[:, :1], k, v, kv_len=torch.tensor([5, 9])).shape
+    torch.Size([2, 1, 4, 32])
     """
     if not (q.dim() == k.dim() == 4 and k.shape == v.shape and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
@@ -964,8 +975,15 @@ def qkv_attention(
     H_kv = H, as GPT-2's c_attn packs them: all queries, all keys, all values.
 
     ``attention`` without a transpose or a copy in either direction: q, k and v are read inside qkv, and the gradient is
-    written into one tensor of qkv's shape. Raises ValueError. ``operator``: kernels/fp8 puts its own in place of the
-    registered one, with the same arguments.
+    written into one tensor of qkv's shape. fp32, fp16 or bf16, any strides; under autocast, autocast's. The options are
+    those of ``attention``. ``operator``: kernels/fp8 puts its own in place of the registered one, with the same arguments.
+    Raises ValueError for shapes, dtypes or options that do not fit.
+
+    >>> qkv = torch.randn(2, 16, 3 * 64, requires_grad=True)
+    >>> y = qkv_attention(qkv, n_head=2, window=8)
+    >>> y.sum().backward()
+    >>> y.shape, qkv.grad.shape
+    (torch.Size([2, 16, 64]), torch.Size([2, 16, 192]))
     """
     n_kv_head = n_kv_head or n_head
     if qkv.dim() != 3 or n_head < 1 or n_head % n_kv_head or qkv.shape[-1] % (n_head + 2 * n_kv_head):

@@ -505,8 +505,8 @@ def linear_cross_entropy(
     """Cross-entropy of the classifier ``x @ weight.T + bias``, without holding its logits.
 
     x (..., C), weight (V, C), bias (V,), any strides, each fp32, fp16 or bf16; target (...) int64 or int32. The GEMMs
-    run in x's dtype (under autocast, in autocast's) with fp32 accumulation (``accumulate="fp16"``: see above); the rest
-    is fp32, and so is the result: a scalar, or target's shape for "none". Each gradient has its input's dtype.
+    run in x's dtype (under autocast, in autocast's) with fp32 accumulation (``accumulate="fp16"``: docs/precision-modes.md);
+    the rest is fp32, and so is the result: a scalar, or target's shape for "none". Each gradient has its input's dtype.
     ``reference.linear_cross_entropy`` says what the options mean, and computes for CPU tensors outside the interpreter.
     Rows of weight at and past ``vocab_size`` take no part: their gradient is zero. All tokens ignored: the mean is 0,
     and so are the gradients.
@@ -514,6 +514,11 @@ def linear_cross_entropy(
     Raises ValueError for arguments that do not fit together, and on a CPU for a target that is neither ``ignore_index``
     nor in [0, vocab_size); on a GPU, which is not waited for, the loss of such a token and its gradients are NaN.
     RuntimeError from a backward pass with create_graph=True.
+
+    >>> x, weight, target = torch.randn(2, 8, 32), torch.randn(100, 32), torch.randint(100, (2, 8))
+    >>> expected = torch.nn.functional.cross_entropy((x @ weight.T).flatten(0, 1), target.flatten())
+    >>> torch.allclose(linear_cross_entropy(x, weight, target), expected)
+    True
     """
     V = weight.shape[0] if vocab_size is None else vocab_size
     options = ignore_index, label_smoothing, z_loss, logit_softcap, V, accumulate == "fp16"

@@ -403,12 +403,16 @@ def embedding(
 
     idx (..., T) int64 or int32, of any rank from 1 and any strides; wte (V, C) and wpe (P, C), each fp32, fp16 or bf16, read
     in place if neighbouring columns are adjacent. ``position``: where the sequences start, as in sampling from a cache.
-    Autocast changes nothing. Gradients have their table's dtype and are dense, or added to ``.grad`` in place (see above).
+    Autocast changes nothing. Gradients have their table's dtype and are dense, or added to ``.grad`` in place (below).
     ``dropout_p`` > 0 draws a seed from torch's generator.
 
     Raises ValueError for arguments that do not fit, on a CPU also for ids that have no row; on a GPU, which is not asked, the
     output of such a token is NaN and it adds to no gradient. CPU tensors outside Triton's interpreter are computed by
     ``reference.embedding``.
+
+    >>> idx, wte, wpe = torch.tensor([[1, 4, 4]]), torch.randn(50, 32), torch.randn(16, 32)
+    >>> torch.equal(embedding(idx, wte, wpe, position=5), wte[idx] + wpe[5:8])
+    True
     """
     _validate(idx, wte, wpe, position, dropout_p, out_dtype)
     if not runtime.runs_in_triton(wte):

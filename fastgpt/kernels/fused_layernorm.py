@@ -499,6 +499,11 @@ def layer_norm(
     contiguous. Each gradient has its input's dtype. Autocast changes nothing: the arithmetic is fp32 anyway.
     Raises ValueError for shapes, dtypes and devices that do not fit. CPU tensors outside Triton's interpreter are
     computed by ``reference.layer_norm``.
+
+    >>> x, residual, weight = torch.randn(2, 8, 64), torch.randn(2, 8, 64), torch.ones(64)
+    >>> y, residual = layer_norm(x, weight, residual=x)
+    >>> torch.allclose(y, torch.nn.functional.layer_norm(residual, (64,)), atol=1e-5)
+    True
     """
     if not runtime.runs_in_triton(x):
         return reference.layer_norm(

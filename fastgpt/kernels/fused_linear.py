@@ -283,12 +283,17 @@ def linear(
     x (..., in) of any rank from 1, weight (out, in), bias (out,), residual (..., out), any strides, each fp32, fp16 or
     bf16 (a transposed (in, out) weight is read in place). The matmul runs in x's dtype (under autocast, in autocast's);
     the result has that dtype, or the residual's. Each gradient has its input's dtype, that of an fp32 weight without
-    going through 16 bits. ``dropout_p`` > 0 draws a seed from torch's generator. ``accumulate="fp16"``: see above.
+    going through 16 bits. ``dropout_p`` > 0 draws a seed from torch's generator. ``accumulate="fp16"``:
+    docs/precision-modes.md.
     ``keep_copy``: whether a copy of the weight in another dtype is kept from call to call (working_copy.py), or cast at
     each.
 
     Raises ValueError for arguments that do not fit. CPU tensors outside Triton's interpreter are computed by
     ``reference.linear``.
+
+    >>> x, weight, residual = torch.randn(2, 8, 32), torch.randn(64, 32), torch.randn(2, 8, 64)
+    >>> torch.allclose(linear(x, weight, residual=residual), x @ weight.T + residual, atol=1e-4)
+    True
     """
     dtype = check(x, weight, bias, accumulate, residual, dropout_p)
     if not runtime.runs_in_triton(x):
@@ -305,8 +310,17 @@ def linear_gelu(
     accumulate: str = "fp32",
     keep_copy: bool = True,
 ) -> Tensor:
-    """gelu(x @ weight.T + bias), ``approximate`` as in torch.nn.functional.gelu: "tanh" or "none". The rest is as in
-    ``linear``. Where a linear layer follows, ``mlp`` moves fewer bytes in backward."""
+    """gelu(x @ weight.T + bias), ``approximate`` as in torch.nn.functional.gelu: "tanh" or "none".
+
+    x (..., in), weight (out, in), bias (out,) -> (..., out); strides, dtypes (fp32, fp16, bf16), ``accumulate`` and
+    ``keep_copy`` as in ``linear``. Where a linear layer follows, ``mlp`` moves fewer bytes in backward. Raises ValueError for
+    arguments that do not fit.
+
+    >>> x, weight = torch.randn(2, 8, 32), torch.randn(64, 32)
+    >>> expected = torch.nn.functional.gelu(x @ weight.T, approximate="tanh")
+    >>> torch.allclose(linear_gelu(x, weight), expected, atol=1e-4)
+    True
+    """
     dtype = check(x, weight, bias, accumulate)
     arguments.approximate(approximate)
     if not runtime.runs_in_triton(x):
@@ -318,7 +332,15 @@ def linear_gelu(
 def linear_relu2(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, accumulate: str = "fp32", keep_copy: bool = True
 ) -> Tensor:
-    """relu(x @ weight.T + bias)^2. The rest is as in ``linear_gelu``."""
+    """relu(x @ weight.T + bias)^2.
+
+    x (..., in), weight (out, in), bias (out,) -> (..., out); strides, dtypes (fp32, fp16, bf16), ``accumulate`` and
+    ``keep_copy`` as in ``linear``. Raises ValueError for arguments that do not fit.
+
+    >>> x, weight = torch.randn(2, 8, 32), torch.randn(64, 32)
+    >>> torch.allclose(linear_relu2(x, weight), (x @ weight.T).relu() ** 2, atol=1e-3)
+    True
+    """
     dtype = check(x, weight, bias, accumulate)
     if not runtime.runs_in_triton(x):
         return reference.linear_relu2(x, weight, bias, accumulate=accumulate)
@@ -342,7 +364,16 @@ def mlp(
 ) -> Tensor:
     """dropout(gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj) + residual: ``linear`` of ``linear_gelu``, whose backward has
     no pass for the GELU; or, with ``activation="relu2"``, of ``linear_relu2``, which also keeps a tensor less for backward.
-    x (..., C), w_fc (H, C), w_proj (out, H); the rest is as in those. ``approximate`` concerns GELU alone."""
+
+    x (..., C), w_fc (H, C), b_fc (H,), w_proj (out, H), b_proj (out,), residual and result (..., out); strides, dtypes (fp32,
+    fp16, bf16), ``accumulate`` and ``keep_copy`` as in ``linear``. ``approximate`` concerns GELU alone. Raises ValueError for
+    arguments that do not fit.
+
+    >>> x, w_fc, w_proj = torch.randn(2, 8, 32), torch.randn(128, 32), torch.randn(32, 128)
+    >>> expected = torch.nn.functional.gelu(x @ w_fc.T, approximate="tanh") @ w_proj.T + x
+    >>> torch.allclose(mlp(x, w_fc, None, w_proj, None, residual=x), expected, atol=1e-3)
+    True
+    """
     arguments.approximate(approximate)
     arguments.choice("activation", activation, MLP_ACTIVATIONS)
     dtype = check_mlp(x, w_fc, b_fc, w_proj, b_proj, accumulate, residual, dropout_p)

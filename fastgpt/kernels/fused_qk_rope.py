@@ -307,7 +307,14 @@ def qk_norm_rope(
     each position; ``position`` is that of the first token, an int, or (B,) integers, which are not looked at: queries and
     keys at a position without a row become NaN. ve (B, T, n_kv_head D) and gate (B, T, n_kv_head) go together. Each tensor
     fp32, fp16 or bf16, of any strides. Each gradient has its input's dtype. Autocast changes nothing: the arithmetic is fp32.
-    Raises ValueError for shapes, dtypes, devices and positions that do not fit."""
+    Raises ValueError for shapes, dtypes, devices and positions that do not fit.
+
+    >>> angles = torch.arange(16)[:, None] / 10_000 ** (torch.arange(0, 32, 2) / 32)
+    >>> qkv = torch.randn(2, 16, (4 + 2 * 2) * 32)  # 4 heads of queries, 2 of keys, 2 of values
+    >>> y = qk_norm_rope(qkv, 4, 2, angles.cos(), angles.sin())
+    >>> torch.equal(y[..., -64:], qkv[..., -64:])  # the values are as they were
+    True
+    """
     heads = n_head + 2 * n_kv_head
     if qkv.dim() != 3 or n_kv_head < 1 or n_head < 1 or n_head % n_kv_head or qkv.shape[-1] % heads:
         raise ValueError(

@@ -262,6 +262,11 @@ def rms_norm(
     Both are contiguous. Each gradient has its input's dtype. Autocast changes nothing: the arithmetic is fp32 anyway.
     Raises ValueError for shapes, dtypes and devices that do not fit. CPU tensors outside Triton's interpreter are
     computed by ``reference.rms_norm``.
+
+    >>> x, residual = torch.randn(2, 8, 64), torch.randn(2, 8, 64)
+    >>> y, residual = rms_norm(x, residual=residual, scale=torch.tensor([0.5]))
+    >>> torch.allclose(y, torch.nn.functional.rms_norm(residual, (64,), eps=1e-6), atol=1e-5)
+    True
     """
     if (x0 is None) != (x0_scale is None):
         missing = "x0" if x0 is None else "x0_scale"

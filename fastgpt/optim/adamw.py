@@ -42,6 +42,15 @@ class FusedAdamW(Optimizer):
     ``sync_hyperparameters()``, called before ``graph.replay()``; outside graphs ``step`` does that. A learning rate
     that is a tensor on the device is read by the captured step itself. The graph knows addresses only: keep what
     ``graph_tensors()`` returns as long as the graph, and capture anew when it returns tensors at other ones.
+
+    Raises ValueError for a value or a parameter that does not fit.
+
+    >>> layer = torch.nn.Linear(8, 8)
+    >>> optimizer = FusedAdamW(layer.parameters(), lr=1e-3, max_grad_norm=1.0)
+    >>> layer(torch.randn(4, 8)).square().mean().backward()
+    >>> optimizer.step()
+    >>> bool(optimizer.grad_norm > 0), int(optimizer.skipped_steps)
+    (True, 0)
     """
 
     grad_scale: Tensor
@@ -95,7 +104,13 @@ class FusedAdamW(Optimizer):
     @classmethod
     def from_optimizer(cls, optimizer: Optimizer, *, max_grad_norm: float | None = None) -> FusedAdamW:
         """Take over a torch.optim.AdamW: its parameter groups (the very dictionaries, so that a scheduler on the old
-        optimizer still sets the learning rate) and its state. Do not step the old one again."""
+        optimizer still sets the learning rate) and its state. Do not step the old one again. Raises TypeError for another
+        optimizer.
+
+        >>> old = torch.optim.AdamW(torch.nn.Linear(8, 8).parameters(), lr=1e-4)
+        >>> FusedAdamW.from_optimizer(old, max_grad_norm=1.0).param_groups[0]["lr"]
+        0.0001
+        """
         if not isinstance(optimizer, torch.optim.AdamW):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}: from_optimizer takes over a torch.optim.AdamW")
         new = cls(optimizer.param_groups, max_grad_norm=max_grad_norm)

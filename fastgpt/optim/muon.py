@@ -68,6 +68,12 @@ class Muon(Optimizer):
     Each parameter's state is ``momentum_buffer``, and with normuon ``second_moment`` (rows, 1).
 
     CUDA graphs: as FusedAdamW, with ``sync_hyperparameters`` before a replay and ``graph_tensors``.
+    Raises ValueError for a value or a parameter that does not fit.
+
+    >>> qkv = torch.nn.Linear(8, 24, bias=False)  # queries, keys and values: three matrices
+    >>> optimizer = Muon([{"params": [qkv.weight], "split": (8, 8, 8)}], lr=0.02)
+    >>> qkv(torch.randn(4, 8)).square().mean().backward()
+    >>> optimizer.step()
     """
 
     grad_scale: Tensor
@@ -296,7 +302,12 @@ class MuonAdamW(Optimizer):
 
     ``max_grad_norm`` clips the norm of all gradients together, of both parts, as ``clip_grad_norm_`` would. Like FusedAdamW it
     has ``grad_norm`` (before clipping, unscaled), skips on the device a step whose norm is inf or NaN, counts these in
-    ``skipped_steps``, and unscales what GradScaler has scaled.
+    ``skipped_steps``, and unscales what GradScaler has scaled. Raises ValueError for a max_grad_norm that is not positive.
+
+    >>> layer = torch.nn.Linear(8, 8)
+    >>> optimizer = MuonAdamW(Muon([layer.weight]), torch.optim.AdamW([layer.bias]), max_grad_norm=1.0)
+    >>> layer(torch.randn(4, 8)).square().mean().backward()
+    >>> optimizer.step()
     """
 
     grad_scale: Tensor
@@ -367,8 +378,11 @@ class MuonAdamW(Optimizer):
             clip = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
             scale = clip if scale is None else clip * scale.squeeze()
         flags = {"found_inf": skip.float(), **({} if scale is None else {"grad_scale": scale})}
-        if isinstance(self.adamw, torch.optim.AdamW) and any(isinstance(param, DTensor) for param in params):
-            if skip:  # it takes no flags beside DTensors, so the host has to look
+        fused = all(group.get("fused") for group in self.adamw.param_groups)
+        if isinstance(self.adamw, torch.optim.AdamW) and (
+            not fused or any(isinstance(param, DTensor) for param in params)
+        ):
+            if skip:  # it takes flags only when it is fused and has no DTensors, so the host has to look
                 return loss
             for param in params if scale is not None else ():
                 local(param.grad).div_(scale)  # type: ignore[arg-type]

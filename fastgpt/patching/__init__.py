@@ -37,6 +37,12 @@ def patch(model: nn.Module, *, keep_logits: bool = False, verify: Any = None, qu
 
     Raises UserError, and changes nothing, if the model is of another family, wrapped, or partly patched, or if it computes
     something else on ``verify`` than before.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> shape = GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=64)
+    >>> model = GPT2LMHeadModel(shape)
+    >>> sorted(patch(model, quiet=True).replaced)
+    ['MLP', 'attention', 'layer norm', 'loss', 'residual add with its norm']
     """
     family = _family(model)
     done = fused_modules(model)
@@ -70,7 +76,15 @@ def patch(model: nn.Module, *, keep_logits: bool = False, verify: Any = None, qu
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Give every patched module in ``model`` its own forward again, and return the model, which may also be unpatched or
-    partly patched. Raises UserError, and changes nothing, if a module has been wrapped since."""
+    partly patched. Raises UserError, and changes nothing, if a module has been wrapped since.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> shape = GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=16, vocab_size=64)
+    >>> model = GPT2LMHeadModel(shape)
+    >>> report = patch(model, quiet=True)
+    >>> unpatch(model) is model
+    True
+    """
     for wrapper in ("_orig_mod", "module"):
         if type(model).__name__ in _WRAPPERS and isinstance(getattr(model, wrapper, None), nn.Module):
             model = getattr(model, wrapper)
