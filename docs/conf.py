@@ -17,6 +17,7 @@ include_patterns = ["*.md", "docs/**.md", "docs/api.rst"]
 exclude_patterns = [".*", "build", "data", "runs", "out"]  # not looked into: environments, what runs leave
 myst_heading_anchors = 4  # GitHub's own anchors
 default_role = "code"  # docstrings write `names` as Markdown does
+smartquotes = False  # --flag is not a dash
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

@@ -31,7 +31,7 @@ from fastgpt.common import tomllib
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = ("python", "python3", "fastgpt", "make", "pytest", "torchrun", "pip", "git", "export", "cd", "source", "lm_eval")
+PROGRAMS = "python python3 fastgpt make pytest torchrun pip git export cd source lm_eval".split()
 TINY = "--n-embd 32 --n-layer 1 --block-size 16 --vocab-size 256 --tokenizer bytes --batch-size 2 --grad-accum 1"
 TINY += " --max-iters 1 --eval-iters 1 --device cpu --no-tensorboard"
 
