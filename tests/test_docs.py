@@ -31,7 +31,7 @@ from fastgpt.common import tomllib
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 PAGES = [ROOT / "README.md", CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
-PROGRAMS = "python python3 fastgpt make pytest torchrun pip git export cd source lm_eval".split()
+PROGRAMS = "python|python3|fastgpt|make|pytest|torchrun|pip|git|export|cd|source|lm_eval"
 TINY = "--n-embd 32 --n-layer 1 --block-size 16 --vocab-size 256 --tokenizer bytes --batch-size 2 --grad-accum 1"
 TINY += " --max-iters 1 --eval-iters 1 --device cpu --no-tensorboard"
 
@@ -50,7 +50,7 @@ def blocks(page):
 
 def is_command(text):
     """Whether the first line starts with a program, after ``$ `` and VARIABLE=value."""
-    return bool(re.match(rf"\s*(\$ )?(\w+=\S* +)*({'|'.join(PROGRAMS)})\b(?! *=|,| import)", text))
+    return bool(re.match(rf"\s*(\$ )?(\w+=\S* +)*({PROGRAMS})\b(?! *=|,| import)", text))
 
 
 def commands(page):
