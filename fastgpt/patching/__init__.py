@@ -1,4 +1,4 @@
-"""``patch(model)``: fused operations inside somebody else's nanoGPT or Hugging Face GPT-2, in place.
+"""``patch(model)``: fused operations inside somebody else's nanoGPT, nanochat or Hugging Face GPT-2, in place.
 
 docs/patch.md has the table of what is replaced and what is not."""
 
@@ -13,7 +13,7 @@ from torch import nn
 from fastgpt import ops as operations
 from fastgpt.common import UserError
 from fastgpt.kernels import runtime
-from fastgpt.patching import huggingface, nanogpt
+from fastgpt.patching import huggingface, nanochat, nanogpt
 from fastgpt.patching.plan import PatchPlan, PatchReport
 from fastgpt.patching.probe import plain_defaults
 from fastgpt.patching.swap import all_or_nothing, base_class, fuse, fused_modules, restore
@@ -21,16 +21,16 @@ from fastgpt.patching.verify import fuse_and_verify
 
 
 def patch(model: nn.Module, *, keep_logits: bool = False, verify: Any = None, quiet: bool = False) -> PatchReport:
-    """Replace attention, layer norms (with the residual add and its dropout), MLP and loss of ``model`` by the fused
+    """Replace attention, norms (with the residual add and its dropout), MLP and loss of ``model`` by the fused
     operations, in place. Return a report of what was replaced and what was kept; print it unless ``quiet``.
 
-    ``model`` is a nanoGPT ``GPT`` (or a fork whose modules have its names) or transformers' ``GPT2LMHeadModel`` or
-    ``GPT2Model``: before or after its weights are loaded, on any device, in fp32, fp16 or bf16; before DDP,
+    ``model`` is a ``GPT`` of nanoGPT or nanochat (or a fork whose modules have its names) or transformers' ``GPT2LMHeadModel``
+    or ``GPT2Model``: before or after its weights are loaded, on any device, in fp32, fp16 or bf16; before DDP,
     torch.compile, fully_shard or ``accelerator.prepare``. Parameters, names, state_dict, tied weights and ``generate`` stay
     as they are. Patching a patched model starts again with the new options.
 
     In train mode with targets (labels) the loss is computed without the logits, which are then None; with ``keep_logits``
-    loss and logits are the model's own. In eval mode both are returned.
+    loss and logits are the model's own. In eval mode both are returned. nanochat's GPT returns one of the two in any case.
 
     ``verify`` is a small batch, (idx, targets) or a dict with labels: loss and gradients of the patched model are compared with
     its own on it, on the model's device and under the autocast that is on. The report has the figures.
@@ -55,7 +55,7 @@ def patch(model: nn.Module, *, keep_logits: bool = False, verify: Any = None, qu
     with all_or_nothing(model):
         for module in done:  # so that the modules are probed as they are
             restore(module)
-        with plain_defaults():
+        with plain_defaults(model):
             family.plan(model, plan, keep_logits)
         ops = operations.get("triton" if find_spec("triton") else "eager")
         verified = {}
@@ -63,10 +63,10 @@ def patch(model: nn.Module, *, keep_logits: bool = False, verify: Any = None, qu
             verified = fuse_and_verify(model, plan.changes, ops, verify)
         else:
             for change in plan.changes:
-                fuse(change.module, change.mixin, ops)
+                fuse(change.module, change.mixin, ops, change.settings)
     # A plain attribute of the instance: not in the state_dict, and gone after unpatch.
     vars(model).update(_fastgpt_patched=True)
-    if "loss" in plan.replaced:
+    if "loss" in plan.replaced and family is not nanochat:
         plan.notes.append("in train mode with targets the logits are None (keep_logits=True returns them)")
     report = PatchReport(plan.model, _runs_in(model), plan.replaced, plan.kept, tuple(plan.notes), verified)
     if not quiet and int(os.environ.get("RANK", 0)) == 0:
@@ -103,20 +103,25 @@ def _family(model: Any) -> Any:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise UserError(
-            f"model is a {name}: give patch a nanoGPT GPT, or a GPT2LMHeadModel or GPT2Model of transformers"
+            f"model is a {name}: give patch a nanoGPT GPT, a nanochat GPT, or a GPT2LMHeadModel or GPT2Model of transformers"
         )
     if name in _WRAPPERS:
         raise UserError(f"model is wrapped in {name}: patch the model itself, before it is wrapped or compiled")
     if base_class(model).__module__ == "fastgpt.model":
         raise UserError("model is fastgpt's own GPT: it needs no patch, make it with GPT(config, fastgpt.ops.TRITON)")
-    for family in (huggingface, nanogpt):
+    for family in (huggingface, nanogpt, nanochat):
         if family.matches(model):
             return family
     for inner, module in model.named_modules():
-        if huggingface.matches(module) or nanogpt.matches(module):
+        if any(family.matches(module) for family in (huggingface, nanogpt, nanochat)):
             raise UserError(f"model is a {name}: patch its body with fastgpt.patch(model.{inner})")
-    known = f"model is a {name}: patch knows nanoGPT's GPT, and GPT2LMHeadModel and GPT2Model of transformers"
-    lacks = f"; as nanoGPT's it lacks {nanogpt.missing(model)}" if hasattr(model, "transformer") else ""
+    known = (
+        f"model is a {name}: patch knows nanoGPT's GPT, nanochat's, and GPT2LMHeadModel and GPT2Model of transformers"
+    )
+    like, near = "nanoGPT", nanogpt.missing
+    if any(inner.endswith(".attn.c_q") for inner, _ in model.named_modules()):
+        like, near = "nanochat", nanochat.missing
+    lacks = f"; as {like}'s it lacks {near(model)}" if hasattr(model, "transformer") else ""
     raise UserError(known + lacks)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastgpt.patching.loss import FusedLoss, plan_loss
 from fastgpt.patching.modules import FusedBlock, dropout_p, hooked, supported
-from fastgpt.patching.plan import PatchPlan, plan_blocks
+from fastgpt.patching.plan import PatchPlan, gpt2_parts, plan_blocks
 from fastgpt.patching.probe import Probe
 from fastgpt.patching.swap import Fused, is_fused
 
@@ -137,10 +137,7 @@ def plan(model: Any, plan: PatchPlan, keep_logits: bool) -> None:
     plan_blocks(
         plan,
         {f"{prefix}h.{i}": block for i, block in enumerate(base.h)},
-        attention=HuggingFaceAttention,
-        block=HuggingFaceBlock,
-        attention_blocker=_attention_blocker,
-        call_attention=lambda block, x: block.attn(x)[0],
+        gpt2_parts(HuggingFaceAttention, HuggingFaceBlock, lambda block, x: block.attn(x)[0], C, _attention_blocker),
         shape=(1, min(len(base.wpe.weight), 2048), C),
     )
     plan.norm(f"{prefix}ln_f", base.ln_f, C)

@@ -1,20 +1,21 @@
 """The loss of a patched model: its own forward runs, and only the product that its cross-entropy reads is never formed.
 
-In train mode the LM head returns a ``Logits`` in place of a tensor. ``F.cross_entropy`` of it (or of rows of it) is the fused
-linear + cross-entropy; anything else that is done with it forms the tensor and goes on with that. So embeddings, the order of
-the blocks, auxiliary losses and the options of the cross-entropy are the model's, whatever they are.
+In train mode the LM head returns a ``Logits`` in place of a tensor. ``F.cross_entropy`` of it (or of rows of it, of its first
+columns, or capped: c tanh(z / c)) is the fused linear + cross-entropy; anything else that is done with it forms the tensor and
+goes on with that. So embeddings, the order of the blocks, auxiliary losses and the options of the cross-entropy are the
+model's, whatever they are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastgpt.common import UserError
@@ -34,13 +35,33 @@ class Use:
     """They, or some rows of them, were needed as a tensor."""
 
 
+@dataclass(frozen=True)
+class Done:
+    """What has been done to each of the first ``columns`` logits z: ``outer * tanh(inner * z)``, or without tanh inner * z."""
+
+    columns: int
+    inner: float = 1.0
+    tanh: bool = False
+    outer: float = 1.0
+
+    def times(self, factor: float) -> Done:
+        return replace(self, outer=self.outer * factor) if self.tanh else replace(self, inner=self.inner * factor)
+
+    def options(self, rows: int) -> dict[str, Any] | None:
+        """As the fused loss of a head with so many rows takes it; None for what it has not."""
+        if not math.isclose(self.inner * self.outer, 1.0, rel_tol=1e-9):
+            return None
+        options: dict[str, Any] = {} if self.columns == rows else {"vocab_size": self.columns}
+        return {**options, "logit_softcap": abs(self.outer)} if self.tanh else options
+
+
 class Logits:
-    """x @ head.weight.T + head.bias that is not computed yet. x (..., C).
+    """x @ head.weight.T + head.bias that is not computed yet, and what is ``done`` to it. x (..., C).
 
     Not a Tensor: torch hands it to ``__torch_function__`` wherever one is expected, and torch.compile traces through it."""
 
-    def __init__(self, head: Any, x: Tensor, form: Callable[[], Tensor], use: Use) -> None:
-        self.head, self.x, self.form, self.use = head, x, form, use
+    def __init__(self, head: Any, x: Tensor, form: Callable[[], Tensor], use: Use, done: Done) -> None:
+        self.head, self.x, self.form, self.use, self.done = head, x, form, use, done
         self.formed: Tensor | None = None
 
     def tensor(self) -> Tensor:
@@ -50,21 +71,23 @@ class Logits:
             self.formed = self.form()
         return self.formed
 
-    def rows(self, x: Tensor, of: Callable[[Any], Any]) -> Any:
-        """``of(logits)``, which takes whole rows: those that belong to ``x``."""
+    def rows(self, x: Tensor, of: Callable[[Any], Any], done: Done | None = None) -> Any:
+        """``of(logits)``, which takes the rows that belong to ``x``, and of these what ``done`` says."""
         if self.formed is not None:
             return of(self.formed)
-        return Logits(self.head, x, lambda: of(self.tensor()), self.use)
+        return Logits(self.head, x, lambda: of(self.tensor()), self.use, done or self.done)
 
     def cross_entropy(self, target: Tensor, options: dict[str, Any]) -> Tensor:
         """F.cross_entropy(self, target, **options)."""
         known = all(value is None or name in _OPTIONS for name, value in options.items())
         fits = self.x.dim() == 2 and target.shape == self.x.shape[:1] and not target.is_floating_point()
-        if self.use.formed or not (known and fits):
+        weight = weight_of(self.head)
+        done = self.done.options(len(weight))
+        if self.use.formed or not (known and fits) or done is None:
             return F.cross_entropy(self.tensor(), target, **options)
         self.use.reduced = True
         options = {name: value for name, value in options.items() if value is not None}
-        return self.head.ops.linear_cross_entropy(self.x, weight_of(self.head), target, bias=self.head.bias, **options)
+        return self.head.ops.linear_cross_entropy(self.x, weight, target, bias=self.head.bias, **done, **options)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -74,6 +97,8 @@ class Logits:
             logits, target = given.pop("input"), given.pop("target")
             if isinstance(logits, Logits) and isinstance(target, Tensor) and len(args) <= 3:
                 return logits.cross_entropy(target, given)
+        if func in (torch.tanh, Tensor.tanh) and isinstance(args[0] if args else None, Logits) and not kwargs:
+            return args[0].tanh()
         args, kwargs = tree_map_only(Logits, Logits.tensor, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -81,7 +106,7 @@ class Logits:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.x.shape[:-1], len(weight_of(self.head))))
+        return torch.Size((*self.x.shape[:-1], self.done.columns))
 
     @property
     def device(self) -> torch.device:
@@ -111,11 +136,32 @@ class Logits:
 
     def __getitem__(self, index: Any) -> Any:
         parts = index if isinstance(index, tuple) else (index,)
-        simple = all(part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
-        whole = simple and ((len(parts) < self.dim() and Ellipsis not in parts) or parts[-1] == slice(None))
-        if not whole:
-            return self.tensor()[index]
-        return self.rows(self.x[index], lambda logits: logits[index])
+        if all(part is Ellipsis or isinstance(part, (int, slice)) for part in parts):
+            if len(parts) < self.dim() and Ellipsis not in parts:
+                return self.rows(self.x[index], lambda logits: logits[index])
+            if isinstance(columns := parts[-1], slice):
+                first, last, step = columns.indices(self.shape[-1])
+                if (first, step) == (0, 1) and last > 0:
+                    x, done = self.x[parts[:-1] + (slice(None),)], replace(self.done, columns=last)
+                    return self.rows(x, lambda logits: logits[index], done)
+        return self.tensor()[index]
+
+    def tanh(self) -> Any:
+        if self.done.tanh:
+            return self.tensor().tanh()
+        return self.rows(self.x, torch.tanh, replace(self.done, tanh=True))
+
+    def __mul__(self, other: Any) -> Any:
+        if not isinstance(other, (int, float)):
+            return self.tensor() * (other.tensor() if isinstance(other, Logits) else other)
+        return self.rows(self.x, lambda logits: logits * other, self.done.times(other))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        if not isinstance(other, (int, float)) or other == 0:
+            return self.tensor() / (other.tensor() if isinstance(other, Logits) else other)
+        return self.rows(self.x, lambda logits: logits / other, self.done.times(1 / other))
 
     def contiguous(self) -> Any:
         return self.rows(self.x, lambda logits: logits.contiguous())
@@ -124,7 +170,8 @@ class Logits:
         return self.rows(self.x, lambda logits: logits.float())  # the fused loss is fp32 in any case
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        return self.float() if args == (torch.float32,) and not kwargs else self.tensor().to(*args, **kwargs)
+        wide = (args, kwargs) in (((torch.float32,), {}), ((), {"dtype": torch.float32}))
+        return self.float() if wide else self.tensor().to(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -143,7 +190,7 @@ def _operator(name: str) -> Any:
 
 
 for _name in (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "matmul", "rmatmul", "neg"),
+    *("add", "radd", "sub", "rsub", "rtruediv", "pow", "rpow", "matmul", "rmatmul", "neg"),
     *("lt", "le", "gt", "ge", "eq", "ne", "setitem", "len", "iter"),
 ):  # Python looks for operators in the class only
     setattr(Logits, f"__{_name}__", _operator(f"__{_name}__"))
@@ -160,19 +207,21 @@ class FusedHead(Fused):
         if self._fastgpt_deferred is None or hooked(self) or not supported(x):
             return own(x)
         self._fastgpt_deferred.append(use := Use())
-        return Logits(self, x, lambda: own(x), use)
+        return Logits(self, x, lambda: own(x), use, Done(len(weight_of(self))))
 
 
 class FusedLoss(Fused):
     """In train mode the model's own forward with deferred logits. Logits whose cross-entropy was computed without them are None
     in what it returns, others are tensors."""
 
+    in_eval = False
+    """Whether in eval mode, too: only where a call with targets returns no logits."""
     noted: list[Use] | None = None
     """Where a trial wants to find what has become of the logits."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         head = self.lm_head
-        if not self.training or not is_fused(head) or not self.defers(self.named(args, kwargs)):
+        if not (self.training or self.in_eval) or not is_fused(head) or not self.defers(self.named(args, kwargs)):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         head._fastgpt_deferred = [] if self.noted is None else self.noted
         try:
@@ -191,9 +240,15 @@ def _none_if_reduced(logits: Logits) -> Tensor | None:
 
 
 def plan_loss(
-    plan: PatchPlan, model: Any, mixin: type[FusedLoss], call: Callable[[Any, Tensor], Any], keep_logits: bool
+    plan: PatchPlan,
+    model: Any,
+    mixin: type[FusedLoss],
+    call: Callable[[Any, Tensor], Any],
+    keep_logits: bool,
+    linear: type[nn.Module] = nn.Linear,
 ) -> None:
-    """Plan the loss of ``model``, and try out the whole plan. ``call(model, ids)`` calls it with targets."""
+    """Plan the loss of ``model``, and try out the whole plan. ``call(model, ids)`` calls it with targets. ``linear``: a class
+    of heads that is plain, beside nn.Linear."""
 
     def losses(model: Any, ids: Tensor) -> list[Tensor]:
         return [y for y in tree_leaves(call(model, ids)) if isinstance(y, Tensor) and y.numel() == 1]
@@ -206,7 +261,7 @@ def plan_loss(
     uses: list[Use] = []
     vars(probe.module)["noted"] = uses
     changes = [Change("loss", model, mixin), Change("loss", model.lm_head, FusedHead, counts=False)]
-    why = "keep_logits=True" if keep_logits else blocker(model) or linear_blocker("lm_head", model.lm_head)
+    why = "keep_logits=True" if keep_logits else blocker(model) or linear_blocker("lm_head", model.lm_head, linear)
     if why is None:
         if plan.why_not_together(probe, losses, changes) is None and _why_kept(uses) is None:
             plan.changes += changes

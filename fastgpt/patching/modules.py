@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgpt.kernels.arguments import DTYPES, MAX_WIDTH
 from fastgpt.kernels.runtime import compute_dtype
-from fastgpt.ops import EAGER
+from fastgpt.ops import EAGER, Ops
 from fastgpt.patching.swap import Fused, is_fused
 
 
@@ -59,21 +59,33 @@ class FusedMLP(Fused):
     """c_fc -> GELU -> c_proj -> dropout. c_fc and c_proj are nn.Linear, or Conv1D, whose (in, out) weight is read as the
     strided view (out, in); its gradient arrives in the weight's own layout."""
 
+    _fastgpt_linear: type[nn.Module] = nn.Linear
+    """A class of linear layers that is plain here, beside nn.Linear."""
+
     def forward(self: Any, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """dropout(MLP(x)); with a residual, residual + dropout(MLP(x)) in the dtype of that sum, formed inside c_proj."""
-        kind = gelu_kind(self.act if hasattr(self, "act") else self.gelu)
-        plain = is_plain(self.c_fc) and is_plain(self.c_proj) and kind is not None and supported(x)
-        if not plain:
+        activation = self.activation()
+        plain = all(is_plain(linear, self._fastgpt_linear) for linear in (self.c_fc, self.c_proj))
+        if not plain or activation is None or not supported(x):
             y = super().forward(x)  # type: ignore[misc]
             return y if residual is None else residual + y
         if residual is not None:
             residual = residual.to(torch.promote_types(compute_dtype(x), residual.dtype))
-        # The optimizer may write through param.data, which leaves no trace, so no 16-bit copy of a weight is kept.
-        options = {} if self.ops is EAGER else {"keep_copy": False}
         return self.ops.mlp(
             x, weight_of(self.c_fc), self.c_fc.bias, weight_of(self.c_proj), self.c_proj.bias,
-            residual=residual, dropout_p=dropout_p(self, "dropout"), approximate=kind, **options,
+            residual=residual, dropout_p=dropout_p(self, "dropout"), **activation, **without_copy(self.ops),
         )  # fmt: skip
+
+    def activation(self: Any) -> dict[str, str] | None:
+        """The activation as ops.mlp takes it; None for one that it has not."""
+        kind = gelu_kind(self.act if hasattr(self, "act") else self.gelu)
+        return None if kind is None else {"approximate": kind}
+
+
+def without_copy(ops: Ops) -> dict[str, bool]:
+    """Options of a linear that casts its weight at each call. The optimizer may write through param.data, which leaves no
+    trace, so no 16-bit copy of a weight is kept."""
+    return {} if ops is EAGER else {"keep_copy": False}
 
 
 def dropout_p(module: nn.Module, name: str) -> float:
@@ -88,9 +100,10 @@ def hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in vars(module)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """An unmodified nn.Linear or Conv1D: no subclass (LoRA, quantised), no hook."""
-    return (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and not hooked(module)
+def is_plain(module: nn.Module, known: type[nn.Module] = nn.Linear) -> bool:
+    """An unmodified nn.Linear or Conv1D, or a ``known`` class: no other subclass (LoRA, quantised), no hook."""
+    cls = type(module)
+    return (cls is nn.Linear or cls is known or cls.__name__ == "Conv1D") and not hooked(module)
 
 
 def weight_of(module: Any) -> Tensor:

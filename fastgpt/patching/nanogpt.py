@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastgpt.patching.loss import FusedLoss, plan_loss
 from fastgpt.patching.modules import FusedBlock, dropout_p, hooked, supported
-from fastgpt.patching.plan import PatchPlan, plan_blocks
+from fastgpt.patching.plan import PatchPlan, gpt2_parts, plan_blocks
 from fastgpt.patching.swap import Fused, is_fused
 
 
@@ -64,9 +64,7 @@ def plan(model: Any, plan: PatchPlan, keep_logits: bool) -> None:
     plan_blocks(
         plan,
         {f"transformer.h.{i}": block for i, block in enumerate(model.transformer.h)},
-        attention=NanoGPTAttention,
-        block=NanoGPTBlock,
-        call_attention=lambda block, x: block.attn(x),
+        gpt2_parts(NanoGPTAttention, NanoGPTBlock, lambda block, x: block.attn(x), C),
         shape=(1, min(T, 2048), C),
     )
     plan.norm("transformer.ln_f", model.transformer.ln_f, C)

@@ -62,6 +62,8 @@ class Change:
     mixin: type[Fused]
     counts: bool = True
     """Whether the report counts it: it is no companion of another change."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What else the mixin has to know."""
 
 
 @dataclass
@@ -74,12 +76,12 @@ class PatchPlan:
     kept: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def decide(self, operation: str, module: nn.Module, mixin: type[Fused], why: str | None, where: str = "") -> None:
-        """Change ``module``, or keep it if there is a reason ``why``. ``where`` tells it from others of its kind."""
+    def decide(self, change: Change, why: str | None, where: str = "") -> None:
+        """Make the change, or keep the module if there is a reason ``why``. ``where`` tells it from others of its kind."""
         if why is not None:
-            self.kept.setdefault(operation + where, why)
-        elif not any(module is change.module for change in self.changes):
-            self.changes.append(Change(operation, module, mixin))
+            self.kept.setdefault(change.operation + where, why)
+        elif not any(change.module is other.module for other in self.changes):
+            self.changes.append(change)
 
     @property
     def replaced(self) -> dict[str, int]:
@@ -88,7 +90,7 @@ class PatchPlan:
 
     def why_not_together(self, probe: Probe, call: Call, more: Sequence[Change] = ()) -> str | None:
         """Why the model with all of the changes, and ``more`` of them, does not compute what its own does."""
-        changes = [(probe.names[id(change.module)], change.mixin) for change in (*self.changes, *more)]
+        changes = [(probe.names[id(change.module)], change.mixin, change.settings) for change in (*self.changes, *more)]
         return probe.why_not(changes, call, probe.ids(), train=True, own_forward_runs=True)
 
     def try_together(self, probe: Probe, call: Call) -> None:
@@ -104,106 +106,144 @@ class PatchPlan:
         if why is None:
             probe = Probe(module)
             why = probe.why_not(
-                [("", FusedLayerNorm)], lambda norm, x: norm(_small_too(x)), probe.randn(2, 4, width), train=True
+                [("", FusedLayerNorm, {})], lambda norm, x: norm(small_too(x)), probe.randn(2, 4, width), train=True
             )
-        self.decide("layer norm", module, FusedLayerNorm, why, f" {name}")
+        self.decide(Change("layer norm", module, FusedLayerNorm), why, f" {name}")
 
 
-PARTS = {
-    "ln_1": "layer norm",
-    "ln_2": "layer norm",
-    "attn": "attention",
-    "mlp": "MLP",
-    "": "residual add with its norm",
-}
-"""{name in a block ("" is the block itself): what the report calls it}."""
 _NORM = {"weight", "bias"}
-_KNOWN = {
-    "ln_1": _NORM,
-    "ln_2": _NORM,
-    "attn": {"c_attn", "c_proj", "attn_dropout", "resid_dropout", "bias", "masked_bias"},  # the last two are masks
-    "mlp": {"c_fc", "c_proj", "gelu", "act", "dropout"},
-    "": {"ln_1", "ln_2", "attn", "mlp"},
-}
-"""{name in a block: names of the modules, parameters and buffers that the fused forward knows}."""
 
 
-def plan_blocks(
-    plan: PatchPlan,
-    blocks: dict[str, Any],
-    *,
+@dataclass(frozen=True)
+class Replaceable:
+    """A module of a block that can be replaced, and how that is tried out."""
+
+    operation: str
+    mixin: type[Fused]
+    known: set[str]
+    """Names of the modules, parameters and buffers that the fused forward knows."""
+    call: Call
+    """(block, x) -> result: calls the part inside a block."""
+    blocker: Callable[[Any], str | None] = lambda part: None
+    """Why it cannot be replaced, seen without trying, or None."""
+    settings: Callable[[Any], dict[str, Any]] = lambda block: {}
+    """What else the mixin has to know, read from a copy of the block with random weights."""
+    loud: bool = False
+    """Whether large values are tried, too. They would show a clamp; scores of attention would only drown in their rounding."""
+
+
+def gpt2_parts(
     attention: type[Fused],
     block: type[Fused],
-    attention_blocker: Callable[[Any], str | None] = lambda attention: None,
     call_attention: Call,
-    shape: tuple[int, ...],
-) -> None:
-    """Plan every part of every block. Blocks that differ only in the values of their parameters are tried out once.
+    width: int,
+    attention_blocker: Callable[[Any], str | None] = lambda attention: None,
+) -> dict[str, Replaceable]:
+    """{name in a GPT-2 block ("" is the block itself): Replaceable}. ``attention`` and ``block`` are the mixins of a family."""
+    attn = {"c_attn", "c_proj", "attn_dropout", "resid_dropout", "bias", "masked_bias"}  # the last two are masks
+    return {
+        **{
+            name: Replaceable(
+                "layer norm",
+                FusedLayerNorm,
+                _NORM,
+                lambda block, x, name=name: block.get_submodule(name)(small_too(x)),  # type: ignore[misc]
+                lambda _: _too_wide(width),
+            )
+            for name in ("ln_1", "ln_2")
+        },
+        "attn": Replaceable(
+            "attention",
+            attention,
+            attn,
+            call_attention,
+            lambda attn: attention_blocker(attn) or head_blocker(attn, width),
+        ),
+        "mlp": Replaceable(
+            "MLP",
+            FusedMLP,
+            {"c_fc", "c_proj", "gelu", "act", "dropout"},
+            lambda block, x: block.mlp(x),
+            _mlp_blocker,
+            loud=True,
+        ),
+        "": Replaceable(
+            "residual add with its norm",
+            block,
+            {"ln_1", "ln_2", "attn", "mlp"},
+            lambda block, x: block(x),
+            loud=True,
+        ),
+    }
+
+
+Decided = dict[str, tuple[str | None, dict[str, Any]]]
+"""{part of a block: (why it is kept, or None; its settings)}."""
+
+
+def plan_blocks(plan: PatchPlan, blocks: dict[str, Any], parts: dict[str, Replaceable], shape: tuple[int, ...]) -> None:
+    """Plan every part of every block. Blocks that differ only in the values of their parameters, and in a number that their
+    forwards do not read, are tried out once.
 
     Args:
-        attention, block: the mixins of this family of models.
-        attention_blocker: why an attention module cannot be replaced, or None.
+        parts: by their names inside a block; the last, "", is the block itself, which is tried out with all others that are
+            replaced, and is kept if a norm called ln_2 is.
         shape: of the input on which the parts are tried out, (B, T, C).
     """
-    mixins: dict[str, type[Fused]] = {
-        "ln_1": FusedLayerNorm,
-        "ln_2": FusedLayerNorm,
-        "attn": attention,
-        "mlp": FusedMLP,
-        "": block,
-    }
-    decided: dict[Any, dict[str, str | None]] = {}
+    decided: dict[Any, Decided] = {}
+    found: dict[str, Decided] = {}
     for name, module in blocks.items():
-        key = _fingerprint(module)
+        key = _fingerprint(module, numbered=False)
         if key not in decided:
-            decided[key] = _try_out(module, mixins, attention_blocker(module.attn), call_attention, shape)
-        where = "" if len(decided) == 1 else f" of {name}"
-        for part, why in decided[key].items():
-            plan.decide(PARTS[part], module.get_submodule(part), mixins[part], why, where)
+            decided[key] = _try_out(module, parts, shape, numbered=False)
+        if any(why and why.startswith(UNTRIED) for why, _ in decided[key].values()):
+            key = _fingerprint(module, numbered=True)
+            decided[key] = decided.get(key) or _try_out(module, parts, shape, numbered=True)
+        found[name] = decided[key]
+    for part, of in parts.items():
+        everywhere = len({result[part][0] for result in found.values()}) == 1
+        for name, result in found.items():
+            why, settings = result[part]
+            change = Change(of.operation, blocks[name].get_submodule(part), of.mixin, settings=settings)
+            plan.decide(change, why, "" if everywhere else f" of {name}")
 
 
-def _try_out(
-    module: Any,
-    mixins: dict[str, type[Fused]],
-    attention_reason: str | None,
-    call_attention: Call,
-    shape: tuple[int, ...],
-) -> dict[str, str | None]:
-    """{part of a block: why it is kept, or None}."""
+_NUMBER = "layer_idx"
+"""The attribute that tells a module which layer it is in. Where it only finds the layer's cache, a trial does without it."""
+
+
+def _try_out(module: Any, parts: dict[str, Replaceable], shape: tuple[int, ...], numbered: bool) -> Decided:
+    """``numbered``: whether the modules know the number of their layer."""
     probe = Probe(module)
+    if not numbered:
+        for each in probe.module.modules():
+            vars(each).pop(_NUMBER, None)
     x = probe.randn(*shape)
     few = probe.randn(2, min(shape[1], 16), shape[2])
     why: dict[str, str | None] = {}
-    more = {part: _other_arguments(module.get_submodule(part)) for part, mixin in mixins.items() if mixin.takes_one}
+    settings: dict[str, dict[str, Any]] = {}
+    more = {name: _other_arguments(module.get_submodule(name)) for name, part in parts.items() if part.mixin.takes_one}
     if "" in more:  # a fused block calls its parts with x alone
         more[""] = next(filter(None, more.values()), None)
-
-    def decide(part: str, reason: str | None, call: Call) -> None:
-        # A block is tried out with all of its parts that are replaced.
-        others = [other for other, reason in why.items() if reason is None] if part == "" else []
-        changes = [(name, mixins[name]) for name in (*others, part)]
+    for name, part in parts.items():
+        inside = module.get_submodule(name)
+        others = [other for other, reason in why.items() if reason is None] if name == "" else []
+        reason = blocker(inside) or part.blocker(inside) or more.get(name) or unknown_part(inside, part.known)
+        if name == "" and why.get("ln_2"):
+            reason = reason or "ln_2 is kept"
+        settings[name] = {} if reason else part.settings(probe.module)
+        changes = [(other, parts[other].mixin, settings[other]) for other in (*others, name)]
         # Eval mode over the whole context would show a window, train mode over a few tokens would show noise.
-        why[part] = (
-            blocker(module.get_submodule(part))
-            or reason
-            or more.get(part)
-            or unknown_part(module.get_submodule(part), _KNOWN[part])
-            or probe.why_not(changes, call, x)
-            or probe.why_not(changes, call, few, train=True)
-            # Large values would show a clamp; scores of attention would only drown in their rounding.
-            or (probe.why_not(changes, call, 100 * few) if part in ("mlp", "") else None)
+        why[name] = (
+            reason
+            or probe.why_not(changes, part.call, x)
+            or probe.why_not(changes, part.call, few, train=True)
+            or (probe.why_not(changes, part.call, 100 * few) if part.loud else None)
         )
-
-    width = shape[-1]
-    decide("ln_1", _too_wide(width), lambda block, x: block.ln_1(_small_too(x)))
-    decide("ln_2", _too_wide(width), lambda block, x: block.ln_2(_small_too(x)))
-    decide("attn", attention_reason or _head_blocker(module.attn, width), call_attention)
-    decide("mlp", _mlp_blocker(module.mlp), lambda block, x: block.mlp(x))
-    decide("", "ln_2 is kept" if why["ln_2"] else None, lambda block, x: block(x))
-    return why
+    return {name: (why[name], settings[name]) for name in parts}
 
 
-def _small_too(x: Tensor) -> Tensor:
+def small_too(x: Tensor) -> Tensor:
     """x with each second row so small that a norm's eps counts."""
     return x * torch.tensor([1.0, 0.01]).repeat(x.shape[1])[: x.shape[1], None]
 
@@ -212,7 +252,7 @@ def unknown_part(module: nn.Module, known: set[str]) -> str | None:
     """Why a module with a child, parameter or buffer that the fused forward does not know is kept."""
     parts = (*module._modules, *module._parameters, *module._buffers)
     unknown = next((name for name in parts if name not in known), None)
-    return f"it has a part that GPT-2's has not ({unknown})" if unknown else None
+    return f"it has a part that the fused forward does not know ({unknown})" if unknown else None
 
 
 def _other_arguments(module: nn.Module) -> str | None:
@@ -238,7 +278,7 @@ def _too_wide(width: int) -> str | None:
     return None if width <= MAX_WIDTH else f"it is {width} wide, and the kernel takes {MAX_WIDTH}"
 
 
-def _head_blocker(attention: Any, width: int) -> str | None:
+def head_blocker(attention: Any, width: int) -> str | None:
     heads: int = getattr(attention, "n_head", None) or getattr(attention, "num_heads", 0) or 1
     dim = width // heads
     return None if dim <= MAX_HEAD_DIM else f"its heads are {dim} wide, and the kernel takes {MAX_HEAD_DIM}"
@@ -253,9 +293,9 @@ def _mlp_blocker(mlp: Any) -> str | None:
     return next((why for name, linear in linears if linear is not None and (why := linear_blocker(name, linear))), None)
 
 
-def linear_blocker(name: str, linear: nn.Module) -> str | None:
-    """Why a linear layer has to be called itself."""
-    if is_plain(linear):
+def linear_blocker(name: str, linear: nn.Module, known: type[nn.Module] = nn.Linear) -> str | None:
+    """Why a linear layer has to be called itself. ``known``: a class that is plain, beside nn.Linear."""
+    if is_plain(linear, known):
         return None
     cls = type(linear)
     return f"its {name} " + (
@@ -266,9 +306,9 @@ def linear_blocker(name: str, linear: nn.Module) -> str | None:
 _VANILLA = {*vars(nn.Module()), "training"}
 
 
-def _fingerprint(module: nn.Module) -> Any:
+def _fingerprint(module: nn.Module, numbered: bool) -> Any:
     """What describes a block except the values of its parameters: classes, shapes, buffers (a mask may differ in one block) and
-    attributes. Objects that are not plain values are told apart by identity."""
+    attributes, its number only if ``numbered``. Objects that are not plain values are told apart by identity."""
 
     def value(attribute: Any) -> Any:
         if isinstance(attribute, Tensor):
@@ -281,8 +321,8 @@ def _fingerprint(module: nn.Module) -> Any:
     parts = []
     for name, part in module.named_modules():
         attributes = {key: value(attribute) for key, attribute in vars(part).items() if key not in _VANILLA}
-        if not getattr(part, "scale_attn_by_inverse_layer_idx", True):
-            attributes.pop("layer_idx", None)  # transformers: it only indexes the cache
+        if not numbered:
+            attributes.pop(_NUMBER, None)
         attributes |= {key: value(buffer) for key, buffer in part.named_buffers(recurse=False)}
         shapes = tuple((n, p.shape, p.dtype) for n, p in part.named_parameters(recurse=False))
         parts.append((name, type(part), shapes, tuple(sorted(attributes.items()))))

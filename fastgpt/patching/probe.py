@@ -32,8 +32,8 @@ TOLERANCE = 2e-5
 """Largest difference over the largest value, in fp32. Rounding alone causes about 1e-6."""
 
 UNTRIED = "its own forward cannot be tried out"
-Change = tuple[str, type[Fused]]
-"""(name inside the probed module, "" for the module itself; mixin)."""
+Change = tuple[str, type[Fused], dict[str, Any]]
+"""(name inside the probed module, "" for the module itself; mixin; its settings)."""
 
 
 class Probe:
@@ -57,7 +57,7 @@ class Probe:
                 values *= values.shape[-1] ** -0.5 if values.dim() > 1 else 1.0
             memo[id(parameter)] = nn.Parameter(values, not share or values.dim() < 2 or id(parameter) in tables)
         try:
-            self.module = copy.deepcopy(module, memo).to("cpu", torch.float32)
+            self.module = cast(copy.deepcopy(module, memo).to("cpu"), torch.float32)
         except Exception as error:
             raise UserError(
                 f"{type(module).__name__} cannot be copied to be tried out ({type(error).__name__}: {first_line(error)})"
@@ -81,7 +81,7 @@ class Probe:
         else the reason in a few words. ``own_forward_runs``, inside the fused one, and may then count and draw."""
         self.module.train(train)
         parts = dict(self.module.named_modules(remove_duplicate=False))
-        changed = [parts[name] for name, _ in changes]
+        changed = [parts[name] for name, *_ in changes]
         with _same_random_state():
             before = _random_state(), _plain_state(changed)
             try:
@@ -92,9 +92,9 @@ class Probe:
         done = []
         with _same_random_state():
             try:
-                for name, mixin in changes:
+                for name, mixin, settings in changes:
                     if not is_fused(parts[name]):  # a module in two places
-                        fuse(parts[name], mixin, EAGER)
+                        fuse(parts[name], mixin, EAGER, settings)
                         done.append(parts[name])
                 got = self._run(call, x, train)
             except Exception as error:
@@ -127,7 +127,8 @@ class Probe:
         """A few tokens that a model can be called with (2, T)."""
         tables = [part.weight for part in self.module.modules() if isinstance(part, nn.Embedding)]
         T = min(8, *(len(table) for table in tables))  # of positions there may be fewer
-        return torch.randint(len(tables[0]), (2, T), generator=self.generator)
+        known = getattr(getattr(self.module, "config", None), "vocab_size", None) or len(tables[0])
+        return torch.randint(min(known, len(tables[0])), (2, T), generator=self.generator)  # a table may be padded
 
     def randn(self, *shape: int) -> Tensor:
         return torch.empty(shape).normal_(generator=self.generator)
@@ -144,15 +145,45 @@ def dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def plain_defaults() -> Iterator[None]:
-    """New tensors are on the CPU in fp32, whatever torch.set_default_device and set_default_dtype have been told."""
+def plain_defaults(model: nn.Module) -> Iterator[None]:
+    """New tensors are on the CPU in fp32, whatever torch.set_default_device and set_default_dtype have been told, and so is
+    what ``model`` computes."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu"), computing_in(torch.float32, model):
             yield
     finally:
         torch.set_default_dtype(dtype)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """model.to(dtype), but for the rotary tables of a nanochat from before March 2026, whose forward asserts that they are
+    bf16. Later versions ask for COMPUTE_DTYPE."""
+    asserted = "COMPUTE_DTYPE" not in getattr(getattr(type(model), "forward", None), "__globals__", {})
+    tables = {name: model._buffers.get(name) for name in ("cos", "sin")} if asserted else {}
+    narrow = {name: table for name, table in tables.items() if table is not None and table.dtype == torch.bfloat16}
+    model.to(dtype)._buffers.update(narrow)
+    return model
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
+    """Where the forwards of ``model`` go by names of their Python module, as nanochat's do, let these say ``dtype``, and no
+    FlashAttention 3, which takes neither fp32 nor a CPU's tensors."""
+    functions: list[Any] = [getattr(type(part), "forward", None) for part in model.modules()]
+    for _ in range(2):  # theirs, and that of the attention that they call
+        spaces = [function.__globals__ for function in functions if hasattr(function, "__globals__")]
+        functions += [getattr(space.get("flash_attn"), "flash_attn_func", None) for space in spaces]
+    meanwhile = {"COMPUTE_DTYPE": dtype, "USE_FA3": False, "HAS_FA3": False}
+    before = [(space, {name: space[name] for name in meanwhile if name in space}) for space in spaces]
+    try:
+        for space, names in before:
+            space.update({name: meanwhile[name] for name in names})
+        yield
+    finally:
+        for space, names in before:
+            space.update(names)
 
 
 def _pattern(shape: torch.Size) -> Tensor:

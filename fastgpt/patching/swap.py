@@ -1,6 +1,6 @@
 """Replace a module's class in place by a subclass that computes differently, and leave everything else as it is.
 
-``fuse(module, Mixin, ops)`` makes ``class GPT2Block(Mixin, GPT2Block)`` and assigns it to ``module.__class__``. Parameters,
+``fuse(module, Mixin, ops, {})`` makes ``class GPT2Block(Mixin, GPT2Block)`` and assigns it to ``module.__class__``. Parameters,
 buffers, names, hooks, training flag and isinstance tests are untouched, ``super().forward`` is the module's own forward, and
 ``restore`` puts the old class back. Unlike a function assigned to ``module.forward``, this survives deepcopy and pickle, and
 leaves wrappers of the class (gradient checkpointing in transformers) in effect.
@@ -90,9 +90,11 @@ def _new(base: type, mixin: type, ops_name: str) -> nn.Module:
     return cls.__new__(cls)
 
 
-def fuse(module: nn.Module, mixin: type[Fused], ops: Ops) -> None:
-    """Give ``module`` the forward pass of ``mixin``, computed with ``ops``. It must not be fused already."""
+def fuse(module: nn.Module, mixin: type[Fused], ops: Ops, settings: dict[str, Any]) -> None:
+    """Give ``module`` the forward pass of ``mixin``, computed with ``ops``. It must not be fused already. ``settings``: what
+    else the mixin has to know, put on the module as attributes that begin with ``_fastgpt_``."""
     module.__class__ = _fused_class(type(module), mixin, ops.name)  # type: ignore[arg-type]
+    vars(module).update({_PREFIX + name: value for name, value in settings.items()})
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from fastgpt.common import UserError, first_line
 from fastgpt.kernels.parity import allowed, errors
 from fastgpt.ops import Ops
 from fastgpt.patching.plan import Change
-from fastgpt.patching.probe import dropouts
+from fastgpt.patching.probe import cast, computing_in, dropouts
 from fastgpt.patching.swap import fuse, restore
 
 Figures = dict[str, tuple[float, float]]
@@ -52,7 +52,9 @@ def fuse_and_verify(model: nn.Module, changes: Sequence[Change], ops: Ops, batch
     autocast = torch.is_autocast_enabled(device.type)
     with _training_without_dropout(model):
         try:
-            own, wide = measured(model, autocast), measured(copy.deepcopy(model).double(), False)
+            own = measured(model, autocast)
+            with computing_in(torch.float64, model):
+                wide = measured(cast(copy.deepcopy(model), torch.float64), False)
         except Exception as failure:
             raise UserError(
                 f"verify: the unpatched model fails on this batch ({type(failure).__name__}: {first_line(failure)})"
@@ -77,7 +79,7 @@ def fuse_and_verify(model: nn.Module, changes: Sequence[Change], ops: Ops, batch
             return "{} is off by {:.1e}, where {:.1e} is allowed".format(what, *figures[name])
 
         for change in changes:
-            fuse(change.module, change.mixin, ops)
+            fuse(change.module, change.mixin, ops, change.settings)
         if (why := wrong()) is None:
             return figures
         for change in changes:
@@ -85,7 +87,7 @@ def fuse_and_verify(model: nn.Module, changes: Sequence[Change], ops: Ops, batch
         for operation in dict.fromkeys(change.operation for change in changes):  # one after the other, until it fails
             for change in changes:
                 if change.operation == operation:
-                    fuse(change.module, change.mixin, ops)
+                    fuse(change.module, change.mixin, ops, change.settings)
             if again := wrong():
                 why = again
                 break
@@ -97,7 +99,8 @@ def _loss_and_gradients(model: nn.Module, arguments: Any) -> dict[str, Tensor]:
     scalars = [y for y in tree_leaves(outputs) if isinstance(y, Tensor) and y.numel() == 1 and y.requires_grad]
     if not scalars:
         raise ValueError("it returns no loss that depends on a parameter: are there targets or labels?")
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Not of a single number, whose own error may be next to nothing by chance.
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel() > 1}
     matrices = [name for name, parameter in trained.items() if parameter.dim() > 1]
     skipped = set(matrices) - set(matrices[:: -(-len(matrices) // _MATRICES) or 1])
     names = [name for name in trained if name not in skipped]

@@ -134,6 +134,10 @@ LOSSES = {
     "with another loss": lambda self, logits, targets: (
         F.cross_entropy(*rows(logits, targets)) + self.extra.square().mean()
     ),
+    "softcap": lambda self, logits, targets: F.cross_entropy(*rows(15 * torch.tanh(logits / 15), targets)),
+    "softcap of a few columns": lambda self, logits, targets: F.cross_entropy(
+        (torch.tanh(logits[..., :29].to(dtype=torch.float32) * 0.125) * 8).flatten(0, 1), targets.flatten() % 29
+    ),
     "in chunks": in_chunks,
     "weighted by position": weighted,
 }
@@ -155,7 +159,10 @@ ELSE, TOO = (
     "its forward reads the logits for something else, too",
 )
 KEPT = {
-    "softcap": ({"loss": lambda s, z, t: F.cross_entropy(*rows(15 * torch.tanh(z / 15), t))}, ELSE),
+    "softcap of another slope": ({"loss": lambda s, z, t: F.cross_entropy(*rows(15 * torch.tanh(z / 30), t))}, ELSE),
+    "tanh of tanh": ({"loss": lambda s, z, t: F.cross_entropy(*rows(z.tanh().tanh(), t))}, ELSE),
+    "product": ({"loss": lambda s, z, t: F.cross_entropy(*rows(z * z, t))}, ELSE),
+    "other columns": ({"loss": lambda s, z, t: F.cross_entropy(z[..., 2:].flatten(0, 1), t.flatten() % 29)}, ELSE),
     "scale": ({"loss": lambda s, z, t: F.cross_entropy(*rows(0.5 * z, t))}, ELSE),
     "transposed": ({"loss": lambda s, z, t: F.cross_entropy(z.transpose(1, 2), t)}, ELSE),
     "class weights": (

@@ -273,7 +273,9 @@ class TestForks:
     def test_only_the_blocks_that_differ_are_kept(self, device):
         model = make(device, n_layer=3)
         model.transformer.h[1].attn.extra = nn.Linear(2, 2).to(device)
-        report = self.check(device, model, "attention of transformer.h.1", "a part that GPT-2's has not (extra)")
+        report = self.check(
+            device, model, "attention of transformer.h.1", "a part that the fused forward does not know (extra)"
+        )
         assert report.replaced["attention"] == 2
 
     def test_blocks_in_parallel(self, device):
@@ -427,7 +429,7 @@ class TestForks:
         for block in model.transformer.h:
             block.get_submodule(part).register_buffer(name, torch.ones(()), persistent=False)
         report = patch(model, quiet=True)
-        assert "it has a part that GPT-2's has not (scale)" in report.kept.values()
+        assert "it has a part that the fused forward does not know (scale)" in report.kept.values()
 
     def test_a_model_in_fp64_goes_its_own_way(self, device):
         model = make(device).double()

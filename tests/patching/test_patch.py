@@ -194,7 +194,10 @@ def refused(model, message):
 
 class TestRefused:
     def test_a_model_of_another_family(self):
-        refused(nn.Linear(2, 2), "model is a Linear: patch knows nanoGPT's GPT, and GPT2LMHeadModel and GPT2Model")
+        refused(
+            nn.Linear(2, 2),
+            "model is a Linear: patch knows nanoGPT's GPT, nanochat's, and GPT2LMHeadModel and GPT2Model",
+        )
         bert = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
         refused(BertModel(bert), "model is a BertModel")
 

@@ -150,7 +150,7 @@ def test_linears_that_have_to_be_called_are_named(device):
     second.mlp.c_proj.register_forward_hook(lambda *_: None)
     report = report_of(model, device)
     assert report.kept == {
-        "MLP": f"its c_fc is a {__name__}.Adapter, not a plain linear",
+        "MLP of transformer.h.0": f"its c_fc is a {__name__}.Adapter, not a plain linear",
         "MLP of transformer.h.1": "its c_proj has a hook",
     }
     assert report.replaced["attention"] == 2
