@@ -1,5 +1,6 @@
-"""A program for each rank: four clipped steps on a tiny GPT, with FusedAdamW and with Muon, sharded with FSDP2 (uneven shards) or
-whole, and with Muon under DDP; rank 0 prints loss and gradient norm of each, then a checksum of weights and states."""
+"""A program for each rank: four clipped steps of a tiny GPT with FusedAdamW and with Muon, in FSDP2 (uneven shards), and
+on a modern model with Muon in plain PyTorch, under DDP, too; rank 0 prints loss and gradient norm of each, then a checksum of
+weights and states."""
 
 from __future__ import annotations
 
@@ -13,17 +14,24 @@ from fastgpt import ops
 from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.hardware import device
 
+TINY = ModelConfig(n_layer=1, n_head=1, n_embd=17, block_size=8, vocab_size=33)
+MODERN = ModelConfig(
+    n_layer=1, n_head=3, n_embd=18, block_size=8, vocab_size=33, family="modern", n_kv_head=1, rotary_base=100.0,
+    qk_norm=True, activation="relu2", tied_head=False, zero_init=True, embedding_norm=True, residual_scalars=True,
+    value_embeddings=True, softcap=15.0,
+)  # fmt: skip
 
-def run(world, optim, parallel):
+
+def run(world, optim, parallel, shape, kernels="triton"):
     from fastgpt.model import GPT
     from fastgpt.optim.build import build_optimizer
     from fastgpt.training import distributed
     from fastgpt.training.step import Stepper
 
     torch.manual_seed(0)
-    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=17, block_size=8, vocab_size=33), ops.EAGER)
+    model = GPT(shape, ops.EAGER)
     forward, synchronize = distributed.parallelize(model, model.transformer.h, parallel, world)
-    optimizer = build_optimizer(model, optim, "triton")
+    optimizer = build_optimizer(model, optim, kernels)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     stepper = Stepper(model, forward, optimizer, scaler, "fp32", 0.5, world, synchronize)
     generator = torch.Generator().manual_seed(1)
@@ -55,9 +63,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with distributed.connect(where) as (world, where):
         result = {
-            "adamw fsdp": run(world, adamw, "fsdp"),
-            "muon fsdp": run(world, muon, "fsdp"),
-            "muon ddp": run(world, muon, "ddp"),
+            "adamw fsdp": run(world, adamw, "fsdp", TINY),
+            "muon fsdp": run(world, muon, "fsdp", TINY),
+            "modern fsdp": run(world, muon, "fsdp", MODERN, "eager"),
+            "modern ddp": run(world, muon, "ddp", MODERN, "eager"),
         }
         if world.is_main:
             print("RESULT " + json.dumps(result), flush=True)

@@ -14,7 +14,7 @@ from rich.console import Console
 from fastgpt import ops
 from fastgpt.checkpoints.rng import rng_state, set_rng_state
 from fastgpt.common import UserError
-from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, load_preset
 from fastgpt.kernels import runtime
 from fastgpt.kernels.fp8 import launch
 from fastgpt.kernels.working_copy import existing, forget, working_copy
@@ -51,9 +51,13 @@ def recorder(device, monkeypatch):
     return CudaRecorder(device) if device.type == "cuda" else TapeRecorder(monkeypatch)
 
 
-def make(device, recorder=None, precision="bf16", dropout=0.0, table=COPIES, optimizer="adamw"):
+GPT2 = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, bias=True)
+MODERN = replace(load_preset("modern-demo").model, n_layer=2, n_embd=32, block_size=16, vocab_size=64)
+
+
+def make(device, recorder=None, precision="bf16", dropout=0.0, table=COPIES, optimizer="adamw", shape=GPT2):
     torch.manual_seed(0)
-    shape = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64, bias=True, dropout=dropout)
+    shape = replace(shape, dropout=dropout)
     model = GPT(shape, table).to(device)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3, optimizer=optimizer), "triton")
     scaler = LossScaler(device.type, enabled=precision == "fp16", init_scale=2.0**12, growth_interval=2)
@@ -107,16 +111,24 @@ def both(device, recorder, course, **options):
 
 
 @pytest.mark.parametrize(
-    ("precision", "grad_accum", "optimizer"),
-    [("fp32", 1, "adamw"), ("bf16", 2, "adamw"), ("fp16", 3, "adamw"), ("bf16", 1, "adamw"), ("fp16", 2, "muon")],
+    ("precision", "grad_accum", "optimizer", "shape"),
+    [
+        ("fp32", 1, "adamw", GPT2),
+        ("bf16", 2, "adamw", GPT2),
+        ("fp16", 3, "adamw", GPT2),
+        ("bf16", 1, "adamw", GPT2),
+        ("fp16", 2, "muon", GPT2),
+        ("bf16", 2, "muon", MODERN),
+        ("fp16", 1, "muon", MODERN),
+    ],
 )
-def test_replayed_steps_have_the_bits_of_steps_run_directly(device, recorder, precision, grad_accum, optimizer):
+def test_replayed_steps_have_the_bits_of_steps_run_directly(device, recorder, precision, grad_accum, optimizer, shape):
     """The learning rate changes with every step; the loss scale (fp16) grows on the device."""
 
     def course(stepper):
         return steps(stepper, device, range(4), grad_accum)
 
-    stepper = both(device, recorder, course, precision=precision, optimizer=optimizer)
+    stepper = both(device, recorder, course, precision=precision, optimizer=optimizer, shape=shape)
     assert stepper.told.startswith(USED) and stepper.graphs.active
 
 
