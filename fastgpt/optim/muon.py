@@ -324,6 +324,44 @@ class MuonAdamW(Optimizer):
         self._step_supports_amp_scaling = True
         self._share()
 
+    @classmethod
+    def from_optimizer(cls, optimizer: Optimizer, *, max_grad_norm: float | None = None) -> MuonAdamW:
+        """Take over nanochat's MuonAdamW: its parameter groups (the very dictionaries, with ``kind`` and ``initial_lr``, so
+        that schedules on the old optimizer go on), momentum and moments. Do not step the old one again.
+
+        Settings are nanochat's: Nesterov momentum, Polar Express, NorMuon, cautious decay. Three things differ: nanochat (as
+        of July 2026) also brings the rows to one norm before the iteration, and the whole matrix after it, and its second
+        moment of a wide matrix is of columns; ours is of rows, and begins anew there.
+
+        Raises TypeError for another optimizer, and ValueError with several ranks, whose gradients nanochat's averages."""
+        groups: dict[Any, list[dict[str, Any]]] = {"muon": [], "adamw": []}
+        for group in optimizer.param_groups:
+            groups.setdefault(group.get("kind"), []).append(group)
+        if len(groups) > 2 or not all(groups.values()):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}: from_optimizer takes over nanochat's MuonAdamW, whose groups "
+                "are of kind 'muon' and 'adamw'"
+            )
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "several ranks train: nanochat's optimizer averages their gradients, and fastgpt's leaves that to DDP, so take "
+                "it over in a run on one GPU"
+            )
+        from fastgpt.optim.adamw import FusedAdamW
+
+        old = torch.optim.AdamW(groups["adamw"])
+        for param in chain.from_iterable(group["params"] for group in groups["adamw"]):
+            old.state[param].update(optimizer.state.get(param, {}))
+        muon = Muon(groups["muon"], coefficients="polar", cautious=True, normuon=True)
+        for group in groups["muon"]:
+            stacked = optimizer.state.get(group["params"][0], {})  # nanochat keeps that of the whole group there
+            for i, param in enumerate(group["params"] if "momentum_buffer" in stacked else ()):
+                muon.state[param]["momentum_buffer"] = stacked["momentum_buffer"][i].clone()
+                moment = stacked["second_momentum_buffer"][i]
+                if moment.shape == (len(param), 1):
+                    muon.state[param]["second_moment"] = moment.clone()
+        return cls(muon, FusedAdamW.from_optimizer(old), max_grad_norm)
+
     def _share(self) -> None:
         """Let both parts have the groups and states of this one: the very dictionaries."""
         self.state.update({**self.muon.state, **self.adamw.state})

@@ -255,3 +255,57 @@ def test_other_dtypes_splits_and_norms_are_refused():
     parts = Muon([parameter(2, 2)]), torch.optim.AdamW([parameter(2)])
     with pytest.raises(ValueError, match="max_grad_norm is -1"):
         MuonAdamW(*parts, max_grad_norm=-1)
+
+
+class Nanochats(torch.optim.Optimizer):
+    """Groups and state as nanochat's MuonAdamW has them (July 2026); what it computes is not needed here."""
+
+    def __init__(self, matrices, table):
+        muon = {"lr": 0.02, "momentum": 0.9, "ns_steps": 5, "beta2": 0.9, "weight_decay": 0.0}
+        adamw = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.01}
+        groups = [
+            dict(kind="adamw", params=[table], **adamw),
+            *(dict(kind="muon", params=[p], **muon) for p in matrices),
+        ]
+        super().__init__(groups, {})
+        self.state[table] = {"step": 3, "exp_avg": 0.1 * table.detach(), "exp_avg_sq": table.detach().square()}
+        for p in matrices:
+            rows, columns = p.shape
+            second = torch.full((1, rows, 1) if rows >= columns else (1, 1, columns), 0.05, device=p.device)
+            self.state[p] = {"momentum_buffer": torch.randn_like(p)[None], "second_momentum_buffer": second}
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
+
+
+def test_nanochats_optimizer_is_taken_over_with_its_state(device):
+    square, wide, table = (parameter(*shape, device=device) for shape in ((24, 24), (16, 32), (64, 8)))
+    old = Nanochats([square, wide], table)
+    peer = torch.nn.Parameter(table.detach().clone())
+    peer.grad = table.grad
+    adamw = torch.optim.AdamW([peer], lr=0.05, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.01)
+    adamw.state[peer] = {
+        "step": torch.tensor(3.0),
+        **{k: v.clone() for k, v in old.state[table].items() if k != "step"},
+    }
+    buffers = {p: old.state[p]["momentum_buffer"][0].clone() for p in (square, wide)}
+
+    new = MuonAdamW.from_optimizer(old)
+    assert {id(group) for group in new.param_groups} == {id(group) for group in old.param_groups}
+    assert (new.state[square]["second_moment"] == 0.05).all() and "second_moment" not in new.state[wide]
+    for group in old.param_groups:  # nanochat's schedule
+        group["lr"] = group["initial_lr"] * 0.5
+    before = {p: p.detach().clone() for p in (square, wide)}
+    new.step()
+    adamw.step()
+    torch.testing.assert_close(table, peer)
+    for p, buffer in buffers.items():
+        momentum = buffer.lerp(p.grad, 0.1)
+        torch.testing.assert_close(new.state[p]["momentum_buffer"], momentum)
+        moved, wanted = (before[p] - p.detach()).double(), 0.01 * exact(p.grad.lerp(momentum, 0.9))
+        assert torch.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0) > 0.95
+        assert 0.85 < moved.norm() / wanted.norm() < 1.15
+
+
+def test_another_optimizer_is_no_nanochats():
+    with pytest.raises(TypeError, match=r"optimizer is a SGD: from_optimizer takes over nanochat's MuonAdamW"):
+        MuonAdamW.from_optimizer(torch.optim.SGD([parameter(4, 4)]))
