@@ -18,6 +18,7 @@ exclude_patterns = [".*", "build", "data", "runs", "out"]  # not looked into: en
 myst_heading_anchors = 4  # GitHub's own anchors
 default_role = "code"  # docstrings write `names` as Markdown does
 smartquotes = False  # --flag is not a dash
+highlight_language = "text"  # commands and their output; what is Python says so
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"

@@ -124,9 +124,10 @@ class GPT(nn.Module):
     """``GPT(config, ops)``: the model of ``config.family``, a GPT-2 or the one in modern.py; ops is fastgpt.ops.EAGER (default)
     or TRITON.
 
-    >>> model = GPT(ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64))
+    >>> shape = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=64)
+    >>> model = GPT(shape)
     >>> idx = torch.randint(0, 64, (2, 17))
-    >>> logits, loss = model(idx[:, :-1], idx[:, 1:])  # logits is None: with targets they are not kept
+    >>> _, loss = model(idx[:, :-1], idx[:, 1:])  # with targets the logits are not kept
     >>> loss.backward()
     """
 

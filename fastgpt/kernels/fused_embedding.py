@@ -403,8 +403,8 @@ def embedding(
 
     idx (..., T) int64 or int32, of any rank from 1 and any strides; wte (V, C) and wpe (P, C), each fp32, fp16 or bf16, read
     in place if neighbouring columns are adjacent. ``position``: where the sequences start, as in sampling from a cache.
-    Autocast changes nothing. Gradients have their table's dtype and are dense, or added to ``.grad`` in place (below).
-    ``dropout_p`` > 0 draws a seed from torch's generator.
+    Autocast changes nothing. Gradients have their table's dtype and are dense; inside ``working_copy.gradients_in_place``, as
+    in fastgpt's own training, they are added to ``.grad``. ``dropout_p`` > 0 draws a seed from torch's generator.
 
     Raises ValueError for arguments that do not fit, on a CPU also for ids that have no row; on a GPU, which is not asked, the
     output of such a token is NaN and it adds to no gradient. CPU tensors outside Triton's interpreter are computed by

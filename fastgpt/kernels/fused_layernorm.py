@@ -501,9 +501,9 @@ def layer_norm(
     computed by ``reference.layer_norm``.
 
     >>> x, residual, weight = torch.randn(2, 8, 64), torch.randn(2, 8, 64), torch.ones(64)
-    >>> y, residual = layer_norm(x, weight, residual=x)
-    >>> torch.allclose(y, torch.nn.functional.layer_norm(residual, (64,)), atol=1e-5)
-    True
+    >>> y, s = layer_norm(x, weight, residual=residual)
+    >>> torch.equal(s, x + residual), torch.allclose(y, torch.nn.functional.layer_norm(s, (64,)), atol=1e-5)
+    (True, True)
     """
     if not runtime.runs_in_triton(x):
         return reference.layer_norm(

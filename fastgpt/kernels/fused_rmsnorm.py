@@ -264,8 +264,8 @@ def rms_norm(
     computed by ``reference.rms_norm``.
 
     >>> x, residual = torch.randn(2, 8, 64), torch.randn(2, 8, 64)
-    >>> y, residual = rms_norm(x, residual=residual, scale=torch.tensor([0.5]))
-    >>> torch.allclose(y, torch.nn.functional.rms_norm(residual, (64,), eps=1e-6), atol=1e-5)
+    >>> y, s = rms_norm(x, residual=residual, scale=torch.tensor([0.5]))
+    >>> torch.allclose(y, torch.nn.functional.rms_norm(s, (64,), eps=1e-6), atol=1e-5)
     True
     """
     if (x0 is None) != (x0_scale is None):

@@ -343,8 +343,8 @@ def orthogonalize(x: Tensor, coefficients: str = "classic", steps: int = 5, eps:
     """About U V^T of each x = U S V^T: all singular values come near 1. x (batch, n, m) of any floating dtype, quickest with
     n <= m; the result has x's shape and dtype, in which all is computed.
 
-    x / max(|x|, eps) with the Frobenius norm (times 1.01 for "polar"), then per step A = x x^T, x <- a x + (b A + c A A) x. A
-    matrix of zeros stays one. Jordan et al. 2024, Muon.
+    ``x / max(|x|, eps)`` with the Frobenius norm (times 1.01 for "polar"), then per step A = x x^T, x <- a x + (b A + c A A) x.
+    A matrix of zeros stays one. Jordan et al. 2024, Muon.
     """
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     x = (x / (norm * margin(coefficients)).clamp(min=eps)).to(x.dtype)
