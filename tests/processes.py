@@ -14,12 +14,19 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
+
+
+def ensure_server():
+    """Begin the process that all are forked from, also those of ``multiprocessing``'s "forkserver"."""
+    with patch.dict(os.environ, TRITON_INTERPRET="1"):
+        forkserver.ensure_running()
 
 
 def _main(words, env, output):

@@ -23,6 +23,7 @@ from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig
 from fastgpt.model import GPT
 from fastgpt.optim.adamw import FusedAdamW
+from tests import processes
 
 SHAPE = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=64)
 
@@ -296,7 +297,8 @@ def test_one_rank_to_two_to_one_bit_for_bit(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(two_ranks, args=(tmp_path, port), nprocs=2, start_method="spawn")
+    processes.ensure_server()
+    mp.start_processes(two_ranks, args=(tmp_path, port), nprocs=2, start_method="forkserver")
 
     path, damaged = folder.newest_valid(tmp_path / "back")
     assert damaged == [] and len(list(path.glob("tensors-*.safetensors"))) == 2

@@ -257,6 +257,7 @@ def test_an_interrupted_preparation_is_gone_on_with(tmp_path, monkeypatch, capsy
 KILLED_AT_EVERY_STEP = """
 import os, signal, sys
 from pathlib import Path
+import filelock, rich.progress  # here, not in each child: they are the most of its time
 import fastgpt.data.preparation as module
 from fastgpt.data import encoding, shards, writing
 from fastgpt.data.tokenizer import get_tokenizer
