@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 project = html_title = "fastgpt"
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/**.md", "docs/api.rst"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "docs/api.rst"]
 exclude_patterns = [".*", "build", "data", "runs", "out"]  # not looked into: environments, what runs leave
 myst_heading_anchors = 4  # GitHub's own anchors
 default_role = "code"  # docstrings write `names` as Markdown does

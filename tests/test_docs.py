@@ -290,6 +290,22 @@ def test_entries_named_in_a_sentence_exist(page):
             make(["make", match[1]])
 
 
+FOREIGN = {"--adversary", "--benchmark-only", "--depth", "--help", "--model_args", "--nproc_per_node"}
+"""Flags of other programs (pytest, nanochat, lm_eval, torchrun), and the one that all have."""
+
+
+def test_flags_named_in_a_sentence_exist():
+    from bench.refusals import commands
+
+    options = [option for _, cls in commands() for option in front_end.options(cls)]
+    known = {flag for option in options for flag in (option.flag, *option.arg.aliases)} | FOREIGN
+    known |= {f"--no-{option.flag[2:]}" for option in options if option.type is bool}
+    named = {
+        (page.name, flag) for page in PAGES for span in spans(page) for flag in re.findall(r"(?<!\S)--\w[\w-]*", span)
+    }
+    assert len(named) > 100 and [found for found in sorted(named) if found[1] not in known] == []
+
+
 OURS = [path for top in ("fastgpt", "bench", "tests", "docs", "tools", "configs") for path in (ROOT / top).rglob("*")]
 OURS += [path for path in ROOT.iterdir() if path.is_file()]
 KERNELS = list((ROOT / "fastgpt" / "kernels").rglob("*.py"))
