@@ -75,14 +75,15 @@ def ranked_entries(
 ) -> Iterator[tuning.TableEntry]:
     """An entry per bucket for which some config is fit."""
     evidence: dict[str, Any]
-    for bucket in family.buckets:
-        usual = default_at(family, bucket, default, card.sm_count)
-        order = family.rank(bucket, found, usual, card)
-        if not order:
-            continue
-        best = order[0]
+    orders = {
+        bucket: family.rank(bucket, found, default_at(family, bucket, default, card.sm_count), card)
+        for bucket in family.buckets
+    }
+    for bucket, best in ranking.settle(orders).items():
         over = None if best.over_default is None else round(best.over_default, 3)
-        evidence = {"model": ranking.MODEL, "over_default": over, "fill": round(best.fill, 3), "compared": len(order)}
+        evidence = {"model": ranking.MODEL, "source": tuning.source_hash(family.kernel), "over_default": over}
+        evidence |= {"under": {name: round(score, 3) for name, score in best.under.items()}}
+        evidence |= {"fill": round(best.fill, 3), "compared": len(orders[bucket])}
         parts: dict[str, float] = {}
         if family.kernel.startswith("attention") and best.facts.plain_loop is not None:
             read = ranking.l2_bytes(family.kernel, best.facts, D=64)
@@ -104,7 +105,7 @@ def rank(chosen: list[Family], card: cards.Gpu, path: Path, deadline: float) -> 
     with compiled_ahead(chosen, int(card.arch[3:])) as compiled:
         for done, family in enumerate(chosen):
             if time.monotonic() > deadline:
-                print_changes(rows, "model's time over the default's")
+                print_changes(rows, "over the default", *ranking.ASSUMPTIONS)
                 print(f"The budget is up: {len(chosen) - done} families are left; run the same command again.")
                 return len(chosen) - done
             library = tuning.has_library(family.kernel)
@@ -118,9 +119,10 @@ def rank(chosen: list[Family], card: cards.Gpu, path: Path, deadline: float) -> 
                     continue
                 table.entries[entry.key] = entry
                 usual = default_at(family, entry.key.bucket, default, card.sm_count)
-                rows.append(change(entry, old.config if old else usual, entry.evidence["over_default"]))
+                cells = change(entry, old.config if old else usual, entry.evidence["over_default"])
+                rows.append(cells + [f"{score:.3f}" for score in entry.evidence["under"].values()])
             save(table, paths[library])
-    print_changes(rows, "model's time over the default's")
+    print_changes(rows, "over the default", *ranking.ASSUMPTIONS)
     for library, table in tables.items():
         if table.entries:
             print(f"{len(table.entries)} entries for {card.name} in {paths[library]}. Ranked, not measured.")

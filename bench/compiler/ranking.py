@@ -8,9 +8,10 @@ It orders configs; it predicts no times. For every config that compiles without 
 * from the shape: blocks of the grid and the work of each.
 
 **Attention.** A tile costs an SM, in clocks, T for its tensor-core instructions, I for issuing all its instructions
-(4 a clock), X for its exponentials (16 a clock), L for reading K and V (or Q and dO) from L2. With W warps resident per
-scheduler the longest of them is paid whole, and 1/W of the rest: W warps hide each other's waits. A block is its tiles,
-masked ones at their own cost, and OVERHEAD_CLOCKS. Blocks are then handed out in launch order, each to the first SM that
+(4 a clock), X for its exponentials (16 a clock), S for what passes through shared memory (128 bytes a clock), L for reading
+K and V (or Q and dO) from L2. With W warps resident per scheduler the longest of them is paid whole, and 1/W of the rest: W
+warps hide each other's waits, and cp.async those for L2. A block is its tiles, masked ones at their own cost, and
+OVERHEAD_CLOCKS. Blocks are then handed out in launch order, each to the first SM that
 has room, whose residents share it: causal blocks are of unequal work, and a last wave with few blocks runs faster, so
 that it costs less than the quotient blocks / slots makes it look. ``fill`` is the share of the SMs' time that is work.
 
@@ -22,6 +23,10 @@ to issue its instructions, and LATENCY_CLOCKS of waiting for each round of a blo
 moves the tile's results. Matrix products that sum in fp16 count at that arithmetic's nominal rate. A split of K writes and
 reads its parts in fp32. It compares tiles with tiles, not with cuBLAS: that is for measuring.
 
+How much of this overlaps is not known, so every config is ranked under four ASSUMPTIONS, and the best is the one that is
+nowhere far behind. Of configs that the model cannot tell apart (RESOLUTION) a family's buckets take one that is good in most
+of them (``settle``): a tile that changes from bucket to bucket is noise.
+
 The constants are nominal or assumed; ``bench.tune --check-model`` says how often the order they give is right.
 """
 
@@ -29,7 +34,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from heapq import heapify, heappop, heappush
 from statistics import mean
@@ -39,7 +45,7 @@ from bench.compiler import cubin
 from fastgpt.hardware.cards import Gpu
 from fastgpt.kernels.fused_attn import heads_together
 
-MODEL = 1
+MODEL = 2
 """Raised when figures of the model change: entries ranked by another one are ranked anew."""
 
 OVERHEAD_CLOCKS = 1100
@@ -51,6 +57,7 @@ BANDWIDTH = 0.91
 L2_BYTES_PER_CLOCK = {False: 13.0, True: 38.8}
 """That L2 gives one SM while all ask: GeForce cards, data-centre ones (as fastgpt/performance/step_time.py has them)."""
 EXPONENTIALS_PER_CLOCK = 16
+SHARED_BYTES_PER_CLOCK = 128
 RESOLUTION = 0.03
 """Gains that the model cannot tell from none: a config has to be better than the default by more."""
 
@@ -133,6 +140,43 @@ def facts(config: dict[str, int], compiled: list[Any], arch: int) -> Facts:
     )
 
 
+# ---------------------------------------------------------------- what overlaps
+
+Parts = Mapping[str, float]
+"""Clocks of each resource that something takes."""
+
+
+def _partly(parts: Parts, warps: float, hidden: tuple[str, ...] = ()) -> float:
+    longest = max(parts, key=lambda name: parts[name])
+    return parts[longest] + sum(t for name, t in parts.items() if name != longest and name not in hidden) / warps
+
+
+def _without_l2(parts: Parts, warps: float, hidden: tuple[str, ...] = ()) -> float:
+    return _partly({name: time for name, time in parts.items() if name != "l2"}, warps, hidden)
+
+
+ASSUMPTIONS: dict[str, Callable[[Parts, float, tuple[str, ...]], float]] = {
+    "usual": _partly,
+    "all overlaps": lambda parts, warps, hidden: max(parts.values()),
+    "nothing overlaps": lambda parts, warps, hidden: sum(parts.values()),
+    "no L2": _without_l2,
+}
+"""Clocks of something from its parts, the warps per scheduler and the parts whose waits are hidden. "usual": the longest whole,
+and what the warps do not hide of the rest; "all overlaps": the longest alone."""
+_together = ASSUMPTIONS["usual"]
+
+
+@contextmanager
+def assuming(name: str) -> Iterator[None]:
+    """Inside, all times are under this one of ASSUMPTIONS."""
+    global _together
+    before, _together = _together, ASSUMPTIONS[name]
+    try:
+        yield
+    finally:
+        _together = before
+
+
 # ---------------------------------------------------------------- attention
 
 
@@ -155,8 +199,20 @@ def _flops_per_clock(op: str, gpu: Gpu) -> float:
     return peak / (gpu.sm_count * gpu.boost_mhz * 1e6)
 
 
+def _shared_bytes(op: str) -> float:
+    """Bytes that a warp moves through shared memory by this instruction; of a group's wgmma its share of the second operand."""
+    matrices = re.match(r"(?:LDSM|STSM)\.\d+\.M?T?\d+(?:\.([24]))?$", op)
+    if matrices:
+        return 128 * int(matrices[1] or 1)
+    if re.match(r"(LDS|STS|LDGSTS)\b", op):
+        width = re.search(r"\.(128|64|[SU]16|[SU]8)\b", op)
+        return 32 * ({"128": 16, "64": 8, "16": 2, "8": 1}[width[1].lstrip("SU")] if width else 4)
+    group = re.match(r"HGMMA\.\d+x(\d+)x(\d+)", op)
+    return 2 * int(group[1]) * int(group[2]) / 4 if group else 0.0
+
+
 def tile_parts(found: Facts, body: Mapping[str, float], l2_bytes: float, gpu: Gpu) -> dict[str, float]:
-    """Clocks of an SM that one tile of one block takes of each resource: T, I, X and L of the docstring above."""
+    """Clocks of an SM that one tile of one block takes of each resource: T, I, X, S and L of the docstring above."""
     tensor = sum(
         _tensor_flops(op, found.warps) * count / _flops_per_clock(op, gpu) for op, count in body.items() if "MMA" in op
     )
@@ -165,15 +221,16 @@ def tile_parts(found: Facts, body: Mapping[str, float], l2_bytes: float, gpu: Gp
         "tensor": tensor,
         "issue": sum(body.values()) * found.warps / 4,
         "exponential": exponentials * 32 * found.warps / EXPONENTIALS_PER_CLOCK,
+        "shared": sum(_shared_bytes(op) * n for op, n in body.items()) * found.warps / SHARED_BYTES_PER_CLOCK,
         "l2": l2_bytes / L2_BYTES_PER_CLOCK[gpu.full_rate],
     }
 
 
 def tile_clocks(found: Facts, body: Mapping[str, float], l2_bytes: float, gpu: Gpu, blocks_per_sm: int) -> float:
     """Clocks of an SM for one tile of one block, ``blocks_per_sm`` such blocks being resident."""
-    parts = tile_parts(found, body, l2_bytes, gpu).values()
-    resident = max(1.0, blocks_per_sm * found.warps / 4)
-    return max(parts) + (sum(parts) - max(parts)) / resident
+    ahead = any(op.startswith(("LDGSTS", "UTMA")) for op in body)  # loads of a later tile are under way
+    parts, resident = tile_parts(found, body, l2_bytes, gpu), max(1.0, blocks_per_sm * found.warps / 4)
+    return _together(parts, resident, ("l2",) if ahead else ())
 
 
 def l2_bytes(kernel: str, found: Facts, D: int) -> int:
@@ -236,7 +293,7 @@ def attention_time(kernel: str, found: Facts, heads: int, T: int, D: int, gpu: G
         plain = tile_clocks(found, found.plain_loop, read, gpu, resident)
         masked = tile_clocks(found, found.masked_loop, read, gpu, resident)
         costs.append([OVERHEAD_CLOCKS / resident + full * plain + edge * masked for full, edge in tiles])
-    simulated = min(heads, max(1, 4096 // len(tiles)))
+    simulated = min(heads, max(1, 2048 // len(tiles)))
     groups = [min(together, simulated - first) for first in range(0, simulated, together)]
     order = [kind for size in groups for kind in range(len(tiles)) for _ in range(size)]
     end = schedule(costs, order, gpu.sm_count)
@@ -302,8 +359,8 @@ def waves_time(
 
     def wave(count: int) -> float:
         resident = -(-count // gpu.sm_count)
-        parts = [count * bytes_ / per_clock, resident * issue, waits]
-        return max(parts) + (sum(parts) - max(parts)) / max(1.0, resident * found.warps / 4)
+        parts = {"memory": count * bytes_ / per_clock, "issue": resident * issue, "waits": waits}
+        return _together(parts, max(1.0, resident * found.warps / 4), ())
 
     slots = gpu.sm_count * found.blocks_per_sm
     full, rest = divmod(blocks, slots)
@@ -341,13 +398,14 @@ def adamw_time(found: Facts, parameters: int, gpu: Gpu) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Ranked:
-    """``time``: mean over the bucket's sizes of its clocks over the quickest config's; ``over_default``: over the default's
-    (None if that is ruled out)."""
+    """``under``: by assumption, mean over the bucket's sizes of its clocks over the quickest config's. ``time``: the largest of
+    these. ``over_default``: over the default's (None if that is ruled out)."""
 
     facts: Facts
     time: float
     fill: float
     over_default: float | None
+    under: Mapping[str, float]
 
 
 def rank(
@@ -357,15 +415,22 @@ def rank(
     (clocks, fill) of a config at each size that stands for the bucket."""
     candidates = [f for f in found if not f.problem]
     candidates = [f for f in candidates if f.config.get("programs_per_sm", 1) <= f.blocks_per_sm or f.config == default]
-    clocks = [times(f) for f in candidates]
-    if not clocks:
+    if not candidates:
         return []
-    least = [min(own[i][0] for own in clocks) for i in range(len(clocks[0]))]
-    score = [mean(time / best for (time, _), best in zip(own, least)) for own in clocks]
-    mine = next((s for f, s in zip(candidates, score) if f.config == default), None)
+    scores: list[dict[str, float]] = [{} for _ in candidates]
+    fills: list[float] = []
+    for name in ASSUMPTIONS:
+        with assuming(name):
+            clocks = [times(f) for f in candidates]
+        least = [min(time for time, _ in sizes) for sizes in zip(*clocks)]
+        for score, own in zip(scores, clocks):
+            score[name] = mean(time / best for (time, _), best in zip(own, least))
+        fills = fills or [mean(fill for _, fill in own) for own in clocks]
+    worst = [max(score.values()) for score in scores]
+    mine = next((time for f, time in zip(candidates, worst) if f.config == default), None)
     ranked = [
-        Ranked(f, s, mean(fill for _, fill in own), None if mine is None else s / mine)
-        for f, s, own in zip(candidates, score, clocks)
+        Ranked(f, time, fill, None if mine is None else time / mine, under)
+        for f, time, fill, under in zip(candidates, worst, fills, scores)
     ]
 
     def order(item: Ranked) -> tuple[float, bool]:
@@ -373,3 +438,19 @@ def rank(
         return (item.time - (RESOLUTION if is_default else 0.0), not is_default)
 
     return sorted(ranked, key=order)
+
+
+def settle(orders: Mapping[str, list[Ranked]]) -> dict[str, Ranked]:
+    """A config for each bucket, of its order by ``rank``: of those within RESOLUTION of the first and not behind the default
+    the one that is so in most buckets."""
+
+    def near(order: list[Ranked]) -> list[Ranked]:
+        within = [item for item in order if item.time <= order[0].time + RESOLUTION]
+        return [item for item in within if item.over_default is None or item.over_default <= 1]
+
+    orders = {bucket: order for bucket, order in orders.items() if order}
+    votes = Counter(str(sorted(item.facts.config.items())) for order in orders.values() for item in near(order))
+    return {
+        bucket: max(near(order), key=lambda item: votes[str(sorted(item.facts.config.items()))])
+        for bucket, order in orders.items()
+    }

@@ -140,6 +140,7 @@ def measure(chosen: list[Family], folder: Path, deadline: float, *, again: bool)
                     "ms": best_ms,
                     "default_ms": times[0].median_ms,
                     "compared": len(timed),
+                    "source": tuning.source_hash(family.kernel),
                     "torch": torch.__version__,
                 }
                 evidence |= {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}

@@ -149,8 +149,8 @@ def change(entry: tuning.TableEntry, old: dict[str, int], figure: float | None) 
     return [" ".join(entry.key), tuning.brief(old), new, "-" if figure is None else f"{figure:.3f}"]
 
 
-def print_changes(rows: list[list[str]], figure: str) -> None:
+def print_changes(rows: list[list[str]], *figures: str) -> None:
     """A line per entry that ``change`` has made: dim where the config stays as it was."""
     if rows:
-        cells = [["kernel, dtype, bucket", "old", "new", figure], *rows]
+        cells = [["kernel, dtype, bucket", "old", "new", *figures], *rows]
         print_table(terminal(150), "", cells, lambda row: "dim" if row[2] == UNCHANGED else None, narrow=True)

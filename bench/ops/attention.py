@@ -81,7 +81,7 @@ def cases() -> Iterator[Case]:
     fast: dict[str, Any] = {"accumulate": "fp16"}
     for D in HEAD_DIMS:
         yield f"attention fp16-fast D{D}", partial(launch_attention, FP16, D, **fast)
-    for D in (64, 128, 256):
+    for D in (32, 64, 128, 256):
         yield f"attention fp16-fast D{D} all options", partial(launch_attention, FP16, D, H=4, **everything, **fast)
     yield "attention fp16-fast D64 dropout", partial(launch_attention, FP16, 64, dropout_p=0.1, **fast)
     yield "attention fp16-fast D64 documents", partial(launch_attention, FP16, 64, docs=True, **fast)

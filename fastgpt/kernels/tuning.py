@@ -34,6 +34,11 @@ says otherwise. What the model ranks for such a matmul is a hint for bench.tune,
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import io
+import textwrap
+import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -113,6 +118,35 @@ def brief(config: Config) -> str:
     return " ".join((["x".join(blocks)] if blocks else []) + words)
 
 
+@lru_cache
+def source_hash(kernel: str) -> str:
+    """What an entry of a table is bound to: hash of the kernel's code and of all functions under @triton.jit that it calls, as
+    they are compiled. Comments, docstrings and where they stand do not count."""
+    from triton.language import constexpr
+
+    functions: list[Any] = [_spaces[kernel].function]
+    parts = []
+    for function in functions:
+        words = tokenize.generate_tokens(io.StringIO(textwrap.dedent(inspect.getsource(function))).readline)
+        code: list[str] = []
+        before = tokenize.NEWLINE
+        for kind, word, *_ in words:
+            docstring = kind == tokenize.STRING and before == tokenize.INDENT
+            if kind in (tokenize.COMMENT, tokenize.NL) or docstring:
+                continue
+            code.append({tokenize.INDENT: "{", tokenize.DEDENT: "}", tokenize.NEWLINE: ";"}.get(kind, word))
+            before = kind
+        parts.append(" ".join(code[code.index("def") :]).replace("{ ;", "{"))  # the end of a docstring's line
+        for name in function.__code__.co_names:
+            used = function.__globals__.get(name)
+            called = getattr(used, "fn", None)
+            if called is not None and called.__module__.startswith("fastgpt.") and called not in functions:
+                functions.append(called)
+            elif isinstance(used, constexpr):
+                parts.append(f"{name}={used.value}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -146,6 +180,12 @@ class TableEntry:
     origin: str
     resources: dict[str, int]
     evidence: dict[str, Any]
+
+
+def is_of_older_code(entry: TableEntry) -> bool:
+    """Whether the kernel has changed, other than in its comments, since the entry was made; also where the entry does not say
+    for which code it was."""
+    return entry.evidence.get("source") != source_hash(entry.key.kernel)
 
 
 @dataclass

@@ -121,6 +121,7 @@ def show(config: Config, card: Card, precision: str, one: Record, two: Record, c
         "be quicker (python -m bench.tune).",
         style="dim",
     )
+    _show_rankings(card, two, console)
     tuned = {space.function.__name__ for space in tuning.spaces().values()}
     fixed = [
         f"{name.strip('_').removesuffix('_kernel')} {_count((file, name), one.launches, two.launches)}"
@@ -156,6 +157,34 @@ def rows(one: Record, two: Record, vocab_size: int) -> Iterator[tuple[str, ...]]
         if choice not in linears:
             config, count = tuning.brief(dict(choice.config)), _count(choice, one.choices, two.choices)
             yield f"{choice.kernel}, {choice.dtype}", choice.bucket, "Triton", config, choice.source, count
+
+
+def _show_rankings(card: Card, record: Record, console: Console) -> None:
+    """What the model says of each config that it ranked: how far it is behind the quickest, whatever overlaps."""
+    here = tuning.Target(card.arch, card.sms, cards.ARCHS[f"sm_{card.arch}"].shared_per_block)
+    behind: dict[tuple[str, ...], dict[str, float]] = {}
+    older: list[str] = []
+    for choice in record.choices:
+        if not choice.source.startswith("ranked"):
+            continue
+        key = tuning.Key(choice.kernel, choice.dtype, choice.bucket)
+        for entry in [e for e, _ in tuning.entries_for(key, here) if e.config == dict(choice.config)][:1]:
+            if tuning.is_of_older_code(entry):
+                older.append(choice.kernel)
+            else:
+                behind[(f"{choice.kernel}, {choice.dtype}", choice.bucket)] = entry.evidence.get("under", {})
+    if behind:
+        console.print("Time over the quickest config's, by the model that ranked them, if of a kernel's resources:")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        assumptions = list(dict.fromkeys(name for under in behind.values() for name in under))
+        for name in ("what, shape", *assumptions):
+            table.add_column(name, overflow="fold", justify="left" if name.startswith("what") else "right")
+        for words, under in behind.items():
+            cells = (f"{under[name]:.3f}" if name in under else "-" for name in assumptions)
+            table.add_row(escape(" ".join(words)), *cells)
+        console.print(table)
+    if older:
+        console.print(f"Ranked for older code: {', '.join(dict.fromkeys(older))}.")
 
 
 def _count(key: Hashable, one: Counter, two: Counter) -> str:

@@ -26,6 +26,7 @@ from tests.bench.compiler.test_ranking import LINEARS, TILES, matmul, rows
 
 RTX_4070 = cards.lookup("rtx4070")
 LOSS = next(family for family in families() if family.kernel == "cross_entropy.rows")
+UNDER = dict.fromkeys(ranking.ASSUMPTIONS, 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +151,7 @@ def test_ranking_leaves_measured_entries_alone(compiled, tmp_path):
 
 def test_tiles_that_are_ranked_beside_cublas_are_hints_and_in_no_table(compiled, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "default_at", lambda family, bucket, default, sms: default)
-    monkeypatch.setattr(ranking, "rank", lambda found, *_: [ranking.Ranked(found[0], 1, 1, 1)])
+    monkeypatch.setattr(ranking, "rank", lambda found, *_: [ranking.Ranked(found[0], 1, 1, 1, UNDER)])
     monkeypatch.setattr(ranking, "linear_step", lambda facts: ({}, 0.0))
     tune.main(["--rank", "--kernel", "linear.gelu bf16", "--out", str(tmp_path / "out")])
     (hinted,) = (tmp_path / "out").rglob("*.json")
@@ -170,7 +171,7 @@ def test_shipped_hints_are_of_matmuls_that_cublas_can_compute(path):
 def test_hinted_tiles_are_timed_before_the_models_first():
     here, bucket = tuning.Target(89, 46, 101_376), "N3072 K768"
     (hint, _), *_ = tuning.entries_for(tuning.Key("linear.gelu", "bf16", bucket), here, tune_table.HINTS)
-    order = [ranking.Ranked(matmul(config), 1.0, 1.0, 1.0) for config in GELU.configs()]
+    order = [ranking.Ranked(matmul(config), 1.0, 1.0, 1.0, UNDER) for config in GELU.configs()]
     assert order[0].facts.config != hint.config
     found = tune_measure.candidates(GELU, bucket, order, here, Path("nowhere"))
     assert found[0] == hint.config and found[1] == order[0].facts.config and len(found) == tune_measure.CANDIDATES

@@ -9,9 +9,11 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton.language as tl
 
 from bench.compiler import tune_table
 from fastgpt.common import UserError
@@ -398,6 +400,51 @@ def test_a_shipped_entry_differs_from_the_default_only_for_a_gain():
         for key, entry in table.entries.items():
             gain = entry.evidence["over_default"]
             assert gain is None or gain <= 1.0, f"{key} on {table.gpu}: {gain}"
+
+
+def test_the_page_says_how_many_entries_are_of_older_code():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for table in shipped_tables():
+        older = sum(map(tuning.is_of_older_code, table.entries.values()))
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{table.target.file_name}`"))
+        assert row.endswith(f"| {len(table.entries)} | ranked | {older or 'none'} |"), row
+
+
+CODE = """
+LIMIT = 1
+
+def decorated(function):
+    return function
+
+def helper(x):
+    return x + 1
+
+def kernel(x):
+    y = x + LIMIT
+    return helper(y)
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new, same",
+    [("    y = x", "    # why\n    y  =  x", True), ("def kernel", "@decorated\ndef kernel", True),
+     ("def kernel(x):", "def kernel(x):\n    \"\"\"What it does.\"\"\"", True),
+     ("y = x", "y = -x", False), ("x + 1", "x + 2", False), ("LIMIT = 1", "LIMIT = 2", False)],
+)  # fmt: skip
+def test_an_entry_is_bound_to_code_and_not_to_comments(tmp_path, monkeypatch, old, new, same):
+    monkeypatch.setattr(tuning, "_spaces", {})
+    hashes = []
+    for n, code in enumerate((CODE, CODE.replace(old, new))):
+        path = tmp_path / f"code{n}.py"
+        path.write_text(code, encoding="utf-8")
+        found: dict = {}
+        exec(compile(code, path, "exec"), found)
+        found["helper"].__module__ = "fastgpt.kernels.found"
+        kernel = SimpleNamespace(fn=found["kernel"])  # as @triton.jit keeps it
+        found |= {"helper": SimpleNamespace(fn=found["helper"]), "LIMIT": tl.constexpr(found["LIMIT"])}
+        tuning.space(path.as_posix(), [])(kernel)
+        hashes.append(tuning.source_hash(path.as_posix()))
+    assert code != CODE and (hashes[0] == hashes[1]) == same
 
 
 # ---------------------------------------------------------------- buckets and compiles

@@ -17,6 +17,7 @@ from rich.console import Console
 from fastgpt import train
 from fastgpt.common import UserError
 from fastgpt.config import load_preset, parse
+from fastgpt.kernels import tuning
 from fastgpt.training import explain
 from fastgpt.training.dry_run import Chosen, Record
 
@@ -82,6 +83,23 @@ def test_a_ranked_entry_of_this_card_needs_no_name_one_of_another_has_it():
     here, other = ("ranked (NVIDIA GeForce RTX 4070)", "ranked (NVIDIA GeForce RTX 4090, 128 SMs)")
     text = shown(*records(linear("linear_fast.gelu", TILES, here), linear("linear_fast.dgelu", TILES, other)))
     assert "ranked 1" in line_with(text, "linear + GELU, bf16, sums in fp16") and "RTX 4090, 128 SMs" in text
+
+
+def test_a_ranked_config_says_how_far_behind_it_is_whatever_overlaps(monkeypatch):
+    under = {"usual": 1.0, "all overlaps": 1.012, "nothing overlaps": 1.0, "no L2": 1.025}
+    sources = {"linear_fast.gelu": tuning.source_hash("linear_fast.gelu"), "linear_fast.dgelu": "0123"}
+
+    def entries_for(key, here):
+        assert here == tuning.Target(89, 46, 101376)
+        evidence = {"source": sources[key.kernel], "under": under}
+        return [(tuning.TableEntry(key, dict(TILES), "ranked", {}, evidence), None)]
+
+    monkeypatch.setattr(tuning, "entries_for", entries_for)
+    text = shown(*records(*(linear(kernel, TILES, "ranked (NVIDIA GeForce RTX 4070)") for kernel in sources)))
+    table = text[text.index("Time over the quickest") :]
+    assert line_with(table, "nothing") == "what, shape usual all overlaps nothing overlaps no L2"
+    assert line_with(table, "linear_fast.gelu") == "linear_fast.gelu, bf16 N3072 K768 1.000 1.012 1.000 1.025"
+    assert "Ranked for older code: linear_fast.dgelu." in table
 
 
 def test_what_happens_once_a_step_is_told_from_what_every_micro_batch_does():

@@ -232,6 +232,62 @@ def test_the_default_stays_unless_another_is_better_by_more_than_the_model_can_t
     assert rank([rows({"tile": 2048, "num_warps": 8}), slow])[0].facts.config["tile"] == 2048
 
 
+SHARED = {"LDSM.16.M88.4": 512, "LDSM.16.MT88.2": 256, "LDSM.16.M88": 128, "STSM.16.M88.4": 512, "LDS.128": 512, "LDS": 128,
+          "STS.64": 256, "LDS.U16": 64, "LDS.S8": 32, "LDGSTS.E.BYPASS.128": 512, "LDG.E.128": 0,
+          "HGMMA.64x32x16.F32.BF16": 256, "HMMA.16816.F32.BF16": 0, "LDSX": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", SHARED)
+def test_shared_memory_is_counted_by_instruction(op):
+    """Bytes of a warp: 32 lanes, 8 x 8 matrices of 16 bits, a quarter of a warp group's second operand."""
+    assert ranking._shared_bytes(op) == SHARED[op]
+    parts = ranking.tile_parts(attention(FORWARD, 2), {op: 3}, 0, RTX_4070)
+    assert parts["shared"] == 3 * SHARED[op] * 8 / 128
+
+
+def test_waits_for_l2_are_hidden_by_asynchronous_copies_until_l2_is_the_limit():
+    def clocks(l2_bytes, body):
+        found = attention(FORWARD, 2, plain=body)
+        parts = ranking.tile_parts(found, body, l2_bytes, RTX_4070)
+        return ranking.tile_clocks(found, body, l2_bytes, RTX_4070, blocks_per_sm=2), parts["l2"]
+
+    copying = {**PLAIN, "LDGSTS.E.BYPASS.128": 4}
+    assert clocks(8192, copying)[0] == clocks(0, copying)[0] and clocks(8192, PLAIN)[0] > clocks(0, PLAIN)[0]
+    slow, l2 = clocks(2**20, copying)
+    assert slow > l2 == 2**20 / 13
+
+
+def test_what_is_nowhere_far_behind_comes_before_what_is_first_under_one_assumption():
+    def found(name, **parts):
+        return Facts({"name": name, "num_warps": 4}, "", 64, 0, 4, 1, parts, parts)
+
+    quick = found("quick", tensor=90, l2=0, shared=60)  # the quickest unless nothing overlaps
+    steady = found("steady", tensor=92, l2=0, shared=10)
+
+    def times(facts):
+        return [(ranking._together(facts.plain_loop, 4.0, ()), 1.0)]
+
+    order = ranking.rank([quick, steady], {}, times)
+    assert [item.facts for item in order] == [steady, quick]
+    assert order[0].time == pytest.approx(92 / 90) and order[1].under["nothing overlaps"] == pytest.approx(150 / 102)
+    assert set(order[0].under) == set(ranking.ASSUMPTIONS) == {"usual", "all overlaps", "nothing overlaps", "no L2"}
+
+
+def test_buckets_take_one_config_where_the_model_cannot_tell_them_apart():
+    def ranked(name, time, over_default=0.9):
+        return ranking.Ranked(Facts({"name": name}, ""), time, 1.0, over_default, {})
+
+    orders = {
+        "few": [ranked("small", 1.0), ranked("large", 1.2)],
+        "some": [ranked("other", 1.0), ranked("large", 1.02)],
+        "more": [ranked("large", 1.0), ranked("other", 1.1)],
+        "none": [],
+        "default": [ranked("default", 1.0, 1.0), ranked("large", 1.01, 1.01)],
+    }
+    chosen = {bucket: item.facts.config["name"] for bucket, item in ranking.settle(orders).items()}
+    assert chosen == {"few": "small", "some": "large", "more": "large", "default": "default"}
+
+
 def test_few_rows_want_smaller_blocks_than_many():
     both = [attention(FORWARD, 2), attention(SMALLER, 5, {k: v / 2 for k, v in PLAIN.items()})]
     clocks = family_of("attention.forward", "D64 rows<=16384").clocks
