@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from bench.steps import nanogpt as nanogpt_model
 from fastgpt.patching import patch
+from tests import processes
 
 KINDS = ("nanogpt", "huggingface")
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 31}
@@ -137,7 +138,8 @@ def _model_and_step(kind):
 
 
 def test_two_ranks_of_ddp_and_of_fsdp_have_the_gradients_of_one(tmp_path):
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    processes.ensure_server()
+    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     for kind in KINDS:
         model, step = _model_and_step(kind)
         step(model, slice(0, 4)).backward()
