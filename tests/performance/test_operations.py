@@ -316,28 +316,36 @@ from fastgpt.config import load_preset
 from dataclasses import fields, replace
 
 torch.set_num_threads(1)
-config = load_preset("gpt2-40m", "cuda")
-model = replace(config.model, n_layer=2, n_head={n_head}, bias={bias})
-config = replace(config, model=model, data=replace(config.data, batch_size=4))
-found = dry_run.record(config, "{precision}", 89, 46, micro_batches=3)
-print(json.dumps([[[list(key), n] for key, n in count.items()] for count in (found.products, found.launches)]
-    + [[[name, n, found.moved[name]] for name, n in found.sweeps.items()]]))
+for precision, n_head, bias in {kinds}:
+    config = load_preset("gpt2-40m", "cuda")
+    model = replace(config.model, n_layer=2, n_head=n_head, bias=bias)
+    config = replace(config, model=model, data=replace(config.data, batch_size=4))
+    found = dry_run.record(config, precision, 89, 46, micro_batches=3)
+    print(json.dumps([[[list(key), n] for key, n in count.items()] for count in (found.products, found.launches)]
+        + [[[name, n, found.moved[name]] for name, n in found.sweeps.items()]]))
 """
+KINDS = {
+    "bf16": ("bf16", 12, False), "bf16 with biases": ("bf16", 12, True), "fp16-fast": ("fp16-fast", 12, False),
+    "fp8 with biases": ("fp8", 12, True), "fp8 with heads of 16": ("fp8", 24, False),
+}  # fmt: skip
 
 
-@pytest.fixture(
-    scope="module", params=["bf16", "bf16 with biases", "fp16-fast", "fp8 with biases", "fp8 with heads of 16"]
-)
-def recorded(request, tmp_path_factory):
-    """(precision, matrix products of cuBLAS, Triton launches by function, sweeps of PyTorch) of three micro-batches."""
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """What RECORD prints of each of KINDS, in a process whose triton compiles."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # without tables that bench.tune has measured here
-    precision, n_head = request.param.split()[0], 24 if "16" in request.param.split()[-1:] else 12
-    bias = "biases" in request.param
-    command = [sys.executable, "-c", RECORD.format(precision=precision, n_head=n_head, bias=bias)]
+    command = [sys.executable, "-c", RECORD.format(kinds=list(KINDS.values()))]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    products, launches, sweeps = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(KINDS, map(json.loads, done.stdout.splitlines()[-len(KINDS) :])))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def recorded(request, records):
+    """(precision, matrix products of cuBLAS, Triton launches by function, sweeps of PyTorch) of three micro-batches."""
+    precision, n_head, bias = KINDS[request.param]
+    products, launches, sweeps = records[request.param]
     shape = Shape(n_layer=2, n_head=n_head, n_embd=384, block_size=1024, vocab_size=50304, bias=bias)
     listed = operations.operations(shape, "triton", 4, precision=precision)
     return (
