@@ -362,6 +362,15 @@ def test_the_doctors_page_has_every_check():
     assert len(names) > 10 and [name for name in sorted(names) if f"`{name}`" not in page] == []
 
 
+@pytest.mark.parametrize("section, file", [("Layer norm", "fused_layernorm.py"), ("Attention", "fused_attn.py")])
+def test_code_quoted_to_explain_a_kernel_is_in_its_file(section, file):
+    page = (ROOT / "docs" / "reading-kernels.md").read_text(encoding="utf-8")
+    (text,) = [each for each in page.split("\n## ") if each.startswith(section)]
+    quoted = re.findall(r"^\| `([^`]+)`.* \| ", text.split("| in the code |")[1], re.MULTILINE)
+    source = (ROOT / "fastgpt" / "kernels" / file).read_text(encoding="utf-8")
+    assert len(quoted) >= 4 and [code for code in quoted if code not in source] == []
+
+
 # ---- links and quoted messages
 
 
