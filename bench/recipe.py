@@ -34,6 +34,8 @@ from fastgpt.config import load_preset, parse
 from fastgpt.hardware import cards
 from fastgpt.performance import recipes
 from fastgpt.performance.memory import memory
+from fastgpt.performance.operations import PASSES
+from fastgpt.performance.step_time import OperationTime
 from fastgpt.training import metrics
 
 SCHEMA, SCHEMA_VERSION = "fastgpt.recipe", 1
@@ -348,6 +350,37 @@ def costs(name: str = "rtx4070") -> dict[str, float]:
     return {"muon_share_of_step": round(muon / step.ms_per_step, 4), "memory_gb": round(needed.total / 1e9, 2)}
 
 
+def part_of(op: OperationTime) -> str:
+    """The row of ``step_cells`` that an operation of a step belongs to."""
+    if op.group in ("attention forward", "attention backward"):
+        return "attention"
+    if op.group.startswith(("head ", "loss")) or op.name == "head weight cast":
+        return "head and loss"
+    if op.group.startswith("norms") or op.name in ("first norm, gradients added", "embedding gradients added"):
+        return "norms, residual adds, scalars"
+    if op.group.startswith("rotary") or op.name == "value gate":
+        return "rotary, QK-norm, value mix"
+    if op.group.startswith(("GELU", "ReLU2")):
+        return "activation"
+    if op.group.endswith(PASSES):
+        return "linears of the blocks"
+    return {"embedding": "embeddings", "optimizer": "optimizer"}.get(op.group, "gradients added, gaps")
+
+
+def step_cells(name: str = "rtx4070") -> Cells:
+    """Where both presets' steps go in bf16: milliseconds projected, bytes counted."""
+    rows = [["part of a step", "GPT-2, ms", "GB", "modern, ms", "GB"]]
+    sums: dict[str, list[float]] = {}
+    for i, recipe in enumerate((recipes.GPT2, recipes.MODERN)):
+        for op in recipes.step(recipe, cards.card(name)).operations:
+            for part in (part_of(op), "all"):
+                found = sums.setdefault(part, [0.0] * 4)
+                found[2 * i] += op.ms
+                found[2 * i + 1] += op.bytes / 1e9
+    order = sorted(sums, key=lambda part: (part == "all", -sums[part][2]))
+    return rows + [[part, *(f"{figure:,.0f}" for figure in sums[part])] for part in order]
+
+
 def factor_cells() -> Cells:
     rows = [["factor", "", "hours"]]
     return rows + [[row["change"], f"x {row['factor']:.3g}", f"{row['hours']:.1f}"] for row in factors()]
@@ -416,6 +449,7 @@ def show(found: dict[str, Any]) -> None:
     print_table(console, f"Without a part, after {common.rounded(seen['parts_tokens'])} tokens", part_cells(found))
     print_table(console, f"Hours to {recipes.TARGET} on an RTX 4070: projected", hour_cells())
     print_table(console, "The same hours, factor by factor", factor_cells())
+    print_table(console, "Where a step goes, in bf16: time projected, bytes counted", step_cells())
     step = costs()
     console.print(
         f"Of a step of {recipes.MODERN.preset} Muon's update takes {step['muon_share_of_step']:.2%}, projected; it needs "

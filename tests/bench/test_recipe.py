@@ -94,6 +94,8 @@ def test_the_page_has_the_figures_that_the_command_prints():
     rows = [line.split(" | ") for line in page.splitlines()]
     for preset, precision, *_, hours, _, _ in recipe.hour_cells()[1:]:
         assert any(row[0] == f"| {preset}" and row[1] == precision and row[4:5] == [hours] for row in rows)
+    for part, _, old, _, new in recipe.step_cells()[1:]:  # what is counted, not what is projected
+        assert any(row[0] == f"| {part}" and row[2:5:2] == [old, f"{new} |"] for row in rows), part
     step = recipe.costs()
     assert f"{step['muon_share_of_step']:.2%} of a step" in page and f"{step['memory_gb']:.2f} GB" in page
     for change, _, hours in recipe.factor_cells()[1:]:

@@ -106,6 +106,43 @@ def test_a_modern_step_has_its_own_operations_and_counts_its_windows(kernels):
     assert gradients == 12 * (1024 * 128 + 12 + 3 * 2 * 12 if in_place else anatomy.n_params(MODERN))
 
 
+def test_the_embeddings_gradient_is_added_up_from_every_block():
+    """Of a mixed stream the embedding has a gradient from each block and from the first one's input: as many sums as blocks."""
+    ops = step("triton", MODERN)
+    assert [op.count for op in ops if op.name == "embedding gradients added"] == [MODERN.n_layer]
+    assert not any(op.name == "first norm, gradients added" for op in ops)
+    assert any(
+        op.name == "first norm, gradients added" for op in step("triton", replace(MODERN, residual_scalars=False))
+    )
+
+
+def test_what_autograd_adds_in_a_modern_step_is_listed(tmp_path):
+    """As recorded: the embedding's gradients in fp32, and one in 16 bits for each gate, which reads a part of a row."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["XDG_CACHE_HOME"] = str(tmp_path)  # without tables that bench.tune has measured here
+    done = subprocess.run([sys.executable, "-c", ADDED], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    number, moved = json.loads(done.stdout.splitlines()[-1])
+    ops = operations.operations(MODERN, "triton", 3)
+    elements, gated = 3 * 256 * 128, 3
+    embedding = sum(op.bytes * op.count for op in ops if op.name == "embedding gradients added")
+    assert (number, moved) == (2 * (6 + gated), 2 * (embedding + gated * 6 * elements))
+
+
+ADDED = """
+import json, torch
+from dataclasses import replace
+from fastgpt.config import Config, DataConfig, ModelConfig
+from fastgpt.training import dry_run
+from tests.performance.test_operations import MODERN
+
+torch.set_num_threads(1)
+model = ModelConfig(**{name: value for name, value in vars(MODERN).items()})
+found = dry_run.record(Config(model=model, data=DataConfig(batch_size=3)), "bf16", 89, 46, micro_batches=2)
+print(json.dumps([found.sweeps["add"], found.moved["add"]]))
+"""
+
+
 def test_nanogpts_own_program_has_no_modern_model():
     with pytest.raises(UserError, match=r"nanogpt-compile.*no modern model"):
         step("nanogpt-compile", MODERN)
