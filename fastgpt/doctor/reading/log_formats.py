@@ -25,9 +25,19 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"<(\w+)(\?|\.\d|)>", _group, text), re.ASCII | re.MULTILINE)
 
 
+def _words(form: str) -> list[str]:
+    """The words of a form that are in all that it fits: those outside of groups, classes and what may be left out."""
+    plain = re.sub(r"<[^>]*>|\\.|\[[^]]*\]", " ", form)
+    while (simpler := re.sub(r"\([^()]*\)", " ", plain)) != plain:
+        plain = simpler
+    return re.findall(r"[A-Za-z_/]{2,}(?![A-Za-z_/?*{])", plain)
+
+
 _FORMATS: dict[str, dict[str, list[str]]] = packaged_toml("fastgpt.doctor.reading", "log_formats.toml")
-RECORDS = [(program, _pattern(form)) for program, of in _FORMATS.items() for form in of.get("records", ())]
-"""Every form of a step or evaluation, and the program whose log it shows."""
+RECORDS = [
+    (program, _pattern(form), _words(form)) for program, of in _FORMATS.items() for form in of.get("records", ())
+]
+"""Every form of a step or evaluation: the program whose log it shows, the expression, words that a text with one has."""
 NOTES = [
     (kind, program, _pattern(form))
     for program, of in _FORMATS.items()
@@ -41,10 +51,11 @@ START = _pattern(r"(?:iter|step)\s+\d{1,12}\s*[:/|]")
 """Where a step or evaluation line begins."""
 STEP_LINE = _pattern(r"^(?:iter|step)\s+\d{1,12}\s*[:/]|^\{")
 STEP_WORDS = ("iter ", "step ", "step:", "Epoch ", "{")
-"""How a line begins that may be a step and nothing else; ``NOT_PLAIN``: what shows that there is more to it."""
-NOT_PLAIN = ("val", "nan", "inf", "event", "config", "Error", "Traceback", "memory")
+"""How a line begins that may be a step and nothing else; NOT_PLAIN and EVALUATES: what shows that there is more to it."""
+NOT_PLAIN = (" nan", ":nan", "NaN", " inf", ":inf", "Infinity", "config", "Error", "Traceback", "memory")
+EVALUATES = ("val", "event")
 PLAIN_STEP = r"^(?:iter |step |step:|Epoch |\{|\d+ \| loss )[^\nv]*\n"
-"""Such a line, where none of these words but val and event are about."""
+"""Such a line, where none of NOT_PLAIN are about."""
 STEP_LIKE = re.compile(
     r"(?:\b(?:step|iter|iteration|it|batch|epoch|update|global_step)s?['\"]?\s*[:=#\[(]?\s*\d|^\W*\d+\s*[|:,]).{0,200}?"
     r"loss\w*['\"]?\s*(?:[:=(]|\bis\b)?\s*(?:[\d.]|nan)|^\W*\{.{0,300}?['\"](?:\w+_)?loss['\"]\s*:\s*[\d\"']",

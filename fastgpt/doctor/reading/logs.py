@@ -8,7 +8,6 @@ many steps every second, fourth, ... is kept, and the others are passed over unr
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import json
 import math
@@ -29,7 +28,7 @@ from fastgpt.doctor.reading import configs, configs_fastgpt, literals
 from fastgpt.doctor.reading import log_formats as forms
 from fastgpt.doctor.reading.encoding import encoding_of
 
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 """Characters read at a time."""
 MOST_STEPS, MOST_NOTES = 1 << 17, 1000
 """Steps kept before every second one is dropped; notes of one kind, past which the last replaces the one before."""
@@ -38,6 +37,10 @@ COUNTS = (
     "bits_per_byte",
 )
 """Notes whose value is a number."""
+COLUMNS = ("step", "loss", "ms", "mfu", "rate", "lr")
+"""What a form can have of a step."""
+_DIGITS = str.maketrans("123456789", "000000000")
+MOST_SILENT = 10_000
 OF_ITS_RUN = ("nan", "oom", "exception", "traceback", "checkpoint", "bits_per_byte")
 """Notes that are of no later run in the same file."""
 _WRAPPED, _PIECES = 600, 4  # a wrapped line: characters and pieces at most
@@ -46,9 +49,11 @@ Take = Callable[[str, re.Match[str]], int]
 
 def read_log(path: Path) -> LogFacts:
     """What a log says. Its content raises nothing: a file that says nothing has kind "unknown" and no steps. Raises OSError."""
-    reader = LogReader(str(path))
-    for block in blocks(path):
+    reader, size = LogReader(str(path)), path.stat().st_size
+    for number, block in enumerate(blocks(path)):
         reader.take(block)
+        if not number and size > 8 * BLOCK:
+            reader.foresee(2 * len(block) / size)  # of about twice what is kept, should the rest hold fewer
     return reader.facts()
 
 
@@ -84,6 +89,7 @@ class LogReader:
         self.step = 0.0  # the last one seen
         self.step_like = 0  # lines that look like steps and are of no known form
         self.first_step_like: Unread | None = None
+        self.silent: set[str] = set()  # lines that say nothing, digits apart: programs repeat theirs
 
     def take(self, block: str) -> None:
         """Take all that the next block holds, from top to bottom."""
@@ -95,21 +101,39 @@ class LogReader:
             text = forms.ANSI.sub("", text)
         if forms.DECIMAL_COMMAS.search(text):
             text = forms.DECIMAL_COMMAS.sub(lambda line: re.sub(r"(?<=\d),(?=\d)", ".", line[0]), text)
-        self.newlines = list(itertools.accumulate(map(len, text.split("\n")), lambda at, length: at + 1 + length))[:-1]
+        self.counted, self.line_there, self.lined = 0, self.lines + 1, text
         self.text = text.replace("\r", "\n")  # a progress bar's, which ends no line as grep -n counts them
         self.text = forms.ECHO.sub(self._echo, self.text)
         # Of two that begin at one place the first counts: fastgpt's form before nanoGPT's, which fits its lines too, and
         # every whole record before the bare beginning of one.
-        takers: list[tuple[Take, str, re.Pattern[str]]] = [(self._record, *form) for form in forms.RECORDS]
-        takers += [(self._json, "fastgpt", forms.JSON), (self._unfinished, "unknown", forms.START)]
+        found: list[tuple[int, Take, str, re.Match[str]]] = []
+        for kind, form, words in forms.RECORDS:
+            if not all([word in self.text for word in words]):
+                continue
+            matches = form.finditer(self.text)
+            if "val" in form.groupindex:
+                matches = (match for match in matches if _is_whole(match.groupdict()))
+            found += [(match.start(), self._record, kind, match) for match in matches]
+        if "{" in self.text:
+            found += [(match.start(), self._json, "fastgpt", match) for match in forms.JSON.finditer(self.text)]
+        whole = {start for start, *_ in found}
+        begun = (match for match in forms.START.finditer(self.text) if match.start() not in whole)
+        found += [(match.start(), self._unfinished, "unknown", match) for match in begun]
+        found.sort(key=itemgetter(0))
         end = 0  # of what has been taken
-        for start, take, kind, match in heapq.merge(*(self._matches(*taker) for taker in takers), key=itemgetter(0)):
+        for start, take, kind, match in found:
             if start >= end and (taken := take(kind, match)):
-                self._notes_between(end, start)
+                if start - end > 2:  # a line's end is all there is, nearly always
+                    self._notes_between(end, start)
                 end = taken
         self._notes_between(end, len(self.text))
-        self.lines += len(self.newlines)
-        while len(self.steps) > 7 * MOST_STEPS:
+        self.lines += text.count("\n")
+        self.foresee(1.0)
+
+    def foresee(self, share: float) -> None:
+        """Thin the steps out as far as a file needs of which only this share was taken: later blocks are then passed over
+        quickly."""
+        while len(self.steps) > 7 * MOST_STEPS * share:
             self.steps = array("d", np.frombuffer(self.steps).reshape(-1, 7)[::2].tobytes())
             self.stride *= 2
 
@@ -118,27 +142,26 @@ class LogReader:
         *_, near_the_end = itertools.islice(_backwards(text), 10)
         text, rest = text[:near_the_end], text[near_the_end:]
         words = [word for word in forms.NOT_PLAIN if word in text]
-        if not set(words) - {"val", "event"}:  # the usual block: a line without a v is plain
+        if not words:  # the usual block: a line without a v is plain
             run = re.compile(
                 rf"(?:{forms.PLAIN_STEP}){{0,{self.stride - 1}}}({forms.PLAIN_STEP})", re.ASCII | re.MULTILINE
             )
             return run.sub(lambda lines: "\n" * (lines[0].count("\n") - 1) + lines[1], text) + rest
         lines, plain = text.split("\n"), 0
         for i, line in enumerate(lines):
-            if line.startswith(forms.STEP_WORDS) and not any([word in line for word in words]):
+            if line.startswith(forms.STEP_WORDS) and not any([word in line for word in (*words, *forms.EVALUATES)]):
                 plain += 1
                 if plain % self.stride:
                     lines[i] = ""
         return "\n".join(lines) + rest
 
-    def _matches(
-        self, take: Take, kind: str, pattern: re.Pattern[str]
-    ) -> Iterator[tuple[int, Take, str, re.Match[str]]]:
-        for match in pattern.finditer(self.text):
-            yield match.start(), take, kind, match
-
     def _line(self, at: int) -> int:
-        return self.lines + bisect_left(self.newlines, at) + 1
+        """The line of this place; from where one was last asked for on, since they come in order."""
+        if at < self.counted:
+            self.counted, self.line_there = 0, self.lines + 1
+        self.line_there += self.lined.count("\n", self.counted, at)
+        self.counted = at
+        return self.line_there
 
     def _text_at(self, at: int) -> str:
         """The line around this place."""
@@ -159,7 +182,7 @@ class LogReader:
             step = float(said["step"]) if said.get("step") else self.step
             self.evals.extend((step, _float(said.get("train")), _float(said["val"]), self._line(at)))
         else:
-            self._take_step(at, *(_float(said.get(name)) for name in ("step", "loss", "ms", "mfu", "rate", "lr")))
+            self._take_step(at, *[_float(said[name]) if name in said else math.nan for name in COLUMNS])
             if said.get("loss") and not math.isfinite(self.steps[-6]):
                 self._note("nan", at, self._text_at(at), self.steps[-6])
         self.kinds[kind] += 1
@@ -207,7 +230,7 @@ class LogReader:
         for n in range(2, len(wrapped) + 1):
             for glue in itertools.product((" ", ""), repeat=n - 1):
                 joined = wrapped[0] + "".join(g + piece for g, piece in zip(glue, wrapped[1:n]))
-                for kind, form in forms.RECORDS:
+                for kind, form, _ in forms.RECORDS:
                     match = form.match(joined)
                     if match and match.end() > len(joined) - len(wrapped[n - 1]) and self._take(kind, match, at):
                         return at + match.end() + glue.count("")  # each "" stands for a line end
@@ -228,11 +251,12 @@ class LogReader:
 
     def _notes_between(self, start: int, end: int) -> None:
         """Take the notes of the lines, and parts of lines, between two records."""
-        if end - start < 3:  # a line's end, as nearly always
-            return
         for line in self.text[start:end].split("\n"):
             if not line:  # most of them, once a block was thinned
                 start += 1
+                continue
+            if (shape := line.translate(_DIGITS)) in self.silent:
+                start += len(line) + 1
                 continue
             said = False
             for kind, program, pattern in forms.NOTES if line.strip() else ():
@@ -245,6 +269,10 @@ class LogReader:
                 self.step_like += 1
                 if self.first_step_like is None:
                     self.first_step_like = Unread(Place(self.file, self._line(start)), line.strip()[:200], "")
+            elif not said and len(line) < 1000:
+                if len(self.silent) >= MOST_SILENT:
+                    self.silent.clear()
+                self.silent.add(shape)
             start += len(line) + 1
 
     def _note(self, kind: str, at: int, text: str, value: Any = None) -> None:
