@@ -44,6 +44,8 @@ class Shape:
     residual_scalars: bool = False
     value_embeddings: bool = False
     softcap: float = 0.0
+    smear: bool = False
+    backout: bool = False
     window_pattern: str = "L"
 
     @classmethod
@@ -117,7 +119,7 @@ class Norm(Part):
 
 @dataclass(frozen=True)
 class Scalars(Part):
-    """Learned numbers, one for each block, under their ``names`` in the module."""
+    """Learned numbers, one for each block or one in all, under their ``names`` in the module."""
 
     names: tuple[str, ...]
     number: int
@@ -274,6 +276,9 @@ def gpt2(shape: Shape) -> Anatomy:
 GATE_COLUMNS = 12
 """Columns of a block's input that the gate of its value embedding is told from, as in nanochat."""
 
+SMEAR_COLUMNS = 24
+"""Columns of a token's embedding that the gate of smear is told from, as in nanochat."""
+
 
 def has_value_embedding(shape: Any, layer: int) -> bool:
     """Every other block of a modern model, and the last."""
@@ -304,6 +309,11 @@ def modern(shape: Shape) -> Anatomy:
         Linear("mlp up", block + "mlp.c_fc", every, C, 4 * C, False, "norms", "activation"),
         Linear("mlp down", block + "mlp.c_proj", every, 4 * C, C, False, "activation", "norms"),
     ]
+    if shape.smear:
+        parts.insert(0, Gate("smear gate", "transformer.smear_gate", (), min(SMEAR_COLUMNS, C), 1))
+    for name, there in (("backout", shape.backout), ("smear", shape.smear)):
+        if there:
+            parts.insert(0, Scalars(name, "transformer", (), (f"{name}_lambda",), 1))
     if shape.residual_scalars:
         parts.insert(0, Scalars("residual scalars", "transformer", (), ("resid_lambdas", "x0_lambdas"), L))
     if valued:

@@ -88,6 +88,10 @@ class ModelConfig:
     learned gate."""
     softcap: float = 0.0
     """Modern: logits z become c tanh(z / c) for a c of this size, such as 15; 0 leaves them."""
+    smear: bool = False
+    """Modern: the embedded token before is added to each, behind a learned gate, as in nanochat."""
+    backout: bool = False
+    """Modern: a learned share of the residual stream at half the depth is taken off before the final norm, as in nanochat."""
     window_pattern: str = "L"
     """Modern: what the blocks attend to, repeated over them: L all tokens before, S the quarter of block_size before; the last
     block has L."""
@@ -145,7 +149,7 @@ class ModelConfig:
 
 MODERN = (
     *("n_kv_head", "rotary_base", "qk_norm", "activation", "tied_head", "zero_init", "embedding_norm"),
-    *("residual_scalars", "value_embeddings", "softcap", "window_pattern"),
+    *("residual_scalars", "value_embeddings", "softcap", "smear", "backout", "window_pattern"),
 )
 """Fields of ModelConfig that only family "modern" may set."""
 

@@ -23,6 +23,8 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = torch.zeros(batch, device=device, dtype=torch.int32)
         self.position = 0
+        self.before: Tensor | None = None
+        """The last token's embedding (B, C), where the model mixes it into the next."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, T, H_kv, D) behind what is there; returns the layer's whole buffers."""

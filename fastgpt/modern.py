@@ -2,7 +2,9 @@
 token since. Each is one field of ModelConfig, and without it the model is what it was before; docs/recipe.md has their papers
 and what each bought.
 
-    x = norm(wte[token]); x0 = x                           embedding_norm
+    x = norm(wte[token])                                   embedding_norm
+    x = x + c sigmoid(smear_gate(x[:24])) x[token before]  smear (c learned)
+    x0 = x
     for each block:
         x = a x + b x0                                     residual_scalars (a, b learned, per block)
         q, k, v = c_attn(norm(x))                          n_kv_head: fewer heads of k and v
@@ -10,6 +12,7 @@ and what each bought.
         v = v + 3 sigmoid(ve_gate(norm(x)[:12])) value_embeds[token]       value_embeddings, every other block
         x = x + c_proj(attention(q, k, v, window))         window_pattern; zero_init: c_proj begins at 0
         x = x + c_proj(relu(c_fc(norm(x)))^2)              activation
+    x = x - d x[after block L // 2]                        backout (d learned)
     logits = 15 tanh(lm_head(norm(x)) / 15)                tied_head, softcap: in model.py, as is the loss
 
 norm is the RMS norm without a weight, in one pass with the sum before it, as model.py's layer norms are. Names, initialisation
@@ -26,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.anatomy import GATE_COLUMNS, has_value_embedding, window
+from fastgpt.anatomy import GATE_COLUMNS, SMEAR_COLUMNS, has_value_embedding, window
 from fastgpt.config import ModelConfig
 from fastgpt.decoding import KVCache
 from fastgpt.ops import Ops, compute_dtype
@@ -161,6 +164,11 @@ class ModernTransformer(nn.Module):
         depth = torch.linspace(0, 1, L)
         self.resid_lambdas = nn.Parameter(1.15 - 0.10 * depth) if config.residual_scalars else None
         self.x0_lambdas = nn.Parameter(0.20 - 0.15 * depth) if config.residual_scalars else None
+        self.smear_lambda = nn.Parameter(torch.zeros(1)) if config.smear else None
+        self.backout_lambda = nn.Parameter(torch.full((1,), 0.2)) if config.backout else None
+        self.smear_gate = nn.Linear(min(SMEAR_COLUMNS, C), 1, bias=False) if config.smear else None
+        if self.smear_gate is not None:
+            nn.init.uniform_(self.smear_gate.weight, 0.0, 0.02)
         self.wte = nn.Embedding(config.vocab_size, C)
         nn.init.normal_(self.wte.weight, std=0.02 if config.tied_head else 0.8)
         self.h = nn.ModuleList(ModernBlock(config, layer, ops) for layer in range(L))
@@ -179,20 +187,43 @@ class ModernTransformer(nn.Module):
             assert isinstance(block, ModernBlock)
             block.attn.limit = tokens
 
+    def smeared(self, x: Tensor, cache: KVCache | None, doc_ids: Tensor | None) -> Tensor:
+        """x (B, T, C) with a share of the token before added to each, but across no document's start."""
+        if self.smear_gate is None or self.smear_lambda is None:
+            return x
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))
+        if cache is not None:
+            if cache.before is not None:
+                before[:, 0] = cache.before
+            cache.before = x[:, -1]
+        weight = self.smear_gate.weight
+        few = x[..., : weight.shape[1]].contiguous()  # a view would keep all of x for backward
+        gate = self.smear_lambda * torch.sigmoid(F.linear(few, weight))
+        if doc_ids is not None:
+            gate = gate * F.pad(doc_ids[:, 1:] == doc_ids[:, :-1], (1, 0))[..., None]
+        return x + (gate * before).to(x.dtype)
+
     def forward(self, idx: Tensor, cache: KVCache | None = None, doc_ids: Tensor | None = None) -> Tensor:
         ops, L, dropout_p = self.ops, len(self.h), self.config.dropout if self.training else 0.0
         x, branch = ops.embedding(idx, self.wte.weight, None, dropout_p=dropout_p), None
         if self.config.embedding_norm:
             x = ops.rms_norm(x, out_dtype=x.dtype)
+        x = self.smeared(x, cache, doc_ids)
         mixes: list[dict[str, Tensor]] = [{}] * L
         if self.resid_lambdas is not None and self.x0_lambdas is not None:
             # unbind: the gradients of all blocks come back in one stack
             scalars = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind())
             mixes = [{"scale": a, "x0": x, "x0_scale": b} for a, b in scalars]
-        narrow = compute_dtype(x)
+        narrow, backout = compute_dtype(x), {}
         for layer, (block, mix) in enumerate(zip(self.h, mixes)):
             table = self.value_embeds[str(layer)].weight if str(layer) in self.value_embeds else None
             ve = None if table is None else ops.embedding(idx, table, None, out_dtype=narrow)
             x, branch = block(x, branch, mix, (self.cos, self.sin), ve, cache, doc_ids)
-        h, _ = ops.rms_norm(branch, residual=x, dropout_p=dropout_p)
+            if self.backout_lambda is not None and layer == L // 2:
+                x, branch = x + F.dropout(branch, dropout_p), None
+                backout = {"x0": x, "x0_scale": -self.backout_lambda}
+        if branch is None:
+            h, _ = ops.rms_norm(x, out_dtype=narrow, **backout)
+        else:
+            h, _ = ops.rms_norm(branch, residual=x, dropout_p=dropout_p, **backout)
         return h

@@ -744,7 +744,9 @@ def nanochat_logits(w, config, idx):
         a, b = x.chunk(2, -1)
         return torch.cat((a * angles.cos() + b * angles.sin(), b * angles.cos() - a * angles.sin()), -1)
 
-    x = x0 = norm(w["transformer.wte.weight"][idx])
+    x = norm(w["transformer.wte.weight"][idx])
+    gate = w["smear_lambda"] * torch.sigmoid(x[:, 1:, :24] @ w["smear_gate.weight"].T)
+    x = x0 = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), 1)
     for i in range(L):
         block = f"transformer.h.{i}."
         x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
@@ -764,7 +766,9 @@ def nanochat_logits(w, config, idx):
         y = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=sees)
         x = x + y.transpose(1, 2).flatten(2) @ w[f"{block}attn.c_proj.weight"].T
         x = x + (norm(x) @ w[f"{block}mlp.c_fc.weight"].T).relu().square() @ w[f"{block}mlp.c_proj.weight"].T
-    logits = (norm(x) @ w["lm_head.weight"].T)[..., : config["vocab_size"]]
+        if i == L // 2:
+            middle = x
+    logits = (norm(x - w["backout_lambda"] * middle) @ w["lm_head.weight"].T)[..., : config["vocab_size"]]
     return 15 * torch.tanh(logits / 15)
 
 
@@ -781,8 +785,9 @@ def modern_run(out, **changes):
     return model.eval()
 
 
-def test_a_modern_model_becomes_nanochats_and_comes_back_bit_for_bit(tmp_path, capsys):
-    model = modern_run(tmp_path / "run")
+@pytest.mark.parametrize("more", [False, True])
+def test_a_modern_model_becomes_nanochats_and_comes_back_bit_for_bit(tmp_path, capsys, more):
+    model = modern_run(tmp_path / "run", smear=more, backout=more)
     convert.main([str(tmp_path / "run"), str(tmp_path / "d3")])
     assert "nanochat checkpoint" in capsys.readouterr().out
     meta = json.loads((tmp_path / "d3" / "meta_000007.json").read_text())
@@ -821,8 +826,11 @@ def test_what_of_nanochat_is_not_here_is_refused(tmp_path):
     modern_run(tmp_path / "run")
     convert.main([str(tmp_path / "run"), str(tmp_path / "d3")])
     weights = torch.load(tmp_path / "d3" / "model_000007.pt", weights_only=True)
-    torch.save({**weights, "backout_lambda": torch.tensor([0.2])}, tmp_path / "d3" / "model_000007.pt")
-    with pytest.raises(UserError, match=r"backout_lambda is not zero, and fastgpt's model has no such part"):
+    del weights["smear_lambda"]
+    torch.save(weights, tmp_path / "d3" / "model_000007.pt")
+    with pytest.raises(
+        UserError, match=r"is of a nanochat before March 2026, whose rotary base and factors were others"
+    ):
         convert.main([str(tmp_path / "d3"), str(tmp_path / "back")])
     for out in (["out.pt"], ["hf", "--to", "hf"]):
         with pytest.raises(

@@ -14,15 +14,18 @@ from fastgpt.model import GPT
 FULL = ModelConfig(
     n_layer=4, n_head=4, n_embd=32, block_size=16, vocab_size=64, family="modern", n_kv_head=2, rotary_base=100.0,
     qk_norm=True, activation="relu2", tied_head=False, zero_init=True, embedding_norm=True, residual_scalars=True,
-    value_embeddings=True, softcap=5.0, window_pattern="SSSL",
+    value_embeddings=True, softcap=5.0, window_pattern="SSSL", smear=True, backout=True,
 )  # fmt: skip
 OFF = {
     "n_kv_head": 0, "rotary_base": 0.0, "qk_norm": False, "activation": "gelu", "tied_head": True, "zero_init": False,
     "embedding_norm": False, "residual_scalars": False, "value_embeddings": False, "softcap": 0.0, "window_pattern": "L",
+    "smear": False, "backout": False,
 }  # fmt: skip
-CONFIGS = {"full": FULL, "bare": replace(FULL, **OFF)} | {
-    f"no {name}": replace(FULL, **{name: OFF[name]}) for name in OFF
-}
+CONFIGS = (
+    {"full": FULL, "bare": replace(FULL, **OFF)}
+    | {f"no {name}": replace(FULL, **{name: OFF[name]}) for name in OFF}
+    | {"two layers": replace(FULL, n_layer=2, residual_scalars=False)}
+)
 
 
 def made(config, table="eager", seed=0):
@@ -49,7 +52,13 @@ def plain(config, w, idx, targets, doc_ids=None):
         return torch.cat((z.real, z.imag), -1)
 
     x = w["transformer.wte.weight"][idx]
-    x = x0 = norm(x) if config.embedding_norm else x
+    x = norm(x) if config.embedding_norm else x
+    if config.smear:
+        gate = w["transformer.smear_lambda"] * torch.sigmoid(x[:, 1:, :24] @ w["transformer.smear_gate.weight"].T)
+        if doc_ids is not None:
+            gate = gate * (doc_ids[:, 1:, None] == doc_ids[:, :-1, None])
+        x = torch.cat((x[:, :1], x[:, 1:] + gate * x[:, :-1]), 1)
+    x0 = x
     for layer in range(config.n_layer):
         block = f"transformer.h.{layer}."
         if config.residual_scalars:
@@ -76,6 +85,9 @@ def plain(config, w, idx, targets, doc_ids=None):
         up = norm(x) @ w[block + "mlp.c_fc.weight"].T
         up = up.relu() ** 2 if config.activation == "relu2" else F.gelu(up, approximate="tanh")
         x = x + up @ w[block + "mlp.c_proj.weight"].T
+        if layer == config.n_layer // 2:
+            middle = x
+    x = x - w["transformer.backout_lambda"] * middle if config.backout else x
     logits = norm(x) @ w["transformer.wte.weight" if config.tied_head else "lm_head.weight"].T
     logits = config.softcap * torch.tanh(logits / config.softcap) if config.softcap else logits
     return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -191,7 +203,7 @@ def test_windows_follow_the_pattern_and_the_last_block_sees_all():
 
 
 def test_a_limit_of_windows_holds_in_training_alone():
-    model, idx = made(FULL), torch.randint(0, 64, (1, 16))
+    model, idx = made(replace(FULL, smear=False)), torch.randint(0, 64, (1, 16))
     changed = idx.clone()
     changed[0, 0] = (idx[0, 0] + 1) % 64
     for limit, reached in ((1, 1), (2, 1 + FULL.n_layer), (None, 16)):

@@ -38,7 +38,7 @@ def by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         elif param.dim() < 2:
             kinds["scalar"].append(param)
         elif not name.startswith("transformer.h."):
-            kinds["head"].append(param)
+            kinds["scalar" if len(param) == 1 else "head"].append(param)  # a gate of one row is a vector
         else:
             kinds["qkv" if name.endswith("c_attn.weight") else "matrices"].append(param)
     return kinds

@@ -144,6 +144,12 @@ def _modern_extras(parts: anatomy.Anatomy, N: int, T: int, kernels: str, s: int)
         # The gradients of the scalars. The kernel keeps a branch in the place of each sum but the first, as it forms the sum
         # again from what is kept anyway; plain PyTorch also keeps branch + residual, in fp32.
         per_token += (heads.count - 1) * (s - 4) * heads.width if triton else heads.count * 4 * heads.width
+    gates = [part for part in parts.parts if isinstance(part, anatomy.Gate) and not part.in_blocks]
+    per_token += sum(
+        4 * heads.width + s * gate.n_in + 8 for gate in gates
+    )  # smear: the token before, the gate and its input
+    if not triton:  # the kernel forms the sum again
+        per_token += 4 * heads.width * sum(part.name == "backout" for part in parts.parts)
     return N * per_token + each
 
 

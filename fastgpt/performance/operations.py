@@ -281,6 +281,13 @@ def _norms(s: StepSizes) -> list[Operation]:
             op("residual mix backward", backward if fused else extra, 10 if fused else 40, 0 if fused else 6, L),
             op("embedding gradients added", extra, 12, count=L),
         ]
+    if s.shape.smear:
+        # In PyTorch, fp32: tokens moved by one (8), times the gate (8), added (12); backward two products, one of them summed
+        # (8, 8), moved back (8), added (12).
+        first += [op("smear forward", extra, 28, 6, count=1), op("smear backward", extra, 36, 8, count=1)]
+    if s.shape.backout:
+        # The middle's sum, 4 + 2 + 4, and x0 in the final norm's pass, 4; backward x0's gradient 4, and its sum 12.
+        first += [op("backout forward", extra, 14, 2, count=1), op("backout backward", extra, 16, 2, count=1)]
     if s.fusions.norms:  # Philox again in backward: no mask
         return [
             *first,

@@ -45,6 +45,7 @@ SHAPES = {  # name: model, sequences per micro-batch
         replace(load_preset("modern-demo").model, n_head=4, n_kv_head=2, residual_scalars=False, window_pattern="L"),
         3,
     ),
+    "modern, as nanochat": (replace(load_preset("modern-demo").model, n_layer=2, smear=True, backout=True), 2),
 }
 
 

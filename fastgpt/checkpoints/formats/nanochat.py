@@ -1,9 +1,9 @@
 """nanochat's checkpoints: model_000100.pt, a state_dict, beside meta_000100.json, which says the shape.
 
 fastgpt/modern.py computes the same function under the same names, but for queries, keys and values, which are three weights
-there, and for rows that pad the vocabulary to a multiple of 64, whose logits it drops. nanochat adds two parts, which are not
-here: the token before mixed into each (smear) and the residual stream of the middle taken off at the end (backout). A
-checkpoint with them is refused; one that is written has them at zero, where they do nothing. Karpathy 2025, as of July 2026.
+there, and for rows that pad the vocabulary to a multiple of 64, whose logits it drops. nanochat always has the token before
+mixed into each (smear) and the residual stream of the middle taken off at the end (backout); of a model without, they are
+written as zeros, where they do nothing. Karpathy 2025, as of July 2026.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ _ALWAYS = {
 }
 """What nanochat's model has in any case, as fields of ModelConfig."""
 _PADDING = 64
-_TOP = ("resid_lambdas", "x0_lambdas", "value_embeds.")
+_SMEAR = {"smear_gate.weight": (1, anatomy.SMEAR_COLUMNS), "smear_lambda": (1,)}
+_BACKOUT = {"backout_lambda": (1,)}
+_TOP = ("resid_lambdas", "x0_lambdas", "value_embeds.", *_SMEAR, *_BACKOUT)
 """What lies outside of ``transformer`` there."""
-_ZEROS = {"smear_gate.weight": (1, 24), "smear_lambda": (1,), "backout_lambda": (1,)}
-_ADDED = {"smear_lambda", "backout_lambda"}
-"""Factors of the parts that are not here."""
 
 
 def newest(path: Path) -> Path | None:
@@ -55,15 +54,9 @@ def read(file: Path) -> Portable:
             f"{file} is not nanochat's: meta_....json beside it has a table model_config, and it is a state_dict"
         )
     found = {str(n).removeprefix("_orig_mod."): w for n, w in saved.items() if isinstance(w, Tensor)}
-    used = [name for name in _ADDED if name in found and found[name].any()]
-    if used:
-        raise UserError(
-            f"{file} mixes in the token before (smear) or takes off the middle (backout): {', '.join(sorted(used))} is not "
-            "zero, and fastgpt's model has no such part"
-        )
     if "smear_lambda" not in found:
         raise UserError(
-            f"{file} is of a nanochat before 2026, whose rotary base and factors were others and are not written down"
+            f"{file} is of a nanochat before March 2026, whose rotary base and factors were others and are not written down"
         )
     config = model_config(
         source,
@@ -79,6 +72,8 @@ def read(file: Path) -> Portable:
                 "residual_scalars": True,
                 "value_embeddings": True,
                 "zero_init": True,
+                "smear": any(bool(found[name].any()) for name in _SMEAR if name in found),
+                "backout": any(bool(found[name].any()) for name in _BACKOUT if name in found),
                 **_ALWAYS,
             },
         },
@@ -101,7 +96,7 @@ def _ours(found: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """Names and shapes of fastgpt's state_dict. What is unknown keeps its name, so that it is refused by it."""
     weights: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        if name in _ZEROS:
+        if (name in _SMEAR and not config.smear) or (name in _BACKOUT and not config.backout):
             continue
         if name.endswith((".attn.c_k.weight", ".attn.c_v.weight")):
             continue
@@ -139,7 +134,7 @@ def write(folder: Path, portable: Portable) -> None:
     found: dict[str, Tensor] = {
         "resid_lambdas": torch.ones(config.n_layer),
         "x0_lambdas": torch.zeros(config.n_layer),
-        **{name: torch.zeros(shape) for name, shape in _ZEROS.items()},
+        **{name: torch.zeros(shape) for name, shape in (_SMEAR | _BACKOUT).items()},
     }
     for layer in range(config.n_layer):
         if layer % 2 == (config.n_layer - 1) % 2 and not config.value_embeddings:  # nanochat always has them
