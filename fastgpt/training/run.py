@@ -27,7 +27,7 @@ from fastgpt.ops import get as get_ops
 from fastgpt.ops import scales_loss, usable_precision
 from fastgpt.optim.build import build_optimizer
 from fastgpt.training.distributed import World, parallelize
-from fastgpt.training.schedule import micro_batches, window_limit
+from fastgpt.training.schedule import micro_batches, micro_batches_until, window_limit
 from fastgpt.training.step import LossScaler, Stepper
 
 AUTOMATIC = False
@@ -117,10 +117,8 @@ class Run:
 
     def tokens(self, steps: int) -> int:
         """Tokens of the first ``steps`` steps, on all ranks."""
-        per_step, asked = self.config.tokens_per_step, self.config.data.grad_accum // self.world.size
-        rising = min(steps, self.config.optim.batch_warmup_iters)
-        risen = sum(micro_batches(step, self.config.optim, asked) for step in range(rising))
-        return risen * per_step // asked + (steps - rising) * per_step
+        asked = self.config.data.grad_accum // self.world.size
+        return micro_batches_until(steps, self.config.optim, asked) * self.config.tokens_per_step // asked
 
     def mark(self) -> dict[str, Any]:
         """What a step changes before its update: kept at its start, so that an abandoned step leaves no trace."""

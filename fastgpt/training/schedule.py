@@ -46,6 +46,13 @@ def micro_batches(step: int, optim: OptimConfig, grad_accum: int) -> int:
     return grad_accum if step >= optim.batch_warmup_iters else _risen(step, optim.batch_warmup_iters, grad_accum)
 
 
+def micro_batches_until(step: int, optim: OptimConfig, grad_accum: int) -> int:
+    """Micro-batches of all steps before ``step``: their sum, level by level, as a run may have any number of steps."""
+    risen, rising = min(step, optim.batch_warmup_iters), optim.batch_warmup_iters + 1
+    levels = sum(max(0, risen - level * rising // grad_accum) for level in range(grad_accum)) if risen else 0
+    return levels + (step - risen) * grad_accum
+
+
 def window_limit(step: int, optim: OptimConfig, block_size: int) -> int | None:
     """Most tokens that a token attends to, itself among them, in training at optimizer step ``step`` (0-based): a straight line
     to ``block_size`` over ``window_warmup_iters`` steps, then None, no limit (modded-nanogpt, record 13)."""

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.config import OptimConfig
-from fastgpt.training.schedule import learning_rate, micro_batches, window_limit
+from fastgpt.training.schedule import learning_rate, micro_batches, micro_batches_until, window_limit
 
 SHAPES = ("cosine", "wsd", "linear", "constant")
 
@@ -69,4 +69,8 @@ def test_micro_batches_and_windows_rise_to_the_whole_and_stay():
     optim = OptimConfig(batch_warmup_iters=6, window_warmup_iters=3)
     assert [micro_batches(step, optim, 4) for step in range(8)] == [1, 2, 2, 3, 3, 4, 4, 4]
     assert [window_limit(step, optim, 1024) for step in range(5)] == [256, 512, 768, None, None]
+    for accum in (1, 4, 7):
+        sums = [0, *itertools.accumulate(micro_batches(step, optim, accum) for step in range(9))]
+        assert [micro_batches_until(step, optim, accum) for step in range(10)] == sums
+    assert micro_batches_until(10**12, OptimConfig(batch_warmup_iters=10**12), 2) == 3 * 10**12 // 2
     assert micro_batches(0, OptimConfig(), 4) == 4 and window_limit(0, OptimConfig(), 1024) is None
