@@ -290,6 +290,8 @@ class TrainConfig:
     """Steps between log lines; metrics.jsonl has a line for every step."""
     verbose: bool = False
     """Log lines of more than 100 columns: also the share of waiting for data, memory, clock, power, temperature."""
+    profile: bool = False
+    """Write a trace of three early steps into --out, which are slower for it."""
     sample_interval: int = 0
     """Steps between samples of text on the terminal; 0 prints none."""
     sample_prompt: Annotated[str, Arg("TEXT")] = "\n"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastgpt import command, common
 from fastgpt.checkpoints.formats import Format
@@ -29,6 +31,7 @@ class ConvertConfig:
     Examples:
       python -m fastgpt.convert out/ckpt.pt runs/mine --to fastgpt    then: python train.py --init-from runs/mine
       python -m fastgpt.convert runs/mine my-gpt2 --to hf             then: GPT2LMHeadModel.from_pretrained("my-gpt2")
+      python -m fastgpt.convert runs/mine my-gpt2 --push you/my-gpt2  and upload it, with its model card
       python -m fastgpt.convert runs/mine out/ckpt.pt                 then: nanoGPT's sample.py or --init_from=resume
       python -m fastgpt.convert gpt2 runs/gpt2                        OpenAI's weights, from the hub
       python -m fastgpt.convert runs/modern-124m d12 --to nanochat    then: nanochat's own scripts
@@ -38,6 +41,8 @@ class ConvertConfig:
     """A file, a folder, or a model on the Hugging Face hub (gpt2, gpt2-medium, owner/name)."""
     out: Annotated[Path, Arg("OUT", positional=True)]
     """A file that ends in .pt, or a folder; it must not exist yet."""
+    push: Annotated[str | None, Arg("NAME")] = None
+    """Upload the Hugging Face folder as NAME, such as you/my-gpt2; private, unless there is a model of that name."""
     to: Format | None = None
     """What OUT is to be. Left out: nanogpt for .pt, fastgpt for what came from Hugging Face or nanochat, hf for what came from
     fastgpt, or nanochat if it is of the modern family."""
@@ -53,7 +58,7 @@ def main(args: list[str]) -> int:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists: name another output, or remove it")
     kind, portable = read(config.source)
-    to = config.to or _target(kind, out, portable.config.family)
+    to = config.to or ("hf" if config.push else _target(kind, out, portable.config.family))
     if to == "nanogpt" and out.suffix != ".pt":
         raise UserError(f"out is {out}: nanoGPT's checkpoint is a file that ends in .pt")
     if to != "nanogpt" and out.suffix == ".pt":
@@ -63,9 +68,16 @@ def main(args: list[str]) -> int:
             f"{config.source} is a {portable.config.family} model, which a {_NAMES[to]} cannot hold: use --to fastgpt or "
             "--to nanochat"
         )
+    if config.push is not None and to != "hf":
+        raise UserError(f"push is {config.push!r} but OUT is a {_NAMES[to]}: use --to hf")
+    upload = huggingface.Upload(config.push) if config.push else None
+    writers: dict[str, Callable[[Path, Any], None]] = {
+        **{"nanogpt": nanogpt.write, "fastgpt": own.write, "nanochat": nanochat.write},
+        "hf": partial(huggingface.write, called=config.push),
+    }
     try:
         with lock.held(out) if to == "fastgpt" else nullcontext():  # a run may have been started there meanwhile
-            {"nanogpt": nanogpt, "fastgpt": own, "hf": huggingface, "nanochat": nanochat}[to].write(out, portable)
+            writers[to](out, portable)
     except OSError as error:
         raise UserError(f"{error.filename or out} cannot be written: {error.strerror or error}") from error
     notes, shape = list(portable.notes), portable.config
@@ -88,6 +100,9 @@ def main(args: list[str]) -> int:
           f"T{shape.block_size} V{shape.vocab_size}")  # fmt: skip
     for note in notes:
         print(f"  note: {note}")
+    if upload is not None:
+        print(f"uploading to {upload.name} ...", flush=True)
+        print(f"  {upload.send(out)}")
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -380,6 +381,34 @@ class TestReading:
         assert "optimizer state" not in capsys.readouterr().out
 
 
+def hub(monkeypatch, broken=None):
+    """The hub's client, as far as an upload needs it: the calls that it gets. ``broken``: what does not work."""
+    calls = []
+
+    class Address(str):
+        repo_id = "you/mine"
+
+    class Api:
+        def works(self, name):
+            if name == broken:
+                raise OSError("no token")
+
+        def whoami(self):
+            self.works("whoami")
+
+        def create_repo(self, name, **options):
+            calls.append((name, options))
+            return Address("https://hub/you/mine")
+
+        def upload_folder(self, *, repo_id, folder_path):
+            self.works("upload_folder")
+            calls.append((repo_id, folder_path))
+
+    module = None if broken == "package" else SimpleNamespace(HfApi=Api)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return calls
+
+
 class TestWriting:
     def test_the_tokenizer_comes_along(self, tmp_path, monkeypatch):
         monkeypatch.setitem(SHAPE, "vocab_size", 50304)
@@ -435,6 +464,37 @@ class TestWriting:
         nanogpt_checkpoint(tmp_path / "ckpt.pt")
         run(tmp_path / "ckpt.pt", tmp_path / "theirs", "--to", "hf")
         assert "| best validation loss | 3.2500 nats per token |" in (tmp_path / "theirs" / "README.md").read_text()
+
+    def test_push_uploads_the_folder_with_a_card_of_that_name(self, tmp_path, monkeypatch, capsys):
+        calls = hub(monkeypatch)
+        fastgpt_run(tmp_path / "run")
+        run(tmp_path / "run", tmp_path / "hf", "--push", "you/mine")
+        assert calls == [("you/mine", {"private": True, "exist_ok": True}), ("you/mine", tmp_path / "hf")]
+        assert capsys.readouterr().out.endswith("uploading to you/mine ...\n  https://hub/you/mine\n")
+        assert 'auto.from_pretrained("you/mine")' in (tmp_path / "hf" / "README.md").read_text()
+
+    def test_a_push_that_cannot_be_is_refused_before_anything_is_written(self, tmp_path, monkeypatch):
+        fastgpt_run(tmp_path / "run")
+        for words, broken, sentence in (
+            (
+                ["--to", "fastgpt", "--push", "you/mine"],
+                None,
+                "push is 'you/mine' but OUT is a fastgpt run: use --to hf",
+            ),
+            (["--push", "you/my model"], None, "push is 'you/my model': it must be a name on the hub"),
+            (["--push", "you/mine"], "whoami", r"knows no user here \(no token\): run `hf auth login`"),
+            (["--push", "you/mine"], "package", "push is 'you/mine', for which a package is missing: run `pip install"),
+        ):
+            hub(monkeypatch, broken)
+            with pytest.raises(UserError, match=sentence):
+                run(tmp_path / "run", tmp_path / "hf", *words)
+            assert not (tmp_path / "hf").exists()
+        hub(monkeypatch, "upload_folder")
+        with pytest.raises(
+            UserError, match=r"hf is written, but was not uploaded \(no token\): run `hf upload you/mine "
+        ):
+            run(tmp_path / "run", tmp_path / "hf", "--push", "you/mine")
+        assert (tmp_path / "hf" / "model.safetensors").exists()
 
     def test_what_was_done_is_said(self, tmp_path, capsys):
         nanogpt_checkpoint(tmp_path / "ckpt.pt")

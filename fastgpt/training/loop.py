@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import torch
@@ -46,6 +46,7 @@ from fastgpt.training.run import (
     zscore,
 )
 from fastgpt.training.schedule import learning_rate, muon_momentum
+from fastgpt.training.tracing import traced
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,6 +178,7 @@ class _Loop:
             StopRequest() as self.stop,
             self.progress,
             compiling_shown(run, self.console, self.progress),
+            self._traced() as self.after_step,
         ):
             self._train()
             self.saver.wait()
@@ -209,6 +211,7 @@ class _Loop:
         while run.step < settings.max_iters and not self._stopping():
             if not self._step():
                 continue
+            self.after_step()
             last = run.step == settings.max_iters
             log = last or run.step == 1 or _due(run.step, settings.log_interval)
             evaluation = last or _due(run.step, settings.eval_interval)
@@ -236,6 +239,12 @@ class _Loop:
                 self._write({"step": run.step, "hellaswag_acc": score.acc, "hellaswag_acc_norm": score.acc_norm})
         if self.stop.asked and run.step and run.step < settings.max_iters:
             self._save(False)
+
+    def _traced(self) -> AbstractContextManager[Callable[[], None]]:
+        """What to call after a step: --profile's, on rank 0."""
+        if not (self.settings.profile and self.world.is_main):
+            return nullcontext(lambda: None)
+        return traced(self.settings.out, self.state.device, self.say, self.news)
 
     def _stopping(self) -> bool:
         """Whether to stop before the next step; ranks agree, so that none waits for one that has left."""

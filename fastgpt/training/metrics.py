@@ -102,7 +102,7 @@ class Metrics:
                 _event(step=step, summary={"value": [{"tag": k, "simple_value": v} for k, v in numbers.items()]})
             )
         if self._wandb is not None:
-            self._sending.take(self._wandb.log, numbers, step=step)
+            self._sending.take(self._wandb.log, {**numbers, "step": step})
 
     def close(self) -> None:
         self._log.close()
@@ -189,13 +189,17 @@ def _tensorboard(folder: Path, step: int, news: list[str]) -> Appended | None:
 
 
 def connect_wandb(config: Config, run_id: str) -> Any:
-    """A W&B run. Raises UserError where the package is not installed, or does not get through."""
+    """The W&B run of this id, which a checkpoint keeps: a resumed run goes on in it. Raises UserError where the package is not
+    installed, or does not get through."""
     try:
         import wandb
 
-        return wandb.init(
+        run = wandb.init(
             project=config.train.wandb, name=config.train.out.name, id=run_id, resume="allow", config=config.to_dict()
         )
+        # W&B's own count never goes back, and what is logged for an earlier step is dropped: after a resume, a rollback.
+        run.define_metric("*", step_metric="step")
+        return run
     except ImportError as error:
         raise UserError(
             f"wandb is {config.train.wandb!r} but the package is not installed: pip install wandb"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import re
@@ -815,6 +816,26 @@ def test_the_best_checkpoint_stays_and_a_damaged_newest_is_passed_over(config, d
     out = capsys.readouterr().out
     assert f"{newest.name} is damaged" in out.replace("\n", "") and "resumed from" in out
     assert run.step == 16
+
+
+def test_profile_writes_a_trace_of_three_steps_and_says_how_to_open_it(config, device, capsys):
+    out = config.train.out
+    train(with_train(config, profile=True, max_iters=6), device)
+    assert f"{out}/trace.json.gz has 3 steps: open it in https://ui.perfetto.dev" in capsys.readouterr().out
+    names = [
+        event.get("name", "")
+        for event in json.loads(gzip.decompress((out / "trace.json.gz").read_bytes()))["traceEvents"]
+    ]
+    assert sorted({name for name in names if name.startswith("ProfilerStep")}) == [
+        f"ProfilerStep#{n}" for n in (2, 3, 4)
+    ]
+    assert any("mm" in name for name in names)
+    (out / "trace.json.gz").unlink()
+    (out / "trace.json.gz").mkdir()
+    _, code = train(with_train(config, profile=True, max_iters=12, resume="newest"), device)
+    assert code == 0 and "trace.json.gz cannot be written (" in capsys.readouterr().out
+    train(with_train(config, profile=True, max_iters=13, resume="newest"), device)
+    assert "there is no trace: it begins with the third step" in capsys.readouterr().out
 
 
 def test_samples_and_resume_auto(config, device, capsys):

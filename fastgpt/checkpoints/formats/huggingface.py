@@ -27,6 +27,7 @@ from fastgpt.common import (
     open_file,
     read_json,
     rounded,
+    shortened,
     write_json,
     write_whole,
 )
@@ -75,6 +76,40 @@ def download(name: str) -> Path:
         ) from error
 
 
+class Upload:
+    """A model of the hub that this machine may write: ``Upload("you/my-gpt2").send(folder)``."""
+
+    def __init__(self, name: str) -> None:
+        """Raises UserError without huggingface_hub, where nobody is logged in, and where the hub does not answer."""
+        if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name):
+            raise UserError(f"push is {shortened(name)!r}: it must be a name on the hub, such as you/my-gpt2")
+        try:
+            from huggingface_hub import HfApi
+        except ImportError:
+            raise UserError(
+                f"push is {name!r}, for which a package is missing: run `pip install huggingface_hub`"
+            ) from None
+        self.name, self._hub = name, HfApi()
+        try:
+            self._hub.whoami()
+        except Exception as error:
+            raise UserError(
+                f"push is {name!r}, but the Hugging Face hub knows no user here ({first_line(error)}): run `hf auth login`"
+            ) from error
+
+    def send(self, folder: Path) -> str:
+        """Upload what ``folder`` holds, to a model that is made if there is none, private then. Returns its address. Raises
+        UserError, which says how to try again."""
+        try:
+            made = self._hub.create_repo(self.name, private=True, exist_ok=True)
+            self._hub.upload_folder(repo_id=made.repo_id, folder_path=folder)
+        except Exception as error:
+            raise UserError(
+                f"{folder} is written, but was not uploaded ({first_line(error)}): run `hf upload {self.name} {folder}`"
+            ) from error
+        return str(made)
+
+
 def read(folder: Path) -> Portable:
     """Raises UserError."""
     source = str(folder)
@@ -118,8 +153,8 @@ def read(folder: Path) -> Portable:
     )
 
 
-def write(folder: Path, portable: Portable) -> None:
-    """Write the folder, whole or not at all. Raises OSError."""
+def write(folder: Path, portable: Portable, called: str | None = None) -> None:
+    """Write the folder, whole or not at all; ``called``: the name in its card, if not the folder's. Raises OSError."""
     from safetensors.torch import save_file
 
     config = portable.config
@@ -143,7 +178,7 @@ def write(folder: Path, portable: Portable) -> None:
         write_json(
             partial / "generation_config.json", {} if end is None else {"bos_token_id": end, "eos_token_id": end}
         )
-        write_whole(partial / "README.md", _card(folder.name, portable))
+        write_whole(partial / "README.md", _card(called or folder.name, portable))
         if (note := _write_tokenizer(partial, portable)) is not None:
             portable.notes.append(note)
         mode = (partial / "config.json").stat().st_mode
