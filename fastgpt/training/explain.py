@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastgpt import anatomy
 from fastgpt.common import UserError
 from fastgpt.config import EXPERIMENTAL, GPT2_ALONE, Config
 from fastgpt.hardware import cards, requirements
@@ -111,7 +112,7 @@ def show(config: Config, card: Card, precision: str, one: Record, two: Record, c
     for name in ("chosen by",) if narrow else ("config", "chosen by"):
         table.add_column(name, overflow="fold")
     table.add_column("launches", justify="right", no_wrap=True, min_width=8)
-    for what, shape, engine, chosen, *others in rows(one, two, model.vocab_size):
+    for what, shape, engine, chosen, *others in rows(one, two, model.vocab_size, anatomy.of(model).activation):
         cells = (f"{what}\n{shape}", f"{engine} {chosen.strip('-')}") if narrow else (what, shape, engine, chosen)
         table.add_row(*(escape(cell.replace(f" ({card.name})", "")) for cell in (*cells, *others)))
     console.print(table)
@@ -135,14 +136,14 @@ def show(config: Config, card: Card, precision: str, one: Record, two: Record, c
         console.print(f"Passes over memory by PyTorch, in a micro-batch: {', '.join(passes)}.")
 
 
-def rows(one: Record, two: Record, vocab_size: int) -> Iterator[tuple[str, ...]]:
+def rows(one: Record, two: Record, vocab_size: int, activation: str) -> Iterator[tuple[str, ...]]:
     """The linears as the tables decide, the head's matmuls where it is PyTorch that multiplies, and all other kernels that
     have configs to choose from: by kernel, in the order of first use."""
     kernels = list(dict.fromkeys(choice.kernel for choice in two.choices))
     choices = sorted(two.choices, key=lambda choice: kernels.index(choice.kernel))
     linears = [choice for choice in choices if choice.kernel.startswith("linear")]
     for choice in linears:
-        name = f"{KINDS[choice.kernel.split('.')[1]]}, {choice.dtype}"
+        name = f"{KINDS[choice.kernel.split('.')[1]].replace('GELU', activation)}, {choice.dtype}"
         name += ", sums in fp16" if choice.kernel.startswith("linear_fast") else ""
         library, shape = dict(choice.config) == tuning.CUBLAS, " x ".join(map(str, choice.shape or ()))
         engine, config = ("cuBLAS", "-") if library else ("Triton", tuning.brief(dict(choice.config)))

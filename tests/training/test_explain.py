@@ -59,6 +59,8 @@ def test_a_matmul_of_each_engine_with_its_shape_config_and_origin():
     )
     assert "linear + GELU, bf16 8192 x 3072 x 768 Triton 128x64x32 w4 s3 measured" in line_with(text, "linear + GELU")
     assert line_with(text, "input gradient x GELU'").endswith("cuBLAS - default: never measured 1")
+    text = shown(*records(linear("linear.dgelu", CUBLAS, "default: never measured")), preset="modern-124m")
+    assert "input gradient x ReLU2', bf16" in text and "GELU" not in text
 
 
 def test_at_80_columns_no_word_is_broken():
@@ -180,6 +182,10 @@ def test_a_card_that_gains_nothing_from_a_precision_is_explained_in_bf16(monkeyp
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
+        (
+            "--preset modern-124m --precision fp8 --explain-kernels rtx4070",
+            "precision is 'fp8', which only GPT-2 has yet",
+        ),
         ("--explain-kernels rtx9999", "explain_kernels is 'rtx9999', which is not in the table: nearest are"),
         ("--explain-kernels v100", "kernels are compiled for sm_80 and later"),
         ("--kernels eager --explain-kernels rtx4070", "kernels is 'eager'"),
