@@ -31,7 +31,6 @@ def ensure_server():
 
 def _main(words, env, output):
     """What ``python WORDS`` does."""
-    os.setpgid(0, 0)
     os.dup2(os.open(output, os.O_WRONLY), 1)
     os.dup2(1, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, "utf-8"), os.fdopen(2, "w", 1, "utf-8")
@@ -42,10 +41,7 @@ def _main(words, env, output):
 
     torch.set_num_threads(1)
     try:
-        if words[0] == "-c":
-            sys.argv = ["-c", *words[2:]]
-            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
-        elif words[0] == "-m":
+        if words[0] == "-m":
             sys.argv = words[1:]
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
@@ -56,18 +52,15 @@ def _main(words, env, output):
 
 
 class Command:
-    """``python WORDS`` in the root of the repository, begun; ``env`` changes this process's variables, None takes one away."""
+    """``python WORDS`` in the root of the repository, begun, with this process's variables and those of ``env``."""
 
     def __init__(self, *words, **env):
-        env = {**os.environ, "TRITON_INTERPRET": "1"} | env
-        env = {key: str(value) for key, value in env.items() if value is not None}
+        env = {**os.environ, "TRITON_INTERPRET": "1"} | {key: str(value) for key, value in env.items()}
         with tempfile.NamedTemporaryFile(delete=False) as file:
             self.output = Path(file.name)
         self._process = FORKS.Process(target=_main, args=([str(word) for word in words], env, file.name))
-        with patch.dict(
-            os.environ, TRITON_INTERPRET="1"
-        ):  # the first begins the process that the others are forked from
-            self._process.start()
+        ensure_server()
+        self._process.start()
         self.pid = self._process.pid
 
     @property
