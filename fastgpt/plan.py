@@ -5,6 +5,7 @@ python -m fastgpt.plan --gpu rtx4070 --model gpt2-124m --tokens-per-step 524288
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -71,6 +72,7 @@ class PlanConfig:
     world_size: int = 1
     """GPUs of this kind that share a step (speed: no communication counted)."""
     n_layer: int | None = None
+    """The model's, instead of the preset's or the file's; so are the next six."""
     n_head: int | None = None
     n_embd: int | None = None
     block_size: int | None = None
@@ -123,7 +125,7 @@ def main(args: list[str]) -> int:
     if asked.json:
         print(dumps(best.to_json() | {"plans": {kernels: p.to_json() for kernels, p in fitting.items()}}, indent=2))
         return 0
-    console = common.console(highlight=False, soft_wrap=True)
+    console = common.console(highlight=False, soft_wrap=not sys.stdout.isatty())  # a terminal breaks between words
     console.print(_head(best, card, vram_gb), markup=False)
     console.print(_table(plans))
     for note in _notes(fitting, refused, recipes.comparison(Shape.of(best.model), card)):
