@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from json import dumps
@@ -19,13 +20,14 @@ def describe(gpu: Gpu) -> str:
         f"{gpu.name}  ({chip.name}, {gpu.arch})",
         f"  {gpu.sm_count} SMs at {gpu.boost_mhz} MHz, {gpu.power_w} W",
         f"  memory {gpu.vram_gb} GB at {gpu.memory_gbs:g} GB/s, L2 {gpu.l2_mb} MB",
-        f"  per SM: shared memory {chip.shared_per_sm // 1024} KB (a block: at most {chip.shared_per_block:,} bytes), "
-        f"{chip.registers:,} registers, {chip.max_warps} warps, {chip.max_blocks} blocks",
+        f"  per SM: shared memory {chip.shared_per_sm // 1024} KB (a block: at most {chip.shared_per_block:,} bytes),",
+        f"    {chip.registers:,} registers, {chip.max_warps} warps, {chip.max_blocks} blocks",
         "  dense peak, TFLOP/s (accumulating in fp32 unless named fp16acc):",
     ]
     for arithmetic, tflops in gpu.to_json()["dense_tflops"].items():
         lines.append(f"    {arithmetic:13} " + ("n/a" if tflops is None else f"{tflops:7.1f}"))
-    return "\n".join([*lines, f"  source: {gpu.source}"])
+    source = textwrap.fill(f"source: {gpu.source}", command.WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join([*lines, source])
 
 
 @dataclass(frozen=True)
