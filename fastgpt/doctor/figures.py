@@ -292,15 +292,11 @@ def _shape(figures: Figures, evidence: Evidence) -> Shape | None:
     if None in found.values():
         return None
     figures.origin |= {name: ("checkpoint",) for name in SHAPE if config.source(name) is None and name in kept}
-    if (
-        config.kind == "nanogpt"
-        and config.get("init_from") == "resume"
-        and not kept
-        and not evidence.said("parameters")
-    ):
+    begins = config.get("init_from")
+    if config.kind == "nanogpt" and begins not in (None, "scratch") and not kept and not evidence.said("parameters"):
+        where = "takes it from the checkpoint, which was not given" if begins == "resume" else "may bring its own"
         figures.assumed["n_layer"] = (
-            f"shape L{found['n_layer']} H{found['n_head']} C{found['n_embd']} assumed: init_from = 'resume' takes it from "
-            "the checkpoint, which was not given"
+            f"shape L{found['n_layer']} H{found['n_head']} C{found['n_embd']} assumed: init_from = {begins!r} {where}"
         )
     vocab = _vocabulary(figures, evidence, kept)
     if config.get("family", "gpt2") != "gpt2":

@@ -354,7 +354,37 @@ CASES = {
         "[batch 10] loss=3.1\n[batch 20] loss=3.0\nRuntimeError: CUDA error: an illegal memory access was encountered\n",
         dict(code=2, critical={"bad_memory_access"}, text=["look like steps"]),
     ),
+    "another program's run behind a nanoGPT's": (
+        None,
+        steps(12)
+        + "".join(
+            f"step {i:4d}/90 | loss 9.0 (+nanz)| norm 2.1 (+nanz)| lr 8.57e-07 | 3056.36 ms | 42.6% bf16 MFU | 171540 tok/s\n"
+            for i in range(1, 20)
+        ),
+        dict(gpu="rtx4070", absent={"other_card"}, text=["2 runs"], figures={"tokens_per_step": 524_288}),
+    ),
+    "a Trainer's dictionaries behind its progress": (
+        None,
+        "\r  1%|#    | 3/100 [00:03<01:00,  1.5it/s]{'loss': 2.1, 'epoch': 0.1}\n" * 3,
+        dict(code=2, text=["3 lines look like steps and could not be read"]),
+    ),
+    "names of a tracker": (
+        None,
+        '{"_step": 1, "train/loss": 9.1}\n{"_step": 2, "train/loss": 9.0}\n',
+        dict(code=2, text=["2 lines look like steps and could not be read"]),
+    ),
+    "torchtitan": (
+        None,
+        "[rank0]:[titan] 2025-01-01 12:00:00,123 - root - INFO - step:  1  loss: 12.2  memory: 42.91GiB(45%)  tps: 1,234\n"
+        * 2,
+        dict(code=2, text=["2 lines look like steps and could not be read"]),
+    ),
     # --- ends ---
+    "an assertion of the embedding, and no exception": (
+        None,
+        ENDED + "Indexing.cu:1290: block: [1,0,0], thread: [1,0,0] Assertion `srcIndex < srcSelectDimSize` failed.\n",
+        dict(critical={"token_beyond_vocabulary"}),
+    ),
     "a token beyond the vocabulary": (
         None,
         ENDED + "RuntimeError: CUDA error: device-side assert triggered\n",
@@ -462,6 +492,16 @@ CASES = {
         "# 1.3B parameters\nargs = ModelArgs(n_layer=24, n_embd=2048)\nmax_iters = 9000\nlr_decay_iters = 9000\n",
         None,
         dict(found={"unknown_settings"}, absent={"param_count_mismatch", "many"}, figures={"parameters": None}),
+    ),
+    "weights of another model": (
+        "# the 1.3B model\ninit_from = 'facebook/opt-1.3b'\n" + BIG,
+        None,
+        dict(sure={"param_count_mismatch": "possible"}, text=["init_from = 'facebook/opt-1.3b' may bring its own"]),
+    ),
+    "a llama2.c config": (
+        "dim = 288\nn_layers = 6\nn_heads = 6\nvocab_source = 'llama2'\n# a 15M model\nmax_iters = 100000\n",
+        None,
+        dict(found={"unknown_settings"}, figures={"parameters": None}, absent_text=["did you mean"]),
     ),
     "two names, one of them right": (
         "wandb_run_name = 'gpt2-124M-distilled'\nout_dir = 'out-350M-teacher'\n" + BIG,

@@ -120,6 +120,8 @@ def _note_foreign(facts: ConfigFacts, helpers: Collection[str] = ()) -> None:
     facts.foreign_model += facts.unread_shapes
     if facts.foreign:  # what a fork's config leaves out is the fork's own; of model and batch nanoGPT's is assumed
         facts.defaults = {name: value for name, value in facts.defaults.items() if name in ASSUMED_OF_A_FORK}
+    if facts.foreign_model:  # beside which n_layers and n_heads are no misspellings
+        facts.unread = [unread for unread in facts.unread if "mean 'n_" not in unread.why]
 
 
 def _describes(node: ast.stmt) -> bool:

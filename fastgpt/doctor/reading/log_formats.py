@@ -58,7 +58,7 @@ PLAIN_STEP = r"^(?:iter |step |step:|Epoch |\{|\d+ \| loss )[^\nv]*\n"
 """Such a line, where none of NOT_PLAIN are about."""
 STEP_LIKE = re.compile(
     r"(?:\b(?:step|iter|iteration|it|batch|epoch|update|global_step)s?['\"]?\s*[:=#\[(]?\s*\d|^\W*\d+\s*[|:,]).{0,200}?"
-    r"loss\w*['\"]?\s*(?:[:=(]|\bis\b)?\s*(?:[\d.]|nan)|^\W*\{.{0,300}?['\"](?:\w+_)?loss['\"]\s*:\s*[\d\"']",
+    r"loss\w*['\"]?\s*(?:[:=(]|\bis\b)?\s*(?:[\d.]|nan)|\{.{0,300}?['\"](?:[\w/]+[_/])?loss['\"]\s*:\s*[\d\"']",
     re.ASCII | re.IGNORECASE,
 )
 """A line that counts steps and has a loss: where no form reads it, that is said."""

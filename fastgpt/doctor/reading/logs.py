@@ -85,6 +85,7 @@ class LogReader:
         self.notes: dict[str, list[Note]] = {}
         self.unread: list[Unread] = []
         self.kinds: Counter[str] = Counter()
+        self.kind_of_last = "unknown"
         self.config: ConfigFacts | None = None
         self.step = 0.0  # the last one seen
         self.step_like = 0  # lines that look like steps and are of no known form
@@ -186,6 +187,7 @@ class LogReader:
             if said.get("loss") and not math.isfinite(self.steps[-6]):
                 self._note("nan", at, self._text_at(at), self.steps[-6])
         self.kinds[kind] += 1
+        self.kind_of_last = kind
         return True
 
     def _take_step(self, at: int, step: float, loss: float, ms: float, mfu: float, rate: float, lr: float) -> None:
@@ -289,12 +291,13 @@ class LogReader:
         for line, top, step in back or evals_back:
             text = f"the log goes back from step {top} to {step}: the later run counts"
             self._add(Note("resume", Place(self.file, line), text, step))
+        kind = max(self.kinds, key=self.kinds.__getitem__, default="unknown")
         notes = sorted(itertools.chain(*self.notes.values()), key=lambda note: note.place.line or 0)
         lines, begun = np.array(self.steps)[6::7], self.steps[0] if back else 0
-        if again := [line for line, _, step in back if step <= begun]:  # from its first step: another run
+        if again := [line for line, _, step in back if step <= max(begun, 1)]:  # from its first step: another run
             why = f"the log holds {len(again) + 1} runs, one after the other: the last one counts, from this line on"
             self.unread.append(Unread(Place(self.file, again[-1]), "", why))
-            before = lines[lines < again[-1]].max()
+            before, kind = lines[lines < again[-1]].max(), self.kind_of_last
             notes = [note for note in notes if note.kind not in OF_ITS_RUN or (note.place.line or 0) > before]
         if self.step_like > 1 or (self.first_step_like and not (self.steps or self.unread)):
             assert self.first_step_like is not None
@@ -307,7 +310,7 @@ class LogReader:
         if self.config is not None:
             configs.apply_logged(self.config, notes)
         return LogFacts(
-            kind=max(self.kinds, key=self.kinds.__getitem__, default="unknown"),
+            kind=kind,
             file=self.file,
             steps=Steps(*_columns(steps)),
             evals=Evals(*_columns(evals)),
