@@ -72,6 +72,7 @@ def test_the_banner_of_a_run_tells(precision, compiled, graphs):
         train_loader=SimpleNamespace(tokens=10**6),
         val_loader=SimpleNamespace(tokens=10**5),
         corpus=None,
+        tokens=lambda steps: 0,
         step=0,
     )
     console = Console(file=io.StringIO(), width=80)
