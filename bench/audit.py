@@ -31,7 +31,7 @@ from typing import Annotated, Any
 from rich.console import Console
 
 from bench.compiler.audit import Audit, run, target
-from bench.reports.tables import Cells, print_table, terminal
+from bench.reports.tables import Cells, print_table, terminal, waiting
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
@@ -112,7 +112,9 @@ def main(argv: list[str]) -> int:
     if args.jobs < 1:
         raise UserError(f"jobs is {args.jobs}: it must be at least 1")
     shard = (1, 1) if args.all else _shard(args.shard, args.sample)
-    found = run(target(args.arch, args.gpu), only=args.only, shard=shard, jobs=args.jobs)
+    card = target(args.arch, args.gpu)
+    with waiting(f"compiling kernels for {card.name} in {args.jobs} processes"):
+        found = run(card, only=args.only, shard=shard, jobs=args.jobs)
     if args.json:
         print(json.dumps(found.to_json()))
     else:

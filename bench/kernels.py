@@ -29,6 +29,7 @@ import torch
 
 from bench.reports import markdown
 from bench.reports import results as results_module
+from bench.reports.tables import waiting
 from bench.reports.timing import Timing, Work, interleave, peak_memory
 from bench.steps.ceilings import Ceilings, measured_ceilings
 from fastgpt import command, common
@@ -192,7 +193,8 @@ def main(argv: list[str]) -> int:
 
     device = torch.device(where)
     sweep = args.sweep if args.sweep is not None else where == "cuda" and not args.quick
-    found = run(device, quick=args.quick, sweep=sweep, only=args.only, keep_roofs=args.keep_roofs, save=save)
+    with waiting("checking and timing kernels"):
+        found = run(device, quick=args.quick, sweep=sweep, only=args.only, keep_roofs=args.keep_roofs, save=save)
     markdown.print_kernels(found)
     if where == "cuda" and not args.no_store:
         entries = results_module.kernel_entries(found)

@@ -242,7 +242,9 @@ def refuse(words: Sequence[str], cls: type) -> None:
                         f"flag is {flag!r}, which is not known: {option.metavar} stands alone, without a flag"
                     )
             flags = [option.flag for option in known if not option.arg.positional]
-            raise UserError(f"flag is {flag!r}{nearest(flag, flags)}, which is not known: --help lists those there are")
+            last = f"--{flag.rpartition('.')[2].replace('_', '-')}"  # of --optim.lr, as other programs spell it
+            meant = f" (did you mean {last!r}?)" if last in flags else nearest(flag, flags)
+            raise UserError(f"flag is {flag!r}{meant}, which is not known: --help lists those there are")
     if words:
         raise UserError(f"{words[0]!r} is one word too many: --help says what the command takes")
 

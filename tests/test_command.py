@@ -92,6 +92,7 @@ def test_values(args, values):
         ([], "FILE is missing: python -m x --help says what it is"),
         (["a", "--tpo-k", "3"], r"flag is '--tpo-k' \(did you mean '--top-k'\?\), which is not known"),
         (["a", "-q"], "flag is '-q', which is not known"),
+        (["a", "--model.top_k=3"], r"flag is '--model.top_k' \(did you mean '--top-k'\?\), which is not known"),
         (["a", "--top-k"], "--top-k has no value: give N behind it"),
         (["a", "--top-k", "--sure"], "--top-k has no value"),
         (["a", "--top-k", "3.5"], "--top-k is '3.5': it must be a whole number"),

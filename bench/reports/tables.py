@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from fastgpt import common
@@ -12,6 +15,28 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 Cells = list[list[str]]
+SILENT_SECONDS = 5.0
+"""How long a command says nothing, at most, before it says that it is at work; from then on every half minute."""
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Inside, where nothing is printed until all is done: ``what`` is being done, and for how long, on standard error."""
+    done, began = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        seconds = SILENT_SECONDS
+        while not done.wait(seconds):
+            print(f"{what}: {common.duration(time.monotonic() - began)} so far", file=sys.stderr, flush=True)
+            seconds = 6 * SILENT_SECONDS
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
 
 
 def is_figures(cells: Cells, column: int) -> bool:
