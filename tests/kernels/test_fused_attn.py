@@ -268,6 +268,50 @@ def test_a_long_context_of_documents_is_each_of_them_alone(device):
             torch.testing.assert_close(whole[:, begin : begin + length], part, rtol=1e-4, atol=1e-5)
 
 
+LONG, WINDOW = 4096, 128
+
+
+@pytest.mark.parametrize("begin, end", [(LONG - 100, LONG), (2950, 3050)])
+def test_a_part_of_a_long_context_is_what_its_window_and_document_say(device, begin, end):
+    """Against the specification of the queries begin..end and the keys in their window: outputs, gradients and lse."""
+    docs = torch.repeat_interleave(torch.arange(3), torch.tensor((1000, 2000, LONG - 3000))).to(device, torch.int32)[
+        None
+    ]
+    whole, first = inputs(device, LONG), begin - WINDOW + 1
+    parts = whole[0][:, begin:end], whole[1][:, first:end], whole[2][:, first:end]
+
+    def placed(q, k, v):
+        starts = zip(whole, (begin, first, first), (q, k, v))
+        return [torch.cat((x[:, :at], part, x[:, end:]), 1) for x, at, part in starts]
+
+    near = docs[:, first:end]
+    parity.check(
+        lambda q, k, v: attention(*placed(q, k, v), window=WINDOW, doc_ids=docs)[:, begin:end],
+        lambda q, k, v: reference.attention(q, k, v, window=WINDOW, doc_ids=near),
+        dict(zip("qkv", parts)),
+    )
+    lse = fused_attn._attention_fwd(*whole, docs, None, None, True, 0.25, WINDOW, 0.0, False)[1][0, 0, begin:end]
+    scores = (parts[0][0, :, 0].double() @ parts[1][0, :, 0].double().T) / 4
+    distance = torch.arange(begin, end, device=device)[:, None] - torch.arange(first, end, device=device)
+    seen = (0 <= distance) & (distance < WINDOW) & (docs[0, begin:end, None] == near)
+    expected = scores.masked_fill(~seen, -math.inf).logsumexp(1) / math.log(2)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_and_backward_of_a_long_context_drop_the_same(device):
+    """With a fixed mask the output is linear in v, so (A v) u = v (A^T u): A^T u is the gradient. 0.3 of the weight is dropped
+    at late positions as at early ones."""
+    q, k, _ = inputs(device, LONG)
+    v, u = torch.ones(2, 1, LONG, 1, 16, device=device, dtype=torch.float32)
+    v.requires_grad_()
+    u[:, : LONG - 300] = 0
+    out = attention(q, k, v, window=WINDOW, dropout_p=0.3)
+    out.backward(u)
+    torch.testing.assert_close((out * u).sum(), (v * v.grad).sum())
+    late = out.detach()[0, -300:, 0, 0]
+    assert abs(late.mean() - 1) < 0.05 and late.std() > 0.05 and out.detach()[0, :300, 0, 0].std() > 0.05
+
+
 # ---- Order of launch ------------------------------------------------------------------------------------------------
 
 
