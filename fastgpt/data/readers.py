@@ -51,8 +51,9 @@ class Document(NamedTuple):
     """Places that are not UTF-8, each of them U+FFFD now."""
 
 
-MOST_REPLACED = 0.1
-"""The share of a text that may have to be replaced: of German in Latin-1 it is 2%, of French 5%. What has more is no text."""
+MOST_REPLACED = 0.3
+"""The share of a text that may have to be replaced: of German and French in Latin-1 it is some percent, of Russian, Japanese in
+an older encoding and of random bytes nearly half and more. What has more than this is no text."""
 
 
 class NotText(Exception):

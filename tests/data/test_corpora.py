@@ -218,7 +218,7 @@ def test_a_large_json_array_is_refused_before_it_is_read(tmp_path, monkeypatch):
 
 def test_every_position_can_be_gone_on_from(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n{"text": "two"}\n')
-    (tmp_path / "b.txt").write_bytes(b"\xff broken")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xff\xff\xff broken")
     pq.write_table(pa.table({"text": [f"row {i}" for i in range(10)]}), tmp_path / "c.parquet", row_group_size=3)
     (tmp_path / "d.jsonl.gz").write_bytes(_compressed("gz", b'{"text": "x"}\n{"text": "y"}\n'))
     (tmp_path / "e.jsonl.zst").write_bytes(_compressed("zst", b'{"text": "x"}\n{"text": "y"}\n'))
