@@ -74,6 +74,11 @@ def where(result: dict[str, Any]) -> str:
     return f"measured on {env['device']}{threads}, torch {env['torch']}, commit {env['commit'] or 'n/a'}, {env['time'][:10]}"
 
 
+def on_a_gpu(result: dict[str, Any]) -> bool:
+    """Of a CPU the environment has threads. What would help a GPU is no advice to it."""
+    return "threads" not in result["environment"]
+
+
 def what(setup: dict[str, Any]) -> str:
     precision = setup["precision"] + (" (experimental)" if setup["precision"] in EXPERIMENTAL else "")
     return (
@@ -264,7 +269,8 @@ def show(result: dict[str, Any]) -> None:
         if "rows" not in backend:
             continue
         print_table(console, f"{name}: where a step's time goes ({overhead(backend)})", operation_cells(backend))
-        print_table(console, f"{name}: what would help", help_cells(backend))
+        if on_a_gpu(result):
+            print_table(console, f"{name}: what would help", help_cells(backend))
     if any("rows" in backend for backend in result["backends"].values()):
         console.print(
             f"Roofs measured here: {roofs(result)}. FLOPs and bytes are least figures (performance/flops.py); {CACHED}.",

@@ -42,7 +42,11 @@ def render(result: dict[str, Any], images: dict[str, bytes]) -> str:
         speed=tables.speed_cells(result) if result["backends"] else None,
         failures=tables.failures(result),
         mfu_notes=[*tables.mfu_notes(result), *tables.host_notes(result)],
-        backends=[_backend(name, backend) for name, backend in result["backends"].items() if backend.get("rows")],
+        backends=[
+            _backend(name, backend, tables.on_a_gpu(result))
+            for name, backend in result["backends"].items()
+            if backend.get("rows")
+        ],
         interpreted=result.get("interpreted") and _interpreted(result["interpreted"]),
         projection=result.get("projection") and _projection(result["projection"]),
         audit=result.get("audit") and _audit(result["audit"]),
@@ -68,12 +72,12 @@ def _cards(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _backend(name: str, backend: dict[str, Any]) -> dict[str, Any]:
+def _backend(name: str, backend: dict[str, Any], on_a_gpu: bool) -> dict[str, Any]:
     return {
         "name": name,
         "about": f"{tables.overhead(backend)}. {_accounting(backend)}",
         "operations": tables.operation_cells(backend),
-        "help": tables.help_cells(backend, 12),
+        "help": tables.help_cells(backend, 12) if on_a_gpu else None,
     }
 
 

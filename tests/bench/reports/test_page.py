@@ -56,13 +56,18 @@ def test_the_terminal_shows_every_section(result, capsys):
     for text in (
         "MFU of the nominal peak",
         "eager: where a step's time goes",
-        "eager: what would help",
         "100.0% named",
     ):
         assert text in shown
+    assert "what would help" not in shown, "the advice is for GPUs"
     assert "failed compile" in shown and mfu_tables.INTERPRETED in shown
     assert "Projected, not measured: gpt2-124m on NVIDIA GeForce RTX 4070" in shown and "(sm_89), not run" in shown
     assert re.search(r"attention backward .* (compute|memory) ", shown)
+
+
+def test_what_would_help_is_said_of_a_gpu(result, capsys):
+    mfu_tables.show(on_a_gpu(result[0]))
+    assert "eager: what would help" in capsys.readouterr().out
 
 
 def test_a_profile_that_leaves_too_much_unnamed_is_a_failure(result):
