@@ -379,13 +379,20 @@ def report(error: UserError) -> None:
 
 
 _CONTROL = dict.fromkeys({*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {*b"\t\n"})
+_UNPRINTABLE = _CONTROL | dict.fromkeys(range(0xD800, 0xE000), "?")
+"""With the surrogates: Python has them for the bytes of a file name that is not UTF-8, and no stream encodes them."""
 
 
 def printable(text: str) -> str:
     """A text of somebody else's without the characters that a terminal obeys: escapes that move the cursor, set the title or
     hide what was said, and those that turn the direction of writing, so that a name reads as another one. What was behind them
-    stays, as letters."""
-    return text.translate(_CONTROL)
+    stays, as letters; a byte of a file name that is no letter becomes ``?``."""
+    return text.translate(_UNPRINTABLE)
+
+
+def say(text: str, file: IO[str] | None = None) -> None:
+    """Print a line that may hold a name of somebody else's: of a file, a column, a host."""
+    print(printable(text), file=file, flush=True)
 
 
 class PlainConsole:

@@ -95,14 +95,14 @@ def main(args: list[str]) -> int:
     moved = f"{millions(sum(tensor.numel() for tensor in portable.weights.values()))} parameters"
     if portable.optimizer is not None and portable.optimizer["state"] and to not in ("hf", "nanochat"):
         moved += ", optimizer state"
-    print(f"{_NAMES[kind]} {config.source} -> {_NAMES[to]} {out}")
-    print(f"  {moved}, step {portable.step}, L{shape.n_layer} H{shape.n_head} C{shape.n_embd} "
+    common.say(f"{_NAMES[kind]} {config.source} -> {_NAMES[to]} {out}")
+    common.say(f"  {moved}, step {portable.step}, L{shape.n_layer} H{shape.n_head} C{shape.n_embd} "
           f"T{shape.block_size} V{shape.vocab_size}")  # fmt: skip
     for note in notes:
-        print(f"  note: {note}")
+        common.say(f"  note: {note}")
     if upload is not None:
-        print(f"uploading to {upload.name} ...", flush=True)
-        print(f"  {upload.send(out)}")
+        common.say(f"uploading to {upload.name} ...")
+        common.say(f"  {upload.send(out)}")
     return 0
 
 

@@ -141,9 +141,9 @@ def draw(runs: Sequence[Curves], path: Path, x: Axis = "steps") -> Path:
                 step, values = _running_mean(step, values)
             if len(values):
                 dot = "." if len(values) == 1 else None
-                axes.plot(step, values, color=colour, linewidth=1.4, marker=dot, label=run.name)
+                axes.plot(step, values, color=colour, linewidth=1.4, marker=dot, label=_label(run.name))
         if len(run.val_loss):
-            label = f"{run.name}, validation"
+            label = f"{_label(run.name)}, validation"
             panels["loss"].plot(scale * run.eval_step, run.val_loss, "o", color=colour, markersize=3.5, label=label)
     for name, axes in panels.items():
         axes.set_title(titles[name], loc="left", fontsize=10)
@@ -167,6 +167,11 @@ def draw(runs: Sequence[Curves], path: Path, x: Axis = "steps") -> Path:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"out is {path}, which cannot be written ({reason}): name another .png file") from error
     return path
+
+
+def _label(name: str) -> str:
+    """A run's name as it is: matplotlib sets what is between $ as a formula, and leaves out what begins with _."""
+    return common.printable(f" {name}" if name.startswith("_") else name).replace("$", r"\$")
 
 
 def _running_mean(step: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -213,7 +218,7 @@ def main(args: list[str]) -> int:
             runs[-1] = (runs[-1][0], path)
     first = runs[0][0]
     out = config.out or (first if first.is_dir() else first.parent) / "curves.png"
-    print(draw([read(path, config.tokens_per_step, beside) for path, beside in runs], out, config.x))
+    common.say(str(draw([read(path, config.tokens_per_step, beside) for path, beside in runs], out, config.x)))
     return 0
 
 

@@ -88,7 +88,7 @@ def main(args: list[str]) -> int:
             vocab_size=tokenizer.vocab_size,
             generator=generator,
         )
-        print(config.prompt, end="", flush=True)
+        print(common.printable(config.prompt), end="", flush=True)
         for text in pieces(tokenizer, ids, map(int, new)):
             print(common.printable(text), end="", flush=True)  # a model of bytes can spell a terminal's escapes
         print("\n" + "-" * 80)

@@ -165,6 +165,11 @@ def test_what_turns_the_direction_of_writing_is_left_out():
     )
 
 
+def test_a_byte_that_is_no_letter_can_be_printed(capsys):
+    common.say("b\udcff.txt\x1b[31m")
+    assert capsys.readouterr().out == "b?.txt[31m\n"
+
+
 def test_a_console_has_its_own_colours_and_nobody_elses():
     from rich.table import Table
     from rich.text import Text

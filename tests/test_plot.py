@@ -165,3 +165,10 @@ def test_a_run_that_has_not_logged_yet_is_said(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"run": "a"}\n')
     with pytest.raises(UserError, match="no training step yet"):
         plot.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cost$_$x", "_first", "a\x1b]0;title\x07", "\u202egnp"])
+def test_a_runs_name_is_shown_as_it_is(folder, name, recwarn, capsys):
+    run = folder.rename(folder.with_name(name))
+    assert plot.main([str(run), "--out", str(run / "x.png")]) == 0
+    assert not [str(warning.message) for warning in recwarn] and "\x1b" not in capsys.readouterr().out

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fastgpt.common import UserError, read_json, write_json
+from fastgpt.common import UserError, read_json, say, write_json
 
 PULSE = 5.0
 """Seconds between two signs of life."""
@@ -33,8 +33,11 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 def held(out: Path) -> Iterator[None]:
     """Hold the lock of the run's folder ``out``, which need not exist yet. Leaves no file behind.
 
-    Raises UserError if another process holds it, naming that process, and where no lock can be written.
+    Raises UserError if another process holds it, naming that process, where no lock can be written, and for a name that is not
+    UTF-8: safetensors reads none.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in str(out)):
+        raise UserError(f"out is {str(out)!r}, a name that is not UTF-8: no checkpoint in it could be read again")
     with ExitStack() as undo:
         try:
             path = _lock_file(out)
@@ -42,7 +45,7 @@ def held(out: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             record = path.with_name(f"{path.name}.json")
             if why := _locked(path, record, out, undo):
-                print(f"{why}: only {record} keeps others out", file=sys.stderr)
+                say(f"{why}: only {record} keeps others out", sys.stderr)
             if (holder := read_json(record)) is not None and _is_alive(holder, record):
                 raise UserError(_in_use(out, holder))
             undo.callback(_remove, record)
@@ -129,9 +132,9 @@ def _is_alive(holder: dict[str, Any], record: Path) -> bool:
     running = is_running(holder)
     if running is not None:
         return running
-    print(
+    say(
         f"{record} names process {holder.get('pid')!r} on {holder.get('host')!r}: waiting {3 * PULSE:.0f} s for a sign of life",
-        file=sys.stderr,
+        sys.stderr,
     )
     before = _renewed(record)
     time.sleep(3 * PULSE)

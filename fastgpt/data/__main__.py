@@ -94,13 +94,13 @@ def _prepare(options: Prepare) -> int:
         print("stopped: give the same command again to continue", file=sys.stderr)
         return 130
     taken = duration(time.monotonic() - begin)
-    print(f"{options.out} is ready ({taken}); train on it with --data {options.out}")
+    common.say(f"{options.out} is ready ({taken}); train on it with --data {options.out}")
     common.console(soft_wrap=True, highlight=False).print(_table(manifest))
     if skipped := manifest["skipped_files"]:
         some = ", ".join(skipped[:5])
-        print(f"{len(skipped)} files were not UTF-8 text and passed over: {some}")
+        common.say(f"{len(skipped)} files were not UTF-8 text and passed over: {some}")
     if rows := manifest.get("skipped_rows"):
-        print(f"{rows:,} rows were passed over: their {manifest['text_column']} is null, a number or not UTF-8")
+        common.say(f"{rows:,} rows were passed over: their {manifest['text_column']} is null, a number or not UTF-8")
     if places := manifest.get("replaced"):
         print(f"{places:,} places were not UTF-8: each is U+FFFD now")
     return 0

@@ -65,7 +65,7 @@ class FileCorpus:
         for path in self.files:
             stat = path.stat()
             time = 0 if self.source == STDLIB else stat.st_mtime_ns
-            known.update(f"{path.relative_to(self.root).as_posix()}\0{stat.st_size}\0{time}\n".encode())
+            known.update(os.fsencode(f"{path.relative_to(self.root).as_posix()}\0{stat.st_size}\0{time}\n"))
         return known.hexdigest()
 
     def split_by_position(self, val_fraction: float) -> int | None:

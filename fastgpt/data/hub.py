@@ -161,5 +161,5 @@ def _digest_of(folder: Path) -> str:
     known = hashlib.sha256()
     for path in files:
         stat = path.stat()
-        known.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        known.update(os.fsencode(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
     return known.hexdigest()

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt import __version__
-from fastgpt.common import UserError, at_least, read_json, sync_folder, write_json
+from fastgpt.common import UserError, at_least, read_json, say, sync_folder, write_json
 from fastgpt.data import encoding
 from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encoding import BatchPlace, Encoded, cores, encode_corpus
@@ -254,7 +254,7 @@ class _Preparation:
                 setattr(self, key, saved[key])
             self._open_writers(saved["sides"])
             if self._tokens():
-                print(f"continuing in {self.work} after {self._tokens():,} tokens", file=sys.stderr)
+                say(f"continuing in {self.work} after {self._tokens():,} tokens", sys.stderr)
         elif any(saved["sides"].values()):
             raise UserError(
                 f"{str(self.work)!r} holds an unfinished preparation of something else "
@@ -305,7 +305,7 @@ def _lock(out: Path) -> Iterator[None]:
         lock.acquire(timeout=0.1)
     except Timeout:
         path.stat()  # raises where no lock can be made at all, as in /proc, which filelock waits for too
-        print(f"another process prepares {out}: waiting for it", file=sys.stderr)
+        say(f"another process prepares {out}: waiting for it", sys.stderr)
         lock.acquire()
     try:
         yield

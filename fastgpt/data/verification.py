@@ -133,7 +133,7 @@ def _remembered(path: Path) -> FileFacts | None:
 
 
 def _memory_of(path: Path) -> Path:
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     return cache_dir() / "checked" / f"{name}.json"
 
 

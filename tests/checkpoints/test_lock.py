@@ -159,3 +159,9 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path, monkeypatch):
 @pytest.mark.parametrize("pid", [-1, "x", None, 10**30])
 def test_a_number_that_is_no_process_is_no_traceback(pid):
     assert not lock.is_running(lock.this_process() | {"pid": pid})
+
+
+def test_a_name_that_no_checkpoint_could_be_read_from_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not UTF-8"), lock.held(tmp_path / "run\udcff"):
+        pass
+    assert not list(tmp_path.iterdir())

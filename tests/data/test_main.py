@@ -268,3 +268,16 @@ def test_a_folder_whose_manifest_is_wrong_is_neither_checked_nor_trained_on(tmp_
         with pytest.raises(UserError, match=sentence) as error:
             use()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes")
+@pytest.mark.parametrize("name", ["a\x1b]0;title\x07", "a\udcff"])
+def test_a_name_of_any_bytes_is_prepared_and_printed_without_its_control_characters(tmp_path, texts, capsys, name):
+    (tmp_path / "in").mkdir()
+    Path(texts).replace(tmp_path / "in" / f"{name}.jsonl")
+    (tmp_path / "in" / f"{name}.txt").write_bytes(b"\xff\x80" * 200)
+    out = str(tmp_path / name)
+    assert command.main(["prepare", str(tmp_path / "in"), "--out", out, "--tokenizer", "bytes"]) == 0
+    assert command.main(["check", out]) == 0
+    printed = "".join(capsys.readouterr())
+    assert "\x1b" not in printed and printed.encode() and "1 files were not UTF-8 text and passed over: a" in printed
