@@ -865,6 +865,14 @@ def test_a_modern_model_becomes_nanochats_and_comes_back_bit_for_bit(tmp_path, c
         assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
 
 
+def test_only_what_has_a_row_per_token_is_padded_for_nanochat(tmp_path):
+    """A vocabulary of letters can be as large as the model is wide."""
+    model = modern_run(tmp_path / "run", n_embd=40, vocab_size=40)
+    convert.main([str(tmp_path / "run"), str(tmp_path / "d3")])
+    again, _ = load_model(str(tmp_path / "d3"), "eager", torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -1,8 +1,8 @@
 """Muon for the matrices of a model, and MuonAdamW, which is one optimizer made of Muon and an AdamW for everything else.
 
 Muon (Jordan et al. 2024) moves a matrix by its momentum after all singular values of it have been brought near 1 with a few
-steps of Newton-Schulz (``kernels/reference.py`` has the equations). The momentum is kept as torch.optim.Muon keeps it, so that
-a state of either loads into the other.
+steps of Newton-Schulz (``kernels/reference.py`` has the equations). The momentum is kept as torch.optim.Muon keeps it, whose
+state_dict loads here.
 """
 
 from __future__ import annotations
@@ -131,14 +131,22 @@ class Muon(Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class or of torch.optim.Muon. Raises ValueError, before anything is replaced, for the
-        state of other parameters or of another optimizer."""
+        """Load a state_dict of this class or of torch.optim.Muon, whose groups say nothing of some settings: these stay as they
+        are. Raises ValueError, before anything is replaced, for the state of other parameters or of another optimizer."""
         self.check_state(state_dict)
+        before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, before):
+            group.update({name: value for name, value in own.items() if name not in group})
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError unless it is a state for these parameters."""
         for own, other in zip(self.param_groups, state_dict["param_groups"]):
+            if "momentum" not in other or other.get("adjust_lr_fn") == "match_rms_adamw":
+                raise ValueError(
+                    "the state is of another optimizer, or of a torch.optim.Muon whose adjust_lr_fn is 'match_rms_adamw', "
+                    "which gives its rates another meaning: load the state of a Muon"
+                )
             for param, index in zip(own["params"], other["params"]):
                 if state := state_dict["state"].get(index):
                     _check_state(f"parameter {index}", param, state)
@@ -155,7 +163,7 @@ class Muon(Optimizer):
         """Bring what ``param_groups`` say to the table that the kernels read: before each replay of a captured step."""
         # A fourth column, unused, so that every row begins at a multiple of 16 bytes: else triton compiles a second binary.
         rows = [[group["lr"], group["momentum"], group["weight_decay"], 0.0] for group in self.param_groups]
-        self._hyper.sync(rows, self.param_groups[0]["params"][0].device)
+        self._hyper.sync(rows, _device(self))
 
     @torch.no_grad()
     @torch.compiler.disable
@@ -202,7 +210,7 @@ class Muon(Optimizer):
     def _batches(self) -> list[list[Piece]]:
         """The matrices that have a gradient, those of one shape and kind together, as many as SCRATCH allows."""
         alike: dict[tuple, list[Piece]] = {}
-        device = self.param_groups[0]["params"][0].device
+        device = _device(self)
         for i, group in enumerate(self.param_groups):
             same = *(group[name] for name in _ALIKE), *((group["beta2"],) if group["normuon"] else ())
             for param in group["params"]:
@@ -288,7 +296,7 @@ class Muon(Optimizer):
         group = self.param_groups[piece.group]
         here, there = _overlap(piece)
         param = local(piece.param.detach())[here]
-        scale = math.sqrt(max(1, direction.shape[0] / direction.shape[1]))
+        scale = math.sqrt(max(1, direction.shape[0] / max(1, direction.shape[1])))
         factors = None if factors is None else factors[there]
         copy = None if copy is None else copy[here]
         self._kernels.muon_update(
@@ -402,7 +410,7 @@ class MuonAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        self.skipped_steps = self.skipped_steps.to(self.param_groups[0]["params"][0].device)
+        self.skipped_steps = self.skipped_steps.to(_device(self))
         if not params:
             return loss
         scale = getattr(self, "grad_scale", None)
@@ -433,6 +441,11 @@ class MuonAdamW(Optimizer):
                 for name in flags:
                     del part.__dict__[name]
         return loss
+
+
+def _device(optimizer: Optimizer) -> torch.device:
+    """That of its first parameter; a group may be empty."""
+    return next(chain.from_iterable(group["params"] for group in optimizer.param_groups)).device
 
 
 def _indices(groups: list[dict[str, Any]]) -> set[int]:

@@ -49,8 +49,9 @@ class NanochatAttention(Fused):
         call = self.named((x, *args), kwargs)
         ve, gate = call.get("ve"), None
         to_gate: Any = getattr(self, "ve_gate", None)
-        before = call.get("window_size", (-1, 0))[0]  # so many tokens before a token's own; all if negative
-        own = before == 0 or call.get("kv_cache") is not None  # 0 meant all in the first versions
+        before, after = call.get("window_size", (-1, 0))  # so many tokens before a token's own; all if negative
+        own = before == 0 or after != 0 or call.get("kv_cache") is not None  # 0 meant all in the first versions
+        own = own or call["cos_sin"][0].shape[::2] != (1, 1)  # each sequence has positions of its own, or each head
         if own or (ve is not None and to_gate is None) or not supported(x):
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         H, H_kv = self.n_head, self.n_kv_head

@@ -113,9 +113,27 @@ def test_it_is_torchs_muon(device):
         one.step()
         other.step()
         if step == 1:  # the state goes from one to the other
-            one.load_state_dict(copy.deepcopy({**one.state_dict(), "state": other.state_dict()["state"]}))
+            one.load_state_dict(copy.deepcopy(other.state_dict()))
     for p, q, start in zip(ours, theirs, before):
         assert (p - q).norm() <= 0.05 * (q - start).norm()
+
+
+def test_a_state_that_means_something_else_is_refused(device):
+    matrix = parameter(8, 8, device=device)
+    others = (
+        torch.optim.AdamW([matrix]),  # without a step: its groups alone tell
+        torch.optim.Muon([matrix], adjust_lr_fn="match_rms_adamw"),
+    )
+    for other in others:
+        with pytest.raises(ValueError, match=r"of another optimizer, or of a torch\.optim\.Muon whose adjust_lr_fn"):
+            Muon([matrix]).load_state_dict(other.state_dict())
+
+
+def test_empty_groups_and_matrices_do_no_harm(device):
+    matrix, flat = parameter(8, 4, device=device), torch.nn.Parameter(torch.empty(4, 0, device=device))
+    before, flat.grad = matrix.detach().clone(), torch.empty(4, 0, device=device)
+    Muon([{"params": []}, {"params": [matrix, flat]}]).step()
+    assert (matrix - before).norm() > 0
 
 
 def trained(kernels, steps=200, **options):

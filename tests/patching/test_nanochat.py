@@ -379,6 +379,48 @@ def test_value_embeddings_without_a_gate_take_the_models_own_attention(device):
     assert_trains_alike(make(device, attention=Ungated), device)
 
 
+class Packed(GPT):
+    """Positions begin again where a sequence's next document does, if a call says so."""
+
+    packed = False
+
+    def arguments(self, idx):
+        of, at = super().arguments(idx), torch.arange(idx.shape[1], device=idx.device)
+        at = torch.stack([at % (5 + 3 * b) for b in range(len(idx))])
+        packed = self.cos[0][at], self.sin[0][at]
+        return (lambda layer: (of(layer)[0], packed, of(layer)[2])) if self.packed else of
+
+
+class TwoSided(Attention):
+    """Sees the tokens after its own that the window says."""
+
+    def forward(self, x, ve, cos_sin, window_size, kv_cache):
+        at = torch.arange(x.shape[1], device=x.device)
+        distance, (before, after) = at[:, None] - at[None, :], window_size
+        mask = (distance >= -after) & (distance <= (before if before >= 0 else len(at)))
+        q, k, v = (y.transpose(1, 2) for y in self.qkv(x, ve, cos_sin))
+        return self.c_proj(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2).flatten(2)
+        )
+
+
+@pytest.mark.parametrize(
+    ("parts", "later"),
+    [({"model": Packed}, {"packed": True}), ({"attention": TwoSided}, {"window_sizes": [(5, 3)] * 3})],
+    ids=["positions of each sequence", "a window with tokens after"],
+)
+def test_a_call_that_the_fused_attention_does_not_know_takes_the_models_own(device, parts, later, monkeypatch):
+    monkeypatch.setattr("fastgpt.kernels.runtime.INTERPRET", False)
+    model, (idx, targets) = make(device, **parts), batch(device)
+    own = copy.deepcopy(model)
+    assert patch(model, quiet=True).replaced == ALL
+    for each in (model, own):
+        vars(each).update(later)
+    got, want = measure(model, idx, targets), measure(own, idx, targets)
+    for name, tensor in want.items():
+        assert (got[name] - tensor).abs().max() <= 3e-5 * tensor.abs().max(), name
+
+
 def test_what_a_near_relative_lacks_is_named(device):
     model = make(device)
     del model.transformer.h[1].attn.c_k

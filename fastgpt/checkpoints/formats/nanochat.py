@@ -107,9 +107,13 @@ def _ours(found: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
             weights[name.replace("c_q", "c_attn")] = torch.cat([part for part in parts if part is not None])
             continue
         ours = f"transformer.{name}" if name.startswith(_TOP) else name
-        padded = ours.endswith(("wte.weight", "lm_head.weight")) or "value_embeds" in ours
-        weights[ours] = tensor[: config.vocab_size] if padded else tensor
+        weights[ours] = tensor[: config.vocab_size] if _has_row_per_token(name) else tensor
     return weights
+
+
+def _has_row_per_token(name: str) -> bool:
+    """Whether a weight's rows are padded there. Other weights may have as many rows as there are tokens, and are not."""
+    return name.endswith(("wte.weight", "lm_head.weight")) or "value_embeds" in name
 
 
 def _check_windows(config: Any) -> None:
@@ -148,7 +152,7 @@ def write(folder: Path, portable: Portable) -> None:
             inner = name.removeprefix("transformer.")
             found[inner if inner.startswith(_TOP) else name] = tensor
     padding = -V % _PADDING
-    found = {n: F.pad(w, (0, 0, 0, padding)) if w.dim() == 2 and len(w) == V else w for n, w in found.items()}
+    found = {name: F.pad(w, (0, 0, 0, padding)) if _has_row_per_token(name) else w for name, w in found.items()}
     if portable.optimizer is not None:
         portable.notes.append("the optimizer's state stays behind: nanochat's is another one's")
     if config.dropout:
