@@ -42,6 +42,26 @@ TRUTH = {"true": True, "1": True, "false": False, "0": False}
 """What may follow a flag that is on or off, in upper or lower case: ``--bias=False`` as in nanoGPT, ``--bias 0``."""
 
 
+ELSEWHERE = {
+    "--learning-rate": "--lr",
+    "--dtype": "--precision",
+    "--gradient-accumulation-steps": "--grad-accum",
+    "--per-device-train-batch-size": "--batch-size",
+    "--device-batch-size": "--batch-size",
+    "--context-length": "--block-size",
+    "--seq-len": "--block-size",
+    "--max-steps": "--max-iters",
+    "--steps": "--max-iters",
+    "--warmup-steps": "--warmup-iters",
+    "--max-grad-norm": "--grad-clip",
+    "--dataset": "--data",
+    "--out-dir": "--out",
+    "--output-dir": "--out",
+    "--wandb-project": "--wandb",
+}
+"""What nanoGPT, nanochat, torchtitan and Hugging Face call our flags, where the names are too far apart to be guessed."""
+
+
 class Arg(NamedTuple):
     """How an option is spelled where its type does not say it: ``Annotated[Path, Arg("FILE")]``."""
 
@@ -202,6 +222,7 @@ def show_help(
         about: dict[str, Any] = {"help": f"{option.help} {option.note}".replace("%", "%%").strip()}
         if name not in sections:
             text = groups[name][0] if name in groups else inspect.cleandoc(hints[name].__doc__)
+            text = text.split("\n\n")[0]  # the rest is for those who call the dataclass from Python
             sections[name] = parser.add_argument_group(f"{name} options", _filled(text, width - 2))
         if option.type is bool and not option.optional:
             about["action"] = argparse.BooleanOptionalAction if name else "store_true"
@@ -236,13 +257,16 @@ def refuse(words: Sequence[str], cls: type) -> None:
     for word in words:
         if word.startswith("-"):
             flag, known = word.split("=")[0], options(cls)
-            for option in known:  # --config FILE, --config-path FILE
-                if option.arg.positional and flag.strip("-").startswith(option.name):
+            for option in known:  # --config FILE, --job.config_file FILE
+                if option.arg.positional and flag.strip("-").rpartition(".")[2].startswith(option.name):
                     raise UserError(
                         f"flag is {flag!r}, which is not known: {option.metavar} stands alone, without a flag"
                     )
             flags = [option.flag for option in known if not option.arg.positional]
-            last = f"--{flag.rpartition('.')[2].replace('_', '-')}"  # of --optim.lr, as other programs spell it
+            last = (
+                f"--{flag.rpartition('.')[2].strip('-').replace('_', '-')}"  # of --optim.lr, as other programs spell it
+            )
+            last = ELSEWHERE.get(last, last)
             meant = f" (did you mean {last!r}?)" if last in flags else nearest(flag, flags)
             raise UserError(f"flag is {flag!r}{meant}, which is not known: --help lists those there are")
     if words:

@@ -202,7 +202,7 @@ def read_text(path: Path, name: str = "file") -> str:
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
         raise UserError(f"{name} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(data) > LARGEST_TEXT:
-        raise UserError(f"{name} {path} is larger than {LARGEST_TEXT >> 20} MiB: it is no {name}")
+        raise UserError(f"{name} {path} is larger than {LARGEST_TEXT / 1e6:.0f} MB: it is no {name}")
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if marked else "utf-8-sig").replace("\r\n", "\n")

@@ -42,8 +42,9 @@ may come from a stranger's checkpoint."""
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a GPT-2, or of a modern model (docs/recipe.md). A checkpoint only loads into the very same shape. Raises
-    UserError for one that cannot be.
+    """The shape of a GPT-2, or of a modern model (docs/recipe.md). A checkpoint only loads into the very same shape.
+
+    Raises UserError for a shape that cannot be.
 
     >>> ModelConfig(n_head=5)
     Traceback (most recent call last):
@@ -449,8 +450,8 @@ def parse(
         if file.suffix == ".py":
             meant = "a .toml file; nanoGPT's configs are for python -m fastgpt.nanogpt TRAIN.PY CONFIG.PY"
         elif "=" in str(file):  # model.n_layer=4, +optim.lr=1e-3
-            flag = str(file).partition("=")[0].rpartition(".")[2].lstrip("+").replace("_", "-")
-            meant += f", or a flag for each value: --{flag} {str(file).partition('=')[2]}"
+            flag = f"--{str(file).partition('=')[0].rpartition('.')[2].lstrip('+').replace('_', '-')}"
+            meant += f", or a flag for each value: {command.ELSEWHERE.get(flag, flag)} {str(file).partition('=')[2]}"
         raise UserError(f"{str(file)!r} is not TOML, as a config has to be: give {meant}")
     defaults = Config(train=TrainConfig(kernels=kernels))
     base = load_preset(preset or "demo", device_type, defaults)

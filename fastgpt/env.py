@@ -38,13 +38,15 @@ def main(args: list[str]) -> int:
     from fastgpt.hardware.requirements import unused_gpu
 
     kind = present()
-    found = environment(torch.device(kind)) | {"unused GPU": unused_gpu(), "train uses": _train_uses(kind)}
+    found = environment(torch.device(kind))
+    del found["kernels"]  # of this process, which runs none
+    found |= {"unused GPU": unused_gpu(), "train uses": _train_uses(kind)}
     if asked.json:
         print(json.dumps(found))
     else:
         width = max(map(len, found))
         for name, value in found.items():
-            print(f"{name:<{width}}  {'n/a' if value is None else value}")
+            print(f"{name:<{width}}  {'none' if value is None else value}")
     return 0
 
 

@@ -142,6 +142,8 @@ def main(args: list[str]) -> int:
 def _base(asked: PlanConfig) -> Config:
     """The model's file or preset, as on a GPU, with the shape flags put in."""
     from_file = asked.model.endswith(".toml")
+    if asked.model.endswith((".yaml", ".yml", ".json", ".py")):
+        raise UserError(f"model {asked.model!r} is not TOML, as a config has to be: give a preset or a .toml file")
     base = load_toml(Path(asked.model), Config(), "cuda") if from_file else load_preset(asked.model, "cuda")
     return replace(base, model=replace(base.model, **_changes(asked)))
 

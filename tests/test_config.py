@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from fastgpt import common
+from fastgpt import command, common
 from fastgpt.common import UserError
 from fastgpt.config import Config, ModelConfig, differences, load_preset, load_toml, parse, preset_names
 
@@ -67,6 +67,10 @@ def test_flat_flags_and_bare_resume():
         (["no-such-file"], ["'no-such-file' is not TOML", "give a .toml file"]),
         (["config/train_gpt2.py"], ["'config/train_gpt2.py' is not TOML", "python -m fastgpt.nanogpt"]),
         (["model.n_layer=4"], ["'model.n_layer=4' is not TOML", "a .toml file, or a flag for each value: --n-layer 4"]),
+        (["+optim.learning_rate=1"], ["a flag for each value: --lr 1"]),
+        (["--learning_rate=1"], ["flag is '--learning_rate' (did you mean '--lr'?), which is not known"]),
+        (["--training.steps", "5"], ["did you mean '--max-iters'?"]),
+        (["--dtype=bfloat16"], ["did you mean '--precision'?"]),
         (["--config", "x.yaml"], ["flag is '--config'", "FILE stands alone, without a flag"]),
         (["x.yaml"], ["'x.yaml' is not TOML", "give a .toml file"]),
         (["gpt2-124m"], ["'gpt2-124m' is not TOML", "give --preset gpt2-124m"]),
@@ -92,6 +96,11 @@ def test_bad_values_end_in_one_sentence(args, words):
         parse(args, "cpu")
     assert all(word in str(error.value) for word in words)
     assert "\n" not in str(error.value)
+
+
+def test_what_others_call_a_flag_leads_to_one_that_there_is():
+    flags = {flag for option in command.options(Config) for flag in option.flags}
+    assert set(command.ELSEWHERE.values()) <= flags and not set(command.ELSEWHERE) & flags
 
 
 @pytest.mark.parametrize(

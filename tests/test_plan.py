@@ -438,6 +438,10 @@ def test_a_card_that_is_not_in_the_table_needs_its_vram(capsys):
     [
         (["--gpu", "rtx4071"], "gpu is 'rtx4071', which is not in the table: nearest are .*4070.*, or give --vram"),
         (["--gpu", "rtx4070", "--model", "gpt2-124"], "preset is 'gpt2-124' .did you mean 'gpt2-124m'"),
+        (
+            ["--gpu", "rtx4070", "--model", "mine.yaml"],
+            "model 'mine.yaml' is not TOML, as a config has to be: give a preset",
+        ),
         (["--gpu", "rtx4070", "--model", "absent.toml"], "config file absent.toml cannot be read"),
         (["--gpu", "rtx4070", "--n-head", "7"], "n_embd is 768, which n_head 7 does not divide"),
         (

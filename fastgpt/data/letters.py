@@ -64,7 +64,7 @@ def _load(path: Path) -> Any:
         content = file.read(LARGEST_FILE + 1)
     try:
         if len(content) > LARGEST_FILE:
-            raise ValueError(f"it is larger than {LARGEST_FILE >> 20} MiB")
+            raise ValueError(f"it is larger than {LARGEST_FILE / 1e6:.0f} MB")
         for opcode, argument, _ in pickletools.genops(content):
             if opcode.name not in _PLAIN:
                 raise ValueError(f"it holds more than strings, whole numbers and tables ({opcode.name})")

@@ -158,7 +158,7 @@ def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[Document]:
             for number, line in enumerate(islice(whole_lines, skip, None), skip + 1):
                 if len(line) > LONGEST_LINE:
                     raise UserError(
-                        f"data {str(path)!r} line {number} is longer than {LONGEST_LINE >> 20} MiB: put one document on a line"
+                        f"data {str(path)!r} line {number} is longer than {LONGEST_LINE / 1e6:.0f} MB: put a document on a line"
                     )
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 text, replaced = _decoded(line)
@@ -229,7 +229,7 @@ def _read_json(path: Path, column: str, skip: int) -> Iterator[Document]:
         return
     if (size := path.stat().st_size) > LARGEST_TEXT:
         raise UserError(
-            f"data {str(path)!r} is a JSON array of more than {LARGEST_TEXT >> 20} MiB, which would be read as a whole: "
+            f"data {str(path)!r} is a JSON array of more than {LARGEST_TEXT / 1e6:.0f} MB, which would be read as a whole: "
             "write one object on a line (jq -c '.[]') into a .jsonl file"
         )
     content, replaced = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8))

@@ -13,7 +13,7 @@ import torch
 
 from fastgpt import anatomy
 from fastgpt.common import UserError, duration, gigabytes, millions, rounded, styled, teraflops
-from fastgpt.config import EXPERIMENTAL
+from fastgpt.config import EXPERIMENTAL, load_preset
 from fastgpt.data.tokenizer import CHARS
 from fastgpt.hardware import cards, requirements
 from fastgpt.hardware.device import device_name
@@ -34,9 +34,9 @@ COMPILE = "about 25 kernels in the first step: 10 s to 1 min, kept in ~/.triton/
 SAY_SECONDS = 5.0
 INTERPRETED = (
     "No GPU: the Triton kernels run in Triton's interpreter, which shows that they compute the right thing, not how fast they "
-    "are. On a CUDA GPU the same command compiles them and trains the larger demo: GPT-2's tokens, 6 layers of 384, bf16. "
-    "--kernels eager trains this model in plain PyTorch."
+    "are. On a CUDA GPU the same command compiles them{demo}. --kernels eager trains this model in plain PyTorch."
 )
+LARGER_DEMO = " and trains the larger demo: GPT-2's tokens, 6 layers of 384, bf16"
 LABEL = 9
 """Columns before the text of a row at the start and at the end."""
 
@@ -99,7 +99,9 @@ def banner(console: Console, run: Run) -> None:
         why = unable.partition(": ")[0]
         notes.append(f"{why}: the model trains in plain PyTorch, --kernels eager")
     if run.device.type == "cpu" and config.train.kernels == "triton":
-        notes.append(INTERPRETED)
+        demo = load_preset("demo")
+        same = config.config is None and (config.model, config.data) == (demo.model, demo.data)
+        notes.append(INTERPRETED.format(demo=LARGER_DEMO if same else ""))
     for note in notes:
         console.print(styled((textwrap.fill(note, console.width, **_WHOLE_WORDS), "yellow")))
 

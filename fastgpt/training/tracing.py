@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ def traced(
     """Write ``FILE`` into a run's ``folder``: a Chrome trace of the steps after the first ``SETTLED`` of this process. Yields
     what to call after each step. A file that cannot be written is said in ``news``, and the run goes on."""
     path, device_too = folder / FILE, [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    if not device_too:  # no CUPTI, whose errors are worth a line: all that is left is "USDT: profiler_start"
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
     done = 0
 

@@ -252,5 +252,5 @@ def test_a_line_without_an_end_is_not_read_as_a_whole(tmp_path, monkeypatch, nam
     monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
     content = json.dumps({"text": "a"}).encode() + b"\n" + bytes(10**6)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    with pytest.raises(UserError, match=r"line 2 is longer than .* put one document on a line"):
+    with pytest.raises(UserError, match=r"line 2 is longer than .* put a document on a line"):
         texts(tmp_path / name)

@@ -46,7 +46,8 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
         "excluding position embeddings" if "log" not in f.sources("parameters") or f.shape else "as the log counts them"
     )
     speed = ["{:,.0f} ms per step", "{:,.0f} tokens/s", "{:.1f} TFLOP/s"]
-    speeds = [value for value in (f.steady_ms_per_iter, f.tokens_per_second, f.model_tflops) if value is not None]
+    tflops = f.model_tflops if (f.model_tflops or 0) >= 0.05 else None  # a CPU's would be 0.0
+    speeds = [value for value in (f.steady_ms_per_iter, f.tokens_per_second, tflops) if value is not None]
     card = gpu.name.removeprefix("NVIDIA ") if gpu else ""
     rows: list[tuple[Any, ...]] = [
         ("model", f"{{}} parameters ({counted})", f.parameters and millions(f.parameters)),
@@ -63,7 +64,7 @@ def summary(figures: Figures, gpu: Gpu | None) -> list[tuple[str, str]]:
         (
             "" if f.ceiling_nanogpt is not None else "MFU",
             unit + ("; the card's ceiling there is {:.1%}" if f.ceiling_nanogpt is not None else ""),
-            f.mfu_nanogpt,
+            f.mfu_nanogpt if (f.mfu_nanogpt or 0) >= 0.0005 else None,
             f.ceiling_nanogpt or 0.0,
         ),
         ("evaluations", "{:.1%} of the time, {:.0f} minutes per day", f.evaluation_share, f.evaluation_minutes_per_day),

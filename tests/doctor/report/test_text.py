@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence, Place, Unread
 from fastgpt.doctor.findings import is_code
-from fastgpt.doctor.report.text import counts, print_report, to_json
+from fastgpt.doctor.report.text import counts, print_report, summary, to_json
 from tests.doctor.runs import RTX4070, config, real_report
 
 FIGURES = {
@@ -82,6 +83,12 @@ def test_markup_in_a_users_file_is_text():
 def test_a_clean_run_says_so():
     report = diagnose(Evidence(config()), None, corpus_tokens=10**10)
     assert not report.findings and "nothing found" in text_of(report, None)
+
+
+def test_a_share_that_rounds_to_nothing_is_left_out():
+    tiny = {"model_tflops": 0.03, "mfu_nominal": None, "mfu_nanogpt": 0.0001, "ceiling_nanogpt": None}
+    shown = dict(summary(replace(real_report("40m", 14_500).figures, **tiny), None))
+    assert "TFLOP/s" not in shown["speed"] and "MFU" not in shown
 
 
 def test_what_could_not_be_read_is_listed():
