@@ -108,10 +108,16 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
         )
     if notes := log.all("oom"):
         batch = figures.config.get("batch_size")
+        last = max((int(series.line[-1]) for series in (log.steps, log.evals) if len(series)), default=0)
+        # What is written in between may be a remark. A traceback stands before steps, too: stdout to a file is buffered.
+        steps_follow = (notes[-1].place.line or last) < last
+        remark = steps_follow and not re.search(r"(?:^|\s)[\w.]*Error: ", notes[-1].text)
         yield Finding(
             "out_of_memory",
-            "critical",
-            "The run ran out of GPU memory",
+            "warning" if remark else "critical",
+            "The log speaks of GPU memory that ran out, and the run went on"
+            if remark
+            else "The run ran out of GPU memory",
             [(notes[-1].place, notes[-1].text), *figures.place("batch_size", "gradient_accumulation_steps")],
             "Activations and logits grow with the micro-batch; weights and optimizer do not. Half the micro-batch at "
             "twice the accumulation is the same optimizer step.",
@@ -121,7 +127,8 @@ def from_log(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[
             if batch
             else "Half the batch_size at twice the gradient_accumulation_steps, again until it fits; at batch_size 1 a shorter "
             "block_size, or a smaller model. python -m fastgpt.plan says what fits a card.",
-            cost=1.0,
+            confidence="possible" if remark else "likely" if steps_follow else "certain",
+            cost=0.0 if remark else 1.0,
             regardless_of=GEOMETRY,
         )
 

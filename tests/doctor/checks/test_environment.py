@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fastgpt.config import ModelConfig
-from fastgpt.doctor.evidence import Machine
+from fastgpt.doctor.evidence import Machine, Place
 from fastgpt.doctor.reading.surroundings import this_machine
 from fastgpt.hardware import cards
 from fastgpt.performance import fitting, memory
@@ -90,6 +92,24 @@ def test_out_of_memory_is_answered_with_half_the_micro_batch_at_the_same_tokens(
     assert finding.advice == "batch_size = 6\ngradient_accumulation_steps = 80"
     finding = only(examine("batch_size = 1", log=log(notes=(text,))), "out_of_memory")
     assert "block_size" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "sure"),
+    [
+        ("warning: retry after OutOfMemoryError", 1, ("warning", "possible")),
+        (
+            "[rank0]: torch.OutOfMemoryError: CUDA out of memory.",
+            1,
+            ("critical", "likely"),
+        ),  # stdout, buffered, came later
+        ("torch.OutOfMemoryError: CUDA out of memory.", 999, ("critical", "certain")),
+    ],
+)
+def test_out_of_memory_that_steps_follow_is_not_certain(text, line, sure):
+    said = replace(note("oom", text), place=Place("run.log", line))
+    finding = only(examine(log=log(curve(600), notes=(said,))), "out_of_memory")
+    assert (finding.severity, finding.confidence) == sure
 
 
 # --- the card ----------------------------------------------------------------------------------------------------------
