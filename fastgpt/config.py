@@ -129,10 +129,11 @@ class ModelConfig:
             raise UserError(
                 f"n_kv_head is {self.n_kv_head}, which does not divide n_head {self.n_head}: it can be {heads}"
             )
-        if self.rotary_base and self.head_size % 2:
+        paired = ("rotary_base", "qk_norm", "value_embeddings")  # one pass over pairs of columns
+        if self.head_size % 2 and (given := [name for name in paired if getattr(self, name)]):
             raise UserError(
-                f"rotary_base is {self.rotary_base:g} but heads have {self.head_size} columns, which rotary positions turn in "
-                "pairs: choose n_embd and n_head so that their quotient is even, or --rotary-base 0"
+                f"{given[0]} is {shortened(getattr(self, given[0]))} but heads have {self.head_size} columns, which "
+                f"{', '.join(given)} take in pairs: choose n_embd and n_head so that their quotient is even"
             )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"window_pattern is {self.window_pattern!r}: it must be made of S and L, such as SSSL")

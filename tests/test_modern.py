@@ -225,7 +225,8 @@ def test_dropout_falls_everywhere_but_in_eval_mode():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"n_head": 32, "n_kv_head": 0}, "rotary_base is 100 but heads have 1 columns"),
+        ({"n_head": 32, "n_kv_head": 0}, "rotary_base is 100.0 but heads have 1 columns"),
+        ({"n_head": 32, "n_kv_head": 0, "rotary_base": 0.0}, "qk_norm is True but heads have 1 columns"),
         ({"n_kv_head": 3}, "n_kv_head is 3, which does not divide n_head 4: it can be 1, 2, 4"),
         ({"window_pattern": "SXL"}, "window_pattern is 'SXL': it must be made of S and L"),
         ({"window_pattern": ""}, "window_pattern is ''"),
