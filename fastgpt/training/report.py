@@ -112,6 +112,7 @@ _WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": F
 def ending(run: Run, loss: float | None, text: str | None) -> Iterator[str]:
     """What is said when all steps are done: the validation loss, some of the model's text, where all is, what to do next."""
     out = run.config.train.out
+    word = f'"{out}"' if " " in str(out) else out  # in a shell
     done = f"{run.step:,} steps, {rounded(run.tokens(run.step))} tokens"
     if loss is not None:
         done += f"; validation loss {loss:.4f}, best {run.best_val_loss:.4f}"
@@ -119,7 +120,7 @@ def ending(run: Run, loss: float | None, text: str | None) -> Iterator[str]:
         "done": [done],
         "text": [line[: 80 - LABEL] for line in (text or "").strip().splitlines()[:6]],
         "out": [f"{out}: checkpoints, metrics.jsonl, config.json"],
-        "next": [f"python -m fastgpt.sample {out}", f"python -m fastgpt.plot {out}"],
+        "next": [f"python -m fastgpt.sample {word}", f"python -m fastgpt.plot {word}"],
     }
     for name, lines in rows.items():
         for i, line in enumerate(lines):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -172,3 +173,16 @@ def test_a_machine_without_psutil_leaves_its_memory_out(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "psutil", None)
     assert report._resident() is None
     assert "mem" not in report.log_line(FULL | {"memory_gb": None}, verbose=True)
+
+
+def test_the_larger_demo_is_promised_to_the_demo_alone():
+    assert "trains the larger demo" in printed(run_on(CPU))
+    shown = printed(run_on(CPU, data="mine.txt"))
+    assert "the same command compiles them. --kernels eager" in shown and "demo" not in shown.partition("No GPU")[2]
+
+
+def test_the_commands_at_the_end_can_be_pasted_when_the_folder_has_a_blank_in_its_name():
+    run = run_on(CPU)
+    run.config = replace(run.config, train=replace(run.config.train, out=Path("my runs") / "a"))
+    *_, last = report.ending(run, None, None)
+    assert last.strip() == f'python -m fastgpt.plot "{Path("my runs") / "a"}"'
