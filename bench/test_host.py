@@ -21,7 +21,7 @@ from fastgpt.doctor.preflight import preflight
 from fastgpt.doctor.reading.logs import read_log
 from fastgpt.kernels import runtime, working_copy
 from fastgpt.model import GPT
-from fastgpt.training.schedule import learning_rate
+from fastgpt.schedule import learning_rate
 
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")  # 100 kB of what the stdlib corpus holds
 

@@ -65,7 +65,7 @@ def curve(kernels: str, steps: int, where: torch.device, perturbed: int | None =
     from fastgpt import ops  # after device.pick(): importing the kernels fixes whether they are interpreted
     from fastgpt.model import GPT
     from fastgpt.optim.build import build_optimizer
-    from fastgpt.training.schedule import learning_rate
+    from fastgpt.schedule import learning_rate
     from fastgpt.training.step import Stepper
 
     torch.manual_seed(0)

@@ -224,7 +224,8 @@ class OptimConfig:
     warmup_iters: int = 100
     """Steps of linear warmup; step 0 already learns."""
     batch_warmup_iters: int = 0
-    """Steps over which the micro-batches of a step rise in a straight line to --grad-accum; 0: all of them from the start."""
+    """Steps over which the micro-batches of a step, on several GPUs those of each, rise in a straight line to --grad-accum; 0:
+    all from the start."""
     window_warmup_iters: int = 0
     """Modern: steps over which the tokens that any block attends to rise to the context in a straight line, in training alone;
     0: the model's own windows from the start."""

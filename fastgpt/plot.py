@@ -18,10 +18,12 @@ from fastgpt import command, common
 from fastgpt.checkpoints import METRICS
 from fastgpt.command import Arg
 from fastgpt.common import UserError, at_least, rounded
+from fastgpt.config import OptimConfig
 from fastgpt.doctor.evidence import LogFacts
 from fastgpt.doctor.figures import compute, steady
 from fastgpt.doctor.reading.logs import read_log
 from fastgpt.doctor.reading.read import read as doctor_read
+from fastgpt.schedule import micro_batches_until
 from fastgpt.training import metrics
 
 Axis = Literal["steps", "tokens"]
@@ -40,6 +42,19 @@ class Curves:
     eval_step: np.ndarray
     val_loss: np.ndarray
     tokens_per_step: int | None = None
+    batch_warmup: tuple[int, int] = (0, 1)
+    """Steps over which the micro-batches of a step rise, and to how many."""
+
+    def tokens(self, steps: np.ndarray) -> np.ndarray:
+        """Tokens of so many steps of the run, which says how many a step has."""
+        rising, accum = self.batch_warmup
+        assert self.tokens_per_step is not None
+        if not rising:
+            return self.tokens_per_step * steps
+        optim = OptimConfig(batch_warmup_iters=rising)
+        return np.array([micro_batches_until(int(step), optim, accum) for step in steps]) * (
+            self.tokens_per_step / accum
+        )
 
 
 def read(path: Path, tokens_per_step: int | None = None, config: Path | None = None) -> Curves:
@@ -93,13 +108,14 @@ def _of_records(folder: Path, records: Sequence[dict[str, Any]]) -> Curves:
         raise UserError(f"{folder} holds no training step yet: wait for its first log line")
     config: dict[str, Any] = next((record["config"] for record in reversed(records) if record.get("config")), {})
     try:
-        data = config["data"]
+        data, rising = config["data"], config.get("optim", {}).get("batch_warmup_iters", 0)
         tokens = int(data["batch_size"] * data["grad_accum"] * config["model"]["block_size"])
-    except (KeyError, TypeError, ValueError):  # of a stranger's file
-        tokens = None
+        warmup = max(0, int(rising)), max(1, int(data["grad_accum"]))
+    except (KeyError, TypeError, ValueError, AttributeError):  # of a stranger's file
+        tokens, warmup = None, (0, 1)
     eval_step, val_loss = columns("val_loss", "step", "val_loss")
     step, loss, lr, grad_norm, rate = steps
-    return Curves(folder.resolve().name, step, loss, lr, grad_norm, rate, eval_step, val_loss, tokens)
+    return Curves(folder.resolve().name, step, loss, lr, grad_norm, rate, eval_step, val_loss, tokens, warmup)
 
 
 def draw(runs: Sequence[Curves], path: Path, x: Axis = "steps") -> Path:
@@ -131,11 +147,11 @@ def draw(runs: Sequence[Curves], path: Path, x: Axis = "steps") -> Path:
                 f"x is 'tokens', and {run.name} does not say how many tokens a step has: name its config, too, or give "
                 "--tokens-per-step"
             )
-        scale = run.tokens_per_step if x == "tokens" and run.tokens_per_step else 1
+        along = run.tokens if x == "tokens" else np.asarray
         for name, axes in panels.items():
             values = getattr(run, name)
             known = ~np.isnan(values)
-            step, values = scale * run.step[known], values[known]
+            step, values = along(run.step[known]), values[known]
             if name in ("loss", "grad_norm") and len(values) > 200:
                 axes.plot(step, values, color=colour, alpha=0.2, linewidth=0.7)
                 step, values = _running_mean(step, values)
@@ -144,7 +160,7 @@ def draw(runs: Sequence[Curves], path: Path, x: Axis = "steps") -> Path:
                 axes.plot(step, values, color=colour, linewidth=1.4, marker=dot, label=_label(run.name))
         if len(run.val_loss):
             label = f"{_label(run.name)}, validation"
-            panels["loss"].plot(scale * run.eval_step, run.val_loss, "o", color=colour, markersize=3.5, label=label)
+            panels["loss"].plot(along(run.eval_step), run.val_loss, "o", color=colour, markersize=3.5, label=label)
     for name, axes in panels.items():
         axes.set_title(titles[name], loc="left", fontsize=10)
         axes.set_xlabel("optimizer step" if x == "steps" else "tokens")

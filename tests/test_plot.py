@@ -119,6 +119,10 @@ def test_an_axis_of_tokens(drawn, folder, capsys):
     loss = drawn[0].axes[0]
     assert loss.get_xlabel() == "tokens" and loss.lines[0].get_xdata()[-1] == 300 * 1024
     assert loss.lines[2].get_xdata()[0] == 100 * 1024 and loss.xaxis.get_major_formatter()(250_000) == "250k"
+    record["config"]["optim"] = {"batch_warmup_iters": 100}
+    path.write_text("\n".join([json.dumps(record), *plain.splitlines()[1:]]))
+    assert plot.main([str(folder), "--x", "tokens"]) == 0
+    assert drawn[1].axes[0].lines[0].get_xdata()[-1] == 200 * 1024 + (50 * 1 + 50 * 2) * 512
     path.write_text(plain)
     with pytest.raises(UserError, match="mine does not say how many tokens a step has"):
         plot.main([str(folder), "--x", "tokens"])

@@ -18,7 +18,7 @@ from fastgpt.config import ModelConfig, OptimConfig
 from fastgpt.data.corpora import open_corpus
 from fastgpt.model import GPT
 from fastgpt.optim.build import build_optimizer
-from fastgpt.training.schedule import learning_rate
+from fastgpt.schedule import learning_rate
 from fastgpt.training.step import Stepper
 
 VOCABULARY = 256

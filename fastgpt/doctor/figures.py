@@ -12,11 +12,12 @@ import numpy as np
 
 from fastgpt import anatomy
 from fastgpt.anatomy import SHAPE, Shape
-from fastgpt.config import EXPERIMENTAL, PLAIN
+from fastgpt.config import EXPERIMENTAL, PLAIN, OptimConfig
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Seen, Source
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import NANOGPT_PEAK, Gpu
 from fastgpt.performance import flops
+from fastgpt.schedule import micro_batches_until
 
 SETTLED = 3000
 """Losses are compared from this step on (from the middle of a shorter run): before it the curve is so steep that a
@@ -407,14 +408,22 @@ def _settle(figures: Figures, evidence: Evidence) -> None:
         figures.parameters = None
 
 
+def _trained(steps: int, config: Mapping[str, Any], per_step: int) -> int:
+    """Tokens of a run's first ``steps`` steps: fastgpt's may begin with fewer micro-batches than they have later."""
+    rising, accum = config.get("batch_warmup_iters"), config.get("gradient_accumulation_steps")
+    if not (isinstance(rising, int) and rising > 0 and isinstance(accum, int) and accum > 0):
+        return steps * per_step
+    return micro_batches_until(steps, OptimConfig(batch_warmup_iters=rising), accum) * per_step // accum
+
+
 def _ratios(figures: Figures, corpus_tokens: int | None) -> None:
     config, per_step = figures.config, figures.tokens_per_step
     planned = None if evaluates_only(config) else config.get("max_iters")
     if per_step is not None:
         if figures.steps_seen is not None:
-            figures.put("tokens_seen", figures.steps_seen * per_step, "steps_seen", "tokens_per_step")
+            figures.put("tokens_seen", _trained(figures.steps_seen, config, per_step), "steps_seen", "tokens_per_step")
         if planned is not None:
-            figures.put("tokens_planned", planned * per_step, "max_iters", "tokens_per_step")
+            figures.put("tokens_planned", _trained(planned, config, per_step), "max_iters", "tokens_per_step")
     tokens, of = figures.seen(), "tokens_seen" if figures.tokens_seen is not None else "tokens_planned"
     known = KNOWN_CORPORA.get(str(config.get("dataset", "")))
     figures.put("corpus_tokens", corpus_tokens or known, "data" if corpus_tokens else "dataset")

@@ -26,6 +26,7 @@ from fastgpt.doctor.preflight import announce, preflight
 from fastgpt.hardware.device import is_out_of_memory
 from fastgpt.hardware.environment import environment
 from fastgpt.mfu import StepMeter, StepReport
+from fastgpt.schedule import learning_rate, muon_momentum
 from fastgpt.training import distributed
 from fastgpt.training.distributed import World
 from fastgpt.training.evaluation import evaluate, load_hellaswag, sample, score_hellaswag
@@ -45,7 +46,6 @@ from fastgpt.training.run import (
     smaller,
     zscore,
 )
-from fastgpt.training.schedule import learning_rate, muon_momentum
 from fastgpt.training.tracing import traced
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from fastgpt.model import GPT
 from fastgpt.ops import get as get_ops
 from fastgpt.ops import scales_loss, usable_precision
 from fastgpt.optim.build import build_optimizer
+from fastgpt.schedule import micro_batches, micro_batches_until, window_limit
 from fastgpt.training.distributed import World, parallelize
-from fastgpt.training.schedule import micro_batches, micro_batches_until, window_limit
 from fastgpt.training.step import LossScaler, Stepper
 
 AUTOMATIC = False

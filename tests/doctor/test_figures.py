@@ -46,6 +46,12 @@ def found(facts=None, run=None, gpu=RTX4070):
     return figures.compute(Evidence(facts, run), gpu)
 
 
+def test_tokens_of_a_warmup_of_micro_batches_are_what_the_run_trains_on():
+    facts = parse_fastgpt("[data]\ngrad_accum = 4\n[optim]\nbatch_warmup_iters = 6\n[train]\nmax_iters = 8\n", "c.toml")
+    plain = parse_fastgpt("[data]\ngrad_accum = 4\n[train]\nmax_iters = 8\n", "c.toml")
+    assert found(facts).tokens_planned * 32 == found(plain).tokens_planned * (1 + 2 + 2 + 3 + 3 + 4 + 4 + 4)
+
+
 # --- which ---
 
 

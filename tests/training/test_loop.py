@@ -26,10 +26,10 @@ from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, load_preset
 from fastgpt.data.loader import TokenLoader
 from fastgpt.model import GPT
+from fastgpt.schedule import learning_rate, muon_momentum
 from fastgpt.training.evaluation import evaluate
 from fastgpt.training.loop import StopRequest, train
 from fastgpt.training.run import build, smaller
-from fastgpt.training.schedule import learning_rate, muon_momentum
 from fastgpt.training.step import Stepper
 from tests import processes
 from tests.shards import write_shard
@@ -389,7 +389,7 @@ def test_hellaswag_is_scored_at_the_end_and_a_bad_file_is_found_out_before_the_s
 
 
 def test_the_schedule_counts_steps_not_micro_batches(config, device):  # bug 14
-    from fastgpt.training.schedule import learning_rate
+    from fastgpt.schedule import learning_rate
 
     train(config, device, quiet())
     logged = [r["lr"] for r in metrics(config.train.out) if "step" in r and "loss" in r]

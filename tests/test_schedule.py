@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.config import OptimConfig
-from fastgpt.training.schedule import learning_rate, micro_batches, micro_batches_until, window_limit
+from fastgpt.schedule import learning_rate, micro_batches, micro_batches_until, window_limit
 
 SHAPES = ("cosine", "wsd", "linear", "constant")
 
