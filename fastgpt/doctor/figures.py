@@ -408,7 +408,7 @@ def _settle(figures: Figures, evidence: Evidence) -> None:
         figures.parameters = None
 
 
-def _trained(steps: int, config: Mapping[str, Any], per_step: int) -> int:
+def _trained(steps: int, config: ConfigFacts, per_step: int) -> int:
     """Tokens of a run's first ``steps`` steps: fastgpt's may begin with fewer micro-batches than they have later."""
     rising, accum = config.get("batch_warmup_iters"), config.get("gradient_accumulation_steps")
     if not (isinstance(rising, int) and rising > 0 and isinstance(accum, int) and accum > 0):
