@@ -312,6 +312,23 @@ class TestReading:
         assert portable.step == 7
         assert portable.weights["transformer.ln_f.weight"].equal(saved["model"]["transformer.ln_f.weight"])
 
+    @pytest.mark.parametrize("count", [float("nan"), -4, "many"])
+    def test_a_count_of_steps_that_is_none_is_said(self, tmp_path, count):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        torch.save(saved | {"iter_num": count}, tmp_path / "ckpt.pt")
+        portable = any.load_weights(str(tmp_path / "ckpt.pt"))
+        assert portable.step == 0 and f"iter_num is {count!r}" in portable.notes[0]
+
+    def test_a_mask_that_is_not_causal_is_another_models(self, tmp_path):
+        saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        mask = saved["model"]["transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+        torch.save(saved, tmp_path / "ckpt.pt")
+        any.load_weights(str(tmp_path / "ckpt.pt"))
+        mask[..., :4] = 1  # a prefix that sees itself whole
+        torch.save(saved, tmp_path / "ckpt.pt")
+        with pytest.raises(UserError, match="is no causal mask"):
+            any.load_weights(str(tmp_path / "ckpt.pt"))
+
     @pytest.mark.parametrize("narrow", ["lm_head.weight", "transformer.wte.weight"])
     def test_a_head_that_is_a_bf16_copy_of_the_embedding_is_tied_to_it(self, tmp_path, narrow):
         saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")

@@ -55,6 +55,11 @@ def load_file(path: Path) -> Any:
         raise UserError(f"{path} is not a checkpoint that torch.load reads ({type(error).__name__})") from error
 
 
+def _causal(mask: Tensor) -> bool:
+    square = mask.dim() >= 2 and mask.shape[-1] == mask.shape[-2] and mask.numel() <= 2**28
+    return square and mask.equal(torch.ones_like(mask).tril())
+
+
 def read(path: Path) -> Portable:
     """A checkpoint of nanoGPT. Raises UserError."""
     source, saved = str(path), load_file(path)
@@ -69,13 +74,19 @@ def read(path: Path) -> Portable:
         if isinstance(w, Tensor) and not str(name).endswith(_BUFFERS)
     }
     _refuse_forks(source, args, weights)
+    for name, mask in model.items():
+        if str(name).endswith(".attn.bias") and isinstance(mask, Tensor) and not _causal(mask):
+            raise UserError(f"{path} is a fork's, with another attention than GPT-2's: {name} is no causal mask")
     config = model_config(source, {"dropout": 0.0, "bias": True, **args})
     weights = check(source, tied(source, weights), config)
     notes: list[str] = []
     portable = Portable(config, in_fp32(weights, notes), exact_gelu=True, notes=notes)
     step = saved.get("iter_num", 0)
     step = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
-    portable.step = int(step) if isinstance(step, (int, float)) and 0 <= step < 2**63 else 0
+    if isinstance(step, (int, float)) and 0 <= step < 2**63:
+        portable.step = int(step)
+    else:
+        notes.append(f"its iter_num is {shortened(repr(step))}, no count of steps: 0 is taken instead")
     if saved.get("optimizer"):
         portable.optimizer = _by_name(source, saved["optimizer"], weights)
     portable.extras["nanogpt"] = {key: saved[key] for key in saved if key not in ("model", "optimizer", "fastgpt")}
