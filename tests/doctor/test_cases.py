@@ -431,6 +431,14 @@ CASES = {
         ENDED + "[rank1]: torch.distributed.DistBackendError: NCCL error in: a.cpp:1\n",
         dict(critical={"rank_lost"}),
     ),
+    "a rank that waited for another": (
+        None,
+        ENDED
+        + "[rank3]:[E1130 10:20:30.1 ProcessGroupNCCL.cpp:629] [Rank 3] Watchdog caught collective operation timeout: "
+        "WorkNCCL(SeqNum=7) ran for 600009 milliseconds before timing out.\n"
+        "terminate called after throwing an instance of 'c10::DistBackendError'\n",
+        dict(critical={"rank_lost"}),
+    ),
     "killed": (None, ENDED + "Killed\n", dict(critical={"host_memory"})),
     "a package": (
         None,
