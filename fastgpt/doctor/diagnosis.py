@@ -72,6 +72,8 @@ def _not_checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> list[
     else:
         if figures.steady_ms_per_iter is None:
             out.append("Speed and MFU: the log has no times of iterations without an evaluation.")
+        elif figures.gpus is None and "gpus" in figures.assumed:
+            out.append(figures.assumed["gpus"])
         elif figures.mfu_nanogpt is None and not figures.config.foreign_model:
             out.append("MFU: the model's shape and tokens per step are not in the log: give the config.")
         if figures.val_minus_train is None:

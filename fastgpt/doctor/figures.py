@@ -539,6 +539,12 @@ def _utilisation(figures: Figures, log: LogFacts | None, gpu: Gpu | None) -> Non
         figures.put("gpus", _gpus(figures, log), "log")
     assert figures.gpus is not None
     rate = per_token * figures.tokens_per_second / figures.gpus
+    if "gpus" in figures.assumed and rate > max(card.peak_flops(figures.arithmetic) or 0 for card in cards.GPUS):
+        figures.gpus = None
+        figures.assumed["gpus"] = (
+            f"MFU: {rate / 1e12:,.0f} TFLOP/s are of several GPUs; the log does not say of how many."
+        )
+        return
     for name, unit in (("model_tflops", 1e12), ("mfu_nanogpt", NANOGPT_PEAK)):
         figures.put(name, rate / unit, of, "tokens_per_second", "gpus")
     if peak and rate <= ABOVE_NOMINAL * peak:  # else the log is of another card: speed.mfu_other_card

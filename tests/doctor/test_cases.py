@@ -316,6 +316,15 @@ CASES = {
         ),
         dict(gpu="rtx4090", found={"mfu_not_measured"}, figures={"gpus": 2, "model_tflops": 41.943, "last_bpb": 2.1}),
     ),
+    "nanochat on GPUs of which the log does not say how many": (
+        None,
+        "Estimated FLOPs per token: 8.0e+08\nTotal batch size 524,288 => gradient accumulation steps: 1\n"
+        + "".join(
+            f"step 0000{i}/02520 (0.04%) | loss: 9.1 | lrm: 1.00 | dt: 100.00ms | tok/sec: 5,242,880 | mfu: 53.0 | total\n"
+            for i in range(3)
+        ),
+        dict(figures={"mfu_nanogpt": None, "gpus": None}, text=["MFU: 4,194 TFLOP/s are of several GPUs"]),
+    ),
     "bits per byte alone": (
         None,
         "Step 00000 | Validation bpb: 3.1\nStep 00250 | Validation bpb: 1.1234\n",
