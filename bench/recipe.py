@@ -340,7 +340,7 @@ def factors() -> list[dict[str, Any]]:
 
 
 def costs(name: str = "rtx4070") -> dict[str, float]:
-    """Of the modern preset's step on a card: the share that Muon's update takes, projected, and GB of memory, counted."""
+    """The modern preset's step on a card: share of Muon's update (projected) and GB of memory (counted)."""
     preset = load_preset(recipes.MODERN.preset, "cuda")
     step = recipes.step(recipes.MODERN, cards.card(name))
     muon = sum(op.ms for op in step.operations if op.name.startswith("Muon's"))

@@ -321,7 +321,7 @@ class TrainConfig:
     doctor: bool = True
     """Look for what is known to go wrong before the first step."""
     seed: int = 1337
-    """Of the initial weights, the order of the data and dropout."""
+    """Seed of the initial weights, the order of the data and dropout."""
     out: Annotated[Path, Arg("FOLDER")] = Path("runs/default")
     """The run's folder: config, checkpoints, metrics.jsonl, TensorBoard events, environment."""
     resume: Annotated[str | None, Arg("[PATH]", bare="newest")] = None

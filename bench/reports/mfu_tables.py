@@ -75,7 +75,7 @@ def where(result: dict[str, Any]) -> str:
 
 
 def on_a_gpu(result: dict[str, Any]) -> bool:
-    """Of a CPU the environment has threads. What would help a GPU is no advice to it."""
+    """Whether a GPU was measured: the environment of a CPU has threads. Advice for GPUs is not for a CPU."""
     return "threads" not in result["environment"]
 
 

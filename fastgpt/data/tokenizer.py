@@ -29,7 +29,7 @@ CHARS = "chars"
 SIZES = {"gpt2": 50257, "bytes": 256}
 MERGES = Path(__file__).parent / "gpt2" / "vocab.bpe.gz"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-"""Of the file inside it, as tiktoken has it."""
+"""Hash of the unpacked file, which is the one that tiktoken checks."""
 END_OF_TEXT = "<|endoftext|>"
 
 

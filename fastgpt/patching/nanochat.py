@@ -28,7 +28,7 @@ from fastgpt.patching.plan import Call, PatchPlan, Replaceable, head_blocker, li
 from fastgpt.patching.swap import Fused, is_fused, parameters
 
 EPS = torch.finfo(torch.float32).eps
-"""Of F.rms_norm where none is given, for fp32, fp16 and bf16."""
+"""What F.rms_norm uses where no eps is given, for fp32, fp16 and bf16."""
 _QKV = ("c_q", "c_k", "c_v")
 _KNOWN = ("x", "ve", "cos_sin", "window_size", "kv_cache")
 """Arguments of attention whose meaning is known."""

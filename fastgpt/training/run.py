@@ -259,7 +259,7 @@ def build(
 
 
 def _sha256(weights: dict[str, Tensor]) -> str:
-    """Of names and values, short enough for a sentence."""
+    """A short hash of names and values, to name in a sentence."""
     digest = hashlib.sha256()
     for name, weight in weights.items():
         digest.update(name.encode())
