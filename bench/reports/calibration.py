@@ -125,7 +125,7 @@ FLASH_ATTENTION_2 = {
     ("backward", 128, False): (260, 291, 310, 322),
 }
 """Way, columns of a head, causal -> TFLOP/s at ``LENGTHS`` tokens on an H100 SXM: 16,384 tokens in all, width 2,048, a causal
-mask halves the FLOPs. Figures 5 and 6 of Shah et al., FlashAttention-3, arXiv 2407.08608."""
+mask halves the FLOPs. Figures 5 and 6 of Shah et al., FlashAttention-3, arXiv 2407.08608, by public transcripts."""
 
 
 def attention_speed(way: str, D: int, causal: bool, T: int, constants: Constants = CONSTANTS) -> float:

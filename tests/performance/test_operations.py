@@ -107,7 +107,7 @@ def test_a_modern_step_has_its_own_operations_and_counts_its_windows(kernels):
 
 
 def test_the_embeddings_gradient_is_added_up_from_every_block():
-    """Of a mixed stream the embedding has a gradient from each block and from the first one's input: as many sums as blocks."""
+    """Each block and the first one's input give the embedding a gradient where it is mixed in: as many sums as blocks."""
     ops = step("triton", MODERN)
     assert [op.count for op in ops if op.name == "embedding gradients added"] == [MODERN.n_layer]
     assert not any(op.name == "first norm, gradients added" for op in ops)
