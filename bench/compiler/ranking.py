@@ -114,27 +114,22 @@ def loops(sass: str) -> list[Counter[str]]:
 def facts(config: dict[str, int], compiled: list[Any], arch: int) -> Facts:
     """What the compiler says of the binaries of one config. The first, the usual one, is ranked; the others (options that
     use more registers) may rule the config out and lower the blocks per SM."""
-    found, problem = [], ""
-    for binary in compiled:
-        used, ops = cubin.resources(binary), cubin.sass(binary)
-        fit = cubin.occupancy(used, arch)
-        spilled = used.stack or cubin.count(ops, "LDL", "STL")
-        problem = problem or (
-            f"spills {used.stack} bytes" if spilled else "" if fit.fits else f"does not fit: {fit.limiter}"
-        )
-        found.append((used, fit))
-    first = compiled[0]
-    bodies = loops(cubin.tool("nvdisasm", first.asm["cubin"], "-c", "-ndf")) or [cubin.sass(first)]
+    used = [cubin.resources(binary) for binary in compiled]
+    fits = [cubin.occupancy(one, arch) for one in used]
+    for one, fit in zip(used, fits):
+        if one.stack or not fit.fits:  # nothing more is asked of it: a disassembly takes as long as half a compile
+            return Facts(config, f"spills {one.stack} bytes" if one.stack else f"does not fit: {fit.limiter}")
+    listing = cubin.tool("nvdisasm", compiled[0].asm["cubin"], "-c", "-ndf")
+    bodies = loops(listing) or [Counter(op for _, op, _ in _LINE.findall(listing) if op)]
     with_tensors = [body for body in bodies if cubin.tensor_core(body)] or bodies
     by_length = sorted(with_tensors, key=lambda body: sum(body.values()))
-    used = found[0][0]
     return Facts(
         config,
-        problem,
-        registers=max(u.registers for u, _ in found),
-        shared=max(u.shared for u, _ in found),
-        warps=used.warps,
-        blocks_per_sm=min(fit.blocks for _, fit in found),
+        "",
+        registers=max(one.registers for one in used),
+        shared=max(one.shared for one in used),
+        warps=used[0].warps,
+        blocks_per_sm=min(fit.blocks for fit in fits),
         plain_loop=dict(by_length[0]),
         masked_loop=dict(by_length[-1]),
     )
