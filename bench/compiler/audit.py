@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -63,24 +64,31 @@ def target(arch: str | None, gpu: str | None) -> cards.Gpu:
     return card
 
 
+def in_child(
+    module: str, job: dict[str, Any], started: Callable[[subprocess.Popen], Any] | None = None
+) -> dict[str, Any]:
+    """The JSON that bench.compiler.``module`` prints last for this job, in a process that compiles: this one may interpret.
+    ``started`` is given the process. Raises RuntimeError if it ends in an error."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", f"bench.compiler.{module}", json.dumps(job)]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if started:
+        started(process)
+    output, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"bench.compiler.{module} ended with code {process.returncode}:\n{errors[-2000:]}")
+    return json.loads(output.splitlines()[-1])
+
+
 def run(card: cards.Gpu, *, only: str | None = None, shard: tuple[int, int] | None = (1, 1), jobs: int = 1) -> Audit:
     """Compile in ``jobs`` processes; ``only`` and ``shard`` as in audit_child.select."""
     try:
         re.compile(only or "")
     except re.error as error:
         raise UserError(f"only is {only!r}, which is not a regular expression: {error}") from None
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-
-    def child(part: int) -> dict[str, Any]:
-        job = {"arch": int(card.arch[3:]), "sms": card.sm_count, "only": only, "shard": shard, "part": (part, jobs)}
-        command = [sys.executable, "-m", "bench.compiler.audit_child", json.dumps(job)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"bench.compiler.audit_child ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
-
+    job = {"arch": int(card.arch[3:]), "sms": card.sm_count, "only": only, "shard": shard}
     with ThreadPoolExecutor(jobs) as pool:
-        parts = list(pool.map(child, range(1, jobs + 1)))
+        parts = list(pool.map(lambda part: in_child("audit_child", job | {"part": (part, jobs)}), range(1, jobs + 1)))
     cases = [case for part in parts for case in part["cases"]]
     if not cases:
         raise UserError(

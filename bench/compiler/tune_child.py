@@ -1,7 +1,7 @@
 """The process that compiles for bench.tune: one that interprets kernels, or has a GPU to run them on, cannot.
 
-Takes its job as one argument, ``{"arch": 89, "families": [names]}``, and prints a line of JSON per family as it is done:
-``{"family": name, "default": config, "facts": [Facts as plain values], "compiler": "triton 3.7.1"}``.
+Takes its job as one argument, ``{"arch": 89, "family": name}``, and prints JSON:
+``{"default": config, "facts": [Facts as plain values], "compiler": "triton 3.7.1"}``.
 """
 
 from __future__ import annotations
@@ -56,16 +56,14 @@ def compile_family(family: Family, arch: int) -> dict[str, Any]:
         if compiled_in not in done:
             done[compiled_in] = compile_config(family, config, arch)
         found.append({**done[compiled_in].to_json(), "config": config})
-    about = {"family": family.name, "default": default_of(family, arch), "compiler": f"triton {triton.__version__}"}
-    return {**about, "facts": found}
+    return {"default": default_of(family, arch), "compiler": f"triton {triton.__version__}", "facts": found}
 
 
 def main(argv: list[str]) -> None:
     job = json.loads(argv[0])
     torch.set_num_threads(1)
-    for family in families():
-        if family.name in job["families"]:
-            print(json.dumps(compile_family(family, job["arch"])), flush=True)
+    family = next(family for family in families() if family.name == job["family"])
+    print(json.dumps(compile_family(family, job["arch"])))
 
 
 if __name__ == "__main__":

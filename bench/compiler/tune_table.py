@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.compiler import ranking
+from bench.compiler.audit import in_child
 from bench.ops.common import Family
 from bench.reports.tables import print_table, terminal
 from fastgpt.common import UserError, load_json, write_whole
-from fastgpt.hardware.environment import ROOT
 from fastgpt.kernels import tuning
 
 ENTRY_FIELDS = ("origin", "config", "resources", "evidence")
@@ -98,16 +98,7 @@ def _sources(family: Family) -> str:
 
 
 def _compile(family: Family, arch: int, children: Children) -> dict[str, Any]:
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    job = json.dumps({"arch": arch, "families": [family.name]})
-    command = [sys.executable, "-m", "bench.compiler.tune_child", job]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    child = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
-    children.add(child)
-    output, errors = child.communicate()
-    if child.returncode:
-        raise RuntimeError(f"bench.compiler.tune_child ended with code {child.returncode}:\n{errors[-2000:]}")
-    return json.loads(output.splitlines()[-1])
+    return in_child("tune_child", {"arch": arch, "family": family.name}, children.add)
 
 
 def open_table(path: Path, target: tuning.Target, gpu: str) -> tuning.Table:
