@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -96,8 +96,25 @@ class ConfigFacts:
         self.defaults = {name: value for name, value in self.defaults.items() if name not in gone}
 
 
+Rows = TypeVar("Rows", bound="Series")
+
+
+class Series:
+    """What Steps and Evals share: a row for each of the log's lines, in columns of one length."""
+
+    step: np.ndarray
+    line: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def where(self: Rows, rows: Any) -> Rows:
+        """Some of the rows: a mask, indices or a slice."""
+        return type(self)(*(column[rows] for column in vars(self).values()))
+
+
 @dataclass
-class Steps:
+class Steps(Series):
     """Training steps as logged: arrays of one length; NaN where a line did not say."""
 
     step: np.ndarray  # int64
@@ -108,12 +125,12 @@ class Steps:
     lr: np.ndarray  # float64
     line: np.ndarray  # int64, line in the file
 
-    def __len__(self) -> int:
-        return len(self.step)
+    def text(self, row: int) -> str:
+        return f"step {self.step[row]}: loss {self.loss[row]:.4f}"
 
 
 @dataclass
-class Evals:
+class Evals(Series):
     """Evaluations as logged: arrays of one length; ``train`` is NaN where only validation was logged."""
 
     step: np.ndarray  # int64
@@ -121,8 +138,9 @@ class Evals:
     val: np.ndarray  # float64, nats
     line: np.ndarray  # int64
 
-    def __len__(self) -> int:
-        return len(self.step)
+    def text(self, row: int) -> str:
+        train = f"train {self.train[row]:.4f}, " if np.isfinite(self.train[row]) else ""
+        return f"step {self.step[row]}: {train}val {self.val[row]:.4f}"
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,20 @@ class LogFacts:
 
     def place(self, line: int) -> Place:
         return Place(self.file, int(line))
+
+    def seen(self, series: Steps | Evals, row: int) -> tuple[Place, str]:
+        """A row as evidence."""
+        return self.place(series.line[row]), series.text(row)
+
+    def first_mfu(self) -> tuple[Place, str]:
+        """The first step with an mfu, as evidence. There has to be one."""
+        row = int(np.flatnonzero(self.steps.mfu > 0)[0])
+        return self.place(self.steps.line[row]), f"mfu {self.steps.mfu[row]:.2f}% at {self.steps.ms[row]:,.0f} ms"
+
+    @property
+    def last_line(self) -> int:
+        """That of the last step or evaluation; 0 without any."""
+        return max((int(series.line[-1]) for series in (self.steps, self.evals) if len(series)), default=0)
 
     def all(self, kind: str) -> list[Note]:
         return [note for note in self.notes if note.kind == kind]

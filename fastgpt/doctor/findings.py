@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -75,21 +76,30 @@ def rank(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (order.index(finding.severity), -finding.cost))
 
 
-Check = Callable[[Evidence, Figures, Gpu | None], Iterator[Finding]]
+Check = Callable[..., Iterator[Finding]]
 REGISTRY: list[tuple[int, Check]] = []
 
 
 def check(id: str, *, section: int) -> Callable[[Check], Check]:
     """Register the decorated function as a check whose findings have this ``id``. ``section`` is the section of docs/doctor.md
     that describes it: checks run in the order of the sections, those of one section in the order in which their module
-    defines them."""
+    defines them.
+
+    A check gets what its parameters name: ``figures``, ``config`` (the run's settings, perhaps none), ``gpu`` (None where it is
+    not known), ``evidence``; and ``log`` and ``kept`` (the checkpoint), without which it does not run."""
 
     def register(function: Check) -> Check:
+        names = inspect.signature(function).parameters
+
         @wraps(function)
         def checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+            given = {"figures": figures, "config": figures.config, "gpu": gpu, "evidence": evidence}
+            given |= {"log": evidence.log, "kept": evidence.checkpoint}
+            if any(given[name] is None for name in names if name != "gpu"):
+                return
             figures.asked.clear()
             figures.config.asked.clear()
-            for finding in function(evidence, figures, gpu):
+            for finding in function(**{name: given[name] for name in names}):
                 yield replace(weighed(finding, figures), id=id)
 
         REGISTRY.append((section, checked))

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 
 from fastgpt import anatomy
 from fastgpt.common import rounded
-from fastgpt.doctor.evidence import Evidence, Place, Setting
+from fastgpt.doctor.evidence import ConfigFacts, Place, Setting
 from fastgpt.doctor.figures import Figures, one_line
 from fastgpt.doctor.findings import Finding, check
-from fastgpt.hardware.cards import Gpu
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 NUMBER = r"(?<![\w.,*])~?\s*(\d[\d,_]*(?:\.\d+)?)\s*([kmbt])?"
@@ -115,12 +114,12 @@ def _counts(shape: anatomy.Shape) -> tuple[int, ...]:
 
 
 @check("schedule", section=9)
-def tokens_per_step(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def tokens_per_step(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """A batch that a comment computes ("16 * 32 = 512 sequences") and the settings do not give."""
-    tokens, block = figures.tokens_per_step, figures.config.get("block_size")
+    tokens, block = figures.tokens_per_step, config.get("block_size")
     if tokens is None or block is None:
         return
-    sequences, micro = tokens // block, figures.config.get("batch_size") or 0
+    sequences, micro = tokens // block, config.get("batch_size") or 0
     for name, setting in remarks(figures):
         of_a_micro_step = (micro, micro * block) if re.search("micro", setting.comment, re.IGNORECASE) else ()
         right = {"sequences": (sequences,), "tokens": (tokens,), "": (sequences, tokens)}
@@ -169,7 +168,7 @@ def _geometry(figures: Figures, sequences: float) -> str:
 
 
 @check("schedule", section=9)
-def token_budget(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def token_budget(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """A token budget that a comment claims ("~3B tokens seen") and max_iters does not give."""
     planned, per_step = figures.tokens_planned, figures.tokens_per_step
     if not planned or not per_step:
@@ -188,7 +187,7 @@ def token_budget(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
             severity="warning",
             title=f"A comment says {match[0].strip()}; max_iters gives {rounded(planned)}",
             evidence=[(setting.place, _line(setting)), *([] if name == "max_iters" else figures.place("max_iters"))],
-            explanation=f"max_iters {figures.config.get('max_iters'):,} x {per_step:,} tokens per step = {planned:,} "
+            explanation=f"max_iters {config.get('max_iters'):,} x {per_step:,} tokens per step = {planned:,} "
             f"tokens, {planned / claimed:.1f} times what the comment says.",
             advice=f"max_iters = {steps}\nlr_decay_iters = {steps}\nif {rounded(claimed)} tokens were meant; else "
             "correct the comment.",

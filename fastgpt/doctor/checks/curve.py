@@ -6,16 +6,15 @@ Checks use robust statistics (medians, and the scatter around them), so that a f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 
 import numpy as np
 
 from fastgpt.common import rounded
 from fastgpt.config import EXPERIMENTAL
-from fastgpt.doctor.evidence import Evidence, LogFacts, Place
+from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, LogFacts, Place, Steps
 from fastgpt.doctor.figures import Figures, evaluation_interval, learning_rate, steady
-from fastgpt.doctor.findings import Check, Confidence, Finding, check
+from fastgpt.doctor.findings import Confidence, Finding, check
 from fastgpt.hardware.cards import Gpu
 
 MUCH_EVALUATION = 0.05
@@ -27,46 +26,26 @@ def scatter(values: np.ndarray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values))))
 
 
-def of_log(function: Callable[[LogFacts, Figures], Iterator[Finding]]) -> Check:
-    """Register a check that looks at the log, where there is one."""
-
-    @check("curve", section=10)
-    @wraps(function)
-    def checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
-        if evidence.log is not None:
-            yield from function(evidence.log, figures)
-
-    return checked
-
-
-def _losses(log: LogFacts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, losses and lines, finite ones only."""
-    good = np.isfinite(log.steps.loss)
-    return log.steps.step[good], log.steps.loss[good], log.steps.line[good]
-
-
-def _at(log: LogFacts, line: int, step: int, loss: float) -> tuple[Place, str]:
-    return log.place(line), f"step {step}: loss {loss:.4f}"
+def _losses(log: LogFacts) -> Steps:
+    """Steps with a finite loss."""
+    return log.steps.where(np.isfinite(log.steps.loss))
 
 
 @check("curve", section=10)
-def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def not_a_number(log: LogFacts, figures: Figures, config: ConfigFacts, gpu: Gpu | None) -> Iterator[Finding]:
     """NaN or infinity in the loss."""
-    log = evidence.log
-    notes = log.all("nan") if log is not None else []
-    if log is None or not notes:
+    notes = log.all("nan")
+    if not notes:
         return
-    step, loss, line = _losses(log)
-    before = line < (notes[0].place.line or 0)
-    seen = [(notes[0].place, notes[0].text)]
-    if before.any():
-        seen.append(_at(log, line[before][-1], step[before][-1], loss[before][-1]))
-    lost = 1 - float(step[before][-1]) / figures.steps_seen if before.any() and figures.steps_seen else 1.0
-    lost = max(0.0, lost)
+    steps, seen, lost = _losses(log), [(notes[0].place, notes[0].text)], 1.0
+    before = steps.where(steps.line < (notes[0].place.line or 0))
+    if len(before):
+        seen.append(log.seen(before, -1))
+        lost = max(0.0, 1 - float(before.step[-1]) / figures.steps_seen) if figures.steps_seen else 1.0
     experimental = figures.precision in EXPERIMENTAL
     doubtful = experimental or figures.precision == "fp16"
     has_bf16 = gpu is None or gpu.peak_flops("bf16") is not None
-    warms_up = figures.config.get("warmup_iters") and figures.config.get("decay_lr", True)
+    warms_up = config.get("warmup_iters") and config.get("decay_lr", True)
     yield Finding(
         "nan",
         "critical",
@@ -94,25 +73,23 @@ def not_a_number(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
     )
 
 
-@of_log
-def start(log: LogFacts, figures: Figures) -> Iterator[Finding]:
+@check("curve", section=10)
+def start(log: LogFacts, figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """An untrained model guesses among V tokens: its loss is ln V."""
-    step, loss, line = _losses(log)
-    if figures.shape is None or not len(step) or step[0] > 1 or log.all("resume"):
+    steps = _losses(log)
+    if figures.shape is None or not len(steps) or steps.step[0] > 1 or log.all("resume"):
         return
     if "vocab_size" in figures.assumed:  # nothing to start at
         return
-    if figures.config.get("init_from", "scratch") != "scratch":
+    first, expected = steps.loss[0], math.log(figures.shape.vocab_size)
+    if config.get("init_from", "scratch") != "scratch" or abs(first - expected) <= 0.5:
         return
-    expected = math.log(figures.shape.vocab_size)
-    if abs(loss[0] - expected) <= 0.5:
-        return
-    above = loss[0] > expected
+    above = first > expected
     yield Finding(
         "start_far_from_uniform",
         "warning",
-        f"The loss starts at {loss[0]:.2f}, not near ln({figures.shape.vocab_size:,}) = {expected:.2f}",
-        [_at(log, line[0], step[0], loss[0])],
+        f"The loss starts at {first:.2f}, not near ln({figures.shape.vocab_size:,}) = {expected:.2f}",
+        [log.seen(steps, 0)],
         "Above: the initial weights are too large, and the first steps go into undoing that. "
         if above
         else "Below: the model already knows something: weights were loaded, targets leak into the inputs (are they "
@@ -125,10 +102,11 @@ def start(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     )
 
 
-@of_log
+@check("curve", section=10)
 def divergence(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """The run ends well above where it has been: median of the last tenth against the lowest median of a tenth."""
-    step, loss, line = _losses(log)
+    steps = _losses(log)
+    step, loss = steps.step, steps.loss
     if len(loss) < 20:
         return
     width = max(5, len(loss) // 10)
@@ -145,7 +123,7 @@ def divergence(log: LogFacts, figures: Figures) -> Iterator[Finding]:
         "divergence",
         "critical",
         f"The loss diverged: {medians[-1]:.2f} at the end, {medians[lowest]:.2f} around step {step[since]:,.0f}",
-        [_at(log, line[since], step[since], loss[since]), _at(log, line[-1], step[-1], loss[-1])],
+        [log.seen(steps, since), log.seen(steps, -1)],
         f"The median of the last {width} logged losses lies {rise:.2f} nat above the lowest such median; single "
         f"losses scatter by {noise:.2f}. It does not come back by itself at the same learning rate.",
         "Go back to a checkpoint before it and halve learning_rate; keep grad_clip = 1.0.",
@@ -155,13 +133,13 @@ def divergence(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     )
 
 
-@of_log
-def spikes(log: LogFacts, figures: Figures) -> Iterator[Finding]:
+@check("curve", section=10)
+def spikes(log: LogFacts) -> Iterator[Finding]:
     """Single losses far above their neighbours, that come back."""
-    step, loss, line = _losses(log)
+    steps, half = _losses(log), 5
+    loss = steps.loss
     if len(loss) < 40:
         return
-    half = 5
     padded = np.pad(loss, half, mode="edge")
     around = np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
     above = loss - around
@@ -173,8 +151,8 @@ def spikes(log: LogFacts, figures: Figures) -> Iterator[Finding]:
         "spikes",
         "warning" if len(out) >= 3 else "info",
         f"{len(out)} loss spike{'s' if len(out) > 1 else ''}, the largest {above[out].max():.2f} nat at step "
-        f"{step[out[np.argmax(above[out])]]:,}",
-        [_at(log, line[i], step[i], loss[i]) for i in out[:5]],
+        f"{steps.step[out[np.argmax(above[out])]]:,}",
+        [log.seen(steps, i) for i in out[:5]],
         f"Each lies more than 6 times the usual scatter ({noise:.2f} nat) above the median of the 10 losses around "
         "it, and the loss comes back. The first tenth of the log is left out.",
         "grad_clip = 1.0\nif it is not; a longer warmup or beta2 = 0.95 if they come often; look at the data if "
@@ -183,31 +161,27 @@ def spikes(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     )
 
 
-@of_log
-def plateau(log: LogFacts, figures: Figures) -> Iterator[Finding]:
+@check("curve", section=10)
+def plateau(log: LogFacts, figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """No progress over the last third of the run, judged by a line through the validation losses."""
-    good = np.isfinite(log.evals.val)
-    step, val, line = log.evals.step[good], log.evals.val[good], log.evals.line[good]
-    late = slice(2 * len(val) // 3, None)
-    x, y, lines = step[late].astype(float), val[late], line[late]
+    evals = log.evals.where(np.isfinite(log.evals.val))
+    late = evals.where(slice(2 * len(evals) // 3, None))
+    x, y = late.step.astype(float), late.val
     if len(y) < 8 or x[-1] <= x[0]:
         return
     span = x[-1] - x[0]
     (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
     fall, sure = -float(slope) * span, 2 * math.sqrt(covariance[0, 0]) * span
-    rate, peak = learning_rate(int(x[0]), figures.config), figures.config.get("learning_rate")
+    rate, peak = learning_rate(int(x[0]), config), config.get("learning_rate")
     if fall + sure >= 0.02 or y[-3:].mean() > y[:3].mean() + max(sure, 0.02):
         return
     decayed = rate is not None and bool(peak) and rate < 0.2 * peak
-    lost = span / max(1.0, float(step[-1]))
+    lost = span / max(1.0, x[-1])
     yield Finding(
         "plateau",
         "warning",
         f"No progress since step {x[0]:,.0f}: val fell by {fall:.3f} +- {sure / 2:.3f} nat in {span:,.0f} steps",
-        [
-            (log.place(lines[0]), f"step {x[0]:.0f}: val {y[0]:.4f}"),
-            (log.place(lines[-1]), f"step {x[-1]:.0f}: val {y[-1]:.4f}"),
-        ],
+        [log.seen(late, 0), log.seen(late, -1)],
         f"A straight line through the last third of the validation losses ({len(y)}) falls by {fall:.3f} nat, and by "
         "less than 0.02 even at two standard errors: that is what is called a plateau here. "
         + ("The learning rate is near its floor, which alone explains it. " if decayed else ""),
@@ -219,25 +193,23 @@ def plateau(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     )
 
 
-@of_log
+@check("curve", section=10)
 def overfitting(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """Validation rises while train falls."""
-    good = np.isfinite(log.evals.val) & np.isfinite(log.evals.train)
-    step, train, val, line = (a[good] for a in (log.evals.step, log.evals.train, log.evals.val, log.evals.line))
+    both = log.evals.where(np.isfinite(log.evals.val) & np.isfinite(log.evals.train))
+    step, train, val = both.step, both.train, both.val
     best = int(np.argmin(val)) if len(val) else 0
     few = len(val) < 8 or len(val) - best < 4
     if few or val[-3:].mean() - val[best] < 0.05 or train[-3:].mean() > train[best] - 0.02:
-        yield from _memorised(log, figures)
+        if len(both):
+            yield from _memorised(log, both, figures)
         return
     lost = 1 - float(step[best]) / max(1.0, float(step[-1]))
     yield Finding(
         "overfitting",
         "warning",
         f"Overfitting since step {step[best]:,}: val rises from {val[best]:.3f} to {val[-1]:.3f} while train falls",
-        [
-            (log.place(line[best]), f"step {step[best]}: train {train[best]:.4f}, val {val[best]:.4f}"),
-            (log.place(line[-1]), f"step {step[-1]}: train {train[-1]:.4f}, val {val[-1]:.4f}"),
-        ],
+        [log.seen(both, best), log.seen(both, -1)],
         "The model learns the training text by heart: more epochs of it make it worse.",
         "Take the checkpoint of the lowest val; more data, a smaller model, or dropout = 0.1 to 0.2 (here it helps).",
         "likely",
@@ -246,20 +218,16 @@ def overfitting(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     )
 
 
-def _memorised(log: LogFacts, figures: Figures) -> Iterator[Finding]:
+def _memorised(log: LogFacts, evals: Evals, figures: Figures) -> Iterator[Finding]:
     """Validation far above train after many epochs, without a rise that the evaluations would show."""
-    both = np.flatnonzero(np.isfinite(log.evals.val) & np.isfinite(log.evals.train))
-    if not len(both) or figures.epochs is None or figures.epochs < 3:
-        return
-    row = both[-1]
-    train, val = float(log.evals.train[row]), float(log.evals.val[row])
-    if val - train < 0.3:
+    gap = float(evals.val[-1] - evals.train[-1])
+    if figures.epochs is None or figures.epochs < 3 or gap < 0.3:
         return
     yield Finding(
         "memorised",
         "warning",
-        f"val lies {val - train:.2f} nat above train after {figures.epochs:,.0f} epochs: the training text is memorised",
-        [(log.place(log.evals.line[row]), f"step {log.evals.step[row]}: train {train:.4f}, val {val:.4f}")],
+        f"val lies {gap:.2f} nat above train after {figures.epochs:,.0f} epochs: the training text is memorised",
+        [log.seen(evals, -1)],
         f"The run has read its {rounded(figures.corpus_tokens or 0)} tokens {figures.epochs:,.0f} times. "
         "What it still gains on them is text learned by heart, which new text does not share.",
         "Take the checkpoint of the lowest val loss, and stop earlier; more data, a smaller model or more dropout put it off.",
@@ -268,7 +236,7 @@ def _memorised(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     )
 
 
-@of_log
+@check("curve", section=10)
 def throughput_drift(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """Steps that become slower over the run, or some that are far slower than the rest."""
     rows = np.flatnonzero(steady(log))
@@ -316,18 +284,18 @@ def throughput_drift(log: LogFacts, figures: Figures) -> Iterator[Finding]:
 
 
 @check("curve", section=10)
-def evaluation_time(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def evaluation_time(evidence: Evidence, figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """More than a twentieth of the time spent on evaluations: as measured, else as counted from the config."""
     share, how = figures.evaluation_share, "measured in the log"
     confidence: Confidence = "certain"
     if share is None:
         share, confidence = counted_share(figures, evidence.log), "likely"
-        each = "both splits" if figures.config.kind == "nanogpt" else "the validation split"
+        each = "both splits" if config.kind == "nanogpt" else "the validation split"
         how = f"forward passes of {each} at a third of a training step's FLOPs"
     if share is None or share <= MUCH_EVALUATION:
         return
-    interval = evaluation_interval(figures.config, evidence.log)
-    batches, total = figures.config.get("eval_iters"), figures.config.get("max_iters")
+    interval = evaluation_interval(config, evidence.log)
+    batches, total = config.get("eval_iters"), config.get("max_iters")
     fewer = (
         (1 / MUCH_EVALUATION - 1) * share / (1 - share) if share < 1 else math.inf
     )  # by which evaluations have to shrink

@@ -8,22 +8,21 @@ import numpy as np
 
 from fastgpt.common import rounded
 from fastgpt.doctor.checks import scaling
-from fastgpt.doctor.evidence import Evidence, LogFacts, Seen
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Seen
 from fastgpt.doctor.figures import Figures, Mean
 from fastgpt.doctor.findings import Finding, check
-from fastgpt.hardware.cards import Gpu
 
 LARGE_CORPUS = 1e9
 """Where the size of the corpus is not known, a run of more tokens than this counts as less than one epoch."""
 
 
 @check("val_below_train", section=3)
-def val_below_train(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def val_below_train(log: LogFacts, figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """Validation below train by more than the noise: not dropout, but a difference between the splits."""
-    gap, log = figures.val_minus_train, evidence.log
-    if gap is None or log is None or gap.value > -0.01 or gap.sigmas < 3:
+    gap = figures.val_minus_train
+    if gap is None or gap.value > -0.01 or gap.sigmas < 3:
         return
-    dropout = figures.config.get("dropout")
+    dropout = config.get("dropout")
     eval_mode = log.kind == "nanogpt"
     explanation = (
         "Dropout cannot show in this line: nanoGPT's estimate_loss() calls model.eval() for both splits. "
@@ -72,17 +71,13 @@ def _extreme_evaluations(log: LogFacts, gap: Mean) -> Seen:
     evals = log.evals
     difference = np.where(evals.step >= gap.since, evals.val - evals.train, np.nan)
     rows = dict.fromkeys([len(evals) - 1, int(np.nanargmin(difference))])
-    return [
-        (log.place(evals.line[row]), f"step {evals.step[row]}: train {evals.train[row]:.4f}, val {evals.val[row]:.4f}")
-        for row in rows
-        if np.isfinite(difference[row])
-    ]
+    return [log.seen(evals, row) for row in rows if np.isfinite(difference[row])]
 
 
 @check("dropout_on_large_corpus", section=4)
-def dropout_on_large_corpus(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def dropout_on_large_corpus(evidence: Evidence, figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """Dropout above 0 where no token is seen twice: it only costs."""
-    dropout, tokens = figures.config.get("dropout"), figures.seen()
+    dropout, tokens = config.get("dropout"), figures.seen()
     if not dropout:
         return
     if figures.epochs is not None:

@@ -9,18 +9,17 @@ import numpy as np
 
 from fastgpt.anatomy import SHAPE
 from fastgpt.common import millions
-from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Seen
+from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Evidence, LogFacts, Place, Seen
 from fastgpt.doctor.figures import GEOMETRY, Figures, learning_rate
 from fastgpt.doctor.findings import Finding, Severity, check
-from fastgpt.hardware.cards import Gpu
 from fastgpt.performance import flops
 
 
 @check("resume_shape_mismatch", section=7)
-def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def shape_mismatch(kept: CheckpointFacts, evidence: Evidence, figures: Figures) -> Iterator[Finding]:
     """A checkpoint of another shape than the config."""
-    kept, config = evidence.checkpoint, evidence.config
-    if kept is None or config is None:
+    config = evidence.config
+    if config is None:
         return
     nanogpt = kept.kind == "nanogpt"
     differing = [
@@ -59,12 +58,11 @@ def shape_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
 
 
 @check("not_finite", section=7)
-def not_finite(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def not_finite(kept: CheckpointFacts) -> Iterator[Finding]:
     """NaN or infinity among the checkpoint's weights."""
-    kept = evidence.checkpoint
-    if kept is None or not kept.not_finite:
-        return
     names = kept.not_finite
+    if not names:
+        return
     yield Finding(
         check="weights_not_finite",
         severity="critical",
@@ -77,12 +75,13 @@ def not_finite(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
 
 
 @check("resume_schedule", section=7)
-def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def schedule_after_resume(
+    kept: CheckpointFacts, evidence: Evidence, figures: Figures, config: ConfigFacts
+) -> Iterator[Finding]:
     """A learning rate that jumps on resume, has already ended, or a run with no steps left."""
-    kept, config = evidence.checkpoint, evidence.config
-    if kept is None or config is None or kept.step is None:
+    own = kept.config
+    if evidence.config is None or kept.step is None:
         return
-    config, own = figures.config, kept.config
     step, end, stop = kept.step, config.get("lr_decay_iters"), config.get("max_iters")
     here = [(Place(kept.file), f"iter_num {step:,}")]
 
@@ -139,26 +138,23 @@ def schedule_after_resume(evidence: Evidence, figures: Figures, gpu: Gpu | None)
 
 
 @check("resume_best_val_loss", section=7)
-def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def best_val_loss(log: LogFacts, evidence: Evidence, figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """nanoGPT's best_val_loss is the last one under always_save_checkpoint, and ckpt.pt with it."""
-    log, kept = evidence.log, evidence.checkpoint
-    if log is None or log.kind != "nanogpt" or figures.best_val is None or figures.last_val is None:
+    kept = evidence.checkpoint
+    if log.kind != "nanogpt" or figures.best_val is None or figures.last_val is None:
         return
-    overwritten = bool(figures.config.get("always_save_checkpoint", False))
+    overwritten = bool(config.get("always_save_checkpoint", False))
     saved = kept.best_val_loss if kept and kept.kind == "nanogpt" and kept.best_val_loss is not None else None
     last = saved if saved is not None else figures.last_val
     # Two evaluations of 200 batches differ by some 0.01 for no reason.
     if last - figures.best_val < (0.001 if saved is not None else 0.02) or not (overwritten or saved is not None):
         return
-    row = int(np.nanargmin(log.evals.val))
-    seen: Seen = [(log.place(log.evals.line[row]), f"step {log.evals.step[row]}: val {figures.best_val:.4f}")]
+    seen = [log.seen(log.evals, int(np.nanargmin(log.evals.val)))]
     if kept is not None and saved is not None:
         seen.append((Place(kept.file), f"best_val_loss {saved:.4f} at iter_num {kept.step}"))
     else:
-        end = int(np.flatnonzero(np.isfinite(log.evals.val))[-1])
-        seen.append(
-            (log.place(log.evals.line[end]), f"step {log.evals.step[end]}: val {figures.last_val:.4f}, saved over it")
-        )
+        place, text = log.seen(log.evals, int(np.flatnonzero(np.isfinite(log.evals.val))[-1]))
+        seen.append((place, f"{text}, saved over it"))
     yield Finding(
         check="resume_best_val_loss",
         severity="info",
@@ -172,10 +168,10 @@ def best_val_loss(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iter
 
 
 @check("config_log_mismatch", section=7)
-def config_is_not_the_logs(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def config_is_not_the_logs(log: LogFacts, evidence: Evidence, figures: Figures) -> Iterator[Finding]:
     """The log was not made with this config: what is read from one may not hold for the other."""
-    config, log = evidence.config, evidence.log
-    if config is None or log is None or config is log.config:
+    config = evidence.config
+    if config is None or config is log.config:
         return
     differing = _differences(config, log, figures)
     if not differing:
@@ -208,8 +204,7 @@ def _differences(config: ConfigFacts, log: LogFacts, figures: Figures) -> list[D
     tokens = None if None in parts else math.prod(parts)
     logged, expected = figures.flops_per_token_logged, figures.shape_written and flops.palm(figures.shape_written)
     if logged and expected and abs(logged / expected - 1) > 0.05 and (figures.gpus or 1) == 1:
-        row = int(np.flatnonzero(log.steps.mfu > 0)[0])
-        seen = [(log.place(log.steps.line[row]), f"mfu {log.steps.mfu[row]:.2f}% at {log.steps.ms[row]:,.0f} ms")]
+        seen = [log.first_mfu()]
         ran = figures.tokens_per_step
         if figures.shape is not None and ran and tokens and ran != tokens and not log.all("tokens_per_step"):
             shorter = figures.config.get("gradient_accumulation_steps") * ran / tokens

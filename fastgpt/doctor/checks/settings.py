@@ -8,20 +8,17 @@ from collections.abc import Iterator
 
 from fastgpt.common import rounded
 from fastgpt.doctor.checks.comments import remarks
-from fastgpt.doctor.evidence import Evidence
+from fastgpt.doctor.evidence import ConfigFacts, LogFacts
 from fastgpt.doctor.figures import PRETRAINED, Figures, learning_rate
 from fastgpt.doctor.findings import Finding, check
-from fastgpt.hardware.cards import Gpu
 from fastgpt.performance import flops
 
 
 @check("schedule", section=8)
-def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def warmup(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """A warmup that takes most of the run, or never ends."""
-    warm, total = figures.config.get("warmup_iters"), figures.config.get("max_iters")
-    if (
-        not warm or not total or warm <= total / 2 or not figures.config.get("decay_lr", True)
-    ):  # without it nothing warms up
+    warm, total = config.get("warmup_iters"), config.get("max_iters")
+    if not warm or not total or warm <= total / 2 or not config.get("decay_lr", True):  # without it nothing warms up
         return
     never = warm >= total
     yield Finding(
@@ -42,12 +39,12 @@ def warmup(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fi
 
 
 @check("schedule", section=8)
-def floor(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def floor(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """min_lr above learning_rate: the "decay" is a rise."""
-    low, high = figures.config.get("min_lr"), figures.config.get("learning_rate")
-    if low is None or high is None or low <= high or not figures.config.get("decay_lr", True):
+    low, high = config.get("min_lr"), config.get("learning_rate")
+    if low is None or high is None or low <= high or not config.get("decay_lr", True):
         return
-    default = "" if figures.config.is_set("min_lr") else " (the default)"
+    default = "" if config.is_set("min_lr") else " (the default)"
     yield Finding(
         "min_lr_above_lr",
         "critical",
@@ -61,12 +58,12 @@ def floor(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
 
 
 @check("schedule", section=8)
-def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def decay(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """A decay that ends well before the run, or is cut off by its end."""
-    end, total = figures.config.get("lr_decay_iters"), figures.config.get("max_iters")
-    if not end or not total or not figures.config.get("decay_lr", True):
+    end, total = config.get("lr_decay_iters"), config.get("max_iters")
+    if not end or not total or not config.get("decay_lr", True):
         return
-    default = "" if figures.config.is_set("lr_decay_iters") else " (the default)"
+    default = "" if config.is_set("lr_decay_iters") else " (the default)"
     if end < 0.9 * total:
         yield Finding(
             "decay_ends_early",
@@ -81,7 +78,7 @@ def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
             cost_text=figures.hours(1 - end / total) + " at the floor",
         )
     elif end > 1.1 * total:
-        last, peak = learning_rate(total, figures.config), figures.config.get("learning_rate")
+        last, peak = learning_rate(total, config), config.get("learning_rate")
         left = f" at {last:.2e}, {last / peak:.0%} of its peak" if last and peak else ""
         yield Finding(
             "decay_cut_off",
@@ -96,12 +93,12 @@ def decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
 
 
 @check("schedule", section=8)
-def ranks(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def ranks(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """Accumulation that does not divide by the number of processes: nanoGPT stops with an assertion."""
-    accumulate = figures.config.get("gradient_accumulation_steps")
+    accumulate = config.get("gradient_accumulation_steps")
     names = ("world_size", "nproc_per_node", "ranks")
-    name = next((name for name in names if figures.config.get(name)), None)
-    count = figures.config.get(name) if name else None
+    name = next((name for name in names if config.get(name)), None)
+    count = config.get(name) if name else None
     source = figures.place(name) if name else []
     if count is None:
         for _, setting in remarks(figures):
@@ -128,10 +125,10 @@ SHORT_MEMORY = 250_000  # tokens
 
 
 @check("schedule", section=8)
-def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def beta2(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """Adam's memory of squared gradients, in tokens: too short for tiny batches, needlessly long for large ones."""
-    value, tokens, total = figures.config.get("beta2"), figures.tokens_per_step, figures.config.get("max_iters")
-    if not value or value >= 1 or tokens is None or not figures.config.is_set("beta2"):
+    value, tokens, total = config.get("beta2"), figures.tokens_per_step, config.get("max_iters")
+    if not value or value >= 1 or tokens is None or not config.is_set("beta2"):
         return
     half_life = math.log(0.5) / math.log(value)
     memory = f"{half_life:.0f} steps, {rounded(half_life * tokens)} tokens"
@@ -155,11 +152,10 @@ def beta2(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Fin
 
 
 @check("schedule", section=8)
-def weight_decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def weight_decay(log: LogFacts, figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """Weight decay on norms: nanoGPT says how many tensors it leaves alone."""
-    notes = evidence.log.all("no_decay") if evidence.log else []
-    wrong = [note for note in notes if re.search(r"non-decayed parameter tensors: 0\b", note.text)]
-    if not wrong or not figures.config.get("weight_decay", 0):
+    wrong = [note for note in log.all("no_decay") if re.search(r"non-decayed parameter tensors: 0\b", note.text)]
+    if not wrong or not config.get("weight_decay", 0):
         return
     yield Finding(
         "weight_decay_on_norms",
@@ -174,12 +170,12 @@ def weight_decay(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Itera
 
 
 @check("schedule", section=8)
-def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def vocabulary(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """A large vocabulary that is not a multiple of 64."""
     shape = figures.shape
     if shape is None or shape.vocab_size % 64 == 0 or shape.vocab_size < 1024:
         return
-    if figures.config.get("init_from") in PRETRAINED:  # it is that of the weights
+    if config.get("init_from") in PRETRAINED:  # it is that of the weights
         return
     size, padded = shape.vocab_size, 64 * math.ceil(shape.vocab_size / 64)
     head = 6 * size * shape.n_embd / flops.palm(shape)
@@ -198,7 +194,7 @@ def vocabulary(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterato
 
 
 @check("schedule", section=8)
-def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def head_dimension(figures: Figures) -> Iterator[Finding]:
     """Heads whose dimension attention kernels pad, or that are too small to fill a matmul instruction."""
     shape = figures.shape
     if shape is None or shape.n_embd % shape.n_head:
@@ -224,7 +220,7 @@ def head_dimension(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
 
 
 @check("schedule", section=8)
-def heads_divide_the_width(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def heads_divide_the_width(figures: Figures) -> Iterator[Finding]:
     """Heads that do not divide the width."""
     shape = figures.shape_written  # the vocabulary, which may be assumed, has no part in this
     if shape is None or shape.n_embd % shape.n_head == 0:
@@ -243,9 +239,9 @@ def heads_divide_the_width(evidence: Evidence, figures: Figures, gpu: Gpu | None
 
 
 @check("schedule", section=8)
-def block_size(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def block_size(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """A context longer than the data."""
-    block, corpus = figures.config.get("block_size"), figures.corpus_tokens
+    block, corpus = config.get("block_size"), figures.corpus_tokens
     if not block or corpus is None or block < corpus:
         return
     yield Finding(

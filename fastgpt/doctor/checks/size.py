@@ -14,7 +14,7 @@ from fastgpt.anatomy import Shape
 from fastgpt.common import gigabytes, millions, rounded
 from fastgpt.doctor.checks import scaling, vram
 from fastgpt.doctor.checks.comments import agrees, claimed_sizes
-from fastgpt.doctor.evidence import Evidence, LogFacts, Place
+from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place
 from fastgpt.doctor.figures import LARGEST_VOCABULARY, PRETRAINED, Figures
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
@@ -47,7 +47,9 @@ def single_change(shape: Shape, wanted: float) -> tuple[str, Shape] | None:
 
 
 @check("param_count_mismatch", section=1)
-def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def param_count_mismatch(
+    evidence: Evidence, figures: Figures, config: ConfigFacts, gpu: Gpu | None
+) -> Iterator[Finding]:
     """A comment or the run's name claims another size than the shape gives."""
     shape = figures.shape
     if shape is None or figures.parameters is None:
@@ -61,7 +63,7 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     doubtful = len(wrong) < len(claims) or all(claim.hint for claim in wrong)
     wrong.sort(key=lambda claim: claim.hint)
     claimed, size = wrong[0].value, figures.parameters
-    pretrained = figures.config.get("init_from") in PRETRAINED  # whose shape is not to be changed
+    pretrained = config.get("init_from") in PRETRAINED  # whose shape is not to be changed
     change = None if pretrained else single_change(shape, claimed)
     if change is not None and not _fits(change[1], figures, gpu):
         change = None
@@ -89,9 +91,9 @@ def param_count_mismatch(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
 
 
 @check("unknown_settings", section=1)
-def unknown_settings(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def unknown_settings(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
     """Settings that nanoGPT does not have and that may change the model: its size and FLOPs are then unknown."""
-    names = figures.config.foreign_model
+    names = config.foreign_model
     if not names:
         return
     yield Finding(
@@ -126,12 +128,11 @@ def _log_says(evidence: Evidence, figures: Figures) -> tuple[Place, str] | None:
         return None
     if abs(figures.flops_per_token_logged / figures.flops_per_token - 1) > 0.05:
         return None
-    row = int(np.flatnonzero(log.steps.mfu > 0)[0])
+    place, seen = log.first_mfu()
     return (
-        log.place(log.steps.line[row]),
-        f"the log agrees: mfu {log.steps.mfu[row]:.2f}% at {log.steps.ms[row]:,.0f} ms is "
-        f"{figures.flops_per_token_logged / 1e6:.1f} MFLOP per token; this shape has "
-        f"{figures.flops_per_token / 1e6:.1f}",
+        place,
+        f"the log agrees: {seen} is {figures.flops_per_token_logged / 1e6:.1f} MFLOP per token; this shape "
+        f"has {figures.flops_per_token / 1e6:.1f}",
     )
 
 
@@ -177,7 +178,9 @@ def _advice(change: tuple[str, Shape] | None, batch: str, gpu: Gpu | None) -> st
 
 
 @check("tokens_per_parameter", section=2)
-def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def tokens_per_parameter(
+    evidence: Evidence, figures: Figures, config: ConfigFacts, gpu: Gpu | None
+) -> Iterator[Finding]:
     """Far more, or far fewer, tokens than Chinchilla's 20 per parameter."""
     ratio, size, tokens = figures.tokens_per_parameter, figures.parameters, figures.seen()
     if ratio is None or size is None or tokens is None or not scaling.in_range(figures.shape, size):
@@ -190,7 +193,7 @@ def tokens_per_parameter(evidence: Evidence, figures: Figures, gpu: Gpu | None) 
     shown, log = tokens / size, evidence.log
     seen = figures.place("max_iters", "n_layer", "n_embd")
     if many:
-        steps = figures.steps_seen if figures.tokens_seen is not None else figures.config.get("max_iters")
+        steps = figures.steps_seen if figures.tokens_seen is not None else config.get("max_iters")
         explanation = (
             f"{steps:,} steps x {figures.tokens_per_step:,} = {_billions(tokens)} tokens for {millions(size)} parameters: "
             f"{ratio:.0f} per parameter, {ratio / scaling.TOKENS_PER_PARAMETER:.1f} times Chinchilla's 20. "

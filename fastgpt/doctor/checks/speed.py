@@ -8,7 +8,7 @@ import numpy as np
 
 from fastgpt.common import percent, teraflops
 from fastgpt.doctor.checks import scaling
-from fastgpt.doctor.evidence import Evidence, LogFacts, Place, Seen
+from fastgpt.doctor.evidence import LogFacts, Place, Seen
 from fastgpt.doctor.figures import ABOVE_NOMINAL, Figures, holds_evaluation, steady
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware import cards
@@ -28,10 +28,9 @@ def _other_card(figures: Figures) -> bool:
 
 
 @check("mfu_denominator", section=5)
-def mfu_denominator(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def mfu_denominator(log: LogFacts, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """nanoGPT's mfu divides by an A100, whatever the card."""
-    log = evidence.log
-    if log is None or log.kind != "nanogpt" or figures.mfu_printed_last is None:
+    if log.kind != "nanogpt" or figures.mfu_printed_last is None:
         return
     if figures.mfu_nanogpt is None or figures.model_tflops is None or _other_card(figures):
         return
@@ -96,12 +95,10 @@ def _of_an_a100(figures: Figures, seen: Seen) -> Finding:
 
 
 @check("mfu_denominator", section=5)
-def mfu_not_measured(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def mfu_not_measured(log: LogFacts, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """llm.c's -100% and nanochat's 0.00: figures that stand for "this card is not in my table"."""
-    log = evidence.log
     if (
-        log is None
-        or log.kind not in ("llm.c", "nanochat")
+        log.kind not in ("llm.c", "nanochat")
         or not np.isfinite(log.steps.ms).any()
         or np.nanmax(log.steps.mfu, initial=0) > 0
     ):
@@ -124,10 +121,9 @@ def mfu_not_measured(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> I
 
 
 @check("mfu_denominator", section=5)
-def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def mfu_other_card(log: LogFacts, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
     """A figure that the named card, or an A100, cannot reach: the log is of a faster card."""
-    log = evidence.log
-    if log is None or log.kind != "nanogpt" or figures.mfu_printed_last is None:
+    if log.kind != "nanogpt" or figures.mfu_printed_last is None:
         return
     highest = int(np.nanargmax(log.steps.mfu))
     printed = float(log.steps.mfu[highest]) / 100
@@ -156,10 +152,9 @@ def mfu_other_card(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Ite
 
 
 @check("mfu_includes_eval", section=5)
-def mfu_includes_eval(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def mfu_includes_eval(log: LogFacts, figures: Figures) -> Iterator[Finding]:
     """nanoGPT's running mean takes in the iterations that evaluated: what it shows is not the speed of training."""
-    log = evidence.log
-    if log is None or log.kind != "nanogpt" or figures.evaluation_ms is None or figures.steady_ms_per_iter is None:
+    if log.kind != "nanogpt" or figures.evaluation_ms is None or figures.steady_ms_per_iter is None:
         return
     slow = np.flatnonzero(np.isfinite(log.steps.ms) & holds_evaluation(log) & (log.steps.step > 0))
     last, usual = figures.mfu_printed_last, figures.mfu_nanogpt
@@ -201,9 +196,9 @@ def _usual_step(log: LogFacts) -> Seen:
 
 
 @check("sm_gate", section=6)
-def sm_gate(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> Iterator[Finding]:
+def sm_gate(log: LogFacts, gpu: Gpu | None) -> Iterator[Finding]:
     """ "Not enough SMs to use max_autotune_gemm mode": harmless, and not about the batch."""
-    notes = evidence.log.all("sm_gate") if evidence.log else []
+    notes = log.all("sm_gate")
     if not notes:
         return
     sms = f"this {gpu.name} has {gpu.sm_count}" if gpu else "smaller cards have fewer"
