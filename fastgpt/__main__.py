@@ -17,8 +17,7 @@ from fastgpt import __version__, command, common
 from fastgpt.common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-_FOOTER = """fastgpt COMMAND --help has the options and more examples. What it calls
-python train.py or python -m fastgpt.NAME is fastgpt train or fastgpt NAME."""
+_FOOTER = "fastgpt COMMAND --help has the options and more examples."
 
 
 class Command(NamedTuple):

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fastgpt.common import UserError, nearest, number, unknown
+from fastgpt.common import UserError, as_typed, nearest, number, unknown
 
 AnyConfig = TypeVar("AnyConfig")
 
@@ -213,13 +213,14 @@ def show_help(
             usage.append(shown if option.default is MISSING else f"[{shown}]")
     parser = argparse.ArgumentParser(
         usage=" ".join(usage),
-        description=_filled(description or inspect.cleandoc(cls.__doc__ or ""), width),
+        description=_filled(as_typed(description or inspect.cleandoc(cls.__doc__ or ""), way=False), width),
         formatter_class=lambda prog: _Formatter(prog, width=width, max_help_position=26),
     )
     sections: dict[str, Any] = {"": parser}
     for option in known:
         name = group_of.get(option.name, option.section)
-        about: dict[str, Any] = {"help": f"{option.help} {option.note}".replace("%", "%%").strip()}
+        help = as_typed(option.help, way=False)
+        about: dict[str, Any] = {"help": f"{help} {option.note}".replace("%", "%%").strip()}
         if name not in sections:
             text = groups[name][0] if name in groups else inspect.cleandoc(hints[name].__doc__)
             text = text.split("\n\n")[0]  # the rest is for those who call the dataclass from Python

@@ -14,6 +14,7 @@ import shutil
 import signal
 import stat
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -296,8 +297,8 @@ def rounded(number: float, letters: str = "kMBT", gap: str = "") -> str:
 
 
 def millions(parameters: float) -> str:
-    """Parameters as nanoGPT prints them: 123.59M; of a tiny model 0.0035M, not 0.00M."""
-    return f"{parameters / 1e6:{'.2f' if parameters >= 1e5 else '.2g'}}M"
+    """Parameters as nanoGPT prints them: 123.59M; of a tiny model 3.5k, not 0.00M."""
+    return f"{parameters / 1e6:.2f}M" if parameters >= 1e5 else rounded(parameters)
 
 
 def gigabytes(size: float, digits: int = 1) -> str:
@@ -373,9 +374,24 @@ def run(main: Callable[[list[str]], int]) -> None:
 def report(error: UserError) -> None:
     """Print the one sentence; of a name that is a page long its ends."""
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    text = re.sub(r"\S{400,}", lambda word: f"{word[0][:80]}...{word[0][-40:]}", printable(str(error)))
+    text = re.sub(r"\S{400,}", lambda word: f"{word[0][:80]}...{word[0][-40:]}", printable(as_typed(str(error))))
     with suppress(OSError):  # a terminal that is gone
         print("\033[1;31merror:\033[0m" if coloured else "error:", text, file=sys.stderr)
+
+
+_COMMAND = re.compile(r"\bpython (?:-m fastgpt\.(?:data (?=prepare))?(\w+)|(train)\.py)")
+
+
+def as_typed(text: str, way: bool = True) -> str:
+    """The commands in a text of ours, ``python -m fastgpt.NAME`` and ``python train.py``, as they can be typed here:
+    ``fastgpt NAME`` where that was typed now, and, if ``way``, with the path of a Python, or fastgpt, that is not on PATH."""
+    ours = Path(sys.argv[0]).stem == "fastgpt"
+    program, names = (Path(sys.argv[0]), ["fastgpt"]) if ours else (Path(sys.executable), ["python", "python3"])
+    name = next((name for name in names if not way or shutil.which(name) == str(program)), None)
+    if name is None:
+        name = str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
+        name = f'"{name}"' if " " in name else name
+    return _COMMAND.sub(lambda m: f"{name} {m[1] or m[2]}" if ours else m[0].replace("python", name, 1), text)
 
 
 _CONTROL = dict.fromkeys({*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {*b"\t\n"})
@@ -391,8 +407,19 @@ def printable(text: str) -> str:
 
 
 def say(text: str, file: IO[str] | None = None) -> None:
-    """Print a line that may hold a name of somebody else's: of a file, a column, a host."""
-    print(printable(text), file=file, flush=True)
+    """Print a line that may hold a name of somebody else's: of a file, a column, a host. A terminal gets it broken between
+    words, a pipe whole."""
+    text, out = printable(text), file or sys.stdout
+    if out.isatty():
+        behind = " " * (len(text) - len(text.lstrip()) + 2)
+        text = textwrap.fill(
+            text,
+            shutil.get_terminal_size().columns,
+            subsequent_indent=behind,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    print(text, file=out, flush=True)
 
 
 class PlainConsole:

@@ -139,6 +139,14 @@ class ModelConfig:
             raise UserError(f"window_pattern is {self.window_pattern!r}: it must be made of S and L, such as SSSL")
 
     @property
+    def in_words(self) -> str:
+        """As commands print it."""
+        return (
+            f"layers {self.n_layer}, heads {self.n_head}, width {self.n_embd}, context {self.block_size}, "
+            f"vocabulary {self.vocab_size}"
+        )
+
+    @property
     def head_size(self) -> int:
         """Columns of a head."""
         return self.n_embd // self.n_head

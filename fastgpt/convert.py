@@ -96,8 +96,7 @@ def main(args: list[str]) -> int:
     if portable.optimizer is not None and portable.optimizer["state"] and to not in ("hf", "nanochat"):
         moved += ", optimizer state"
     common.say(f"{_NAMES[kind]} {config.source} -> {_NAMES[to]} {out}")
-    common.say(f"  {moved}, step {portable.step}, L{shape.n_layer} H{shape.n_head} C{shape.n_embd} "
-          f"T{shape.block_size} V{shape.vocab_size}")  # fmt: skip
+    common.say(f"  {moved}, step {portable.step}: {shape.in_words}")
     for note in notes:
         common.say(f"  note: {note}")
     if upload is not None:

@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
     while args and args[0].startswith("-"):
         option, *args = args
         if option in ("-h", "--help"):
-            print(HELP, end="")
+            print(common.as_typed(HELP, way=False), end="")
             return 0
         if option != "--fused-adamw":
             raise UserError(

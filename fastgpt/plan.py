@@ -134,7 +134,7 @@ def main(args: list[str]) -> int:
         console.print("\n[bold]nanoGPT config[/]\n")
         console.print(nanogpt_lines(fitting["nanogpt-compile"]), markup=False)
     if best.kernels != "nanogpt-compile":
-        console.print("\n[bold]fastgpt preset[/] (python train.py FILE.toml --data FOLDER)\n")
+        console.print(f"\n[bold]fastgpt preset[/] ({common.as_typed('python train.py FILE.toml --data FOLDER')})\n")
         console.print(preset(best, base), markup=False)
     return 0
 
@@ -184,8 +184,8 @@ def _head(best: RunPlan, card: cards.Gpu | None, vram_gb: float | None) -> str:
     desktop = max(0.0, total - CUDA_CONTEXT - margin - usable_vram(card, vram_gb))  # not -0.00
     gpus = f"{best.world_size} x " if best.world_size > 1 else ""
     return (
-        f"{millions(parameters)} parameters (excluding position embeddings)  L{model.n_layer} H{model.n_head} C{model.n_embd} "
-        f"T{model.block_size} V{model.vocab_size}  {best.tokens_per_step:,} tokens per step  {best.precision}\n"
+        f"{millions(parameters)} parameters (excluding position embeddings): {model.in_words}; "
+        f"{best.tokens_per_step:,} tokens per step, {best.precision}\n"
         f"{gpus}{best.gpu}: {on_box:g} GB on the box are {total / 1e9:.2f} x 10^9 bytes; less CUDA context "
         f"{CUDA_CONTEXT / 1e9:.2f}, desktop {desktop / 1e9:.2f}, margin {margin / 1e9:.2f}: {gigabytes(best.usable, 2)} usable"
     )

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from fastgpt import command
+from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError
 
@@ -185,6 +185,27 @@ def test_a_group_of_options_comes_first_in_its_own_order(capsys):
 def test_the_program_is_called_what_the_user_typed(argv, shown, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     assert command.program("fastgpt.sample") == shown
+
+
+@pytest.mark.parametrize(
+    ("typed", "on_path", "shown"),
+    [
+        ("train.py", "python", "python -m fastgpt.sample a, python train.py"),
+        ("train.py", "python3", "python3 -m fastgpt.sample a, python3 train.py"),
+        ("train.py", "other", ".venv/bin/python -m fastgpt.sample a, .venv/bin/python train.py"),
+        ("/opt/bin/fastgpt", "fastgpt", "fastgpt sample a, fastgpt train"),
+        (".venv/bin/fastgpt", "other", ".venv/bin/fastgpt sample a, .venv/bin/fastgpt train"),
+        ("C:/my tools/fastgpt.exe", "other", '"C:/my tools/fastgpt.exe" sample a, "C:/my tools/fastgpt.exe" train'),
+    ],
+)
+def test_the_commands_in_a_text_can_be_typed_here(typed, on_path, shown, monkeypatch):
+    python = str(Path.cwd() / ".venv/bin/python")
+    monkeypatch.setattr(sys, "argv", [typed])
+    monkeypatch.setattr(sys, "executable", python)
+    monkeypatch.setattr("shutil.which", {on_path: typed if on_path == "fastgpt" else python}.get)
+    assert common.as_typed("python -m fastgpt.sample a, python train.py") == shown
+    plain = "fastgpt prepare" if "fastgpt" in typed else "python -m fastgpt.data prepare"
+    assert common.as_typed("python -m fastgpt.data prepare", way=False) == plain
 
 
 def test_subcommands(capsys):

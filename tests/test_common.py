@@ -34,6 +34,7 @@ def test_counts_have_three_digits_and_a_letter(number, text):
 def test_figures_carry_their_unit():
     assert rounded(1.234e9, "kMGT", " ") + "B" == "1.23 GB" and rounded(12, "kMGT", " ") + "B" == "12 B"
     assert (millions(123_587_328), gigabytes(5.17e9), gigabytes(5.17e9, 2)) == ("123.59M", "5.2 GB", "5.17 GB")
+    assert (millions(1e5), millions(7_216)) == ("0.10M", "7.22k")
     assert (teraflops(58.31e12), percent(0.12894), percent(None)) == ("58.3 TFLOP/s", "12.9%", "n/a")
 
 

@@ -517,7 +517,9 @@ class TestWriting:
         nanogpt_checkpoint(tmp_path / "ckpt.pt")
         run(tmp_path / "ckpt.pt", tmp_path / "run", "--to", "fastgpt")
         out = capsys.readouterr().out
-        assert "0.0075M parameters, optimizer state, step 2, L2 H2 C16 T16 V40" in out
+        assert (
+            "7.49k parameters, optimizer state, step 2: layers 2, heads 2, width 16, context 16, vocabulary 40" in out
+        )
         assert "note: trained with the exact GELU" in out
 
     def test_what_stays_behind_is_said(self, tmp_path, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 
 from fastgpt.__main__ import COMMANDS
 from tests.shards import write_shard
+from tests.test_convert import fastgpt_run
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,12 +30,14 @@ CHANGING = (
     (r"(background, )[\d.]+", r"\1#"),
     (r"(?ms)^(text     ).*?(?=^out)", "\\1#\n"),
 )
+MACHINE = ((r"(?m)^(unused GPU|train uses|\w+)( +).*", r"\1\2#"),)
 
 
 def compare(name, shown, changing=()):
     for pattern, masked in changing:
         shown = re.sub(pattern, masked, shown)
     shown = "".join(line.rstrip() + "\n" for line in shown.splitlines())
+    assert name == "model-card" or max(map(len, shown.splitlines())) <= 80
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("GOLDEN") == "write":
         path.write_text(shown, encoding="utf-8")
@@ -73,16 +77,37 @@ def test_a_run_from_its_first_screen_to_its_last(kernels, capsys, monkeypatch, t
     compare(f"train-{kernels}", capsys.readouterr().out, CHANGING)
 
 
+def terminal(monkeypatch):
+    """One without colours. In a pipe the same lines are whole, however long."""
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+
 @pytest.mark.parametrize(
     "words",
     [
         "doctor docs/rtx4070-runs/train_fineweb_40m.py docs/rtx4070-runs/nanogpt-40m-fineweb.log --gpu rtx4070",
         "plan --gpu rtx4070 --model gpt2-124m --tokens 2.5B",
         "hardware rtx4070",
+        "env",
     ],
 )
 def test_a_report(words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    terminal(monkeypatch)
     name, *rest = words.split()
     importlib.import_module(COMMANDS[name].module).main(rest)
-    compare(name, capsys.readouterr().out)
+    shown = capsys.readouterr().out
+    compare(name, shown, MACHINE if name == "env" else ())
+
+
+def test_conversions_and_the_model_card(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    fastgpt_run(Path("runs/mine"))
+    terminal(monkeypatch)
+    convert = importlib.import_module("fastgpt.convert").main
+    assert convert(["runs/mine", "my-gpt2"]) == convert(["runs/mine", "ckpt.pt"]) == 0
+    shown = capsys.readouterr().out
+    compare("convert", shown)
+    compare("model-card", Path("my-gpt2/README.md").read_text("utf-8"))

@@ -414,7 +414,7 @@ def test_model_from_a_file_and_from_flags(capsys, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("[model]\nn_layer = 3\nblock_size = 512\n[data]\nbatch_size = 4\ngrad_accum = 5\n")
     out = run(capsys, "--gpu", "rtx4070", "--model", str(path), "--n-embd", "384", "--n-head", "6", "--bias", "True")
-    assert "L3 H6 C384 T512 V50304  10,240 tokens per step" in out
+    assert "layers 3, heads 6, width 384, context 512, vocabulary 50304; 10,240 tokens per step" in out
     assert "bias = true" in out
 
 
@@ -472,7 +472,7 @@ def test_no_gpu_and_none_named(monkeypatch):
 @pytest.mark.parametrize("card", ["t4", "v100"])
 def test_a_card_without_bf16_is_planned_in_fp16_without_the_kernels(capsys, card):
     printed = run(capsys, "--gpu", card)
-    assert "tokens per step  fp16" in printed and "dtype = 'float16'" in printed
+    assert "tokens per step, fp16" in printed and "dtype = 'float16'" in printed
     assert 'precision = "fp16"' in printed and 'kernels = "eager"' in printed and "compile = true" in printed
     assert f"triton: kernels is 'triton', which {cards.lookup(card).name}" in printed
     for flags in (["--kernels", "triton"], ["--precision", "bf16"]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgpt.common import styled
+from fastgpt.common import as_typed, styled
 from fastgpt.config import Config
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence, Machine, Place
@@ -37,7 +37,7 @@ def announce(findings: list[Finding], console: Console) -> None:
     """One line when clean, else one per finding and its config line."""
     if not findings:
         clean = "preflight: nothing found (python -m fastgpt.doctor can read the log, too)"
-        console.print(styled((clean, "dim")))
+        console.print(styled((as_typed(clean, way=False), "dim")))
         return
     for finding in findings:
         line = next((line for line in finding.advice.split("\n") if is_code(line)), "")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastgpt import anatomy
-from fastgpt.common import UserError, duration, gigabytes, millions, rounded, styled, teraflops
+from fastgpt.common import UserError, as_typed, duration, gigabytes, millions, rounded, styled, teraflops
 from fastgpt.config import EXPERIMENTAL, load_preset
 from fastgpt.data.tokenizer import CHARS
 from fastgpt.hardware import cards, requirements
@@ -64,8 +64,7 @@ def banner(console: Console, run: Run) -> None:
     # The doctor finds in a log what stands at the beginning of a row (doctor/reading/log_formats.toml).
     rows = {
         "model": f"{millions(anatomy.n_params(shape, positions=False))} parameters (excluding position embeddings): "
-        f"layers {shape.n_layer}, heads {shape.n_head}, width {shape.n_embd}, context {shape.block_size}, "
-        f"vocabulary {shape.vocab_size}",
+        f"{shape.in_words}",
         "data": _data(run),
         "step": f"{config.tokens_per_step:,} tokens: micro-batches of {run.micro_batch} x {shape.block_size}"
         + (f", {run.grad_accum} in a step" if run.grad_accum > 1 else ""),
@@ -120,7 +119,7 @@ def ending(run: Run, loss: float | None, text: str | None) -> Iterator[str]:
         "done": [done],
         "text": [line[: 80 - LABEL] for line in (text or "").strip().splitlines()[:6]],
         "out": [f"{out}: checkpoints, metrics.jsonl, config.json"],
-        "next": [f"python -m fastgpt.sample {word}", f"python -m fastgpt.plot {word}"],
+        "next": [as_typed(f"python -m fastgpt.{name} {word}") for name in ("sample", "plot")],
     }
     for name, lines in rows.items():
         for i, line in enumerate(lines):
