@@ -12,9 +12,6 @@ from fastgpt.doctor.findings import Finding, rank, registered_checks
 from fastgpt.doctor.reading.configs_fastgpt import in_fastgpts_names
 from fastgpt.hardware.cards import Gpu
 
-checks.load()
-
-
 OF_TRAINING = ("tokens_per_parameter", "dropout_on_large_corpus", "resume_schedule", "schedule", "curve")
 """Findings that mean nothing where eval_only trains nothing."""
 
@@ -35,6 +32,7 @@ class Diagnosis:
 
 def diagnose(evidence: Evidence, gpu: Gpu | None = None, corpus_tokens: int | None = None) -> Diagnosis:
     """Run every check. ``gpu``: the card of the run, None if it is not known. ``corpus_tokens``: of the training data."""
+    checks.load(begun=evidence.log is not None or evidence.checkpoint is not None)
     figures = compute(evidence, gpu, corpus_tokens)
     found = [finding for check in registered_checks() for finding in check(evidence, figures, gpu)]
     if evaluates_only(figures.config):

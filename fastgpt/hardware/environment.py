@@ -13,7 +13,6 @@ import torch
 from fastgpt import __version__
 from fastgpt.hardware.device import device_name, interprets
 from fastgpt.hardware.requirements import output
-from fastgpt.hardware.telemetry import telemetry
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +38,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _device(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"threads": torch.get_num_threads()}
+    from fastgpt.hardware.telemetry import telemetry
+
     props = torch.cuda.get_device_properties(device)
     moment = telemetry(device.index or 0)
     return {

@@ -25,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastgpt.common import UserError, first_line, report
-from fastgpt.training.watch import Watch, restart
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,8 @@ def connect(device: torch.device, patience: float = 60.0) -> Iterator[tuple[Worl
     if size == 1:
         yield World(), device
         return
+    from fastgpt.training.watch import Watch, restart
+
     store = _store(rank, size, patience)
     watch = Watch(store, rank, size, patience, end=partial(_end, size))
     before = signal.signal(signal.SIGTERM, _terminate)

@@ -46,7 +46,6 @@ from fastgpt.training.run import (
     smaller,
     zscore,
 )
-from fastgpt.training.tracing import traced
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -244,6 +243,8 @@ class _Loop:
         """What to call after a step: --profile's, on rank 0."""
         if not (self.settings.profile and self.world.is_main):
             return nullcontext(lambda: None)
+        from fastgpt.training.tracing import traced  # torch's profiler, which takes its time
+
         return traced(self.settings.out, self.state.device, self.say, self.news)
 
     def _stopping(self) -> bool:

@@ -17,11 +17,9 @@ from fastgpt.config import EXPERIMENTAL, load_preset
 from fastgpt.data.tokenizer import CHARS
 from fastgpt.hardware import cards, requirements
 from fastgpt.hardware.device import device_name
-from fastgpt.hardware.telemetry import telemetry
 from fastgpt.mfu import StepReport
 from fastgpt.performance.fitting import free_bytes
 from fastgpt.performance.memory import memory
-from fastgpt.performance.step_time import WAITING
 from fastgpt.training.run import Run
 
 if TYPE_CHECKING:
@@ -78,6 +76,8 @@ def banner(console: Console, run: Run) -> None:
         "out": str(config.train.out),
     }
     if projection is not None and run.stepper.graphs is None:
+        from fastgpt.performance.step_time import WAITING
+
         waiting = sum(op.ms for op in projection.operations if op.name == WAITING) / projection.ms_per_step
         if waiting >= 0.01:
             rows["host"] = (
@@ -216,7 +216,11 @@ def interval(run: Run, report: StepReport, losses: list[float], seconds_left: fl
     what is resident in this process now, None without psutil. Clock, power and temperature where nvidia-ml-py tells them."""
     rate, on_cuda = report.tokens_per_second, run.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(run.device) if on_cuda else _resident()
-    moment = telemetry(run.device.index or 0) if on_cuda else None
+    moment = None
+    if on_cuda:
+        from fastgpt.hardware.telemetry import telemetry
+
+        moment = telemetry(run.device.index or 0)
     return {
         "interval_loss": math.fsum(losses) / len(losses),
         "ms": report.ms_per_step,

@@ -16,7 +16,7 @@ from rich.console import Console
 from bench.reports import mfu_tables
 from fastgpt.config import EXPERIMENTAL, Precision, load_preset
 from fastgpt.doctor import figures
-from fastgpt.doctor.checks import vram
+from fastgpt.doctor.checks import environment
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
 from fastgpt.doctor.reading.configs_fastgpt import parse_fastgpt
@@ -175,10 +175,12 @@ def test_no_accumulation_in_fp32_is_claimed_of_them(precision):
 
 @pytest.mark.parametrize("facts, precision", [*((ours(p), p) for p in IN_FORCE), (config("dtype = 'float32'"), "fp32")])
 def test_memory_is_planned_in_it(facts, precision, monkeypatch):
-    asked, plan = [], vram.memory
-    monkeypatch.setattr(vram, "memory", lambda *args, **kw: asked.append(kw["precision"]) or plan(*args, **kw))
+    asked, plan = [], environment.predicted
+    monkeypatch.setattr(
+        environment, "predicted", lambda *args, **kw: asked.append(kw["precision"]) or plan(*args, **kw)
+    )
     numbers = found(facts)
-    assert vram.needed(numbers.shape, 8, numbers) and asked == [precision]
+    assert environment.bytes_needed(numbers.shape, 8, numbers) and asked == [precision]
 
 
 @pytest.mark.parametrize("precision, leave", [("bf16", False), ("fp16", True), ("fp16-fast", True), ("fp8", True)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fastgpt.doctor import checks
 from fastgpt.doctor import findings as findings_module
 from fastgpt.doctor.findings import rank
 from tests.doctor.runs import real_report
 
 
 def test_checks_register_themselves_in_the_order_of_the_documentation(monkeypatch):
+    checks.load(begun=True)
     names = [registered.__name__ for registered in findings_module.registered_checks()]
     assert len(names) == len(set(names)) == 41
     assert (names[0], names[-1]) == ("param_count_mismatch", "memory")

@@ -12,12 +12,10 @@ import numpy as np
 
 from fastgpt.common import rounded
 from fastgpt.config import EXPERIMENTAL
-from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, LogFacts, Place, Steps
-from fastgpt.doctor.figures import Figures, evaluation_interval, learning_rate, steady
-from fastgpt.doctor.findings import Confidence, Finding, check
+from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, Place, Steps
+from fastgpt.doctor.figures import Figures, learning_rate, steady
+from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
-
-MUCH_EVALUATION = 0.05
 
 
 def scatter(values: np.ndarray) -> float:
@@ -281,53 +279,3 @@ def throughput_drift(log: LogFacts, figures: Figures) -> Iterator[Finding]:
             extra,
             figures.hours(extra),
         )
-
-
-@check("curve", section=10)
-def evaluation_time(evidence: Evidence, figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
-    """More than a twentieth of the time spent on evaluations: as measured, else as counted from the config."""
-    share, how = figures.evaluation_share, "measured in the log"
-    confidence: Confidence = "certain"
-    if share is None:
-        share, confidence = counted_share(figures, evidence.log), "likely"
-        each = "both splits" if config.kind == "nanogpt" else "the validation split"
-        how = f"forward passes of {each} at a third of a training step's FLOPs"
-    if share is None or share <= MUCH_EVALUATION:
-        return
-    interval = evaluation_interval(config, evidence.log)
-    batches, total = config.get("eval_iters"), config.get("max_iters")
-    fewer = (
-        (1 / MUCH_EVALUATION - 1) * share / (1 - share) if share < 1 else math.inf
-    )  # by which evaluations have to shrink
-    longer = _round_up((interval or 1) * fewer) if fewer < 1e9 else 0
-    advice = f"eval_interval = {longer}"
-    if not longer or (total and longer > total / 2):  # too few would be left of them
-        advice = f"eval_iters = {max(1, int(batches / fewer))}" if batches else "Fewer batches per evaluation."
-    yield Finding(
-        "evaluation_time",
-        "warning",
-        f"{share:.0%} of the time goes into evaluations ({share * 24 * 60:.0f} minutes per day)",
-        figures.place("eval_interval", "eval_iters"),
-        f"One every {interval} steps" + (f", {batches} batches a split" if batches else "") + f" ({how}).",
-        advice,
-        confidence,
-        share,
-        figures.hours(share),
-    )
-
-
-def _round_up(number: float) -> int:
-    """The next number of two digits and zeros."""
-    unit = 10 ** max(0, int(math.log10(max(number, 1.0))) - 1)
-    return math.ceil(number / unit) * unit
-
-
-def counted_share(figures: Figures, log: LogFacts | None) -> float | None:
-    """Share of the time that evaluations will take, by their FLOPs; None where there is a log, or a setting is missing."""
-    interval, iters, batch = (figures.config.get(name) for name in ("eval_interval", "eval_iters", "batch_size"))
-    block, tokens = figures.config.get("block_size"), figures.tokens_per_step
-    if log is not None or not (interval and iters and batch and block and tokens):
-        return None
-    splits = 2 if figures.config.kind == "nanogpt" else 1
-    extra = splits * iters * batch * block / 3
-    return extra / (extra + interval * tokens)

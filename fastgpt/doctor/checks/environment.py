@@ -3,17 +3,21 @@ did not come to its end. Sentences that stay the same are in crashes.toml."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-from fastgpt.common import gigabytes, packaged_toml, shortened
-from fastgpt.doctor.checks import vram
+from fastgpt.anatomy import Shape
+from fastgpt.common import UserError, gigabytes, packaged_toml, shortened
+from fastgpt.config import ModelConfig
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place, Seen
 from fastgpt.doctor.figures import GEOMETRY, Figures
 from fastgpt.doctor.findings import Finding, check
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance.fitting import usable_vram
+from fastgpt.performance.memory import memory as predicted
 
 HERE = Place("this machine")
 TEXTS: dict[str, Any] = packaged_toml("fastgpt.doctor.checks", "crashes.toml")
@@ -74,7 +78,7 @@ def out_of_memory(log: LogFacts, figures: Figures, config: ConfigFacts) -> Itera
         [(notes[-1].place, notes[-1].text), *figures.place("batch_size", "gradient_accumulation_steps")],
         "Activations and logits grow with the micro-batch; weights and optimizer do not. Half the micro-batch at "
         "twice the accumulation is the same optimizer step.",
-        vram.lines(next(vram.geometries(figures, batch // 2)))
+        geometry_lines(next(geometries(figures, batch // 2)))
         if batch and batch > 1
         else "A shorter block_size, or a smaller model."
         if batch
@@ -137,21 +141,64 @@ def memory(evidence: Evidence, figures: Figures, config: ConfigFacts, gpu: Gpu |
     ran = evidence.log is not None and len(evidence.log.steps) > 1
     if gpu is None or shape is None or batch is None or ran:
         return
-    need, room = vram.needed(shape, batch, figures), usable_vram(gpu)
+    need, room = bytes_needed(shape, batch, figures), usable_vram(gpu)
     if need is None or need <= room:
         return
-    geometry = vram.fitting(shape, figures, gpu)
+    geometry = fitting_geometry(shape, figures, gpu)
     yield Finding(
         "too_little_vram",
         "critical",
         f"Micro-batch {batch} needs about {gigabytes(need)}; the {gpu.name} has {gigabytes(room)} to give",
         figures.place("batch_size", "gradient_accumulation_steps", "n_embd", "n_layer"),
-        f"A prediction (fastgpt.plan, {vram.kernels(figures)}): weights, gradients, optimizer, activations, logits or "
+        f"A prediction (fastgpt.plan, {planner_kernels(figures)}): weights, gradients, optimizer, activations, logits or "
         f"their chunks, workspace. Of the card's {gpu.vram_gb} GB the CUDA context, a desktop and a margin are taken "
         "off.",
-        f"{vram.lines(geometry)}\nthe same tokens per step; python -m fastgpt.plan shows every way."
+        f"{geometry_lines(geometry)}\nthe same tokens per step; python -m fastgpt.plan shows every way."
         if geometry
         else "A smaller model or block_size: one sequence does not fit.",
         "likely",
         cost=1.0,
     )
+
+
+# ---------------------------------------------------------------- what fits, as fastgpt.plan predicts it
+
+
+def planner_kernels(figures: Figures) -> str:
+    """Which of the planner's kernels the run uses: nanoGPT compiles unless told not to."""
+    if figures.config.kind == "fastgpt":
+        name = str(figures.config.get("kernels", "triton"))
+        return "compile" if name == "eager" and figures.config.get("compile") else name
+    return "nanogpt-compile" if figures.config.get("compile", True) else "eager"
+
+
+def bytes_needed(shape: Shape, micro_batch: int, figures: Figures) -> int | None:
+    """Bytes of a training step, predicted; None for a shape or kernels that the planner has no answer for."""
+    dropout = figures.config.get("dropout") or 0.0
+    precision = "fp32" if figures.precision == "tf32" else figures.precision
+    try:
+        model = ModelConfig(**asdict(shape), dropout=dropout if dropout < 1 else 0.0)
+        return predicted(model, micro_batch=micro_batch, kernels=planner_kernels(figures), precision=precision).total
+    except UserError:
+        return None
+
+
+def geometries(figures: Figures, largest: int) -> Iterator[tuple[int, int]]:
+    """Micro-batches from ``largest`` down, each with the accumulation that keeps the tokens per step."""
+    batch, accumulate = figures.config.get("batch_size"), figures.config.get("gradient_accumulation_steps") or 1
+    sequence_tokens = (batch or 0) * (figures.config.get("block_size") or 0)
+    if figures.tokens_per_step and sequence_tokens and figures.tokens_per_step % sequence_tokens == 0:
+        accumulate = figures.tokens_per_step // sequence_tokens  # the log's, where it says another
+    return ((size, batch * accumulate // size) for size in range(largest, 0, -1) if batch * accumulate % size == 0)
+
+
+def fitting_geometry(shape: Shape, figures: Figures, gpu: Gpu) -> tuple[int, int] | None:
+    """The largest of the run's ``geometries`` that fits; None if its batch is not known, or one sequence does not fit."""
+    room = usable_vram(gpu)
+    sizes = geometries(figures, figures.config.get("batch_size") or 0)
+    return next((found for found in sizes if (bytes_needed(shape, found[0], figures) or math.inf) <= room), None)
+
+
+def geometry_lines(geometry: tuple[int, int]) -> str:
+    """Config lines for a micro-batch and its accumulation."""
+    return f"batch_size = {geometry[0]}\ngradient_accumulation_steps = {geometry[1]}"

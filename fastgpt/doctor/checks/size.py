@@ -12,8 +12,9 @@ import numpy as np
 from fastgpt import anatomy
 from fastgpt.anatomy import Shape
 from fastgpt.common import gigabytes, millions, rounded
-from fastgpt.doctor.checks import scaling, vram
+from fastgpt.doctor.checks import scaling
 from fastgpt.doctor.checks.comments import agrees, claimed_sizes
+from fastgpt.doctor.checks.environment import bytes_needed, fitting_geometry, geometry_lines
 from fastgpt.doctor.evidence import ConfigFacts, Evidence, LogFacts, Place
 from fastgpt.doctor.figures import LARGEST_VOCABULARY, PRETRAINED, Figures
 from fastgpt.doctor.findings import Finding, check
@@ -110,7 +111,7 @@ def unknown_settings(figures: Figures, config: ConfigFacts) -> Iterator[Finding]
 
 def _fits(shape: Shape, figures: Figures, gpu: Gpu | None) -> bool:
     """Whether a shape fits the card in some micro-batch of the run's; True where that cannot be told."""
-    return gpu is None or not figures.config.get("batch_size") or vram.fitting(shape, figures, gpu) is not None
+    return gpu is None or not figures.config.get("batch_size") or fitting_geometry(shape, figures, gpu) is not None
 
 
 def _source(line: str) -> str:
@@ -145,7 +146,7 @@ def _consequences(figures: Figures, shape: Shape, other: Shape, gpu: Gpu | None)
         f"{before * ADAM_BYTES / 1e9:.2f} to {gigabytes(size * ADAM_BYTES, 2)}"
     )
     batch = figures.config.get("batch_size")
-    now, then = (vram.needed(s, batch, figures) if batch else None for s in (shape, other))
+    now, then = (bytes_needed(s, batch, figures) if batch else None for s in (shape, other))
     if now and then:
         text += f", all together from {now / 1e9:.1f} to {gigabytes(then)} at micro-batch {batch} (fastgpt.plan's "
         text += f"prediction; the {gpu.name} has {usable_vram(gpu) / 1e9:.1f} to give)" if gpu else "prediction)"
@@ -160,8 +161,10 @@ def _consequences(figures: Figures, shape: Shape, other: Shape, gpu: Gpu | None)
 
 def _geometry(figures: Figures, shape: Shape, gpu: Gpu | None) -> str:
     """Lines for the micro-batch, where the present one would not fit the larger model."""
-    geometry = vram.fitting(shape, figures, gpu) if gpu else None
-    return "" if geometry is None or geometry[0] == figures.config.get("batch_size") else vram.lines(geometry) + "\n"
+    geometry = fitting_geometry(shape, figures, gpu) if gpu else None
+    return (
+        "" if geometry is None or geometry[0] == figures.config.get("batch_size") else geometry_lines(geometry) + "\n"
+    )
 
 
 def _advice(change: tuple[str, Shape] | None, batch: str, gpu: Gpu | None) -> str:

@@ -117,28 +117,6 @@ def test_evaluations_are_no_slow_steps():
     assert faults(made(ms=ms, val=curve(12, noise=0.01))) == []
 
 
-def test_time_lost_to_evaluation_measured_and_counted():
-    ms = np.full(600, 1000.0)
-    ms[::5] = 31_000  # every 50 steps
-    finding = only(made(ms=ms, val=curve(120, noise=0.01), eval_every=50), "evaluation_time")
-    assert finding.confidence == "certain" and finding.cost == pytest.approx(30 / 80, abs=0.01)
-    counted = only(examine("eval_interval = 20\neval_iters = 200"), "evaluation_time")
-    assert counted.confidence == "likely" and "minutes per day" in counted.title
-    assert "evaluation_time" not in names(examine())
-    assert "evaluation_time" not in names(real_report("40m").findings)
-
-
-def test_the_count_from_the_config_agrees_with_the_real_measurement():
-    """2 x 200 batches of 16 every 500 steps: 0.83% by FLOPs, 0.78% measured."""
-    from fastgpt.doctor.checks.curve import counted_share
-    from fastgpt.doctor.evidence import Evidence
-    from fastgpt.doctor.figures import compute
-    from tests.doctor.runs import real
-
-    counted = counted_share(compute(Evidence(real("40m").config), None), None)
-    assert counted == pytest.approx(real_report("40m").figures.evaluation_share, rel=0.1)
-
-
 def test_scatter_is_a_standard_deviation_that_outliers_do_not_move():
     values = np.random.default_rng(0).normal(5.0, 2.0, 100_000)
     assert scatter(values) == pytest.approx(2.0, rel=0.02)

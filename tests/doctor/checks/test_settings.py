@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from fastgpt.doctor.checks.settings import counted_share
 from fastgpt.doctor.diagnosis import diagnose
 from fastgpt.doctor.evidence import Evidence
-from tests.doctor.runs import config, curve, examine, log, names, note, only, real_report
+from fastgpt.doctor.figures import compute
+from tests.doctor.runs import config, curve, examine, log, names, note, only, real, real_report
 
 
 def test_the_sound_config_is_clean():
@@ -118,3 +121,20 @@ def test_a_value_that_no_run_can_have_counts_as_unknown_and_is_listed(line):
 def test_a_setting_that_could_not_be_read_is_not_judged():
     assert "warmup_too_long" not in names(examine("warmup_iters = len(open('x').read())"))
     assert "min_lr_above_lr" not in names(examine("min_lr = compute()"))
+
+
+def test_time_lost_to_evaluation_measured_and_counted():
+    ms = np.full(600, 1000.0)
+    ms[::5] = 31_000  # every 50 steps
+    finding = only(examine(log=log(curve(600), ms=ms, val=curve(120, noise=0.01), eval_every=50)), "evaluation_time")
+    assert finding.confidence == "certain" and finding.cost == pytest.approx(30 / 80, abs=0.01)
+    counted = only(examine("eval_interval = 20\neval_iters = 200"), "evaluation_time")
+    assert counted.confidence == "likely" and "minutes per day" in counted.title
+    assert "evaluation_time" not in names(examine())
+    assert "evaluation_time" not in names(real_report("40m").findings)
+
+
+def test_the_count_from_the_config_agrees_with_the_real_measurement():
+    """2 x 200 batches of 16 every 500 steps: 0.83% by FLOPs, 0.78% measured."""
+    counted = counted_share(compute(Evidence(real("40m").config), None), None)
+    assert counted == pytest.approx(real_report("40m").figures.evaluation_share, rel=0.1)
