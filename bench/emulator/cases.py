@@ -36,6 +36,7 @@ from fastgpt.kernels import (
     fused_embedding,
     fused_layernorm,
     fused_linear,
+    fused_muon,
     fused_qk_rope,
     fused_rmsnorm,
     runtime,
@@ -140,7 +141,7 @@ def number_cases(arch: int) -> Iterator[Case]:
     for name, run in ops.cases():
         smaller = _smaller(run)
         direct = isinstance(run, partial) and run.func is fp8.launch_fp8_sweep  # no public operation: _fp8_sweep
-        if smaller is not None and not direct and (arch >= 89 or not name.startswith("fp8")):
+        if smaller is not None and not direct and _has(arch, name):
             yield Case(f"numbers {name}", partial(_with_numbers, smaller))
     for name, run in _more():
         yield Case(f"numbers {name}", partial(_with_numbers, run))
@@ -302,19 +303,25 @@ def _fp8_rounding(session: Emulation, rows: int = 70, K: int = 160) -> tuple[lis
     return problems, 0.0
 
 
-def kernels(arch: int) -> set[tuple[str, str]]:
-    """(file, function) of every kernel that the launch cases reach, small as they are here. Nothing is compiled or executed."""
+def kernels(arch: int, far: bool = False) -> set[tuple[str, str]]:
+    """(file, function) of every kernel that the launch cases reach, small as they are here, or that is tried with ``far``
+    addresses. Nothing is compiled or executed."""
+    runs = far_runs(arch).values() if far else (_smaller(run) for name, run in ops.cases() if _has(arch, name))
     found = set()
 
     def note(function: Any, *args: Any, **options: Any) -> None:
         found.add((function.module.rpartition(".")[2], function.__name__))
 
     with compile_for(arch), launched_by(note), recorded(Emulation(), numbers=False):
-        for name, run in ops.cases():
-            smaller = _smaller(run)
-            if smaller is not None and (arch >= 89 or not name.startswith("fp8")):
-                smaller()
+        for run in runs:
+            if run is not None:
+                run()
     return found
+
+
+def _has(arch: int, name: str) -> bool:
+    """Whether the card can run the launch case."""
+    return arch >= 89 or "fp8" not in name
 
 
 def _fp8_sweep(approximate: str, session: Emulation, rows: int = 70, C: int = 256) -> tuple[list[str], float]:
@@ -353,7 +360,7 @@ def shape_cases(arch: int) -> Iterator[Case]:
     options = {"ctas": CTAS, "fill": False}
     steps = [*audit_step.shipped_steps(), *audit_step.other_steps()]
     for name, run in (*ops.cases(), *ops.table_cases(arch), *steps):
-        if arch >= 89 or "fp8" not in name:
+        if _has(arch, name):
             yield Case(f"shapes {name}", partial(_sampled, run), options)
 
 
@@ -364,11 +371,14 @@ FAR = 2**31 + 2**21
 
 
 def far_cases(arch: int) -> Iterator[Case]:
+    options = {"ctas": CTAS, "fill": False, "twice": False, "sms": 2048}  # many SMs: a program loops over few rows
+    for name, run in far_runs(arch).items():
+        yield Case(f"far {name}", partial(_sampled, run), options)
+
+
+def far_runs(arch: int) -> dict[str, Callable[[], None]]:
     """Every launch that may have such tensors. The loss has none: it works in chunks of tokens."""
-    C, options = (
-        768,
-        {"ctas": CTAS, "fill": False, "twice": False, "sms": 2048},
-    )  # many SMs: a program loops over few rows
+    C = 768
     rows = FAR // C
 
     def far(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -422,9 +432,27 @@ def far_cases(arch: int) -> Iterator[Case]:
         with mock.patch.object(torch, "zeros_like", lambda x, **options: virtual(*x.shape, dtype=FP32)):  # the moments
             FusedAdamW([p], max_grad_norm=1.0).step()
 
+    def muon() -> None:
+        """One matrix, its direction by rows and by columns, and a batch for the iterations."""
+        hyper = torch.tensor([0.02, 0.95, 0.01], dtype=torch.float64)
+        shape = (FAR // 2048, 2048)
+        for tall in (False, True):
+            direction = virtual(*shape[:: -1 if tall else 1], dtype=BF16)
+            direction = direction.mT if tall else direction
+            p, grad, momentum = (virtual(*shape, dtype=FP32) for _ in range(3))
+            fused_muon.muon_momentum(grad, momentum, direction, hyper, nesterov=True)
+            copy = virtual(*shape, dtype=BF16)
+            fused_muon.muon_update(p, direction, hyper, 0.2, cautious=True, copy=copy)
+        batch = virtual(FAR // 256**2 + 1, 256, 256, dtype=BF16)
+        with mock.patch.object(torch.linalg, "vector_norm", lambda x, **options: torch.ones(len(x))):  # it reads all
+            fused_muon.orthogonalize(batch, steps=1)
+
     def quantised() -> None:
         a = fp8_launch.quantise(virtual(rows, C, dtype=BF16), fp8_launch.FORWARD)
         fp8_launch.matmul(a, fp8_launch.quantise(virtual(C, C, dtype=BF16), fp8_launch.FORWARD))
+        z, dy, out = (virtual(rows, C, dtype=BF16) for _ in range(3))
+        bounds = torch.ones(rows), torch.ones(()), None
+        fp8_launch.sweep(z, dy, out, a, (a.values, a.scale, *bounds), False, None)
 
     runs: dict[str, Callable[[], None]] = {
         "layer_norm": norm,
@@ -432,15 +460,14 @@ def far_cases(arch: int) -> Iterator[Case]:
         "attention": attend,
         "attention cache": cache,
     }
-    runs |= {"embedding": embed, "sweeps": sweep, "adamw": update, "qk_norm_rope": turn}
+    runs |= {"embedding": embed, "sweeps": sweep, "adamw": update, "qk_norm_rope": turn, "muon": muon}
     for kind in ("none", "bias", "residual", "gelu", "dgelu"):
         runs[f"linear fp16-fast {kind}"] = partial(product, kind, N=C, K=64, tokens=rows)
     for kind in ("weight_grad", "weight_grad_bias"):
         runs[f"linear fp16-fast {kind}"] = partial(product, kind, N=FAR // 2048, K=16, tokens=2048)
     if arch >= 89:
         runs["fp8"] = quantised
-    for name, run in runs.items():
-        yield Case(f"far {name}", partial(_sampled, run), options)
+    return runs
 
 
 # ---------------------------------------------------------------- training steps

@@ -28,6 +28,8 @@ from bench.emulator.memory import Findings, GlobalMemory, Span, Storage
 from fastgpt.common import cache_dir
 from fastgpt.kernels.offline import absent_gpu, launched_by
 
+LARGEST_GRID = 2**31 - 1, 2**16 - 1
+"""Programs along the first axis, and along either of the others: CUDA C++ Programming Guide, "Technical Specifications"."""
 parse = lru_cache(maxsize=64)(ptx.parse)  # a kernel and its functions are megabytes
 
 
@@ -177,6 +179,10 @@ def _execute(session: Emulation, function: Any, compiled: Any, bound: dict[str, 
     tensors = [(name, value) for name, _, value in given if isinstance(value, Tensor)]
     spans = _spans([*tensors, *((f"reachable[{i}]", x) for i, x in enumerate(session.reachable))])
     x, y, z = (*grid, 1, 1)[:3]
+    if x > LARGEST_GRID[0] or max(y, z) > LARGEST_GRID[1]:
+        raise RuntimeError(
+            f"{kernel.name}: a grid of {x} x {y} x {z}, and a GPU has at most 2^31 - 1 x 65,535 x 65,535"
+        )
     launch = machine.Grid(kernel, arguments, (x, y, z), threads, compiled.metadata.shared)
     chance = np.random.default_rng(session.seed)
     total = int(np.prod(grid, dtype=np.int64))

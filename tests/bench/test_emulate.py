@@ -29,7 +29,8 @@ with mock.patch.object(cases, "cases", lambda arch: [Case("numbers outside", out
 right = reference.layer_norm
 with mock.patch.object(reference, "layer_norm", lambda *args, **options: 1.01 * right(*args, **options)):
     wrong = cases.execute(norm, 89).problems
-print(json.dumps({"codes": codes, "wrong": wrong, "kernels": sorted(cases.kernels(89)), "sm_80": len(cases.kernels(80))}))
+print(json.dumps({"codes": codes, "wrong": wrong, "kernels": sorted(cases.kernels(89)), "sm_80": len(cases.kernels(80)),
+    "far": sorted(cases.kernels(89, far=True))}))
 """
 
 
@@ -65,6 +66,13 @@ def test_every_kernel_has_a_case(found):
     }
     assert {tuple(each) for each in found[1]["kernels"]} == kernels
     assert found[1]["sm_80"] == len(kernels) - 3, "all but those of fp8"
+    near = kernels - {tuple(each) for each in found[1]["far"]}
+    few = {
+        ("fused_cross_entropy", "rows_kernel"),
+        ("fused_attn", "document_extents_kernel"),
+        ("matmul", "sum_splits_kernel"),
+    }
+    assert near == few, "chunks of tokens, ids of documents, parts of a weight's gradient: less than 2^31 elements"
 
 
 def test_a_sample_of_the_day(tmp_path):
