@@ -449,10 +449,12 @@ def _launch(s: Step) -> None:
 
 
 def _begin(s: Step) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Gradients as they are after unscaling, what clipping multiplies them by, and whether the step happens; writes
-    ``grad_norm`` and ``skipped``."""
-    inverse_scale = 1.0 if s.grad_scale is None else 1.0 / s.grad_scale.squeeze()
-    grads = [g.to(m.dtype) * inverse_scale for g, m in zip(s.grads, s.exp_avgs)]
+    """Gradients as they are after unscaling (without a scale ``s.grads`` themselves), what clipping multiplies them by, and
+    whether the step happens; writes ``grad_norm`` and ``skipped``."""
+    grads = [g.to(m.dtype) for g, m in zip(s.grads, s.exp_avgs)]
+    if s.grad_scale is not None:
+        inverse_scale = 1.0 / s.grad_scale.squeeze()
+        grads = [g * inverse_scale for g in grads]
     norm = torch.nn.utils.get_total_norm(grads) if s.total is None else s.total.squeeze().sqrt()
     happens = torch.isfinite(norm)
     if s.found_inf is not None:
@@ -492,17 +494,17 @@ def _torchs(s: Step) -> None:
     """The same step for contiguous fp32 tensors on a CPU outside the interpreter, whose update is torch's own: a quarter of
     the time of the passes above."""
     grads, clip, happens = _begin(s)
-    torch._foreach_mul_(grads, float(clip))  # they are copies
-    torch._foreach_add_(s.steps, float(happens))
-    for group, (lr, beta1, beta2, eps, decay, _) in enumerate(s.hyper.tolist()):
-        members = [i for i, of in enumerate(s.group_of) if of == group]
-        every = (s.params, grads, s.exp_avgs, s.exp_avg_sqs, s.steps)
-        params, mine, exp_avgs, exp_avg_sqs, steps = ([tensors[i] for i in members] for tensors in every)
-        if members and happens:
-            torch._fused_adamw_(
-                params, mine, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay,
-                eps=eps, amsgrad=False, maximize=False,
-            )  # fmt: skip
+    if not happens:
+        return
+    torch._foreach_add_(s.steps, 1.0)
+    hyper, factor = s.hyper.tolist(), float(clip)
+    for i, (p, g, m, v, step) in enumerate(zip(s.params, grads, s.exp_avgs, s.exp_avg_sqs, s.steps)):
+        lr, beta1, beta2, eps, decay, _ = hyper[s.group_of[i]]
+        g = g * factor if factor < 1 else g  # one at a time: it is still in the cache when it is read
+        torch._fused_adamw_(
+            [p], [g], [m], [v], [], [step],
+            lr=lr, beta1=beta1, beta2=beta2, weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
     for i, copy in zip(s.copy_of, s.copies):
         copy.copy_(s.params[i])
 

@@ -75,10 +75,9 @@ def muon_groups(kinds: dict[str, list[nn.Parameter]], optim: OptimConfig) -> lis
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig, kernels: str) -> torch.optim.Optimizer:
-    """FusedAdamW for triton, torch's own (fused on CUDA) for eager: same maths, same state_dict. With ``--optimizer muon`` a
+    """FusedAdamW for triton, torch's own fused one for eager: same maths, same state_dict. With ``--optimizer muon`` a
     MuonAdamW of either. Clipping, where torch's AdamW is alone, is left to the caller."""
     clip, betas = optim.grad_clip or None, (optim.beta1, optim.beta2)
-    first = next(model.parameters())
     if optim.optimizer == "muon":
         from fastgpt.optim.muon import Muon, MuonAdamW
 
@@ -93,12 +92,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, kernels: str) -> torch
             normuon=optim.muon_normuon,
             fused=kernels == "triton",
         )
-        # torch's takes MuonAdamW's flags only in its fused form, which knows no DTensors on a CPU.
-        rest = _adamw(
-            _groups(kinds, optim), optim.lr, betas, kernels, fused=first.is_cuda or not isinstance(first, DTensor)
-        )
-        return MuonAdamW(muon, rest, max_grad_norm=clip)
-    return _adamw(parameter_groups(model, optim), optim.lr, betas, kernels, fused=first.is_cuda, max_grad_norm=clip)
+        return MuonAdamW(muon, _adamw(_groups(kinds, optim), optim.lr, betas, kernels), max_grad_norm=clip)
+    return _adamw(parameter_groups(model, optim), optim.lr, betas, kernels, max_grad_norm=clip)
 
 
 def _adamw(
@@ -106,12 +101,12 @@ def _adamw(
     lr: float,
     betas: tuple[float, float],
     kernels: str,
-    *,
-    fused: bool,
     max_grad_norm: float | None = None,
 ) -> torch.optim.Optimizer:
     if kernels == "triton":
         from fastgpt.optim.adamw import FusedAdamW
 
         return FusedAdamW(groups, lr=lr, betas=betas, eps=1e-8, max_grad_norm=max_grad_norm)
+    first = groups[0]["params"][0]
+    fused = first.is_cuda or not isinstance(first, DTensor)  # torch's fused one knows no DTensors on a CPU
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=fused)
