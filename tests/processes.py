@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp"])
+FORKS.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"])
 
 
 def ensure_server():

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastgpt.checkpoints.folder import previous_good
-from fastgpt.checkpoints.read import Damaged, Source, Stored, open_directory
+from fastgpt.checkpoints.read import Damaged, Source, open_directory
 from fastgpt.checkpoints.tree import join, references
 from fastgpt.checkpoints.write import own_rank
 from fastgpt.common import UserError, shortened
@@ -54,9 +54,9 @@ def load(
         tree = {key: item for key, item in {**source.state, **own}.items() if key not in without}
         if only is not None:
             tree = {key: item for key, item in tree.items() if key in only}
-        saved = source.tensors
-        targets = {n: torch.empty(saved[n].shape, dtype=saved[n].dtype) for n in set(references(tree))}
-        source.into(targets)
+        saved = source.reader.tensors
+        targets = {n: torch.empty(saved[n].size, dtype=saved[n].properties.dtype) for n in set(references(tree))}
+        source.reader.into(targets)
         found = join(tree, targets)
         _check(found)
         return {**found, "step": source.step, "world_size": len(source.ranks)}
@@ -126,7 +126,7 @@ def load_into(path: Path, model: nn.Module, optimizer: Optimizer | None = None, 
         for reference, tensor in chain(weights, moments.items()):
             if targets.setdefault(reference, tensor) is not tensor:
                 twins.append((reference, tensor))
-        source.into(targets)
+        source.reader.into(targets)
     for reference, tensor in twins:  # tied in the checkpoint: one tensor there, maybe two here
         tensor.copy_(targets[reference])
     if optimizer is not None:
@@ -143,8 +143,8 @@ def _weights(source: Source, model: nn.Module) -> list[tuple[str, Tensor]]:
     wrong = [f"{name} is missing" for name in wanted if name not in saved]
     wrong += [f"{name} is not in the model" for name in saved if name not in wanted]
     for name in wanted.keys() & saved.keys():
-        there, here = source.tensors[saved[name]], wanted[name]
-        if (old := _described(there)) != (new := _described(here)):
+        there, here = source.reader.tensors[saved[name]], wanted[name]
+        if (old := _described(there.size, there.properties.dtype)) != (new := _described(here.shape, here.dtype)):
             wrong.append(f"{name}: {old} -> {new}")
     if wrong:
         raise UserError(
@@ -173,24 +173,22 @@ def _optimizer_state(
             continue
         states[index] = state
         for reference in references(state):
-            saved = source.tensors[reference]
-            if saved.shape == ():
-                like = torch.empty(())
-            elif saved.shape == parameter.shape:
-                like = parameter  # and sharded as it is
-            elif parameter.dim() == 2 and saved.shape == (len(parameter), 1):  # one value per row: NorMuon's
-                like = parameter[:, :1]
-            else:
+            meta = source.reader.tensors[reference]
+            by_row = parameter.dim() == 2 and meta.size == (len(parameter), 1)  # one value per row: NorMuon's
+            if meta.size and meta.size != parameter.shape and not by_row:
                 raise UserError(
-                    f"optimizer state {reference} is {tuple(saved.shape)} for {names[parameter]} of {tuple(parameter.shape)}: "
+                    f"optimizer state {reference} is {tuple(meta.size)} for {names[parameter]} of {tuple(parameter.shape)}: "
                     "give the model the checkpoint's shape"
                 )
-            targets[reference] = torch.empty_like(like, dtype=saved.dtype)
+            like = (
+                parameter[:, :1] if by_row else parameter if meta.size else torch.empty(())
+            )  # sharded as its parameter is
+            targets[reference] = torch.empty_like(like, dtype=meta.properties.dtype)
     return states, targets
 
 
-def _described(tensor: Stored | Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]}"
+def _described(size: torch.Size, dtype: torch.dtype) -> str:
+    return f"{tuple(size)} {str(dtype)[6:]}"
 
 
 @contextmanager

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
 
-from fastgpt.checkpoints.tree import Shard, shard_of
 from fastgpt.common import UserError, file_sha256, load_json, shortened
 
 FORMAT = 2
@@ -76,49 +88,95 @@ def read_member(path: Path, name: str) -> Any:
         raise Damaged(f"{name} is not JSON") from error
 
 
-class Chunk(NamedTuple):
-    """A part of a tensor, and where it is stored."""
+class Reader(StorageReader):
+    """DCP's storage interface for a checkpoint's directory. ``tensors`` (dtype, shape, parts) is known without reading one."""
 
-    offsets: tuple[int, ...]
-    """Where it begins in the tensor."""
-    sizes: tuple[int, ...]
-    file: str
-    key: str
-    """Its name in the file."""
-
-
-class Stored(NamedTuple):
-    """A tensor of a checkpoint, known without reading it."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    chunks: list[Chunk]
-
-
-def _table(path: Path) -> dict[str, Stored]:
-    """tensors.json. Raises Damaged."""
-    tensors = {}
-    try:
-        for name, entry in read_member(path, "tensors.json").items():
-            shape = torch.Size(entry["shape"])
-            chunks = [Chunk(tuple(c["offsets"]), tuple(c["sizes"]), c["file"], c["key"]) for c in entry["chunks"]]
-            for chunk in chunks:
-                if not _DATA_FILE.fullmatch(chunk.file):
-                    raise Damaged(f"tensors.json names a file {chunk.file!r}")
-                if not len(chunk.offsets) == len(chunk.sizes) == len(shape):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.chunks: dict[MetadataIndex, dict[str, Any]] = {}
+        self.tensors: dict[str, TensorStorageMetadata] = {}
+        try:
+            for name, entry in read_member(path, "tensors.json").items():
+                shape = torch.Size(entry["shape"])
+                chunks = [
+                    ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"])) for c in entry["chunks"]
+                ]
+                for chunk, stored in zip(chunks, entry["chunks"]):
+                    if not _DATA_FILE.fullmatch(stored["file"]):
+                        raise Damaged(f"tensors.json names a file {stored['file']!r}")
+                    self.chunks[MetadataIndex(name, chunk.offsets)] = stored
+                if not all(len(chunk.offsets) == len(chunk.sizes) == len(shape) for chunk in chunks):
                     raise Damaged(f"tensors.json has a part of {name} of other dimensions")
-            if sum(math.prod(chunk.sizes) for chunk in chunks) != shape.numel() or not _apart(chunks, shape):
-                raise Damaged(f"tensors.json has parts of {name} that are not the whole")
-            tensors[name] = Stored(DTYPES[entry["dtype"]], shape, chunks)
-        claimed = sum(stored.shape.numel() * stored.dtype.itemsize for stored in tensors.values())
-        if claimed > sum(file.stat().st_size for file in path.glob("tensors-*.safetensors")):
-            raise Damaged("tensors.json claims more than the files hold")  # before anyone allocates it
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise Damaged("tensors.json is not a table of tensors") from error
-    return tensors
+                if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape) or not _apart(chunks, shape):
+                    raise Damaged(f"tensors.json has parts of {name} that are not the whole")
+                self.tensors[name] = TensorStorageMetadata(
+                    TensorProperties(dtype=DTYPES[entry["dtype"]]), shape, chunks
+                )
+            claimed = sum(math.prod(t.size) * t.properties.dtype.itemsize for t in self.tensors.values())
+            if claimed > sum(file.stat().st_size for file in path.glob("tensors-*.safetensors")):
+                raise Damaged("tensors.json claims more than the files hold")  # before anyone allocates it
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise Damaged("tensors.json is not a table of tensors") from error
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        pass
+
+    def read_metadata(self) -> Metadata:
+        return Metadata(state_dict_metadata=dict(self.tensors), storage_data=self.chunks)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[Any]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.chunks[item.storage_index]["file"], []).append(item)
+        for name, items in by_file.items():
+            from safetensors import safe_open
+
+            with safe_open(self.path / name, framework="pt") as file:
+                for item in items:
+                    stored = self.chunks[item.storage_index]
+                    key, held = stored["key"], file.get_slice(stored["key"])
+                    if held.get_shape() != stored["sizes"]:
+                        raise Damaged(f"{name} holds {key} in another shape than tensors.json says")
+                    region = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths))
+                    value = held[region] if region else file.get_tensor(key)
+                    if value.dtype != self.tensors[item.storage_index.fqn].properties.dtype:
+                        raise Damaged(f"{name} holds {key} in another dtype than tensors.json says")
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(value)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+    def into(self, targets: dict[str, Tensor]) -> None:
+        """Fill ``targets`` (whole or sharded tensors, on any device) in place. Every rank reads just its own part, with no
+        communication. Raises Damaged."""
+        from safetensors import SafetensorError
+
+        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            dcp.load(targets, storage_reader=self, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if isinstance(cause, (SafetensorError, OSError)):
+                raise Damaged(f"its tensors cannot be read ({cause})") from cause
+            raise cause from None
 
 
-def _apart(chunks: list[Chunk], shape: torch.Size) -> bool:
+def _apart(chunks: list[ChunkStorageMetadata], shape: torch.Size) -> bool:
     """Whether the parts of a tensor lie inside of it and none on another: together with their size, that they are the whole."""
     if len(chunks) > MOST_PARTS:
         return False
@@ -129,63 +187,25 @@ def _apart(chunks: list[Chunk], shape: torch.Size) -> bool:
 
 
 class Source(NamedTuple):
-    """A checkpoint opened for reading: its plain part, and the table of its tensors."""
+    """A checkpoint opened for reading: its plain part, and a reader of its tensors."""
 
-    path: Path
     step: int
     state: dict[str, Any]
     """JSON tree; tensors are references."""
     ranks: list[dict[str, Any]]
     """Each saving rank's own JSON tree."""
-    tensors: dict[str, Stored]
-
-    def into(self, targets: dict[str, Tensor]) -> None:
-        """Fill ``targets`` (whole or sharded tensors, on any device) in place. Every rank reads just its own part, with no
-        communication. Raises Damaged."""
-        import safetensors
-
-        by_file: dict[str, list[tuple[Stored, Chunk, Shard]]] = {}
-        for name, target in targets.items():
-            stored, part = self.tensors[name], shard_of(target.detach())
-            for chunk in stored.chunks:
-                by_file.setdefault(chunk.file, []).append((stored, chunk, part))
-        try:
-            for name, wanted in by_file.items():
-                with safetensors.safe_open(self.path / name, framework="pt") as file:
-                    for stored, chunk, part in wanted:
-                        _copy(file, stored, chunk, part)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise Damaged(f"its tensors cannot be read ({error})") from error
-
-
-def _copy(file: Any, stored: Stored, chunk: Chunk, part: Shard) -> None:
-    """Read from an open safetensors file what ``part`` needs of ``chunk``."""
-    low = [max(ours, theirs) for ours, theirs in zip(part.offsets, chunk.offsets)]
-    ends = zip(part.offsets, part.local.shape, chunk.offsets, chunk.sizes)
-    high = [min(ours + n, theirs + m) for ours, n, theirs, m in ends]
-    if any(a >= b for a, b in zip(low, high)):
-        return
-    held = file.get_slice(chunk.key)
-    if held.get_shape() != list(chunk.sizes):
-        raise Damaged(f"{chunk.file} holds {chunk.key} in another shape than tensors.json says")
-    here, there = (
-        tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets)) for offsets in (chunk.offsets, part.offsets)
-    )
-    value = held[here] if here else file.get_tensor(chunk.key)
-    if value.dtype != stored.dtype:
-        raise Damaged(f"{chunk.file} holds {chunk.key} in another dtype than tensors.json says")
-    part.local[there].copy_(value)
+    reader: Reader
 
 
 def open_directory(path: Path, verify_all: bool) -> Source:
     """Raises Damaged. Without ``verify_all``, only the two JSON files are known to be whole."""
     if verify_all:
         verify(path)
-    header, tensors = read_member(path, "state.json"), _table(path)
+    header, reader = read_member(path, "state.json"), Reader(path)
     try:
         step, state, ranks = header["step"], header["state"], header["ranks"]
         if type(step) is not int or step < 0 or not all(isinstance(part, dict) for part in (state, *ranks)):
             raise Damaged(f"state.json says that step is {shortened(step)}, or its parts are not tables")
-        return Source(path, step, state, ranks, tensors)
+        return Source(step, state, ranks, reader)
     except (KeyError, TypeError, ValueError) as error:
         raise Damaged("state.json is not a fastgpt checkpoint's") from error

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastgpt.checkpoints.folder import clean, last_saved, rotate
-from fastgpt.checkpoints.tree import Shard, shard_of, split
-from fastgpt.checkpoints.write import has_group, own_rank, write
+from fastgpt.checkpoints.tree import split
+from fastgpt.checkpoints.write import Shard, has_group, own_rank, write
 from fastgpt.common import first_line, why_unwritten
 
 
@@ -39,15 +40,23 @@ class Staging:
         self._buffers: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def copy(self, parts: Mapping[str, Shard]) -> dict[str, Shard]:
-        """The values at this point of the current stream; waits until they are on the host."""
-        copies = {}
-        for name, part in parts.items():
-            host = self._buffer(name, part.local)
-            copies[name] = part._replace(local=host.copy_(part.local, non_blocking=True))
-        for device in {part.local.device for part in parts.values() if part.local.is_cuda}:
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Shard]:
+        """The tensors' values at this point of the current stream; waits until they are on the host."""
+        copies: dict[str, Tensor | Shard] = {}
+        devices = set()
+        for name, tensor in tensors.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            host = self._buffer(name, local)
+            host.copy_(local, non_blocking=True)
+            devices |= {local.device} if local.is_cuda else set()
+            if isinstance(tensor, DTensor):
+                [chunk] = tensor.__create_chunk_list__()  # fully_shard gives each rank one piece
+                copies[name] = Shard(host, tensor.shape, chunk)
+            else:
+                copies[name] = host
+        for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        for name in self._buffers.keys() - parts.keys():
+        for name in self._buffers.keys() - tensors.keys():
             del self._buffers[name]
         return copies
 
@@ -100,8 +109,8 @@ class AsyncSaver:
         Raises TypeError for a state that is not tensors and plain values, whatever torch raises while copying, and nothing
         else."""
         self.wait()
-        header, own, parts = _parts(step, state, is_best)
-        copies = self._staging.copy(parts)
+        header, own, tensors = _parts(step, state, is_best)
+        copies = self._staging.copy(tensors)
         self._thread = threading.Thread(
             target=self._run, args=(step, header, own, copies), name=f"checkpoint-{step}", daemon=True
         )
@@ -132,7 +141,7 @@ class AsyncSaver:
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.wait()
 
-    def _run(self, step: int, header: dict[str, Any], own: Any, copies: dict[str, Shard]) -> None:
+    def _run(self, step: int, header: dict[str, Any], own: Any, copies: dict[str, Any]) -> None:
         start = time.perf_counter()
         try:
             path = self._saved = write(self.folder, step, header, own, copies, self._group)
@@ -152,8 +161,8 @@ class AsyncSaver:
             self._news.append(f"older checkpoints in {self.folder} cannot be deleted ({error.strerror})")
 
 
-def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str, Any], Any, dict[str, Shard]]:
-    """(content of state.json, this rank's own tree, its parts of tensors by name) of a state."""
+def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """(content of state.json, this rank's own tree, tensors by name) of a state."""
     tree, tensors = split({key: value for key, value in state.items() if key != "rng"})
     own, own_tensors = split({"rng": state["rng"]} if "rng" in state else {}, f"rank{own_rank()}")
     loss = state["best_val_loss"] if is_best else None
@@ -163,7 +172,7 @@ def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str
         "versions": {"torch": str(torch.__version__), "python": platform.python_version()},
         "state": tree,
     }
-    return header, own, {name: shard_of(tensor) for name, tensor in {**tensors, **own_tensors}.items()}
+    return header, own, {**tensors, **own_tensors}
 
 
 def _failure(folder: Path, step: int, error: BaseException) -> str:

@@ -8,9 +8,9 @@ with two references. Nothing in a tree can name code: it is numbers, strings, li
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 _TENSOR, _TUPLE, _ITEMS = "$tensor", "$tuple", "$items"
@@ -70,26 +70,9 @@ def references(tree: Any) -> Iterator[str]:
             yield from references(item)
 
 
-class Shard(NamedTuple):
-    """What this process has of a tensor: all of it, or its shard."""
-
-    local: Tensor
-    offsets: tuple[int, ...]
-    """Where ``local`` begins in the whole."""
-    shape: Size
-    """The whole tensor's."""
-
-
-def shard_of(tensor: Tensor) -> Shard:
-    if not isinstance(tensor, DTensor):
-        return Shard(tensor, (0,) * tensor.dim(), tensor.shape)
-    [chunk] = tensor.__create_chunk_list__()  # fully_shard gives each rank one piece
-    return Shard(tensor.to_local(), tuple(chunk.offsets), tensor.shape)
-
-
 def _memory(tensor: Tensor) -> Any:
     """Equal for two tensors exactly if they are the same numbers in the same memory."""
-    local = shard_of(tensor).local
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if not local.numel():
         return id(tensor)
     return local.device, local.data_ptr(), local.dtype, local.shape, local.stride(), tensor.shape

@@ -86,7 +86,7 @@ def _from_folder(path: Path) -> tuple[Source, Shapes, list[str]]:
 
     try:
         source = open_directory(path, verify_all=False)
-        shapes = {name: tuple(found.shape) for name, found in source.tensors.items()}
+        shapes = {name: tuple(found.size) for name, found in source.reader.tensors.items()}
         not_finite = _not_finite(_parts(source))
     except (Damaged, SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is damaged or cannot be read: {first_line(error)}") from error
@@ -98,10 +98,10 @@ def _parts(source: Source) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model, in the parts in which its ranks saved them."""
     from safetensors import safe_open
 
-    for name, stored in source.tensors.items():
-        for chunk in stored.chunks if name.startswith("model.") else ():
-            with safe_open(source.path / chunk.file, framework="pt") as file:
-                yield name.removeprefix("model."), file.get_tensor(chunk.key)
+    for index, stored in source.reader.chunks.items():
+        if index.fqn.startswith("model."):
+            with safe_open(source.reader.path / stored["file"], framework="pt") as file:
+                yield index.fqn.removeprefix("model."), file.get_tensor(stored["key"])
 
 
 def _load(path: Path) -> Any:
