@@ -29,7 +29,8 @@ def output(*command: str, cwd: Path | None = None) -> str:
 def unused_gpu() -> str | None:
     """Why torch does not see the NVIDIA card that the driver lists, and what to do about it. None if it sees one, or was told
     not to (CUDA_VISIBLE_DEVICES), or no driver lists any."""
-    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or visible in ("", "-1", "NoDevFiles"):  # the last is Slurm's
         return None
     listed = output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines()
     if not listed:
@@ -43,6 +44,9 @@ def unused_gpu() -> str | None:
         why = "no reason is given"
     except Exception as error:
         why = first_line(error).split(". ")[0]
+    if visible is not None and why.startswith("No CUDA GPUs"):
+        hides = f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides it"
+        return f"this machine has an {name}, but {hides}: unset it, or name a GPU that nvidia-smi -L lists"
     return (
         f"{build}, built for CUDA {torch.version.cuda}, cannot use it with driver {driver} ({why}): update the driver and "
         "restart, or install a build of torch for an older CUDA, https://pytorch.org/get-started"
@@ -89,19 +93,21 @@ def no_compiler(plain: str = "--kernels eager") -> str | None:
     first launch; None if it has both. triton-windows brings its own."""
     if sys.platform != "linux":
         return None
-    missing = []
-    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
-        missing.append("gcc")
+    missing, chosen = {}, os.environ.get("CC")
+    if not any(map(shutil.which, ["gcc", "clang"] if chosen is None else [chosen])):  # triton takes CC for one program
+        missing["gcc"] = "no C compiler" if chosen is None else f"no C compiler {chosen!r}, which CC names,"
     # Where triton looks, and where CPATH has the compiler look.
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     folders = [sysconfig.get_paths(scheme)["include"], *os.environ.get("CPATH", "").split(os.pathsep)]
     if not any(Path(folder, "Python.h").exists() for folder in folders):
-        missing.append(f"python{sys.version_info.major}.{sys.version_info.minor}-dev")
+        missing[f"python{sys.version_info.major}.{sys.version_info.minor}-dev"] = "no Python.h"
     if not missing:
         return None
-    what = " and ".join("no C compiler" if package == "gcc" else "no Python.h" for package in missing)
+    remedy = f"sudo apt install {' '.join(missing)}" + (
+        " and unset CC" if chosen is not None and "gcc" in missing else ""
+    )
     without = f", or {plain}" if plain else ""
-    return f"Triton finds {what} to build its kernels' launcher with: sudo apt install {' '.join(missing)}{without}"
+    return f"Triton finds {' and '.join(missing.values())} to build its kernels' launcher with: {remedy}{without}"
 
 
 def no_cpp_compiler() -> str | None:

@@ -63,7 +63,19 @@ def test_a_driver_that_is_too_old_is_named_with_torchs_own_reason(seen, monkeypa
     assert "(found version 12020)): update the driver" in said
 
 
-@pytest.mark.parametrize("hide", ["", "-1"])
+def test_a_variable_that_hides_the_card_is_named(seen, monkeypatch):
+    seen(CARD, cuda="13.0")
+
+    def init():
+        raise RuntimeError("No CUDA GPUs are available")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    said = "this machine has an NVIDIA GeForce RTX 4070, but CUDA_VISIBLE_DEVICES is '1', which hides it: unset it, or name"
+    assert refused().startswith(said)
+
+
+@pytest.mark.parametrize("hide", ["", "-1", "NoDevFiles"])
 def test_a_card_that_is_hidden_and_a_device_that_is_chosen_are_obeyed(seen, monkeypatch, hide):
     seen(CARD)
     assert device.pick("cpu", "eager").type == "cpu"
@@ -128,8 +140,9 @@ def test_a_compiler_of_the_users_own_counts(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "/opt/cc")
     monkeypatch.setenv("CPATH", str(tmp_path))
     assert requirements.no_compiler() is None
-    monkeypatch.setenv("CC", "/opt/gone")
-    assert "no C compiler" in requirements.no_compiler()
+    monkeypatch.setenv("CC", "ccache gcc")
+    said = "Triton finds no C compiler 'ccache gcc', which CC names, to build its kernels' launcher with: sudo apt install gcc"
+    assert requirements.no_compiler("") == f"{said} and unset CC"
 
 
 @pytest.mark.parametrize("capability, fits", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
