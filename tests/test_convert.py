@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -481,6 +482,37 @@ class TestWriting:
         nanogpt_checkpoint(tmp_path / "ckpt.pt")
         run(tmp_path / "ckpt.pt", tmp_path / "theirs", "--to", "hf")
         assert "| best validation loss | 3.2500 nats per token |" in (tmp_path / "theirs" / "README.md").read_text()
+
+    def test_the_model_card_names_data_that_is_known_and_says_nothing_else_of_it(self, tmp_path):
+        """Neither a path of the author's, nor, of a model that was converted, our own defaults."""
+
+        def card(source):
+            run(source, tmp_path / "hf", "--to", "hf")
+            text = (tmp_path / "hf" / "README.md").read_text()
+            shutil.rmtree(tmp_path / "hf")
+            return text
+
+        fastgpt_run(tmp_path / "run")
+        portable = any.read(str(tmp_path / "run"))[1]
+        assert "| trained on | the source code of Python's standard library (licence of the text: PSF-2.0) |" in card(
+            tmp_path / "run"
+        )
+        for source, said in (
+            ("hf:HuggingFaceFW/fineweb", "HuggingFaceFW/fineweb (licence of the text: ODC-By 1.0)"),
+            ("/home/me/x", "not stated"),
+        ):
+            (tmp_path / "manifest.json").write_text(json.dumps({"source": source}))
+            portable.extras["fastgpt"]["config"]["data"]["data"] = str(tmp_path)
+            shutil.rmtree(tmp_path / "run")
+            own.write(tmp_path / "run", portable)
+            shown = card(tmp_path / "run")
+            assert f"| trained on | {said} |" in shown and "/home" not in shown and str(tmp_path) not in shown
+            assert ("datasets:\n- HuggingFaceFW/fineweb\n---" in shown) == ("fineweb" in source)
+        nanogpt_checkpoint(tmp_path / "ckpt.pt")
+        run(tmp_path / "ckpt.pt", tmp_path / "ours", "--to", "fastgpt")
+        assert "| trained on | not stated |" in card(tmp_path / "ours") and "learning rate" not in card(
+            tmp_path / "ours"
+        )
 
     def test_push_uploads_the_folder_with_a_card_of_that_name(self, tmp_path, monkeypatch, capsys):
         calls = hub(monkeypatch)

@@ -47,6 +47,7 @@ def diagnose(evidence: Evidence, gpu: Gpu | None = None, corpus_tokens: int | No
 def _not_checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> list[str]:
     """One sentence for each group of findings that the evidence leaves open."""
     log, settings = evidence.log, figures.config.settings
+    on_cpu = bool(log and log.all("cpu")) or str(figures.config.get("device")).startswith("cpu")
     out = []
     if not settings:
         out.append(
@@ -72,14 +73,14 @@ def _not_checked(evidence: Evidence, figures: Figures, gpu: Gpu | None) -> list[
             out.append("Speed and MFU: the log has no times of iterations without an evaluation.")
         elif figures.gpus is None and "gpus" in figures.assumed:
             out.append(figures.assumed["gpus"])
-        elif figures.mfu_nanogpt is None and not figures.config.foreign_model:
+        elif figures.mfu_nanogpt is None and not figures.config.foreign_model and not on_cpu:
             out.append("MFU: the model's shape and tokens per step are not in the log: give the config.")
         if figures.val_minus_train is None:
             out.append(
                 "val against train: the log has fewer than three evaluations of both (step N: train loss A, val loss "
                 "B)."
             )
-    if gpu is None:
+    if gpu is None and not on_cpu:
         out.append("MFU of the card's own peak, and memory: say which card it is for, --gpu rtx4070.")
     if evidence.checkpoint is None and (figures.config.get("init_from") == "resume" or (log and log.all("resume"))):
         out.append("Resuming: give the checkpoint (ckpt.pt); its shape and schedule are held against the config.")

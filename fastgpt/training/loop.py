@@ -165,7 +165,7 @@ class _Loop:
         run, out = self.state, self.settings.out
         self.metrics: Metrics | None = None
         if self.world.is_main:
-            about = environment(run.device)
+            about = environment(run.device) | {"corpus_tokens": run.train_loader.tokens}  # what the doctor asks for
             self.metrics = Metrics(
                 out, run.id, run.step, run.config, self.wandb, kept=self.kept, environment=about, news=self.news
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastgpt.common import UserError
+from fastgpt.config import Config
 from fastgpt.doctor import __main__ as doctor
 from tests.doctor.runs import REAL, SOUND
 
@@ -60,6 +61,33 @@ def test_a_log_alone_with_its_config_in_it(capsys):
     assert code == 1 and data["figures"]["parameters"] == 123_587_328
     assert data["figures"]["mfu_nominal"] == pytest.approx(0.822, abs=0.001)
     assert "with --preset modern-124m (projected" in data["recipe"]
+
+
+STARTED = """model    20.6k parameters (excluding position embeddings): layers 1, heads 1
+data     my.txt (bytes): 25.5k tokens, and 1.27k to validate
+step     256 tokens: micro-batches of 8 x 32
+device   AMD EPYC
+memory   0.02 GB predicted; 21.2 GB of main memory are free
+iter 2: loss 5.5211, time 30.44ms, 350 tok/s, lr 1.67e-03, norm 1.2, eta 3 s
+iter 4: loss 5.5211, time 30.44ms, 350 tok/s, lr 1.67e-03, norm 1.2, eta 3 s
+"""
+
+
+@pytest.mark.parametrize("given", ["folder", "config and metrics", "first screen"])
+def test_a_run_on_a_cpu_is_asked_for_no_card_and_knows_its_corpus(capsys, tmp_path, given):
+    path, first = tmp_path / "metrics.jsonl", {"run": "a", "config": Config().to_dict()}
+    steps = [{"step": i, "loss": 5.0, "ms": 30.0, "tokens_per_second": 350.0, "lr": 1e-3} for i in (2, 4)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in (first, *steps)))
+    (tmp_path / "config.json").write_text(json.dumps(first["config"]))
+    (tmp_path / "environment.json").write_text('{"device": "AMD EPYC", "corpus_tokens": 25528}')
+    (tmp_path / "run.log").write_text(STARTED)
+    files = {"folder": [tmp_path], "config and metrics": [tmp_path / "config.json", path]}
+    _, found = as_json(capsys, *files.get(given, [tmp_path / "run.log"]))
+    assert found["figures"]["corpus_tokens"] == (25500 if given == "first screen" else 25528)
+    assert not any(word in sentence for sentence in found["not_checked"] for word in ("--gpu", "--corpus", "MFU:"))
+    (tmp_path / "environment.json").write_text('{"device": "NVIDIA GeForce RTX 4070", "arch": "sm_89"}')
+    _, found = as_json(capsys, path)
+    assert found["gpu"] == "NVIDIA GeForce RTX 4070" and any("--corpus" in each for each in found["not_checked"])
 
 
 def test_html_is_written_beside_the_report(capsys, tmp_path):

@@ -32,6 +32,9 @@ from fastgpt.common import (
     write_whole,
 )
 from fastgpt.config import Config, DataConfig, ModelConfig
+from fastgpt.data.corpora import STDLIB
+from fastgpt.data.hub import HUB
+from fastgpt.data.manifest import MANIFEST
 from fastgpt.data.tokenizer import END_OF_TEXT, byte_letters, gpt2_merges, gpt2_vocabulary
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
@@ -195,7 +198,8 @@ def _end_of_text(portable: Portable) -> int | None:
 def _card(name: str, portable: Portable) -> str:
     """The model card: what the model is, and what the run said. Nothing of the machine that it was trained on."""
     config, run = portable.config, portable.extras.get("fastgpt", {})
-    settings, theirs = run.get("config", {}), portable.extras.get("nanogpt", {})
+    settings = run.get("config", {}) if "loader" in run else {}  # one that was converted has our defaults
+    theirs = portable.extras.get("nanogpt", {})
     data, optim = settings.get("data", {}), settings.get("optim", {})
     bias = "" if config.bias else ", without biases (they are zero here)"
     figures = {
@@ -213,13 +217,16 @@ def _card(name: str, portable: Portable) -> str:
     best = run.get("best_val_loss", theirs.get("best_val_loss"))
     if isinstance(best, (int, float, Tensor)) and float(best) < 1e9:
         figures["best validation loss"] = f"{float(best):.4f} nats per token"
+    corpus, hub = _corpus(data.get("data"))
+    figures |= {"trained on": corpus, "licence of the model": "not stated"}
+    datasets = f"datasets:\n- {hub}\n" if hub else ""
     rows = "\n".join(f"| {what} | {value} |" for what, value in figures.items())
     prompt = "Once" if portable.letters is None else next(filter(str.isalpha, portable.letters), portable.letters[0])
     trained = f"trained with fastgpt {__version__}" if settings else f"converted by fastgpt {__version__}"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
----
+{datasets}---
 # {name}
 
 A GPT-2 of {millions(anatomy.n_params(config))} parameters, {trained}.
@@ -236,6 +243,28 @@ ids = tokenizer({json.dumps(prompt)}, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=50, do_sample=True)[0]))
 ```
 """
+
+
+_LICENCES = {
+    STDLIB: "PSF-2.0",
+    f"{HUB}HuggingFaceFW/fineweb": "ODC-By 1.0",
+    f"{HUB}HuggingFaceFW/fineweb-edu": "ODC-By 1.0",
+    f"{HUB}Skylion007/openwebtext": "CC0-1.0",
+    f"{HUB}roneneldan/TinyStories": "CDLA-Sharing-1.0",
+}
+"""Of the corpora that the documentation names, as their pages on the hub have them."""
+
+
+def _corpus(data: str | None) -> tuple[str, str | None]:
+    """What ``--data`` was, with its licence, and its name on the hub. A folder of tokens says in its manifest where its text is
+    from. A path, and a corpus that is not known, stay out."""
+    manifest = read_json(Path(data, MANIFEST)) if data else None
+    source = str((manifest or {"source": data}).get("source"))
+    if source not in _LICENCES:
+        return "not stated", None
+    hub = source.removeprefix(HUB) if source.startswith(HUB) else None
+    name = hub or "the source code of Python's standard library"
+    return f"{name} (licence of the text: {_LICENCES[source]})", hub
 
 
 _TOKENS = {"gpt2": "GPT-2's byte-pair encoding", "bytes": "bytes", "chars": "letters"}

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgpt.common import number
 from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, Note, Place, Steps, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt, literals
 from fastgpt.doctor.reading import log_formats as forms
@@ -34,7 +35,7 @@ MOST_STEPS, MOST_NOTES = 1 << 17, 1000
 """Steps kept before every second one is dropped; notes of one kind, past which the last replaces the one before."""
 COUNTS = (
     *("parameters", "tokens_per_step", "vocab", "gpus", "micro_batch", "micro_batch_of_rank", "flops_per_token"),
-    "bits_per_byte",
+    *("bits_per_byte", "corpus_tokens"),
 )
 """Notes whose value is a number."""
 COLUMNS = ("step", "loss", "ms", "mfu", "rate", "lr")
@@ -333,20 +334,11 @@ def _note_value(kind: str, text: str) -> Any:
         name, _, value = text.partition(" = ")
         return name, literals.literal_or_text(value.strip())
     if kind in COUNTS:
-        number = text.replace(",", "")
-        try:
-            return (
-                round(float(number[:-1]) * 1e6)
-                if number.endswith("M")
-                else float(number)
-                if "." in number
-                else int(number)
-            )
-        except ValueError:
-            return None
+        whole = number(text.replace(",", ""), whole=True)
+        return number(text, whole=False) if whole is None else whole
     if kind == "resume":
         return int(text.split()[-1]) if text[-1].isdigit() else None
-    return text if kind in ("device", "precision", "exception") else None
+    return text if kind in ("device", "cpu", "precision", "exception") else None
 
 
 def _backwards(text: str) -> Iterator[int]:

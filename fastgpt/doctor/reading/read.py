@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from stat import S_ISREG
 
-from fastgpt.common import UserError
-from fastgpt.config import config_folder, preset_names
+from fastgpt.common import UserError, read_json
+from fastgpt.config import SECTIONS, config_folder, preset_names
 from fastgpt.doctor.evidence import CheckpointFacts, ConfigFacts, Evidence, LogFacts, Place, Unread
-from fastgpt.doctor.reading import checkpoints, configs, configs_fastgpt
+from fastgpt.doctor.reading import checkpoints, configs, configs_fastgpt, surroundings
 from fastgpt.doctor.reading.encoding import decode, is_text
 from fastgpt.doctor.reading.logs import read_log
 from fastgpt.doctor.reading.values import DEFAULTS
@@ -101,9 +101,13 @@ def _text_file(path: Path, data: bytes) -> ConfigFacts | LogFacts:
         if config.settings:
             return config
         raise UserError(f"{path} has none of fastgpt's settings: its sections are [model], [data], [optim] and [train]")
+    run = (read_json(path) if path.suffix == ".json" else None) or {}
+    if SECTIONS.keys() & run.keys():  # config.json of a run's folder
+        return configs_fastgpt.of_sections(run, Place(str(path)))
     if text and configs.is_nanogpt(text):
         return configs.parse_nanogpt(text, str(path))
     log = read_log(path)
+    log.notes += surroundings.environment(path)
     if len(log.steps) or len(log.evals) or log.notes or log.config is not None or log.step_like:
         return log
     config = configs.parse_nanogpt(text, str(path))  # damaged, or of names that nanoGPT does not have

@@ -8,7 +8,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastgpt.doctor.evidence import Evidence, Machine
+from fastgpt.common import number, read_json
+from fastgpt.doctor.evidence import Evidence, Machine, Note, Place
 
 
 def this_machine() -> Machine:
@@ -30,8 +31,20 @@ def _folders(evidence: Evidence) -> list[Path]:
 
 
 def corpus_tokens(evidence: Evidence) -> int | None:
-    """Tokens of the config's dataset, from its .bin shards. None if no such folder is found."""
-    return next((found for folder in _folders(evidence) if (found := tokens_in(folder))), None)
+    """Tokens of the config's dataset: from its .bin shards, else what the log says. None if neither is there."""
+    found = next((found for folder in _folders(evidence) if (found := tokens_in(folder))), None)
+    return found or evidence.said("corpus_tokens")
+
+
+def environment(log: Path) -> list[Note]:
+    """What environment.json beside a run's metrics.jsonl says, as the notes that the run's first lines would give."""
+    path = log.with_name("environment.json")
+    said = read_json(path) if log.name == "metrics.jsonl" else None
+    if said is None or not isinstance(said.get("device"), str):
+        return []
+    tokens = number(str(said.get("corpus_tokens")), whole=True)
+    found = {"device": said["device"], "cpu": "arch" not in said, "corpus_tokens": tokens}
+    return [Note(kind, Place(str(path)), f"{kind}: {value}", value) for kind, value in found.items() if value]
 
 
 def vocabulary(evidence: Evidence) -> int | None:
