@@ -148,10 +148,11 @@ class Note:
     """A line of a log that is neither step nor evaluation and says something.
 
     ``kind``: "parameters" (value: count), "tokens_per_step" (value), "no_decay" (tensors without weight decay),
-    "sm_gate", "oom", "nan", "resume", "checkpoint", "device" (value: name), "cpu" (the device is one), "corpus_tokens" (value), "precision" (value: fastgpt's, as it is in
-    force), "traceback", "exception" (the line that ends one), "no_cuda", "no_triton", "no_compiler", "no_bf16",
-    "vocab" (value), "override" (value: (name, value)), "bits_per_byte" (value), "flops_per_token" (value), "gpus" (value:
-    how many), "micro_batch" and "micro_batch_of_rank" (value: tokens).
+    "sm_gate", "oom", "nan", "resume", "checkpoint", "device" (value: name), "cpu" (the device is one),
+    "corpus_tokens" (value), "precision" (value: fastgpt's, as it is in force), "traceback", "exception" (the line
+    that ends one), "no_cuda", "no_triton", "no_compiler", "no_bf16", "vocab" (value), "override" (value: (name,
+    value)), "bits_per_byte" (value), "flops_per_token" (value), "gpus" (value: how many), "micro_batch" and
+    "micro_batch_of_rank" (value: tokens).
     """
 
     kind: str

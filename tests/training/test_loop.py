@@ -103,7 +103,7 @@ def test_torch_and_numpy_are_all_that_a_run_needs(config, device, monkeypatch, c
     run, code = train(config, device)
     shown = capsys.readouterr()
     assert code == 0 and run.step == 8 and "iter 8: loss" in shown.out and "eta n/a" not in shown.out
-    assert shown.out.startswith("fastgpt\nmodel    0.0") and "\npreflight" in shown.out and "[bold]" not in shown.out
+    assert shown.out.startswith("fastgpt\nmodel    20.6k") and "\npreflight" in shown.out and "[bold]" not in shown.out
     assert "filelock is not installed: only " in shown.err
     assert not list(config.train.out.parent.glob(".run.lock*"))
 

@@ -51,9 +51,9 @@ Take = Callable[[str, re.Match[str]], int]
 def read_log(path: Path) -> LogFacts:
     """What a log says. Its content raises nothing: a file that says nothing has kind "unknown" and no steps. Raises OSError."""
     reader, size = LogReader(str(path)), path.stat().st_size
-    for number, block in enumerate(blocks(path)):
+    for i, block in enumerate(blocks(path)):
         reader.take(block)
-        if not number and size > 8 * BLOCK:
+        if not i and size > 8 * BLOCK:
             reader.foresee(2 * len(block) / size)  # of about twice what is kept, should the rest hold fewer
     return reader.facts()
 
