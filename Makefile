@@ -15,11 +15,11 @@ train: install
 test: install
 	$(BIN)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The kernels, interpreted and compiled, on both ends of the range that pyproject.toml has; each pair in an environment of its own.
+# The same on both ends of the range that pyproject.toml has; each pair in an environment of its own.
 test-versions: test-oldest test-newest
 
 test-oldest test-newest: test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest tests/kernels -n $(JOBS) --dist loadfile $(ARGS)
+	.venv-$*/bin/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 .venv-oldest/.installed: TORCH = torch==2.11.0 triton==3.6.0
 .venv-newest/.installed: TORCH = torch==2.15.0 triton==3.9.0

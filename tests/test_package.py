@@ -141,6 +141,10 @@ def test_the_versions_under_test_are_the_ends_of_the_supported_range():
             major, minor = version.release[:2]
             beyond = f"{major}.{minor + (1 if end == 'newest' else -1)}.0"
             assert beyond not in ranges[name], f"{name} {version} is not the {end}"
+    pythons = [text.rpartition(" ")[2] for text in project["classifiers"] if "Python :: 3." in text]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    ends = {row["end"]: row["python"] for row in workflow["jobs"]["versions"]["strategy"]["matrix"]["include"]}
+    assert ends == {"oldest": pythons[0], "newest": pythons[-1]}
 
 
 def test_the_workflow_runs_what_make_and_ci_run():

@@ -109,25 +109,9 @@ def _ptx_only() -> Iterator[None]:
 
 # ---------------------------------------------------------------- one launch
 
-_SCALARS: dict[str, Any] = {
-    **{
-        "i1": np.uint8,
-        "i8": np.int8,
-        "u8": np.uint8,
-        "i16": np.int16,
-        "u16": np.uint16,
-        "i32": np.int32,
-        "u32": np.uint32,
-    },
-    **{
-        "i64": np.int64,
-        "u64": np.uint64,
-        "fp16": np.float16,
-        "fp32": np.float32,
-        "f32": np.float32,
-        "fp64": np.float64,
-    },
-}
+_SCALARS: dict[str, Any] = {f"i{bits}": getattr(np, f"int{bits}") for bits in (8, 16, 32, 64)}
+_SCALARS |= {f"u{bits}": getattr(np, f"uint{bits}") for bits in (8, 16, 32, 64)}
+_SCALARS |= {"i1": np.uint8, "fp16": np.float16, "fp32": np.float32, "f32": np.float32, "fp64": np.float64}
 
 
 def _flatten(ty: Any, value: Any, name: str) -> Iterator[tuple[str, str, Any]]:

@@ -61,12 +61,8 @@ def marked(fill: bool) -> Iterator[None]:
         return allocate
 
     with ExitStack() as stack:
-        for owner, names in {
-            torch: ("empty", "empty_like", "empty_strided"),
-            Tensor: ("new_empty", "new_empty_strided"),
-        }.items():
-            for name in names:
-                stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
+        for owner, name in _ALLOCATORS:
+            stack.enter_context(mock.patch.object(owner, name, filled(getattr(owner, name))))
         try:
             yield
         finally:
