@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,13 +11,20 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fastgpt.kernels import fused_adamw, working_copy
-from fastgpt.optim.device_table import DeviceTable
-from fastgpt.optim.shards import local, sum_of_squares
+from fastgpt.optim.shared import (
+    DeviceOptimizer,
+    DeviceTable,
+    check_clip,
+    check_numbers,
+    check_state,
+    local,
+    sum_of_squares,
+)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class FusedAdamW(Optimizer):
+class FusedAdamW(DeviceOptimizer):
     """torch.optim.AdamW (same maths, defaults, param groups and state_dict) in three kernel launches and no host
     sync, with:
 
@@ -53,10 +58,6 @@ class FusedAdamW(Optimizer):
     (True, 0)
     """
 
-    grad_scale: Tensor
-    found_inf: Tensor
-    """Set by GradScaler around ``step``; absent otherwise."""
-
     def __init__(
         self,
         params: Iterable,
@@ -73,8 +74,7 @@ class FusedAdamW(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}: give a positive number, or None not to clip")
+        check_clip(max_grad_norm)
         self._set_up(max_grad_norm)
         defaults = {
             "lr": lr,
@@ -95,8 +95,6 @@ class FusedAdamW(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self.skipped_steps: Tensor = torch.zeros((), dtype=torch.int64)
-        # GradScaler then sets grad_scale and found_inf and leaves the rest to step.
-        self._step_supports_amp_scaling = True
         self._hyper = DeviceTable()
         # Stochastic rounding is Philox of (seed, step, tensor, element): no generator state to save.
         self._seed = torch.initial_seed() & (2**62 - 1)
@@ -158,56 +156,37 @@ class FusedAdamW(Optimizer):
     def _matched(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         """Each parameter that ``state_dict`` has a state for, and that state. torch's own loading compares only the numbers of
         groups and of their parameters."""
-        found = []
         for own, other in zip(self.param_groups, state_dict["param_groups"]):
             for mine, theirs in zip(own.get("param_names") or (), other.get("param_names") or ()):
                 if mine != theirs:
                     raise ValueError(f"the state is of {theirs} where the optimizer has {mine}: load its own")
-            for param, index in zip(own["params"], other["params"]):
-                if state := state_dict["state"].get(index):
-                    _check_state(f"parameter {index}", param, state)
-                    found.append((param, state))
-        return found
+        found = list(self.matched(state_dict))
+        for index, param, state in found:
+            _check_state(f"parameter {index}", param, state)
+        return [(param, state) for _, param, state in found]
 
     def graph_tensors(self) -> list[Tensor]:
         """What a captured step reads and writes besides gradients: parameters, state, working copies, hyperparameters.
         ``load_state_dict`` replaces some, and so does a write to a parameter without its copy."""
-        tensors = [self.skipped_steps, *self._hyper.tensors()]
-        for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            copy = working_copy.existing(param)
-            tensors += [param, *self.state.get(param, {}).values(), *([] if copy is None else [copy])]
-        return tensors
+        return [self.skipped_steps, *self._hyper.tensors(), *self.state_tensors()]
 
     def sync_hyperparameters(self) -> None:
         """Bring what ``param_groups`` and ``max_grad_norm`` say to the table that the kernels read, in stream order
         and without waiting. Only a captured CUDA graph needs the call: before each replay."""
-        device = self.param_groups[0]["params"][0].device
         clip = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         rows = [[g["lr"], *g["betas"], g["eps"], g["weight_decay"], clip] for g in self.param_groups]
-        self._hyper.sync(rows, device)
+        self._hyper.sync(rows, self.device)
 
-    @torch.no_grad()
-    @torch.compiler.disable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-
-        groups = enumerate(self.param_groups)
-        found = [(param, i) for i, group in groups for param in group["params"] if param.grad is not None]
+    def _update(self) -> None:
+        found = list(self.with_gradients())
         params, group_of = [param for param, _ in found], [i for _, i in found]
         grads = [_like(param, param.grad, param.grad.dtype, "gradient") for param in params]
-        device = self.param_groups[0]["params"][0].device
+        device = self.device
         grad_norm = torch.zeros((), dtype=torch.float32, device=device)  # a new one each step: callers may keep it
         self.skipped_steps = self.skipped_steps.to(device)
         self.grad_norm = grad_norm
         if not params:
-            return loss
-        for param in params:
-            if param.device != device:
-                raise ValueError(f"parameters lie on {device} and {param.device}: use one FusedAdamW per device")
+            return
         self.sync_hyperparameters()
         states = [self._state(param) for param in params]
         copies = [working_copy.existing(param) for param in params]
@@ -232,7 +211,6 @@ class FusedAdamW(Optimizer):
         for param, copy in zip(params, copies):
             if copy is not None:
                 working_copy.mark_fresh(param)
-        return loss
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
@@ -274,16 +252,8 @@ def _like(param: Tensor, value: Tensor, dtype: torch.dtype, name: str) -> Tensor
 
 
 def _check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
-    """Raise ValueError unless it is the state of AdamW for a parameter of this shape. The kernels go by address."""
-    for key in ("step", *_MOMENTS):
-        if key not in state:
-            raise ValueError(f"the state of {name} has no {key}, but {', '.join(state)}: load the state of an AdamW")
-        found, needed = torch.as_tensor(state[key]), torch.Size() if key == "step" else param.shape
-        if found.shape != needed and not (key == "step" and found.numel() == 1):
-            raise ValueError(
-                f"{key} of {name} is {tuple(found.shape)}, and must be {tuple(needed)}: load the state of an optimizer over "
-                "the same parameters, in the same order"
-            )
+    """Raise ValueError unless it is the state of AdamW for a parameter of this shape."""
+    check_state(name, param, state, "an AdamW", {"step": torch.Size(), **dict.fromkeys(_MOMENTS, param.shape)})
 
 
 def _adopt(param: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
@@ -301,14 +271,9 @@ def _check_group(group: dict[str, Any]) -> None:
     if not group.get("decoupled_weight_decay", True):
         raise ValueError("decoupled_weight_decay is False: that is Adam, and FusedAdamW implements AdamW")
     lr, betas = group.get("lr", 0.0), group.get("betas", (0.0, 0.0))
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: give one element")
-    elif not 0 <= lr < math.inf:
-        raise ValueError(f"lr is {lr}: give a number >= 0 that is finite")
-    for beta in betas:
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas are {tuple(betas)}: each must be in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        if not 0 <= group.get(name, 0.0) < math.inf:
-            raise ValueError(f"{name} is {group[name]}: give a number >= 0 that is finite")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of shape {tuple(lr.shape)}: give one element")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are {tuple(betas)}: each must be in [0, 1)")
+    numbers = (name for name in ("lr", "eps", "weight_decay") if name in group)
+    check_numbers(group, *(name for name in numbers if not isinstance(group[name], Tensor)))

@@ -8,7 +8,7 @@ state_dict loads here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import chain
@@ -20,8 +20,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fastgpt.kernels import reference, runtime, working_copy
-from fastgpt.optim.device_table import DeviceTable
-from fastgpt.optim.shards import local, sum_of_squares
+from fastgpt.optim.shared import (
+    DeviceOptimizer,
+    DeviceTable,
+    check_clip,
+    check_numbers,
+    check_state,
+    local,
+    sum_of_squares,
+)
 
 SCRATCH = 32 * 2**20
 """Most elements of one batch of matrices. Newton-Schulz needs 4 bytes for each on a GPU, and for square ones 8."""
@@ -50,7 +57,7 @@ class Piece:
         return matrix.mT if self.tall else matrix
 
 
-class Muon(Optimizer):
+class Muon(DeviceOptimizer):
     """Momentum and Newton-Schulz for 2-d parameters in fp32 (fp64 works, too, for tests).
 
     - ``split``, of a parameter group: rows of each matrix that is packed into one parameter, (C, C, C) for queries, keys and
@@ -75,10 +82,6 @@ class Muon(Optimizer):
     >>> qkv(torch.randn(4, 8)).square().mean().backward()
     >>> optimizer.step()
     """
-
-    grad_scale: Tensor
-    found_inf: Tensor
-    """Set around ``step``; absent otherwise."""
 
     def __init__(
         self,
@@ -106,7 +109,6 @@ class Muon(Optimizer):
         else:
             self._kernels = reference
         self._hyper = DeviceTable()
-        self._step_supports_amp_scaling = True
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -141,52 +143,37 @@ class Muon(Optimizer):
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError unless it is a state for these parameters."""
-        for own, other in zip(self.param_groups, state_dict["param_groups"]):
-            if "momentum" not in other or other.get("adjust_lr_fn") == "match_rms_adamw":
+        for group in state_dict["param_groups"]:
+            if "momentum" not in group or group.get("adjust_lr_fn") == "match_rms_adamw":
                 raise ValueError(
                     "the state is of another optimizer, or of a torch.optim.Muon whose adjust_lr_fn is 'match_rms_adamw', "
                     "which gives its rates another meaning: load the state of a Muon"
                 )
-            for param, index in zip(own["params"], other["params"]):
-                if state := state_dict["state"].get(index):
-                    _check_state(f"parameter {index}", param, state)
+        for index, param, state in self.matched(state_dict):
+            by_row = {"second_moment": torch.Size((len(param), 1))} if "second_moment" in state else {}
+            check_state(f"parameter {index}", param, state, "a Muon", {"momentum_buffer": param.shape, **by_row})
 
     def graph_tensors(self) -> list[Tensor]:
         """What a captured step reads and writes besides gradients."""
-        tensors = self._hyper.tensors()
-        for param in chain.from_iterable(group["params"] for group in self.param_groups):
-            copy = working_copy.existing(param)
-            tensors += [param, *self.state.get(param, {}).values(), *([] if copy is None else [copy])]
-        return tensors
+        return [*self._hyper.tensors(), *self.state_tensors()]
 
     def sync_hyperparameters(self) -> None:
         """Bring what ``param_groups`` say to the table that the kernels read: before each replay of a captured step."""
         # A fourth column, unused, so that every row begins at a multiple of 16 bytes: else triton compiles a second binary.
         rows = [[group["lr"], group["momentum"], group["weight_decay"], 0.0] for group in self.param_groups]
-        self._hyper.sync(rows, _device(self))
+        self._hyper.sync(rows, self.device)
 
-    @torch.no_grad()
-    @torch.compiler.disable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
         self.sync_hyperparameters()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        params = list(self.with_gradients())
         ahead: dict[Tensor, DTensor] = {  # of sharded parameters: their directions, sharded as well
             param: self._sharded_direction(param, i, scale, found_inf)
-            for i, group in enumerate(self.param_groups)
-            for param in group["params"]
-            if param.grad is not None and isinstance(param, DTensor)
+            for param, i in params
+            if isinstance(param, DTensor)
         }
-        copies = {  # of parameters that are about to change
-            param: copy
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None and (copy := working_copy.existing(param)) is not None
-        }
+        # Of parameters that are about to change.
+        copies = {param: copy for param, _ in params if (copy := working_copy.existing(param)) is not None}
         for pieces in self._batches():
             x, whole = self._empty(pieces), None
             for i, piece in enumerate(pieces):
@@ -205,24 +192,17 @@ class Muon(Optimizer):
                 self._apply(piece, piece.oriented(matrix), rows, found_inf, copies.get(piece.param))
         for param in copies:
             working_copy.mark_fresh(param)
-        return loss
 
     def _batches(self) -> list[list[Piece]]:
         """The matrices that have a gradient, those of one shape and kind together, as many as SCRATCH allows."""
         alike: dict[tuple, list[Piece]] = {}
-        device = _device(self)
-        for i, group in enumerate(self.param_groups):
+        for param, i in self.with_gradients():
+            group, first = self.param_groups[i], 0
             same = *(group[name] for name in _ALIKE), *((group["beta2"],) if group["normuon"] else ())
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.device != device:
-                    raise ValueError(f"parameters lie on {device} and {param.device}: use one Muon per device")
-                first = 0
-                for n in group["split"] or (param.shape[0],):
-                    kind = (*sorted((n, param.shape[1])), param.dtype, *same)
-                    alike.setdefault(kind, []).append(Piece(param, i, first, first + n))
-                    first += n
+            for n in group["split"] or (param.shape[0],):
+                kind = (*sorted((n, param.shape[1])), param.dtype, *same)
+                alike.setdefault(kind, []).append(Piece(param, i, first, first + n))
+                first += n
         batches = []
         for (short, long, *_), pieces in alike.items():
             most = max(1, SCRATCH // max(1, short * long))
@@ -304,7 +284,7 @@ class Muon(Optimizer):
         )
 
 
-class MuonAdamW(Optimizer):
+class MuonAdamW(DeviceOptimizer):
     """One optimizer of two: ``muon`` for matrices, ``adamw`` (FusedAdamW or torch.optim.AdamW) for everything else, with one
     list of groups, Muon's first, and one state_dict.
 
@@ -318,18 +298,12 @@ class MuonAdamW(Optimizer):
     >>> optimizer.step()
     """
 
-    grad_scale: Tensor
-    found_inf: Tensor
-    """Set by GradScaler around ``step``; absent otherwise."""
-
     def __init__(self, muon: Muon, adamw: Optimizer, max_grad_norm: float | None = None) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}: give a positive number, or None not to clip")
+        check_clip(max_grad_norm)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self.muon, self.adamw, self.max_grad_norm = muon, adamw, max_grad_norm
         self.grad_norm: Tensor | None = None
         self.skipped_steps: Tensor = torch.zeros((), dtype=torch.int64)
-        self._step_supports_amp_scaling = True
         self._share()
 
     @classmethod
@@ -401,18 +375,11 @@ class MuonAdamW(Optimizer):
         self.muon.sync_hyperparameters()
         self.adamw.sync_hyperparameters()  # type: ignore[attr-defined]
 
-    @torch.no_grad()
-    @torch.compiler.disable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns what ``closure`` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        self.skipped_steps = self.skipped_steps.to(_device(self))
+        self.skipped_steps = self.skipped_steps.to(self.device)
         if not params:
-            return loss
+            return
         scale = getattr(self, "grad_scale", None)
         norm = sum_of_squares([param.grad for param in params], scale).sqrt()
         skip = ~torch.isfinite(norm)
@@ -429,7 +396,7 @@ class MuonAdamW(Optimizer):
             not fused or any(isinstance(param, DTensor) for param in params)
         ):
             if skip:  # it takes flags only when it is fused and has no DTensors, so the host has to look
-                return loss
+                return
             for param in params if scale is not None else ():
                 local(param.grad).div_(scale)  # type: ignore[arg-type]
             flags = {}
@@ -440,12 +407,6 @@ class MuonAdamW(Optimizer):
             finally:
                 for name in flags:
                     del part.__dict__[name]
-        return loss
-
-
-def _device(optimizer: Optimizer) -> torch.device:
-    """That of its first parameter; a group may be empty."""
-    return next(chain.from_iterable(group["params"] for group in optimizer.param_groups)).device
 
 
 def _indices(groups: list[dict[str, Any]]) -> set[int]:
@@ -472,9 +433,7 @@ _ALIKE = ("coefficients", "ns_steps", "eps", "normuon")
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    for name in ("lr", "weight_decay", "eps"):
-        if not 0 <= group[name] < math.inf:
-            raise ValueError(f"{name} is {group[name]}: give a number >= 0 that is finite")
+    check_numbers(group, "lr", "weight_decay", "eps")
     for name in ("momentum", "beta2"):
         if not 0 <= group[name] < 1:
             raise ValueError(f"{name} is {group[name]}: it must be in [0, 1)")
@@ -503,19 +462,4 @@ def _check_group(group: dict[str, Any]) -> None:
         if len(shards) > 1 or any(not p.is_shard(0) for p in shards):
             raise ValueError(
                 f"a parameter is sharded as {param.placements}: Muon takes shards of rows, as fully_shard makes them"
-            )
-
-
-def _check_state(name: str, param: Tensor, state: dict[str, Any]) -> None:
-    """Raise ValueError unless it is the state of Muon for a parameter of this shape."""
-    if "momentum_buffer" not in state:
-        raise ValueError(
-            f"the state of {name} has no momentum_buffer, but {', '.join(state)}: load the state of a Muon"
-        )
-    for key, needed in (("momentum_buffer", param.shape), ("second_moment", torch.Size((len(param), 1)))):
-        found = torch.as_tensor(state.get(key, torch.empty(needed, device="meta")))
-        if found.shape != needed:
-            raise ValueError(
-                f"{key} of {name} is {tuple(found.shape)}, and must be {tuple(needed)}: load the state of an optimizer over "
-                "the same parameters, in the same order"
             )
