@@ -63,7 +63,7 @@ def patch(model: nn.Module, *, keep_logits: bool = False, verify: Any = None, qu
             verified = fuse_and_verify(model, plan.changes, ops, verify)
         else:
             for change in plan.changes:
-                fuse(change.module, change.mixin, ops, change.settings)
+                fuse(change, ops)
     # A plain attribute of the instance: not in the state_dict, and gone after unpatch.
     vars(model).update(_fastgpt_patched=True)
     if "loss" in plan.replaced and family is not nanochat:

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastgpt.common import UserError
 from fastgpt.patching.modules import hooked, supported, weight_of
-from fastgpt.patching.plan import Change, PatchPlan, blocker, linear_blocker
+from fastgpt.patching.plan import PatchPlan, blocker, linear_blocker
 from fastgpt.patching.probe import Probe
-from fastgpt.patching.swap import Fused, is_fused
+from fastgpt.patching.swap import Change, Fused, is_fused
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,16 @@ from fastgpt.kernels.arguments import DTYPES, MAX_WIDTH
 from fastgpt.kernels.runtime import compute_dtype
 from fastgpt.ops import EAGER, Ops
 from fastgpt.patching.swap import Fused, is_fused
+
+
+def missing_in(model: nn.Module, names: Sequence[str], inner: Sequence[str]) -> str | None:
+    """The first of these modules that ``model`` has not, or None; ``inner``: those that each block has. What they compute is
+    tried out later."""
+    has = dict(model.named_modules(remove_duplicate=False))  # not getattr, which wrappers pass on to what they wrap
+    blocks = [name for name in has if name.startswith("transformer.h.") and name.count(".") == 2]
+    wanted = ["lm_head", "transformer.wte", *names, "transformer.h.0"]
+    wanted += [f"{block}.{part}" for block in blocks for part in inner]
+    return next((name for name in wanted if name not in has), None)
 
 
 def supported(x: Tensor) -> bool:

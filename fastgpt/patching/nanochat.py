@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastgpt.kernels.runtime import compute_dtype
 from fastgpt.patching.loss import FusedLoss, plan_loss
-from fastgpt.patching.modules import FusedMLP, hooked, is_plain, supported, without_copy
+from fastgpt.patching.modules import FusedMLP, hooked, is_plain, missing_in, supported, without_copy
 from fastgpt.patching.plan import Call, PatchPlan, Replaceable, head_blocker, linear_blocker, plan_blocks, small_too
 from fastgpt.patching.swap import Fused, is_fused, parameters
 
@@ -102,13 +102,8 @@ class NanochatLoss(FusedLoss):
 
 
 def missing(model: nn.Module) -> str | None:
-    """The first module of nanochat's that ``model`` has not, or None. What they compute is tried out later."""
-    has = dict(model.named_modules(remove_duplicate=False))
-    names = ["lm_head", "transformer.wte", "transformer.h.0"]
-    blocks = [name for name in has if name.startswith("transformer.h.") and name.count(".") == 2]
-    inner = (*(f"attn.{part}" for part in (*_QKV, "c_proj")), "mlp.c_fc", "mlp.c_proj")
-    names += [f"{block}.{part}" for block in blocks for part in inner]
-    return next((name for name in names if name not in has), None)
+    """The first module of nanochat's that ``model`` has not, or None."""
+    return missing_in(model, [], (*(f"attn.{part}" for part in (*_QKV, "c_proj")), "mlp.c_fc", "mlp.c_proj"))
 
 
 def matches(model: nn.Module) -> bool:
@@ -165,7 +160,7 @@ def _called(of: Callable[[Any], Any], windows: list[int], block: Any, x: Tensor)
     T, D = x.shape[1], attention.c_q.weight.shape[0] // attention.n_head
     angles = torch.arange(1.0, 1 + T * D // 2).view(1, T, 1, -1) % 6.3
     known = {"ve": _value_embedding(attention, x), "cos_sin": (angles.cos(), angles.sin()), "kv_cache": None}
-    names, _ = parameters(type(module).forward)
+    names = parameters(type(module).forward)
     results = []
     for before in (-1, 1, 3, T) if T <= 16 else windows:
         given = {**known, "window_size": (before, 0)}
@@ -184,7 +179,7 @@ def _value_embedding(attention: Any, x: Tensor) -> Tensor | None:
 
 
 def _blocker(attention: Any, width: int) -> str | None:
-    names, _ = parameters(type(attention).forward)
+    names = parameters(type(attention).forward)
     if "cos_sin" not in names or not set(names) <= set(_KNOWN):
         return f"the forward of {type(attention).__name__} takes ({', '.join(names)}), not ({', '.join(_KNOWN)})"
     return head_blocker(attention, width)

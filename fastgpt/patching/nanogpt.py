@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastgpt.patching.loss import FusedLoss, plan_loss
-from fastgpt.patching.modules import FusedBlock, dropout_p, hooked, supported
+from fastgpt.patching.modules import FusedBlock, dropout_p, hooked, missing_in, supported
 from fastgpt.patching.plan import PatchPlan, gpt2_parts, plan_blocks
 from fastgpt.patching.swap import Fused, is_fused
 
@@ -43,12 +43,8 @@ class NanoGPTBlock(FusedBlock):
 
 
 def missing(model: nn.Module) -> str | None:
-    """The first module of nanoGPT's that ``model`` has not, or None. What they compute is tried out later."""
-    has = dict(model.named_modules(remove_duplicate=False))  # not getattr, which wrappers pass on to what they wrap
-    names = ["lm_head", "transformer.wte", "transformer.ln_f", "transformer.h.0"]
-    blocks = [name for name in has if name.startswith("transformer.h.") and name.count(".") == 2]
-    names += [f"{block}.{part}" for block in blocks for part in ("ln_1", "attn", "ln_2", "mlp")]
-    return next((name for name in names if name not in has), None)
+    """The first module of nanoGPT's that ``model`` has not, or None."""
+    return missing_in(model, ["transformer.ln_f"], ("ln_1", "attn", "ln_2", "mlp"))
 
 
 def matches(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastgpt.kernels.arguments import DTYPES, MAX_HEAD_DIM, MAX_WIDTH
 from fastgpt.patching.modules import FusedLayerNorm, FusedMLP, gelu_kind, hooked, is_plain
 from fastgpt.patching.probe import UNTRIED, Probe
-from fastgpt.patching.swap import Fused
+from fastgpt.patching.swap import Change, Fused
 
 Call = Callable[[Any, Tensor], Any]
 """How a module is tried out: (module, input) -> result."""
@@ -52,20 +52,6 @@ class PatchReport:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Change:
-    """A module and the forward that it is to get."""
-
-    operation: str
-    """What the report calls it."""
-    module: nn.Module
-    mixin: type[Fused]
-    counts: bool = True
-    """Whether the report counts it: it is no companion of another change."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """What else the mixin has to know."""
-
-
 @dataclass
 class PatchPlan:
     """The changes to make, and what the report will say."""
@@ -90,8 +76,7 @@ class PatchPlan:
 
     def why_not_together(self, probe: Probe, call: Call, more: Sequence[Change] = ()) -> str | None:
         """Why the model with all of the changes, and ``more`` of them, does not compute what its own does."""
-        changes = [(probe.names[id(change.module)], change.mixin, change.settings) for change in (*self.changes, *more)]
-        return probe.why_not(changes, call, probe.ids(), train=True, own_forward_runs=True)
+        return probe.why_not([*self.changes, *more], call, probe.ids(), train=True, own_forward_runs=True)
 
     def try_together(self, probe: Probe, call: Call) -> None:
         """Keep everything if the changes are no good together."""
@@ -102,13 +87,13 @@ class PatchPlan:
 
     def norm(self, name: str, module: nn.Module, width: int) -> None:
         """Plan one layer norm that stands outside the blocks."""
+        change = Change("layer norm", module, FusedLayerNorm)
         why = blocker(module) or _too_wide(width) or _other_arguments(module) or unknown_part(module, _NORM)
         if why is None:
             probe = Probe(module)
-            why = probe.why_not(
-                [("", FusedLayerNorm, {})], lambda norm, x: norm(small_too(x)), probe.randn(2, 4, width), train=True
-            )
-        self.decide(Change("layer norm", module, FusedLayerNorm), why, f" {name}")
+            x = small_too(probe.randn(2, 4, width))
+            why = probe.why_not([change], lambda norm, x: norm(x), x, train=True)
+        self.decide(change, why, f" {name}")
 
 
 _NORM = {"weight", "bias"}
@@ -177,8 +162,8 @@ def gpt2_parts(
     }
 
 
-Decided = dict[str, tuple[str | None, dict[str, Any]]]
-"""{part of a block: (why it is kept, or None; its settings)}."""
+Decided = dict[str, tuple[Change, str | None]]
+"""{part of a block: (what it would become, why it is kept or None)}."""
 
 
 def plan_blocks(plan: PatchPlan, blocks: dict[str, Any], parts: dict[str, Replaceable], shape: tuple[int, ...]) -> None:
@@ -196,15 +181,15 @@ def plan_blocks(plan: PatchPlan, blocks: dict[str, Any], parts: dict[str, Replac
         key = _fingerprint(module, numbered=False)
         if key not in decided:
             decided[key] = _try_out(module, parts, shape, numbered=False)
-        if any(why and why.startswith(UNTRIED) for why, _ in decided[key].values()):
+        if any(why and why.startswith(UNTRIED) for _, why in decided[key].values()):
             key = _fingerprint(module, numbered=True)
             decided[key] = decided.get(key) or _try_out(module, parts, shape, numbered=True)
         found[name] = decided[key]
-    for part, of in parts.items():
-        everywhere = len({result[part][0] for result in found.values()}) == 1
+    for part in parts:
+        everywhere = len({result[part][1] for result in found.values()}) == 1
         for name, result in found.items():
-            why, settings = result[part]
-            change = Change(of.operation, blocks[name].get_submodule(part), of.mixin, settings=settings)
+            change, why = result[part]
+            change = replace(change, module=blocks[name].get_submodule(part))
             plan.decide(change, why, "" if everywhere else f" of {name}")
 
 
@@ -220,27 +205,27 @@ def _try_out(module: Any, parts: dict[str, Replaceable], shape: tuple[int, ...],
             vars(each).pop(_NUMBER, None)
     x = probe.randn(*shape)
     few = probe.randn(2, min(shape[1], 16), shape[2])
-    why: dict[str, str | None] = {}
-    settings: dict[str, dict[str, Any]] = {}
+    decided: Decided = {}
     more = {name: _other_arguments(module.get_submodule(name)) for name, part in parts.items() if part.mixin.takes_one}
     if "" in more:  # a fused block calls its parts with x alone
         more[""] = next(filter(None, more.values()), None)
     for name, part in parts.items():
         inside = module.get_submodule(name)
-        others = [other for other, reason in why.items() if reason is None] if name == "" else []
-        reason = blocker(inside) or part.blocker(inside) or more.get(name) or unknown_part(inside, part.known)
-        if name == "" and why.get("ln_2"):
-            reason = reason or "ln_2 is kept"
-        settings[name] = {} if reason else part.settings(probe.module)
-        changes = [(other, parts[other].mixin, settings[other]) for other in (*others, name)]
+        why = blocker(inside) or part.blocker(inside) or more.get(name) or unknown_part(inside, part.known)
+        if name == "" and "ln_2" in decided and decided["ln_2"][1]:
+            why = why or "ln_2 is kept"
+        change = Change(part.operation, inside, part.mixin, settings={} if why else part.settings(probe.module))
+        others = [other for other, reason in decided.values() if reason is None] if name == "" else []
+        changes = [*others, change]
         # Eval mode over the whole context would show a window, train mode over a few tokens would show noise.
-        why[name] = (
-            reason
+        why = (
+            why
             or probe.why_not(changes, part.call, x)
             or probe.why_not(changes, part.call, few, train=True)
             or (probe.why_not(changes, part.call, 100 * few) if part.loud else None)
         )
-    return {name: (why[name], settings[name]) for name in parts}
+        decided[name] = change, why
+    return decided
 
 
 def small_too(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,14 +27,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fastgpt.common import UserError, first_line
 from fastgpt.ops import EAGER
-from fastgpt.patching.swap import Fused, fuse, is_fused, restore
+from fastgpt.patching.swap import Change, fuse, is_fused, restore
 
 TOLERANCE = 2e-5
 """Largest difference over the largest value, in fp32. Rounding alone causes about 1e-6."""
 
 UNTRIED = "its own forward cannot be tried out"
-Change = tuple[str, type[Fused], dict[str, Any]]
-"""(name inside the probed module, "" for the module itself; mixin; its settings)."""
 
 
 class Probe:
@@ -42,8 +41,6 @@ class Probe:
 
     def __init__(self, module: nn.Module, share: bool = False) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        self.names = {id(part): name for name, part in module.named_modules()}
-        """{id of a part of ``module``: its name}."""
         drawn: dict[torch.Size, Tensor] = {}
         tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
         memo: dict[int, Any] = {}
@@ -62,7 +59,9 @@ class Probe:
             raise UserError(
                 f"{type(module).__name__} cannot be copied to be tried out ({type(error).__name__}: {first_line(error)})"
             ) from error
-        for part in self.module.modules():
+        self.copies = {id(part): copied for part, copied in zip(module.modules(), self.module.modules())}
+        """{id of a part of ``module``: its copy}."""
+        for part in self.copies.values():
             for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
                 hooks.clear()
             vars(part).pop("forward", None)  # a closure over the model itself, as Accelerate's
@@ -77,11 +76,11 @@ class Probe:
         train: bool = False,
         own_forward_runs: bool = False,
     ) -> str | None:
-        """None if ``call(module, x)`` returns the same with the changes as without, in train mode with the same gradients,
-        else the reason in a few words. ``own_forward_runs``, inside the fused one, and may then count and draw."""
+        """None if ``call(copy, x)`` returns the same with the changes as without, in train mode with the same gradients, else
+        the reason in a few words. ``own_forward_runs``, inside the fused one, and may then count and draw."""
         self.module.train(train)
-        parts = dict(self.module.named_modules(remove_duplicate=False))
-        changed = [parts[name] for name, *_ in changes]
+        here = [replace(change, module=self.copies[id(change.module)]) for change in changes]
+        changed = [change.module for change in here]
         with _same_random_state():
             before = _random_state(), _plain_state(changed)
             try:
@@ -92,10 +91,10 @@ class Probe:
         done = []
         with _same_random_state():
             try:
-                for name, mixin, settings in changes:
-                    if not is_fused(parts[name]):  # a module in two places
-                        fuse(parts[name], mixin, EAGER, settings)
-                        done.append(parts[name])
+                for change in here:
+                    if not is_fused(change.module):  # a module in two places
+                        fuse(change, EAGER)
+                        done.append(change.module)
                 got = self._run(call, x, train)
             except Exception as error:
                 return f"it is built otherwise ({type(error).__name__}: {first_line(error)})"

@@ -1,7 +1,7 @@
 """Replace a module's class in place by a subclass that computes differently, and leave everything else as it is.
 
-``fuse(module, Mixin, ops, {})`` makes ``class GPT2Block(Mixin, GPT2Block)`` and assigns it to ``module.__class__``. Parameters,
-buffers, names, hooks, training flag and isinstance tests are untouched, ``super().forward`` is the module's own forward, and
+``fuse`` makes ``class GPT2Block(Mixin, GPT2Block)`` and assigns it to ``module.__class__``. Parameters, buffers, names, hooks,
+training flag and isinstance tests are untouched, ``super().forward`` is the module's own forward, and
 ``restore`` puts the old class back. Unlike a function assigned to ``module.forward``, this survives deepcopy and pickle, and
 leaves wrappers of the class (gradient checkpointing in transformers) in effect.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache, update_wrapper
 from typing import Any
 
@@ -32,8 +33,6 @@ class Fused:
     """The table of operations that the mixin calls."""
     names: tuple[str, ...]
     """Parameters of the module's own forward, after self."""
-    takes_more: bool
-    """Whether the module's own forward accepts other keywords."""
 
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call of forward, by name."""
@@ -45,19 +44,29 @@ class Fused:
         return (_new, (cls._fastgpt_base, cls._fastgpt_mixin, cls.ops.name), *state)
 
 
-def parameters(forward: Any) -> tuple[tuple[str, ...], bool]:
-    """(names of a method's parameters after self, whether it accepts other keywords)."""
-    found = list(inspect.signature(forward).parameters.values())[1:]
-    kinds = inspect.Parameter
-    names = tuple(p.name for p in found if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY))
-    return names, any(p.kind is kinds.VAR_KEYWORD for p in found)
+@dataclass(frozen=True)
+class Change:
+    """A module and the forward that it is to get."""
+
+    operation: str
+    """What the report calls it."""
+    module: nn.Module
+    mixin: type[Fused]
+    counts: bool = True
+    """Whether the report counts it: it is no companion of another change."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What else the mixin has to know: put on the module as attributes that begin with ``_fastgpt_``."""
+
+
+def parameters(forward: Any) -> tuple[str, ...]:
+    """Names of a method's parameters after self."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(p.name for p in list(inspect.signature(forward).parameters.values())[1:] if p.kind in named)
 
 
 @cache
 def _fused_class(base: Any, mixin: Any, ops_name: str) -> type:
-    own = base.forward
-
-    names, takes_more = parameters(own)
+    own, names = base.forward, parameters(base.forward)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and names and names[0] in kwargs:  # a mixin may call it otherwise
@@ -77,7 +86,6 @@ def _fused_class(base: Any, mixin: Any, ops_name: str) -> type:
         "forward": forward,
         "ops": operations.get(ops_name),
         "names": names,
-        "takes_more": takes_more,
         "_fastgpt_base": base,
         "_fastgpt_mixin": mixin,
     }
@@ -90,11 +98,11 @@ def _new(base: type, mixin: type, ops_name: str) -> nn.Module:
     return cls.__new__(cls)
 
 
-def fuse(module: nn.Module, mixin: type[Fused], ops: Ops, settings: dict[str, Any]) -> None:
-    """Give ``module`` the forward pass of ``mixin``, computed with ``ops``. It must not be fused already. ``settings``: what
-    else the mixin has to know, put on the module as attributes that begin with ``_fastgpt_``."""
-    module.__class__ = _fused_class(type(module), mixin, ops.name)  # type: ignore[arg-type]
-    vars(module).update({_PREFIX + name: value for name, value in settings.items()})
+def fuse(change: Change, ops: Ops) -> None:
+    """Give a module the forward pass of its mixin, computed with ``ops``. It must not be fused already."""
+    module = change.module
+    module.__class__ = _fused_class(type(module), change.mixin, ops.name)  # type: ignore[arg-type]
+    vars(module).update({_PREFIX + name: value for name, value in change.settings.items()})
 
 
 def is_fused(module: nn.Module) -> bool:

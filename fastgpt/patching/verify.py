@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fastgpt.common import UserError, first_line
 from fastgpt.kernels.parity import allowed, errors
 from fastgpt.ops import Ops
-from fastgpt.patching.plan import Change
 from fastgpt.patching.probe import cast, computing_in, dropouts
-from fastgpt.patching.swap import fuse, restore
+from fastgpt.patching.swap import Change, fuse, restore
 
 Figures = dict[str, tuple[float, float]]
 """{"loss" or the parameter whose gradient it is: (error, largest error that is allowed)}."""
@@ -79,7 +78,7 @@ def fuse_and_verify(model: nn.Module, changes: Sequence[Change], ops: Ops, batch
             return "{} is off by {:.1e}, where {:.1e} is allowed".format(what, *figures[name])
 
         for change in changes:
-            fuse(change.module, change.mixin, ops, change.settings)
+            fuse(change, ops)
         if (why := wrong()) is None:
             return figures
         for change in changes:
@@ -87,7 +86,7 @@ def fuse_and_verify(model: nn.Module, changes: Sequence[Change], ops: Ops, batch
         for operation in dict.fromkeys(change.operation for change in changes):  # one after the other, until it fails
             for change in changes:
                 if change.operation == operation:
-                    fuse(change.module, change.mixin, ops, change.settings)
+                    fuse(change, ops)
             if again := wrong():
                 why = again
                 break
