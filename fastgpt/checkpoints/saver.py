@@ -30,47 +30,6 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     return write(folder, step, *_parts(step, state, is_best=False))
 
 
-class Staging:
-    """Copies tensors to the host, into the same (on a GPU: pinned) buffers each time.
-
-    One state of host memory as large as the checkpoint's share of this rank, held between saves: allocating and
-    pinning it anew would take longer than the copy. What ``copy`` returned last is overwritten by the next call."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Shard]:
-        """The tensors' values at this point of the current stream; waits until they are on the host."""
-        copies: dict[str, Tensor | Shard] = {}
-        devices = set()
-        for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            host = self._buffer(name, local)
-            host.copy_(local, non_blocking=True)
-            devices |= {local.device} if local.is_cuda else set()
-            if isinstance(tensor, DTensor):
-                [chunk] = tensor.__create_chunk_list__()  # fully_shard gives each rank one piece
-                copies[name] = Shard(host, tensor.shape, chunk)
-            else:
-                copies[name] = host
-        for device in devices:
-            torch.cuda.current_stream(device).synchronize()
-        for name in self._buffers.keys() - tensors.keys():
-            del self._buffers[name]
-        return copies
-
-    def _buffer(self, name: str, like: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            try:
-                buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-            except RuntimeError:  # the system allows no more pinned memory: slower, but it works
-                buffer = torch.empty(like.shape, dtype=like.dtype)
-            self._buffers[name] = buffer
-        return buffer
-
-
 class AsyncSaver:
     """Saves into ``folder`` from a background thread, one checkpoint at a time, and keeps the last ``keep`` and the best.
 
@@ -87,7 +46,6 @@ class AsyncSaver:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
-        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._saved: Path | None = None
         self._trouble: tuple[Any, ...] | None = None
@@ -110,7 +68,7 @@ class AsyncSaver:
         else."""
         self.wait()
         header, own, tensors = _parts(step, state, is_best)
-        copies = self._staging.copy(tensors)
+        copies = _on_host(tensors)
         self._thread = threading.Thread(
             target=self._run, args=(step, header, own, copies), name=f"checkpoint-{step}", daemon=True
         )
@@ -159,6 +117,28 @@ class AsyncSaver:
                 rotate(self.folder, self.keep)
         except OSError as error:
             self._news.append(f"older checkpoints in {self.folder} cannot be deleted ({error.strerror})")
+
+
+@torch.no_grad()
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Shard]:
+    """Copies of the values at this point of the current stream; waits until they are there. They lie in pinned memory, which
+    PyTorch keeps when it is freed, so that the next save pins nothing."""
+    copies: dict[str, Tensor | Shard] = {}
+    devices = set()
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        try:
+            host = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+        except RuntimeError:  # the system allows no more pinned memory: slower, but it works
+            host = torch.empty(local.shape, dtype=local.dtype)
+        copies[name] = host.copy_(local, non_blocking=True)
+        devices |= {local.device} if local.is_cuda else set()
+        if isinstance(tensor, DTensor):
+            [chunk] = tensor.__create_chunk_list__()  # fully_shard gives each rank one piece
+            copies[name] = Shard(host, tensor.shape, chunk)
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+    return copies
 
 
 def _parts(step: int, state: Mapping[str, Any], is_best: bool) -> tuple[dict[str, Any], Any, dict[str, Any]]:

@@ -83,15 +83,6 @@ def test_a_save_waits_for_the_one_before(tmp_path, held):
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
 
 
-def test_buffers_on_the_host_are_made_once(tmp_path):
-    with AsyncSaver(tmp_path, keep=1) as saver:
-        saver.save(1, state(1))
-        saver.wait()
-        addresses = {name: buffer.data_ptr() for name, buffer in saver._staging._buffers.items()}
-        saver.save(2, state(2))
-        assert {name: buffer.data_ptr() for name, buffer in saver._staging._buffers.items()} == addresses
-
-
 def test_a_state_that_cannot_be_stored_is_the_callers_error(tmp_path):
     with AsyncSaver(tmp_path, keep=1) as saver, pytest.raises(TypeError, match="model is a function"):
         saver.save(1, {"model": names})
