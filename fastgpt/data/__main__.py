@@ -13,7 +13,7 @@ from rich.table import Table
 from fastgpt import command, common
 from fastgpt.command import Arg
 from fastgpt.common import UserError, at_least, duration
-from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, check_complete, read_manifest
+from fastgpt.data.manifest import SHARD_TOKENS, VAL_FRACTION, check_complete, left_out, read_manifest
 from fastgpt.data.preparation import prepare
 from fastgpt.data.resolution import told
 from fastgpt.data.shards import open_shard, shards_in
@@ -96,13 +96,8 @@ def _prepare(options: Prepare) -> int:
     taken = duration(time.monotonic() - begin)
     common.say(f"{options.out} is ready ({taken}); train on it with --data {options.out}")
     common.console(soft_wrap=True, highlight=False).print(_table(manifest))
-    if skipped := manifest["skipped_files"]:
-        some = ", ".join(skipped[:5])
-        common.say(f"{len(skipped)} files were not UTF-8 text and passed over: {some}")
-    if rows := manifest.get("skipped_rows"):
-        common.say(f"{rows:,} rows were passed over: their {manifest['text_column']} is null, a number or not UTF-8")
-    if places := manifest.get("replaced"):
-        print(f"{places:,} places were not UTF-8: each is U+FFFD now")
+    if said := left_out(manifest):
+        common.say(f"left out: {said}")
     return 0
 
 

@@ -84,12 +84,26 @@ def fingerprint(paths: list[Path]) -> str:
     return f"{len(paths)} files of {sum(sizes):,} bytes, sha256 {digest}"
 
 
+def left_out(manifest: dict[str, Any]) -> str:
+    """What a preparation left out or replaced, in words."""
+    files = manifest.get("skipped_files") or []
+    rows, places = manifest.get("skipped_rows"), manifest.get("replaced")
+    said = []
+    if files:
+        names = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+        said.append(f"{len(files)} files that are not UTF-8 ({names})")
+    if rows:
+        said.append(f"{rows:,} rows without text")
+    if places:
+        said.append(f"{places:,} places that are not UTF-8")
+    return " and ".join(said)
+
+
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
     """``key A then, B now; ...``"""
-    if {**then, "source_digest": 0} == {**now, "source_digest": 0}:
-        return "the files of the source have changed since"
     changed = [key for key in {**then, **now} if then.get(key) != now.get(key) and key != "source_digest"]
-    return "; ".join(f"{key} {then.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+    said = "; ".join(f"{key} {then.get(key)!r} then, {now.get(key)!r} now" for key in changed)
+    return said or "the files of the source have changed since"
 
 
 def whole(folder: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:

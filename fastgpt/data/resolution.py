@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fastgpt.common import UserError, cache_dir
 from fastgpt.data.corpora import STDLIB, is_hub_name, open_corpus
 from fastgpt.data.letters import META, read_letters
-from fastgpt.data.manifest import PROGRESS, check_complete, read_manifest, recipe_of
+from fastgpt.data.manifest import PROGRESS, check_complete, left_out, read_manifest, recipe_of
 from fastgpt.data.preparation import prepare
 from fastgpt.data.shards import SUFFIXES, open_shard, shards_in
 from fastgpt.data.tokenizer import CHARS, SIZES, CharTokenizer, Tokenizer, get_tokenizer
@@ -30,16 +30,7 @@ class ResolvedData(NamedTuple):
     @property
     def skipped(self) -> str:
         """What was left out when the data was prepared, in words."""
-        manifest = read_manifest(self.train_paths[0].parent) or {}
-        files, rows, places = (
-            manifest.get("skipped_files") or [],
-            manifest.get("skipped_rows"),
-            manifest.get("replaced"),
-        )
-        names = ", ".join(map(str, files[:3])) + ", ..." * (len(files) > 3)
-        said = [f"{len(files)} files that are not UTF-8 ({names})"] * bool(files)
-        said += [f"{rows} rows without text"] * bool(rows) + [f"{places} places that are not UTF-8"] * bool(places)
-        return " and ".join(said)
+        return left_out(read_manifest(self.train_paths[0].parent) or {})
 
 
 class Told(NamedTuple):
@@ -83,15 +74,12 @@ def resolve(data: str, tokenizer: str, vocab_size: int, text_column: str = "text
     Raises:
         UserError: the data is missing, empty, damaged, unfinished, or made with another tokenizer.
     """
-    meta = Path(data).expanduser() / META
-    tok = (
-        CharTokenizer(read_letters(meta), str(meta))
-        if tokenizer == CHARS and meta.is_file()
-        else get_tokenizer(tokenizer)
-    )
+    path = Path(data).expanduser()
+    meta = path / META
+    of_letters = tokenizer == CHARS and meta.is_file()
+    tok = CharTokenizer(read_letters(meta), str(meta)) if of_letters else get_tokenizer(tokenizer)
     if vocab_size < tok.vocab_size:
         raise UserError(f"vocab_size is {vocab_size}: the {tok.name} tokenizer needs at least {tok.vocab_size}")
-    path = Path(data).expanduser()
     if path.suffix in SUFFIXES:
         raise UserError(
             f"data {data!r} is one token file: name the folder that holds train*{path.suffix} and val*{path.suffix}, so "
