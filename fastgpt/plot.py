@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -18,43 +18,29 @@ from fastgpt import command, common
 from fastgpt.checkpoints import METRICS
 from fastgpt.command import Arg
 from fastgpt.common import UserError, at_least, rounded
-from fastgpt.config import OptimConfig
-from fastgpt.doctor.evidence import LogFacts
-from fastgpt.doctor.figures import compute, steady
+from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, Steps
+from fastgpt.doctor.figures import compute, steady, trained
 from fastgpt.doctor.reading.logs import read_log
 from fastgpt.doctor.reading.read import read as doctor_read
-from fastgpt.schedule import micro_batches_until
-from fastgpt.training import metrics
 
 Axis = Literal["steps", "tokens"]
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run logged, by step: arrays of one length per group, NaN where a line did not say."""
+    """What a run logged, as the doctor reads it."""
 
     name: str
-    step: np.ndarray
-    loss: np.ndarray
-    lr: np.ndarray
-    grad_norm: np.ndarray
-    tokens_per_second: np.ndarray
-    eval_step: np.ndarray
-    val_loss: np.ndarray
+    steps: Steps
+    """Their tokens per second as logged, or from their time."""
+    evals: Evals
+    config: ConfigFacts
     tokens_per_step: int | None = None
-    batch_warmup: tuple[int, int] = (0, 1)
-    """Steps over which the micro-batches of a step rise, and to how many."""
 
     def tokens(self, steps: np.ndarray) -> np.ndarray:
         """Tokens of so many steps of the run, which says how many a step has."""
-        rising, accum = self.batch_warmup
         assert self.tokens_per_step is not None
-        if not rising:
-            return self.tokens_per_step * steps
-        optim = OptimConfig(batch_warmup_iters=rising)
-        return np.array([micro_batches_until(int(step), optim, accum) for step in steps]) * (
-            self.tokens_per_step / accum
-        )
+        return np.array([trained(int(step), self.config, self.tokens_per_step) for step in steps])
 
 
 def read(path: Path, tokens_per_step: int | None = None, config: Path | None = None) -> Curves:
@@ -64,58 +50,27 @@ def read(path: Path, tokens_per_step: int | None = None, config: Path | None = N
     ``config``, or of the only config that lies beside the log. Steps that an evaluation was part of have no speed. Raises
     UserError for what cannot be read, and for a log without a step.
     """
-    if (path / METRICS if path.is_dir() else path).name == METRICS:
-        curves = _of_records(path if path.is_dir() else path.parent, metrics.read(path))
-        return replace(curves, tokens_per_step=tokens_per_step or curves.tokens_per_step)
-    if not path.is_file():
+    file = path / METRICS if path.is_dir() else path
+    if not file.is_file():
         raise UserError(f"{path} is neither a run's folder nor a log file: name one that exists")
-    log = read_log(path)
-    if len(log.steps) == 0:
-        raise UserError(f"{path} holds no training step that could be drawn: name a log of a run")
-    tokens_per_step = tokens_per_step or _tokens_per_step(path, log, config)
-    rate = log.steps.tokens_per_second
+    log, own = read_log(file), file.name == METRICS
+    if not len(log.steps):
+        hint = "yet: wait for its first log line" if own else "that could be drawn: name a log of a run"
+        raise UserError(f"{path} holds no training step {hint}")
+    evidence = Evidence(log.config, log)
+    if config is not None or not (own or log.config or log.all("tokens_per_step")):
+        try:
+            evidence = doctor_read([file, config or file.parent])
+        except UserError:
+            if config is not None:
+                raise
+    figures = compute(evidence, None)
+    tokens_per_step, rate = tokens_per_step or figures.tokens_per_step, log.steps.tokens_per_second
     if tokens_per_step:
         derived = 1e3 * tokens_per_step / np.where(steady(log), log.steps.ms, np.nan)
         rate = np.where(np.isnan(rate), derived, rate)
-    nothing, evals = np.full(len(log.steps), np.nan), log.evals
-    return Curves(
-        *(path.stem, log.steps.step, log.steps.loss, log.steps.lr, nothing, rate, evals.step, evals.val),
-        tokens_per_step=tokens_per_step,
-    )
-
-
-def _tokens_per_step(path: Path, log: LogFacts, config: Path | None) -> int | None:
-    """As the doctor finds it."""
-    said = [note.value for note in log.all("tokens_per_step") if note.value]
-    if said and config is None:
-        return said[-1]
-    try:
-        return compute(doctor_read([path, config or path.parent]), None).tokens_per_step
-    except UserError:
-        if config is not None:
-            raise
-        return None
-
-
-def _of_records(folder: Path, records: Sequence[dict[str, Any]]) -> Curves:
-    def columns(key: str, *names: str) -> list[np.ndarray]:
-        """These fields of the records that have a step and ``key``."""
-        rows = [record for record in records if "step" in record and key in record]
-        return [np.array([row.get(name) for row in rows], dtype=float) for name in names]
-
-    steps = columns("loss", "step", "loss", "lr", "grad_norm", "tokens_per_second")
-    if not len(steps[0]):
-        raise UserError(f"{folder} holds no training step yet: wait for its first log line")
-    config: dict[str, Any] = next((record["config"] for record in reversed(records) if record.get("config")), {})
-    try:
-        data, rising = config["data"], config.get("optim", {}).get("batch_warmup_iters", 0)
-        tokens = int(data["batch_size"] * data["grad_accum"] * config["model"]["block_size"])
-        warmup = max(0, int(rising)), max(1, int(data["grad_accum"]))
-    except (KeyError, TypeError, ValueError, AttributeError):  # of a stranger's file
-        tokens, warmup = None, (0, 1)
-    eval_step, val_loss = columns("val_loss", "step", "val_loss")
-    step, loss, lr, grad_norm, rate = steps
-    return Curves(folder.resolve().name, step, loss, lr, grad_norm, rate, eval_step, val_loss, tokens, warmup)
+    name = file.resolve().parent.name if own else path.stem
+    return Curves(name, replace(log.steps, tokens_per_second=rate), log.evals, figures.config, tokens_per_step)
 
 
 def draw(runs: Sequence[Curves], path: Path, x: Axis = "steps") -> Path:
@@ -135,7 +90,7 @@ def draw(runs: Sequence[Curves], path: Path, x: Axis = "steps") -> Path:
         "tokens_per_second": "tokens per second",
         "grad_norm": "gradient norm before clipping",
     }
-    shown = [name for name in titles if any(np.isfinite(getattr(run, name)).any() for run in runs)] or ["loss"]
+    shown = [name for name in titles if any(np.isfinite(getattr(run.steps, name)).any() for run in runs)] or ["loss"]
     grid = list(figure.subplots(2 if len(shown) > 2 else 1, 2 if len(shown) > 1 else 1, squeeze=False).flat)
     panels = dict(zip(shown, grid))
     for axes in grid[len(shown) :]:
@@ -149,18 +104,18 @@ def draw(runs: Sequence[Curves], path: Path, x: Axis = "steps") -> Path:
             )
         along = run.tokens if x == "tokens" else np.asarray
         for name, axes in panels.items():
-            values = getattr(run, name)
-            known = ~np.isnan(values)
-            step, values = along(run.step[known]), values[known]
-            if name in ("loss", "grad_norm") and len(values) > 200:
-                axes.plot(step, values, color=colour, alpha=0.2, linewidth=0.7)
-                step, values = _running_mean(step, values)
-            if len(values):
-                dot = "." if len(values) == 1 else None
-                axes.plot(step, values, color=colour, linewidth=1.4, marker=dot, label=_label(run.name))
-        if len(run.val_loss):
+            logged = getattr(run.steps, name)
+            known = ~np.isnan(logged)
+            step, logged = along(run.steps.step[known]), logged[known]
+            if name in ("loss", "grad_norm") and len(logged) > 200:
+                axes.plot(step, logged, color=colour, alpha=0.2, linewidth=0.7)
+                step, logged = _running_mean(step, logged)
+            if len(logged):
+                dot = "." if len(logged) == 1 else None
+                axes.plot(step, logged, color=colour, linewidth=1.4, marker=dot, label=_label(run.name))
+        if len(run.evals):
             label = f"{_label(run.name)}, validation"
-            panels["loss"].plot(along(run.eval_step), run.val_loss, "o", color=colour, markersize=3.5, label=label)
+            panels["loss"].plot(along(run.evals.step), run.evals.val, "o", color=colour, markersize=3.5, label=label)
     for name, axes in panels.items():
         axes.set_title(titles[name], loc="left", fontsize=10)
         axes.set_xlabel("optimizer step" if x == "steps" else "tokens")
@@ -173,7 +128,7 @@ def draw(runs: Sequence[Curves], path: Path, x: Axis = "steps") -> Path:
         panels["tokens_per_second"].set_ylim(bottom=0)
         panels["tokens_per_second"].yaxis.set_major_formatter("{x:,.0f}")
     # The first losses, far above the part that differs, may leave the picture.
-    losses = np.concatenate([run.loss[np.isfinite(run.loss)] for run in runs])
+    losses = np.concatenate([run.steps.loss[np.isfinite(run.steps.loss)] for run in runs])
     if len(losses) >= 100 and "loss" in panels:
         low, high = float(losses.min()), float(np.quantile(losses, 0.97))
         panels["loss"].set_ylim(low - 0.05 * (high - low), high + 0.3 * (high - low))

@@ -10,6 +10,7 @@ import pytest
 
 from fastgpt import plot
 from fastgpt.common import UserError
+from tests.doctor.runs import config, log
 
 REAL = Path(__file__).parents[1] / "docs" / "rtx4070-runs"
 
@@ -32,18 +33,19 @@ def folder(tmp_path):
 
 def test_a_run_folder_is_read_whole(folder):
     run = plot.read(folder)
-    assert run.name == "mine" and list(run.step) == list(range(1, 301))
-    assert run.loss[0] == 8 and np.nanmax(run.tokens_per_second) == 1300 and np.isnan(run.tokens_per_second[0])
-    assert list(run.eval_step) == [100, 200, 300] and list(run.val_loss) == [3.1] * 3
+    assert run.name == "mine" and list(run.steps.step) == list(range(1, 301))
+    rate = run.steps.tokens_per_second
+    assert run.steps.loss[0] == 8 and np.nanmax(rate) == 1300 and np.isnan(rate[0]) and run.steps.grad_norm[0] == 1
+    assert list(run.evals.step) == [100, 200, 300] and list(run.evals.val) == [3.1] * 3
     assert plot.read(folder / "metrics.jsonl").name == "mine"
 
 
 def test_a_nanogpt_log_gives_a_rate_once_the_tokens_of_a_step_are_known():
     path = REAL / "nanogpt-40m-fineweb.log"
-    assert np.isnan(plot.read(path).tokens_per_second).all()
+    assert np.isnan(plot.read(path).steps.tokens_per_second).all()
     run = plot.read(path, 524288)
-    assert np.nanmedian(run.tokens_per_second) == pytest.approx(134_060, rel=0.002)
-    assert run.val_loss[0] == 10.8727 and np.isnan(run.grad_norm).all()
+    assert np.nanmedian(run.steps.tokens_per_second) == pytest.approx(134_060, rel=0.002)
+    assert run.evals.val[0] == 10.8727 and np.isnan(run.steps.grad_norm).all()
 
 
 def test_the_config_beside_a_log_gives_its_rate_and_evaluations_are_no_slowness(tmp_path):
@@ -51,14 +53,14 @@ def test_the_config_beside_a_log_gives_its_rate_and_evaluations_are_no_slowness(
     lines = [f"iter {i}: loss 5.0, time {900 if i % 50 == 0 else 100:.2f}ms, mfu 10.00%" for i in range(0, 200, 10)]
     lines += [f"step {i}: train loss 5.0000, val loss 5.1000" for i in range(0, 200, 50)]
     log.write_text("\n".join(sorted(lines, key=lambda line: int(line.split()[1][:-1]))))
-    assert np.isnan(plot.read(log).tokens_per_second).all()
+    assert np.isnan(plot.read(log).steps.tokens_per_second).all()
     config = "batch_size = 4\nblock_size = 25\ngradient_accumulation_steps = 2\n"
     (tmp_path / "train.py").write_text(config)
-    rates = plot.read(log).tokens_per_second
+    rates = plot.read(log).steps.tokens_per_second
     assert set(rates[~np.isnan(rates)]) == {2000.0} and np.isnan(rates).sum() == 4
     (tmp_path / "other.py").write_text(config.replace("4", "8"))
-    assert np.isnan(plot.read(log).tokens_per_second).all()  # which of the two?
-    assert np.nanmax(plot.read(log, config=tmp_path / "other.py").tokens_per_second) == 4000
+    assert np.isnan(plot.read(log).steps.tokens_per_second).all()  # which of the two?
+    assert np.nanmax(plot.read(log, config=tmp_path / "other.py").steps.tokens_per_second) == 4000
 
 
 def is_png(path):
@@ -79,7 +81,7 @@ def test_what_is_drawn_is_what_was_read(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
     plot.draw([plot.read(folder)], tmp_path / "x.png")
     loss, rate, speed, norm = figures[0].axes
-    assert list(loss.lines[0].get_ydata()) == list(plot.read(folder).loss)
+    assert list(loss.lines[0].get_ydata()) == list(plot.read(folder).steps.loss)
     assert list(loss.lines[2].get_ydata()) == [3.1] * 3
     assert set(rate.lines[0].get_ydata()) == {1e-3}
     assert len(speed.lines[0].get_ydata()) == 30
@@ -98,14 +100,12 @@ def drawn(monkeypatch):
 
 
 def test_no_panel_is_empty(drawn, tmp_path):
-    steps = np.arange(10)
-    nothing = np.full(10, np.nan)
-    loss = plot.Curves("a", steps, steps + 1.0, nothing, nothing, nothing, steps[:0], steps[:0])
-    for runs, panels in (
-        ([loss], 1),
-        ([loss, replace(loss, lr=steps + 1.0)], 2),
-        ([replace(loss, lr=steps, grad_norm=steps)], 3),
-    ):
+    def run(**columns):
+        made = log(np.arange(10) + 1.0)
+        return plot.Curves("a", replace(made.steps, **columns), made.evals, config())
+
+    some = np.arange(10.0)
+    for runs, panels in (([run()], 1), ([run(), run(lr=some)], 2), ([run(lr=some, grad_norm=some)], 3)):
         plot.draw(runs, tmp_path / "x.png")
         assert len(drawn[-1].axes) == panels and all(axes.lines for axes in drawn[-1].axes)
 
@@ -123,7 +123,7 @@ def test_an_axis_of_tokens(drawn, folder, capsys):
     path.write_text("\n".join([json.dumps(record), *plain.splitlines()[1:]]))
     assert plot.main([str(folder), "--x", "tokens"]) == 0
     assert drawn[1].axes[0].lines[0].get_xdata()[-1] == 200 * 1024 + (50 * 1 + 50 * 2) * 512
-    path.write_text(plain)
+    path.write_text(plain.replace('"config"', '"another"'))
     with pytest.raises(UserError, match="mine does not say how many tokens a step has"):
         plot.main([str(folder), "--x", "tokens"])
 
@@ -143,7 +143,7 @@ def test_without_a_name_the_newest_run_is_drawn(folder, tmp_path, monkeypatch, c
     [
         (lambda path: None, "neither a run's folder nor a log"),
         (lambda path: path.write_text("nothing of the kind\n"), "no training step"),
-        (lambda path: path.mkdir(), "cannot be read"),
+        (lambda path: path.mkdir(), "neither a run's folder nor a log"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_sentence(tmp_path, make, words):

@@ -123,6 +123,7 @@ class Steps(Series):
     mfu: np.ndarray  # float64, as printed, in percent
     tokens_per_second: np.ndarray  # float64, as printed
     lr: np.ndarray  # float64
+    grad_norm: np.ndarray  # float64, before clipping
     line: np.ndarray  # int64, line in the file
 
     def text(self, row: int) -> str:

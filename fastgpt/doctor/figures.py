@@ -408,7 +408,7 @@ def _settle(figures: Figures, evidence: Evidence) -> None:
         figures.parameters = None
 
 
-def _trained(steps: int, config: ConfigFacts, per_step: int) -> int:
+def trained(steps: int, config: ConfigFacts, per_step: int) -> int:
     """Tokens of a run's first ``steps`` steps: fastgpt's may begin with fewer micro-batches than they have later."""
     rising, accum = config.get("batch_warmup_iters"), config.get("gradient_accumulation_steps")
     if not (isinstance(rising, int) and rising > 0 and isinstance(accum, int) and accum > 0):
@@ -421,9 +421,9 @@ def _ratios(figures: Figures, corpus_tokens: int | None) -> None:
     planned = None if evaluates_only(config) else config.get("max_iters")
     if per_step is not None:
         if figures.steps_seen is not None:
-            figures.put("tokens_seen", _trained(figures.steps_seen, config, per_step), "steps_seen", "tokens_per_step")
+            figures.put("tokens_seen", trained(figures.steps_seen, config, per_step), "steps_seen", "tokens_per_step")
         if planned is not None:
-            figures.put("tokens_planned", _trained(planned, config, per_step), "max_iters", "tokens_per_step")
+            figures.put("tokens_planned", trained(planned, config, per_step), "max_iters", "tokens_per_step")
     tokens, of = figures.seen(), "tokens_seen" if figures.tokens_seen is not None else "tokens_planned"
     known = KNOWN_CORPORA.get(str(config.get("dataset", "")))
     figures.put("corpus_tokens", corpus_tokens or known, "data" if corpus_tokens else "dataset")

@@ -87,6 +87,7 @@ def log(
         mfu=np.broadcast_to(np.asarray(mfu, float), n).copy(),
         tokens_per_second=nothing,
         lr=nothing,
+        grad_norm=nothing,
         line=1 + np.arange(n),
     )
     train = np.full(len(val), np.nan) if train is None else np.asarray(train, float)

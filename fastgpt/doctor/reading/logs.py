@@ -38,8 +38,10 @@ COUNTS = (
     *("bits_per_byte", "corpus_tokens"),
 )
 """Notes whose value is a number."""
-COLUMNS = ("step", "loss", "ms", "mfu", "rate", "lr")
+COLUMNS = ("step", "loss", "ms", "mfu", "rate", "lr", "norm")
 """What a form can have of a step."""
+WIDTH = len(COLUMNS) + 1
+"""Numbers kept of a step: these, and its line."""
 _DIGITS = str.maketrans("123456789", "000000000")
 MOST_SILENT = 10_000
 OF_ITS_RUN = ("nan", "oom", "exception", "traceback", "checkpoint", "bits_per_byte")
@@ -135,8 +137,8 @@ class LogReader:
     def foresee(self, share: float) -> None:
         """Thin the steps out as far as a file needs of which only this share was taken: later blocks are then passed over
         quickly."""
-        while len(self.steps) > 7 * MOST_STEPS * share:
-            self.steps = array("d", np.frombuffer(self.steps).reshape(-1, 7)[::2].tobytes())
+        while len(self.steps) > WIDTH * MOST_STEPS * share:
+            self.steps = array("d", np.frombuffer(self.steps).reshape(-1, WIDTH)[::2].tobytes())
             self.stride *= 2
 
     def _thinned(self, text: str) -> str:
@@ -184,17 +186,20 @@ class LogReader:
             step = float(said["step"]) if said.get("step") else self.step
             self.evals.extend((step, _float(said.get("train")), _float(said["val"]), self._line(at)))
         else:
-            self._take_step(at, *[_float(said[name]) if name in said else math.nan for name in COLUMNS])
-            if said.get("loss") and not math.isfinite(self.steps[-6]):
-                self._note("nan", at, self._text_at(at), self.steps[-6])
+            step, loss, *others = [_float(said[name]) if name in said else math.nan for name in COLUMNS]
+            self._take_step(at, step, loss, *others, has_loss=bool(said.get("loss")))
         self.kinds[kind] += 1
         self.kind_of_last = kind
         return True
 
-    def _take_step(self, at: int, step: float, loss: float, ms: float, mfu: float, rate: float, lr: float) -> None:
+    def _take_step(
+        self, at: int, step: float, loss: float, ms: float, mfu: float, *rest: float, has_loss: bool
+    ) -> None:
         self.step = step
         # nanoGPT prints a negative mfu until it has measured one, llm.c for a card that it does not know.
-        self.steps.extend((step, loss, ms, math.nan if mfu < 0 else mfu, rate, lr, self._line(at)))
+        self.steps.extend((step, loss, ms, math.nan if mfu < 0 else mfu, *rest, self._line(at)))
+        if has_loss and not math.isfinite(loss):
+            self._note("nan", at, self._text_at(at), loss)
 
     def _json(self, kind: str, match: re.Match[str]) -> int:
         """A line of metrics.jsonl."""
@@ -214,10 +219,9 @@ class LogReader:
         step = float(int(step))
         if "loss" in record:
             self.kinds[kind] += 1
-            loss, ms, mfu, *rest = (_number(record.get(k)) for k in ("loss", "ms", "mfu", "tokens_per_second", "lr"))
-            self._take_step(at, step, loss, ms, 100 * mfu, *rest)
-            if not math.isfinite(loss):
-                self._note("nan", at, self._text_at(at), loss)
+            keys = ("loss", "ms", "mfu", "tokens_per_second", "lr", "grad_norm")
+            loss, ms, mfu, *rest = (_number(record.get(key)) for key in keys)
+            self._take_step(at, step, loss, ms, 100 * mfu, *rest, has_loss=True)
         if record.get("val_loss") is not None:
             self.kinds[kind] += 1
             losses = _number(record.get("train_loss")), _number(record["val_loss"])
@@ -287,14 +291,14 @@ class LogReader:
         of_kind.append(note)
 
     def facts(self) -> LogFacts:
-        steps, back = in_order(np.array(self.steps).reshape(-1, 7))
+        steps, back = in_order(np.array(self.steps).reshape(-1, WIDTH))
         evals, evals_back = in_order(np.array(self.evals).reshape(-1, 4))
         for line, top, step in back or evals_back:
             text = f"the log goes back from step {top} to {step}: the later run counts"
             self._add(Note("resume", Place(self.file, line), text, step))
         kind = max(self.kinds, key=self.kinds.__getitem__, default="unknown")
         notes = sorted(itertools.chain(*self.notes.values()), key=lambda note: note.place.line or 0)
-        lines, begun = np.array(self.steps)[6::7], self.steps[0] if back else 0
+        lines, begun = np.array(self.steps)[WIDTH - 1 :: WIDTH], self.steps[0] if back else 0
         if again := [line for line, _, step in back if step <= max(begun, 1)]:  # from its first step: another run
             why = f"the log holds {len(again) + 1} runs, one after the other: the last one counts, from this line on"
             self.unread.append(Unread(Place(self.file, again[-1]), "", why))

@@ -190,6 +190,7 @@ def test_fastgpts_lines_of_every_time(log, figures):
     facts = log(f"iter 20: loss 4.5000, {figures}\n")
     assert (facts.kind, steps(facts), facts.steps.lr[0], facts.unread) == ("fastgpt", [20], 6e-4, [])
     assert np.isnan(facts.steps.mfu).all() == ("mfu 1" not in figures)
+    assert f"norm {facts.steps.grad_norm[0]}" in figures
     if "time 2" in figures:
         assert round(facts.steps.ms[0]) == 2037 and facts.steps.tokens_per_second[0] == 251
     else:
