@@ -25,6 +25,8 @@ for module, missing in (os, "sysconf statvfs sched_getaffinity"), (signal, "SIGH
 sys.platform = "win32"
 ours, names = tuple(sys.argv[1].split()), sys.argv[2].split()
 known = sys.stdlib_module_names - set(sys.argv[3].split()) | {"torch", "triton", "numpy", "fastgpt", "bench"}
+if sys.version_info < (3, 11):
+    known |= {"tomli"}  # which is tomllib from 3.11 on
 imported = "psutil rich safetensors filelock jinja2 markupsafe tiktoken".split() + sys.argv[3].split()
 for name in list(sys.modules):
     if name.partition(".")[0] in imported:
