@@ -40,6 +40,21 @@ def first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+_NO_ROOM = (
+    "out of memory",  # CUDA and Triton's launcher; torch.compile, which wraps either in an error of its own
+    "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN: a handle, a workspace
+    "DefaultCPUAllocator",  # PyTorch's, which raises for this reason alone
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory did not suffice, whoever asked for it: PyTorch's allocators, CUDA while it pins memory
+    or loads a kernel, a library for its workspace. Only the first have a class of their own, a RuntimeError like the rest."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)
+    )
+
+
 LARGEST = 2**63 - 1
 """The largest number that an option, a setting or a field of a file can have: what PyTorch and NumPy take as a size."""
 
@@ -339,9 +354,9 @@ def importing() -> Iterator[None]:
 
 
 def run(main: Callable[[list[str]], int]) -> None:
-    """Run a command on the command line's arguments and exit: with its code, 2 and one sentence for bad input and for a file
-    that cannot be read or written, 130 for Ctrl-C, 141 in silence (as SIGPIPE would end it) when what reads the output
-    has gone: ``fastgpt plan | head``. Any other exception is a bug, and keeps its traceback."""
+    """Run a command on the command line's arguments and exit: with its code, 2 and one sentence for bad input, for a file that
+    cannot be read or written and for memory that does not suffice, 130 for Ctrl-C, 141 in silence (as SIGPIPE would end it)
+    when what reads the output has gone: ``fastgpt plan | head``. Any other exception is a bug, and keeps its traceback."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -368,6 +383,12 @@ def run(main: Callable[[list[str]], int]) -> None:
         if error.filename is None:
             raise
         report(UserError(f"{error.filename} cannot be read or written: {error.strerror}"))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        why = first_line(error).split(". ")[0]
+        report(UserError(f"memory does not suffice ({why}): end what else uses it, or take a smaller model or batch"))
         sys.exit(2)
 
 

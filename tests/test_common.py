@@ -7,9 +7,21 @@ import re
 import sys
 
 import pytest
+import torch
 
 from fastgpt import common
-from fastgpt.common import UserError, at_least, gigabytes, millions, number, percent, rounded, teraflops, within
+from fastgpt.common import (
+    UserError,
+    at_least,
+    first_line,
+    gigabytes,
+    millions,
+    number,
+    percent,
+    rounded,
+    teraflops,
+    within,
+)
 
 
 @pytest.mark.parametrize(
@@ -216,3 +228,47 @@ def test_a_bug_keeps_its_traceback(bug):
 
     with pytest.raises(type(bug)):
         common.run(main)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB. GPU 0 has ..."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        MemoryError(),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_whoever_had_no_room_a_command_ends_in_one_sentence(error, capsys):
+    assert common.is_out_of_memory(error)
+
+    def main(_):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        common.run(main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith(
+        f"error: memory does not suffice ({first_line(error).split('. ')[0]}): "
+    )
+
+
+def test_what_torch_says_of_a_cpu_without_room():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**55)
+    assert common.is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+        KeyError("out of memory"),
+    ],
+)
+def test_other_errors_are_not(error):
+    assert not common.is_out_of_memory(error)

@@ -22,9 +22,9 @@ from bench.steps.ceilings import Ceilings
 from bench.steps.turns import NOT_REACHED, Runner, Setup, Turns, random_tokens
 from bench.steps.variants import BACKENDS
 from fastgpt.anatomy import Shape
-from fastgpt.common import UserError
+from fastgpt.common import UserError, is_out_of_memory
 from fastgpt.hardware import cards
-from fastgpt.hardware.device import device_name, is_out_of_memory
+from fastgpt.hardware.device import device_name
 from fastgpt.performance import flops
 
 NO_CUPTI = (

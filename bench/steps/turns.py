@@ -34,9 +34,9 @@ from bench.steps.trace import DATA
 from bench.steps.variants import PLAIN_STEPS, VARIANTS, StepVariant
 from fastgpt import anatomy
 from fastgpt.anatomy import Shape
+from fastgpt.common import is_out_of_memory
 from fastgpt.config import PLAIN, Config, ModelConfig, OptimConfig
 from fastgpt.data.loader import TokenLoader
-from fastgpt.hardware.device import is_out_of_memory
 from fastgpt.kernels import working_copy
 from fastgpt.ops import autocast
 from fastgpt.training.step import Stepper

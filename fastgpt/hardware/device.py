@@ -63,18 +63,3 @@ def device_name(device: torch.device | str) -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-_NO_ROOM = (
-    "out of memory",  # CUDA and Triton's launcher; torch.compile, which wraps either in an error of its own
-    "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN: a handle, a workspace
-    "DefaultCPUAllocator",  # PyTorch's, which raises for this reason alone
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory did not suffice, whoever asked for it: PyTorch's allocators, CUDA while it pins memory
-    or loads a kernel, a library for its workspace. Only the first have a class of their own, ``torch.OutOfMemoryError``."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)

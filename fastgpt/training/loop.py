@@ -20,10 +20,9 @@ from torch import Tensor
 
 from fastgpt import anatomy, common
 from fastgpt.checkpoints import folder, lock, saver
-from fastgpt.common import UserError, first_line
+from fastgpt.common import UserError, first_line, is_out_of_memory
 from fastgpt.config import Config
 from fastgpt.doctor.preflight import announce, preflight
-from fastgpt.hardware.device import is_out_of_memory
 from fastgpt.hardware.environment import environment
 from fastgpt.mfu import StepMeter, StepReport
 from fastgpt.schedule import learning_rate, muon_momentum
