@@ -10,66 +10,50 @@ import importlib
 import os
 import runpy
 import sys
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
-from fastgpt import common
+from fastgpt import command, common
+from fastgpt.command import Arg
 from fastgpt.common import UserError
 
-HELP = """usage: python -m fastgpt.nanogpt [--fused-adamw] TRAIN.PY [CONFIG.PY]
-                                 [--key=value ...]
 
-Run an unmodified nanoGPT train.py (or a fork's) with fastgpt's kernels in its
-model.
+@dataclass(frozen=True)
+class NanogptConfig:
+    """Run an unmodified nanoGPT train.py (or a fork's) with fastgpt's kernels in its model.
 
-What follows train.py goes to it as it is. With --compile=True or False; under
-torchrun as well: the model is patched when it is made, before it is compiled or
-wrapped.
+    What follows train.py goes to it as it is. With --compile=True or False; under torchrun as well: the model is patched when
+    it is made, before it is compiled or wrapped. In train mode the model returns None for the logits, as it never forms them;
+    nanoGPT's train.py does not use them. What is replaced is printed when the model is made; docs/patch.md has the table.
 
-options:
-  -h, --help     show this and exit
-  --fused-adamw  let fastgpt.FusedAdamW take over the optimizer that
-                 configure_optimizers makes
+    Examples:
+      python -m fastgpt.nanogpt train.py config/train_shakespeare_char.py
+      python -m fastgpt.nanogpt train.py config/train_gpt2.py --batch_size=8
+      torchrun --standalone --nproc_per_node=2 -m fastgpt.nanogpt train.py ...
+    """
 
-examples:
-  python -m fastgpt.nanogpt train.py config/train_shakespeare_char.py
-  python -m fastgpt.nanogpt train.py config/train_gpt2.py --batch_size=8
-  torchrun --standalone --nproc_per_node=2 -m fastgpt.nanogpt train.py \\
-      config/train_gpt2.py
-
-In train mode the model returns None for the logits, as it never forms them;
-nanoGPT's train.py does not use them. What is replaced is printed when the model
-is made; docs/patch.md has the table.
-"""
+    script: Annotated[Path, Arg("TRAIN.PY", positional=True)]
+    """nanoGPT's train.py, beside its model.py. What follows it is its own: [CONFIG.PY] [--key=value ...]"""
+    fused_adamw: bool = False
+    """Let fastgpt.FusedAdamW take over the optimizer that configure_optimizers makes."""
 
 
 def main(args: list[str]) -> int:
-    fused_adamw = False
-    while args and args[0].startswith("-"):
-        option, *args = args
-        if option in ("-h", "--help"):
-            print(common.as_typed(HELP, way=False), end="")
-            return 0
-        if option != "--fused-adamw":
-            raise UserError(
-                f"option {option} is not known: --fused-adamw is, and train.py's own options come after train.py"
-            )
-        fused_adamw = True
-    if not args:
-        raise UserError("train.py is missing: python -m fastgpt.nanogpt path/to/train.py [config.py] [--key=value ...]")
-    script = Path(args[0]).expanduser()
+    own = next((i for i, arg in enumerate(args, 1) if not arg.startswith("-")), len(args))  # up to train.py
+    config = command.parse(NanogptConfig, args[:own], "fastgpt.nanogpt")
+    script, rest = config.script.expanduser(), args[own:]
     if not script.is_file():
         raise UserError(f"{script} does not exist: name nanoGPT's train.py")
     script = script.resolve()
     # nanoGPT opens configurator.py, data/ and out/ relative to the working directory: its own.
-    rest = args[1:]
     if not Path("configurator.py").exists() and (script.parent / "configurator.py").exists():
         rest = [str(Path(arg).resolve()) if "=" not in arg and Path(arg).exists() else arg for arg in rest]
         os.chdir(script.parent)
     sys.path.insert(0, str(script.parent))
-    _patch_every_model(_import_model(script.parent), fused_adamw)
+    _patch_every_model(_import_model(script.parent), config.fused_adamw)
     sys.argv = [str(script), *rest]
     runpy.run_path(str(script), run_name="__main__")
     return 0

@@ -130,17 +130,12 @@ def test_an_unmodified_train_py_learns_the_same_patched_and_resumes(repository, 
     assert losses(resumed)[0] < losses(out)[-1]
 
 
-def test_help_shows_how(capsys):
-    assert nanogpt.main(["--help"]) == 0
-    assert "python -m fastgpt.nanogpt train.py config/train_shakespeare_char.py" in capsys.readouterr().out
-
-
 class TestRefused:
     @pytest.mark.parametrize(
         "args, message",
         [
-            ([], "train.py is missing"),
-            (["--bogus", "train.py"], "option --bogus is not known"),
+            ([], "TRAIN.PY is missing"),
+            (["--bogus", "train.py"], "flag is '--bogus', which is not known"),
             (["nowhere/train.py"], "nowhere/train.py does not exist"),
         ],
     )
