@@ -70,16 +70,19 @@ for arg in sys.argv[1:]:
 """
 
 
+def checkout(folder):
+    """A checkout with nanoGPT's layout, around our own model of its structure."""
+    Path(folder, "config").mkdir(parents=True)
+    shutil.copy(ROOT / "bench" / "steps" / "nanogpt.py", Path(folder, "model.py"))
+    Path(folder, "train.py").write_text(TRAIN)
+    Path(folder, "configurator.py").write_text(CONFIGURATOR)
+    Path(folder, "config", "quick.py").write_text("max_iters = 3\n")
+
+
 @pytest.fixture
 def repository(tmp_path):
-    """A checkout with nanoGPT's layout, around our own model of its structure."""
-    folder = tmp_path / "their repository"
-    (folder / "config").mkdir(parents=True)
-    shutil.copy(ROOT / "bench" / "steps" / "nanogpt.py", folder / "model.py")
-    (folder / "train.py").write_text(TRAIN)
-    (folder / "configurator.py").write_text(CONFIGURATOR)
-    (folder / "config" / "quick.py").write_text("max_iters = 3\n")
-    return folder
+    checkout(tmp_path / "their repository")
+    return tmp_path / "their repository"
 
 
 def python(*args, cwd):
