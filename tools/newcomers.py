@@ -1,8 +1,9 @@
 """fastgpt as three newcomers meet it, each with nothing installed and nothing cached: ``python tools/newcomers.py [ROLE ...]``.
 
 ``library`` installs the package and patches a model, ``trainer`` clones and trains on their own text, ``expert`` knows
-nanoGPT, Hugging Face and YAML configs. Every step is a command, the exit code that it has to end with, and what it has to say. At the
-end a table, and exit code 1 if a step fell short. Needs git, make and pip's index; takes minutes, and 3 GB for each role.
+nanoGPT, Hugging Face and YAML configs. Every step is a command, the exit code that it has to end with, and what it has
+to say. At the end a table, and exit code 1 if a step fell short. Needs git, make and pip's index, minutes, and 3 GB for
+each role.
 """
 
 from __future__ import annotations
