@@ -129,8 +129,8 @@ def show(found: Projection, model: str, assumed: list[str], console: Console) ->
 
 
 INTERVAL = (
-    "low to high: the model's error in known cases and the effect of every fixed constant over its range, in quadrature. "
-    "python -m bench.project --calibration shows both."
+    "low to high: the largest error of the model among cases that it was not fitted on, and in quadrature what the constants "
+    "could change here that no such case shows. python -m bench.project --calibration shows every case."
 )
 
 
@@ -167,9 +167,7 @@ def operation_cells(found: Projection) -> Cells:
 
 def _most(varied: list[Sensitivity], count: int = 3) -> str:
     parts = [f"{s.constant} ({_span(s)})" for s in varied[:count] if max(abs(s.at_low), abs(s.at_high)) > 5e-4]
-    return (
-        "Step time depends most on " + ", ".join(parts) + "." if parts else "No fixed constant moves this step's time."
-    )
+    return "Beyond what measured cases show, it depends on " + (", ".join(parts) or "no constant") + "."
 
 
 def _span(s: Sensitivity) -> str:

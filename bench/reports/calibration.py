@@ -8,37 +8,37 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from rich.console import Console
 
 from bench.reports.tables import print_table
 from fastgpt.hardware import cards
-from fastgpt.performance.operations import SHARED_BYTES, SOFTMAX_INSTRUCTIONS, Operation
+from fastgpt.performance import operations
+from fastgpt.performance.operations import Operation, Scores
 from fastgpt.performance.projection import (
-    ANCHORS,
     FITTED_CLOCKS,
+    KNOWN,
     MEDIAN_MS,
-    REFITTED_CLOCKS,
     RUN_40M,
     RUN_124M,
-    Clocks,
     MeasuredRun,
-    alternatives,
-    holds_without,
+    interval_without,
+    left_out_errors,
 )
 from fastgpt.performance.step_time import CONSTANTS, DESCRIBED, RANGES, Chip, Constants
 
 
 def report(as_json: bool, console: Console) -> int:
     """Fit again and print. Returns 1, and says what to change, if the frozen clocks are not those of the fit."""
-    clocks, at_ends = fit_clocks(), refit_clocks()
-    found = figures(clocks, at_ends)
+    clocks = fit_clocks()
+    found = figures(clocks)
     if as_json:
         print(json.dumps(found, indent=1))
     else:
         show(found, console)
-    outdated = outdated_constants(clocks, at_ends)
+    outdated = outdated_constants(clocks)
     print(outdated, file=sys.stderr, end="")
     return 1 if outdated else 0
 
@@ -67,15 +67,6 @@ def fit_clocks() -> dict[str, float]:
     return {"40M": fit(RUN_40M).clock, "124M": fit(RUN_124M).clock}
 
 
-def refit_clocks() -> Clocks:
-    """``REFITTED_CLOCKS``, fitted again."""
-
-    def clock(name: str, value: float) -> float:
-        return fit(RUN_124M, replace(CONSTANTS, **{name: value})).clock
-
-    return {name: (clock(name, low), clock(name, high)) for name, (low, high) in RANGES.items()}
-
-
 @dataclass(frozen=True)
 class Refit:
     """One fixed constant at an end of its range: the clock fitted on the 124M run, and the error on the 40M run."""
@@ -86,31 +77,26 @@ class Refit:
     error: float
 
 
-def refits(clocks: Clocks = REFITTED_CLOCKS) -> list[Refit]:
+@lru_cache
+def refits() -> list[Refit]:
     """What the calibration would have been, for the constants that the two runs depend on."""
     found = []
-    for name, *ends in alternatives(clocks):
-        if any(abs(end.clock - CONSTANTS.clock) > 1e-4 for end in ends):
-            found += [Refit(name, getattr(end, name), end.clock, RUN_40M.error(end)) for end in ends]
+    for name, ends in RANGES.items():
+        fits = [fit(RUN_124M, replace(CONSTANTS, **{name: end})) for end in ends]
+        if any(abs(each.clock - CONSTANTS.clock) > 1e-4 for each in fits):
+            found += [Refit(name, end, each.clock, RUN_40M.error(each)) for end, each in zip(ends, fits)]
     return found
 
 
-FIT_ACCURACY = 1e-6
-"""Relative difference of two fits of one clock that counts as none: ``fit`` stops at 1e-7."""
-
-
-def outdated_constants(clocks: dict[str, float], at_ends: Clocks) -> str:
-    """The lines of constants.toml that a new fit changes; nothing where the frozen clocks are the fit's."""
-    pairs = [(clocks[name], frozen) for name, frozen in FITTED_CLOCKS.items()]
-    for name, ends in at_ends.items():
-        pairs += zip(ends, REFITTED_CLOCKS[name])
-    if all(math.isclose(fitted, frozen, rel_tol=FIT_ACCURACY) for fitted, frozen in pairs):
+def outdated_constants(clocks: dict[str, float]) -> str:
+    """The lines of constants.toml that a new fit changes; nothing where it finds the frozen clocks (``fit`` stops at 1e-7)."""
+    if all(math.isclose(clock, FITTED_CLOCKS[name], rel_tol=1e-6) for name, clock in clocks.items()):
         return ""
-    lines = ["The clocks in fastgpt/performance/constants.toml differ from this fit. To use it, write there:"]
-    lines += ["[clock]", "fitted = { " + ", ".join(f"{name} = {clock!r}" for name, clock in clocks.items()) + " }"]
-    for name, (low, high) in at_ends.items():
-        lines += [f"[{name}]", f"clock_at_low = {low!r}", f"clock_at_high = {high!r}"]
-    return "\n".join([*lines, ""])
+    fitted = ", ".join(f"{name} = {clock!r}" for name, clock in clocks.items())
+    return (
+        "The clocks in fastgpt/performance/constants.toml differ from this fit. To use it, write there:\n"
+        f"[clock]\nfitted = {{ {fitted} }}\n"
+    )
 
 
 # ---------------------------------------------------------------- attention
@@ -131,25 +117,15 @@ mask halves the FLOPs. Figures 5 and 6 of Shah et al., FlashAttention-3, arXiv 2
 def attention_speed(way: str, D: int, causal: bool, T: int, constants: Constants = CONSTANTS) -> float:
     """What the model says of a figure of ``FLASH_ATTENTION_2``, TFLOP/s; backward with its two passes over dQ."""
     tokens, width, tile = 16384, 2048, 128
-    heads, products = tokens // T * (width // D), 5 if way == "backward" else 2
-    scores, multiply_add = heads * T * T, 2 * D
-    computed = heads * T * (T + tile) // 2 if causal else scores
-    op = Operation(
-        name=way,
-        group="",
-        kind="attention",
-        flops=products * multiply_add * computed,
-        bytes=0,
-        launches=1,
-        scores=computed,
-        instructions=SOFTMAX_INSTRUCTIONS,
-        shared=SHARED_BYTES[way][0] + D * SHARED_BYTES[way][1],
-        longest=tile * T if causal else 0,
-        blocks=heads * T // tile,
-    )
+    heads, n, forward = tokens // T * (width // D), T // tile, way == "forward"
+    blocks = tuple(tile * tile * (m if causal else n) for m in (range(1, n + 1) if forward else range(n, 0, -1)))
+    masked = tile * T if causal else 0
+    scores = Scores(blocks, heads, masked, tile, operations.FLASH_ATTENTION_2[way], False, D, pairs=forward)
+    per_score = 2 * D * (2 if forward else 5)
+    op = Operation(way, "", "attention", per_score * scores.number, 0, 1, scores=scores)
     chip = Chip(cards.card("h100"), "bf16", constants)
-    passes = 14 * tokens * width / chip.bandwidth if way == "backward" else 0.0  # 8 bytes in delta, 6 in dQ's cast
-    return products * multiply_add * (scores / 2 if causal else scores) / (chip.times(op)["compute"] + passes) / 1e12
+    passes = 0.0 if forward else 14 * tokens * width / chip.bandwidth  # 8 bytes in delta, 6 in dQ's cast
+    return per_score * heads * T * T / (2 if causal else 1) / (chip.times(op)["compute"] + passes) / 1e12
 
 
 def solve_exposed(way: str) -> float:
@@ -165,9 +141,9 @@ def solve_exposed(way: str) -> float:
 # ---------------------------------------------------------------- figures
 
 
-def figures(clocks: dict[str, float], at_ends: Clocks) -> dict[str, Any]:
-    """Both fits, every anchor and every constant, as plain values. The clocks are those of fit_clocks and refit_clocks."""
-    runs, known = {"124M": RUN_124M, "40M": RUN_40M}, (RUN_124M, RUN_40M, *ANCHORS)
+def figures(clocks: dict[str, float]) -> dict[str, Any]:
+    """Both fits, every known case left out and every constant, as plain values. The clocks are those of fit_clocks."""
+    runs = {"124M": RUN_124M, "40M": RUN_40M}
     fits: list[dict[str, Any]] = []
     for on, other in (("124M", "40M"), ("40M", "124M")):
         fitted, run = replace(CONSTANTS, clock=clocks[on]), runs[other]
@@ -184,20 +160,20 @@ def figures(clocks: dict[str, float], at_ends: Clocks) -> dict[str, Any]:
     return {
         "projected": True,
         "calibration_error": max(abs(each["error"]) for each in fits),
-        "hold_without": [sum(map(holds_without, known)), len(known)],
         "fits": fits,
-        "refits": [asdict(each) for each in refits(at_ends)],
-        "anchors": [
+        "refits": [asdict(each) for each in refits()],
+        "left_out": [
             {
                 "name": run.name,
                 "measured_tokens_per_second": [run.low, run.high],
-                "projected_tokens_per_second": run.predicted(),
-                "error": run.error(),
-                "holds_without": holds_without(run),
+                "projected_tokens_per_second": run.measured / (1 + error),
+                "error": error,
+                "interval_without": interval_without(run)[0],
+                "inside": interval_without(run)[1],
                 "micro_batch": run.micro_batch,
                 "note": run.note,
             }
-            for run in ANCHORS
+            for run, error in zip(KNOWN, left_out_errors().values())
         ],
         "flash_attention_2": [
             {
@@ -236,21 +212,25 @@ def show(found: dict[str, Any], console: Console) -> None:
     for each in found["refits"]:
         rows.append([each["constant"], f"{each['value']:g}", f"{each['clock']:.4f}", f"{each['error']:+.1%}"])
     print_table(console, "The first fit again, with one fixed constant at an end of its range (projected)", rows)
-    rows = [["public figure", "measured tokens/s", "projected tokens/s", "error of step time", "left out", "note"]]
-    for each in found["anchors"]:
+    rows = [["left out", "measured tokens/s", "low", "central", "high", "error", "measured is"]]
+    for each in found["left_out"]:
         low, high = each["measured_tokens_per_second"]
         measured = f"{low:,.0f}" + (f" to {high:,.0f}" if high > low else "")
-        note = f"micro-batch {each['micro_batch']} ({each['note'].replace('micro-batch ', '', 1)})"
-        holds = "inside" if each["holds_without"] else "outside"
-        projected = f"{each['projected_tokens_per_second']:,.0f}"
-        rows.append([each["name"], measured, projected, f"{each['error']:+.1%}", holds, note])
-    print_table(console, "Public figures that nothing was fitted on (projected as nanogpt-compile, bf16)", rows)
-    inside, known = found["hold_without"]
+        factor, central = each["interval_without"], each["projected_tokens_per_second"]
+        interval = [f"{rate:,.0f}" for rate in (central / factor, central, central * factor)]
+        inside = "inside" if each["inside"] else "outside"
+        rows.append([each["name"], measured, *interval, f"{each['error']:+.1%}", inside])
+    print_table(console, "Every measured case, as if it were not known (projected, bf16; error of the step time)", rows)
+    inside, n = sum(each["inside"] for each in found["left_out"]), len(found["left_out"])
     console.print(
-        f"Left out: inside or outside of the interval that the model states without knowing that figure. "
-        f"{inside} of {known} measured cases, the two runs among them, lie inside.\n",
+        f"The interval without a case: the largest error, either way, of the others on the RTX 4070, or of those on other "
+        f"cards. {inside} of {n} lie inside: the worst of each kind never does.",
         soft_wrap=True,
     )
+    for each in found["left_out"]:
+        if each["note"]:
+            console.print(f"{each['name']}: micro-batch {each['micro_batch']}; {each['note']}.", soft_wrap=True)
+    console.print()
     rows = [["attention", *(f"T = {T:,}" for T in LENGTHS)]]
     for way, D, causal in FLASH_ATTENTION_2:
         same = [

@@ -48,6 +48,49 @@ Per = Literal["micro-batch", "accumulation", "step"]
 
 
 @dataclass(frozen=True)
+class PerScore:
+    """What an attention kernel executes for one score beside its products."""
+
+    instructions: float
+    """Without those of products and exponentials."""
+    dropout: float
+    """More of them with dropout: a share of a Philox call, compare, select."""
+    masked: float
+    """More of them in a masked tile."""
+    shared: float
+    """Bytes through shared memory for each column of a head."""
+    shared_once: float = 0.0
+    """The same, whatever the columns."""
+    exponentials: float = 1.0
+    products: float = 1.0
+    """Of the products that are needed, how many are computed."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What attention computes besides its products. A block is a program: a tile of queries or keys of one head."""
+
+    blocks: tuple[int, ...]
+    """Scores, elements of S = Q K^T that get an exponential, of each block of one head, in the order of launch."""
+    heads: int
+    masked: int
+    """Of one head's scores: those in tiles that the causal mask or a window's edge cuts."""
+    rows: int
+    """Of one block."""
+    cost: PerScore
+    dropout: bool
+    columns: int
+    turns: bool = False
+    """All heads launch their first block, then their second (fused_attn.py); else one head after another."""
+    pairs: bool = False
+    """Two blocks share an SM."""
+
+    @property
+    def number(self) -> int:
+        return self.heads * sum(self.blocks)
+
+
+@dataclass(frozen=True)
 class Operation:
     """One execution of one operation, and how often a step executes it."""
 
@@ -63,14 +106,7 @@ class Operation:
     per: Per = "micro-batch"
     fresh: int = 0  # of ``bytes``: reads of what the kernel just before has written, and L2 may still hold
     mnk: tuple[int, int, int] | None = None  # of a matmul: an (m, k) by a (k, n) matrix
-    scores: int = 0  # of attention: elements of S = Q K^T that get an exponential
-    instructions: int = 0  # of attention: plain instructions per score, beside the exponential
-    shared: float = 0.0  # of attention: bytes per score through shared memory
-    longest: int = 0  # of attention: scores of the longest block
-    blocks: int = 0  # of attention: programs, each a tile of queries or keys of one head
-    turns: tuple[
-        int, ...
-    ] = ()  # of attention whose heads take turns (fused_attn.py): scores of one head's blocks in order
+    scores: Scores | None = None  # of attention
     summed_in_fp16: float = 0.0  # of attention: share of its FLOPs
     fast: bool = True  # of a matmul: in the arithmetic of the --precision; else in plain 16 bits
     own: bool = False  # a kernel of this repository, not of a library or of Inductor
@@ -325,14 +361,26 @@ def _norms(s: StepSizes) -> list[Operation]:
 
 # ---------------------------------------------------------------- attention
 
-SOFTMAX_INSTRUCTIONS = 8  # per score, beside the exponential: scale and subtract, maximum, sum, masks, half a convert
-DROPOUT_INSTRUCTIONS = 10  # per score: its share of a Philox call, compare, select
-SHARED_BYTES = {"forward": (0, 0.17), "backward": (16, 0.41)}
-"""FlashAttention-2, bytes per score through shared memory, and per score and column: P and dS, written once and read for each
-product; the other operands that each warp reads for a tile of 128 x 128 (4 warps forward, 8 backward), and the tile's loads."""
-OWN_SHARED_BYTES = {"forward": (0, 0.28), "dQ": (0, 0.41), "dK dV": (0, 0.56)}
-"""The same of this repository's kernels, which keep P and dS in registers: 2 bytes of each walked row and product for the 16
-rows that a warp owns, and the tile's loads."""
+FLASH_ATTENTION_2 = {"forward": PerScore(8, 10, 2.25, 0.17), "backward": PerScore(8, 10, 2.25, 0.41, 16)}
+"""By its source. Instructions: scale and subtract, maximum, sum, half a convert, its share of loads and addresses. Masked
+(mask.h): a compare and a select, and the column's number, which 4 rows share. Bytes: P and dS, written once and read for each
+product of backward; the other operands that each warp reads for a tile of 128 x 128 (4 warps forward, 8 backward); loads."""
+OWN = {
+    "forward": PerScore(9.8, 25, 7.4, 0.35, exponentials=1.13),
+    "dQ": PerScore(7.8, 23, 5.9, 0.54),
+    "dK dV": PerScore(18.8, 34, 6.3, 1.26),
+}
+"""This repository's kernels with the tiles that they launch on an RTX 4070 for 64 columns, 98,304 rows, as compiled
+(bench.compiler.ranking.loops; the tables' ``tile_clocks`` come from the same count)."""
+OWN_DOCUMENTS = {
+    "forward": PerScore(42, 25, 0, 0.55, exponentials=1.5),
+    "dQ": PerScore(25, 23, 0, 0.56),
+    "dK dV": PerScore(66, 34, 0, 1.91, exponentials=2, products=1.5),
+}
+"""The same with documents and a window, 128 columns: every tile is masked, and 8 warps compute a part of S and dP twice."""
+OWN_ROWS = {"forward": 128, "dQ": 128, "dK dV": 32}
+OWN_DOCUMENTS_ROWS = {"forward": 64, "dQ": 128, "dK dV": 32}
+"""Rows of queries or keys of one program."""
 
 
 def _attention(s: StepSizes) -> list[Operation]:
@@ -369,48 +417,56 @@ def _attention_within(s: StepSizes, window: int, L: int) -> list[Operation]:
     attention = s.model.attention
     B, T, H, C, rows = s.B, s.T, attention.heads, attention.width, s.rows
     D = _padded_head(attention.head_dim, power_of_two=s.fusions.attention)
-    instructions = SOFTMAX_INSTRUCTIONS + (DROPOUT_INSTRUCTIONS if s.dropout else 0)
+    own, options = s.fusions.attention, s.shape.family == "modern"  # whose presets mask documents
+    costs = (OWN_DOCUMENTS if options else OWN) if own else FLASH_ATTENTION_2
+    rows_of = (OWN_DOCUMENTS_ROWS if options else OWN_ROWS) if own else dict.fromkeys(FLASH_ATTENTION_2, 128)
 
-    def op(name: str, group: str, work: flops.Work, moved: int, tile: int, shared: tuple[float, float]) -> Operation:
-        tile = min(tile, T)
-        scores = round(B * H * T * flops.attended_keys(T, tile=tile, window=window))
-        rest: dict[str, Any] = {"count": L, "scores": scores, "instructions": instructions, "own": s.fusions.attention}
-        longest = min(T, tile * (cdiv(window - 1, tile) + 1)) if window else T
-        rest |= {"shared": shared[0] + D * shared[1], "longest": tile * longest, "blocks": B * H * cdiv(T, tile)}
-        if s.fusions.attention:
-            rest["turns"] = tuple(tile * min(tile * n, longest) for n in range(cdiv(T, tile), 0, -1))
-        return Operation(name, group, "attention", work.flops, moved, 1, **rest)
+    def op(name: str, group: str, way: str, moved: int, **more: Any) -> Operation:
+        tile = min(rows_of[way], T)
+        tiles, most = cdiv(T, tile), cdiv(window - 1, tile) + 1 if window else T
+        blocks = [tile * tile * min(n, most) for n in range(1, tiles + 1)]
+        # FlashAttention-2 launches forward's longest rows last, and blocks of 4 warps there, of which two share an SM.
+        shortest_first = way == "forward" and not own
+        scores = Scores(
+            blocks=tuple(blocks if shortest_first else reversed(blocks)),
+            heads=B * H,
+            masked=tile * tile * (tiles + max(0, tiles - most)),
+            rows=tile,
+            cost=costs[way],
+            dropout=s.dropout > 0,
+            columns=D,
+            turns=own,
+            pairs=shortest_first,
+        )
+        work = flops.attention_forward if way == "forward" else flops.attention_backward
+        count = work(B, T, H, D, tile=tile, window=window, **more).flops
+        return Operation(name, group, "attention", count, moved, 1, count=L, scores=scores, own=own)
 
-    forward = flops.attention_forward(B, T, H, D, tile=min(128, T), window=window)
     # The padding of heads is in registers, not in memory.
     least = flops.attention_forward(B, T, H, attention.head_dim, kv_heads=attention.kv_heads).bytes
     kv_width, columns = attention.kv_heads * attention.head_dim, fp8_group(s)
     # In fp8 a byte is written beside 16 bits, and an fp32 scale for a group of columns.
     extra, kv_extra = (rows * (width + 4 * width // columns) if columns else 0 for width in (C, kv_width))
-    shared = OWN_SHARED_BYTES if s.fusions.attention else SHARED_BYTES
-    found = [op("attention forward", "attention forward", forward, least + extra, 128, shared["forward"])]
+    found = [op("attention forward", "attention forward", "forward", least + extra)]
     group, vector, kv_vector, log_sums = "attention backward", 2 * rows * C, 2 * rows * kv_width, 4 * rows * H
     if s.fusions.attention:
         # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
-        query = flops.attention_backward(B, T, H, D, tile=min(128, T), window=window, matmuls=3)
-        key = flops.attention_backward(B, T, H, D, tile=min(64, T), window=window, matmuls=4)
         query_bytes = 4 * vector + 2 * kv_vector + 2 * log_sums + extra
         key_bytes = 2 * vector + 4 * kv_vector + 2 * log_sums + 2 * kv_extra
         found += [
-            op("attention backward dQ", group, query, query_bytes, 128, shared["dQ"]),
-            op("attention backward dK dV", group, key, key_bytes, 64, shared["dK dV"]),
+            op("attention backward dQ", group, "dQ", query_bytes, matmuls=3),
+            op("attention backward dK dV", group, "dK dV", key_bytes, matmuls=4),
         ]
         if s.precision == "fp16-fast":  # all products but S, and dP's only up to 64 columns
             shares = (1 / 2, 2 / 3, 3 / 4) if D <= 64 else (1 / 2, 1 / 3, 2 / 4)
             found = [replace(each, summed_in_fp16=share) for each, share in zip(found, shares)]
         return found
     # FlashAttention-2: delta, and zeros into an fp32 dQ; the loop, which adds to that dQ; dQ rounded to 16 bits.
-    loop = flops.attention_backward(B, T, H, D, tile=min(128, T), window=window)
     moved, packed = 2 * vector + 4 * kv_vector + 2 * log_sums + 8 * rows * C, vector + 2 * kv_vector
     return [
         *found,
         sweep("attention backward, delta", group, 2 * vector + log_sums + 4 * rows * C, count=L, fresh=vector),
-        op("attention backward", group, loop, moved, 128, shared["backward"]),
+        op("attention backward", group, "backward", moved),
         sweep("attention backward, dQ cast", group, 4 * rows * C + vector, count=L, fresh=4 * rows * C),
         # q, k and v are views of one projection: their gradients are copied together.
         sweep("attention backward, dQ dK dV packed", group, 2 * packed, count=L, fresh=packed),

@@ -1,16 +1,16 @@
 """What a training step would take on a GPU that is not here: a projection, with its known error.
 
 The model is in performance/step_time.py. Here it is compared with measurements: the clock is fitted on one of two real runs of
-an RTX 4070 and predicts the other, both ways round, and public figures of other cards show the model's error there. Both
-errors go into every figure, as an interval. The calibration covers nanoGPT under torch.compile in bf16 on an RTX 4070,
-between the sizes of the two runs; any other projection says ``calibrated: false`` and has an interval of its own. The fitted
-clocks are in constants.toml; ``python -m bench.project --calibration`` fits them again. Details: docs/projection.md.
+an RTX 4070 and predicts the other, both ways round, and public figures of other cards and models show the model's error there.
+The largest error among the cases that a fit has not seen is every figure's interval. The calibration covers nanoGPT under
+torch.compile in bf16 on an RTX 4070, between the sizes of the two runs; any other projection says ``calibrated: false``. The
+fitted clocks are in constants.toml; ``python -m bench.project --calibration`` fits them again. Details: docs/projection.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -39,6 +39,8 @@ class MeasuredRun:
     dropout: float = 0.0
     tokens_per_step: int = 524_288
     note: str = ""
+    kernels: str = "nanogpt-compile"
+    optimizer: str = "adamw"
 
     @property
     def measured(self) -> float:
@@ -49,8 +51,8 @@ class MeasuredRun:
         """Tokens per second, as the model projects them."""
         gpu, T = cards.card(self.gpu), self.shape.block_size
         accum = self.tokens_per_step // (self.micro_batch * T)
-        step = (self.shape, gpu, "nanogpt-compile", "bf16", self.micro_batch, accum, T, self.dropout)
-        return 1e3 * self.tokens_per_step / step_ms(*step, constants)
+        step = (self.shape, gpu, self.kernels, "bf16", self.micro_batch, accum, T, self.dropout)
+        return 1e3 * self.tokens_per_step / step_ms(*step, constants, self.optimizer)
 
     def error(self, constants: Constants = CONSTANTS) -> float:
         """Relative error of the predicted step time: above 0, the model is too slow."""
@@ -70,17 +72,9 @@ RTX_4070 = cards.card("rtx4070")
 RUN_40M = _real("40M", GPT2_40M, 16, 0.1)
 RUN_124M = _real("124M", GPT2_124M, 8, 0.0)
 
-_ASSUMED = "micro-batch assumed"
+_ASSUMED = "assumed"
+_ROTARY = Shape(**vars(GPT2_124M) | {"family": "modern", "rotary_base": 10_000.0, "activation": "relu2"})
 ANCHORS = (
-    MeasuredRun(
-        "RTX 4090, 124M",
-        "rtx4090",
-        GPT2_124M,
-        110.5e3,
-        110.5e3,
-        16,
-        note=_ASSUMED + "; half of what two cards reach, with the exchange of gradients, January 2025",
-    ),
     MeasuredRun("H100, 124M", "h100", GPT2_124M, 466e3, 468e3, 64, note=_ASSUMED),
     MeasuredRun("H200, 124M", "h200", GPT2_124M, 495e3, 498e3, 64, note=_ASSUMED),
     MeasuredRun("A100, 124M", "a100", GPT2_124M, 209e3, 218e3, 64, note=_ASSUMED),
@@ -94,16 +88,35 @@ ANCHORS = (
         8,
         note=_ASSUMED + "; as a GPT-2 of its FLOPs: no Muon, rotary positions, QK norm, ReLU^2 or untied embedding",
     ),
+    MeasuredRun(
+        "RTX 4090, rotary 124M",
+        "rtx4090",
+        _ROTARY,
+        108e3,
+        108e3,
+        32,
+        tokens_per_step=262_144,
+        note="half of what two cards reach, one exchange of gradients per step in it: tyler-romero/nanogpt-speedrun, d59944d",
+        kernels="compile",
+        optimizer="muon",
+    ),
+    MeasuredRun(
+        "A100, rotary 124M",
+        "a100",
+        replace(_ROTARY, block_size=2048, qk_norm=True, tied_head=False, softcap=30.0),
+        195e3,
+        195e3,
+        32,
+        note="without the skips between blocks that it has: ashrafs1/nanogpt",
+        kernels="compile",
+        optimizer="muon",
+    ),
 )
+KNOWN = (RUN_124M, RUN_40M, *ANCHORS)
 
 
 FITTED_CLOCKS: dict[str, float] = DESCRIBED["clock"]["fitted"]
 """The clock that a fit finds on each run."""
-
-Clocks = dict[str, tuple[float, float]]
-
-REFITTED_CLOCKS: Clocks = {name: (DESCRIBED[name]["clock_at_low"], DESCRIBED[name]["clock_at_high"]) for name in RANGES}
-"""For each fixed constant, the clock fitted on the 124M run with that constant at its low and at its high end."""
 
 
 @lru_cache
@@ -118,74 +131,64 @@ def calibration_error() -> float:
     return max(abs(error) for error in cross_errors().values())
 
 
+@lru_cache
+def left_out_errors() -> dict[str, float]:
+    """Relative error of the step time of every known case, the clock fitted without it."""
+    across = cross_errors()
+    return {run.name: across[run.name] if run.name in across else run.error() for run in KNOWN}
+
+
+def known_errors(gpu: Gpu, without: MeasuredRun | None = None) -> dict[str, float]:
+    """Those on the RTX 4070, whose clock is fitted, or for another card those on all other cards. ``without``: as if this run
+    were not known."""
+    fitted = gpu == RTX_4070
+    return {
+        run.name: left_out_errors()[run.name]
+        for run in KNOWN
+        if (cards.card(run.gpu) == RTX_4070) == fitted and run != without
+    }
+
+
 # ---------------------------------------------------------------- the interval
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How the projected step time changes if one fixed constant is at either end of its range, the clock fitted anew."""
+    """How the projected step time changes if one constant is at either end of its range, over how nanoGPT's step on the same
+    card does: that much of its effect no known error shows, as all known cases are steps of a library's kernels."""
 
     constant: str
     at_low: float
     at_high: float
 
 
-def alternatives(clocks: Clocks = REFITTED_CLOCKS) -> Iterator[tuple[str, Constants, Constants]]:
-    """(constant, all constants with it at its low end, at its high end), each with the clock fitted for it."""
-    for name, ends in RANGES.items():
-        low, high = (replace(CONSTANTS, **{name: end, "clock": clock}) for end, clock in zip(ends, clocks[name]))
-        yield name, low, high
+def sensitivities(shape: Shape, gpu: Gpu, *step: Any, optimizer: str = "adamw") -> list[Sensitivity]:
+    """One for every fixed constant, largest effect first. The arguments are those of step_time.step_ms before ``constants``."""
+    plain = "bf16" if gpu.peak_flops("bf16") else "fp16"
+    usual = (GPT2_124M, gpu, "nanogpt-compile", plain, 8, 64, 1024, 0.0)
 
+    def beyond(name: str, end: float) -> float:
+        moved = replace(CONSTANTS, **{name: end})
+        this = step_ms(shape, gpu, *step, moved, optimizer) / step_ms(shape, gpu, *step, CONSTANTS, optimizer)
+        return this / (step_ms(*usual, moved) / step_ms(*usual, CONSTANTS)) - 1
 
-def sensitivities(*step: Any, optimizer: str = "adamw") -> list[Sensitivity]:
-    """One for every fixed constant, largest effect first. ``step``: the arguments of step_time.step_ms before ``constants``."""
-
-    def ms(constants: Constants) -> float:
-        return step_ms(*step, constants, optimizer)
-
-    central = ms(CONSTANTS)
-    found = [Sensitivity(name, ms(low) / central - 1, ms(high) / central - 1) for name, low, high in alternatives()]
+    found = [Sensitivity(name, *(beyond(name, end) for end in ends)) for name, ends in RANGES.items()]
     return sorted(found, key=lambda s: -max(abs(s.at_low), abs(s.at_high)))
 
 
-def _residual(gpu: Gpu, calibrated: bool, without: MeasuredRun | None = None) -> tuple[float, float]:
-    """How much (faster, slower) than projected a step may be, as measured elsewhere, in step time.
+def jackknife(errors: Iterable[float]) -> float:
+    """How far a measured step may be from its projection, as a factor: the largest of these errors.
 
-    Calibrated: the larger error across the two runs. Otherwise, in quadrature with it, that of the anchor that runs
-    another program on an RTX 4070; and for another card the largest errors of the anchors on cards of its kind (full rate
-    or halved), each on the side on which it lies. ``without``: what is known but for this run.
+    They are leave-one-out residuals, as in the jackknife+ (Barber et al. 2021): if the next case could as well have been any of
+    the n known ones, it lies inside with probability n / (n + 1), as each of the n + 1 is as likely to be the worst.
     """
-    base = max(abs(error) for name, error in cross_errors().items() if without is None or name != without.name)
-    if calibrated:
-        return base, base
-    base = math.hypot(base, *(run.error() for run in ANCHORS if run.gpu == "rtx4070" and run != without))
-    if gpu == RTX_4070:
-        return base, base
-    errors = [error for name, error in known_errors(gpu).items() if without is None or name != without.name]
-    off = [1 / (1 + error) - 1 for error in errors]  # measured over projected step time, less 1
-    return math.hypot(base, -min(0.0, *off, 0.0)), math.hypot(base, max(0.0, *off, 0.0))
+    return max(max(1 + error, 1 / (1 + error)) for error in errors)
 
 
-def holds_without(run: MeasuredRun) -> bool:
-    """Whether ``run`` lies in the interval that the model states when it does not know of it."""
-    gpu, T = cards.card(run.gpu), run.shape.block_size
-    accum = run.tokens_per_step // (run.micro_batch * T)
-    constants = replace(CONSTANTS, clock=FITTED_CLOCKS["40M"]) if run == RUN_124M else CONSTANTS
-    varied = sensitivities(run.shape, gpu, "nanogpt-compile", "bf16", run.micro_batch, accum, T, run.dropout)
-    calibrated = is_calibrated(run.shape, gpu, "nanogpt-compile", "bf16", T)
-    faster, slower = _interval(varied, *_residual(gpu, calibrated, run))
-    return 1 - faster <= run.predicted(constants) / run.measured <= 1 + slower
-
-
-def known_errors(gpu: Gpu) -> dict[str, float]:
-    """The error of the step time in what was measured on this card; for another card, on cards of its kind (full rate or
-    halved), the RTX 4070 left out."""
-    if gpu == RTX_4070:
-        return cross_errors() | {run.name: run.error() for run in ANCHORS if run.gpu == "rtx4070"}
-    others = {run: cards.card(run.gpu) for run in ANCHORS}
-    return {
-        run.name: run.error() for run, card in others.items() if card != RTX_4070 and card.full_rate == gpu.full_rate
-    }
+def interval_without(run: MeasuredRun) -> tuple[float, bool]:
+    """The factor that the model states when it does not know of ``run``, and whether that is inside."""
+    factor = jackknife(known_errors(cards.card(run.gpu), run).values())
+    return factor, jackknife([left_out_errors()[run.name]]) <= factor
 
 
 def is_calibrated(shape: Shape, gpu: Gpu, kernels: str, precision: str, T: int) -> bool:
@@ -222,7 +225,7 @@ class Projection:
     calibrated: bool
     calibration_error: float
     known_errors: dict[str, float]
-    """Error of the step time in every measured case on this card, or for another card on cards of its kind."""
+    """``known_errors`` of the card."""
     sensitivities: list[Sensitivity]
 
     @property
@@ -234,7 +237,7 @@ class Projection:
         """What has to stand beside every figure."""
         text = f"projected{'' if self.calibrated else ', uncalibrated'}, calibration error {self.calibration_error:.1%}"
         worst = max(map(abs, self.known_errors.values()))
-        return text if worst <= self.calibration_error else f"{text}, {worst:.0%} off in a known case on such cards"
+        return text if worst <= self.calibration_error else f"{text}, {worst:.0%} off in a known case on other cards"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, ``projected: true`` among them."""
@@ -275,8 +278,9 @@ def project(
     ms = sum(op.ms for op in times)
     calibrated = is_calibrated(shape, gpu, kernels, precision, T)
     varied = sensitivities(*step, optimizer=optimizer)
-    faster, slower = _interval(varied, *_residual(gpu, calibrated))
-    ms_low, ms_high = ms * (1 - faster), ms * (1 + slower)
+    factor = 1 + calibration_error() if calibrated else jackknife(known_errors(gpu).values())
+    ms_low = ms * math.exp(-math.hypot(math.log(factor), *(math.log1p(min(0.0, s.at_low, s.at_high)) for s in varied)))
+    ms_high = ms * math.exp(math.hypot(math.log(factor), *(math.log1p(max(0.0, s.at_low, s.at_high)) for s in varied)))
     arithmetic = cards.arithmetic_of(precision)
     peak = gpu.peak_flops(arithmetic)
     assert peak is not None  # step_times has asked
@@ -303,12 +307,3 @@ def project(
         known_errors=known_errors(gpu),
         sensitivities=varied,
     )
-
-
-def _interval(varied: Iterable[Sensitivity], faster: float, slower: float) -> tuple[float, float]:
-    """Residual and every sensitivity, each side in quadrature: they are taken to be independent. Never a whole step."""
-    down, up = [faster], [slower]
-    for s in varied:
-        down.append(max(0.0, -s.at_low, -s.at_high))
-        up.append(max(0.0, s.at_low, s.at_high))
-    return min(0.9, math.hypot(*down)), math.hypot(*up)

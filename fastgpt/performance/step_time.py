@@ -79,15 +79,19 @@ _FITTED_ON = cards.card("rtx4070")
 
 
 @lru_cache(maxsize=1024)
-def uneven_end(turns: tuple[int, ...], heads: int, sms: int) -> float:
-    """When the last block ends, over the time of an even share: ``heads`` launch the first of ``turns``, then the second, each
-    on the SM that is the first to be free. (Two blocks that share an SM take as long as one after the other. That L2 limits
-    how many heads take turns is left out.)"""
-    ends = [0] * sms
-    for block in turns:
-        for _ in range(heads):
-            heapreplace(ends, ends[0] + block)
-    return max(ends) * sms / (heads * sum(turns))
+def uneven_end(blocks: tuple[int, ...], heads: int, sms: int, *, turns: bool, alone: float = 0.0) -> float:
+    """When attention's last block ends, over the time of an even share. Each block goes to the SM that is the first to be free.
+
+    ``turns``: all ``heads`` launch the first of ``blocks``, then the second; else one head after another. ``alone`` above 0:
+    two blocks share an SM, each at half of its rate, and one that has it to itself runs at this share of the rate; else one
+    block at a time. (That L2 limits how many heads take turns is left out.)
+    """
+    order = (block for block in blocks for _ in range(heads)) if turns else (b for _ in range(heads) for b in blocks)
+    ends = [(0.0, 0.0)] * sms  # when the shorter of an SM's two blocks ends, and what the other has left to do then
+    for block in order:
+        time, left = ends[0]
+        heapreplace(ends, (time + 2 * min(left, block), abs(left - block)) if alone else (time + block, 0.0))
+    return max(time + left / (alone or 1.0) for time, left in ends) * sms / (heads * sum(blocks))
 
 
 @dataclass(frozen=True)
@@ -169,17 +173,24 @@ class Chip:
         through_l2 = op.bytes / (self.l2_per_clock * self.gpu.sm_count * self.hz)
         if op.kind == "memory":
             return {"L2": through_l2, "memory": memory}
-        c = self.constants
-        beside = 1 / EXPONENTIALS_PER_CLOCK + op.instructions / LANES + op.shared / SHARED_BYTES_PER_CLOCK
+        assert op.scores is not None
+        c, s = self.constants, op.scores
+        cost, masked = s.cost, s.heads * s.masked
+        instructions = s.number * (cost.instructions + s.dropout * cost.dropout) + masked * cost.masked
+        shared = s.number * (cost.shared_once + cost.shared * s.columns)
+        beside = (
+            s.number * cost.exponentials / EXPONENTIALS_PER_CLOCK
+            + instructions / LANES
+            + shared / SHARED_BYTES_PER_CLOCK
+        )
         exposed = beside * (c.exposed_backward if "backward" in op.name else c.exposed_forward)
         base = self.attention_per_clock(op)
         faster = self.matmul_per_clock() / self.flops_per_clock(self._base) if op.summed_in_fp16 else 1.0
-        products = op.flops * (1 - op.summed_in_fp16 + op.summed_in_fp16 / faster) / base
-        if op.turns:
-            tail = uneven_end(op.turns, op.blocks // len(op.turns), self.gpu.sm_count)
-        else:  # heads one after another end one by one: on average half of the longest block runs beyond an even share
-            tail = 1 + op.longest * self.gpu.sm_count / 2 / op.scores
-        clocks = (products + op.scores * exposed + op.blocks * c.tile_overhead_clocks) * tail
+        products = cost.products * op.flops * (1 - op.summed_in_fp16 + op.summed_in_fp16 / faster) / base
+        # A block that has an SM to itself waits for all that runs beside its products.
+        alone = (products + exposed) / (products + beside) if s.pairs else 0.0
+        clocks = products + exposed + s.heads * len(s.blocks) * s.rows / 128 * c.tile_overhead_clocks
+        clocks *= uneven_end(s.blocks, s.heads, self.gpu.sm_count, turns=s.turns, alone=round(alone, 3))
         return {"compute": clocks / (self.gpu.sm_count * self.hz), "L2": through_l2, "memory": memory}
 
     def _matmul(self, op: Operation) -> tuple[float, float, float]:

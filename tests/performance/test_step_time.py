@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +155,57 @@ def test_softmax_weighs_more_where_heads_are_small():
         return 1 - seconds(op, constants=replace(CONSTANTS, exposed_forward=0.0)) / seconds(op)
 
     assert 0.05 < share(12) < share(24) < 0.3
+
+
+def test_blocks_of_unequal_length_end_unevenly():
+    even = step_time.uneven_end
+    assert even((4, 4), 2, 4, turns=False) == 1
+    assert even((1, 7), 1, 2, turns=True) == 7 / 4
+    rows = tuple(range(1, 9))
+    taking_turns, in_sequence = (even(rows[::-1], 96, 46, turns=turns) for turns in (True, False))
+    assert 1 < taking_turns < in_sequence < 1.1
+    # Two on an SM: 3 and 5 at half of the rate, 3 ends after 6; the 2 that 5 has left take 4 beside the next, or 2 alone at
+    # the whole rate.
+    assert even((3, 5), 1, 1, turns=True, alone=1.0) == 1
+    assert even((3, 5), 1, 1, turns=True, alone=0.5) == (6 + 2 / 0.5) / 8
+    assert even((3, 5, 2), 1, 1, turns=True, alone=0.5) == 1
+
+
+@pytest.mark.parametrize("kernels, dearer", [("eager", 1.002), ("triton", 1.01)])
+def test_masked_tiles_and_dropout_execute_more(kernels, dearer):
+    ops = operations.operations(GPT2_124M, kernels, 8)
+    (op,) = [op for op in ops if op.name == "attention forward"]
+    assert op.scores.masked == 8 * 128 * 128 and op.scores.number == 96 * 128 * 128 * 36
+    plain, random = (replace(op, scores=replace(op.scores, **change)) for change in ({"masked": 0}, {"dropout": True}))
+    assert dearer * seconds(plain) < seconds(op) < 1.03 * seconds(plain) < seconds(random)
+
+
+def test_what_own_attention_executes_is_what_the_tables_configs_compile_to():
+    """Where the table was ranked by today's count: a tile's clocks of issue (128 instructions each), of exponentials (16) and
+    of shared memory (128 bytes)."""
+    table = json.loads(
+        (DOCS.parents[1] / "fastgpt" / "kernels" / "tables" / "sm89_46.json").read_text(encoding="utf-8")
+    )
+    ways = {
+        "attention.forward": ("forward", 2),
+        "attention.backward_q": ("dQ", 3),
+        "attention.backward_kv": ("dK dV", 4),
+    }
+    compared = 0
+    for entry in table["entries"]:
+        way, products = ways.get(entry["kernel"], (None, 0))
+        clocks = entry["evidence"].get("tile_clocks", {})
+        if not way or (entry["dtype"], entry["bucket"]) != ("bf16", "D64 rows<=262144") or "shared" not in clocks:
+            continue
+        cost, scores = operations.OWN[way], entry["config"]["BLOCK_M"] * entry["config"]["BLOCK_N"]
+        issued = (
+            cost.instructions + cost.exponentials + products
+        )  # a product of 16 x 8 x 16 is 64 columns / 64 per score
+        assert clocks["issue"] * 128 / scores == pytest.approx(issued, rel=0.05), way
+        assert clocks["exponential"] * 16 / scores == pytest.approx(cost.exponentials, rel=0.05), way
+        assert clocks["shared"] * 128 / scores == pytest.approx(cost.shared * 64, rel=0.05), way
+        compared += 1
+    assert compared >= 2
 
 
 # ---- a step
