@@ -61,8 +61,6 @@ def test_each_run_predicts_the_other_within_ten_percent():
 
 def test_the_documentation_states_every_error_as_it_is():
     text = (ROOT / "docs/projection.md").read_text(encoding="utf-8")
-    for name, error in projection.cross_errors().items():
-        assert f"| {name} | {error:+.1%} |" in re.sub(r"\*\*", "", text), name
     for run in KNOWN:
         row = next(line for line in text.splitlines() if line.startswith(f"| {run.name} |") and line.count("|") == 8)
         error, (factor, inside) = projection.left_out_errors()[run.name], projection.interval_without(run)

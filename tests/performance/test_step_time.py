@@ -171,7 +171,7 @@ def test_blocks_of_unequal_length_end_unevenly():
     assert even((3, 5, 2), 1, 1, turns=True, alone=0.5) == 1
 
 
-@pytest.mark.parametrize("kernels, dearer", [("eager", 1.002), ("triton", 1.01)])
+@pytest.mark.parametrize("kernels, dearer", [("eager", 1.002), ("triton", 1.005)])
 def test_masked_tiles_and_dropout_execute_more(kernels, dearer):
     ops = operations.operations(GPT2_124M, kernels, 8)
     (op,) = [op for op in ops if op.name == "attention forward"]
