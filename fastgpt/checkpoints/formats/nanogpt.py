@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -36,20 +37,24 @@ def load_file(path: Path) -> Any:
         kind = kind_of_file(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    zipped = kind is not None and "zip" in kind
+    zipped = kind is not None and "zip" in kind  # before torch 1.6 it was none
     if kind is not None and not zipped:
         name_it = ": name the folder that it lies in, with its config.json" if "safetensors" in kind else ""
         raise UserError(f"{path} is no checkpoint of nanoGPT, it is {kind}{name_it}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)  # before torch 1.6 it was no zip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle's protocols
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        what = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
-        if not (what or zipped):
+        named = re.search(r"(?:GLOBAL |global )([\w.]+)", str(error))
+        if not (named or zipped):
             # torch's own words advise weights_only=False, which would run the pickle
-            raise UserError(f"{path} is not a checkpoint that torch.load reads: torch.save did not write it") from error
+            raise UserError(
+                f"{path} is not a checkpoint that torch.load reads: torch.save did not write it, so it is refused"
+            ) from error
         raise UserError(
             f"{path} holds more than tensors and plain values, and a pickle can run code: it is refused"
-            + (f" ({what[:120]})" if what else "")
+            + (f" (loading it would run {named[1]})" if named else "")
         ) from error
     except Exception as error:  # torch reports damage as RuntimeError, EOFError, zipfile and OS errors
         raise UserError(f"{path} is not a checkpoint that torch.load reads ({type(error).__name__})") from error

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -66,7 +64,9 @@ def read_checkpoint(path: Path) -> CheckpointFacts:
 
 def _from_file(path: Path) -> tuple[Mapping[str, Any], Shapes]:
     """A checkpoint that is one file: what it holds, and the shapes of its model's tensors."""
-    state = _load(path)
+    from fastgpt.checkpoints.formats.nanogpt import load_file  # torch: two seconds that only a checkpoint is worth
+
+    state = load_file(path)
     if not isinstance(state, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(state).__name__}: it is neither nanoGPT's nor fastgpt's")
     model = state.get("model", state)
@@ -102,29 +102,6 @@ def _parts(source: Source) -> Iterator[tuple[str, Tensor]]:
         if index.fqn.startswith("model."):
             with safe_open(source.reader.path / stored["file"], framework="pt") as file:
                 yield index.fqn.removeprefix("model."), file.get_tensor(stored["key"])
-
-
-def _load(path: Path) -> Any:
-    """torch.load that maps a file's tensors instead of reading them, and refuses everything that is not plain data."""
-    import torch  # two seconds that only a checkpoint is worth
-
-    with open(path, "rb") as file:
-        mapped = file.read(4) == b"PK\x03\x04"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"(?:GLOBAL |global )([\w.]+)", str(error)):
-            raise UserError(
-                f"checkpoint {path} is refused: loading it would run {named[1]}, and a checkpoint should hold nothing but "
-                "tensors, numbers and strings"
-            ) from error
-        raise UserError(
-            f"checkpoint {path} is refused or damaged: it is not plain tensors, numbers and strings"
-        ) from error
-    except Exception as error:  # damage shows as RuntimeError, EOFError, zipfile's, ValueError, KeyError, ...
-        raise UserError(f"checkpoint {path} is truncated, damaged, or no checkpoint") from error
 
 
 def _shapes(tensors: Mapping[Any, Any]) -> Shapes:

@@ -231,7 +231,7 @@ def test_another_programs_file_is_refused(state, saved):
 def test_a_truncated_file_is_refused_in_one_sentence(keep, saved):
     path = saved(nanogpt())
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"is (truncated|refused or) ?.*damaged"):
+    with pytest.raises(UserError, match=r"is not a checkpoint that torch\.load reads|more than tensors"):
         read_checkpoint(path)
 
 

@@ -187,7 +187,7 @@ def test_a_damaged_file_in_a_folder_is_listed_and_the_rest_is_read(write, tmp_pa
     write("run/a.log", STEP)
     evidence = read([tmp_path / "run"])
     assert kinds(evidence) == {"log"}
-    assert "truncated, damaged, or no checkpoint" in evidence.unread[0].why
+    assert "is not a checkpoint that torch.load reads" in evidence.unread[0].why
 
 
 # --- bad input ---
