@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt import __version__
-from fastgpt.common import UserError, at_least, read_json, say, sync_folder, write_json
+from fastgpt.common import UserError, at_least, read_json, say, sync_folder, within, write_json
 from fastgpt.data import encoding
 from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encoding import BatchPlace, Encoded, cores, encode_corpus
@@ -73,8 +73,7 @@ def prepare(
         UserError: there is nothing to read or too little to split; ``out`` or its ``.partial`` holds something else
             (which is never overwritten); or the disk is full (what was written stays and can be continued).
     """
-    if not 0 < val_fraction < 1:
-        raise UserError(f"val_fraction is {val_fraction}: it must lie between 0 and 1")
+    within("(0, 1)", val_fraction=val_fraction)
     at_least(1, shard_tokens=shard_tokens, max_tokens=max_tokens, workers=workers)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError("prepare() was called while a worker imports the main script: guard it by __name__")

@@ -14,7 +14,6 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -149,29 +148,25 @@ def _rest_of_line(file: BinaryIO, limit: int) -> bytes:
 
 def _read_jsonl(path: Path, column: str, skip: int) -> Iterator[Document]:
     """One JSON object per line, with its text in the field ``column``. ``.gz`` and ``.zst`` are decompressed on the way."""
-    with ExitStack() as stack:
-        raw = stack.enter_context(path.open("rb"))
-        lines = stack.enter_context(_decompressed(path, raw))
-        try:
-            whole_lines = iter(lambda: lines.readline(LONGEST_LINE + 1), b"")
-            fields = _Fields(column, skip)
-            for number, line in enumerate(islice(whole_lines, skip, None), skip + 1):
-                if len(line) > LONGEST_LINE:
-                    raise UserError(
-                        f"data {str(path)!r} line {number} is longer than {LONGEST_LINE / 1e6:.0f} MB: put a document on a line"
-                    )
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                text, replaced = _decoded(line)
-                if not text.strip():
-                    yield Document("", raw.tell())
-                    continue
+
+    def rows() -> Iterator[tuple[Any, str, int, int]]:
+        whole_lines = iter(lambda: lines.readline(LONGEST_LINE + 1), b"")
+        for number, line in enumerate(islice(whole_lines, skip, None), skip + 1):
+            where = f"data {str(path)!r} line {number}"
+            if len(line) > LONGEST_LINE:
+                raise UserError(f"{where} is longer than {LONGEST_LINE / 1e6:.0f} MB: put a document on a line")
+            text, replaced = _decoded(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+            row: Any = {column: ""}  # a blank line
+            if text.strip():
                 try:
                     row = json.loads(text)
                 except (ValueError, RecursionError):
                     row = None
-                found = fields.text_of(row, f"data {str(path)!r} line {number}")
-                yield _row(found, raw.tell(), min(replaced, (found or "").count("\ufffd")))
-            fields.check()
+            yield row, where, raw.tell(), replaced
+
+    with path.open("rb") as raw, _decompressed(path, raw) as lines:
+        try:
+            yield from _fields(rows(), column, skip > 0)
         except (EOFError, zlib.error, OSError) as error:
             raise UserError(f"data {str(path)!r} cannot be decompressed: {first_line(error)}") from error
 
@@ -185,34 +180,22 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
     return raw
 
 
-class _Fields:
-    """The field ``column`` of rows of JSON, of which the first ``skip`` were read before."""
-
-    def __init__(self, column: str, skip: int) -> None:
-        self.column = column
-        self._has_text = skip > 0
-        self._first_without: str | None = None
-
-    def text_of(self, row: Any, where: str) -> str | None:
-        """The text in a row; None for null and what else is no text. Raises UserError, which begins with ``where``."""
-        if isinstance(row, dict) and self.column not in row:
-            raise UserError(_no_column(f"{where}: there is", "field", self.column, row))
+def _fields(rows: Iterable[tuple[Any, str, int, int]], column: str, had_text: bool) -> Iterator[Document]:
+    """The field ``column`` of rows of JSON: (row, where it stands, bytes read, places replaced); ``had_text``: of those before.
+    Raises UserError for a row that is none, and where all hold something else than a text: it is another field that does."""
+    wrong, other = f"each line must be a JSON object with a string {column!r}", None
+    for row, where, offset, replaced in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{where}: each line must be a JSON object with a string {self.column!r}")
-        text = row[self.column]
-        if isinstance(text, str):
-            self._has_text = True
-            return text
-        if text is not None:
-            self._first_without = self._first_without or where
-        return None
-
-    def check(self) -> None:
-        """Raise UserError where all rows hold something else than a text: it is another field that does."""
-        if self._first_without and not self._has_text:
-            raise UserError(
-                f"{self._first_without}: each line must be a JSON object with a string {self.column!r}, as none is"
-            )
+            raise UserError(f"{where}: {wrong}")
+        if column not in row:
+            raise UserError(_no_column(f"{where}: there is", "field", column, row))
+        text = row[column] if isinstance(row[column], str) else None
+        had_text = had_text or bool(text)
+        if text is None and row[column] is not None:
+            other = other or where
+        yield _row(text, offset, min(replaced, (text or "").count("\ufffd")))
+    if other and not had_text:
+        raise UserError(f"{other}: {wrong}, as none is")
 
 
 def _no_column(begin: str, kind: str, column: str, there: Iterable[str]) -> str:
@@ -234,13 +217,14 @@ def _read_json(path: Path, column: str, skip: int) -> Iterator[Document]:
         )
     content, replaced = _decoded(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     try:
-        rows, fields = json.loads(content), _Fields(column, skip)
+        items = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"data {str(path)!r} is damaged: it is not JSON") from error
-    for number, row in enumerate(rows[skip:], skip + 1):
-        found = fields.text_of(row, f"data {str(path)!r} item {number}")
-        yield _row(found, size * number // len(rows), min(replaced, (found or "").count("\ufffd")))
-    fields.check()
+    rows = (
+        (item, f"data {str(path)!r} item {number}", size * number // len(items), replaced)
+        for number, item in enumerate(items[skip:], skip + 1)
+    )
+    yield from _fields(rows, column, skip > 0)
 
 
 def _read_csv(path: Path, column: str, skip: int) -> Iterator[Document]:
