@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgpt import __version__, anatomy
 from fastgpt.checkpoints.formats.nanogpt import load_file
-from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, tied
+from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, steps, tied
 from fastgpt.common import (
     UserError,
     atomic_folder,
@@ -39,18 +39,10 @@ from fastgpt.data.tokenizer import END_OF_TEXT, byte_letters, gpt2_merges, gpt2_
 
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-# GPT2Config's, where a config.json leaves them out.
-_DEFAULTS = {
-    "n_layer": 12,
-    "n_head": 12,
-    "n_embd": 768,
-    "n_ctx": 1024,
-    "vocab_size": 50257,
-    "activation_function": "gelu_new",
-    "resid_pdrop": 0.1,
-    "embd_pdrop": 0.1,
-    "attn_pdrop": 0.1,
-}
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+_DEFAULTS = dict(n_layer=12, n_head=12, n_embd=768, n_ctx=1024, vocab_size=50257, activation_function="gelu_new")
+_DEFAULTS |= dict.fromkeys(_DROPOUTS, 0.1)
+"""GPT2Config's, where a config.json leaves them out."""
 _CONV1D = re.compile(r"\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")
 _BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$")
 
@@ -124,8 +116,7 @@ def read(folder: Path) -> Portable:
     _refuse_variants(source, values)
     own = values.get("fastgpt")
     own = own if isinstance(own, dict) else {}
-    letters = own.get("letters")
-    pdrops = [values[name] for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
+    pdrops = [values[name] for name in _DROPOUTS]
     notes: list[str] = []
     if any(pdrop != pdrops[0] for pdrop in pdrops):
         notes.append(f"the three dropouts {pdrops} become one, {pdrops[0]}")
@@ -142,18 +133,12 @@ def read(folder: Path) -> Portable:
         names = anatomy.parameters(config)
         found = {n: t for n, t in found.items() if n in names or not n.endswith(".bias") or t.any()}
     weights = in_fp32(check(source, found, config), notes)
-    step, extras = own.get("step", 0), {}
+    portable = Portable(config, weights, step=steps(own.get("step")), letters=own.get("letters"), notes=notes)
+    portable.exact_gelu = values["activation_function"] == "gelu"
     if own.get("tokenizer") == "bytes":
-        extras["fastgpt"] = {"config": replace(Config(), model=config, data=DataConfig(tokenizer="bytes")).to_dict()}
-    return Portable(
-        config,
-        weights,
-        step=step if isinstance(step, int) and step >= 0 else 0,
-        exact_gelu=values["activation_function"] == "gelu",
-        letters=letters,
-        extras=extras,
-        notes=notes,
-    )
+        run = replace(Config(), model=config, data=DataConfig(tokenizer="bytes"))
+        portable.extras["fastgpt"] = {"config": run.to_dict()}
+    return portable
 
 
 def write(folder: Path, portable: Portable, called: str | None = None) -> None:
@@ -178,9 +163,8 @@ def write(folder: Path, portable: Portable, called: str | None = None) -> None:
             own["letters"] = portable.letters
         write_json(partial / "config.json", {**_config(portable), "fastgpt": own})
         end = _end_of_text(portable)
-        write_json(
-            partial / "generation_config.json", {} if end is None else {"bos_token_id": end, "eos_token_id": end}
-        )
+        generation = {} if end is None else {"bos_token_id": end, "eos_token_id": end}
+        write_json(partial / "generation_config.json", generation)
         write_whole(partial / "README.md", _card(called or folder.name, portable))
         if (note := _write_tokenizer(partial, portable)) is not None:
             portable.notes.append(note)
@@ -276,16 +260,11 @@ def _config(portable: Portable) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "activation_function": "gelu" if portable.exact_gelu else "gelu_new",
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
+        **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")},
         "n_inner": None,
         "n_positions": config.block_size,
         "n_ctx": config.block_size,
-        "vocab_size": config.vocab_size,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
+        **dict.fromkeys(_DROPOUTS, config.dropout),
         "layer_norm_epsilon": 1e-05,
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
@@ -377,10 +356,8 @@ def _write_tokenizer(folder: Path, portable: Portable) -> str | None:
 def _write_letters(folder: Path, portable: Portable) -> None:
     """The tokenizer of bytes, which are written as letters as in GPT-2's files, or of a list of letters: a BPE without merges
     takes a text apart into letters."""
-    letters, level = (
-        portable.letters,
-        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-    )
+    letters = portable.letters
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     vocabulary = byte_letters() if letters is None else {letter: i for i, letter in enumerate(letters)}
     write_json(
         folder / "tokenizer.json",

@@ -18,14 +18,19 @@ from torch import Tensor
 
 from fastgpt import anatomy
 from fastgpt.checkpoints.formats.nanogpt import load_file
-from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config
+from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, steps
 from fastgpt.common import UserError, atomic_folder, read_json, shortened, write_json
 
 _FILE = re.compile(r"model_(\d{1,18})\.pt")
-_ALWAYS = {
-    **{"family": "modern", "rotary_base": 100_000.0, "qk_norm": True, "activation": "relu2", "tied_head": False},
-    **{"embedding_norm": True, "softcap": 15.0},
-}
+_ALWAYS = dict(
+    family="modern",
+    rotary_base=100_000.0,
+    qk_norm=True,
+    activation="relu2",
+    tied_head=False,
+    embedding_norm=True,
+    softcap=15.0,
+)
 """What nanochat's model has in any case, as fields of ModelConfig."""
 _PADDING = 64
 _SMEAR = {"smear_gate.weight": (1, anatomy.SMEAR_COLUMNS), "smear_lambda": (1,)}
@@ -58,38 +63,18 @@ def read(file: Path) -> Portable:
         raise UserError(
             f"{file} is of a nanochat before March 2026, whose rotary base and factors were others and are not written down"
         )
-    config = model_config(
-        source,
-        {
-            **{name: shape.get(name) for name in ("n_layer", "n_head", "n_embd", "n_kv_head", "vocab_size")},
-            **{
-                "block_size": shape.get("sequence_len"),
-                "window_pattern": str(shape.get("window_pattern", "L")).upper(),
-            },
-            **{
-                "bias": False,
-                "dropout": 0.0,
-                "residual_scalars": True,
-                "value_embeddings": True,
-                "zero_init": True,
-                "smear": any(bool(found[name].any()) for name in _SMEAR if name in found),
-                "backout": any(bool(found[name].any()) for name in _BACKOUT if name in found),
-                **_ALWAYS,
-            },
-        },
-    )
+    fields = {name: shape.get(name) for name in ("n_layer", "n_head", "n_embd", "n_kv_head", "vocab_size")}
+    fields |= {"block_size": shape.get("sequence_len"), "window_pattern": str(shape.get("window_pattern", "L")).upper()}
+    fields |= dict(bias=False, dropout=0.0, residual_scalars=True, value_embeddings=True, zero_init=True, **_ALWAYS)
+    for part, names in (("smear", _SMEAR), ("backout", _BACKOUT)):
+        fields[part] = any(bool(found[name].any()) for name in names if name in found)
+    config = model_config(source, fields)
     _check_windows(config)
     notes: list[str] = []
     weights = in_fp32(check(source, _ours(found, config), config), notes)
-    step = meta.get("step", 0)
     own = meta.get("fastgpt")
-    return Portable(
-        config,
-        weights,
-        step=step if isinstance(step, int) and step >= 0 else 0,
-        extras={"fastgpt": own} if isinstance(own, dict) else {},
-        notes=notes,
-    )
+    extras = {"fastgpt": own} if isinstance(own, dict) else {}
+    return Portable(config, weights, step=steps(meta.get("step")), extras=extras, notes=notes)
 
 
 def _ours(found: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
@@ -157,10 +142,8 @@ def write(folder: Path, portable: Portable) -> None:
         portable.notes.append("the optimizer's state stays behind: nanochat's is another one's")
     if config.dropout:
         portable.notes.append(f"dropout {shortened(config.dropout)} stays behind: nanochat has none")
-    shape = {
-        **{"sequence_len": config.block_size, "vocab_size": V, "n_layer": config.n_layer, "n_head": H},
-        **{"n_kv_head": H_kv, "n_embd": config.n_embd, "window_pattern": config.window_pattern},
-    }
+    shape = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd", "window_pattern")}
+    shape |= {"sequence_len": config.block_size, "n_kv_head": H_kv}
     own = portable.extras.get("fastgpt", {}).get("config", {}).get("data", {}).get("tokenizer")
     with atomic_folder(folder) as work:
         torch.save(found, work / f"model_{portable.step:06d}.pt")

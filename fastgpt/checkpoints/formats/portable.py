@@ -91,6 +91,11 @@ def check_optimizer(source: str, optimizer: Mapping[str, Any], weights: Mapping[
                 raise UserError(f"{source} has an optimizer state that does not fit its weights ({key} of {name})")
 
 
+def steps(said: Any) -> int:
+    """How many optimizer steps a file says were done; 0 for what is no such number."""
+    return said if type(said) is int and said >= 0 else 0
+
+
 def in_fp32(weights: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
     """The weights as fp32 masters; exact for fp16 and bf16."""
     narrow = {str(w.dtype)[6:] for w in weights.values()} - {"float32"}
