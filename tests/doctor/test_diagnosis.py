@@ -42,7 +42,7 @@ CONFIGS = st.dictionaries(
     st.sampled_from([*sorted(DEFAULTS), "world_size", "precision", "kernels"]), st.tuples(VALUES, COMMENTS), max_size=12
 )
 LOSSES = st.lists(st.one_of(st.floats(0, 20), st.just(float("nan")), st.just(float("inf"))), max_size=60)
-QUICK = settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 def facts(values, kind="nanogpt", defaults=DEFAULTS):

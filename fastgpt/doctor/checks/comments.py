@@ -44,13 +44,17 @@ ANOTHER_MODEL = re.compile(
 
 @dataclass(frozen=True)
 class Claim:
-    """A number that prose claims, and the line that does."""
+    """A number that prose claims."""
 
     value: float
-    place: Place
-    line: str
+    setting: Setting
+    """The line that does."""
     hint: bool
     """A name, which may be that of a project or a teacher, or a comment that speaks of another model: never certain."""
+
+    @property
+    def seen(self) -> tuple[Place, str]:
+        return _seen(self.setting)
 
 
 def amount(digits: str, unit: str | None) -> float | None:
@@ -65,19 +69,19 @@ def remarks(figures: Figures) -> list[tuple[str, Setting]]:
     return sorted([*beside, *(("", s) for s in figures.config.comments)], key=lambda item: item[1].place.line or 0)
 
 
-def _line(setting: Setting) -> str:
-    return one_line(setting.text or f"# {setting.comment.lstrip('# ')}")
+def _seen(setting: Setting) -> tuple[Place, str]:
+    return setting.place, one_line(setting.text or f"# {setting.comment.lstrip('# ')}")
 
 
 def claimed_sizes(figures: Figures) -> list[Claim]:
     """Model sizes that comments and run names claim, in parameters."""
-    claims: list[tuple[float | None, Setting, bool]] = []
+    claims = []
     for _, setting in remarks(figures):
         for match in SIZE_IN_PROSE.finditer(setting.comment):
-            if match[2] and match[2].lower() in "mb":
+            if match[2] and match[2].lower() in "mb" and (size := amount(match[1], match[2])):
                 own = OF_THIS_MODEL.fullmatch(setting.comment[: match.start()])
                 hint = own is None or ANOTHER_MODEL.search(setting.comment) is not None
-                claims.append((amount(match[1], match[2]), setting, hint))
+                claims.append(Claim(size, setting, hint))
     for name in NAMES:
         named = figures.config.settings.get(name)
         if named is None or not isinstance(named.value, str):
@@ -88,10 +92,10 @@ def claimed_sizes(figures: Figures) -> list[Claim]:
             if NOT_A_SIZE.search(before[-12:]) or re.match("tok|data|sample", after, re.IGNORECASE):
                 continue  # "fineweb-10B": tokens, not parameters
             sizes.append(amount(match[1], match[2]) or 0.0)
-        planned = figures.tokens_planned or 0
-        if sizes and abs(min(sizes) - planned) > 0.25 * planned:  # "small-14B" of a run over 14B tokens
-            claims.append((min(sizes), named, True))  # of "124m-14B" the second is the tokens
-    return [Claim(value, setting.place, _line(setting), hint) for value, setting, hint in claims if value]
+        planned, size = figures.tokens_planned or 0, min(sizes, default=0.0)  # of "124m-14B" the second is the tokens
+        if size and abs(size - planned) > 0.25 * planned:  # "small-14B" of a run over 14B tokens
+            claims.append(Claim(size, named, True))
+    return claims
 
 
 def agrees(claim: float, shape: anatomy.Shape, vocabularies: Sequence[int] = ()) -> bool:
@@ -133,7 +137,7 @@ def tokens_per_step(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
             title=f"A comment says {value:,.0f} {unit or 'sequences or tokens'} per step; the settings give "
             f"{sequences:,} sequences, {tokens:,} tokens",
             evidence=[
-                (setting.place, _line(setting)),
+                _seen(setting),
                 *figures.place("batch_size", "gradient_accumulation_steps", "block_size"),
             ],
             explanation="Learning rate, warmup and max_iters were chosen for a batch. batch_size x "
@@ -186,7 +190,7 @@ def token_budget(figures: Figures, config: ConfigFacts) -> Iterator[Finding]:
             check="token_budget_comment",
             severity="warning",
             title=f"A comment says {match[0].strip()}; max_iters gives {rounded(planned)}",
-            evidence=[(setting.place, _line(setting)), *([] if name == "max_iters" else figures.place("max_iters"))],
+            evidence=[_seen(setting), *([] if name == "max_iters" else figures.place("max_iters"))],
             explanation=f"max_iters {config.get('max_iters'):,} x {per_step:,} tokens per step = {planned:,} "
             f"tokens, {planned / claimed:.1f} times what the comment says.",
             advice=f"max_iters = {steps}\nlr_decay_iters = {steps}\nif {rounded(claimed)} tokens were meant; else "

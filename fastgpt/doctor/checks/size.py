@@ -75,8 +75,8 @@ def param_count_mismatch(
     yield Finding(
         check="param_count_mismatch",
         severity="warning" if doubtful else "critical",
-        title=f"{millions(size)} parameters, not the {rounded(claimed)} that the {_source(wrong[0].line)} claims",
-        evidence=[(claim.place, claim.line) for claim in wrong] + lines,
+        title=f"{millions(size)} parameters, not the {rounded(claimed)} that the {_source(wrong[0].seen[1])} claims",
+        evidence=[claim.seen for claim in wrong] + lines,
         explanation=f"{formula} with n_layer {shape.n_layer}, n_embd {shape.n_embd}, "
         f"vocabulary {shape.vocab_size:,} is {size:,} parameters "
         f"({'head tied, ' if shape.tied_head else ''}excluding position embeddings): "
