@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.reports.mfu_tables import milliseconds, what, where
 from bench.steps.ceilings import arithmetics
+from fastgpt.common import rounded
 from fastgpt.performance.operations import LINEARS
 
 GROUPS = {
@@ -241,7 +242,7 @@ def two_recipes(curves: list[dict[str, Any]], summary: dict[str, Any], path: Pat
     parts = sorted((more, part) for part, more in changed.items())
     right.barh([part for _, part in parts], [more for more, _ in parts], color="#1f4e79", height=0.62)
     right.axvline(0, color="black", linewidth=0.8)
-    right.set_xlabel(f"rise of the loss after {summary['parts_tokens'] / 1e6:.2f}M tokens, one seed")
+    right.set_xlabel(f"rise of the loss after {rounded(summary['parts_tokens'])} tokens, one seed")
     right.set_title("the modern recipe with one part changed", loc="left", fontsize=10)
     figure.suptitle("Tokens to a loss, measured on a CPU at 4 layers of 128", x=0.01, ha="left", fontweight="bold")
     figure.savefig(path)
