@@ -32,7 +32,8 @@ from fastgpt.config import Config, load_preset, preset_names
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
 from fastgpt.hardware.requirements import check_kernels, no_gpu
-from fastgpt.performance.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, operations
+from fastgpt.performance.operation import AS_SHIPPED, Fusions
+from fastgpt.performance.operations import LINEARS, PASSES, operations
 from fastgpt.performance.step_time import CONSTANTS, OperationTime, step_times
 
 SCHEMA_VERSION = 1

@@ -18,7 +18,8 @@ from fastgpt.config import load_preset
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance.memory import KERNELS
-from fastgpt.performance.operations import Operation, operations
+from fastgpt.performance.operation import Operation
+from fastgpt.performance.operations import operations
 from fastgpt.performance.projection import Projection, project
 from fastgpt.performance.step_time import CONSTANTS, step_times
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from bench.reports.tables import print_table
 from fastgpt.hardware import cards
-from fastgpt.performance import operations
-from fastgpt.performance.operations import Operation, Scores
+from fastgpt.performance.attention import FLASH_ATTENTION_2 as COUNTED
+from fastgpt.performance.operation import Operation, Scores
 from fastgpt.performance.projection import (
     FITTED_CLOCKS,
     KNOWN,
@@ -120,7 +120,7 @@ def attention_speed(way: str, D: int, causal: bool, T: int, constants: Constants
     heads, n, forward = tokens // T * (width // D), T // tile, way == "forward"
     blocks = tuple(tile * tile * (m if causal else n) for m in (range(1, n + 1) if forward else range(n, 0, -1)))
     masked = tile * T if causal else 0
-    scores = Scores(blocks, heads, masked, tile, operations.FLASH_ATTENTION_2[way], False, D, pairs=forward)
+    scores = Scores(blocks, heads, masked, COUNTED[way], False, D, pairs=forward)
     per_score = 2 * D * (2 if forward else 5)
     op = Operation(way, "", "attention", per_score * scores.number, 0, 1, scores=scores)
     chip = Chip(cards.card("h100"), "bf16", constants)

@@ -23,7 +23,8 @@ from fastgpt.anatomy import Shape
 from fastgpt.config import PLAIN
 from fastgpt.performance import flops
 from fastgpt.performance.flops import Work
-from fastgpt.performance.operations import AS_SHIPPED, Fusions, operations
+from fastgpt.performance.operation import AS_SHIPPED, Fusions
+from fastgpt.performance.operations import operations
 
 # ---------------------------------------------------------------- what a step has to do
 

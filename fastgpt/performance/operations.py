@@ -21,15 +21,17 @@ some variants make are written here as bytes per element. docs/projection.md exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from fastgpt import anatomy
 from fastgpt.anatomy import Linear, Shape
 from fastgpt.common import UserError, at_least
 from fastgpt.performance import flops
+from fastgpt.performance.attention import attention, fp8_group
 from fastgpt.performance.flops import cdiv
 from fastgpt.performance.memory import LOGITS_BUDGET, SIZES, check_family, check_step
+from fastgpt.performance.operation import AS_SHIPPED, NONE, Fusions, Operation, Per, StepSizes, sweep
 
 PRECISIONS = tuple(name for name, size in SIZES.items() if size <= 2)
 """Those that a step's operations are known for: fp32 is left out."""
@@ -42,145 +44,6 @@ NEWTON_SCHULZ = 5
 
 LINEARS = tuple(linear.name for linear in anatomy.of(anatomy.GPT2_124M).linears)
 PASSES = ("forward", "dX", "dW")
-
-Kind = Literal["matmul", "attention", "memory"]
-Per = Literal["micro-batch", "accumulation", "step"]
-
-
-@dataclass(frozen=True)
-class PerScore:
-    """What an attention kernel executes for one score beside its products."""
-
-    instructions: float
-    """Without those of products and exponentials."""
-    dropout: float
-    """More of them with dropout: a share of a Philox call, compare, select."""
-    masked: float
-    """More of them in a masked tile."""
-    shared: float
-    """Bytes through shared memory for each column of a head."""
-    shared_once: float = 0.0
-    """The same, whatever the columns."""
-    exponentials: float = 1.0
-    products: float = 1.0
-    """Of the products that are needed, how many are computed."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What attention computes besides its products. A block is a program: a tile of queries or keys of one head."""
-
-    blocks: tuple[int, ...]
-    """Scores, elements of S = Q K^T that get an exponential, of each block of one head, in the order of launch."""
-    heads: int
-    masked: int
-    """Of one head's scores: those in tiles that the causal mask or a window's edge cuts."""
-    rows: int
-    """Of one block."""
-    cost: PerScore
-    dropout: bool
-    columns: int
-    turns: bool = False
-    """All heads launch their first block, then their second (fused_attn.py); else one head after another."""
-    pairs: bool = False
-    """Two blocks share an SM."""
-
-    @property
-    def number(self) -> int:
-        return self.heads * sum(self.blocks)
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One execution of one operation, and how often a step executes it."""
-
-    name: str
-    group: str
-    """One of bench/steps/trace.py's names; casts, residual adds outside the norm and everything else that a fused step does not
-    need are "pointwise"."""
-    kind: Kind
-    flops: int
-    bytes: int  # moved by one execution, every read and write counted
-    launches: int  # kernels of one execution
-    count: int = 1  # executions per micro-batch, per accumulation (all micro-batches but the first) or per step
-    per: Per = "micro-batch"
-    fresh: int = 0  # of ``bytes``: reads of what the kernel just before has written, and L2 may still hold
-    mnk: tuple[int, int, int] | None = None  # of a matmul: an (m, k) by a (k, n) matrix
-    scores: Scores | None = None  # of attention
-    summed_in_fp16: float = 0.0  # of attention: share of its FLOPs
-    fast: bool = True  # of a matmul: in the arithmetic of the --precision; else in plain 16 bits
-    own: bool = False  # a kernel of this repository, not of a library or of Inductor
-
-    def executions(self, grad_accum: int) -> int:
-        """How often a step of ``grad_accum`` micro-batches executes this."""
-        return self.count * {"micro-batch": grad_accum, "accumulation": grad_accum - 1, "step": 1}[self.per]
-
-
-@dataclass(frozen=True)
-class Fusions:
-    """Which fusions of the ``triton`` variant are on: as the training loop runs it on one GPU, unless said otherwise. Off,
-    an operation is PyTorch's own, as in ``eager``. bench.ablation switches them off one by one."""
-
-    attention: bool = True
-    """Flash attention on packed qkv; else torch's flash attention and the packing of its gradients."""
-    norms: bool = True
-    """Residual add and norm in one pass."""
-    weight_gradients: bool = True
-    """Weight gradients written in fp32 by the matmul; else in 16 bits, cast by a pass."""
-    loss: bool = True
-    """Head and loss in chunks; else whole logits, also in fp32."""
-    optimizer: bool = True
-    """Norm, clip, update and working copies in three launches; else torch's fused AdamW and clip_grad_norm_."""
-    working_copy: bool = True
-    """16-bit weights kept from step to step; else cast in every micro-batch."""
-    in_place: bool = True
-    """Weight gradients of later micro-batches added by the matmul that forms them; else autograd adds them."""
-    embedding: bool = True
-    """Sum of the rows in one pass, and with ``in_place`` their gradients added to the rows that occur."""
-    epilogues: bool = False
-    """GELU and its gradient in the epilogues of the matmuls, which are then Triton's: off until measured beside cuBLAS."""
-
-
-AS_SHIPPED = Fusions()
-NONE = Fusions(*(False for _ in fields(Fusions)))
-
-
-@dataclass(frozen=True)
-class StepSizes:
-    """What every part below needs. ``fusions``: none of them is on in a variant that is not triton."""
-
-    shape: Shape
-    kernels: str
-    precision: str
-    B: int
-    T: int
-    dropout: float
-    sm_count: int
-    fusions: Fusions
-    optimizer: str = "adamw"
-
-    @property
-    def model(self) -> anatomy.Anatomy:
-        return anatomy.of(self.shape)
-
-    @property
-    def rows(self) -> int:
-        return self.B * self.T
-
-    @property
-    def compiled(self) -> bool:
-        return self.kernels.endswith("compile")
-
-    @property
-    def own_fp8(self) -> bool:
-        """Whether the blocks' linears are this repository's in fp8: kernels/fp8/."""
-        return self.kernels == "triton" and self.precision == "fp8"
-
-
-def sweep(name: str, group: str, moved: int, launches: int = 1, **rest: Any) -> Operation:
-    """An operation that only moves bytes."""
-    return Operation(name, group, "memory", 0, moved, launches, **rest)
-
 
 # ---------------------------------------------------------------- a step
 
@@ -211,7 +74,7 @@ def operations(
     check_family(shape, kernels, precision)
     on = fusions if kernels == "triton" else NONE
     s = StepSizes(shape, kernels, precision, micro_batch, T, dropout, sm_count, on, optimizer)
-    ops = [*_embedding(s), *_norms(s), *_attention(s), *_linears(s), *_head_and_loss(s), *_update(s)]
+    ops = [*_embedding(s), *_norms(s), *attention(s), *_linears(s), *_head_and_loss(s), *_update(s)]
     return [op for op in ops if op.count]
 
 
@@ -359,125 +222,6 @@ def _norms(s: StepSizes) -> list[Operation]:
     return passes
 
 
-# ---------------------------------------------------------------- attention
-
-FLASH_ATTENTION_2 = {"forward": PerScore(8, 10, 2.25, 0.17), "backward": PerScore(8, 10, 2.25, 0.41, 16)}
-"""By its source. Instructions: scale and subtract, maximum, sum, half a convert, its share of loads and addresses. Masked
-(mask.h): a compare and a select, and the column's number, which 4 rows share. Bytes: P and dS, written once and read for each
-product of backward; the other operands that each warp reads for a tile of 128 x 128 (4 warps forward, 8 backward); loads."""
-OWN = {
-    "forward": PerScore(9.8, 25, 7.4, 0.35, exponentials=1.13),
-    "dQ": PerScore(7.8, 23, 5.9, 0.54),
-    "dK dV": PerScore(18.8, 34, 6.3, 1.26),
-}
-"""This repository's kernels with the tiles that they launch on an RTX 4070 for 64 columns, 98,304 rows, as compiled
-(bench.compiler.ranking.loops; the tables' ``tile_clocks`` come from the same count)."""
-OWN_DOCUMENTS = {
-    "forward": PerScore(42, 25, 0, 0.55, exponentials=1.5),
-    "dQ": PerScore(25, 23, 0, 0.56),
-    "dK dV": PerScore(66, 34, 0, 1.91, exponentials=2, products=1.5),
-}
-"""The same with documents and a window, 128 columns: every tile is masked, and 8 warps compute a part of S and dP twice."""
-OWN_ROWS = {"forward": 128, "dQ": 128, "dK dV": 32}
-OWN_DOCUMENTS_ROWS = {"forward": 64, "dQ": 128, "dK dV": 32}
-"""Rows of queries or keys of one program."""
-
-
-def _attention(s: StepSizes) -> list[Operation]:
-    found = [op for window, blocks in s.model.attention.reach.items() for op in _attention_within(s, window, blocks)]
-    return [*_prepared(s), *found]
-
-
-def _prepared(s: StepSizes) -> list[Operation]:
-    """Rotary positions, QK-norm and value embeddings: a pass over the packed projection, forward and backward. Plain PyTorch
-    moves 12 times as much: 74 bytes for each element of queries and keys (casts 12, products 16, sums 12, two concatenations
-    12, norm 8, factor 8, cast 6), taken to be as many times in backward. Inductor's passes are taken to be as few as ours."""
-    attention = s.model.attention
-    if not attention.prepared:
-        return []
-    found, tables = [], [table for table in s.model.embeddings if table.in_blocks]
-    valued = sum(table.count for table in tables)
-    for embedded, blocks in ((False, attention.count - valued), (True, valued)):
-        sizes = (s.rows, attention.heads, attention.head_dim)
-        options: dict[str, Any] = {"kv_heads": attention.kv_heads, "value_embedding": embedded}
-        works = flops.qk_norm_rope_forward(*sizes, **options), flops.qk_norm_rope_backward(*sizes, **options)
-        for way, work in zip(("forward", "backward"), works):
-            passes = 12 if s.kernels == "eager" else 1
-            own = s.kernels == "triton"
-            found.append(sweep(f"rotary {way}", f"rotary {way}", passes * work.bytes, passes, count=blocks, own=own))
-    # A matmul of few columns, sigmoid and factor, and their gradients. That of the norm's few columns is filled up with
-    # zeros (2), and added to the linear's (6). Inductor does both at once.
-    whole = (4 if s.compiled else 8) * s.rows * s.shape.n_embd
-    gates = [sweep("value gate", "pointwise", 12 * s.rows * attention.kv_heads + whole, 12, count=valued)]
-    return [*found, *gates]
-
-
-def _attention_within(s: StepSizes, window: int, L: int) -> list[Operation]:
-    """Attention of ``L`` blocks in which a query sees ``window`` keys at most; 0: all before it."""
-    attention = s.model.attention
-    B, T, H, C, rows = s.B, s.T, attention.heads, attention.width, s.rows
-    D = _padded_head(attention.head_dim, power_of_two=s.fusions.attention)
-    own, options = s.fusions.attention, s.shape.family == "modern"  # whose presets mask documents
-    costs = (OWN_DOCUMENTS if options else OWN) if own else FLASH_ATTENTION_2
-    rows_of = (OWN_DOCUMENTS_ROWS if options else OWN_ROWS) if own else dict.fromkeys(FLASH_ATTENTION_2, 128)
-
-    def op(name: str, group: str, way: str, moved: int, **more: Any) -> Operation:
-        tile = min(rows_of[way], T)
-        tiles, most = cdiv(T, tile), cdiv(window - 1, tile) + 1 if window else T
-        blocks = [tile * tile * min(n, most) for n in range(1, tiles + 1)]
-        # FlashAttention-2 launches forward's longest rows last, and blocks of 4 warps there, of which two share an SM.
-        shortest_first = way == "forward" and not own
-        scores = Scores(
-            blocks=tuple(blocks if shortest_first else reversed(blocks)),
-            heads=B * H,
-            masked=tile * tile * (tiles + max(0, tiles - most)),
-            rows=tile,
-            cost=costs[way],
-            dropout=s.dropout > 0,
-            columns=D,
-            turns=own,
-            pairs=shortest_first,
-        )
-        work = flops.attention_forward if way == "forward" else flops.attention_backward
-        count = work(B, T, H, D, tile=tile, window=window, **more).flops
-        return Operation(name, group, "attention", count, moved, 1, count=L, scores=scores, own=own)
-
-    # The padding of heads is in registers, not in memory.
-    least = flops.attention_forward(B, T, H, attention.head_dim, kv_heads=attention.kv_heads).bytes
-    kv_width, columns = attention.kv_heads * attention.head_dim, fp8_group(s)
-    # In fp8 a byte is written beside 16 bits, and an fp32 scale for a group of columns.
-    extra, kv_extra = (rows * (width + 4 * width // columns) if columns else 0 for width in (C, kv_width))
-    found = [op("attention forward", "attention forward", "forward", least + extra)]
-    group, vector, kv_vector, log_sums = "attention backward", 2 * rows * C, 2 * rows * kv_width, 4 * rows * H
-    if s.fusions.attention:
-        # Two kernels, each with scores and dP of its own; each reads q, k, v, dO, the first also O; writes dq or dk, dv.
-        query_bytes = 4 * vector + 2 * kv_vector + 2 * log_sums + extra
-        key_bytes = 2 * vector + 4 * kv_vector + 2 * log_sums + 2 * kv_extra
-        found += [
-            op("attention backward dQ", group, "dQ", query_bytes, matmuls=3),
-            op("attention backward dK dV", group, "dK dV", key_bytes, matmuls=4),
-        ]
-        if s.precision == "fp16-fast":  # all products but S, and dP's only up to 64 columns
-            shares = (1 / 2, 2 / 3, 3 / 4) if D <= 64 else (1 / 2, 1 / 3, 2 / 4)
-            found = [replace(each, summed_in_fp16=share) for each, share in zip(found, shares)]
-        return found
-    # FlashAttention-2: delta, and zeros into an fp32 dQ; the loop, which adds to that dQ; dQ rounded to 16 bits.
-    moved, packed = 2 * vector + 4 * kv_vector + 2 * log_sums + 8 * rows * C, vector + 2 * kv_vector
-    return [
-        *found,
-        sweep("attention backward, delta", group, 2 * vector + log_sums + 4 * rows * C, count=L, fresh=vector),
-        op("attention backward", group, "backward", moved),
-        sweep("attention backward, dQ cast", group, 4 * rows * C + vector, count=L, fresh=4 * rows * C),
-        # q, k and v are views of one projection: their gradients are copied together.
-        sweep("attention backward, dQ dK dV packed", group, 2 * packed, count=L, fresh=packed),
-    ]
-
-
-def _padded_head(D: int, *, power_of_two: bool) -> int:
-    """The head dimension that a kernel computes with: triton's next power of two, FlashAttention-2's next 32."""
-    return max(16, 1 << (D - 1).bit_length()) if power_of_two else 32 * cdiv(D, 32)
-
-
 # ---------------------------------------------------------------- matrix products
 
 
@@ -519,13 +263,6 @@ def _in_fp8(found: list[Operation], linear: Linear, M: int) -> list[Operation]:
         replace(dx, bytes=M * N + N * K + 2 * M * K, own=True),
         replace(dw, fast=False),
     ]
-
-
-def fp8_group(s: StepSizes) -> int:
-    """Columns that share a scale in what attention's kernels write in fp8 for the linears around it: ``quantise.group_size``.
-    0 where they write none."""
-    D = s.model.attention.head_dim
-    return 0 if not s.own_fp8 else 64 if D % 64 == 0 else 32 if D % 32 == 0 else 0
 
 
 def _linears(s: StepSizes) -> list[Operation]:

@@ -72,44 +72,28 @@ RTX_4070 = cards.card("rtx4070")
 RUN_40M = _real("40M", GPT2_40M, 16, 0.1)
 RUN_124M = _real("124M", GPT2_124M, 8, 0.0)
 
-_ASSUMED = "assumed"
-_ROTARY = Shape(**vars(GPT2_124M) | {"family": "modern", "rotary_base": 10_000.0, "activation": "relu2"})
+_ROTARY = replace(GPT2_124M, family="modern", rotary_base=10_000.0, activation="relu2")
+_LIKE_MODERN = replace(_ROTARY, block_size=2048, qk_norm=True, tied_head=False, softcap=30.0)
+_MUON: dict[str, Any] = {"kernels": "compile", "optimizer": "muon"}
 ANCHORS = (
-    MeasuredRun("H100, 124M", "h100", GPT2_124M, 466e3, 468e3, 64, note=_ASSUMED),
-    MeasuredRun("H200, 124M", "h200", GPT2_124M, 495e3, 498e3, 64, note=_ASSUMED),
-    MeasuredRun("A100, 124M", "a100", GPT2_124M, 209e3, 218e3, 64, note=_ASSUMED),
+    MeasuredRun("H100, 124M", "h100", GPT2_124M, 466e3, 468e3, 64, note="assumed"),
+    MeasuredRun("H200, 124M", "h200", GPT2_124M, 495e3, 498e3, 64, note="assumed"),
+    MeasuredRun("A100, 124M", "a100", GPT2_124M, 209e3, 218e3, 64, note="assumed"),
+    # 6N + 12LCT = 887 MFLOP at T = 2048 says 12 blocks of 768 and one matrix of 32,768 tokens.
     MeasuredRun(
-        "RTX 4070, nanochat d12",
-        "rtx4070",
-        # 6N + 12LCT = 887 MFLOP at T = 2048 says 12 blocks of 768 and one matrix of 32,768 tokens.
-        Shape(n_layer=12, n_head=6, n_embd=768, block_size=2048, vocab_size=32768),
-        55.7e3,
-        55.7e3,
-        8,
-        note=_ASSUMED + "; as a GPT-2 of its FLOPs: no Muon, rotary positions, QK norm, ReLU^2 or untied embedding",
+        *("RTX 4070, nanochat d12", "rtx4070", Shape(12, 6, 768, 2048, 32768), 55.7e3, 55.7e3, 8),
+        note="assumed; as a GPT-2 of its FLOPs: no Muon, rotary positions, QK norm, ReLU^2 or untied embedding",
     ),
     MeasuredRun(
-        "RTX 4090, rotary 124M",
-        "rtx4090",
-        _ROTARY,
-        108e3,
-        108e3,
-        32,
+        *("RTX 4090, rotary 124M", "rtx4090", _ROTARY, 108e3, 108e3, 32),
+        **_MUON,
         tokens_per_step=262_144,
         note="half of what two cards reach, one exchange of gradients per step in it: tyler-romero/nanogpt-speedrun, d59944d",
-        kernels="compile",
-        optimizer="muon",
     ),
     MeasuredRun(
-        "A100, rotary 124M",
-        "a100",
-        replace(_ROTARY, block_size=2048, qk_norm=True, tied_head=False, softcap=30.0),
-        195e3,
-        195e3,
-        32,
+        *("A100, rotary 124M", "a100", _LIKE_MODERN, 195e3, 195e3, 32),
+        **_MUON,
         note="without the skips between blocks that it has: ashrafs1/nanogpt",
-        kernels="compile",
-        optimizer="muon",
     ),
 )
 KNOWN = (RUN_124M, RUN_40M, *ANCHORS)

@@ -29,7 +29,8 @@ from fastgpt.common import UserError, packaged_toml
 from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance.flops import cdiv
-from fastgpt.performance.operations import GAPS, Operation, operations
+from fastgpt.performance.operation import Operation
+from fastgpt.performance.operations import GAPS, operations
 
 DESCRIBED: dict[str, dict[str, Any]] = packaged_toml("fastgpt.performance", "constants.toml")
 """Constant -> what constants.toml says of it: value, range, meaning, source and fitted clocks."""
@@ -189,7 +190,7 @@ class Chip:
         products = cost.products * op.flops * (1 - op.summed_in_fp16 + op.summed_in_fp16 / faster) / base
         # A block that has an SM to itself waits for all that runs beside its products.
         alone = (products + exposed) / (products + beside) if s.pairs else 0.0
-        clocks = products + exposed + s.heads * len(s.blocks) * s.rows / 128 * c.tile_overhead_clocks
+        clocks = products + exposed + s.heads * len(s.blocks) * cost.rows / 128 * c.tile_overhead_clocks
         clocks *= uneven_end(s.blocks, s.heads, self.gpu.sm_count, turns=s.turns, alone=round(alone, 3))
         return {"compute": clocks / (self.gpu.sm_count * self.hz), "L2": through_l2, "memory": memory}
 

@@ -18,7 +18,7 @@ from fastgpt.anatomy import Shape
 from fastgpt.common import UserError
 from fastgpt.config import load_preset
 from fastgpt.hardware import cards
-from fastgpt.performance.operations import AS_SHIPPED, Fusions
+from fastgpt.performance.operation import AS_SHIPPED, Fusions
 from fastgpt.performance.projection import project
 
 RTX_4070 = cards.lookup("rtx4070")

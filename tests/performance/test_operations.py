@@ -18,8 +18,10 @@ from fastgpt.anatomy import GPT2_124M, Shape
 from fastgpt.common import UserError
 from fastgpt.hardware import cards
 from fastgpt.performance import flops, operations
+from fastgpt.performance.attention import fp8_group
 from fastgpt.performance.memory import KERNELS
-from fastgpt.performance.operations import AS_SHIPPED, LINEARS, PASSES, Fusions, StepSizes, fp8_group
+from fastgpt.performance.operation import AS_SHIPPED, Fusions, StepSizes
+from fastgpt.performance.operations import LINEARS, PASSES
 from fastgpt.performance.projection import project
 from tests.performance import formulas
 

@@ -11,8 +11,8 @@ import pytest
 from fastgpt.anatomy import GPT2_124M, Shape
 from fastgpt.common import UserError
 from fastgpt.hardware import cards
-from fastgpt.performance import operations, step_time
-from fastgpt.performance.operations import Operation
+from fastgpt.performance import attention, operations, step_time
+from fastgpt.performance.operation import Operation
 from fastgpt.performance.step_time import CONSTANTS, DESCRIBED, RANGES, Chip, step_times
 
 RTX4070, A100, H100 = (cards.lookup(name) for name in ("rtx4070", "a100", "h100"))
@@ -197,7 +197,7 @@ def test_what_own_attention_executes_is_what_the_tables_configs_compile_to():
         clocks = entry["evidence"].get("tile_clocks", {})
         if not way or (entry["dtype"], entry["bucket"]) != ("bf16", "D64 rows<=262144") or "shared" not in clocks:
             continue
-        cost, scores = operations.OWN[way], entry["config"]["BLOCK_M"] * entry["config"]["BLOCK_N"]
+        cost, scores = attention.OWN[way], entry["config"]["BLOCK_M"] * entry["config"]["BLOCK_N"]
         issued = (
             cost.instructions + cost.exponentials + products
         )  # a product of 16 x 8 x 16 is 64 columns / 64 per score
