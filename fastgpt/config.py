@@ -157,10 +157,8 @@ class ModelConfig:
         return self.n_kv_head or self.n_head
 
 
-MODERN = (
-    *("n_kv_head", "rotary_base", "qk_norm", "activation", "tied_head", "zero_init", "embedding_norm"),
-    *("residual_scalars", "value_embeddings", "softcap", "smear", "backout", "window_pattern"),
-)
+_FIELDS = [each.name for each in fields(ModelConfig)]
+MODERN = tuple(_FIELDS[_FIELDS.index("family") + 1 :])
 """Fields of ModelConfig that only family "modern" may set."""
 
 
