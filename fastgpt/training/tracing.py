@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +25,8 @@ def traced(
     """Write ``FILE`` into a run's ``folder``: a Chrome trace of the steps after the first ``SETTLED`` of this process. Yields
     what to call after each step. A file that cannot be written is said in ``news``, and the run goes on."""
     path, device_too = folder / FILE, [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    if not device_too:  # no CUPTI, whose errors are worth a line: all that is left is "USDT: profiler_start"
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-
+    # Else "USDT: profiler_start" between the log lines, of kineto's highest level: its errors go with it, and ``write`` looks.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     done = 0
 
     def write(recorder: profile) -> None:
@@ -36,6 +36,8 @@ def traced(
         outlet.take(recorder.export_chrome_trace, str(path))
         if not outlet.failing:
             say(f"{path} has {done} steps: open it in https://ui.perfetto.dev, which keeps it on this machine")
+            if device_too and not _has_kernels(path):
+                say(f"{path} has no kernel of the GPU, as CUPTI is missing or not permitted: docs/troubleshooting.md")
 
     with profile(
         activities=[ProfilerActivity.CPU, *device_too],
@@ -45,3 +47,9 @@ def traced(
         yield recorder.step
     if not done:
         say("there is no trace: it begins with the third step of a process, and this one ended before")
+
+
+def _has_kernels(path: Path) -> bool:
+    """Whether a trace has anything that ran on a GPU."""
+    with gzip.open(path) as file:
+        return b'"cat": "kernel"' in file.read()
