@@ -139,9 +139,11 @@ class Logits:
         if all(part is Ellipsis or isinstance(part, (int, slice)) for part in parts):
             if len(parts) < self.dim() and Ellipsis not in parts:
                 return self.rows(self.x[index], lambda logits: logits[index])
-            if isinstance(columns := parts[-1], slice):
-                first, last, step = columns.indices(self.shape[-1])
-                if (first, step) == (0, 1) and last > 0:
+            columns, width = parts[-1], self.shape[-1]
+            if isinstance(columns, slice) and columns.start in (None, 0) and columns.step in (None, 1):
+                last = width if columns.stop is None else columns.stop  # torch 2.11 cannot trace slice.indices
+                last = min(last if last >= 0 else width + last, width)
+                if last > 0:
                     x, done = self.x[parts[:-1] + (slice(None),)], replace(self.done, columns=last)
                     return self.rows(x, lambda logits: logits[index], done)
         return self.tensor()[index]

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from triton import knobs
 
+from fastgpt.common import as_typed
 from fastgpt.config import load_preset
 from fastgpt.doctor.reading.logs import LogReader
 from fastgpt.hardware import cards
@@ -185,4 +186,4 @@ def test_the_commands_at_the_end_can_be_pasted_when_the_folder_has_a_blank_in_it
     run = run_on(CPU)
     run.config = replace(run.config, train=replace(run.config.train, out=Path("my runs") / "a"))
     *_, last = report.ending(run, None, None)
-    assert last.strip() == f'python -m fastgpt.plot "{Path("my runs") / "a"}"'
+    assert last.strip() == as_typed(f'python -m fastgpt.plot "{Path("my runs") / "a"}"')

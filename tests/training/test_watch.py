@@ -90,10 +90,10 @@ def test_every_rank_ends_with_the_reason_of_the_one_that_fails():
 def test_rank_0_which_may_hold_the_store_leaves_last(monkeypatch, failing):
     """Seen: the other rank still asked the store, and printed a page of C++ trace behind its sentence."""
     ended = []
-    monkeypatch.setattr(watch, "is_running", lambda process: ended.append(1) or len(ended) < 8)
     _, both = watches(pulse=0.01)
     for each in both:
         each.stop()
+    monkeypatch.setattr(watch, "is_running", lambda process: ended.append(1) or len(ended) < 8)
     both[1 - failing]._store.set(f"told/{1 - failing}", "")
     both[failing].fail("the data is missing")
     assert bool(ended) == (failing == 0)
