@@ -18,8 +18,8 @@ FLASH_ATTENTION_2 = {"forward": PerScore(128, 8, 10, 2.25, 0.17), "backward": Pe
 product of backward; the other operands that each warp reads for a tile of 128 x 128 (4 warps forward, 8 backward); loads."""
 OWN = {
     "forward": PerScore(128, 9.8, 25, 7.4, 0.35, exponentials=1.13),
-    "dQ": PerScore(128, 7.8, 23, 5.9, 0.54),
-    "dK dV": PerScore(32, 18.8, 34, 6.3, 1.26),
+    "dQ": PerScore(128, 7.8, 20, 5.9, 0.54),
+    "dK dV": PerScore(64, 14.8, 28, 5.9, 0.77),
 }
 """This repository's kernels with the tiles that they launch on an RTX 4070 for 64 columns, 98,304 rows, as compiled
 (bench.compiler.ranking.loops; the tables' ``tile_clocks`` come from the same count)."""
