@@ -16,7 +16,7 @@ from fastgpt.kernels import runtime, working_copy
 
 
 class DeviceOptimizer(Optimizer):
-    """An optimizer whose ``_update`` reads nothing back from the device."""
+    """An optimizer that does its work in ``_update``, and what it knows of its parameters."""
 
     grad_scale: Tensor
     found_inf: Tensor
