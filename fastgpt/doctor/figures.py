@@ -457,21 +457,20 @@ def _speed(figures: Figures, log: LogFacts) -> None:
     usual = steady(log)
     if not usual.any():
         return
-    for name in ("steady_ms_per_iter", "wall_ms_per_iter"):
-        figures.put(name, float(np.median(steps.ms[usual])), "log")
+    between = wall = float(np.median(steps.ms[usual]))
+    figures.put("steady_ms_per_iter", between, "log")
     slow = np.isfinite(steps.ms) & holds_evaluation(log) & (steps.step > 0)
     interval = evaluation_interval(figures.config, log)
     if slow.any() and interval:
-        assert figures.steady_ms_per_iter is not None and figures.wall_ms_per_iter is not None
-        extra = max(0.0, float(np.median(steps.ms[slow])) - figures.steady_ms_per_iter)
-        for name in ("evaluation_ms", "evaluation_share", "evaluation_minutes_per_day"):
-            figures.origin[name] = ("log",)
-        figures.evaluation_ms = extra
-        figures.wall_ms_per_iter += extra / interval
-        figures.evaluation_share = extra / interval / figures.wall_ms_per_iter
-        figures.evaluation_minutes_per_day = figures.evaluation_share * 24 * 60
-    if figures.steps_seen and figures.wall_ms_per_iter:
-        figures.put("hours_seen", figures.steps_seen * figures.wall_ms_per_iter / 3.6e6, "log")
+        extra = max(0.0, float(np.median(steps.ms[slow])) - between)
+        wall += extra / interval
+        share = extra / interval / wall
+        figures.put("evaluation_ms", extra, "log")
+        figures.put("evaluation_share", share, "log")
+        figures.put("evaluation_minutes_per_day", share * 24 * 60, "log")
+    figures.put("wall_ms_per_iter", wall, "log")
+    if figures.steps_seen:
+        figures.put("hours_seen", figures.steps_seen * wall / 3.6e6, "log")
 
 
 def evaluation_interval(config: ConfigFacts, log: LogFacts | None) -> int | None:
@@ -527,18 +526,16 @@ def _utilisation(figures: Figures, log: LogFacts | None, gpu: Gpu | None) -> Non
             figures.put(name, peak / unit, "known")
     if log is None or figures.steady_ms_per_iter is None or figures.tokens_per_step is None:
         return
-    figures.put(
-        "tokens_per_second", figures.tokens_per_step / figures.steady_ms_per_iter * 1e3, "log", "tokens_per_step"
-    )
-    if figures.flops_per_token is None and figures.flops_per_token_logged is None:
-        return
+    tokens_per_second = figures.tokens_per_step / figures.steady_ms_per_iter * 1e3
+    figures.put("tokens_per_second", tokens_per_second, "log", "tokens_per_step")
     of = "flops_per_token" if figures.flops_per_token else "flops_per_token_logged"
-    per_token = figures.flops_per_token or figures.flops_per_token_logged
-    assert per_token is not None and figures.tokens_per_second is not None
-    if figures.gpus is None:
-        figures.put("gpus", _gpus(figures, log), "log")
-    assert figures.gpus is not None
-    rate = per_token * figures.tokens_per_second / figures.gpus
+    per_token, gpus = getattr(figures, of), figures.gpus
+    if per_token is None:
+        return
+    if gpus is None:
+        gpus = _gpus(figures, log)
+        figures.put("gpus", gpus, "log")
+    rate = per_token * tokens_per_second / gpus
     if "gpus" in figures.assumed and rate > max(card.peak_flops(figures.arithmetic) or 0 for card in cards.GPUS):
         figures.gpus = None
         figures.assumed["gpus"] = (
