@@ -67,6 +67,9 @@ def test_the_documentation_states_every_error_as_it_is():
         central = run.measured / (1 + error)
         rates = " | ".join(f"{rate:,.0f}" for rate in (central / factor, central, central * factor))
         assert row.endswith(f"| {rates} | {error:+.1%} | {'inside' if inside else '**outside**'} |"), row
+    for card, others in (("rtx4070", "cases, a factor of"), ("h100", "cases,")):
+        errors = projection.known_errors(cards.lookup(card)).values()
+        assert f"({len(errors)} {others} {projection.jackknife(errors):.3f})" in text
 
 
 def test_the_documented_figures_for_the_rtx_4070_are_what_the_code_says():

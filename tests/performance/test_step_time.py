@@ -67,6 +67,16 @@ def test_a_large_matmul_comes_close_to_the_rate_and_none_exceeds_it():
         assert 2 * m * n * k / seconds(matmul(m, n, k)) < rate
 
 
+@pytest.mark.parametrize(
+    "name, card", [("RTX 4090", "rtx4090"), ("RTX 5080", "rtx5080"), ("RTX 5090", "rtx5090"), ("H100 SXM", "h100")]
+)
+def test_the_documentation_has_what_the_model_says_of_public_matmuls(name, card):
+    row = next(line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |"))
+    measured, said = map(int, row.split("|")[2:4])
+    speed = 2 * 8192**3 / seconds(matmul(8192, 8192, 8192), cards.lookup(card)) / 1e12
+    assert round(speed) == said and 0.85 < said / measured < 1.18
+
+
 def test_a_wave_that_is_hardly_full_costs_as_much_as_a_full_one(monkeypatch):
     monkeypatch.setattr(step_time, "TILES", ((128, 128),))
     monkeypatch.setattr(step_time, "SPLITS", (1,))
