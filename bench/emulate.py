@@ -20,6 +20,7 @@ import random
 import re
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -103,6 +104,9 @@ def main(argv: list[str]) -> int:
         print(f"a sample of {len(every)} cases: --sample {seed} repeats it, --all runs them all")
     if options.json is not None:
         common.write_json(options.json, to_json(outcomes, options.arch))
+    if left := len(chosen) - len(outcomes):
+        print(f"interrupted: {left} of {len(chosen)} cases were not run")
+        return 130
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
@@ -117,18 +121,19 @@ def sample(every: list[Any], seed: int, size: int = SAMPLE) -> list[Any]:
 
 
 def run(chosen: list[Any], arch: int, once: bool) -> list[Any]:
-    """One line for each case that fails, and on a terminal a bar."""
+    """One line for each case that fails, and on a terminal a bar. Those that ran, if Ctrl-C ends it."""
     from rich.console import Console
     from rich.progress import track
 
     from bench.emulator import cases
 
     console, outcomes = Console(stderr=True), []
-    for case in track(chosen, "emulating", console=console, transient=True, disable=not console.is_terminal):
-        outcomes.append(cases.execute(case, arch, **({"twice": False} if once else {})))
-        if not outcomes[-1].passed:
-            wrong = *outcomes[-1].problems, *outcomes[-1].faults
-            print(f"FAILED {case.name}", *map(str, wrong), sep="\n  ", flush=True)
+    with suppress(KeyboardInterrupt):
+        for case in track(chosen, "emulating", console=console, transient=True, disable=not console.is_terminal):
+            outcomes.append(cases.execute(case, arch, **({"twice": False} if once else {})))
+            if not outcomes[-1].passed:
+                wrong = *outcomes[-1].problems, *outcomes[-1].faults
+                print(f"FAILED {case.name}", *map(str, wrong), sep="\n  ", flush=True)
     return outcomes
 
 
