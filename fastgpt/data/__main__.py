@@ -97,7 +97,7 @@ def _prepare(options: Prepare) -> int:
     common.say(f"{options.out} is ready ({taken}); train on it with --data {options.out}")
     common.console(soft_wrap=True, highlight=False).print(_table(manifest))
     if said := left_out(manifest):
-        common.say(f"left out: {said}")
+        common.say(f"left out or replaced: {said}")
     return 0
 
 

@@ -122,7 +122,7 @@ def test_rows_without_text_are_counted(tmp_path, capsys):
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(rows))
     command.main(["prepare", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
     out = capsys.readouterr().out
-    assert "left out: 3 rows without text and 1 places that are not UTF-8" in out
+    assert "left out or replaced: 3 rows without text and 1 places that are not UTF-8" in out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["skipped_rows"] == 3 and manifest["replaced"] == 1 and sum(manifest["documents"].values()) == 10
     assert resolve(str(tmp_path / "out"), "bytes", 256).skipped == "3 rows without text and 1 places that are not UTF-8"
@@ -134,7 +134,7 @@ def test_skipped_files_are_said(tmp_path, capsys):
         (tmp_path / "in" / name).write_text(name)
     (tmp_path / "in" / "c.txt").write_bytes(b"\xff")
     command.main(["prepare", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--tokenizer", "bytes"])
-    assert "left out: 1 files that are not UTF-8 (c.txt)" in capsys.readouterr().out
+    assert "left out or replaced: 1 files that are not UTF-8 (c.txt)" in capsys.readouterr().out
 
 
 def _parquet(column, values):
@@ -279,4 +279,4 @@ def test_a_name_of_any_bytes_is_prepared_and_printed_without_its_control_charact
     assert command.main(["prepare", str(tmp_path / "in"), "--out", out, "--tokenizer", "bytes"]) == 0
     assert command.main(["check", out]) == 0
     printed = "".join(capsys.readouterr())
-    assert "\x1b" not in printed and printed.encode() and "left out: 1 files that are not UTF-8 (a" in printed
+    assert "\x1b" not in printed and printed.encode() and "left out or replaced: 1 files that are not UTF-8 (a" in printed
