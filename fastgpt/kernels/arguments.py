@@ -6,7 +6,7 @@ raised: torch.compile would otherwise tie a graph to the sizes in them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,12 +54,22 @@ def shape(name: str, tensor: Tensor, needed: Sequence[int], of: str, size: Seque
         raise ValueError(f"{name} is {tuple(tensor.shape)}: {of} of {tuple(size)} needs {tuple(needed)}")
 
 
-def alike(name: str, size: Sequence[int], **others: Tensor | None) -> None:
-    """What a launcher hands to a kernel beside ``name`` must have its ``size``. The operators may be called by anybody, and a
-    kernel goes by address: of a smaller tensor it would read, or write, what lies behind."""
-    for other, tensor in others.items():
-        if tensor is not None and tensor.shape != size:
-            shape(other, tensor, size, name, size)
+_Named = Mapping[str, Tensor | None]
+
+
+_NONE: _Named = {}
+
+
+def alike(
+    name: str, size: Sequence[int], *, rows: _Named = _NONE, columns: _Named = _NONE, **others: Tensor | None
+) -> None:
+    """What a launcher hands to a kernel beside ``name`` must have its ``size``; ``rows`` one number for each of its rows, and
+    ``columns`` for each of its columns. The operators may be called by anybody, and a kernel goes by address: of a smaller
+    tensor it would read, or write, what lies behind."""
+    for named, needed in ((others, size), (rows, size[:-1]), (columns, size[-1:])):
+        for other, tensor in named.items():
+            if tensor is not None and tensor.shape != needed:
+                shape(other, tensor, needed, name, size)
 
 
 def integers(name: str, tensor: Tensor, needed: Sequence[int], x_name: str, x: Tensor) -> None:
@@ -83,10 +93,11 @@ def dtype(name: str, value: torch.dtype | None) -> None:
         raise ValueError(f"{name} is {value}: use float32, float16 or bfloat16")
 
 
-def width(name: str, x: Tensor) -> None:
-    """A norm's rows: ``x`` (..., C)."""
+def width(name: str, x: Tensor) -> torch.Size:
+    """A norm's rows: ``x`` (..., C). Returns (C,)."""
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{name} is {tuple(x.shape)}: its last dimension must have 1 to {MAX_WIDTH} elements")
+    return x.shape[-1:]
 
 
 def probability(name: str, value: float) -> None:
@@ -101,11 +112,9 @@ def choice(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def accumulate(value: str, operands: torch.dtype) -> None:
-    """How products of a matmul are summed whose operands have this dtype."""
-    if value == "fp32":
-        return
+    """How products of a matmul are summed whose operands have this dtype, unless in fp32."""
     choice("accumulate", value, ("fp32", "fp16"))
-    if operands != torch.float16:
+    if value == "fp16" and operands != torch.float16:
         raise ValueError(f"accumulate is 'fp16', but the operands are {operands}: use float16 ones, or 'fp32'")
 
 

@@ -11,8 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import runtime
-
 
 @triton.jit(do_not_specialize=["rows"])
 def add_up_kernel(PARTIALS, OUTS, rows, C, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -43,7 +41,6 @@ def add_up(*pairs: tuple[Tensor | None, Tensor | None]) -> None:
             outs.append(out)
     if outs:
         rows, C = partials[0].shape
-        grid = (runtime.cdiv(C, 32),)
-        add_up_kernel[grid](
+        add_up_kernel[(-(-C // 32),)](
             tuple(partials), tuple(outs), rows, C, ROWS=64, BLOCK=32, num_warps=4, enable_fp_fusion=True
         )

@@ -292,7 +292,7 @@ class Step(NamedTuple):
     """One fp32: the sum of squares of all unscaled gradients, where ``grads`` are only a rank's shards of them."""
 
 
-class Launch(NamedTuple):
+class AdamWLaunch(NamedTuple):
     """One launch over ``n_chunks`` chunks from ``first`` on: tensors alike in everything that is compiled in."""
 
     param_dtype: torch.dtype
@@ -344,7 +344,7 @@ class Plan:
         alike: dict[tuple, list[int]] = {}
         for i in range(n):
             alike.setdefault((s.params[i].dtype, s.grads[i].dtype, aligned[i]), []).append(i)
-        self.launches: list[Launch] = []
+        self.launches: list[AdamWLaunch] = []
         pairs, total = [], 0
         for (param_dtype, grad_dtype, is_aligned), members in alike.items():
             owners = torch.tensor(members)
@@ -353,7 +353,7 @@ class Plan:
             index = torch.arange(len(owner)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
             pairs.append(torch.stack((owner, index), dim=1))
             if len(owner):
-                self.launches.append(Launch(param_dtype, grad_dtype, is_aligned, total, len(owner)))
+                self.launches.append(AdamWLaunch(param_dtype, grad_dtype, is_aligned, total, len(owner)))
             total += len(owner)
 
         self.n_tensors, self.n_chunks = n, total

@@ -157,7 +157,7 @@ def config(
 ) -> dict[str, int]:
     """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D that are safe on any
     card; ``T_own`` is the length of the side that its programs own, ``plain`` is causal attention with no option and no
-    groups. ``_choice`` asks the tuning tables first.
+    groups. ``_prepared`` asks the tuning tables first.
 
     Chosen by compiling: no spills on sm_80 to sm_120, at most 101,376 bytes of shared memory. ``maxnreg`` makes room for
     two blocks of 8 warps per SM in the kernels that fit 128 registers."""
@@ -183,19 +183,35 @@ def config(
 
 
 @tuning.cached
-def _choice(
-    kernel: str, dtype: torch.dtype, device: torch.device, D: int, rows: int, T_own: int,
-    plain: bool, dropout: bool, fp16: bool, quantised: bool,
-) -> tuning.Choice:  # fmt: skip
-    """The config of a kernel whose programs own ``rows`` rows in all, T_own in each head. ``plain``: causal attention with no
-    option but dropout, and without groups where they add a loop."""
+def _prepared(
+    kernel: Any, name: str, dtype: torch.dtype, device: torch.device, l2_bytes: int, size: torch.Size, T_k: int, H_kv: int,
+    docs: bool, kv_len: bool, dropout: bool, quantised: bool, causal: bool, scale: float, window: int | None,
+    dropout_p: float, fp16: bool,
+) -> runtime.Launch:  # fmt: skip
+    """``kernel``, which is attention.``name`` in the tables, for q of this ``size`` and whatever else is given."""
+    B, T_q, H, D = size
+    options = docs or kv_len or window is not None
+    owns_keys = name == "backward_kv"
+    T_own, heads, walked = (T_k, H_kv, T_q * H) if owns_keys else (T_q, H, T_k * H_kv)
+    plain = causal and not options and not (owns_keys and H != H_kv)  # a group adds a loop, and with it registers
     default = config(
-        kernel, dtype, D, T_own,
-        dropout=dropout, plain=plain and not dropout, fp16_sums=fp16, quantised=quantised, arch=tuning.arch_of(device),
+        name, dtype, D, T_own, dropout=dropout, plain=plain and not dropout, fp16_sums=fp16, quantised=quantised,
+        arch=tuning.arch_of(device),
     )  # fmt: skip
-    bucket = attention_bucket(D, rows, plain=plain and T_own > DECODING, dropout=dropout)
+    bucket = attention_bucket(D, B * heads * T_own, plain=plain and T_own > DECODING, dropout=dropout)
     # With sums in fp16 another binary, with a limit of its own to its blocks: entries for the usual one are not for it.
-    return tuning.choose(f"attention{'_fast' if fp16 else ''}.{kernel}", dtype, bucket, device, default)
+    choice = tuning.choose(f"attention{'_fast' if fp16 else ''}.{name}", dtype, bucket, device, default)
+    blocks = runtime.cdiv(T_own, choice.config["BLOCK_N" if owns_keys else "BLOCK_M"])
+    scales = {"c": abs(scale) * LOG2E, "FLIP": scale < 0} if name == "forward" else {"c": scale * LOG2E, "scale": scale}
+    return runtime.Launch(
+        kernel, (blocks * B * heads,), choice, H=H, T_q=T_q, T_k=T_k, window=window,
+        # Philox keeps what its 31 random bits put at or above the threshold; with dropout_p = 1 nothing.
+        threshold=min(int(dropout_p * 2**31), 2**31 - 1), inv_keep=1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
+        together=heads_together(B * heads, 2 * B * walked * D * dtype.itemsize, l2_bytes),
+        D=D, GROUP=H // H_kv, CAUSAL=causal, ALIGNED=causal or options, FP16_SUMS=fp16,
+        INNER=not docs or (not dropout and D <= 64 and dtype != torch.float32), BLOCK_D=_block_d(D),
+        **scales, **choice.config,
+    )  # fmt: skip
 
 
 # ---- Kernels --------------------------------------------------------------------------------------------------------
@@ -664,11 +680,10 @@ def document_extents(docs: Tensor | None) -> Tensor | None:
     B, T = docs.shape
     n_spans = runtime.cdiv(T, SPAN.value)
     extents = torch.empty((B, 4, n_spans), dtype=torch.int32, device=docs.device)
-    with runtime.device_guard(docs):
-        width = runtime.next_power_of_2(T) if runtime.INTERPRET else 1024
-        document_extents_kernel[(n_spans, B)](
-            docs, extents, T, SPAN=SPAN.value, WIDTH=width, num_warps=4, enable_fp_fusion=True
-        )
+    width = runtime.next_power_of_2(T) if runtime.INTERPRET else 1024
+    document_extents_kernel[(n_spans, B)](
+        docs, extents, T, SPAN=SPAN.value, WIDTH=width, num_warps=4, enable_fp_fusion=True
+    )
     return extents
 
 
@@ -680,93 +695,62 @@ def heads_together(rows: int, walked_bytes: int, l2_bytes: int) -> int:
     return runtime.cdiv(rows, runtime.cdiv(rows, most))
 
 
-def _together(rows: int, walked: Tensor) -> int:
-    """``walked``: one of the two tensors that the blocks walk over."""
-    return heads_together(rows, 2 * walked.numel() * walked.element_size(), runtime.l2_bytes(walked.device))
-
-
-def _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16) -> tuple[dict[str, Any], bool]:
-    """Arguments that all three kernels take alike, and whether this is causal attention with no option but dropout."""
-    B, T_q, H, D = q.shape
-    _, T_k, H_kv, _ = k.shape
-    if k.shape[0] != B or k.shape[3] != D or H % H_kv:
+def _given(
+    q: Tensor, k: Tensor, docs: Tensor | None, kv_len: Tensor | None, seed: Tensor | None, *rest: Any
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Arguments that all three kernels take alike, and those of ``_prepared``: what follows from tensors, and ``rest``."""
+    B, _, H, D = q.shape
+    if k.shape[0] != B or k.shape[3] != D or H % k.shape[2]:
         raise ValueError(
             f"k is {tuple(k.shape)}: q of {tuple(q.shape)} needs its batch and head size, and a divisor of its heads"
         )
-    arguments.alike("k's batch and tokens", (B, T_k), doc_ids=docs)
-    arguments.alike("k's batch", (B,), kv_len=kv_len)
-    options = window is not None or docs is not None or kv_len is not None
-    docs = None if docs is None else docs.contiguous()
-    common = {
-        "kv_len": None if kv_len is None else kv_len.contiguous(), "docs": docs, "extents": document_extents(docs),
-        "seed": seed, "H": H, "T_q": T_q, "T_k": T_k, "window": window,
-        # Philox keeps what its 31 random bits put at or above the threshold; with dropout_p = 1 nothing.
-        "threshold": min(int(dropout_p * 2**31), 2**31 - 1),
-        "inv_keep": 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0,
-        "D": D, "GROUP": H // H_kv, "CAUSAL": causal, "ALIGNED": causal or options, "FP16_SUMS": fp16,
-        "INNER": docs is None or (seed is None and D <= 64 and q.dtype != torch.float32),
-        "BLOCK_D": _block_d(D),
-    }  # fmt: skip
-    return common, causal and not options
+    if docs is not None:
+        arguments.alike("k's batch and tokens", k.shape[:2], doc_ids=docs)
+        docs = docs.contiguous()
+    if kv_len is not None:
+        arguments.alike("k's batch", k.shape[:1], kv_len=kv_len)
+        kv_len = kv_len.contiguous()
+    given = {"kv_len": kv_len, "docs": docs, "extents": document_extents(docs), "seed": seed}
+    known = docs is not None, kv_len is not None, seed is not None
+    return given, (q.dtype, q.device, runtime.l2_bytes(q.device), q.shape, k.shape[1], k.shape[2], *known, *rest)
 
 
-def launch_forward(
-    q, k, v, out, docs, kv_len, seed, causal, scale, window, dropout_p, fp16, *, quantised=None
-) -> Tensor:
+def launch_forward(q, k, v, out, docs, kv_len, seed, *options, quantised=None) -> Tensor:
     """Write attention into ``out``, and in fp8 into ``quantised``; return lse (B, H, T_q)."""
-    B, T_q, H, D = q.shape
+    B, T_q, H, _ = q.shape
     arguments.alike("q", q.shape, out=out)
     arguments.alike("k", k.shape, v=v)
     lse = torch.empty((B, H, T_q), dtype=torch.float32, device=q.device)
-    common, plain = _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16)
-
-    def run(options: tuning.Config) -> None:
-        forward_kernel[(runtime.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
-            q, k, v, out, quantised, lse, c=abs(scale) * LOG2E, FLIP=scale < 0,
-            q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3], out_strides=out.stride()[:3],
-            together=_together(B * H, k), enable_fp_fusion=True, **common, **options,
-        )  # fmt: skip
-
-    key = q.dtype, q.device, D, B * H * T_q, T_q, plain, seed is not None, fp16, quantised is not None
-    tuning.launch(_choice("forward", *key), run)
+    given, key = _given(q, k, docs, kv_len, seed, quantised is not None, *options)
+    _prepared(forward_kernel, "forward", *key)(
+        q, k, v, out, quantised, lse, q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
+        out_strides=out.stride()[:3], **given,
+    )  # fmt: skip
     return lse
 
 
 def launch_backward(
-    grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, causal, scale, window, dropout_p, fp16,
-    *, quantised=(None, None, None),
-) -> None:  # fmt: skip
+    grad_out, q, k, v, out, lse, grad_q, grad_k, grad_v, docs, kv_len, seed, *options, quantised=(None, None, None)
+) -> None:
     """Write all of grad_q, grad_k and grad_v, and in fp8 into ``quantised``."""
-    B, T_q, H, D = q.shape
-    T_k, H_kv = k.shape[1:3]
+    B, T_q, H, _ = q.shape
     arguments.alike("q", q.shape, grad_out=grad_out, out=out, grad_q=grad_q)
     arguments.alike("k", k.shape, v=v, grad_k=grad_k, grad_v=grad_v)
     arguments.alike("q's batch, heads and tokens", (B, H, T_q), lse=lse)
     delta = torch.empty_like(lse)
-    common, plain = _common(q, k, docs, kv_len, seed, causal, window, dropout_p, fp16)
-    common |= {
-        "c": scale * LOG2E, "scale": scale, "q_strides": q.stride()[:3], "k_strides": k.stride()[:3],
-        "v_strides": v.stride()[:3], "grad_out_strides": grad_out.stride()[:3],
+    given, key = _given(q, k, docs, kv_len, seed, quantised[0] is not None, *options)
+    given |= {
+        "q_strides": q.stride()[:3], "k_strides": k.stride()[:3], "v_strides": v.stride()[:3],
+        "grad_out_strides": grad_out.stride()[:3],
     }  # fmt: skip
-
-    def run_q(options: tuning.Config) -> None:
-        backward_q_kernel[(runtime.cdiv(T_q, options["BLOCK_M"]) * B * H,)](
-            q, k, v, out, grad_out, lse, delta, grad_q, quantised[0],
-            out_strides=out.stride()[:3], grad_q_strides=grad_q.stride()[:3],
-            together=_together(B * H, k), enable_fp_fusion=True, **common, **options,
-        )  # fmt: skip
-
-    def run_kv(options: tuning.Config) -> None:
-        backward_kv_kernel[(runtime.cdiv(T_k, options["BLOCK_N"]) * B * H_kv,)](
-            q, k, v, grad_out, lse, delta, grad_k, grad_v, *quantised[1:],
-            grad_k_strides=grad_k.stride()[:3], grad_v_strides=grad_v.stride()[:3],
-            together=_together(B * H_kv, q), enable_fp_fusion=True, **common, **options,
-        )  # fmt: skip
-
-    key = seed is not None, fp16, quantised[0] is not None
-    tuning.launch(_choice("backward_q", q.dtype, q.device, D, B * H * T_q, T_q, plain, *key), run_q)
-    plain = plain and H == H_kv  # a group adds a loop, and with it registers
-    tuning.launch(_choice("backward_kv", q.dtype, q.device, D, B * H_kv * T_k, T_k, plain, *key), run_kv)
+    _prepared(backward_q_kernel, "backward_q", *key)(
+        q, k, v, out, grad_out, lse, delta, grad_q, quantised[0],
+        out_strides=out.stride()[:3], grad_q_strides=grad_q.stride()[:3], **given,
+    )  # fmt: skip
+    _prepared(backward_kv_kernel, "backward_kv", *key)(
+        q, k, v, grad_out, lse, delta, grad_k, grad_v, *quantised[1:],
+        grad_k_strides=grad_k.stride()[:3], grad_v_strides=grad_v.stride()[:3], **given,
+    )  # fmt: skip
 
 
 def unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -897,8 +881,10 @@ def _check(
         raise ValueError(f"the head dimension is {D}: use 1 to {MAX_HEAD_DIM}")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}: use 1 (a query sees itself) or more, or None")
-    arguments.probability("dropout_p", dropout_p)
-    arguments.accumulate(accumulate, x.dtype)
+    if dropout_p:
+        arguments.probability("dropout_p", dropout_p)
+    if accumulate != "fp32":
+        arguments.accumulate(accumulate, x.dtype)
     if doc_ids is not None:
         arguments.integers("doc_ids", doc_ids, (B, T_k), name, x)
 

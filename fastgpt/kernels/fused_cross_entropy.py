@@ -40,6 +40,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -75,6 +76,7 @@ def cross_entropy_bucket(V: int, logit_softcap: float | None) -> str | None:
 _CONFIGS = [{"tile": tile, "num_warps": warps} for tile, warps in product((2048, 4096, 8192), (4, 8, 16))]
 
 
+@lru_cache
 def chunk_rows(rows: int, V: int, C: int, dtype: torch.dtype, sm_count: int) -> int:
     """Tokens per chunk: few chunks, as each reads and writes all of dW once more; logits within LOGITS_BUDGET; and
     tiles of dx, the small GEMM here, that fill whole waves of the SMs. At C = 768 on 46 SMs, 2048 rows are 96 tiles, 3
@@ -318,8 +320,8 @@ def _run_chunks(
     """
     ignore_index, smoothing, z_loss, softcap, V, fp16 = options
     rows, C = x.shape
-    arguments.alike("x's rows", (rows,), target=target, losses=losses, row_scale=row_scale)
-    arguments.alike("x's rows and 2", (rows, 2), stats=stats)
+    per_row = {"target": target, "losses": losses, "row_scale": row_scale}
+    arguments.alike("x's rows and 2", (rows, 2), stats=stats, rows=per_row)
     _check_targets(target, ignore_index, V)
     target = target.contiguous()  # a strided or expanded view: the kernel takes neighbours
     allocate = x.new_empty if rows else x.new_zeros
@@ -359,17 +361,15 @@ def _launch_rows(
     """The row kernel on one chunk's logits; ``size``: rows of a whole chunk."""
     ignore_index, smoothing, z_loss, softcap, V, fp16 = options
     scale = 1.0 if row_scale is not None else grad_scale(logits.dtype, V, z_loss, softcap, fp16)
-
-    def run(config_: dict[str, int]) -> None:
-        launch = config(size, V, config_["tile"], config_["num_warps"])
-        rows_kernel[(runtime.cdiv(logits.shape[0], launch["ROWS"]),)](
-            logits, target, losses, stats, row_scale, logits.shape[0], V, logits.stride(0),
-            ignore_index, scale, smoothing, z_loss, softcap or 0.0,
-            LOSS=losses is not None, GRAD=grad, PER_ROW=row_scale is not None, SMOOTH=smoothing != 0,
-            CAP=softcap is not None, enable_fp_fusion=True, **launch,
-        )  # fmt: skip
-
-    tuning.launch(_choice(logits.dtype, V, softcap, logits.device), run)
+    choice = _choice(logits.dtype, V, softcap, logits.device)
+    launch = config(size, V, choice.config["tile"], choice.config["num_warps"])
+    runtime.Launch(
+        rows_kernel, (runtime.cdiv(logits.shape[0], launch["ROWS"]),), choice, LOSS=losses is not None, GRAD=grad,
+        PER_ROW=row_scale is not None, SMOOTH=smoothing != 0, CAP=softcap is not None, **launch,
+    )(
+        logits, target, losses, stats, row_scale, logits.shape[0], V, logits.stride(0),
+        ignore_index, scale, smoothing, z_loss, softcap or 0.0,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- ops

@@ -231,27 +231,26 @@ def _launch_grads(
             )
     dx = runtime.columns_adjacent(dx.reshape(-1, dx.shape[-1]))
     (N, C), cfg = dx.shape, config(dx.shape[1])
-    column_blocks = runtime.cdiv(C, cfg.block)
-    with runtime.device_guard(dx):
-        if wpe_grad is not None:
-            position_grad_kernel[(runtime.cdiv(T, cfg.rows), column_blocks)](
-                dx, seed, wpe_grad, N // T, T, position, dx.stride(0), wpe_grad.stride(0), dropout_p,
-                C=C, ADD=add, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
+    column_blocks = -(-C // cfg.block)
+    if wpe_grad is not None:
+        position_grad_kernel[(-(-T // cfg.rows), column_blocks)](
+            dx, seed, wpe_grad, N // T, T, position, dx.stride(0), wpe_grad.stride(0), dropout_p,
+            C=C, ADD=add, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    if wte_grad is not None:
+        ids, order = ids.sort(stable=True)
+        pieces = -(-N // cfg.piece)
+        partial = torch.empty(2 * pieces, C, dtype=torch.float32, device=dx.device)
+        token_grad_kernel[(-(-pieces // cfg.pieces), column_blocks)](
+            dx, seed, ids, order, wte_grad, partial, N, dx.stride(0), wte_grad.stride(0), dropout_p,
+            C=C, ADD=add, PIECE=cfg.piece, PIECES=cfg.pieces, BLOCK=cfg.block, num_warps=max(1, cfg.block // 128),
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        if pieces > 1:  # a run may have gone on from one to the next
+            long_runs_kernel[(pieces - 1, column_blocks)](
+                ids, wte_grad, partial, N, wte_grad.stride(0),
+                C=C, ADD=add, PIECE=cfg.piece, ROWS=16, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
-        if wte_grad is not None:
-            ids, order = ids.sort(stable=True)
-            pieces = runtime.cdiv(N, cfg.piece)
-            partial = torch.empty(2 * pieces, C, dtype=torch.float32, device=dx.device)
-            token_grad_kernel[(runtime.cdiv(pieces, cfg.pieces), column_blocks)](
-                dx, seed, ids, order, wte_grad, partial, N, dx.stride(0), wte_grad.stride(0), dropout_p,
-                C=C, ADD=add, PIECE=cfg.piece, PIECES=cfg.pieces, BLOCK=cfg.block, num_warps=max(1, cfg.block // 128),
-                enable_fp_fusion=True,
-            )  # fmt: skip
-            if pieces > 1:  # a run may have gone on from one to the next
-                long_runs_kernel[(pieces - 1, column_blocks)](
-                    ids, wte_grad, partial, N, wte_grad.stride(0),
-                    C=C, ADD=add, PIECE=cfg.piece, ROWS=16, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
-                )  # fmt: skip
 
 
 def _check_ids(idx: Tensor, V: int) -> None:
@@ -286,12 +285,11 @@ def _forward(
         wpe = runtime.columns_adjacent(wpe)
     _check_ids(idx, V)
     rows, cfg, wte = idx.reshape(-1, idx.shape[-1]), config(C), runtime.columns_adjacent(wte)
-    with runtime.device_guard(x):
-        embedding_forward_kernel[(runtime.cdiv(rows.numel(), cfg.rows), runtime.cdiv(C, cfg.block))](
-            rows, wte, wpe, seed, x, ids, rows.numel(), rows.shape[1], V, position, *rows.stride(),
-            wte.stride(0), 0 if wpe is None else wpe.stride(0), dropout_p,
-            C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    embedding_forward_kernel[(-(-rows.numel() // cfg.rows), -(-C // cfg.block))](
+        rows, wte, wpe, seed, x, ids, rows.numel(), rows.shape[1], V, position, *rows.stride(),
+        wte.stride(0), 0 if wpe is None else wpe.stride(0), dropout_p,
+        C=C, ROWS=cfg.rows, BLOCK=cfg.block, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     return outputs
 
 

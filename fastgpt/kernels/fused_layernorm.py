@@ -90,9 +90,31 @@ def config(kernel: str, C: int) -> tuning.Config:
 
 
 @tuning.cached
-def choice(kernel: str, dtype: torch.dtype, C: int, device: torch.device) -> tuning.Choice:
-    """``kernel``: such as "layer_norm.forward". ``dtype``: of what it reads first, x in forward and dy in backward."""
-    return tuning.choose(kernel, dtype, layer_norm_bucket(C), device, config(kernel.partition(".")[2], C))
+def forward_launch(
+    kernel: Any, name: str, dtype: torch.dtype, n_rows: int, C: int, device: torch.device, quantised: bool = False
+) -> runtime.Launch:
+    """``kernel``, which is ``name`` in the tables, for x of so many rows in ``dtype``."""
+    choice = tuning.choose(name, dtype, layer_norm_bucket(C), device, config("forward", C))
+    rows, num_warps = choice.config["rows"], choice.config["num_warps"]
+    if quantised:  # half as many elements per thread: rounding to fp8 takes registers, too
+        rows, num_warps = (rows // 2, num_warps) if rows > 1 else (1, min(2 * num_warps, 16))
+    grid = (runtime.cdiv(n_rows, rows),)
+    return runtime.Launch(kernel, grid, choice, C=C, ROWS=rows, BLOCK=block_of(C), num_warps=num_warps)
+
+
+@tuning.cached
+def backward_launch(
+    kernel: Any, name: str, dtype: torch.dtype, n_rows: int, C: int, device: torch.device, widest: int
+) -> runtime.Launch:
+    """The same for dy in ``dtype``. A program owns at most ``widest`` columns. The grid: programs, and how many share a row."""
+    choice = tuning.choose(name, dtype, layer_norm_bucket(C), device, config("backward", C))
+    rows, block = choice.config["rows"], min(block_of(C), widest)
+    programs = min(runtime.sm_count(device) * choice.config["programs_per_sm"], runtime.cdiv(n_rows, rows))
+    chunks = runtime.cdiv(C, block)
+    return runtime.Launch(
+        kernel, (programs, chunks), choice, C=C, CHUNKS=chunks, ROWS=rows, BLOCK=block,
+        STAGES=choice.config["num_stages"], num_warps=choice.config["num_warps"],
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- kernels
@@ -334,36 +356,24 @@ def launch_forward(
 ) -> None:  # fmt: skip
     """Fill y, s, mean, rstd, and ``quantised``: y rounded to fp8, its scales and norms."""
     y, s, mean, rstd = outputs
-    arguments.alike("x", x.shape, residual=residual)
-    arguments.alike("x's last dimension", x.shape[-1:], weight=weight, bias=bias)
+    arguments.alike("x", x.shape, residual=residual, columns={"weight": weight, "bias": bias})
     if x.numel() == 0:
         return
     x, residual = as_rows(x), None if residual is None else as_rows(residual)
     n_rows, C = x.shape
-
-    def run(options: tuning.Config) -> None:
-        rows, num_warps = options["rows"], options["num_warps"]
-        if quantised:  # half as many elements per thread: rounding to fp8 takes registers, too
-            rows, num_warps = (rows // 2, num_warps) if rows > 1 else (1, min(2 * num_warps, 16))
-        layer_norm_forward_kernel[(runtime.cdiv(n_rows, rows),)](
-            x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
-            y, None if residual is None else s, mean, rstd, *(quantised or (None, None, None)),
-            n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
-            C=C, ROWS=rows, BLOCK=block_of(C), num_warps=num_warps, enable_fp_fusion=True,
-        )  # fmt: skip
-
-    tuning.launch(choice("layer_norm.forward", x.dtype, C, x.device), run)
+    launch = forward_launch(
+        layer_norm_forward_kernel, "layer_norm.forward", x.dtype, n_rows, C, x.device, bool(quantised)
+    )
+    launch(
+        x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), seed,
+        y, None if residual is None else s, mean, rstd, *(quantised or (None, None, None)),
+        n_rows, x.stride(0), 0 if residual is None else residual.stride(0), eps, dropout_p,
+    )  # fmt: skip
 
 
 @layer_norm_fwd.register_fake
 def _(x, weight, bias, residual, seed, dropout_p, eps, out_dtype):
     return forward_outputs(x, residual, out_dtype)
-
-
-def backward_geometry(C: int) -> tuple[int, int]:
-    """Columns that a program owns, and programs that share a row."""
-    block = min(block_of(C), MAX_BACKWARD_BLOCK)
-    return block, runtime.cdiv(C, block)
 
 
 def backward_outputs(
@@ -404,31 +414,25 @@ def launch_backward(
     """Fill dx, dresidual, dweight and dbias where they are not empty, and ``quantised``: dx rounded to fp8, its scales and
     norms (C <= MAX_BACKWARD_BLOCK)."""
     dx, dresidual, dweight, dbias = outputs
-    arguments.alike("s", s.shape, dy=dy, dsum=dsum)
-    arguments.alike("s without its last dimension", s.shape[:-1], mean=mean, rstd=rstd)
-    arguments.alike("s's last dimension", s.shape[-1:], weight=weight)
+    arguments.alike("s", s.shape, dy=dy, dsum=dsum, rows={"mean": mean, "rstd": rstd}, columns={"weight": weight})
     if s.numel() == 0:
         dweight.zero_()
         dbias.zero_()
         return
     s, dy, dsum = as_rows(s), as_rows(dy), None if dsum is None else as_rows(dsum)
     n_rows, C = s.shape
-    block, chunks = backward_geometry(C)
-
-    def run(options: tuning.Config) -> None:
-        programs = min(runtime.sm_count(s.device) * options["programs_per_sm"], runtime.cdiv(n_rows, options["rows"]))
-        dw_partial = column_sums.partial(programs, dweight) if dweight.numel() else None
-        db_partial = column_sums.partial(programs, dbias) if dbias.numel() else None
-        layer_norm_backward_kernel[(programs, chunks)](
-            dy, dsum, s, weight.contiguous(), mean, rstd, seed, seed if s_is_x else None,
-            dx, dresidual if two_gradients else None, dw_partial, db_partial, *(quantised or (None, None, None)),
-            n_rows, dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), dropout_p,
-            C=C, CHUNKS=chunks, ROWS=options["rows"], BLOCK=block, STAGES=options["num_stages"],
-            num_warps=options["num_warps"], enable_fp_fusion=True,
-        )  # fmt: skip
-        column_sums.add_up((dw_partial, dweight), (db_partial, dbias))
-
-    tuning.launch(choice("layer_norm.backward", dy.dtype, C, s.device), run)
+    launch = backward_launch(
+        layer_norm_backward_kernel, "layer_norm.backward", dy.dtype, n_rows, C, s.device, MAX_BACKWARD_BLOCK
+    )
+    programs = launch.grid[0]
+    dw_partial = column_sums.partial(programs, dweight) if dweight.numel() else None
+    db_partial = column_sums.partial(programs, dbias) if dbias.numel() else None
+    launch(
+        dy, dsum, s, weight.contiguous(), mean, rstd, seed, seed if s_is_x else None,
+        dx, dresidual if two_gradients else None, dw_partial, db_partial, *(quantised or (None, None, None)),
+        n_rows, dy.stride(0), 0 if dsum is None else dsum.stride(0), s.stride(0), dropout_p,
+    )  # fmt: skip
+    column_sums.add_up((dw_partial, dweight), (db_partial, dbias))
 
 
 @layer_norm_bwd.register_fake
@@ -472,10 +476,11 @@ layer_norm_fwd.register_autograd(partial(backward, layer_norm_bwd), setup_contex
 def validate(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, p: float, out_dtype: torch.dtype | None
 ) -> None:
-    arguments.width("x", x)
-    arguments.probability("dropout_p", p)
-    arguments.dtype("out_dtype", out_dtype)
-    C = x.shape[-1:]
+    C = arguments.width("x", x)
+    if p:
+        arguments.probability("dropout_p", p)
+    if out_dtype is not None and out_dtype is not x.dtype:
+        arguments.dtype("out_dtype", out_dtype)
     rest = ("weight", weight, C), ("bias", bias, C), ("residual", residual, x.shape)
     arguments.tensors("x", x.shape, ("x", x, None), *rest)
 

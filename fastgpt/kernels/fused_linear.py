@@ -444,8 +444,7 @@ def _copy(weight: Tensor, dtype: torch.dtype, keep: bool) -> Tensor | None:
     """``weight`` in ``dtype``, with ``keep`` the working copy; None if it has that dtype."""
     if weight.dtype == dtype:
         return None
-    with torch.no_grad():
-        return working_copy(weight, dtype) if keep else weight.to(dtype)
+    return working_copy(weight, dtype, differentiable=False) if keep else weight.detach().to(dtype)
 
 
 def check(
@@ -466,6 +465,8 @@ def check(
     out, dtype = (*x.shape[:-1], weight.shape[0]), runtime.compute_dtype(x)
     rest = (w_name, weight, None), (b_name, bias, out[-1:]), ("residual", residual, out)
     arguments.tensors("the result", out, (x_name, x, None), *rest)
-    arguments.probability("dropout_p", dropout_p)
-    arguments.accumulate(accumulate, dtype)
+    if dropout_p:
+        arguments.probability("dropout_p", dropout_p)
+    if accumulate != "fp32":
+        arguments.accumulate(accumulate, dtype)
     return dtype

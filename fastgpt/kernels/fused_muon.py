@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastgpt.kernels import arguments, reference, runtime, tuning
 from fastgpt.kernels.matmul import product_tile, tile_of
+from fastgpt.kernels.operators import launches
 
 BUCKET = "any"
 _TILES = [(64, 64, 4, 3), (64, 64, 4, 4), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)]
@@ -170,6 +171,7 @@ def muon_update_kernel(
         tl.store(COPY + at, p.to(COPY.dtype.element_ty), mask=mask)
 
 
+@launches
 def muon_momentum(
     grad: Tensor,
     momentum_buffer: Tensor,
@@ -188,13 +190,13 @@ def muon_momentum(
     grad, grid = grad.contiguous(), (runtime.cdiv(size[0], BLOCK), runtime.cdiv(size[1], BLOCK))
     tall = _transposed(out)
     if momentum_buffer.numel():
-        with runtime.device_guard(grad):
-            muon_momentum_kernel[grid](
-                grad, momentum_buffer, out, hyper, grad_scale, found_inf, *size, out.stride(int(tall)),
-                NESTEROV=nesterov, TALL=tall, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+        muon_momentum_kernel[grid](
+            grad, momentum_buffer, out, hyper, grad_scale, found_inf, *size, out.stride(int(tall)),
+            NESTEROV=nesterov, TALL=tall, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
+@launches
 def muon_update(
     param: Tensor,
     direction: Tensor,
@@ -220,11 +222,10 @@ def muon_update(
     _contiguous("param", param)
     tall, grid = _transposed(direction), (runtime.cdiv(size[0], BLOCK), runtime.cdiv(size[1], BLOCK))
     if param.numel():
-        with runtime.device_guard(param):
-            muon_update_kernel[grid](
-                param, direction, copy, rows, hyper, found_inf, *size, direction.stride(int(tall)), scale,
-                CAUTIOUS=cautious, TALL=tall, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
-            )  # fmt: skip
+        muon_update_kernel[grid](
+            param, direction, copy, rows, hyper, found_inf, *size, direction.stride(int(tall)), scale,
+            CAUTIOUS=cautious, TALL=tall, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
         torch.autograd.graph.increment_version(param)
 
 
@@ -244,6 +245,7 @@ def _transposed(matrix: Tensor) -> bool:
     return True
 
 
+@launches
 def orthogonalize(x: Tensor, coefficients: str = "classic", steps: int = 5, eps: float = 1e-7) -> Tensor:
     """As reference.orthogonalize, in about half its FLOPs. ``x`` (batch, n, m), n <= m, is overwritten."""
     if not runtime.runs_in_triton(x) or x.dtype not in arguments.DTYPES or not x.numel():
@@ -263,27 +265,21 @@ def orthogonalize(x: Tensor, coefficients: str = "classic", steps: int = 5, eps:
 
 def _symmetric(x: Tensor, out: Tensor, scale: Tensor | None, polynomial: tuple[float, float] | None = None) -> None:
     batch, n, m = x.shape
-
-    def run(config: tuning.Config) -> None:
-        block = config["block_m"]
-        muon_symmetric_kernel[(runtime.cdiv(n, block) ** 2, batch)](
-            x, out, scale, n, m, *(polynomial or (0.0, 1.0)), POLYNOMIAL=polynomial is not None,
-            BLOCK=block, BK=config["block_k"], EVEN_K=m % config["block_k"] == 0,
-            num_warps=config["num_warps"], num_stages=config["num_stages"], enable_fp_fusion=True,
-        )  # fmt: skip
-
-    tuning.launch(_choice("muon.symmetric", x.dtype, n, m, x.device), run)
+    choice = _choice("muon.symmetric", x.dtype, n, m, x.device)
+    block, deep = choice.config["block_m"], choice.config["block_k"]
+    runtime.Launch(
+        muon_symmetric_kernel, (runtime.cdiv(n, block) ** 2, batch), choice, POLYNOMIAL=polynomial is not None,
+        BLOCK=block, BK=deep, EVEN_K=m % deep == 0,
+        num_warps=choice.config["num_warps"], num_stages=choice.config["num_stages"],
+    )(x, out, scale, n, m, *(polynomial or (0.0, 1.0)))  # fmt: skip
 
 
 def _product(polynomial: Tensor, x: Tensor, out: Tensor, scale: Tensor | None, a: float) -> None:
     batch, n, m = x.shape
-
-    def run(config: tuning.Config) -> None:
-        block = config["block_m"]
-        muon_product_kernel[(runtime.cdiv(n, block) * runtime.cdiv(m, block), batch)](
-            polynomial, x, out, scale, n, m, a,
-            BLOCK=block, BK=config["block_k"], GROUP=8, EVEN_K=n % config["block_k"] == 0,
-            num_warps=config["num_warps"], num_stages=config["num_stages"], enable_fp_fusion=True,
-        )  # fmt: skip
-
-    tuning.launch(_choice("muon.product", x.dtype, n, m, x.device), run)
+    choice = _choice("muon.product", x.dtype, n, m, x.device)
+    block, deep = choice.config["block_m"], choice.config["block_k"]
+    runtime.Launch(
+        muon_product_kernel, (runtime.cdiv(n, block) * runtime.cdiv(m, block), batch), choice,
+        BLOCK=block, BK=deep, GROUP=8, EVEN_K=n % deep == 0,
+        num_warps=choice.config["num_warps"], num_stages=choice.config["num_stages"],
+    )(polynomial, x, out, scale, n, m, a)  # fmt: skip

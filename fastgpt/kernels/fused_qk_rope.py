@@ -200,14 +200,11 @@ def _common(
 
 def _launch(name: str, kernel: Any, x: Tensor, given: dict[str, Any]) -> None:
     """``x``: what the kernel reads first."""
-
-    def run(config: tuning.Config) -> None:
-        rows = max(1, config["elements"] // (2 * given["PAIRS"]))
-        grid = (runtime.cdiv(given["n_rows"], rows),)
-        kernel[grid](**given, ROWS=rows, num_warps=config["num_warps"], enable_fp_fusion=True)
-
     if given["n_rows"]:
-        tuning.launch(_choice(name, x.dtype, given["D"], x.device), run)
+        choice = _choice(name, x.dtype, given["D"], x.device)
+        rows = max(1, choice.config["elements"] // (2 * given["PAIRS"]))
+        grid = (runtime.cdiv(given["n_rows"], rows),)
+        runtime.Launch(kernel, grid, choice, ROWS=rows, num_warps=choice.config["num_warps"])(**given)
 
 
 @operator("qk_norm_rope_fwd")

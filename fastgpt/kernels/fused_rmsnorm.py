@@ -36,14 +36,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels import arguments, column_sums, reference, runtime, tuning
+from fastgpt.kernels import arguments, column_sums, fused_layernorm, reference, runtime, tuning
 from fastgpt.kernels.fused_layernorm import (
     BACKWARD,
     FORWARD,
     as_rows,
-    backward_geometry,
-    block_of,
-    choice,
+    backward_launch,
+    forward_launch,
     layer_norm_backward_kernel,
     layer_norm_forward_kernel,
 )
@@ -116,22 +115,16 @@ def rms_norm_fwd(
     """y, s, rstd; s is an empty tensor without residual, scale and x0. All contiguous."""
     returns_s = residual is not None or scale is not None or x0 is not None
     y, s, rstd = outputs = _forward_outputs(x, residual, returns_s, out_dtype)
-    arguments.alike("x", x.shape, residual=residual, x0=x0)
+    arguments.alike("x", x.shape, residual=residual, x0=x0, columns={"weight": weight})
     _single(scale=scale, x0_scale=x0_scale)
-    arguments.alike("x's last dimension", x.shape[-1:], weight=weight)
     if x.numel() == 0:
         return outputs
     x, residual, x0 = as_rows(x), None if residual is None else as_rows(residual), None if x0 is None else as_rows(x0)
     n_rows, C = x.shape
-
-    def run(options: tuning.Config) -> None:
-        rms_norm_forward_kernel[(runtime.cdiv(n_rows, options["rows"]),)](
-            x, residual, x0, scale, x0_scale, None if weight is None else weight.contiguous(), seed,
-            y, s if returns_s else None, rstd, n_rows, x.stride(0), _stride(residual), _stride(x0), eps, dropout_p,
-            C=C, ROWS=options["rows"], BLOCK=block_of(C), num_warps=options["num_warps"], enable_fp_fusion=True,
-        )  # fmt: skip
-
-    tuning.launch(choice("rms_norm.forward", x.dtype, C, x.device), run)
+    forward_launch(rms_norm_forward_kernel, "rms_norm.forward", x.dtype, n_rows, C, x.device)(
+        x, residual, x0, scale, x0_scale, None if weight is None else weight.contiguous(), seed,
+        y, s if returns_s else None, rstd, n_rows, x.stride(0), _stride(residual), _stride(x0), eps, dropout_p,
+    )  # fmt: skip
     return outputs
 
 
@@ -166,10 +159,9 @@ def rms_norm_bwd(
     x0, s is x, and residual is given."""
     outputs = _backward_outputs(s, weight, residual, x0, scale, x0_scale, x_dtype, wanted)
     dx, dresidual, dx0, dweight, dscale, dx0_scale = outputs
-    arguments.alike("s", s.shape, dy=dy, dsum=dsum, residual=residual, x0=x0)
+    rows, columns = {"rstd": rstd}, {"weight": weight}
+    arguments.alike("s", s.shape, dy=dy, dsum=dsum, residual=residual, x0=x0, rows=rows, columns=columns)
     _single(scale=scale, x0_scale=x0_scale)
-    arguments.alike("s without its last dimension", s.shape[:-1], rstd=rstd)
-    arguments.alike("s's last dimension", s.shape[-1:], weight=weight)
     sums = [out for out in (dweight, dscale, dx0_scale) if out.numel()]
     if s.numel() == 0:
         for out in sums:
@@ -178,25 +170,20 @@ def rms_norm_bwd(
     s, dy = as_rows(s), as_rows(dy)
     dsum, residual, x0 = (None if t is None else as_rows(t) for t in (dsum, residual, x0))
     n_rows, C = s.shape
-    block, chunks = backward_geometry(C)
-
-    def run(options: tuning.Config) -> None:
-        programs = min(runtime.sm_count(s.device) * options["programs_per_sm"], runtime.cdiv(n_rows, options["rows"]))
-        partials = [
-            column_sums.partial(programs * many, out.view(-1)) if out.numel() else None
-            for out, many in ((dweight, 1), (dscale, chunks), (dx0_scale, chunks))
-        ]
-        rms_norm_backward_kernel[(programs, chunks)](
-            dy, dsum, s, residual, x0, scale, x0_scale, None if weight is None else weight.contiguous(), rstd,
-            seed, seed if s_is_x else None, dx, dresidual if wanted[0] else None, dx0 if wanted[1] else None, *partials,
-            n_rows, dy.stride(0), _stride(dsum), s.stride(0), _stride(residual), _stride(x0), dropout_p,
-            C=C, CHUNKS=chunks, ROWS=options["rows"], BLOCK=block, STAGES=options["num_stages"],
-            num_warps=options["num_warps"], enable_fp_fusion=True,
-        )  # fmt: skip
-        column_sums.add_up((partials[0], dweight))
-        column_sums.add_up((partials[1], dscale.view(-1)), (partials[2], dx0_scale.view(-1)))
-
-    tuning.launch(choice("rms_norm.backward", dy.dtype, C, s.device), run)
+    widest = fused_layernorm.MAX_BACKWARD_BLOCK
+    launch = backward_launch(rms_norm_backward_kernel, "rms_norm.backward", dy.dtype, n_rows, C, s.device, widest)
+    programs, chunks = launch.grid
+    partials = [
+        column_sums.partial(programs * many, out.view(-1)) if out.numel() else None
+        for out, many in ((dweight, 1), (dscale, chunks), (dx0_scale, chunks))
+    ]
+    launch(
+        dy, dsum, s, residual, x0, scale, x0_scale, None if weight is None else weight.contiguous(), rstd,
+        seed, seed if s_is_x else None, dx, dresidual if wanted[0] else None, dx0 if wanted[1] else None, *partials,
+        n_rows, dy.stride(0), _stride(dsum), s.stride(0), _stride(residual), _stride(x0), dropout_p,
+    )  # fmt: skip
+    column_sums.add_up((partials[0], dweight))
+    column_sums.add_up((partials[1], dscale.view(-1)), (partials[2], dx0_scale.view(-1)))
     return outputs
 
 

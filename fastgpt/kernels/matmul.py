@@ -15,10 +15,9 @@ both engines: cuBLAS is then followed by a kernel that only sweeps memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from itertools import product
-from typing import TypeVar
 
 import torch
 import triton
@@ -77,7 +76,7 @@ def _options(config: tuning.Config, K: int) -> dict[str, int | bool]:
     return {
         "BM": config["block_m"], "BN": config["block_n"], "BK": config["block_k"], "GROUP": config["group"],
         "CHUNK": config.get("chunk", 0), "EVEN_K": K % config["block_k"] == 0,
-        "num_warps": config["num_warps"], "num_stages": config["num_stages"], "enable_fp_fusion": True,
+        "num_warps": config["num_warps"], "num_stages": config["num_stages"],
     }  # fmt: skip
 
 
@@ -388,10 +387,14 @@ for _name, _kinds in (("linear", LINEAR_KINDS[2:]), ("linear_fast", LINEAR_KINDS
 # ---------------------------------------------------------------- cuBLAS
 
 
+def _recorded(op: str, shape: tuple[int, ...], a: Tensor, engine: str) -> AbstractContextManager:
+    return runtime.UNCHANGED if runtime.recorder is None else runtime.record(op, shape, a.dtype, engine)
+
+
 def matmul_fp32(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """out = a @ b, or out += a @ b, in fp32 from operands of any dtype. Autocast, which is still on inside an op,
     leaves the out= overloads alone, and operands that have its dtype already."""
-    with runtime.record("matmul_fp32", (*out.shape, a.shape[1]), a.dtype, "cublas"):
+    with _recorded("matmul_fp32", (*out.shape, a.shape[1]), a, "cublas"):
         if not a.is_cuda or a.dtype == torch.float32:
             torch.addmm(out, a.float(), b.float(), beta=int(accumulate), out=out)
         elif accumulate:
@@ -423,48 +426,47 @@ def _wide(*operands: Tensor) -> bool:
     return wide
 
 
-Result = TypeVar("Result")
-
-
-def _run(
-    kind: str, a: Tensor, b: Tensor, fp16: bool, usual: bool, run: Callable[[tuning.Config], Result], *others: Tensor
-) -> Result:
-    """What a @ b is computed by: ``run``, with the config chosen for it. ``usual``: as in ``choose``. ``others``: what else has
-    to be aligned."""
+def _choice(kind: str, a: Tensor, b: Tensor, fp16: bool, usual: bool, *others: Tensor) -> tuning.Choice:
+    """What computes a @ b. ``usual``: as in ``choose``. ``others``: what else has to be aligned."""
     (M, K), N = a.shape, b.shape[1]
     if b.shape[0] != K:
         raise ValueError(
             f"a {kind} matmul is given {tuple(a.shape)} and {tuple(b.shape)}: they have to be (M, K) and (K, N)"
         )
-    choice = choose(kind, M, N, K, a.dtype, a.device, fp16, wide=_wide(a, b, *others), usual=usual)
+    return choose(kind, M, N, K, a.dtype, a.device, fp16, wide=_wide(a, b, *others), usual=usual)
+
+
+def _computing(choice: tuning.Choice, a: Tensor, b: Tensor) -> AbstractContextManager:
+    """What a @ b and all that goes with it runs in: listeners are told."""
+    if runtime.recorder is None and runtime.listener is None:
+        return runtime.UNCHANGED
     cublas = choice.config == tuning.CUBLAS
-    with runtime.record(choice.key.kernel, (M, N, K), a.dtype, "cublas" if cublas else "triton"):
-        if not cublas:
-            return tuning.launch(choice, run)
-        tuning.announce(choice)  # PyTorch takes the device from its operands, and there is no config to refuse
-        return run(choice.config)
+    found = runtime.record(
+        choice.key.kernel, (*a.shape[:1], b.shape[1], a.shape[1]), a.dtype, "cublas" if cublas else "triton"
+    )
+    if cublas:
+        tuning.announce(choice)
+    return found
 
 
 def _launch(
-    config: tuning.Config, a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None,
+    choice: tuning.Choice, a: Tensor, b: Tensor, out: Tensor, epilogue: str, *, bias: Tensor | None = None,
     pre: Tensor | None = None, residual: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
     act: str | None = None, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
     """``act``: one of ACTIVATIONS. ``sums`` (N,): of out's columns."""
     (M, K), N = a.shape, b.shape[1]
-    arguments.alike("the product", (M, N), pre=pre, residual=residual)
-    arguments.alike("the product's columns", (N,), bias=bias)
+    arguments.alike("the product", (M, N), pre=pre, residual=residual, columns={"bias": bias})
     if M == 0 or N == 0:
         if sums is not None:
             sums.zero_()
         return
     residual = None if residual is None else runtime.columns_adjacent(residual)
-    rows = runtime.cdiv(M, config["block_m"])
-    partial = column_sums.partial(rows, sums)
-    linear_kernel[(rows * runtime.cdiv(N, config["block_n"]),)](
+    rows = runtime.cdiv(M, choice.config["block_m"])
+    partial, grid = column_sums.partial(rows, sums), (rows * runtime.cdiv(N, choice.config["block_n"]),)
+    runtime.Launch(linear_kernel, grid, choice, EPILOGUE=epilogue, ACTIVATION=act, **_options(choice.config, K))(
         a, b, None if bias is None else bias.contiguous(), pre, residual, seed, out, partial, M, N, K,
         *a.stride(), *b.stride(), 0 if residual is None else residual.stride(0), dropout_p,
-        EPILOGUE=epilogue, ACTIVATION=act, **_options(config, K),
     )  # fmt: skip
     column_sums.add_up((partial, sums))
 
@@ -474,27 +476,25 @@ def matmul(
 ) -> Tensor:  # fmt: skip
     """dropout(a @ b + bias) + residual: (M, N) in a's dtype, with a residual in its."""
     kind = "residual" if residual is not None or seed is not None else "none" if bias is None else "bias"
-
-    def run(config: tuning.Config) -> Tensor:
-        if config == tuning.CUBLAS:
+    # A weight lies (out, in), so B of a forward pass is transposed; "none" is dx as well, where it is not. Tables have both.
+    usual = seed is None and a.stride(1) == 1 and (kind == "none" or b.stride(0) == 1)
+    choice = _choice(kind, a, b, fp16, usual)
+    with _computing(choice, a, b):
+        if choice.config == tuning.CUBLAS:
             y = _cublas(a, b, bias)
             if seed is not None:
                 y = pointwise(y, y.dtype, None, seed, dropout_p, None, None)  # dropout is its own gradient
             return y if residual is None else (y + residual).to(residual.dtype)
         out = a.new_empty(a.shape[0], b.shape[1], dtype=a.dtype if residual is None else residual.dtype)
-        _launch(config, a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p)
+        _launch(choice, a, b, out, "none", bias=bias, residual=residual, seed=seed, dropout_p=dropout_p)
         return out
-
-    # A weight lies (out, in), so B of a forward pass is transposed; "none" is dx as well, where it is not. Tables have both.
-    usual = seed is None and a.stride(1) == 1 and (kind == "none" or b.stride(0) == 1)
-    return _run(kind, a, b, fp16, usual, run)
 
 
 def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, act: str, fp16: bool, save: bool) -> tuple[Tensor, Tensor]:
     """(activation(z), z) of z = a @ b + bias, both (M, N) in a's dtype; z is empty if not ``save``."""
-
-    def run(config: tuning.Config) -> tuple[Tensor, Tensor]:
-        if config == tuning.CUBLAS:
+    choice = _choice("gelu", a, b, fp16, act != "gelu_erf" and a.stride(1) == 1 and b.stride(0) == 1)
+    with _computing(choice, a, b):
+        if choice.config == tuning.CUBLAS:
             pre = _cublas(a, b, bias)
             if act.startswith("relu2"):
                 out = pointwise(None, a.dtype, pre, None, 0.0, act, None)
@@ -503,24 +503,20 @@ def matmul_gelu(a: Tensor, b: Tensor, bias: Tensor | None, act: str, fp16: bool,
             return out, pre if save else a.new_empty(0)
         M, N = a.shape[0], b.shape[1]
         out, pre = a.new_empty(M, N), a.new_empty((M, N) if save else 0)
-        _launch(config, a, b, out, "gelu", bias=bias, pre=pre if save else None, act=act)
+        _launch(choice, a, b, out, "gelu", bias=bias, pre=pre if save else None, act=act)
         return out, pre
-
-    return _run("gelu", a, b, fp16, act != "gelu_erf" and a.stride(1) == 1 and b.stride(0) == 1, run)
 
 
 def matmul_dgelu(a: Tensor, b: Tensor, pre: Tensor, act: str, fp16: bool, sums: Tensor | None = None) -> Tensor:
     """(a @ b) * activation'(z), in a's dtype, and in ``sums`` (N,) its column sums, from the kernel that forms it. ``pre``: z,
     or what else is saved."""
-
-    def run(config: tuning.Config) -> Tensor:
-        if config == tuning.CUBLAS:
+    choice = _choice("dgelu", a, b, fp16, act != "gelu_erf" and a.stride(1) == 1 and b.stride(1) == 1)
+    with _computing(choice, a, b):
+        if choice.config == tuning.CUBLAS:
             return pointwise(_cublas(a, b), a.dtype, pre, None, 0.0, act, sums)
         out = a.new_empty(a.shape[0], b.shape[1])
-        _launch(config, a, b, out, "dgelu", pre=pre, act=act, sums=sums)
+        _launch(choice, a, b, out, "dgelu", pre=pre, act=act, sums=sums)
         return out
-
-    return _run("dgelu", a, b, fp16, act != "gelu_erf" and a.stride(1) == 1 and b.stride(1) == 1, run)
 
 
 def adds_in_place(grad: Tensor | None, weight: Tensor) -> bool:
@@ -540,36 +536,34 @@ def weight_grad(dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, fp16: bool
         if db is not None:
             db.copy_(dz.sum(0, dtype=torch.float32))
         return
-
-    def run(config: tuning.Config) -> None:
-        if config != tuning.CUBLAS:
-            _weight_grad_in_tiles(config, dz, x, dw, db, add)
+    usual, a = dz.stride(1) == 1 and x.stride(1) == 1 and dw.is_contiguous(), dz.t()
+    choice = _choice("weight_grad" if db is None else "weight_grad_bias", a, x, fp16, usual, dw)
+    with _computing(choice, a, x):
+        if choice.config != tuning.CUBLAS:
+            _weight_grad_in_tiles(choice, dz, x, dw, db, add)
             return
         if dw.dtype == torch.float32:
-            matmul_fp32(dw, dz.t(), x, accumulate=add)
+            matmul_fp32(dw, a, x, accumulate=add)
         else:
-            torch.mm(dz.t(), x, out=dw)
+            torch.mm(a, x, out=dw)
         if db is not None:
             db.copy_(dz.sum(0, dtype=torch.float32))
 
-    usual = dz.stride(1) == 1 and x.stride(1) == 1 and dw.is_contiguous()
-    _run("weight_grad" if db is None else "weight_grad_bias", dz.t(), x, fp16, usual, run, dw)
-
 
 def _weight_grad_in_tiles(
-    config: tuning.Config, dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, add: bool
+    choice: tuning.Choice, dz: Tensor, x: Tensor, dw: Tensor, db: Tensor | None, add: bool
 ) -> None:
-    (M, N), K = dz.shape, x.shape[1]
+    (M, N), K, config = dz.shape, x.shape[1], choice.config
     block_m, block_n, block_k = (config[name] for name in ("block_m", "block_n", "block_k"))
     per_split = max(runtime.cdiv(runtime.cdiv(M, config["splits"]), block_k), 1) * block_k
     ways = max(runtime.cdiv(M, per_split), 1)
     # A split's partial sums lie in memory as dw does, so that adding them up is one sweep.
     out = dw if ways == 1 else torch.empty(ways, N * K, dtype=torch.float32, device=x.device)
     sums = db if ways == 1 or db is None else torch.empty(ways, N, dtype=torch.float32, device=x.device)
-    weight_grad_kernel[(runtime.cdiv(N, block_m) * runtime.cdiv(K, block_n), ways)](
-        dz, x, out, sums, N, K, M, dz.stride(1), dz.stride(0), *x.stride(), *dw.stride(), per_split,
-        ADD=add and ways == 1, **_options(config, M),
-    )  # fmt: skip
+    grid = runtime.cdiv(N, block_m) * runtime.cdiv(K, block_n), ways
+    runtime.Launch(weight_grad_kernel, grid, choice, ADD=add and ways == 1, **_options(config, M))(
+        dz, x, out, sums, N, K, M, dz.stride(1), dz.stride(0), *x.stride(), *dw.stride(), per_split
+    )
     if ways > 1:
         _sum_splits(out, dw, ways, add)
         if db is not None and sums is not None:
@@ -599,11 +593,11 @@ def pointwise(
             sums.zero_()
         return dz
     rows, block_m, block_n = (256, 256, 256) if runtime.INTERPRET else (64, 16, 128)
-    blocks = runtime.cdiv(M, rows)
+    blocks = -(-M // rows)
     partial = column_sums.partial(blocks, sums)
     op = "dropout_grad" if pre is None else "gelu" if dy is None else "gelu_grad"
-    with runtime.record(op, (M, N), given.dtype, "triton"), runtime.device_guard(given):
-        pointwise_kernel[(blocks, runtime.cdiv(N, block_n))](
+    with _recorded(op, (M, N), given, "triton"):
+        pointwise_kernel[(blocks, -(-N // block_n))](
             dy, pre, seed, dz, partial, M, N, *given.stride(), dropout_p,
             ACTIVATION=act, ROWS=rows, BM=block_m, BN=block_n, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

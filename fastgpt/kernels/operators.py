@@ -11,10 +11,15 @@ will do::
     scale_fwd.register_fake(lambda x, factor: torch.empty_like(x))
     scale_fwd.register_autograd(backward, setup_context=setup)  # both as torch.library's
     y = scale_fwd(x, 2.0)                                       # also torch.ops.fastgpt.scale_fwd(x, 2.0)
+
+Either way it runs on its first tensor's device, whichever is current (Liger-Kernel#1303), and once more if the GPU turns out to
+have no room for a config of the tables: by then ``tuning`` chooses another. So a function may have written to its arguments
+only after the first launch of each of its kernels. ``launches`` gives the same to a function that is no operator.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,9 +27,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt.kernels import runtime, tuning
+
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 _profiled = torch._C._autograd._profiler_enabled
+
+
+def launches(function: Callable) -> Any:
+    """Decorates a function that launches kernels, the first tensor among whose arguments says where."""
+
+    @functools.wraps(function)
+    def launched(*args: Any, **options: Any) -> Any:
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        with runtime.device_guard(first):
+            try:
+                return function(*args, **options)
+            except runtime.NoRoom as error:
+                tuning.refuse(error)
+            return launched(*args, **options)
+
+    return launched
 
 
 class Operator:
@@ -32,7 +55,7 @@ class Operator:
 
     def __init__(self, name: str, function: Callable, mutates_args: Sequence[str], schema: str | None) -> None:
         self.registered = torch.library.custom_op(
-            f"fastgpt::{name}", function, mutates_args=mutates_args, schema=schema
+            f"fastgpt::{name}", launches(function), mutates_args=mutates_args, schema=schema
         )
         self._function = function
         names = list(inspect.signature(function).parameters)
@@ -62,22 +85,30 @@ class Operator:
         if torch.compiler.is_compiling():
             return self.registered(*args)
         wants_grad = False
+        first: Any = None
         for arg in args:
             kind = type(arg)
             if kind is Tensor or kind is nn.Parameter:
+                first = arg if first is None else first
                 wants_grad = wants_grad or arg.requires_grad
             elif isinstance(arg, Tensor):  # a subclass: a fake tensor, a DTensor
                 return self.registered(*args)
         if _dispatch_modes() or _transforms_active() or _profiled():
             return self.registered(*args)
-        if wants_grad and torch.is_grad_enabled():
-            # Without a formula (backward passes under create_graph), the registered operator says what is missing.
-            return self.registered(*args) if self._differentiable is None else self._differentiable.apply(*args)
-        if (
-            self._written
-        ):  # as the registered operator does: autograd refuses a backward pass through what changed since
-            torch.autograd.graph.increment_version([args[i] for i in self._written if args[i] is not None])
-        return self._function(*args)
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return self(*args)
+        try:
+            if wants_grad and torch.is_grad_enabled():
+                # Without a formula (backward passes under create_graph), the registered operator says what is missing.
+                return self.registered(*args) if self._differentiable is None else self._differentiable.apply(*args)
+            if self._written:
+                # As the registered operator does: autograd refuses a backward pass through what changed since.
+                torch.autograd.graph.increment_version([args[i] for i in self._written if args[i] is not None])
+            return self._function(*args)
+        except runtime.NoRoom as error:  # not by ``launches``: a frame less
+            tuning.refuse(error)
+        return self(*args)
 
 
 def operator(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,15 +52,14 @@ def columns_adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-_UNCHANGED = nullcontext()
+UNCHANGED = nullcontext()
 
 
 def device_guard(x: Tensor) -> AbstractContextManager:
-    """Launch on the device that holds ``x``, whichever is current (Liger-Kernel#1303). For kernels without a choice:
-    ``tuning.launch`` does the same for the others."""
+    """Launch on the device that holds ``x``, whichever is current (Liger-Kernel#1303). Inside an operator it is already."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return _UNCHANGED
+    return UNCHANGED
 
 
 @lru_cache
@@ -97,8 +97,44 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+class NoRoom(Exception):
+    """``error`` of triton's: this GPU has no room for the config of ``choice``, a tuning.Choice."""
+
+    def __init__(self, choice: Any, error: Exception) -> None:
+        self.choice, self.error = choice, error
+
+
+listener: Callable[[Any], None] | None = None
+"""``tuning.heard`` sets it: it is told of the choice of every launch."""
+
+
+class Launch:
+    """A kernel with all of a launch that shapes, dtypes and device decide: prepared once for each of these, in a function under
+    ``tuning.cached``, then called with tensors and numbers, as often as the shapes come again.
+
+    ``choice``: the tuning.Choice from which ``grid`` and ``options``, the kernel's constexprs and warps, were made."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], choice: Any, **options: Any) -> None:
+        self.kernel, self.grid, self.choice = kernel, grid, choice
+        # From triton 3.10 on, a product and its sum are rounded twice unless asked.
+        self.options = {**options, "enable_fp_fusion": True}
+
+    def __call__(self, *args: Any, **more: Any) -> None:
+        """Raises NoRoom, which operators.py answers with another config."""
+        if listener is not None:
+            listener(self.choice)
+        try:
+            self.kernel[self.grid](*args, **more, **self.options)
+        except Exception as error:
+            from triton.runtime.errors import OutOfResources
+
+            if isinstance(error, OutOfResources):
+                raise NoRoom(self.choice, error) from error
+            raise
+
+
 Recorder = Callable[[str, tuple[int, ...], torch.dtype, str], AbstractContextManager | None]
-_recorder: Recorder | None = None
+recorder: Recorder | None = None
 
 
 def record(op: str, shape: tuple[int, ...], dtype: torch.dtype, engine: str) -> AbstractContextManager:
@@ -106,19 +142,19 @@ def record(op: str, shape: tuple[int, ...], dtype: torch.dtype, engine: str) -> 
 
     ``op``: a kernel of the tuning tables ("linear.gelu"), "matmul_fp32", or what frames of a trace cannot tell apart.
     ``shape``: (m, n, k) of a matmul, (m, n) of a sweep. ``dtype``: of the operands. ``engine``: "cublas" or "triton"."""
-    found = None if _recorder is None else _recorder(op, shape, dtype, engine)
-    return _UNCHANGED if found is None else found
+    found = None if recorder is None else recorder(op, shape, dtype, engine)
+    return UNCHANGED if found is None else found
 
 
 @contextmanager
-def recorded(recorder: Recorder) -> Iterator[None]:
-    """Inside, ``recorder`` has every call of ``record``, and returns what the operation is to run in, or None."""
-    global _recorder
-    before, _recorder = _recorder, recorder
+def recorded(other: Recorder) -> Iterator[None]:
+    """Inside, ``other`` has every call of ``record``, and returns what the operation is to run in, or None."""
+    global recorder
+    before, recorder = recorder, other
     try:
         yield
     finally:
-        _recorder = before
+        recorder = before
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -5,17 +5,19 @@ launcher asks ``choose``, naming the kernel, the dtype it reads, its shape bucke
 purpose: a bucket is one config, so a new batch size or sequence length compiles a kernel at most once per bucket.
 
 A launch happens hundreds of times per step, so the question is a function of hashable arguments under ``cached``, one look-up
-in a dictionary when it was asked before, and ``launch`` runs the answer::
+in a dictionary when it was asked before, and what it answers is the launch itself, prepared::
 
     @tuning.cached
-    def _choice(dtype: torch.dtype, C: int, device: torch.device) -> tuning.Choice:
-        return tuning.choose("layer_norm.forward", dtype, f"C{C}", device, default={"rows": 4, "num_warps": 4})
+    def _prepared(kernel: Any, dtype: torch.dtype, n: int, C: int, device: torch.device) -> runtime.Launch:
+        choice = tuning.choose("layer_norm.forward", dtype, f"C{C}", device, default={"rows": 4, "num_warps": 4})
+        rows, num_warps = choice.config["rows"], choice.config["num_warps"]
+        return runtime.Launch(kernel, (runtime.cdiv(n, rows),), choice, ROWS=rows, num_warps=num_warps)
 
-    tuning.launch(_choice(x.dtype, C, x.device), run)    # run(config): the launch itself
+    _prepared(layer_norm_forward_kernel, x.dtype, n, C, x.device)(x, y)
 
 Beside its arguments such a function may read only what does not change, or what calls ``choose_again`` when it does: the
-tables, ``forced``, refused configs, compile-only runs. A test that replaces something else calls ``forget``. ``launch`` is
-also the one place that tells a listener (``heard``) and that changes the current device, if the choice is for another.
+tables, ``forced``, refused configs, compile-only runs. A test that replaces something else calls ``forget``. The current
+device, and what is done about a config that does not fit, are an operator's (operators.py).
 
 The answer comes from tables, one JSON file per architecture and SM count: the user's own in
 ``common.cache_dir()/tuning`` (``python -m bench.tune`` measures it) before those shipped in ``tables/``. Among the
@@ -306,12 +308,10 @@ class Choice:
 _cached: list[Any] = []
 """The functions under ``cached``."""
 _forced: dict[str, Config] = {}
-_listener: Callable[[Choice], None] | None = None
 _refused: set[tuple] = set()
 """(kernel, sorted items of a config) that this GPU had no room for."""
 
 Function = TypeVar("Function", bound=Callable)
-Result = TypeVar("Result")
 
 
 def cached(answer: Function) -> Function:
@@ -376,55 +376,37 @@ def _name(kernel: str, config: Config) -> tuple:
     return kernel, tuple(sorted(config.items()))
 
 
-def launch(choice: Choice, run: Callable[[Config], Result]) -> Result:
-    """``run(choice.config)`` on the choice's device, and what it returns. If the card has no room for the config, say so once
-    and run the default, now and from now on."""
-    # Triton launches on the current device, which need not be the tensors' (Liger-Kernel#1303).
-    if choice.device.type == "cuda" and choice.device.index not in (None, torch.cuda.current_device()):
-        with torch.cuda.device(choice.device):
-            return launch(choice, run)
-    if _listener is not None:
-        _listener(choice)
-    try:
-        return run(choice.config)
-    except Exception as error:
-        _refuse(choice, error)
-    return run(choice.default)
-
-
-def _refuse(choice: Choice, error: Exception) -> None:
-    """Never choose this config again, as it does not fit the card. Raises ``error`` if it says anything else."""
-    from triton.runtime.errors import OutOfResources
-
-    if not isinstance(error, OutOfResources) or choice.config == choice.default:
-        raise error
+def refuse(found: runtime.NoRoom) -> None:
+    """Never choose this config again, as it does not fit the card. Raises triton's error if it is the default."""
+    choice = found.choice
+    if choice.config == choice.default:
+        raise found.error
     name = _name(choice.key.kernel, choice.config)
     if name in _refused:  # by another launch, while this launcher held on to its choice
         return
     _refused.add(name)
     choose_again()
     warnings.warn(
-        f"the tuning table's config {choice.config} of {choice.key.kernel} does not fit this GPU ({error}): "
+        f"the tuning table's config {choice.config} of {choice.key.kernel} does not fit this GPU ({found.error}): "
         "the default is used; measure again with python -m bench.tune",
         stacklevel=3,
     )
 
 
 def announce(choice: Choice) -> None:
-    """Tell the listener of a choice. ``launch`` does; only for kernels that are launched in another way."""
-    if _listener is not None:
-        _listener(choice)
+    """Tell the listener of a choice: for what is not a runtime.Launch, which does."""
+    if runtime.listener is not None:
+        runtime.listener(choice)
 
 
 @contextmanager
 def heard(listener: Callable[[Choice], None]) -> Iterator[None]:
     """Inside, ``listener`` is told of the choice of every launch."""
-    global _listener
-    before, _listener = _listener, listener
+    before, runtime.listener = runtime.listener, listener
     try:
         yield
     finally:
-        _listener = before
+        runtime.listener = before
 
 
 @contextmanager

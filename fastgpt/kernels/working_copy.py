@@ -136,8 +136,8 @@ class _WorkingCopy(torch.autograd.Function):
         return grads[0].to(ctx.dtype), None
 
 
-def working_copy(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """``param`` in ``dtype``, differentiable: the gradient arrives at ``param`` in its own dtype.
+def working_copy(param: Tensor, dtype: torch.dtype, differentiable: bool = True) -> Tensor:
+    """``param`` in ``dtype``, ``differentiable``: the gradient arrives at ``param`` in its own dtype.
 
     Returns ``param`` itself if it has that dtype. Inside ``copies_kept`` the result shares storage from call to call; do not
     write to it. Outside, and for what does not ``keep`` (the arguments of functional_call, DTensors, everything under
@@ -146,20 +146,20 @@ def working_copy(param: Tensor, dtype: torch.dtype) -> Tensor:
     if param.dtype == dtype:
         return param
     if not keeps(param):
-        return param.to(dtype)
+        return (param if differentiable else param.detach()).to(dtype)
     copy = existing(param)
     if copy is not None and copy.dtype != dtype:
         copy = None
     if runtime.capturing(param.device):
         if copy is None or _captures is None:
-            return param.to(dtype)
+            return (param if differentiable else param.detach()).to(dtype)
         _captures.reads.append(copy)
     elif copy is None:
         # Kept beyond this call, so no inference tensor, even if made in inference mode.
         with torch.inference_mode(False), torch.no_grad():
             copy = param.detach().to(dtype)
             keep(_copies, param, copy)
-    if param.requires_grad and torch.is_grad_enabled():
+    if differentiable and param.requires_grad and torch.is_grad_enabled():
         return _WorkingCopy.apply(param, copy)
     return copy.detach()
 

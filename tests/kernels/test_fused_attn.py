@@ -346,7 +346,8 @@ def test_the_order_of_launch_changes_no_bit(device, monkeypatch):
     for l2_bytes, groups in ((1, (1, 1)), (36_000, (3, 1)), (72_000, (6, 2))):
         monkeypatch.setattr(runtime, "l2_bytes", lambda device, found=l2_bytes: found)
         q, k, _ = fused_attn.unpack(qkv, 6, 3)
-        assert (fused_attn._together(6, k), fused_attn._together(3, q)) == groups
+        walked = ((6, 2 * k.nbytes), (3, 2 * q.nbytes))
+        assert tuple(fused_attn.heads_together(*of, l2_bytes) for of in walked) == groups
         torch.manual_seed(11)
         leaf = qkv.clone().requires_grad_()
         out = qkv_attention(leaf, 6, n_kv_head=3, doc_ids=docs, window=50, dropout_p=0.2)
@@ -422,7 +423,7 @@ def test_fp16_sums_change_every_result_and_no_statistic(device, monkeypatch):
     def choose(kernel, dtype, bucket, device, default):
         return tuning.Choice(tuning.Key(kernel, "-", "-"), default, default, "default", device)
 
-    monkeypatch.setattr(fused_attn, "_choice", fused_attn._choice.__wrapped__)  # without its memory
+    monkeypatch.setattr(fused_attn, "_prepared", fused_attn._prepared.__wrapped__)  # without its memory
     monkeypatch.setattr(tuning, "choose", choose)
     qkv, seed = packed(device, 100, D=64, B=1, dtype=torch.float16), None
     calls = [
@@ -649,7 +650,7 @@ def test_dropout_does_not_depend_on_the_blocks(device, monkeypatch):
     q, k, _ = inputs(device, 96)
     kept = dropped_probabilities(device, q, k, 0.5) > 0
     smaller = {"BLOCK_M": 16, "BLOCK_N": 32}
-    monkeypatch.setattr(fused_attn, "_choice", fused_attn._choice.__wrapped__)  # without its memory
+    monkeypatch.setattr(fused_attn, "_prepared", fused_attn._prepared.__wrapped__)  # without its memory
     monkeypatch.setattr(fused_attn, "config", lambda *_, **__: smaller)
     assert torch.equal(kept, dropped_probabilities(device, q, k, 0.5) > 0)
 

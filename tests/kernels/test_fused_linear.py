@@ -315,7 +315,7 @@ def test_nothing_is_written_outside_the_result(device):
     buffers = {size: torch.full((size + 200,), 77.0, device=device) for size in (19 * 23, 23 * 21, 23)}
     y, dw, db = (buffers[size][100:-100] for size in (19 * 23, 23 * 21, 23))
     weight = torch.randn(23, 21, device=device)
-    launch._launch(tiles(16, 32, 16), x, weight.t(), y.view(19, 23), "none")
+    launch._launch(chosen("none", tiles(16, 32, 16)), x, weight.t(), y.view(19, 23), "none")
     launch.weight_grad(dz, x, dw.view(23, 21), db, False)
     for buffer, inside in zip(buffers.values(), (y, dw, db)):
         assert (buffer[:100] == 77).all() and (buffer[-100:] == 77).all() and (inside != 77).all()

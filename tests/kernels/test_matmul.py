@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from fastgpt.kernels import matmul as launch
 from fastgpt.kernels import runtime, tuning
+from fastgpt.kernels.operators import launches
 from tests.kernels import test_tuning
 
 KEY = tuning.Key("linear", "-", "-")
@@ -105,10 +107,10 @@ def test_a_config_that_does_not_fit_gives_the_matmul_back_to_cublas(tables, monk
         raise OutOfResources(200_000, 101_376, "shared memory")
 
     tables("linear.gelu", TILES, "measured")
-    monkeypatch.setattr(launch, "_launch", full)
+    monkeypatch.setattr(launch, "linear_kernel", defaultdict(lambda: full))  # kernel[grid](...)
     x, weight = torch.ones(2048, 768, dtype=torch.float16), torch.ones(3072, 768, dtype=torch.float16) / 768
     with pytest.warns(UserWarning, match="does not fit this GPU"):
-        out, _ = launch.matmul_gelu(x, weight.t(), None, "gelu", False, False)
+        out, _ = launches(launch.matmul_gelu)(x, weight.t(), None, "gelu", False, False)
     assert torch.allclose(out.float(), torch.nn.functional.gelu(torch.ones(())), atol=0.02)
     assert of_mlp("gelu").config == tuning.CUBLAS
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastgpt.kernels import runtime, tuning
 from fastgpt.kernels.operators import operator
 
 _number = itertools.count()
@@ -90,3 +91,22 @@ def test_what_is_written_in_place_gets_a_new_version(grad):
     with torch.no_grad():
         op(total, torch.ones(3, requires_grad=grad))
     assert total._version == 1 and total.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("way", ["direct", "differentiable", "registered"])
+def test_an_operator_runs_again_where_the_gpu_has_no_room_for_a_config(way, monkeypatch):
+    refused, runs = [], []
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        runs.append(x)
+        if len(runs) == 1:
+            raise runtime.NoRoom("a choice", RuntimeError())
+        return x.detach() * 2
+
+    monkeypatch.setattr(tuning, "refuse", lambda error: refused.append(error.choice))
+    op = operator(f"test_double_{next(_number)}", double)
+    op.register_fake(torch.empty_like)
+    op.register_autograd(lambda ctx, dy: 2 * dy, setup_context=lambda ctx, inputs, output: None)
+    x = torch.ones(3, requires_grad=way == "differentiable")
+    y = (op.registered if way == "registered" else op)(x)
+    assert y.tolist() == [2.0] * 3 and refused == ["a choice"] and len(runs) == 2

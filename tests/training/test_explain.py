@@ -17,7 +17,7 @@ from rich.console import Console
 from fastgpt import train
 from fastgpt.common import UserError
 from fastgpt.config import load_preset, parse
-from fastgpt.kernels import tuning
+from fastgpt.kernels import matmul, tuning  # noqa: F401 (whose spaces the tables are of)
 from fastgpt.training import explain
 from fastgpt.training.dry_run import Chosen, Record
 

@@ -123,11 +123,10 @@ def quantise(x: Tensor, dtype: torch.dtype) -> Fp8:
     """x (M, K), any strides."""
     (M, K), out = x.shape, new(x.shape, dtype, x.device)
     rows, block = (64, 1024) if runtime.INTERPRET else (16, 256)
-    with runtime.device_guard(x):
-        fp8_quantise_kernel[(runtime.cdiv(M, rows),)](
-            x, out.values, out.scale, out.norm, M, K, *x.stride(),
-            ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    fp8_quantise_kernel[(runtime.cdiv(M, rows),)](
+        x, out.values, out.scale, out.norm, M, K, *x.stride(),
+        ROWS=rows, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 
@@ -154,13 +153,12 @@ def _launch(
     cfg = config(M, N, halved=erf or columns > 0 or epilogue == "dgelu", chunk=columns or CHUNK)
     rows = runtime.cdiv(M, cfg["BM"])
     partial = column_sums.partial(rows, sums)
-    with runtime.device_guard(out):
-        fp8_linear_kernel[(rows * runtime.cdiv(N, cfg["BN"]),)](
-            a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out, partial,
-            *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0,
-            COLUMNS=columns, enable_fp_fusion=True, **cfg,
-        )  # fmt: skip
-        column_sums.add_up((partial, sums))
+    fp8_linear_kernel[(rows * runtime.cdiv(N, cfg["BN"]),)](
+        a.values, b.values, a.scale, b.scale, None if bias is None else bias.contiguous(), pre, out, partial,
+        *_bounded(q, a, b, bias), M, N, K, EPILOGUE=epilogue, ERF=erf, EVEN_K=K % cfg["BK"] == 0,
+        COLUMNS=columns, enable_fp_fusion=True, **cfg,
+    )  # fmt: skip
+    column_sums.add_up((partial, sums))
 
 
 def _bounded(q: Fp8 | None, a: Fp8 | Grouped, b: Fp8, bias: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -231,7 +229,7 @@ def sweep(
     blocks = runtime.cdiv(M, rows)
     partial = column_sums.partial(blocks, sums)
     op = "gelu" if dy is None else "gelu_grad"
-    with runtime.record(op, (M, N), z.dtype, "triton"), runtime.device_guard(z):
+    with runtime.record(op, (M, N), z.dtype, "triton"):
         fp8_sweep_kernel[(blocks, runtime.cdiv(N, block))](
             z, dy, out, partial, *bounded, M, N,
             BACKWARD=dy is not None, ERF=erf, BM=rows, BN=block, num_warps=4, enable_fp_fusion=True,

@@ -37,7 +37,7 @@ from fastgpt.kernels import arguments, fused_attn, fused_layernorm, fused_linear
 from fastgpt.kernels.fp8 import launch
 from fastgpt.kernels.fp8.launch import FORWARD, GRADIENT, Fp8, Grouped
 from fastgpt.kernels.fused_linear import new_sums, rows_of, weight_and_bias
-from fastgpt.kernels.operators import operator
+from fastgpt.kernels.operators import launches, operator
 from fastgpt.kernels.quantise import group_size
 
 # ---------------------------------------------------------------- ops
@@ -200,6 +200,7 @@ class LayerNormInFp8(torch.autograd.Function):
     """fused_layernorm's, which writes y in fp8 too, and in backward dx."""
 
     @staticmethod
+    @launches
     def forward(x, weight, bias, residual, seed, dropout_p, eps):
         """y in bf16, s, mean, rstd as of layer_norm_fwd, and y in fp8."""
         outputs = fused_layernorm.forward_outputs(x, residual, torch.bfloat16)
@@ -221,6 +222,7 @@ class LayerNormInFp8(torch.autograd.Function):
         return fused_layernorm.backward(op, ctx, dy, dsum)[:7]
 
 
+@launches
 def _norm_backward(dy, dsum, s, weight, mean, rstd, seed, dropout_p, x_dtype, s_is_x, two_gradients, *wanted):
     """layer_norm_bwd, which also gives dx its form."""
     outputs = fused_layernorm.backward_outputs(s, weight, x_dtype, two_gradients, *wanted)
@@ -238,6 +240,7 @@ class AttentionInFp8(torch.autograd.Function):
     program of attention has some rows of one head, so each scale is of a group of columns (quantise.py)."""
 
     @staticmethod
+    @launches
     def forward(qkv, doc_ids, seed, n_head, n_kv_head, *options):
         """The output and lse as of qkv_attention_fwd, and the output in fp8: values (B, T, C), scales (C / group, B T)."""
         D = qkv.shape[-1] // (n_head + 2 * n_kv_head)
@@ -248,6 +251,7 @@ class AttentionInFp8(torch.autograd.Function):
     setup_context = staticmethod(fused_attn.packed_setup)
 
     @staticmethod
+    @launches
     def backward(ctx, grad_out, *_):
         (qkv, *saved), (n_head, n_kv_head, *_) = ctx.saved_tensors, ctx.options
         all_heads = n_head + 2 * n_kv_head

@@ -62,7 +62,7 @@ def attend(op, qkv: Tensor, heads: int, kv: int, options: dict):
 def test_attention_writes_what_a_pass_would(device, case, monkeypatch):
     # Without fp8 in the tiles that it has with fp8, and so with sums in the same order.
     choose, chosen = tuning.choose, {}
-    monkeypatch.setattr(fused_attn, "_choice", fused_attn._choice.__wrapped__)  # without its memory
+    monkeypatch.setattr(fused_attn, "_prepared", fused_attn._prepared.__wrapped__)  # without its memory
     monkeypatch.setattr(tuning, "choose", lambda kernel, *rest: chosen.setdefault(kernel, choose(kernel, *rest)))
     heads, kv, D, T, options = ATTENTION[case]
     qkv = torch.randn(2, T, (heads + 2 * kv) * D, device=device).to(BF16)
