@@ -279,4 +279,5 @@ def test_a_name_of_any_bytes_is_prepared_and_printed_without_its_control_charact
     assert command.main(["prepare", str(tmp_path / "in"), "--out", out, "--tokenizer", "bytes"]) == 0
     assert command.main(["check", out]) == 0
     printed = "".join(capsys.readouterr())
-    assert "\x1b" not in printed and printed.encode() and "left out or replaced: 1 files that are not UTF-8 (a" in printed
+    assert "\x1b" not in printed and printed.encode()
+    assert "left out or replaced: 1 files that are not UTF-8 (a" in printed
