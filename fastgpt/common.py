@@ -408,9 +408,15 @@ def as_typed(text: str, way: bool = True) -> str:
     ``fastgpt NAME`` where that was typed now, and, if ``way``, with the path of a Python, or fastgpt, that is not on PATH."""
     ours = Path(sys.argv[0]).stem == "fastgpt"
     program, names = (Path(sys.argv[0]), ["fastgpt"]) if ours else (Path(sys.executable), ["python", "python3"])
-    name = next((name for name in names if not way or shutil.which(name) == str(program)), None)
+
+    def plain(path: object) -> str:  # Windows' may end in .EXE
+        return os.path.normcase(str(path)).removesuffix(".exe")
+
+    name = next((name for name in names if not way or plain(shutil.which(name)) == plain(program)), None)
     if name is None:
-        name = str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
+        name = str(program)
+        with suppress(OSError, ValueError):  # there is no working directory any more, or it is elsewhere
+            name = str(program.relative_to(Path.cwd()))
         name = f'"{name}"' if " " in name else name
     return _COMMAND.sub(lambda m: f"{name} {m[1] or m[2]}" if ours else m[0].replace("python", name, 1), text)
 

@@ -208,6 +208,15 @@ def test_the_commands_in_a_text_can_be_typed_here(typed, on_path, shown, monkeyp
     assert common.as_typed("python -m fastgpt.data prepare", way=False) == plain
 
 
+def test_a_command_can_be_named_where_the_working_directory_is_gone(monkeypatch):
+    def gone():
+        raise FileNotFoundError
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert common.as_typed("python train.py --resume") == f"{sys.executable} train.py --resume"
+
+
 def test_subcommands(capsys):
     known = {"do": "do something\nand more", "undo": "the opposite"}
     assert command.subcommand(["do", "--x"], known, "x COMMAND ...") == ("do", ["--x"])
