@@ -229,7 +229,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     )
     for each in found["left_out"]:
         if each["note"]:
-            console.print(f"{each['name']}: micro-batch {each['micro_batch']}; {each['note']}.", soft_wrap=True)
+            console.print(f"{each['name']}: micro-batch {each['micro_batch']}, {each['note']}.", soft_wrap=True)
     console.print()
     rows = [["attention", *(f"T = {T:,}" for T in LENGTHS)]]
     for way, D, causal in FLASH_ATTENTION_2:
