@@ -125,14 +125,14 @@ def environment(folder: Path) -> dict[str, str]:
     return {**kept, "HOME": f"{folder} home", "PATH": os.pathsep.join(map(str, programs))}
 
 
-def tried(step: Step, folder: Path) -> tuple[float, str]:
-    """The seconds that a step took, and what fell short; "" if nothing did."""
-    begin = time.monotonic()
+def tried(step: Step, folder: Path) -> tuple[float, float, str]:
+    """The seconds that a step took, those of a processor in them, and what fell short; "" if nothing did."""
+    begin, before = time.monotonic(), os.times()
     done = subprocess.run(
         step.command, shell=True, cwd=folder, env=environment(folder), text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-    seconds, short = time.monotonic() - begin, []
+    seconds, after, short = time.monotonic() - begin, os.times(), []
     if done.returncode != step.code:
         short.append(f"ended with {done.returncode}, not {step.code}")
     if not re.search(step.shows, done.stdout):
@@ -141,7 +141,8 @@ def tried(step: Step, folder: Path) -> tuple[float, str]:
         print(done.stdout[-3000:])
     if step.most is not None and seconds > step.most:
         short.append(f"may take {step.most:g} s")
-    return seconds, "; ".join(short)
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return seconds, cpu, "; ".join(short)
 
 
 def main() -> int:
@@ -158,9 +159,10 @@ def main() -> int:
                 rows.append((role, step, *tried(step, folder)))
                 for name, text in FILES[role].items() if not i else ():  # a clone wants an empty folder
                     (folder / name).write_text(text, encoding="utf-8")
-    print(f"\n{'':<8} {'seconds':>8}")
-    for role, step, seconds, short in rows:
-        print(f"{role:<8} {seconds:8.1f}  {step.command}" + (f"\n{'':19}FELL SHORT: {short}" if short else ""))
+    print(f"\n{'':<8} {'seconds':>8} {'of CPU':>7}")
+    for role, step, seconds, cpu, short in rows:
+        print(f"{role:<8} {seconds:8.1f} {cpu:7.1f}  {step.command}")
+        print(f"{'':27}FELL SHORT: {short}\n" if short else "", end="")
     return int(any(short for *_, short in rows))
 
 
