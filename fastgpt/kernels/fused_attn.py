@@ -144,17 +144,9 @@ def _block_d(D: int) -> int:
 
 
 def config(
-    kernel: str,
-    dtype: torch.dtype,
-    D: int,
-    T_own: int,
-    *,
-    dropout: bool = False,
-    plain: bool = True,
-    fp16_sums: bool = False,
-    quantised: bool = False,
-    arch: int | None = None,
-) -> dict[str, int]:
+    kernel: str, dtype: torch.dtype, D: int, T_own: int, *, dropout: bool = False, plain: bool = True,
+    fp16_sums: bool = False, quantised: bool = False, arch: int | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Launch parameters of ``kernel`` ("forward", "backward_q", "backward_kv") for head dimension D that are safe on any
     card; ``T_own`` is the length of the side that its programs own, ``plain`` is causal attention with no option and no
     groups. ``_prepared`` asks the tuning tables first.
@@ -823,11 +815,7 @@ def _(grad_out, q, k, v, out, lse, *options):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_qkv_attention_fwd = operator(
-    "qkv_attention_fwd",
-    packed_forward,
-    schema=f"(Tensor qkv, {PACKED}) -> (Tensor, Tensor)",
-)
+_qkv_attention_fwd = operator("qkv_attention_fwd", packed_forward, schema=f"(Tensor qkv, {PACKED}) -> (Tensor, Tensor)")
 _qkv_attention_fwd.register_fake(packed_outputs)
 _qkv_attention_bwd = operator(
     "qkv_attention_bwd",

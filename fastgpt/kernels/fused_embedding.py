@@ -353,15 +353,9 @@ def _setup_context(ctx, inputs, output):
 def _takes_sums(table: Tensor | None) -> bool:
     """Whether the kernels can add to this table's ``.grad``."""
     grad = None if table is None else table.grad
-    if (
-        table is None
-        or grad is None
-        or grad.layout != torch.strided
-        or grad.dtype != torch.float32
-        or grad.shape != table.shape
-    ):
+    if table is None or grad is None or grad.layout != torch.strided:
         return False
-    return grad.stride(1) == 1
+    return grad.dtype == torch.float32 and grad.shape == table.shape and grad.stride(1) == 1
 
 
 def _backward(ctx, dx, _):

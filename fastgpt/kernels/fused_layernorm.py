@@ -377,13 +377,9 @@ def _(x, weight, bias, residual, seed, dropout_p, eps, out_dtype):
 
 
 def backward_outputs(
-    s: Tensor,
-    weight: Tensor,
-    x_dtype: torch.dtype,
-    two_gradients: bool,
-    weight_grad: bool,
+    s: Tensor, weight: Tensor, x_dtype: torch.dtype, two_gradients: bool, weight_grad: bool,
     bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Unwritten dx, dresidual, dweight, dbias."""
     C = weight.shape[0]
     return (

@@ -423,6 +423,11 @@ def _activated(
 ) -> tuple[Tensor, Tensor | None]:
     """activation(z), and with ``save`` z or what stands for it, else None."""
     copy, fp16 = _copy(weight, x.dtype, keep_copy), accumulate == "fp16"
+    few = x.numel() < matmul.FEWEST_TOKENS * x.shape[-1]
+    if few and not fp16 and act.startswith("gelu") and not torch.is_grad_enabled():
+        # As in ``_linear``: no table has a kernel for so few tokens, which is how sampling comes.
+        z = F.linear(x, weight if copy is None else copy, None if bias is None else bias.to(x.dtype))
+        return F.gelu(z, approximate="none" if act == "gelu_erf" else "tanh"), None
     a, pre = _linear_gelu_fwd(x, weight, copy, bias, act, fp16, save, adds_to(weight))
     return a, pre if save else None
 

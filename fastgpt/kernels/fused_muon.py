@@ -211,14 +211,8 @@ def muon_update(
     if not runtime.runs_in_triton(param) or param.dtype != torch.float32:
         return reference.muon_update(param, direction, hyper, scale, cautious, rows, found_inf, copy)
     size = param.shape
-    arguments.tensors(
-        "param",
-        size,
-        ("param", param, None),
-        ("direction", direction, size),
-        ("copy", copy, size),
-        ("rows", rows, size[:1]),
-    )
+    others = ("direction", direction, size), ("copy", copy, size), ("rows", rows, size[:1])
+    arguments.tensors("param", size, ("param", param, None), *others)
     _contiguous("param", param)
     tall, grid = _transposed(direction), (runtime.cdiv(size[0], BLOCK), runtime.cdiv(size[1], BLOCK))
     if param.numel():
