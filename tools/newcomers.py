@@ -64,7 +64,7 @@ FILES = {
     "expert": {"mine.yaml": "model:\n  n_layer: 4\n", "both_ways.py": BOTH_WAYS},
 }
 SMALL = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --eval-iters 2 --kernels eager"
-ENDS = r"next +\.venv/bin/python -m fastgpt.sample"
+ENDS = r"next +\S*python -m fastgpt.sample"
 REFUSED = "torch .* sees no CUDA GPU"
 ROLES = {
     "library": [
@@ -79,7 +79,7 @@ ROLES = {
     "trainer": [
         Step(
             f"git clone --quiet {ROOT} . && make train",
-            r"(?s)validation loss.*next +\.venv/bin/python -m fastgpt.sample",
+            r"(?s)validation loss.*next +\S*python -m fastgpt.sample",
             0,
             240,
         ),
