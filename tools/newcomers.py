@@ -64,7 +64,6 @@ FILES = {
     "expert": {"mine.yaml": "model:\n  n_layer: 4\n", "both_ways.py": BOTH_WAYS},
 }
 SMALL = "--n-layer 2 --n-head 2 --n-embd 32 --block-size 32 --eval-iters 2 --kernels eager"
-ENDS = r"next +\S*python -m fastgpt.sample"
 REFUSED = "torch .* sees no CUDA GPU"
 ROLES = {
     "library": [
