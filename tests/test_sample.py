@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastgpt import sample, train
-from fastgpt.common import UserError
+from fastgpt.common import UserError, as_typed
 from fastgpt.data.tokenizer import get_tokenizer
 from fastgpt.sample import SampleConfig, pieces
 
@@ -65,7 +65,7 @@ def test_a_model_of_letters_trains_by_its_folder_and_samples_in_its_letters(run_
     assert "run 2 steps, 256 tokens: 5.6% of the data" in printed
     assert "sample at step 1: 'cat" in printed
     assert "done 2 steps, 256 tokens; validation loss " in printed and " text cat" in printed
-    assert printed.endswith(f"next python -m fastgpt.sample {out} python -m fastgpt.plot {out}")
+    assert printed.endswith(as_typed(f"next python -m fastgpt.sample {out} python -m fastgpt.plot {out}"))
     assert "rank" not in printed and "mfu" not in printed and "GB of main memory are free" in printed
     words = [str(out), "--tokens", "40", "--device", "cpu"]
     assert sample.main([*words, "--prompt", "the "]) == 0

@@ -133,6 +133,7 @@ _CORRECTIONS: dict[tuple, dict[str, int]] = {
     (80, "forward", "fp32", 256, False): {"maxnreg": 255},  # as above
     (80, "backward_q", "fp32", 64, True): {"BLOCK_N": 16},
     (80, "backward_kv", "fp32", 64, True): {"BLOCK_N": 16},
+    (89, "backward_kv", "fp32", 64, True): {"BLOCK_N": 16},  # triton 3.9 spills with 32
     (90, "backward_q", "fp32", 64, False): {"BLOCK_N": 16},
     (90, "backward_kv", "fp32", 256, False): {"num_stages": 2},
 }
@@ -275,11 +276,11 @@ def document_extents_kernel(docs, extents, T, SPAN: tl.constexpr, WIDTH: tl.cons
     behind the last, of ids between the least and the greatest of the span; then the ends of the run of one id around the span
     (none if it has several). Right for ids in any order, exact for packed documents, whose ids come in runs.
 
-    Grid: spans x batch. WIDTH positions are looked at at a time."""
-    n_spans = tl.num_programs(0)
-    batch = tl.program_id(1).to(tl.int64)
+    Grid: batch x spans, since a grid's second side ends at 65,535. WIDTH positions are looked at at a time."""
+    n_spans = tl.num_programs(1)
+    batch = tl.program_id(0).to(tl.int64)
     docs += batch * T
-    start = tl.program_id(0) * SPAN
+    start = tl.program_id(1) * SPAN
     ids = tl.load(docs + tl.minimum(start + tl.arange(0, SPAN), T - 1))
     least, greatest = tl.min(ids), tl.max(ids)
     first, end, run_first, run_end = T, 0, 0, T
@@ -293,7 +294,7 @@ def document_extents_kernel(docs, extents, T, SPAN: tl.constexpr, WIDTH: tl.cons
         differs = inside & ((other != least) | (least != greatest))
         run_first = tl.maximum(run_first, tl.max(tl.where(differs & (position < start), position + 1, 0)))
         run_end = tl.minimum(run_end, tl.min(tl.where(differs & (position >= start), position, T)))
-    extents += batch * 4 * n_spans + tl.program_id(0)
+    extents += batch * 4 * n_spans + tl.program_id(1)
     tl.store(extents, first)
     tl.store(extents + n_spans, end)
     tl.store(extents + 2 * n_spans, run_first)
@@ -674,7 +675,7 @@ def document_extents(docs: Tensor | None) -> Tensor | None:
     n_spans = runtime.cdiv(T, SPAN.value)
     extents = torch.empty((B, 4, n_spans), dtype=torch.int32, device=docs.device)
     width = runtime.next_power_of_2(T) if runtime.INTERPRET else 1024
-    document_extents_kernel[(n_spans, B)](
+    document_extents_kernel[(B, n_spans)](
         docs, extents, T, SPAN=SPAN.value, WIDTH=width, num_warps=4, enable_fp_fusion=True
     )
     return extents

@@ -224,11 +224,12 @@ print(json.dumps(found))
 
 
 def test_casts_to_fp8_round_once():
-    """To nearest, from fp32. On sm_89 triton cuts to fp16 first, and what it cuts off has left a one in the last bit."""
+    """To nearest, from fp32. On sm_89 triton before 3.9 cuts to fp16 first, and what it cuts off has left a one in the last bit
+    (which changes nothing in a direct cast)."""
     found = in_child(CASTS)
-    assert found["90"] == [[["cvt.rn.satfinite.e4m3x2.f32"], False], [["cvt.rn.satfinite.e5m2x2.f32"], False]]
-    assert [formats for formats, _ in found["89"]] == [
-        ["cvt.rn.satfinite.e4m3x2.f16x2", "cvt.rz.f16.f32"],
-        ["cvt.rn.satfinite.e5m2x2.f16x2", "cvt.rz.f16.f32"],
-    ]
+    direct = [["cvt.rn.satfinite.e4m3x2.f32"], ["cvt.rn.satfinite.e5m2x2.f32"]]
+    cut = [[f"cvt.rn.satfinite.{to}.f16x2", "cvt.rz.f16.f32"] for to in ("e4m3x2", "e5m2x2")]
+    assert found["90"] == [[formats, False] for formats in direct]
+    older = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    assert [formats for formats, _ in found["89"]] == (cut if older else direct)
     assert all(marked for _, marked in found["89"])

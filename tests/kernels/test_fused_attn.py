@@ -249,6 +249,24 @@ def test_ids_in_any_order_leave_no_block_out(device):
             assert (a == 0 or ids[a - 1] != mine[0]) and (z == 1000 or ids[z] != mine[0])
 
 
+def test_more_sequences_than_the_second_side_of_a_grid_takes(monkeypatch):
+    grids = []
+    monkeypatch.setattr(fused_attn, "document_extents_kernel", Launched(grids))
+    fused_attn.document_extents(torch.zeros(70_000, 33, dtype=torch.int32))
+    assert grids == [(70_000, 2)]
+
+
+class Launched:
+    """Stands for a kernel; notes the grids that it is launched with."""
+
+    def __init__(self, grids):
+        self.grids = grids
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **options: None
+
+
 def test_a_long_context_of_documents_is_each_of_them_alone(device):
     """Sliding window, grouped queries: outputs, lse and gradients of every document are those of it alone."""
     T, lengths = 600, (200, 33, 100, 67, 200)
