@@ -581,7 +581,7 @@ convert run | OUT is missing
 plot no-such-run | no-such-run
 doctor | no file is given
 bench compare a | B is missing
-nanogpt | train.py is missing
+nanogpt | TRAIN.PY is missing
 nanogpt no-such.py | no-such.py
 nanogpt --no-such train.py | --no-such
 nanogpt ok.toml | model.py

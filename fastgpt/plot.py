@@ -20,6 +20,7 @@ from fastgpt.command import Arg
 from fastgpt.common import UserError, at_least, rounded
 from fastgpt.doctor.evidence import ConfigFacts, Evals, Evidence, Steps
 from fastgpt.doctor.figures import compute, steady, trained
+from fastgpt.doctor.reading.encoding import is_text
 from fastgpt.doctor.reading.logs import read_log
 from fastgpt.doctor.reading.read import read as doctor_read
 
@@ -53,6 +54,9 @@ def read(path: Path, tokens_per_step: int | None = None, config: Path | None = N
     file = path / METRICS if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{path} is neither a run's folder nor a log file: name one that exists")
+    with open(file, "rb") as start:
+        if not is_text(start.read(1 << 16)):
+            raise UserError(f"{file} is no text: name a log of a run")
     log, own = read_log(file), file.name == METRICS
     if not len(log.steps):
         hint = "yet: wait for its first log line" if own else "that could be drawn: name a log of a run"

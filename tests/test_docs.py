@@ -290,7 +290,15 @@ def test_entries_named_in_a_sentence_exist(page):
             make(["make", match[1]])
 
 
-FOREIGN = {"--adversary", "--benchmark-only", "--depth", "--help", "--model_args", "--nproc_per_node"}
+FOREIGN = {
+    "--adversary",
+    "--benchmark-only",
+    "--benchmark-timer",
+    "--depth",
+    "--help",
+    "--model_args",
+    "--nproc_per_node",
+}
 """Flags of other programs (pytest, nanochat, lm_eval, torchrun), and the one that all have."""
 
 
