@@ -126,6 +126,7 @@ _TILES = {
 _CORRECTIONS: dict[tuple, dict[str, int]] = {
     # A load in flight would not fit plain attention's 128 registers, and with documents triton 3.6's ptxas stops at as many.
     (120, "backward_q", "16-bit", 64, False): {"num_stages": 1, "maxnreg": 255},
+    (120, "forward", "fp8", 64, False): {"maxnreg": 255},  # or it stops at 168, for a third block per SM
     (120, "backward_q", "fp8", 64, False): {"BLOCK_N": 16},
     (89, "backward_q", "fp8", 256, True): {
         "maxnreg": 255
