@@ -224,7 +224,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     inside, n = sum(each["inside"] for each in found["left_out"]), len(found["left_out"])
     console.print(
         f"The interval without a case: the largest error, either way, of the others on the RTX 4070, or of those on other "
-        f"cards. {inside} of {n} lie inside: the worst of each kind never does.",
+        f"cards; without a run that a clock is fitted on, the other one is no case either. {inside} of {n} lie inside: the "
+        f"worst of each kind never does.",
         soft_wrap=True,
     )
     for each in found["left_out"]:
