@@ -10,6 +10,7 @@ import pickle
 import shutil
 import signal
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +21,12 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokeniz
 from bench.steps import nanogpt as nanogpt_model
 from fastgpt import convert
 from fastgpt.checkpoints import checkpoint, folder, lock, rng, saver
-from fastgpt.checkpoints.formats import any, huggingface, own
+from fastgpt.checkpoints.formats import any, huggingface, nanogpt, own
 from fastgpt.checkpoints.formats.portable import Portable, check_optimizer
 from fastgpt.common import UserError
 from fastgpt.config import Config, DataConfig, ModelConfig, load_preset
 from fastgpt.data.tokenizer import CharTokenizer, get_tokenizer
+from fastgpt.doctor.reading.checkpoints import read_checkpoint
 from fastgpt.model import GPT
 from fastgpt.training.evaluation import load_model
 
@@ -58,6 +60,66 @@ def nanogpt_checkpoint(path, bias=True, steps=2, prefix=""):
     }
     torch.save(saved, path)
     return saved, model.eval()
+
+
+def tables(depth):
+    return [] if not depth else [tables(depth - 1)]
+
+
+CYCLE: list = []
+CYCLE.append(CYCLE)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            {"model": {"transformer.wte.weight": torch.zeros(1).expand(2**40)}},
+            r"a tensor \(1099511627776,\) of 4 bytes",
+        ),
+        ({"model": {"transformer.wte.weight": torch.zeros(40, 16).to_sparse()}}, "a tensor on the device cpu.*sparse"),
+        ({"extra": torch.empty(3, device="meta")}, "a tensor on the device meta"),
+        ({"extra": CYCLE}, "nested deeper than 100"),
+        ({"extra": tables(200)}, "nested deeper than 100"),
+    ],
+    ids=["repeated", "sparse", "meta", "cycle", "deep"],
+)
+def test_what_torch_load_takes_and_no_checkpoint_holds_is_refused(tmp_path, change, why):
+    saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    torch.save(saved | change, tmp_path / "ckpt.pt")
+    for read in (nanogpt.read, read_checkpoint):  # convert's, and the doctor's
+        with pytest.raises(UserError, match=why):
+            read(tmp_path / "ckpt.pt")
+
+
+def test_a_compressed_zip_is_refused_before_it_is_unpacked(tmp_path):
+    nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    kind = zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(tmp_path / "ckpt.pt") as theirs, zipfile.ZipFile(tmp_path / "bomb.pt", "w", kind) as bomb:
+        for entry in theirs.infolist():
+            bomb.writestr(entry.filename, theirs.read(entry))
+    with pytest.raises(UserError, match="BadZipFile"):
+        nanogpt.load_file(tmp_path / "bomb.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fastgpt": {"config": 7}},
+        {"fastgpt": {"config": {"data": 5}}},
+        {"fastgpt": {"config": {"data": {"data": [1], "tokenizer": [1]}, "optim": {"lr": "x"}}, "loader": 1}},
+        {"best_val_loss": torch.zeros(3)},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_a_file_may_say_anything_beside_its_model(tmp_path, capsys, change):
+    saved, _ = nanogpt_checkpoint(tmp_path / "ckpt.pt")
+    torch.save(saved | change, tmp_path / "ckpt.pt")
+    for to in ("fastgpt", "hf"):
+        assert convert.main([str(tmp_path / "ckpt.pt"), str(tmp_path / to), "--to", to]) == 0
+    stays = "its dtype stays behind (dtype is a dtype: a checkpoint holds tensors and plain values only)"
+    assert (stays in capsys.readouterr().out) == ("dtype" in change)
 
 
 LETTERS = [chr(ord("0") + i) for i in range(39)] + ["\n"]

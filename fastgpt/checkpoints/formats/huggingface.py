@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fastgpt import __version__, anatomy
 from fastgpt.checkpoints.formats.nanogpt import load_file
-from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, model_config, steps, tied
+from fastgpt.checkpoints.formats.portable import Portable, check, in_fp32, loss, model_config, steps, tied
 from fastgpt.common import (
     UserError,
     atomic_folder,
@@ -31,7 +32,7 @@ from fastgpt.common import (
     write_json,
     write_whole,
 )
-from fastgpt.config import Config, DataConfig, ModelConfig
+from fastgpt.config import SECTIONS, Config, DataConfig, ModelConfig, typed_fields
 from fastgpt.data.corpora import STDLIB
 from fastgpt.data.hub import HUB
 from fastgpt.data.manifest import MANIFEST
@@ -182,9 +183,11 @@ def _end_of_text(portable: Portable) -> int | None:
 def _card(name: str, portable: Portable) -> str:
     """The model card: what the model is, and what the run said. Nothing of the machine that it was trained on."""
     config, run = portable.config, portable.extras.get("fastgpt", {})
-    settings = run.get("config", {}) if "loader" in run else {}  # one that was converted has our defaults
     theirs = portable.extras.get("nanogpt", {})
-    data, optim = settings.get("data", {}), settings.get("optim", {})
+    data, optim = {}, {}
+    if "loader" in run:  # one that was converted has our defaults
+        with suppress(UserError):  # a file may say anything
+            data, optim = (typed_fields(SECTIONS[name], portable.settings(name), name) for name in ("data", "optim"))
     bias = "" if config.bias else ", without biases (they are zero here)"
     figures = {
         "layers, heads, width": f"{config.n_layer}, {config.n_head}, {config.n_embd}{bias}",
@@ -198,15 +201,15 @@ def _card(name: str, portable: Portable) -> str:
         figures["tokens trained on"] = f"{rounded(portable.step * per_step)}, {per_step:,} per step"
     if {"lr", "schedule"} <= optim.keys():
         figures["learning rate"] = f"{optim['lr']:g} at its peak, {optim['schedule']}"
-    best = run.get("best_val_loss", theirs.get("best_val_loss"))
-    if isinstance(best, (int, float, Tensor)) and float(best) < 1e9:
-        figures["best validation loss"] = f"{float(best):.4f} nats per token"
+    best = loss(run.get("best_val_loss", theirs.get("best_val_loss")))
+    if best is not None and best < 1e9:
+        figures["best validation loss"] = f"{best:.4f} nats per token"
     corpus, hub = _corpus(data.get("data"))
     figures |= {"trained on": corpus, "licence of the model": "not stated"}
     datasets = f"datasets:\n- {hub}\n" if hub else ""
     rows = "\n".join(f"| {what} | {value} |" for what, value in figures.items())
     prompt = "Once" if portable.letters is None else next(filter(str.isalpha, portable.letters), portable.letters[0])
-    trained = f"trained with fastgpt {__version__}" if settings else f"converted by fastgpt {__version__}"
+    trained = f"trained with fastgpt {__version__}" if data else f"converted by fastgpt {__version__}"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

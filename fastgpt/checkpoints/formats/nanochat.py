@@ -144,7 +144,7 @@ def write(folder: Path, portable: Portable) -> None:
         portable.notes.append(f"dropout {shortened(config.dropout)} stays behind: nanochat has none")
     shape = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd", "window_pattern")}
     shape |= {"sequence_len": config.block_size, "n_kv_head": H_kv}
-    own = portable.extras.get("fastgpt", {}).get("config", {}).get("data", {}).get("tokenizer")
+    own = portable.settings("data").get("tokenizer")
     with atomic_folder(folder) as work:
         torch.save(found, work / f"model_{portable.step:06d}.pt")
         meta: dict[str, Any] = {"step": portable.step, "model_config": shape, "user_config": {}}

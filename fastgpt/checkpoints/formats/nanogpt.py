@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from fastgpt import anatomy
 from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, in_fp32, model_config, tied
-from fastgpt.common import UserError, atomic_file, kind_of_file, shortened
+from fastgpt.checkpoints.tree import split
+from fastgpt.common import UserError, atomic_file, first_line, kind_of_file, shortened
 from fastgpt.config import ModelConfig
 from fastgpt.data.letters import META, read_letters
 
@@ -44,7 +46,11 @@ def load_file(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's protocols
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            if zipped:
+                with zipfile.ZipFile(path) as archive:
+                    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                        raise zipfile.BadZipFile("torch.save compresses nothing: a few bytes may unpack to terabytes")
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL |global )([\w.]+)", str(error))
         if not (named or zipped):
@@ -58,6 +64,31 @@ def load_file(path: Path) -> Any:
         ) from error
     except Exception as error:  # torch reports damage as RuntimeError, EOFError, zipfile and OS errors
         raise UserError(f"{path} is not a checkpoint that torch.load reads ({type(error).__name__})") from error
+    if (why := _unusual(saved)) is not None:
+        raise UserError(f"{path} has {why}: no checkpoint does, so it is refused")
+    return saved
+
+
+DEEPEST, MOST, LARGEST = 100, 10**7, 2**28
+"""Tables in one another, values in all of them, bytes of a tensor that its storage may fall short of."""
+
+
+def _unusual(saved: Any) -> str | None:
+    """What torch.load takes and nothing after it can: a file of a few bytes may claim terabytes, or hold itself."""
+    todo, count = [(saved, 0)], 0
+    while todo:
+        found, depth = todo.pop()
+        count += 1
+        if isinstance(found, Tensor):
+            if found.device.type != "cpu" or found.layout is not torch.strided or found.is_quantized:
+                return f"a tensor on the device {found.device}, {str(found.dtype)[6:]}, {str(found.layout)[6:]}"
+            if found.nbytes > max(found.untyped_storage().nbytes(), LARGEST):
+                return f"a tensor {tuple(found.shape)} of {found.untyped_storage().nbytes():,} bytes"
+        elif isinstance(found, (Mapping, list, tuple)):
+            todo += [(item, depth + 1) for item in (found.values() if isinstance(found, Mapping) else found)]
+            if depth > DEEPEST or count + len(todo) > MOST:
+                return f"tables that are nested deeper than {DEEPEST}, or more than {MOST:,} values"
+    return None
 
 
 def _causal(mask: Tensor) -> bool:
@@ -94,10 +125,18 @@ def read(path: Path) -> Portable:
         notes.append(f"its iter_num is {shortened(repr(step))}, no count of steps: 0 is taken instead")
     if saved.get("optimizer"):
         portable.optimizer = _by_name(source, saved["optimizer"], weights)
-    portable.extras["nanogpt"] = {key: saved[key] for key in saved if key not in ("model", "optimizer", "fastgpt")}
-    if isinstance(saved.get("fastgpt"), dict):
-        portable.extras["fastgpt"] = saved["fastgpt"]
-        portable.exact_gelu = bool(saved["fastgpt"].get("exact_gelu", False))
+    rest: dict[str, Any] = {}
+    for key in (key for key in saved if key not in ("model", "optimizer")):
+        try:
+            split(saved[key], str(key))
+            rest[key] = saved[key]
+        except (TypeError, ValueError) as error:
+            notes.append(f"its {shortened(str(key))} stays behind ({first_line(error)})")
+    own = rest.pop("fastgpt", None)
+    portable.extras["nanogpt"] = rest
+    if isinstance(own, dict):
+        portable.extras["fastgpt"] = own
+        portable.exact_gelu = bool(own.get("exact_gelu", False))
     try:
         portable.letters = _letters(path, saved, config)
     except UserError as error:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from fastgpt.checkpoints import checkpoint, folder, saver
-from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, model_config
+from fastgpt.checkpoints.formats.portable import Portable, check, check_optimizer, loss, model_config
 from fastgpt.common import UserError, atomic_folder
 from fastgpt.config import Config, DataConfig
 
@@ -50,10 +50,10 @@ def write(folder: Path, portable: Portable) -> None:
 def _state(portable: Portable) -> dict[str, Any]:
     own = dict(portable.extras.get("fastgpt", {}))
     plain = replace(Config(), data=DataConfig(tokenizer=cast(Any, portable.tokenizer)))
-    config = own.get("config") or plain.to_dict()
-    best = portable.extras.get("nanogpt", {}).get("best_val_loss")
+    config = own["config"] if isinstance(own.get("config"), dict) else plain.to_dict()
+    best = loss(portable.extras.get("nanogpt", {}).get("best_val_loss"))
     state = {
-        "best_val_loss": float(best) if isinstance(best, (int, float, Tensor)) else math.inf,
+        "best_val_loss": math.inf if best is None else best,
         **own,
         "config": {**config, "model": vars(portable.config)},
         **({"letters": portable.letters} if portable.letters is not None else {}),

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgpt import anatomy
 from fastgpt.common import UserError, shortened
 from fastgpt.config import MODERN, ModelConfig, typed_fields
-from fastgpt.data.tokenizer import CHARS
+from fastgpt.data.tokenizer import CHARS, SIZES
 
 MOMENTS = (("exp_avg", "exp_avg_sq"), ("momentum_buffer",))
 """Tensors of a parameter's shape in its state: of AdamW, or of Muon."""
@@ -42,7 +42,14 @@ class Portable:
         """The name of the tokenizer, as ``--tokenizer`` has it: GPT-2's unless the checkpoint says otherwise."""
         if self.letters is not None:
             return CHARS
-        return self.extras.get("fastgpt", {}).get("config", {}).get("data", {}).get("tokenizer", "gpt2")
+        said = self.settings("data").get("tokenizer")
+        return said if said in tuple(SIZES) else "gpt2"
+
+    def settings(self, section: str) -> dict[str, Any]:
+        """What fastgpt's configuration of the run has under ``section``; nothing where a file has no such table."""
+        config = self.extras.get("fastgpt", {}).get("config")
+        found = config.get(section) if isinstance(config, dict) else None
+        return found if isinstance(found, dict) else {}
 
     def not_finite(self) -> list[str]:
         """Names of the weights that hold NaN or infinity."""
@@ -89,6 +96,14 @@ def check_optimizer(source: str, optimizer: Mapping[str, Any], weights: Mapping[
             moment = state.get(key) if isinstance(state, dict) else None
             if name not in weights or not isinstance(moment, Tensor) or moment.shape != weights[name].shape:
                 raise UserError(f"{source} has an optimizer state that does not fit its weights ({key} of {name})")
+
+
+def loss(said: Any) -> float | None:
+    """A validation loss that a file names; None for what is no number."""
+    try:
+        return float(said) if isinstance(said, (int, float, Tensor)) else None
+    except (OverflowError, RuntimeError, ValueError):  # more digits than a float has; a tensor of many elements
+        return None
 
 
 def steps(said: Any) -> int:
