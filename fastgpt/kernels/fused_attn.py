@@ -128,6 +128,7 @@ _CORRECTIONS: dict[tuple, dict[str, int]] = {
     (120, "backward_q", "16-bit", 64, False): {"num_stages": 1, "maxnreg": 255},
     (120, "forward", "fp8", 64, False): {"maxnreg": 255},  # or it stops at 168, for a third block per SM
     (120, "backward_q", "fp8", 64, False): {"BLOCK_N": 16},
+    (89, "backward_kv", "fp8", 64, False): {"BLOCK_N": 32},  # triton 3.6 spills 16 bytes with 64
     (89, "backward_q", "fp8", 256, True): {
         "maxnreg": 255
     },  # triton 3.6's ptxas would stop at 168, for a third block per SM
@@ -193,8 +194,9 @@ def _prepared(
         name, dtype, D, T_own, dropout=dropout, plain=plain and not dropout, fp16_sums=fp16, quantised=quantised,
         arch=tuning.arch_of(device),
     )  # fmt: skip
-    bucket = attention_bucket(D, B * heads * T_own, plain=plain and T_own > DECODING, dropout=dropout)
-    # With sums in fp16 another binary, with a limit of its own to its blocks: entries for the usual one are not for it.
+    # Other binaries, with other registers, write fp8 or sum in fp16: entries for the usual one are not for them.
+    usual = plain and T_own > DECODING and not quantised
+    bucket = attention_bucket(D, B * heads * T_own, plain=usual, dropout=dropout)
     choice = tuning.choose(f"attention{'_fast' if fp16 else ''}.{name}", dtype, bucket, device, default)
     blocks = runtime.cdiv(T_own, choice.config["BLOCK_N" if owns_keys else "BLOCK_M"])
     scales = {"c": abs(scale) * LOG2E, "FLIP": scale < 0} if name == "forward" else {"c": scale * LOG2E, "scale": scale}
