@@ -48,8 +48,8 @@ _NO_ROOM = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory did not suffice, whoever asked for it: PyTorch's allocators, CUDA while it pins memory
-    or loads a kernel, a library for its workspace. Only the first have a class of their own, a RuntimeError like the rest."""
+    """Whether ``error`` says that memory did not suffice. PyTorch's allocators, CUDA (pinning memory, loading a kernel) and
+    libraries (workspaces) each say so in words of their own; only the first have a class of their own."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_ROOM)
     )

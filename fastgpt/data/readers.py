@@ -181,8 +181,8 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
 
 
 def _fields(rows: Iterable[tuple[Any, str, int, int]], column: str, had_text: bool) -> Iterator[Document]:
-    """The field ``column`` of rows of JSON: (row, where it stands, bytes read, places replaced); ``had_text``: of those before.
-    Raises UserError for a row that is none, and where all hold something else than a text: it is another field that does."""
+    """Yields the field ``column`` of JSON rows: (row, where it stands, bytes read, places replaced). ``had_text``: whether
+    a row before these had a text. Raises UserError for a row that is not an object, and if no row has a text there."""
     wrong, other = f"each line must be a JSON object with a string {column!r}", None
     for row, where, offset, replaced in rows:
         if not isinstance(row, dict):

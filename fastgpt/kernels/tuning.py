@@ -382,10 +382,10 @@ def refuse(found: runtime.NoRoom) -> None:
     if choice.config == choice.default:
         raise found.error
     name = _name(choice.key.kernel, choice.config)
-    if name in _refused:  # by another launch, while this launcher held on to its choice
+    choose_again()  # each time: another thread may have kept the choice just after it was refused
+    if name in _refused:
         return
     _refused.add(name)
-    choose_again()
     warnings.warn(
         f"the tuning table's config {choice.config} of {choice.key.kernel} does not fit this GPU ({found.error}): "
         "the default is used; measure again with python -m bench.tune",

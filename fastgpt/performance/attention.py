@@ -32,7 +32,8 @@ OWN_DOCUMENTS = {
 
 
 def attention(s: StepSizes) -> list[Operation]:
-    """Of all blocks: the passes before it, and its kernels, one operation for each length of window."""
+    """Lists attention's operations over all transformer blocks: the passes before it, then its kernels, one operation per
+    length of window."""
     found = [op for window, blocks in s.model.attention.reach.items() for op in _attention_within(s, window, blocks)]
     return [*_prepared(s), *found]
 

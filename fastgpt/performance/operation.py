@@ -19,7 +19,7 @@ class PerScore:
     """What an attention kernel executes for one score beside its products."""
 
     rows: int
-    """Of queries or keys, of one program."""
+    """Queries or keys that one program owns."""
     instructions: float
     """Without those of products and exponentials."""
     dropout: float
@@ -32,7 +32,7 @@ class PerScore:
     """The same, whatever the columns."""
     exponentials: float = 1.0
     products: float = 1.0
-    """Of the products that are needed, how many are computed."""
+    """Matrix products computed, over those needed: above 1 where warps repeat each other's."""
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,11 @@ def test_a_cached_answer_is_asked_for_again_after_whatever_changes_it(folders, o
         assert cached_choice(4096).config == THIRD
     assert cached_choice(4096).config == OTHER
     with pytest.warns(UserWarning, match="does not fit"):
-        launch(cached_choice(4096), unfit, lambda: cached_choice(4096))
+        launch(stale := cached_choice(4096), unfit, lambda: cached_choice(4096))
     assert cached_choice(4096).config == DEFAULT
+    before = len(asked)
+    tuning.refuse(runtime.NoRoom(stale, out_of_resources()))  # of another thread, which may have kept it since
+    assert cached_choice(4096).config == DEFAULT and len(asked) == before + 1
 
 
 def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch):

@@ -239,7 +239,7 @@ _LICENCES = {
     f"{HUB}Skylion007/openwebtext": "CC0-1.0",
     f"{HUB}roneneldan/TinyStories": "CDLA-Sharing-1.0",
 }
-"""Of the corpora that the documentation names, as their pages on the hub have them."""
+"""Licences of the corpora that the documentation names, as stated on their pages on the hub."""
 
 
 def _corpus(data: str | None) -> tuple[str, str | None]:
