@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -190,21 +191,20 @@ def granted_sms(asked: int, arch: int) -> int:
 def confined(asked: int, device: torch.device, here: tuning.Target) -> Iterator[int]:
     """Inside, work runs on about ``asked`` SMs, the number given. To be entered before any kernel is loaded: a kernel
     belongs to the context that it was loaded in. Raises UserError where that cannot be had."""
-    try:
-        from torch.cuda import green_contexts
-    except ImportError:
-        raise UserError(f"torch {torch.__version__} has no CUDA green contexts: use torch 2.11 or later") from None
-    if not getattr(green_contexts, "SUPPORTED", False):
-        raise UserError(
-            f"this build of torch {torch.__version__} has no CUDA green contexts: use one for CUDA 12.8 or later"
-        )
+    from torch.cuda.green_contexts import GreenContext
+
     granted = granted_sms(asked, here.arch)
     if granted >= here.sms:
         raise UserError(f"sms is {asked}: this GPU has {here.sms}; the check needs a larger one, or fewer")
     try:
-        context: Any = green_contexts.GreenContext.create(num_sms=granted, device_id=device.index)
+        context: Any = GreenContext.create(num_sms=granted, device_id=device.index)
     except RuntimeError as error:
-        raise UserError(f"a green context of {granted} SMs is refused: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"torch {torch.__version__} gives no CUDA green context of {granted} SMs ({str(error).splitlines()[0]}): "
+            "use a build for CUDA 12.8 or later, and a driver for it"
+        ) from None
+    # torch 2.15 would have a stream of its own in their place, which the code that is timed does not know of.
+    warnings.filterwarnings("ignore", "`GreenContext.set_context`", FutureWarning)
     context.set_context()
     try:
         # Autograd's own thread would run backward in the device's context, on all SMs.

@@ -357,11 +357,8 @@ def test_a_torch_without_green_contexts_is_told_in_a_sentence():
 
 def test_backward_runs_in_the_green_context_too(monkeypatch):
     """A context belongs to a thread, and autograd has one of its own."""
-    from torch.cuda import green_contexts
-
     context = Mock()
-    monkeypatch.setattr(green_contexts, "SUPPORTED", True, raising=False)  # torch 2.15 has none
-    monkeypatch.setattr(green_contexts, "GreenContext", Mock(create=lambda **_: context), raising=False)
+    monkeypatch.setattr("torch.cuda.green_contexts.GreenContext", Mock(create=lambda **_: context))
     with tune_measure.confined(46, torch.device("cuda", 0), tuning.Target(90, 132, 232_448)) as granted:
         assert granted == runtime.sm_count(torch.device("cuda", 0)) == 48
         assert not torch.autograd.is_multithreading_enabled()
@@ -369,10 +366,7 @@ def test_backward_runs_in_the_green_context_too(monkeypatch):
     assert [name for name, *_ in context.mock_calls] == ["set_context", "pop_context"]
 
 
-def test_a_card_that_is_too_small_is_told_in_a_sentence(monkeypatch):
-    from torch.cuda import green_contexts
-
-    monkeypatch.setattr(green_contexts, "SUPPORTED", True, raising=False)  # torch 2.15 has none
+def test_a_card_that_is_too_small_is_told_in_a_sentence():
     here = tuning.Target(89, 46, 101_376)
     with pytest.raises(UserError, match="this GPU has 46"), tune_measure.confined(46, torch.device("cuda", 0), here):
         pass
