@@ -195,13 +195,14 @@ class Emulator:
     def _release(self, ctas: np.ndarray, partial: bool = False) -> None:
         """The barrier of these CTAs opens. ``partial``: although some of their threads never came."""
         lanes = np.flatnonzero(ctas[self.slot] & (self.arrived >= 0))
-        places = self.arrived[lanes]
+        places, one_of = self.arrived[lanes], np.zeros(len(ctas), np.int64)
+        one_of[self.slot[lanes]] = places  # any one of a CTA's
         barrier = self.kernel.blocks[int(places[0])].barrier
         if partial:
             self.findings.add(
                 "divergent barrier", barrier, f"{len(lanes)} threads wait, the others have left the kernel"
             )
-        elif any(len(np.unique(places[self.slot[lanes] == cta])) > 1 for cta in np.flatnonzero(ctas)):
+        elif (places != one_of[self.slot[lanes]]).any():
             self.findings.add("divergent barrier", barrier, "threads of one CTA wait at different barriers")
         self.epoch[ctas] += 1
         self._codes = None

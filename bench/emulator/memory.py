@@ -260,7 +260,7 @@ class GlobalMemory:
         if storage.init is None:
             return
         at = _each((address - storage.base) >> _SHIFT[size], count)
-        written = (storage.init.view(CONTAINER[size])[at] == _all_ones(size)).all(axis=1)
+        written = (storage.init.view(CONTAINER[size])[at] == all_ones(size)).all(axis=1)
         if not written.all():
             detail = (
                 f"{storage.name} at byte {int(address[~written][0]) - storage.base}, allocated empty and never written"
@@ -280,7 +280,7 @@ class GlobalMemory:
             storage.written = True
             if storage.init is not None:
                 view = storage.init.view(CONTAINER[size])
-                view[_each((where - storage.base) >> _SHIFT[size], count)] = _all_ones(size)
+                view[_each((where - storage.base) >> _SHIFT[size], count)] = all_ones(size)
             if not lasting.all():
                 byte = int(where[~lasting.all(1)][0]) - storage.base
                 detail = f"two threads of one instruction write different values to {storage.name} at byte {byte}"
@@ -300,9 +300,13 @@ class GlobalMemory:
 
     def written(self) -> tuple[Array, Array]:
         """Every granule that was written, in order, and what is there now."""
-        scale = {size: size >> self.shift for size in _SHIFT}
-        places = [_each(at * scale[size], scale[size]).reshape(-1) for size, at, _ in self.journal]
-        at = np.unique(np.concatenate(places)) if places else np.zeros(0, np.int64)
+        storages = {storage.base: storage for _, _, storage in self.spans if storage.written}
+        places = [
+            np.flatnonzero(storage.shadow.wcta) + (storage.base - _BASE >> self.shift)
+            for storage in storages.values()
+            if storage.shadow is not None
+        ]
+        at = np.concatenate(places) if places else np.zeros(0, np.int64)
         return at, _FLAT[self.granule][at]
 
     def undo(self) -> None:
@@ -317,7 +321,7 @@ class GlobalMemory:
         return f"{storage.name} at byte {address - storage.base}"
 
 
-def _all_ones(size: int) -> int:
+def all_ones(size: int) -> int:
     return int.from_bytes(b"\1" * size, "little")
 
 

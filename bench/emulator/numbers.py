@@ -43,12 +43,12 @@ def _is_blank(x: Tensor) -> bool:
 
 
 def _draw(name: str, x: Tensor) -> Tensor:
-    """Numbers as they occur in a GPT: activations N(0, 1), weights that keep that, a norm's around 1."""
+    """Numbers as they occur in a GPT: activations N(0, 1), weights that keep that, a norm's and a stream's factor near 1."""
     drawn = torch.randn(x.shape)
     if x.dim() == 2 and name.startswith("w"):
         return drawn * x.shape[-1] ** -0.5
     if x.dim() == 1:
-        return 1 + 0.1 * drawn if name == "weight" else 0.1 * drawn
+        return 1 + 0.1 * drawn if name in ("weight", "scale") else 0.1 * drawn
     return drawn
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bench.emulator.memory import raw, zeros
+from bench.emulator.arithmetic import CONTAINER
+from bench.emulator.memory import all_ones, raw, zeros
 
 LARGE = 2**28
 """Bytes from which on an allocation is left alone."""
@@ -78,9 +79,8 @@ def written(storage: torch.UntypedStorage) -> np.ndarray | None:
     if reference.expired():
         del _known[storage.data_ptr()]
         return None
-    content = raw(storage.data_ptr(), storage.nbytes() // size * size).reshape(-1, size)
-    touched = (content != 0xFF).any(axis=1)
-    init[: len(touched) * size].reshape(-1, size)[touched] = 1
+    content = raw(storage.data_ptr(), storage.nbytes() // size * size).view(CONTAINER[size])
+    init.view(CONTAINER[size])[: len(content)][content != np.iinfo(CONTAINER[size]).max] = all_ones(size)
     return init
 
 
