@@ -26,7 +26,7 @@ from bench.emulator.launch import Emulation, emulated
 from bench.emulator.memory import Sighting
 from bench.emulator.numbers import recorded
 from bench.emulator.unwritten import virtual
-from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, qk_norm_rope, rms_norm
+from bench.ops import adamw, attention, cross_entropy, embedding, fp8, layer_norm, linear, muon, qk_norm_rope, rms_norm
 from bench.ops.common import BF16, FP16, FP32, SHORT, backward, leaf
 from fastgpt import ops as model_ops
 from fastgpt.config import ModelConfig, OptimConfig
@@ -105,7 +105,7 @@ def cases(arch: int) -> list[Case]:
 
 # ---------------------------------------------------------------- numbers
 
-SMALL: dict[Callable, dict[str, int]] = {
+SMALL: dict[Callable, dict[str, Any]] = {
     attention.launch_attention: {"T": 130},
     fp8.launch_fp8_attention: {"T": 130},
     layer_norm.launch_norm: {"rows": 40},
@@ -113,6 +113,7 @@ SMALL: dict[Callable, dict[str, int]] = {
     qk_norm_rope.launch_qk: {"T": 20},
     cross_entropy.launch_loss: {"N": 8},
     linear.launch_mlp: {"rows": 1104},  # split in two, like more
+    muon.launch_muon: {"shapes": ((192, 192), (256, 192), (192, 256))},  # two tiles a side
 }
 """Sizes in place of those that a launch case has by default: an emulator's seconds are a GPU's microseconds."""
 LARGEST_FP8 = 768

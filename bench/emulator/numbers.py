@@ -27,12 +27,16 @@ from bench.emulator import unwritten
 from bench.emulator.dropout import same_masks
 from bench.emulator.launch import Emulation
 from fastgpt import kernels
-from fastgpt.kernels import fused_adamw, reference
+from fastgpt.kernels import fused_adamw, fused_muon, reference
 
 SEED = 0x1234_5678_9ABC_DEF1 % 2**62
 COARSE = "fastgpt.kernels.fp8.ops"
 """Operations on fp8: e4m3 has an epsilon of 1/8 and e5m2 of 1/4, so a few percent rms, and more at the worst element."""
 FP8_RMS, FP8_MAX = 0.15, 0.3
+IN_PLACE = ("muon_momentum", "orthogonalize", "muon_update")
+"""Muon's passes, which write to their arguments."""
+ITERATED = {torch.float32: 1e-4}
+"""By dtype, the error of a matrix over its norm after five steps of Newton-Schulz, which amplify it; 0.03 for 16 bits."""
 
 
 # ---------------------------------------------------------------- numbers for the arguments
@@ -149,6 +153,8 @@ class Recorder:
         self.calls: list[Call] = []
         self.steps: list[tuple[fused_adamw.Step, fused_adamw.Step]] = []
         """AdamW's, before and after."""
+        self.passes: list[tuple[str, dict[str, Tensor], list[dict[str, Any]]]] = []
+        """Of IN_PLACE: the name, the results, and the arguments as they were, in fp64 and in their own dtypes."""
 
     def wrap(self, function: FunctionType) -> Callable:
         @wraps(function)
@@ -182,6 +188,20 @@ class Recorder:
 
         return call
 
+    def wrap_in_place(self, function: FunctionType) -> Callable:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+            for name in ("grad", "momentum_buffer", "param"):
+                if name in arguments and _is_blank(arguments[name]):
+                    arguments[name].detach().copy_(_draw(name, arguments[name]))
+            before = [{name: _clone(x, double) for name, x in arguments.items()} for double in (True, False)]
+            returned = function(*args, **kwargs)
+            self.passes.append((function.__name__, _results(returned, arguments), before))
+            return returned
+
+        return call
+
     def plan_for(self, original: Callable, step: fused_adamw.Step, chunk: int) -> Any:
         """AdamW's tensors are found by a table of addresses: they are the kernels' to touch."""
         lists = (step.params, step.grads, step.exp_avgs, step.exp_avg_sqs, step.steps, step.copies)
@@ -199,13 +219,21 @@ class Recorder:
 
     def judge(self) -> tuple[list[str], float]:
         """What is wrong, and the largest share of its bound that a result uses."""
-        problems = [] if self.calls or self.steps else ["it calls no public operation: nothing was compared"]
+        problems = (
+            [] if self.calls or self.steps or self.passes else ["it calls no public operation: nothing was compared"]
+        )
         largest = 0.0
         with same_masks(SEED):
             pairs: list[tuple[str, bool, torch.dtype | None, dict, dict, dict]] = [
                 (call.name, call.coarse, _operand(call), call.results(), call.wanted(True), call.wanted(False))
                 for call in self.calls
             ]
+        for name, got, given in self.passes:
+            exact, same = (_results(getattr(reference, name)(**each), each) for each in given)
+            if name == "orthogonalize":
+                largest = max(largest, _assert_iterated(got["out"], exact["out"], problems))
+            else:
+                pairs.append((name, False, None, got, exact, same))
         for both in self.steps:
             after, exact_step, same_step = map(_state, _stepped(*both))
             pairs.append(("adamw", False, None, after, exact_step, same_step))
@@ -235,6 +263,21 @@ def _assert_coarse(name: str, got: Tensor, exact: Tensor) -> None:
     assert rms <= FP8_RMS and peak <= FP8_MAX, f"{name}: rms error {rms:.3g} of {FP8_RMS}, max {peak:.3g} of {FP8_MAX}"
 
 
+def _assert_iterated(got: Tensor, exact: Tensor, problems: list[str]) -> float:
+    """Add to ``problems`` what is further off than ITERATED allows; the share of that which is used."""
+    allowed = ITERATED.get(got.dtype, 0.03)
+    error = ((got.double() - exact).norm(dim=(1, 2)) / exact.norm(dim=(1, 2))).max().item()
+    if not error <= allowed:
+        problems.append(f"orthogonalize: error {error:.3g} of the norm, allowed {allowed}")
+    return error / allowed
+
+
+def _results(returned: Tensor | None, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """What is returned, or copies of all that may have been written."""
+    floats = {name: x.detach().clone() for name, x in arguments.items() if isinstance(x, Tensor)}
+    return floats if returned is None else {"out": returned.clone()}
+
+
 def _operand(call: Call) -> torch.dtype | None:
     """That of the matrix products, if it is a 16-bit one: what a kernel rounds intermediates to."""
     first = next(iter(call.inputs.values())).dtype
@@ -244,14 +287,15 @@ def _operand(call: Call) -> torch.dtype | None:
 def _copy(step: fused_adamw.Step, double: bool = False) -> fused_adamw.Step:
     """The same step on other memory, without working copies."""
 
-    def clone(x: Any) -> Any:
-        if isinstance(x, list):
-            return [clone(each) for each in x]
-        if isinstance(x, Tensor):
-            return (x.detach().double() if double and x.is_floating_point() else x.detach()).clone()
-        return x
+    return fused_adamw.Step(*(_clone(x, double) for x in step))._replace(copies=[], copy_of=[])
 
-    return fused_adamw.Step(*map(clone, step))._replace(copies=[], copy_of=[])
+
+def _clone(x: Any, double: bool) -> Any:
+    if isinstance(x, list):
+        return [_clone(each, double) for each in x]
+    if isinstance(x, Tensor):
+        return (x.detach().double() if double and x.is_floating_point() else x.detach()).clone()
+    return x
 
 
 def _stepped(
@@ -295,6 +339,8 @@ def recorded(session: Emulation, numbers: bool = True, integers: bool = True) ->
         stack.enter_context(same_masks(SEED))
         for module, name, function in list(_places()) if numbers or integers else ():
             stack.enter_context(mock.patch.object(module, name, recorder.wrap(function)))
+        for name in IN_PLACE if numbers else ():
+            stack.enter_context(mock.patch.object(fused_muon, name, recorder.wrap_in_place(getattr(fused_muon, name))))
         plan = partial(recorder.plan_for, fused_adamw.plan_for)
         stack.enter_context(mock.patch.object(fused_adamw, "plan_for", plan))
         yield recorder

@@ -48,7 +48,7 @@ def cases() -> Iterator[Case]:
     yield "muon bf16 fp16 copy", partial(launch_muon, copy=torch.float16, scaled=True, nesterov=False)
     odd = ((99, 50), (50, 99), (1, 7))
     for dtype, name in SHORT.items():
-        yield f"muon {name} odd", partial(launch_muon, odd, dtype=dtype, scaled=True)
+        yield f"muon {name} odd", partial(launch_muon, shapes=odd, dtype=dtype, scaled=True)
     yield "muon fp32", partial(launch_muon, dtype=FP32)
 
 
