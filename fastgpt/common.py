@@ -43,6 +43,7 @@ def first_line(error: BaseException) -> str:
 _NO_ROOM = (
     "out of memory",  # CUDA and Triton's launcher; torch.compile, which wraps either in an error of its own
     "STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN: a handle, a workspace
+    "STATUS_NOT_INITIALIZED when calling `cublasCreate",  # a handle, on a card that is almost full
     "DefaultCPUAllocator",  # PyTorch's, which raises for this reason alone
 )
 

@@ -66,7 +66,7 @@ def name_a_gpu() -> str:
 def no_kernels(device: str, plain: str = "--kernels eager") -> str | None:
     """Why Triton's kernels cannot run, or their launcher cannot be built, on the "cuda" or "cpu" device of this machine, and
     what can; None if they can. ``plain``: the flag that does without them, "" where a command has none."""
-    return no_triton(device, plain) or (no_compiler(plain) if device == "cuda" else None)
+    return no_triton(device, plain) or (no_compiler(plain) or no_launcher(plain) if device == "cuda" else None)
 
 
 def check_kernels(command: str) -> None:
@@ -80,6 +80,9 @@ def no_triton(device: str, plain: str = "--kernels eager") -> str | None:
     if find_spec("triton") is None:
         without = f"use {plain} (plain PyTorch), or " if plain else ""
         return f"triton is not installed: {without}pip install triton on Linux and triton-windows on Windows; macOS has neither"
+    if device == "cuda" and torch.version.hip:
+        without = f": use {plain}" if plain else ""
+        return f"the {torch.cuda.get_device_name()} is an AMD GPU, and the kernels are written for NVIDIA's{without}"
     if device == "cuda" and (capability := torch.cuda.get_device_capability()) < OLDEST:
         return (
             f"the {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and the kernels need "
@@ -108,6 +111,27 @@ def no_compiler(plain: str = "--kernels eager") -> str | None:
     )
     without = f", or {plain}" if plain else ""
     return f"Triton finds {' and '.join(missing.values())} to build its kernels' launcher with: {remedy}{without}"
+
+
+def no_launcher(plain: str = "--kernels eager") -> str | None:
+    """Why Triton cannot build or load its kernels' launcher, by letting it do so now; the first launch finds it in the cache. A
+    compiler may lack a C library, a folder be full or allow no programs, and libcuda lie where nobody looks."""
+    if sys.platform != "linux":
+        return None
+    from triton.backends.nvidia.driver import CudaUtils
+
+    try:
+        CudaUtils()
+        return None
+    except subprocess.CalledProcessError as error:
+        why = f"{error.cmd[0]} failed, as it says above"
+    except Exception as error:
+        why = first_line(error)
+    without = f", or use {plain}" if plain else ""
+    return (
+        f"Triton cannot build or load its kernels' launcher ({why}): see to the compiler, or name another with CC, and a "
+        f"folder that programs run from with TRITON_CACHE_DIR{without}"
+    )
 
 
 def no_cpp_compiler() -> str | None:

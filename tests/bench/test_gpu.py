@@ -98,6 +98,7 @@ def machine(request, monkeypatch, tmp_path):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr("triton.backends.nvidia.driver.CudaUtils", lambda: None)
     monkeypatch.setenv("FASTGPT_RESULTS", str(tmp_path / "kept"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(ceilings, "measured_ceilings", lambda *_, **__: CEILINGS)

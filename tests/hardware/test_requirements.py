@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from triton.backends.nvidia import driver
 
 from fastgpt.common import UserError
 from fastgpt.config import parse
@@ -26,6 +27,7 @@ def seen(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
+        monkeypatch.setattr(driver, "CudaUtils", lambda: None)
 
     return see
 
@@ -145,6 +147,22 @@ def test_a_compiler_of_the_users_own_counts(monkeypatch, tmp_path):
     assert requirements.no_compiler("") == f"{said} and unset CC"
 
 
+def test_a_launcher_that_triton_cannot_build_is_told_before_the_first_launch(monkeypatch, tmp_path):
+    """By letting triton try: a compiler that is there may fail all the same, and so may what it has built."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(driver, "library_dirs", lambda: [])
+    compiler, cache = tmp_path / "cc", tmp_path / "cache"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho no program > "$2"\nexit $FAILS\n')
+    compiler.chmod(0o700)
+    for name, value in {"CC": compiler, "TRITON_CACHE_DIR": cache, "FAILS": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    said = "Triton cannot build or load its kernels' launcher ("
+    assert requirements.no_launcher().startswith(f"{said}{compiler} failed, as it says above): see to the compiler, ")
+    monkeypatch.setenv("FAILS", "0")
+    why = requirements.no_launcher("")
+    assert why.startswith(f"{said}{cache}/") and why.endswith("a folder that programs run from with TRITON_CACHE_DIR")
+
+
 @pytest.mark.parametrize("capability, fits", [((7, 0), False), ((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_a_card_older_than_ampere_trains_eagerly_in_fp16(seen, capability, fits):
     from fastgpt.ops import precision_for
@@ -156,6 +174,15 @@ def test_a_card_older_than_ampere_trains_eagerly_in_fp16(seen, capability, fits)
     if not fits:
         assert "use --kernels eager --precision fp16" in refused()
         assert device.pick("auto", "eager").type == "cuda"
+
+
+def test_an_amd_card_trains_eagerly(seen, monkeypatch):
+    """Its torch calls it a CUDA device, and Triton compiles for it: kernels that nobody has tried there."""
+    seen(available=True, capability=(11, 0))
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert parse([], "cuda", "eager" if requirements.no_triton("cuda") else "triton").train.kernels == "eager"
+    assert refused().endswith("is an AMD GPU, and the kernels are written for NVIDIA's: use --kernels eager")
+    assert device.pick("auto", "eager").type == "cuda"
 
 
 @pytest.mark.parametrize("system", ["darwin", "win32", "linux"])
