@@ -186,10 +186,16 @@ def parse_known(
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """No line ends at a hyphen inside a word: a flag in a sentence stays whole."""
+    """No line ends at a hyphen inside a word: a flag in a sentence stays whole. Of several names of a flag the last one has the
+    placeholder, as from Python 3.13 on."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, str(action.metavar))}"
 
 
 def show_help(

@@ -157,7 +157,7 @@ def test_help_fits_80_columns(capsys, monkeypatch):
     )
     assert max(map(len, page.splitlines())) <= 80
     assert "  python -m x file\n      what it is for\n" in page
-    for words in ("--top-k N", "--kind {one,two}", "--from WHAT", "--of WHAT", "(default: 200)", "(default: a b)"):
+    for words in ("--top-k N", "--kind {one,two}", "--from, --of WHAT", "(default: 200)", "(default: a b)"):
         assert words in page
     assert "--no-sure" not in page and "None" not in page and "(required)" in page
 

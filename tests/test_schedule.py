@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgpt.config import OptimConfig
@@ -38,6 +38,7 @@ def test_halfway_points():
     assert learning_rate(100, make("constant"), 101) == 1.0
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     schedule=st.sampled_from(SHAPES),
     warmup=st.integers(0, 50),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastgpt.kernels import runtime, tuning
+from fastgpt.kernels import layer_norm, runtime, tuning
 from fastgpt.kernels.operators import operator
 
 _number = itertools.count()
@@ -110,3 +110,10 @@ def test_an_operator_runs_again_where_the_gpu_has_no_room_for_a_config(way, monk
     x = torch.ones(3, requires_grad=way == "differentiable")
     y = (op.registered if way == "registered" else op)(x)
     assert y.tolist() == [2.0] * 3 and refused == ["a choice"] and len(runs) == 2
+
+
+def test_what_pytorch_says_of_functional_transforms(device):
+    """docs/troubleshooting.md names the message."""
+    loss = lambda x: layer_norm(x, torch.ones(8, device=device)).sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"In order to use an autograd\.Function with functorch transforms"):
+        torch.func.grad(loss)(torch.randn(3, 8, device=device))
