@@ -105,10 +105,7 @@ class Instr:
     def __post_init__(self) -> None:
         self.parts = self.op.replace("shared::cta", "shared").split(".")  # as triton 3.8 says it
         self.is_barrier = self.parts[:2] in (["bar", "sync"], ["barrier", "sync"])
-
-    @property
-    def types(self) -> list[str]:
-        return [part for part in self.parts[1:] if part in WIDTH]
+        self.types = [part for part in self.parts[1:] if part in WIDTH]
 
 
 @dataclass
