@@ -752,8 +752,9 @@ def launch_backward(
 
 def unpack(packed: Tensor, n_head: int, n_kv_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views (B, T, heads, D) of the queries, keys and values in (B, T, (n_head + 2 n_kv_head) D)."""
-    heads = packed.unflatten(-1, (n_head + 2 * n_kv_head, -1))
-    q, k, v = heads.split((n_head, n_kv_head, n_kv_head), dim=2)
+    B, T, width = packed.shape
+    heads = n_head + 2 * n_kv_head
+    q, k, v = packed.view(B, T, heads, width // heads).split_with_sizes((n_head, n_kv_head, n_kv_head), 2)
     return q, k, v
 
 

@@ -50,6 +50,12 @@ def launches(function: Callable) -> Any:
     return launched
 
 
+def _plain_tensors(kinds: tuple[type, ...]) -> tuple[int, ...]:
+    """Which arguments of these types are tensors; () if one is of a subclass other than nn.Parameter."""
+    found = tuple(i for i, kind in enumerate(kinds) if issubclass(kind, Tensor))
+    return found if all(kinds[i] in (Tensor, nn.Parameter) for i in found) else ()
+
+
 class Operator:
     """A function of tensors and options, all positional, whose results alias no argument."""
 
@@ -61,6 +67,7 @@ class Operator:
         names = list(inspect.signature(function).parameters)
         self._written = [names.index(arg) for arg in mutates_args]
         self._differentiable: Any = None
+        self._tensors: dict[tuple[type, ...], tuple[int, ...]] = {}
         self.__doc__ = function.__doc__
 
     def register_fake(self, fake: Callable) -> Callable:
@@ -78,30 +85,30 @@ class Operator:
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._differentiable = type(function.__name__, (torch.autograd.Function,), members)
+        made: Any = type(function.__name__, (torch.autograd.Function,), members)
+        # Past Function.apply, whose 5 microseconds of Python ask for functorch's transforms, as __call__ has done.
+        self._differentiable = super(torch.autograd.Function, made).apply
 
     def __call__(self, *args: Any) -> Any:
         # Order matters: dynamo folds is_compiling() and never looks at the rest.
         if torch.compiler.is_compiling():
             return self.registered(*args)
-        wants_grad = False
-        first: Any = None
-        for arg in args:
-            kind = type(arg)
-            if kind is Tensor or kind is nn.Parameter:
-                first = arg if first is None else first
-                wants_grad = wants_grad or arg.requires_grad
-            elif isinstance(arg, Tensor):  # a subclass: a fake tensor, a DTensor
-                return self.registered(*args)
+        kinds = tuple(map(type, args))
+        tensors = self._tensors.get(kinds)
+        if tensors is None:
+            tensors = self._tensors[kinds] = _plain_tensors(kinds)
+        if not tensors:  # a subclass is among them: a fake tensor, a DTensor
+            return self.registered(*args)
         if _dispatch_modes() or _transforms_active() or _profiled():
             return self.registered(*args)
+        first = args[tensors[0]]
         if first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
                 return self(*args)
         try:
-            if wants_grad and torch.is_grad_enabled():
+            if torch.is_grad_enabled() and any([args[i].requires_grad for i in tensors]):
                 # Without a formula (backward passes under create_graph), the registered operator says what is missing.
-                return self.registered(*args) if self._differentiable is None else self._differentiable.apply(*args)
+                return self.registered(*args) if self._differentiable is None else self._differentiable(*args)
             if self._written:
                 # As the registered operator does: autograd refuses a backward pass through what changed since.
                 torch.autograd.graph.increment_version([args[i] for i in self._written if args[i] is not None])
