@@ -85,9 +85,9 @@ class Operator:
             return output
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        made: Any = type(function.__name__, (torch.autograd.Function,), members)
+        made = type(function.__name__, (torch.autograd.Function,), members)
         # Past Function.apply, whose 5 microseconds of Python ask for functorch's transforms, as __call__ has done.
-        self._differentiable = super(torch.autograd.Function, made).apply
+        self._differentiable = super(torch.autograd.Function, made).apply  # type: ignore[misc]
 
     def __call__(self, *args: Any) -> Any:
         # Order matters: dynamo folds is_compiling() and never looks at the rest.
