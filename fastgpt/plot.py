@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ def read(path: Path, tokens_per_step: int | None = None, config: Path | None = N
 
     The tokens of a step, for logs that give times but no rate, are ``tokens_per_step``; or what the log says; or those of
     ``config``, or of the only config that lies beside the log. Steps that an evaluation was part of have no speed. Raises
-    UserError for what cannot be read, and for a log without a step.
+    UserError for what cannot be read, and for a log without a step; what of it could not be read goes to stderr.
     """
     file = path / METRICS if path.is_dir() else path
     if not file.is_file():
@@ -58,6 +59,8 @@ def read(path: Path, tokens_per_step: int | None = None, config: Path | None = N
         if not is_text(start.read(1 << 16)):
             raise UserError(f"{file} is no text: name a log of a run")
     log, own = read_log(file), file.name == METRICS
+    for item in log.unread:
+        common.say(f"{item.place}: {item.why}", sys.stderr)
     if not len(log.steps):
         hint = "yet: wait for its first log line" if own else "that could be drawn: name a log of a run"
         raise UserError(f"{path} holds no training step {hint}")

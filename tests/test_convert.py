@@ -102,6 +102,21 @@ def test_a_compressed_zip_is_refused_before_it_is_unpacked(tmp_path):
         nanogpt.load_file(tmp_path / "bomb.pt")
 
 
+def test_a_pickle_of_millions_of_opcodes_is_refused_before_torch_runs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(nanogpt, "MOST", 1000)
+    monkeypatch.setattr(torch, "load", None)
+    old = tmp_path / "old.pt"
+    torch.save({"model": {}}, old, _use_new_zipfile_serialization=False)
+    for opcode in (b"(", b"]", b"q\0", b"\x80\2"):
+        (tmp_path / "bare.pt").write_bytes(b"\x80\2]" + 2000 * opcode)
+        (tmp_path / "later.pt").write_bytes(old.read_bytes()[:15] + b"\x80\2]" + 2000 * opcode)
+        with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
+            archive.writestr("a/data.pkl", b"\x80\2]" + 2000 * opcode)
+        for name in ("bare", "later", "zip"):
+            with pytest.raises(UserError, match="more than 1,000 values: no checkpoint does"):
+                nanogpt.load_file(tmp_path / f"{name}.pt")
+
+
 @pytest.mark.parametrize(
     "change",
     [

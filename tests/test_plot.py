@@ -40,6 +40,14 @@ def test_a_run_folder_is_read_whole(folder):
     assert plot.read(folder / "metrics.jsonl").name == "mine"
 
 
+def test_damaged_lines_are_passed_over_and_counted(folder, capsys):
+    log = folder / "metrics.jsonl"
+    log.write_text(log.read_text().replace('{"step": 7, ', '{"ste'))
+    assert len(plot.read(folder).steps) == 299
+    out, err = capsys.readouterr()
+    assert not out and err.endswith("1 of 305 lines of metrics.jsonl could not be read, the first is line 8\n")
+
+
 def test_a_nanogpt_log_gives_a_rate_once_the_tokens_of_a_step_are_known():
     path = REAL / "nanogpt-40m-fineweb.log"
     assert np.isnan(plot.read(path).steps.tokens_per_second).all()

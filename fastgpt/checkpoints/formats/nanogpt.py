@@ -8,11 +8,15 @@ A model of characters has its letters in data/NAME/meta.pkl, where NAME is the c
 
 from __future__ import annotations
 
+import io
+import itertools
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,10 +50,8 @@ def load_file(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's protocols
-            if zipped:
-                with zipfile.ZipFile(path) as archive:
-                    if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                        raise zipfile.BadZipFile("torch.save compresses nothing: a few bytes may unpack to terabytes")
+            if _too_many(_pickles(path, zipped)):
+                raise UserError(f"{path} has more than {MOST:,} values: no checkpoint does, so it is refused")
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL |global )([\w.]+)", str(error))
@@ -62,6 +64,8 @@ def load_file(path: Path) -> Any:
             f"{path} holds more than tensors and plain values, and a pickle can run code: it is refused"
             + (f" (loading it would run {named[1]})" if named else "")
         ) from error
+    except UserError:
+        raise
     except Exception as error:  # torch reports damage as RuntimeError, EOFError, zipfile and OS errors
         raise UserError(f"{path} is not a checkpoint that torch.load reads ({type(error).__name__})") from error
     if (why := _unusual(saved)) is not None:
@@ -69,8 +73,32 @@ def load_file(path: Path) -> Any:
     return saved
 
 
-DEEPEST, MOST, LARGEST = 100, 10**7, 2**28
+DEEPEST, MOST, LARGEST = 100, 10**6, 2**28
 """Tables in one another, values in all of them, bytes of a tensor that its storage may fall short of."""
+
+
+def _pickles(path: Path, zipped: bool) -> list[bytes]:
+    """The parts of a ``.pt`` file that torch.load unpickles; before torch 1.6, pickles at its begin, its tensors after them."""
+    if not zipped:
+        with open(path, "rb") as file:
+            return [file.read(1 << 24)]
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise zipfile.BadZipFile("torch.save compresses nothing: a few bytes may unpack to terabytes")
+        return [archive.read(entry) for entry in archive.infolist() if entry.filename.endswith("data.pkl")]
+
+
+def _too_many(pickles: list[bytes]) -> bool:
+    """Whether pickles have more than MOST opcodes, over each of which torch.load takes microseconds."""
+    count = 0
+    for file in map(io.BytesIO, pickles):
+        with suppress(ValueError):  # it ends, or is damaged: torch.load says so, if it comes that far
+            while True:
+                for _ in itertools.islice(pickletools.genops(file), MOST + 1 - count):
+                    count += 1
+                if count > MOST:
+                    return True
+    return False
 
 
 def _unusual(saved: Any) -> str | None:

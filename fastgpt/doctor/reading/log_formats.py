@@ -54,7 +54,7 @@ STEP_WORDS = ("iter ", "step ", "step:", "Epoch ", "{")
 """How a line begins that may be a step and nothing else; NOT_PLAIN and EVALUATES: what shows that there is more to it."""
 NOT_PLAIN = (" nan", ":nan", "NaN", " inf", ":inf", "Infinity", "config", "Error", "Traceback", "memory")
 EVALUATES = ("val", "event")
-PLAIN_STEP = r"^(?:iter |step |step:|Epoch |\{|\d+ \| loss )[^\nv]*\n"
+PLAIN_STEP = r"^(?:(?:iter |step |step:|Epoch |\d+ \| loss )[^\nv]*|\{[^\nv]*\})\n"
 """Such a line, where none of NOT_PLAIN are about."""
 STEP_LIKE = re.compile(
     r"(?:\b(?:step|iter|iteration|it|batch|epoch|update|global_step)s?['\"]?\s*[:=#\[(]?\s*\d|^\W*\d+\s*[|:,]).{0,200}?"

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from fastgpt.checkpoints import METRICS
 from fastgpt.common import number
 from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, Note, Place, Steps, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt, literals
@@ -44,6 +45,8 @@ WIDTH = len(COLUMNS) + 1
 """Numbers kept of a step: these, and its line."""
 _DIGITS = str.maketrans("123456789", "000000000")
 MOST_SILENT = 10_000
+LONGEST = 10_000
+"""Characters of a line that are looked through for a note: those of programs are shorter."""
 OF_ITS_RUN = ("nan", "oom", "exception", "traceback", "checkpoint", "bits_per_byte")
 """Notes that are of no later run in the same file."""
 _WRAPPED, _PIECES = 600, 4  # a wrapped line: characters and pieces at most
@@ -82,7 +85,8 @@ class LogReader:
 
     def __init__(self, file: str) -> None:
         self.file = file
-        self.lines = 0  # of the blocks before
+        self.own = Path(file).name == METRICS  # each line is a record, so one that cannot be read is damaged
+        self.lines, self.cut = 0, False  # of the blocks before; whether the last one has no end
         self.steps, self.evals = array("d"), array("d")  # rows of the columns of Steps and Evals, one after the other
         self.stride = 1  # one in so many steps is kept
         self.notes: dict[str, list[Note]] = {}
@@ -91,7 +95,7 @@ class LogReader:
         self.kind_of_last = "unknown"
         self.config: ConfigFacts | None = None
         self.step = 0.0  # the last one seen
-        self.step_like = 0  # lines that look like steps and are of no known form
+        self.step_like = 0  # lines that look like steps, or have to be records, and are of no known form
         self.first_step_like: Unread | None = None
         self.silent: set[str] = set()  # lines that say nothing, digits apart: programs repeat theirs
 
@@ -132,6 +136,7 @@ class LogReader:
                 end = taken
         self._notes_between(end, len(self.text))
         self.lines += text.count("\n")
+        self.cut = text[-1] != "\n" if text else self.cut
         self.foresee(1.0)
 
     def foresee(self, share: float) -> None:
@@ -153,7 +158,8 @@ class LogReader:
             return run.sub(lambda lines: "\n" * (lines[0].count("\n") - 1) + lines[1], text) + rest
         lines, plain = text.split("\n"), 0
         for i, line in enumerate(lines):
-            if line.startswith(forms.STEP_WORDS) and not any([word in line for word in (*words, *forms.EVALUATES)]):
+            plainly = line.startswith(forms.STEP_WORDS) and line.startswith("{") == line.endswith("}")
+            if plainly and not any([word in line for word in (*words, *forms.EVALUATES)]):
                 plain += 1
                 if plain % self.stride:
                     lines[i] = ""
@@ -265,14 +271,14 @@ class LogReader:
             if (shape := line.translate(_DIGITS)) in self.silent:
                 start += len(line) + 1
                 continue
-            said = False
-            for kind, program, pattern in forms.NOTES if line.strip() else ():
-                if (match := pattern.search(line)) and not (said and kind == "exception"):
+            said, head = False, line[:LONGEST]
+            for kind, program, pattern in forms.NOTES if head.strip() else ():
+                if (match := pattern.search(head)) and not (said and kind == "exception"):
                     said = True
                     if program != "any":
                         self.kinds[program] += 1
                     self._note(kind, start, line, _note_value(kind, match[1]))
-            if not said and "loss" in line.lower() and forms.STEP_LIKE.search(line):
+            if (self.own and line.strip()) or (not said and "loss" in head.lower() and forms.STEP_LIKE.search(head)):
                 self.step_like += 1
                 if self.first_step_like is None:
                     self.first_step_like = Unread(Place(self.file, self._line(start)), line.strip()[:200], "")
@@ -304,14 +310,17 @@ class LogReader:
             self.unread.append(Unread(Place(self.file, again[-1]), "", why))
             before, kind = lines[lines < again[-1]].max(), self.kind_of_last
             notes = [note for note in notes if note.kind not in OF_ITS_RUN or (note.place.line or 0) > before]
-        if self.step_like > 1 or (self.first_step_like and not (self.steps or self.unread)):
-            assert self.first_step_like is not None
+        first = self.first_step_like
+        if first and (self.own or self.step_like > 1 or not (self.steps or self.unread)):
             why = (
-                f"{self.step_like} lines look like steps and could not be read"
+                f"{self.step_like:,} of {self.lines + self.cut:,} lines of {METRICS} could not be read, "
+                f"the first is line {first.place.line:,}"
+                if self.own
+                else f"{self.step_like:,} lines look like steps and could not be read"
                 if self.step_like > 1
                 else "this line looks like a step and could not be read"
             )
-            self.unread.append(replace(self.first_step_like, why=why))
+            self.unread.append(replace(first, why=why))
         if self.config is not None:
             configs.apply_logged(self.config, notes)
         return LogFacts(

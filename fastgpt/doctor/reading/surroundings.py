@@ -6,6 +6,7 @@ import pickletools
 import shutil
 import sys
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 from fastgpt.common import number, read_json
@@ -52,9 +53,9 @@ def vocabulary(evidence: Evidence) -> int | None:
     for folder in _folders(evidence):
         try:
             with open(folder / "meta.pkl", "rb") as file:
-                data = file.read(1 << 24)
+                data = file.read(1 << 21)
             named = False
-            for code, value, _ in pickletools.genops(data):
+            for code, value, _ in islice(pickletools.genops(data), 1 << 19):
                 if "PUT" in code.name or code.name == "MEMOIZE":  # between the key and its value
                     continue
                 if named and isinstance(value, int) and 2 <= value <= 1 << 24:

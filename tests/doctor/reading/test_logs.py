@@ -393,6 +393,22 @@ def test_a_truncated_log_holds_nothing_that_the_whole_does_not(cut, log):
     assert set(facts.steps.ms[np.isfinite(facts.steps.ms)]) <= {3917.80}
 
 
+@pytest.mark.parametrize("thinned", [False, True])
+def test_damaged_lines_of_our_own_metrics_are_counted(tmp_path, monkeypatch, thinned):
+    monkeypatch.setattr(logs, "BLOCK", 4096)
+    monkeypatch.setattr(logs, "MOST_STEPS", 100 if thinned else 1 << 17)
+    lines = ['{"run": "a", "config": {}}', *(f'{{"step": {i}, "loss": 3.5}}' for i in range(1, 1200))]
+    lines += ['{"event": "spike", "at_step": 5}', '{"step": 1200, "val_loss": 3.1}', '{"step": 1201, "lo']
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(lines[:-1]) + "\n")
+    assert not read_log(path).unread
+    lines[317], lines[700] = lines[317][:13], "\0" * 40
+    path.write_text("\n".join(lines))
+    (unread,) = read_log(path).unread
+    assert unread.why == "3 of 1,203 lines of metrics.jsonl could not be read, the first is line 318"
+    assert unread.place.line == 318
+
+
 def test_a_log_that_ends_in_the_middle_of_a_line_says_so(log):
     facts = log(ITER.format(1) + "iter 2: loss 3.12")
     assert [(unread.place.line, unread.text) for unread in facts.unread] == [(2, "iter 2: loss 3.12")]
