@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -480,16 +480,29 @@ def train_cases(arch: int) -> Iterator[Case]:
             yield Case(f"train {precision}{' bias' if bias else ''}", partial(_train, precision, bias=bias))
     yield Case("train bf16 bias dropout", partial(_train, "bf16", bias=True, dropout=0.1))
     yield Case("train bf16 documents", partial(_train, "bf16", documents=True))
+    yield Case("train bf16 modern", partial(_train, "bf16", documents=True, modern=True))
 
 
 def _train(
-    precision: str, session: Emulation, bias: bool = False, dropout: float = 0.0, documents: bool = False
+    precision: str,
+    session: Emulation,
+    bias: bool = False,
+    dropout: float = 0.0,
+    documents: bool = False,
+    modern: bool = False,
 ) -> tuple[list[str], float]:
-    """Two optimizer steps of a small GPT, two micro-batches each, against the same model in fp64 with torch's AdamW: losses,
-    gradient norms and updates, no further off than twice plain PyTorch in bf16."""
+    """Two optimizer steps of a small GPT, two micro-batches each, against the same model in fp64 with torch's AdamW, a modern
+    one with plain PyTorch's Muon: losses, gradient norms and updates, no further off than twice plain PyTorch in bf16."""
     C, T, steps = 128, 64, 2
     shape = ModelConfig(n_layer=2, n_head=2, n_embd=C, block_size=T, vocab_size=256, bias=bias, dropout=dropout)
     optim = OptimConfig()
+    if modern:
+        parts: dict[str, Any] = dict.fromkeys(
+            ("qk_norm", "embedding_norm", "residual_scalars", "value_embeddings"), True
+        )
+        parts |= {"rotary_base": 1e4, "activation": "relu2", "tied_head": False, "softcap": 15.0}
+        shape = replace(shape, family="modern", **parts)
+        optim = OptimConfig(optimizer="muon", muon_normuon=True, muon_cautious=True, muon_weight_decay=0.1)
 
     def run(kernels: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """((steps, 2) of loss and gradient norm, all parameters' updates) in fp64."""
@@ -497,7 +510,7 @@ def _train(
         model = GPT(shape, model_ops.get(kernels, kind))
         with torch.no_grad():
             for p in model.parameters():
-                p.mul_(4 if p.dim() == 2 else 1)  # so that something happens in two steps
+                p.mul_(4 if p.dim() == 2 and not modern else 1)  # so that something happens in two steps of AdamW
         model = model.to(dtype)
         start = torch.cat([p.detach().double().flatten() for p in model.parameters()])
         scaler = torch.amp.GradScaler("cpu", enabled=kernels == "triton" and model_ops.scales_loss(kind))
