@@ -274,7 +274,7 @@ def refuse(words: Sequence[str], cls: type) -> None:
                 f"--{flag.rpartition('.')[2].strip('-').replace('_', '-')}"  # of --optim.lr, as other programs spell it
             )
             last = ELSEWHERE.get(last, last)
-            meant = f" (did you mean {last!r}?)" if last in flags else nearest(flag, flags)
+            meant = f" (did you mean {last!r}?)" if last in flags else nearest(flag, [*flags, "--help"])
             raise UserError(f"flag is {flag!r}{meant}, which is not known: --help lists those there are")
     if words:
         raise UserError(f"{words[0]!r} is one word too many: --help says what the command takes")

@@ -394,9 +394,11 @@ def run(main: Callable[[list[str]], int]) -> None:
 
 
 def report(error: UserError) -> None:
-    """Print the one sentence; of a name that is a page long its ends."""
+    """Print the one sentence; of a name that is a page long its ends, and in quotes a Windows path as it was typed, where
+    repr has two of each backslash."""
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     text = re.sub(r"\S{400,}", lambda word: f"{word[0][:80]}...{word[0][-40:]}", printable(as_typed(str(error))))
+    text = re.sub(r"(?<!\w)'[^'\n]*'", lambda quoted: quoted[0].replace("\\\\", "\\"), text)
     with suppress(OSError):  # a terminal that is gone
         print("\033[1;31merror:\033[0m" if coloured else "error:", text, file=sys.stderr)
 

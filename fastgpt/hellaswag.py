@@ -43,8 +43,8 @@ def main(args: list[str]) -> int:
     # After pick(): it chooses Triton's interpreter before triton is imported.
     from fastgpt.training.evaluation import hellaswag_score, load_hellaswag, load_model
 
+    model, tokenizer = load_model(config.checkpoint, config.kernels, where)  # first: it may not be one, the hub is slow
     examples = load_hellaswag(config.data)[: config.examples]
-    model, tokenizer = load_model(config.checkpoint, config.kernels, where)
     print(hellaswag_score(model, tokenizer, examples, where))
     return 0
 

@@ -92,6 +92,7 @@ def test_values(args, values):
         ([], "FILE is missing: python -m x --help says what it is"),
         (["a", "--tpo-k", "3"], r"flag is '--tpo-k' \(did you mean '--top-k'\?\), which is not known"),
         (["a", "-q"], "flag is '-q', which is not known"),
+        (["a", "--hlep"], r"flag is '--hlep' \(did you mean '--help'\?\), which is not known"),
         (["a", "--model.top_k=3"], r"flag is '--model.top_k' \(did you mean '--top-k'\?\), which is not known"),
         (["a", "--job.rest_file", "b"], "flag is '--job.rest_file', which is not known: MORE stands alone"),
         (["a", "--top-k"], "--top-k has no value: give N behind it"),

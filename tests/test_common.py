@@ -204,6 +204,8 @@ def test_an_error_neither_obeys_nor_repeats_what_it_names(capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: out is nnn") and said.endswith(", which is too long\n")
     assert "\x1b" not in said and len(said) < 250
+    common.report(UserError(f"data {chr(92).join(('C:', 'my texts', 'new'))!r} is not there, \\\\host\\x is the run's"))
+    assert capsys.readouterr().err == "error: data 'C:\\my texts\\new' is not there, \\\\host\\x is the run's\n"
 
 
 # ---------------------------------------------------------------- how a command ends
