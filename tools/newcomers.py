@@ -148,6 +148,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("roles", nargs="*", metavar="ROLE", default=[], help=f"of {', '.join(ROLES)}; all without any")
     roles, rows = parser.parse_args().roles or list(ROLES), []
+    if strangers := set(roles) - ROLES.keys():
+        parser.error(f"ROLE is {strangers.pop()!r}: it can be {', '.join(ROLES)}")
     with tempfile.TemporaryDirectory(prefix="newcomers") as work:
         for role in roles:
             folder = Path(work, role)
@@ -156,6 +158,7 @@ def main() -> int:
             for i, step in enumerate(ROLES[role]):
                 print(f"{role}: {step.command}", flush=True)
                 rows.append((role, step, *tried(step, folder)))
+                print(f"  {rows[-1][2]:.0f} s{rows[-1][4] and '; FELL SHORT: '}{rows[-1][4]}", flush=True)
                 for name, text in FILES[role].items() if not i else ():  # a clone wants an empty folder
                     (folder / name).write_text(text, encoding="utf-8")
     print(f"\n{'':<8} {'seconds':>8} {'of CPU':>7}")

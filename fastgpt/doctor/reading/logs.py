@@ -12,10 +12,12 @@ import itertools
 import json
 import math
 import re
+import sys
 from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt.checkpoints import METRICS
-from fastgpt.common import number
+from fastgpt.common import console, number
 from fastgpt.doctor.evidence import ConfigFacts, Evals, LogFacts, Note, Place, Steps, Unread
 from fastgpt.doctor.reading import configs, configs_fastgpt, literals
 from fastgpt.doctor.reading import log_formats as forms
@@ -32,6 +34,8 @@ from fastgpt.doctor.reading.encoding import encoding_of
 
 BLOCK = 1 << 20
 """Characters read at a time."""
+LARGE = 64 * BLOCK
+"""Bytes of a log that takes seconds."""
 MOST_STEPS, MOST_NOTES = 1 << 17, 1000
 """Steps kept before every second one is dropped; notes of one kind, past which the last replaces the one before."""
 COUNTS = (
@@ -54,9 +58,15 @@ Take = Callable[[str, re.Match[str]], int]
 
 
 def read_log(path: Path) -> LogFacts:
-    """What a log says. Its content raises nothing: a file that says nothing has kind "unknown" and no steps. Raises OSError."""
-    reader, size = LogReader(str(path)), path.stat().st_size
-    for i, block in enumerate(blocks(path)):
+    """What a log says; on a terminal with a bar for one that takes seconds. Its content raises nothing: a file that says
+    nothing has kind "unknown" and no steps. Raises OSError."""
+    reader, size, parts = LogReader(str(path)), path.stat().st_size, blocks(path)
+    if size > LARGE and sys.stderr.isatty():
+        with suppress(ImportError):
+            from rich.progress import track
+
+            parts = iter(track(parts, "reading", size // BLOCK + 1, console=console(stderr=True), transient=True))
+    for i, block in enumerate(parts):
         reader.take(block)
         if not i and size > 8 * BLOCK:
             reader.foresee(2 * len(block) / size)  # of about twice what is kept, should the rest hold fewer

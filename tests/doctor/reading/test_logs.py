@@ -393,6 +393,16 @@ def test_a_truncated_log_holds_nothing_that_the_whole_does_not(cut, log):
     assert set(facts.steps.ms[np.isfinite(facts.steps.ms)]) <= {3917.80}
 
 
+def test_a_large_log_is_read_with_a_bar_on_a_terminal(log, capsys, monkeypatch):
+    small = log(ITER.format(1))
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(logs, "LARGE", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert steps(log(ITER.format(1))) == steps(small)
+    out, err = capsys.readouterr()
+    assert not out and "reading" in err
+
+
 @pytest.mark.parametrize("thinned", [False, True])
 def test_damaged_lines_of_our_own_metrics_are_counted(tmp_path, monkeypatch, thinned):
     monkeypatch.setattr(logs, "BLOCK", 4096)
