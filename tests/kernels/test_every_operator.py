@@ -192,6 +192,7 @@ def test_what_does_not_fit_together_is_refused(calls, name, engine, monkeypatch)
 def test_all_operators_are_here(calls, device):
     for module in pkgutil.iter_modules(kernels.__path__):
         import_module(f"fastgpt.kernels.{module.name}")
-    known = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastgpt::")}
+    named = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastgpt::")}
+    known = {name for name in named if not name.startswith("fastgpt::test_")}  # those that other tests make
     missing = known - {op._schema.name for op in calls}
     assert missing == set() if launch.refusal(device) is None else all("fp8" in name for name in missing)
