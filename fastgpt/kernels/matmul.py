@@ -102,8 +102,7 @@ def splits(M: int, N: int, K: int, block_m: int, block_n: int, sms: int) -> int:
 
 
 def default_tiles(
-    kind: str, M: int, N: int, K: int, dtype: torch.dtype, fp16: bool = False, sms: int = 46, wide: bool = True,
-    arch: int | None = None,
+    kind: str, M: int, N: int, K: int, dtype: torch.dtype, fp16: bool = False, sms: int = 46, wide: bool = True
 ) -> tuning.Config:  # fmt: skip
     """Tiles where no table has any, as a config. ``wide``: whether memory can be read 128 bits at a time (see ``_wide``);
     where it cannot, an address per element takes the registers of a large tile. A weight gradient is split along K where
@@ -119,8 +118,8 @@ def default_tiles(
     elif dtype == torch.float32 or not wide:
         found = _tiles(64, 64, 32, num_warps=8, num_stages=2)
     else:
-        # On sm_120 a third block of K on its way would spill beside gelu'.
-        found = _tiles(128, 128, 64, num_warps=8, num_stages=2 if fp16 and kind == "dgelu" and arch == 120 else 3)
+        # A third block of K would spill beside gelu' and the sums of its columns: with triton 3.6, on sm_120 with any.
+        found = _tiles(128, 128, 64, num_warps=8, num_stages=2 if fp16 and kind == "dgelu" else 3)
     if fp16:
         found["chunk"] = max(64 // found["block_k"], 1)
     if kind.startswith("weight_grad"):
@@ -142,7 +141,7 @@ def choose(
     if wide and usual:
         bucket = linear_bucket(M, N, K) if kind.startswith("weight_grad") else linear_bucket(N, K, M)
     if fp16:
-        default = default_tiles(kind, M, N, K, dtype, fp16, runtime.sm_count(device), wide, tuning.arch_of(device))
+        default = default_tiles(kind, M, N, K, dtype, fp16, runtime.sm_count(device), wide)
     return tuning.choose(f"linear_fast.{kind}" if fp16 else f"linear.{kind}", dtype, bucket, device, default)
 
 
