@@ -31,7 +31,7 @@ from fastgpt.hardware import cards
 from fastgpt.hardware.cards import Gpu
 from fastgpt.performance.flops import PALM
 from fastgpt.performance.projection import Projection, Sensitivity, calibration_error, project
-from fastgpt.performance.step_time import CONSTANTS
+from fastgpt.performance.step_time import CONSTANTS, Chip
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,11 @@ def _span(s: Sensitivity) -> str:
 def assumptions(found: Projection, gpu: Gpu) -> list[str]:
     """What a projection for ``gpu`` takes for granted."""
     kernels, precision = found.kernels, found.precision
-    clock = CONSTANTS.clock_full_rate if gpu.full_rate else CONSTANTS.clock
+    chip = Chip(gpu, precision, CONSTANTS)
     said = [
-        f"SM clock {gpu.boost_mhz * clock:,.0f} MHz, "
-        + ("nominal" if gpu.full_rate else "fitted on the 124M RTX 4070 run"),
-        f"memory {CONSTANTS.memory_efficiency:.0%} of {gpu.memory_gbs:g} GB/s (fixed)",
+        f"SM clock {chip.hz / 1e6:,.0f} MHz, "
+        + ("nominal" if chip.clock == CONSTANTS.clock_full_rate else "from the fit on the 124M RTX 4070 run"),
+        f"memory {chip.memory_efficiency:.0%} of {gpu.memory_gbs:g} GB/s (fixed)",
         "kernels run one after the other; data loading, evaluation and checkpoints are left out",
     ]
     if precision in ("fp16-fast", "fp8"):

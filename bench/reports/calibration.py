@@ -99,6 +99,35 @@ def outdated_constants(clocks: dict[str, float]) -> str:
     )
 
 
+# ---------------------------------------------------------------- matrix products
+
+_TORCH = "zzc0721/torch-performance-test-data#"
+MATMULS: tuple[tuple[str, tuple[int, int, int], int, str], ...] = (
+    ("rtx4090", (8192, 8192, 8192), 160, _TORCH + "78"),
+    ("rtx5080", (8192, 8192, 8192), 103, _TORCH + "104"),
+    ("rtx5090", (8192, 8192, 8192), 235, _TORCH + "96"),
+    ("h100", (8192, 8192, 8192), 797, _TORCH + "79"),
+    ("h100", (10240, 10240, 10240), 720, _TORCH + "79"),
+    ("h100", (2048, 2048, 2048), 515, "triton-lang/triton#2339"),
+    ("h100", (2048, 4096, 4096), 614, "triton-lang/triton#2339"),
+    ("h100", (2048, 8192, 8192), 722, "triton-lang/triton#2339"),
+    ("h100", (2048, 2048, 8192), 785, "NVIDIA/Fuser#3279"),
+    ("h100", (16384, 16384, 1024), 708, "NVIDIA/Fuser#3137"),
+    ("a100", (24576, 2304, 768), 249, "karpathy/llm.c#378"),
+    ("a100", (24576, 768, 768), 235, "karpathy/llm.c#378"),
+    ("a100", (24576, 3072, 768), 251, "karpathy/llm.c#378"),
+)
+"""Card, (m, n, k), TFLOP/s of cuBLAS in bf16 or fp16, source. NVIDIA/Fuser: of one call's time. llm.c: of the share of its
+cycles in which tensor cores were busy, of 312; m by the bytes that its passes read."""
+
+
+def matmul_speed(card: str, mnk: tuple[int, int, int]) -> float:
+    """What the model says of a product of ``MATMULS``, TFLOP/s."""
+    m, n, k = mnk
+    op = Operation("product", "", "matmul", 2 * m * n * k, 2 * (m * k + k * n + m * n), 1, mnk=mnk)
+    return op.flops / max(Chip(cards.card(card), "bf16", CONSTANTS).times(op).values()) / 1e12
+
+
 # ---------------------------------------------------------------- attention
 
 LENGTHS = (1024, 2048, 4096, 16384)
@@ -175,6 +204,16 @@ def figures(clocks: dict[str, float]) -> dict[str, Any]:
             }
             for run, error in zip(KNOWN, left_out_errors().values())
         ],
+        "matrix_products": [
+            {
+                "gpu": card,
+                "mnk": mnk,
+                "measured_tflops": speed,
+                "projected_tflops": matmul_speed(card, mnk),
+                "source": source,
+            }
+            for card, mnk, speed, source in MATMULS
+        ],
         "flash_attention_2": [
             {
                 "way": way,
@@ -232,6 +271,12 @@ def show(found: dict[str, Any], console: Console) -> None:
         if each["note"]:
             console.print(f"{each['name']}: micro-batch {each['micro_batch']}, {each['note']}.", soft_wrap=True)
     console.print()
+    rows = [["card", "m x n x k", "measured", "projected", "source"]]
+    for each in found["matrix_products"]:
+        size = " x ".join(f"{n:,}" for n in each["mnk"])
+        speeds = [f"{each['measured_tflops']}", f"{each['projected_tflops']:.0f}"]
+        rows.append([cards.card(each["gpu"]).name.removeprefix("NVIDIA "), size, *speeds, each["source"]])
+    print_table(console, "Matrix products of cuBLAS, TFLOP/s; gemm_efficiency_hopper is of the H100, 10,240", rows)
     rows = [["attention", *(f"T = {T:,}" for T in LENGTHS)]]
     for way, D, causal in FLASH_ATTENTION_2:
         same = [

@@ -44,6 +44,7 @@ class Constants:
     clock_exponent: float
     clock_full_rate: float
     memory_efficiency: float
+    memory_efficiency_hbm: float
     gemm_efficiency: float
     gemm_efficiency_full_rate: float
     gemm_efficiency_hopper: float
@@ -76,6 +77,7 @@ EXPONENTIALS_PER_CLOCK = 16  # per SM, compute capability 8.x and 9.0: CUDA C++ 
 SHARED_BYTES_PER_CLOCK = 128  # per SM: idem, 32 banks of 4 bytes
 LANES = 128  # per SM: four schedulers, a warp instruction each per clock
 _ON_4N = ("sm_89", "sm_120")  # the process that the fitted card is made in, and whose clock follows power
+_WITH_HBM = ("sm_70", "sm_80", "sm_90")
 _FITTED_ON = cards.card("rtx4070")
 
 
@@ -128,8 +130,13 @@ class Chip:
         return self.constants.clock_full_rate
 
     @property
+    def memory_efficiency(self) -> float:
+        c = self.constants
+        return c.memory_efficiency_hbm if self.gpu.arch in _WITH_HBM else c.memory_efficiency
+
+    @property
     def bandwidth(self) -> float:
-        return self.gpu.memory_gbs * 1e9 * self.constants.memory_efficiency
+        return self.gpu.memory_gbs * 1e9 * self.memory_efficiency
 
     @property
     def l2_per_clock(self) -> float:

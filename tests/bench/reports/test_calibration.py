@@ -60,6 +60,15 @@ def test_attention_is_near_the_public_speeds_that_nothing_was_solved_for(case, s
     assert f"| {way}, {D} columns{', causal' if causal else ''} | {row} |" in DOCS.read_text(encoding="utf-8")
 
 
+def test_the_documentation_has_every_matrix_product_and_what_the_model_says_of_it():
+    """Within 18%, as it says, but for the one that takes 25 microseconds."""
+    text = DOCS.read_text(encoding="utf-8")
+    for card, mnk, measured, source in calibration.MATMULS:
+        size, said = " x ".join(f"{n:,}" for n in mnk), calibration.matmul_speed(card, mnk)
+        assert f"| {size} | {measured} | {said:.0f} | {source} |" in text, (card, size)
+        assert 0.85 < said / measured < (1.34 if mnk == (2048, 2048, 2048) else 1.18)
+
+
 def test_a_narrow_terminal_cuts_no_figure(capsys):
     calibration.show(calibration.figures(FITTED_CLOCKS), Console(width=80))
     out = capsys.readouterr().out
