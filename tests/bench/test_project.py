@@ -17,6 +17,7 @@ from fastgpt.common import UserError
 from fastgpt.hardware import cards
 from fastgpt.performance.memory import KERNELS
 from fastgpt.performance.projection import RUN_40M, calibration_error
+from fastgpt.performance.step_time import CONSTANTS, Chip
 
 ENVIRONMENT = {"device": "NVIDIA GeForce RTX 4070", "sms": 46, "memory_gib": 11.7, "commit": "abc"}
 SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "vocab_size": 50304, "bias": False}
@@ -75,7 +76,10 @@ def test_what_is_assumed_is_said(capsys):
     for other in (("--precision", "fp16"), ("--gpu", "rtx4070ti"), ("--seq", "512")):
         assert "uncalibrated" in assumed("--kernels", "nanogpt-compile", *other), other
     assert "1.71 to 1.87" in assumed("--precision", "fp16-fast")
-    assert "gains nothing" in assumed("--gpu", "a100", "--precision", "fp16-fast")
+    on_a100 = assumed("--gpu", "a100", "--precision", "fp16-fast")
+    assert "gains nothing" in on_a100 and "1,410 MHz, nominal memory 89% of 2039 GB/s" in on_a100
+    rtx4090 = Chip(cards.lookup("rtx4090"), "bf16", CONSTANTS)
+    assert f"SM clock {rtx4090.hz / 1e6:,.0f} MHz, from the fit" in assumed("--gpu", "rtx4090")
 
 
 def test_the_fitted_run_is_found_again(capsys):
