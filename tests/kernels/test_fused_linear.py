@@ -506,6 +506,29 @@ def test_gradients_in_place_are_those_that_autograd_adds(device, name, splits, t
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_gradient_is_added_once_where_the_first_config_had_no_room(device, splits, monkeypatch):
+    """The retry repeats the whole operator, so nothing may have been added before a launch that can fail."""
+    in_tiles(monkeypatch, 16, 16, 16, splits)
+    dz, x, refused = torch.randn(40, 16, device=device), torch.randn(40, 32, device=device), []
+    run = runtime.Launch.__call__
+
+    def first_has_no_room(self, *args, **more):
+        if not refused:
+            raise runtime.NoRoom(self.choice, RuntimeError())
+        run(self, *args, **more)
+
+    def summed() -> Tensor:
+        grad = torch.ones(16, 32, device=device)
+        db = module._bwd_weight_add(grad, dz, x, torch.float32, False)
+        return torch.cat([grad.view(-1), db])
+
+    expected = summed()
+    monkeypatch.setattr(tuning, "refuse", lambda error: refused.append(error.choice))
+    monkeypatch.setattr(runtime.Launch, "__call__", first_has_no_room)
+    assert torch.equal(summed(), expected) and len(refused) == 1
+
+
 def test_gradients_in_place_reach_leaf_parameters_of_fp32_without_hooks_only(device, monkeypatch):
     added, original = [], module._bwd_weight_add
     monkeypatch.setattr(module, "_bwd_weight_add", lambda *a: (added.append(a[0]), original(*a))[1])
