@@ -75,6 +75,7 @@ def main(args: list[str]) -> int:
         **{"nanogpt": nanogpt.write, "fastgpt": own.write, "nanochat": nanochat.write},
         "hf": partial(huggingface.write, called=config.push),
     }
+    common.say(f"{_NAMES[kind]} {config.source} -> {_NAMES[to]} {out}")  # before what may take a minute
     try:
         with lock.held(out) if to == "fastgpt" else nullcontext():  # a run may have been started there meanwhile
             writers[to](out, portable)
@@ -95,7 +96,6 @@ def main(args: list[str]) -> int:
     moved = f"{millions(sum(tensor.numel() for tensor in portable.weights.values()))} parameters"
     if portable.optimizer is not None and portable.optimizer["state"] and to not in ("hf", "nanochat"):
         moved += ", optimizer state"
-    common.say(f"{_NAMES[kind]} {config.source} -> {_NAMES[to]} {out}")
     common.say(f"  {moved}, step {portable.step}: {shape.in_words}")
     for note in notes:
         common.say(f"  note: {note}")

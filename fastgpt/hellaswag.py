@@ -45,7 +45,18 @@ def main(args: list[str]) -> int:
 
     model, tokenizer = load_model(config.checkpoint, config.kernels, where)  # first: it may not be one, the hub is slow
     examples = load_hellaswag(config.data)[: config.examples]
-    print(hellaswag_score(model, tokenizer, examples, where))
+    from rich.progress import Progress
+
+    console = common.console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("scoring", total=len(examples))
+
+        def going_on() -> bool:  # asked before each batch
+            bar.advance(task, 16)
+            return False
+
+        score = hellaswag_score(model, tokenizer, examples, where, 16, going_on)
+    print(score)
     return 0
 
 
