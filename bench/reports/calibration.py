@@ -23,8 +23,11 @@ from fastgpt.performance.projection import (
     MEDIAN_MS,
     RUN_40M,
     RUN_124M,
+    WITH_BIASES,
     MeasuredRun,
     interval_without,
+    jackknife,
+    known_errors,
     left_out_errors,
 )
 from fastgpt.performance.step_time import CONSTANTS, DESCRIBED, RANGES, Chip, Constants
@@ -97,6 +100,30 @@ def outdated_constants(clocks: dict[str, float]) -> str:
         "The clocks in fastgpt/performance/constants.toml differ from this fit. To use it, write there:\n"
         f"[clock]\nfitted = {{ {fitted} }}\n"
     )
+
+
+# ---------------------------------------------------------------- other cards
+
+FURTHER = tuple(
+    MeasuredRun(cards.card(short).name.removeprefix("NVIDIA "), short, WITH_BIASES, rate, rate, micro_batch)
+    for short, micro_batch, rate in (
+        ("h100pcie", 64, 289_447),
+        ("h100nvl", 128, 262_133),
+        ("a100pcie80gb", 64, 189_393),
+        ("l40s", 32, 142_641),
+        ("rtx6000ada", 64, 104_803),
+        ("rtx4000ada", 16, 55_103),
+        ("l4", 16, 40_423),
+        ("rtx5090", 32, 196_551),
+        ("a40", 32, 87_612),
+        ("a6000", 64, 92_444),
+        ("a5000", 16, 73_707),
+        ("a4500", 16, 62_451),
+        ("a4000", 16, 51_603),
+    )
+)
+"""What the program of the H100's, H200's and A100's cases reaches on other cards, with the larger of its two micro-batches.
+No interval knows of them: they test it."""
 
 
 # ---------------------------------------------------------------- matrix products
@@ -204,6 +231,18 @@ def figures(clocks: dict[str, float]) -> dict[str, Any]:
             }
             for run, error in zip(KNOWN, left_out_errors().values())
         ],
+        "further_cards": [
+            {
+                "gpu": run.gpu,
+                "name": run.name,
+                "micro_batch": run.micro_batch,
+                "measured_tokens_per_second": run.measured,
+                "projected_tokens_per_second": run.predicted(),
+                "error": run.error(),
+                "inside": jackknife([run.error()]) <= jackknife(known_errors(cards.card(run.gpu)).values()),
+            }
+            for run in FURTHER
+        ],
         "matrix_products": [
             {
                 "gpu": card,
@@ -271,6 +310,12 @@ def show(found: dict[str, Any], console: Console) -> None:
         if each["note"]:
             console.print(f"{each['name']}: micro-batch {each['micro_batch']}, {each['note']}.", soft_wrap=True)
     console.print()
+    rows = [["card", "micro-batch", "measured tokens/s", "projected", "error of step time", "measured is"]]
+    for each in found["further_cards"]:
+        rates = [f"{each[f'{which}_tokens_per_second']:,.0f}" for which in ("measured", "projected")]
+        inside = "inside" if each["inside"] else "outside"
+        rows.append([each["name"], f"{each['micro_batch']}", *rates, f"{each['error']:+.1%}", inside])
+    print_table(console, "GPT-2 124M with biases on other cards, none of which any interval knows of", rows)
     rows = [["card", "m x n x k", "measured", "projected", "source"]]
     for each in found["matrix_products"]:
         size = " x ".join(f"{n:,}" for n in each["mnk"])

@@ -69,6 +69,15 @@ def test_the_documentation_has_every_matrix_product_and_what_the_model_says_of_i
         assert 0.85 < said / measured < (1.34 if mnk == (2048, 2048, 2048) else 1.18)
 
 
+def test_the_documentation_has_every_further_card_and_says_how_many_lie_inside():
+    text, found = DOCS.read_text(encoding="utf-8"), calibration.figures(FITTED_CLOCKS)["further_cards"]
+    for each in found:
+        rates = f"{each['measured_tokens_per_second']:,.0f} | {each['projected_tokens_per_second']:,.0f}"
+        inside = "inside" if each["inside"] else "**outside**"
+        assert f"| {each['name']} | {each['micro_batch']} | {rates} | {each['error']:+.1%} | {inside} |" in text, each
+    assert (sum(each["inside"] for each in found), len(found)) == (10, 13) and "Ten of 13 are inside, 77%" in text
+
+
 def test_a_narrow_terminal_cuts_no_figure(capsys):
     calibration.show(calibration.figures(FITTED_CLOCKS), Console(width=80))
     out = capsys.readouterr().out
