@@ -59,11 +59,13 @@ def read(path: Path, tokens_per_step: int | None = None, config: Path | None = N
         if not is_text(start.read(1 << 16)):
             raise UserError(f"{file} is no text: name a log of a run")
     log, own = read_log(file), file.name == METRICS
+    if not len(log.steps):
+        hint = "that could be drawn: name a log of a run"
+        if own:
+            hint = f"that could be read: {log.unread[0].why}" if log.unread else "yet: wait for its first log line"
+        raise UserError(f"{path} holds no training step {hint}")
     for item in log.unread:
         common.say(f"{item.place}: {item.why}", sys.stderr)
-    if not len(log.steps):
-        hint = "yet: wait for its first log line" if own else "that could be drawn: name a log of a run"
-        raise UserError(f"{path} holds no training step {hint}")
     evidence = Evidence(log.config, log)
     if config is not None or not (own or log.config or log.all("tokens_per_step")):
         try:

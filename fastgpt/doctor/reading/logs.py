@@ -90,6 +90,14 @@ def blocks(path: Path) -> Iterator[str]:
         yield rest
 
 
+def _damaged(line: str) -> bool:
+    """Whether a line of METRICS is no record."""
+    try:
+        return bool(line.strip()) and not isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return True
+
+
 class LogReader:
     """Reads a log in blocks; ``facts`` then returns what it says."""
 
@@ -288,7 +296,7 @@ class LogReader:
                     if program != "any":
                         self.kinds[program] += 1
                     self._note(kind, start, line, _note_value(kind, match[1]))
-            if (self.own and line.strip()) or (not said and "loss" in head.lower() and forms.STEP_LIKE.search(head)):
+            if (self.own and _damaged(line)) or (not said and "loss" in head.lower() and forms.STEP_LIKE.search(head)):
                 self.step_like += 1
                 if self.first_step_like is None:
                     self.first_step_like = Unread(Place(self.file, self._line(start)), line.strip()[:200], "")
@@ -341,7 +349,7 @@ class LogReader:
             notes=notes,
             unread=self.unread,
             config=self.config,
-            step_like=self.step_like,
+            step_like=0 if self.own else self.step_like,
         )
 
 
