@@ -154,7 +154,7 @@ class Recorder:
         self.steps: list[tuple[fused_adamw.Step, fused_adamw.Step]] = []
         """AdamW's, before and after."""
         self.passes: list[tuple[str, dict[str, Tensor], list[dict[str, Any]]]] = []
-        """Of IN_PLACE: the name, the results, and the arguments as they were, in fp64 and in their own dtypes."""
+        """Calls of IN_PLACE: each one's name, results, and arguments as they were, in fp64 and in their own dtypes."""
 
     def wrap(self, function: FunctionType) -> Callable:
         @wraps(function)

@@ -128,16 +128,16 @@ _CORRECTIONS: dict[tuple, dict[str, int]] = {
     (120, "backward_q", "16-bit", 64, False): {"num_stages": 1, "maxnreg": 255},
     (120, "forward", "fp8", 64, False): {"maxnreg": 255},  # or it stops at 168, for a third block per SM
     (120, "backward_q", "fp8", 64, False): {"BLOCK_N": 16},
+    (120, "backward_q", "fp8", 128, True): {"num_stages": 1},  # triton 3.9 spills with 2
     (89, "backward_kv", "fp8", 64, False): {"BLOCK_N": 32},  # triton 3.6 spills 16 bytes with 64
-    (89, "backward_q", "fp8", 256, True): {
-        "maxnreg": 255
-    },  # triton 3.6's ptxas would stop at 168, for a third block per SM
-    (80, "forward", "fp32", 256, False): {"maxnreg": 255},  # as above
     (80, "backward_q", "fp32", 64, True): {"BLOCK_N": 16},
-    (80, "backward_kv", "fp32", 64, True): {"BLOCK_N": 16},
-    (89, "backward_kv", "fp32", 64, True): {"BLOCK_N": 16},  # triton 3.9 spills with 32
+    # Where ptxas would stop at fewer registers, with triton 3.6 or 3.9, for one more block per SM.
+    (89, "backward_q", "fp8", 256, True): {"maxnreg": 255},
+    (80, "forward", "fp32", 256, False): {"maxnreg": 255},
+    (120, "backward_q", "fp32", 64, False): {"maxnreg": 128},
+    **{(arch, "backward_kv", "fp32", 64, True): {"maxnreg": 255} for arch in (80, 86, 89)},
     (90, "backward_q", "fp32", 64, False): {"BLOCK_N": 16},
-    (90, "backward_kv", "fp32", 256, False): {"num_stages": 2},
+    (90, "backward_kv", "fp32", 256, False): {"num_warps": 8},
 }
 
 
@@ -163,10 +163,14 @@ def config(
     width = max(64, _block_d(D))
     kind = "fp32" if dtype == torch.float32 else "plain" if plain else "dropout" if dropout else "options"
     block_m, block_n, warps, stages = _TILES[kernel][kind][width]
-    if kernel == "forward" and T_own <= DECODING and kind != "fp32":
+    fast_kv = kernel == "backward_kv" and fp16_sums and width == 64
+    decoding = kernel == "forward" and T_own <= DECODING and kind != "fp32"
+    if decoding:
         block_m, block_n, warps, stages = 16, 32, 4, 2
-    elif kernel == "backward_kv" and kind == "options" and fp16_sums and _block_d(D) == 64:
-        stages = 1  # a load in flight would spill on sm_120
+    elif fast_kv and kind != "plain" and _block_d(D) == 64:
+        stages = 1  # a load in flight would spill on sm_90 and sm_120
+    elif fast_kv:
+        stages = {80: 2, 120: 1}.get(arch or 0, stages)
     elif kernel == "forward" and kind == "options" and quantised and width == 64:
         stages = 3  # with documents, 2 spill 8 bytes on sm_89
     options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
@@ -175,6 +179,8 @@ def config(
         options |= _CORRECTIONS.get((arch, kernel, "fp8", width, dropout), {})
     if kind == "plain" and width == 64 and warps == 8:
         options["maxnreg"] = 128
+    elif fast_kv or decoding:  # ptxas would stop at 80, 128 or 168, for one more block per SM, and spill
+        options["maxnreg"] = 128 if warps == 8 else 255
     return options
 
 

@@ -69,16 +69,17 @@ FORWARD = _space(rows=(1, 2, 4, 8, 16), num_warps=(2, 4, 8))
 BACKWARD = _space(rows=(1, 2, 4, 8), num_warps=(4, 8, 16), programs_per_sm=(1, 2, 3, 4, 6), num_stages=(1, 2))
 
 
-def config(kernel: str, C: int) -> tuning.Config:
-    """The config for rows of C elements that is safe on any card. ``kernel``: "forward" or "backward".
+def config(name: str, C: int) -> tuning.Config:
+    """The config for rows of C elements that is safe on any card. ``name``: of the kernel in the tables.
 
     A thread holds 16 or 32 elements of a tile in forward, 8 in backward, where s, dy, weight and two accumulators are
     alive at once: no spills, enough bytes in flight, 128-bit loads of bf16.
     """
     block = block_of(C)
-    if kernel == "forward":
-        # 2 rows of 2048 in 4 warps spill on sm_90 with bf16 in, fp32 out and a bias.
-        rows = 1 if block == 2048 else min(64, max(1, 4096 // block))
+    if name.endswith("forward"):
+        # 2 rows of 2048 in 4 warps spill on sm_90 with bf16 in, fp32 out and a bias; 4 of 1024 in RMS norm, with triton 3.6.
+        narrower = block == 2048 or (block == 1024 and name.startswith("rms"))
+        rows = min(64, max(1, (2048 if narrower else 4096) // block))
         found = {"rows": rows, "num_warps": 4 if block <= 2048 else 8 if block <= 8192 else 16}
     else:
         rows, num_warps = min(64, max(1, 2048 // block)), 8 if block <= 2048 else 16
@@ -94,26 +95,39 @@ def forward_launch(
     kernel: Any, name: str, dtype: torch.dtype, n_rows: int, C: int, device: torch.device, quantised: bool = False
 ) -> runtime.Launch:
     """``kernel``, which is ``name`` in the tables, for x of so many rows in ``dtype``."""
-    choice = tuning.choose(name, dtype, layer_norm_bucket(C), device, config("forward", C))
-    rows, num_warps = choice.config["rows"], choice.config["num_warps"]
-    if quantised:  # half as many elements per thread: rounding to fp8 takes registers, too
+    choice = tuning.choose(name, dtype, layer_norm_bucket(C), device, config(name, C))
+    rows, num_warps, registers = choice.config["rows"], choice.config["num_warps"], None
+    if quantised:  # rounding to fp8 takes registers, too: half as many elements per thread, and no stop at 64 registers
         rows, num_warps = (rows // 2, num_warps) if rows > 1 else (1, min(2 * num_warps, 16))
+        registers = 128
     grid = (runtime.cdiv(n_rows, rows),)
-    return runtime.Launch(kernel, grid, choice, C=C, ROWS=rows, BLOCK=block_of(C), num_warps=num_warps)
+    return runtime.Launch(
+        kernel, grid, choice, C=C, ROWS=rows, BLOCK=block_of(C), num_warps=num_warps, maxnreg=registers
+    )
 
 
 @tuning.cached
 def backward_launch(
-    kernel: Any, name: str, dtype: torch.dtype, n_rows: int, C: int, device: torch.device, widest: int
-) -> runtime.Launch:
-    """The same for dy in ``dtype``. A program owns at most ``widest`` columns. The grid: programs, and how many share a row."""
-    choice = tuning.choose(name, dtype, layer_norm_bucket(C), device, config("backward", C))
-    rows, block = choice.config["rows"], min(block_of(C), widest)
-    programs = min(runtime.sm_count(device) * choice.config["programs_per_sm"], runtime.cdiv(n_rows, rows))
+    kernel: Any, name: str, dtype: torch.dtype, n_rows: int, C: int, device: torch.device, widest: int,
+    crowded: bool = False,
+) -> runtime.Launch:  # fmt: skip
+    """The same for dy in ``dtype``. A program owns at most ``widest`` columns. ``crowded``: half as many elements per thread,
+    since what else is computed takes registers. The grid: programs, and how many share a row."""
+    choice = tuning.choose(name, dtype, layer_norm_bucket(C), device, config(name, C))
+    rows, num_warps, per_sm = (choice.config[key] for key in ("rows", "num_warps", "programs_per_sm"))
+    if crowded and rows > 1:
+        rows //= 2
+    elif crowded and num_warps < 16:
+        num_warps, per_sm = 2 * num_warps, max(1, per_sm // 2)
+    elif crowded:
+        widest //= 2
+    block = min(block_of(C), widest)
+    programs = min(runtime.sm_count(device) * per_sm, runtime.cdiv(n_rows, rows))
     chunks = runtime.cdiv(C, block)
+    # 16 warps, of whatever programs, leave each thread 128 registers. ptxas would save some, and spill, to let more fit.
     return runtime.Launch(
         kernel, (programs, chunks), choice, C=C, CHUNKS=chunks, ROWS=rows, BLOCK=block,
-        STAGES=choice.config["num_stages"], num_warps=choice.config["num_warps"],
+        STAGES=choice.config["num_stages"], num_warps=num_warps, maxnreg=128,
     )  # fmt: skip
 
 
@@ -180,7 +194,12 @@ def layer_norm_forward_kernel(
         # up.
         mean = tl.div_rn(tl.sum(s, axis=1), C)
         s = tl.where((cols < C)[None, :], s - mean[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(s * s, axis=1) / C + eps)
+        var = tl.sum(s * s, axis=1) / C + eps
+        # rsqrt may be 2 ulp off, and y's error is that of all its row: one step of Newton's rounds it. Not at an rstd of inf or
+        # nan, where the step would be nan.
+        rstd = tl.rsqrt(var)
+        off = tl.fma(-var * rstd, rstd, 1.0)
+        rstd = tl.where(off == off, tl.fma(0.5 * rstd, off, rstd), rstd)
         tl.store(MEAN + rows, mean, mask=row_mask)
     else:
         # Rounded: ds is at right angles to s, and little is left of the sum of ds u, FACTOR's gradient, but errors of xhat.

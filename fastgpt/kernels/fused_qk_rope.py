@@ -48,8 +48,10 @@ def _pairs(D: int) -> int:
 @tuning.cached
 def _choice(kernel: str, dtype: torch.dtype, D: int, device: torch.device) -> tuning.Choice:
     """One bucket for any number of tokens and heads: a new batch size compiles nothing. By default a thread has 16 elements,
-    8 of each half of a head: 128-bit accesses of bf16."""
-    elements = 2**14 if runtime.INTERPRET else 2048  # the interpreter's cost is per program, whatever its size
+    8 of each half of a head: 128-bit accesses of bf16. Of heads wider than 128 it has 8: 16 spill in fp32."""
+    elements = 2048 if D <= 128 else 1024
+    if runtime.INTERPRET:
+        elements = 2**14  # its cost is per program, whatever its size
     return tuning.choose(f"qk_norm_rope.{kernel}", dtype, f"D{D}", device, {"elements": elements, "num_warps": 4})
 
 

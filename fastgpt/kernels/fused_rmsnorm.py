@@ -170,8 +170,10 @@ def rms_norm_bwd(
     s, dy = as_rows(s), as_rows(dy)
     dsum, residual, x0 = (None if t is None else as_rows(t) for t in (dsum, residual, x0))
     n_rows, C = s.shape
-    widest = fused_layernorm.MAX_BACKWARD_BLOCK
-    launch = backward_launch(rms_norm_backward_kernel, "rms_norm.backward", dy.dtype, n_rows, C, s.device, widest)
+    launch = backward_launch(
+        rms_norm_backward_kernel, "rms_norm.backward", dy.dtype, n_rows, C, s.device, fused_layernorm.MAX_BACKWARD_BLOCK,
+        crowded=seed is not None and (scale is not None or x0 is not None),
+    )  # fmt: skip
     programs, chunks = launch.grid
     partials = [
         column_sums.partial(programs * many, out.view(-1)) if out.numel() else None

@@ -110,6 +110,15 @@ def test_parity_where_the_mean_dwarfs_the_deviation(device):
     parity.check(layer_norm, reference.layer_norm, arguments)
 
 
+@pytest.mark.adversarial
+def test_rstd_is_as_good_as_rounded(device):
+    """A GPU's rsqrt is 2^-22.4 off, which would be the error of a whole row of y."""
+    x = torch.arange(1.0, 257.0, device=device)[:, None] * torch.tensor([1.0, -1.0] * 8, device=device)
+    _, _, _, rstd = fused_layernorm.layer_norm_fwd(x, torch.ones(16, device=device), None, None, None, 0.0, 0.0, FP32)
+    # In 2^-24: half of the 2 that the division of the squares' sum may be off, half a rounding in Newton's step, and a last.
+    torch.testing.assert_close(rstd.double(), 1 / x[:, 0].double(), rtol=2.5 * 2**-24, atol=0)
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.1])
 def test_eps(device, eps):
     arguments = inputs((9, 32), device)

@@ -95,16 +95,18 @@ def _torch_multiplies(device: torch.device) -> bool:
     return True
 
 
-def config(M: int, N: int, *, halved: bool = False, chunk: int = CHUNK) -> dict[str, int]:
+def config(M: int, N: int, *, halved: bool = False, sums: bool = False, chunk: int = CHUNK) -> dict[str, int]:
     """Tiles of the matmul, which depend on the shape in the interpreter alone. 8 warps hold a tile of 128 x 128 and a chunk of
     its sums (2 x 64 registers a thread) without spills; chunks of 128 spill on sm_120. ``halved``: for erf and GELU's gradient,
     which would spill with triton 3.6, and for scales of groups, whose 176 registers would keep a second block from an SM of
-    sm_89. ``chunk`` of K is read, and summed, at a time; the stages keep the bytes in flight the same."""
+    sm_89; its other half for GELU's gradient with ``sums``, for the same reason. ``chunk`` of K is read, and summed, at a
+    time; the stages keep the bytes in flight the same."""
     if runtime.INTERPRET:  # the cost there is per program and operation, hardly per element
         m, n = (min(max(runtime.next_power_of_2(size), 16), 512) for size in (M, N))
         return {"BM": m, "BN": n, "BK": chunk, "GROUP": 8, "num_warps": 4, "num_stages": 1}
     stages = 4 * CHUNK // chunk
-    return {"BM": 64 if halved else 128, "BN": 128, "BK": chunk, "GROUP": 8, "num_warps": 8, "num_stages": stages}
+    BM, BN = (128, 64) if sums else (64 if halved else 128, 128)
+    return {"BM": BM, "BN": BN, "BK": chunk, "GROUP": 8, "num_warps": 8, "num_stages": stages}
 
 
 def new(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Fp8:
@@ -150,7 +152,8 @@ def _launch(
     arguments.alike("b's rows", (N,), scale=b.scale, bias=bias)
     arguments.alike("a's rows", (*a.scale.shape[:-1], M), scale=a.scale)
     columns = a.columns if isinstance(a, Grouped) else 0
-    cfg = config(M, N, halved=erf or columns > 0 or epilogue == "dgelu", chunk=columns or CHUNK)
+    halved = erf or columns > 0 or epilogue == "dgelu"
+    cfg = config(M, N, halved=halved, sums=sums is not None, chunk=columns or CHUNK)
     rows = runtime.cdiv(M, cfg["BM"])
     partial = column_sums.partial(rows, sums)
     fp8_linear_kernel[(rows * runtime.cdiv(N, cfg["BN"]),)](
