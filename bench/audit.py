@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"jobs is {args.jobs}: it must be at least 1")
     shard = (1, 1) if args.all else _shard(args.shard, args.sample)
     card = target(args.arch, args.gpu)
-    with waiting(f"compiling kernels for {card.name} in {args.jobs} processes"):
+    with waiting(f"compiling kernels for {card.name} in {args.jobs} process{'es' * (args.jobs != 1)}"):
         found = run(card, only=args.only, shard=shard, jobs=args.jobs)
     if args.json:
         print(json.dumps(found.to_json()))
@@ -123,7 +123,8 @@ def main(argv: list[str]) -> int:
         print(f"gate: {failure}", file=sys.stderr)
     if not found.failures and not args.json:
         part = "" if args.all or args.only else f" (shipped steps and part {shard[0]} of {shard[1]} of the rest)"
-        print(f"gate: passed with triton {found.triton}, {len(found.cases)} cases{part}")
+        cases = f"{len(found.cases)} case{'s' * (len(found.cases) != 1)}"
+        print(f"gate: passed with triton {found.triton}, {cases}{part}")
     return 1 if found.failures else 0
 
 
