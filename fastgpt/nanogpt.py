@@ -46,7 +46,7 @@ def main(args: list[str]) -> int:
     config = command.parse(NanogptConfig, args[:own], "fastgpt.nanogpt")
     script, rest = config.script.expanduser(), args[own:]
     if not script.is_file():
-        raise UserError(f"{script} {'is no file' if script.exists() else 'does not exist'}: name nanoGPT's train.py")
+        raise UserError(f"{script} {'is not a file' if script.exists() else 'does not exist'}: name nanoGPT's train.py")
     script = script.resolve()
     # nanoGPT opens configurator.py, data/ and out/ relative to the working directory: its own.
     if not Path("configurator.py").exists() and (script.parent / "configurator.py").exists():

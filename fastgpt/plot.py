@@ -57,7 +57,7 @@ def read(path: Path, tokens_per_step: int | None = None, config: Path | None = N
         raise UserError(f"{path} is neither a run's folder nor a log file: name one that exists")
     with open(file, "rb") as start:
         if not is_text(start.read(1 << 16)):
-            raise UserError(f"{file} is no text: name a log of a run")
+            raise UserError(f"{file} is not text: name a log of a run")
     log, own = read_log(file), file.name == METRICS
     if not len(log.steps):
         hint = "that could be drawn: name a log of a run"

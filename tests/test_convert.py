@@ -404,7 +404,7 @@ class TestReading:
         any.load_weights(str(tmp_path / "ckpt.pt"))
         mask[..., :4] = 1  # a prefix that sees itself whole
         torch.save(saved, tmp_path / "ckpt.pt")
-        with pytest.raises(UserError, match="is no causal mask"):
+        with pytest.raises(UserError, match="is not a causal mask"):
             any.load_weights(str(tmp_path / "ckpt.pt"))
 
     @pytest.mark.parametrize("narrow", ["lm_head.weight", "transformer.wte.weight"])
@@ -840,7 +840,7 @@ class TestRefused:
 
     def test_a_folder_that_is_no_checkpoint(self, tmp_path, fails):
         (tmp_path / "folder").mkdir()
-        fails(tmp_path / "folder", "folder is no checkpoint: a Hugging Face folder has a config.json")
+        fails(tmp_path / "folder", "folder is not a checkpoint: a Hugging Face folder has a config.json")
 
     def test_nothing_there(self, tmp_path, fails):
         fails(tmp_path / "absent.pt", "absent.pt does not exist: name a checkpoint, or a model on the hub such as gpt2")
@@ -851,7 +851,9 @@ class TestRefused:
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
         monkeypatch.chdir(tmp_path)
-        fails("gpt2", "gpt2 is no file or folder here, and the Hugging Face hub does not give it (OSError: no network)")
+        fails(
+            "gpt2", "gpt2 is not a file or folder here, and the Hugging Face hub does not give it (OSError: no network)"
+        )
 
     def test_without_huggingface_hub(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)

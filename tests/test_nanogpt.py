@@ -140,7 +140,7 @@ class TestRefused:
             ([], "TRAIN.PY is missing"),
             (["--bogus", "train.py"], "flag is '--bogus', which is not known"),
             (["nowhere/train.py"], "nowhere/train.py does not exist"),
-            (["."], r"^\. is no file: name nanoGPT's train.py"),
+            (["."], r"^\. is not a file: name nanoGPT's train.py"),
         ],
     )
     def test_arguments(self, args, message):

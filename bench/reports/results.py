@@ -135,7 +135,7 @@ def find(name: str) -> list[tuple[Path, dict[str, Any]]]:
     if not found:
         known = list(dict.fromkeys(str(m["label"] or m["environment"]["commit"]) for _, m in stored))
         has = "has " + ", ".join(known[-8:]) if known else "is empty"
-        raise UserError(f"{name!r} is no file, and no label or commit in {folder()}, which {has}")
+        raise UserError(f"{name!r} is neither a file, nor a label or commit in {folder()}, which {has}")
     return sorted(found, key=lambda item: item[1]["environment"]["time"])
 
 

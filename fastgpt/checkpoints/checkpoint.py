@@ -67,7 +67,7 @@ def _check(state: dict[str, Any]) -> None:
     does. A field of the model that this version does not have is refused, since it may change what the model computes."""
     config, best = state.get("config", {}), state.get("best_val_loss", 0.0)
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
-        raise Damaged("its config is no table of sections")
+        raise Damaged("its config is not a table of sections")
     try:
         shape = typed_fields(
             ModelConfig, config.get("model", {}), "its [model], which a newer version may have written,"

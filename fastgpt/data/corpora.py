@@ -169,7 +169,7 @@ def open_corpus(
     else:
         raise UserError(f"data {str(source)!r} does not exist: it must be 'stdlib', or a file or folder of text")
     if config_name is not None:
-        raise UserError(f"config_name is {config_name!r}, and data {str(source)!r} is no hub dataset: leave it out")
+        raise UserError(f"config_name is {config_name!r}, and data {str(source)!r} is not a hub dataset: leave it out")
     if not corpus.files:
         raise UserError(
             f"data {str(source)!r} is a folder without text: it must hold files that end in {' '.join(ALL_SUFFIXES)} "

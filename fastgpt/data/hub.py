@@ -37,7 +37,7 @@ class HubCorpus:
             import datasets
         except ImportError:
             raise UserError(
-                f"data {self.name!r} is no file or folder here; for a Hugging Face dataset run `pip install datasets`"
+                f"data {self.name!r} is not a file or folder here; for a Hugging Face dataset run `pip install datasets`"
             ) from None
         self._datasets = datasets
         if self._is_local():
@@ -140,7 +140,7 @@ def _newest_revision(name: str) -> str | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    here = f"data {name!r} is no file or folder here"
+    here = f"data {name!r} is not a file or folder here"
     try:
         return HfApi().dataset_info(name, timeout=20).sha
     except GatedRepoError as error:

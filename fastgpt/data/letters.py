@@ -54,7 +54,7 @@ def read_letters(path: Path) -> list[str]:
 def check_letters(letters: Any, source: str) -> None:
     """Raise UserError, which begins with ``source``, unless these are the letters of a vocabulary, by id."""
     if not isinstance(letters, list) or not all(isinstance(letter, str) and letter for letter in letters):
-        raise UserError(f"{source} has a vocabulary that is no list of letters")
+        raise UserError(f"{source} has a vocabulary that is not a list of letters")
     if not 2 <= len(letters) <= MOST or len(set(letters)) < len(letters):
         raise UserError(f"{source} has a vocabulary of {len(letters)} letters: it must have 2 to {MOST}, no two alike")
 

@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if type(version) is int and version > FORMAT:
         raise UserError(f"manifest {path} has format {version} and this version reads up to {FORMAT}: update fastgpt")
     if not isinstance(shards, list) or not all(isinstance(s, dict) and _is_shard(s) for s in shards):
-        raise UserError(f"manifest {path} is damaged: its shards are no list of files with tokens and sha256")
+        raise UserError(f"manifest {path} is damaged: its shards are not a list of files with tokens and sha256")
     return manifest
 
 

@@ -28,7 +28,7 @@ _TEXT_BYTES = 64
 
 
 def shards_in(folder: Path, side: str = "") -> list[Path]:
-    """The token files of a folder, sorted: all of them, or those of the side "train" or "val". [] if it is no folder."""
+    """The token files of a folder, sorted: all of them, or those of the side "train" or "val". [] if it is not a folder."""
     if not folder.is_dir():
         return []
     return sorted(

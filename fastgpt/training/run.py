@@ -168,7 +168,7 @@ def choose_geometry(config: Config, device: torch.device, world: World) -> Confi
 def initial_weights(config: Config) -> tuple[Config, dict[str, Tensor] | None]:
     """``--init-from``: the configuration with the shape of that checkpoint (dropout stays), and its weights; None without.
 
-    Raises UserError for what is no checkpoint of a GPT-2, and for a tokenizer that its vocabulary is not made of.
+    Raises UserError for what is not a checkpoint of a GPT-2, and for a tokenizer that its vocabulary is not made of.
     """
     if config.train.init_from is None:
         return config, None

@@ -174,7 +174,7 @@ def test_unknown_datasets_and_no_network_are_one_sentence(dataset, monkeypatch):
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     for answer, message in (
-        (_not_found(RepositoryNotFoundError), r"'no/such' is no file or folder here, and the .* no public dataset"),
+        (_not_found(RepositoryNotFoundError), r"'no/such' is not a file or folder here, and the .* no public dataset"),
         (_not_found(GatedRepoError), r"'no/such' needs your consent on huggingface\.co"),
         (OSError("[Errno -2] Name or service not known\nmore"), r"hub cannot be asked .*\(OSError: \[Errno -2\] Name"),
     ):
@@ -238,11 +238,11 @@ def test_training_on_a_name_says_how_to_prepare_it(tmp_path, monkeypatch):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"no file or folder here.*pip install datasets"):
+    with pytest.raises(UserError, match=r"not a file or folder here.*pip install datasets"):
         open_corpus("some/name")
 
 
 def test_a_config_name_for_a_file(tmp_path):
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(UserError, match=r"config_name is 'a', and data .*x\.txt' is no hub dataset"):
+    with pytest.raises(UserError, match=r"config_name is 'a', and data .*x\.txt' is not a hub dataset"):
         open_corpus(tmp_path / "x.txt", config_name="a")

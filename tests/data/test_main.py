@@ -250,9 +250,9 @@ def test_durations(seconds, said):
     [
         (lambda m, out: (out / m["shards"][0]["file"]).unlink(), "lacks train.*, which its manifest names"),
         (lambda m, out: m.update(format=99), "has format 99 and this version reads up to 2: update fastgpt"),
-        (lambda m, out: m.update(shards=5), "its shards are no list"),
-        (lambda m, out: m["shards"][0].update(tokens="many"), "its shards are no list"),
-        (lambda m, out: m["shards"][0].update(file="../x.bin"), "its shards are no list"),
+        (lambda m, out: m.update(shards=5), "its shards are not a list"),
+        (lambda m, out: m["shards"][0].update(tokens="many"), "its shards are not a list"),
+        (lambda m, out: m["shards"][0].update(file="../x.bin"), "its shards are not a list"),
         (lambda m, out: m.clear() or "{", "is damaged: it is not JSON"),
         (lambda m, out: "[" * 100_000, "is damaged: it is not JSON"),
     ],

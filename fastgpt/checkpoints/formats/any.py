@@ -13,10 +13,10 @@ from fastgpt.data.shards import shards_in
 
 
 def read(source: str, optimizer: bool = True) -> tuple[Format, Portable]:
-    """What ``source`` is, and its content; without ``optimizer``, a run's optimizer state is not read. A name that is no file
-    or folder here is looked up on the Hugging Face hub.
+    """What ``source`` is, and its content; without ``optimizer``, a run's optimizer state is not read. A name of no file or
+    folder here is looked up on the Hugging Face hub.
 
-    Raises UserError, in one sentence, for what is no checkpoint of a GPT-2 or does not hold together."""
+    Raises UserError, in one sentence, for what is not a checkpoint of a GPT-2 or does not hold together."""
     kind, portable = _read(source, optimizer)
     if portable.letters is not None:
         check_letters(portable.letters, source)
@@ -41,7 +41,7 @@ def _read(source: str, optimizer: bool) -> tuple[Format, Portable]:
         if shards := shards_in(path):
             raise UserError(f"{path} holds tokens ({shards[0].name}), no checkpoint: it is what --data takes")
         raise UserError(
-            f"{path} is no checkpoint: a Hugging Face folder has a config.json, a fastgpt run has step-... folders, "
+            f"{path} is not a checkpoint: a Hugging Face folder has a config.json, a fastgpt run has step-... folders, "
             "nanochat's has model_....pt and meta_....json, and of nanoGPT name the ckpt.pt itself"
         )
     if huggingface.looks_like_hub_name(source):

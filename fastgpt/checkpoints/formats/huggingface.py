@@ -60,14 +60,14 @@ def download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise UserError(
-            f"{name} is no file or folder here; for a model of the Hugging Face hub run `pip install huggingface_hub`"
+            f"{name} is not a file or folder here; for a model of the Hugging Face hub run `pip install huggingface_hub`"
         ) from None
     wanted = ["config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
         raise UserError(
-            f"{name} is no file or folder here, and the Hugging Face hub does not give it "
+            f"{name} is not a file or folder here, and the Hugging Face hub does not give it "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
 

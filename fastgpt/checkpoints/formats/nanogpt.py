@@ -46,7 +46,7 @@ def load_file(path: Path) -> Any:
     zipped = kind is not None and "zip" in kind  # before torch 1.6 it was none
     if kind is not None and not zipped:
         name_it = ": name the folder that it lies in, with its config.json" if "safetensors" in kind else ""
-        raise UserError(f"{path} is no checkpoint of nanoGPT, it is {kind}{name_it}")
+        raise UserError(f"{path} is not a checkpoint of nanoGPT, it is {kind}{name_it}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle's protocols
@@ -140,7 +140,7 @@ def read(path: Path) -> Portable:
     _refuse_forks(source, args, weights)
     for name, mask in model.items():
         if str(name).endswith(".attn.bias") and isinstance(mask, Tensor) and not _causal(mask):
-            raise UserError(f"{path} is a fork's, with another attention than GPT-2's: {name} is no causal mask")
+            raise UserError(f"{path} is a fork's, with another attention than GPT-2's: {name} is not a causal mask")
     config = model_config(source, {"dropout": 0.0, "bias": True, **args})
     weights = check(source, tied(source, weights), config)
     notes: list[str] = []

@@ -26,7 +26,7 @@ def read(path: Path, optimizer: bool = True) -> Portable:
         shape, model = saved["config"]["model"], saved["model"]
         weights = {name: tensor for name, tensor in model.items() if isinstance(tensor, Tensor)}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where} holds no model: it is no checkpoint of a training run") from error
+        raise UserError(f"{where} holds no model: it is not a checkpoint of a training run") from error
     config = model_config(source, shape)
     weights = check(source, weights, config)
     elsewhere = ("model", "optimizer", "step", "world_size", "nanogpt", "letters", "exact_gelu")

@@ -127,7 +127,9 @@ def model_config(source: str, values: Mapping[str, Any]) -> ModelConfig:
         value = values.get(name)
         kind: Any = kinds.get(name, int)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"{source} says that {name} is {shortened(repr(value))}: it is no configuration of a GPT-2")
+            raise UserError(
+                f"{source} says that {name} is {shortened(repr(value))}: it is not a configuration of a GPT-2"
+            )
     try:
         parts = {name: values[name] for name in ("family", *MODERN) if name in values}
         return ModelConfig(**{name: values[name] for name in fields}, **typed_fields(ModelConfig, parts, "its [model]"))

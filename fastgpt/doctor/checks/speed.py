@@ -113,7 +113,7 @@ def mfu_not_measured(log: LogFacts, figures: Figures, gpu: Gpu | None) -> Iterat
     yield Finding(
         check="mfu_not_measured",
         severity="info",
-        title=f"MFU {printed} is no measurement: {log.kind} does not know this card's peak",
+        title=f"MFU {printed} is not a measurement: {log.kind} does not know this card's peak",
         evidence=[(log.place(log.steps.line[-1]), f"step {log.steps.step[-1]}: MFU {printed}")],
         explanation=f"{log.kind} looks the card up in a table of its own and prints {printed} where it is not there. {real}",
         advice="Nothing: speed and loss are as printed.",

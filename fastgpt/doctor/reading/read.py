@@ -114,8 +114,8 @@ def _text_file(path: Path, data: bytes) -> ConfigFacts | LogFacts:
     if any(name in DEFAULTS for name in config.settings) or (config.settings and path.suffix == ".py"):
         return config
     raise UserError(
-        f"{path} says nothing that the doctor knows: it is no config (nanoGPT's, or fastgpt's TOML), no log of nanoGPT, "
-        "its relatives, llm.c, litgpt or fastgpt (docs/doctor.md lists them), and no checkpoint"
+        f"{path} says nothing that the doctor knows: it is neither a config (nanoGPT's, or fastgpt's TOML), nor a "
+        "log of nanoGPT, its relatives, llm.c, litgpt or fastgpt (docs/doctor.md lists them), nor a checkpoint"
     )
 
 

@@ -28,7 +28,9 @@ def write(path: Path, report: Diagnosis, evidence: Evidence, gpu: Gpu | None) ->
         if path.is_file():
             with open(path, "rb") as file:
                 if (head := file.read(1000)) and templates.MARK not in head:
-                    raise UserError(f"html is {path}, which exists and is no report of the doctor: name another file")
+                    raise UserError(
+                        f"html is {path}, which exists and is not a report of the doctor: name another file"
+                    )
         path.write_text(render(report, evidence, gpu), encoding="utf-8")
     except OSError as error:
         raise UserError(f"html is {path}, which cannot be written ({error.strerror}): name another file") from error

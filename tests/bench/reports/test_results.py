@@ -104,10 +104,10 @@ def test_a_name_is_a_file_a_label_or_the_beginning_of_a_commit():
 
     assert paths(str(new)) == [new] and paths("before") == [first, old] and paths("bec0e") == [first, old, new]
     with pytest.raises(
-        UserError, match=r"'feed123' is no file, and no label or commit .*, which has before, bec0e0ff0810"
+        UserError, match=r"'feed123' is neither a file, nor a label or commit .*, which has before, bec0e0ff0810"
     ):
         results.find("feed123")
-    with pytest.raises(UserError, match="'bec' is no file"):
+    with pytest.raises(UserError, match="'bec' is neither a file"):
         results.find("bec")  # three letters are no commit
 
 

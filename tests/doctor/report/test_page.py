@@ -83,7 +83,7 @@ def test_ticks_are_few_round_and_inside(low, high):
 def test_only_a_report_is_replaced(tmp_path):
     mine = tmp_path / "train.log"
     mine.write_text("iter 1: loss 3.0\n")
-    with pytest.raises(UserError, match=r"train\.log, which exists and is no report of the doctor"):
+    with pytest.raises(UserError, match=r"train\.log, which exists and is not a report of the doctor"):
         write(mine, real_report("40m"), real("40m"), RTX4070)
     assert mine.read_text() == "iter 1: loss 3.0\n"
     (tmp_path / "empty.html").touch()
