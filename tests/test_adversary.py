@@ -12,6 +12,11 @@ from tests.adversary import adversary
 
 
 @pytest.fixture(autouse=True)
+def _arithmetic():
+    """As it is: these tests set the adversary up themselves."""
+
+
+@pytest.fixture(autouse=True)
 def _on_a_cpu(device):
     if device.type != "cpu":
         pytest.skip("about the interpreter")

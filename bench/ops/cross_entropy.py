@@ -49,6 +49,7 @@ def cases() -> Iterator[Case]:
     yield "linear_cross_entropy bf16 all options", partial(launch_loss, BF16, bias=True, vocab_size=50257, **everything)
     yield "linear_cross_entropy bf16 none", partial(launch_loss, BF16, reduction="none", **everything)
     yield "linear_cross_entropy fp32 bytes", partial(launch_loss, FP32, V=256)
+    yield "linear_cross_entropy fp32 all options", partial(launch_loss, FP32, vocab_size=50257, **everything)
     fast: dict[str, Any] = {"accumulate": "fp16"}
     yield "linear_cross_entropy fp16-fast", partial(launch_loss, FP16, **fast)
     yield "linear_cross_entropy fp16-fast odd", partial(launch_loss, FP16, V=50257, bias=True, **everything, **fast)

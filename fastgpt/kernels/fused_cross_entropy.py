@@ -130,11 +130,18 @@ def grad_scale(
 
 
 @triton.jit
-def softcap_of(z, cap):
-    """cap * tanh(z / cap); the exponential cannot overflow."""
-    e = tl.exp(-2 * tl.abs(z / cap))
+def softcap_of(z, cap, FINE: tl.constexpr):
+    """cap * tanh(z / cap); the exponential cannot overflow. With FINE small logits keep their digits, which 1 - e loses: they
+    are tanh's series."""
+    t = z / cap
+    e = tl.exp(-2 * tl.abs(t))
     capped = cap * (1 - e) / (1 + e)
-    return tl.where(z < 0, -capped, capped)
+    capped = tl.where(z < 0, -capped, capped)
+    if FINE:
+        s = t * t
+        series = 1 + s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * (62 / 2835))))
+        capped = tl.where(s < 0.0625, z * series, capped)  # the next term is below 2^-26
+    return capped
 
 
 @triton.jit
@@ -171,6 +178,7 @@ def rows_kernel(
 
     Accesses are masked at ``stride``, a multiple of 64, and cut at V in registers: a mask at an odd V would break every
     one of them into single elements."""
+    FINE: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     target = tl.load(target_ptr + row, mask=exists, other=0).to(tl.int64)
@@ -180,7 +188,7 @@ def rows_kernel(
     lanes = tl.arange(0, BLOCK)
     z_target = tl.load(row_ptr + target, mask=live & in_range, other=float("nan")).to(tl.float32)
     if CAP:
-        z_target = softcap_of(z_target, softcap)
+        z_target = softcap_of(z_target, softcap, FINE)
 
     if LOSS:
         z_max = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -191,7 +199,7 @@ def rows_kernel(
             mask = live[:, None] & (columns < stride)[None, :]
             z = tl.load(row_ptr[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
             if CAP:
-                z = softcap_of(z, softcap)
+                z = softcap_of(z, softcap, FINE)
             if SMOOTH:
                 z_sum += tl.sum(z, 1)  # before the cut at V: the padding is 0
             z = tl.where((columns < V)[None, :], z, float("-inf"))
@@ -231,7 +239,7 @@ def rows_kernel(
             factor = row_scale[:, None]
             if CAP:
                 factor *= softcap_slope(z, softcap)
-                z = softcap_of(z, softcap)
+                z = softcap_of(z, softcap, FINE)
             p = tl.exp(z - z_max[:, None] - log_sum[:, None])
             dz = tl.where(columns[None, :] == target[:, None], dz_target[:, None], p * (1 + z_slope)[:, None])
             if SMOOTH:

@@ -61,7 +61,7 @@ def deep(levels):
         (pickle.dumps({"vocab_size": 50257}), "no table itos"),
         (pickle.dumps({"itos": {0: "a", 2: "b"}}), "no table itos"),
         (pickle.dumps({"stoi": {"a": [], "b": 1}}), "no table itos"),
-        (pickle.dumps({"itos": {0: "a", 1: 7}}), "no list of letters"),
+        (pickle.dumps({"itos": {0: "a", 1: 7}}), "not a list of letters"),
         (pickle.dumps({"itos": {0: "a", 1: "a"}}), "of 2 letters: .* no two alike"),
         (pickle.dumps({"itos": ["a"]}), "of 1 letters: it must have 2 to 65536"),
         (pickle.dumps({"itos": ITOS, "stoi": {**STOI, "E": 0, "\n": STOI["E"]}}), "contradicts itself"),

@@ -94,6 +94,13 @@ def test_softcap_of_an_untied_head(device, dtype, cap, options):
     check(inputs, target, logit_softcap=cap, **options)
 
 
+@pytest.mark.adversarial
+def test_softcap_keeps_the_digits_of_small_logits(device):
+    # 1 - exp(-2 z / cap) has few of them near 0, and fewer on a GPU. With two classes the loss depends on each logit by half.
+    inputs = {"x": torch.randn(64, 16, device=device) / 8, "weight": torch.eye(2, 16, device=device)}
+    check(inputs, torch.zeros(64, dtype=torch.long, device=device), logit_softcap=15.0, reduction="none")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", [1, 2, 64, 4096, 4097, 9001])
 def test_parity_at_block_edges_of_the_vocabulary(device, V, dtype):
