@@ -179,8 +179,10 @@ def config(
         options |= _CORRECTIONS.get((arch, kernel, "fp8", width, dropout), {})
     if kind == "plain" and width == 64 and warps == 8:
         options["maxnreg"] = 128
-    elif fast_kv or decoding:  # ptxas would stop at 80, 128 or 168, for one more block per SM, and spill
-        options["maxnreg"] = 128 if warps == 8 else 255
+    elif decoding or (fast_kv and (kind != "plain" or arch in (80, 120))):
+        options["maxnreg"] = (
+            128 if warps == 8 else 255
+        )  # ptxas would stop at less, for one more block per SM, and spill
     return options
 
 
